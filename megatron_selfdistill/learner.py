@@ -43,9 +43,11 @@ from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_f
 from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher, StepTeacher
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, candidate_log_probs, learnabilities, log_probs
-from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput, TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
@@ -212,7 +214,8 @@ class Learner:
         self.scheduler.step(1)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         apply_gradients(self.optimizer, norm)
-        self.teachers.start.update(self.optimizer)
+        if self.teachers.start.weights == "ema":
+            self.teachers.start.update(self.optimizer)
         self.release_gradients()
         return learning_rate
 
@@ -323,8 +326,8 @@ class Learner:
             )
 
     def target_of(self, teacher: str = "") -> Target:
-        """Return the target of the tokens that a teacher reads."""
-        return self.teachers.target(self.target, teacher)
+        """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
+        return self.teachers.target(self.target, teacher) if teacher else self.target
 
     def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss

@@ -53,7 +53,8 @@ from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.metrics.step import first_step_lines
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
-from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput
+from megatron_selfdistill.pipeline.partial_batches import PartialBatch
+from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
@@ -204,7 +205,8 @@ class Trainer:
         if output is None:
             return {}
         metrics = self.source.metrics(batch, output)
-        metrics |= self.learner.teachers.metrics([(it.batch.teacher, it.output) for it in step if it.output])
+        if self.learner.teachers.names:
+            metrics |= self.learner.teachers.metrics([(it.batch.teacher, it.output) for it in step if it.output])
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
         if not self.checked and self.learner.has_teacher and self.step == 0:

@@ -37,7 +37,8 @@ from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.guards import MANY_CUT, SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.pipeline.score import Reading, Want, read
-from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
+from megatron_selfdistill.pipeline.token_losses import self_distillation
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 64

@@ -27,7 +27,8 @@ from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasures
+    from megatron_selfdistill.pipeline.token_losses import StepOutput
+    from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""

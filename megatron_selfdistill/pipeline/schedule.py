@@ -45,21 +45,15 @@ from megatron_selfdistill.model.forward import (
     uses_local_attention,
 )
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
+from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of, weights_unchanged
 from megatron_selfdistill.pipeline.token_losses import (
-    Accumulated,
     GuidedTokens,
-    MeasuringObserver,
-    OwnLogits,
-    PartialBatch,
     StepOutput,
     TokenCoefficients,
     TokenLoss,
-    TokenMeasurement,
-    TokenMeasures,
-    gradients_of,
     next_token,
-    weights_unchanged,
 )
+from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
 
 @dataclass(frozen=True)

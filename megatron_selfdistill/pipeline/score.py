@@ -55,7 +55,8 @@ from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositi
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher
-from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
 

@@ -34,12 +34,13 @@ from megatron_selfdistill.metrics import teacher_metrics
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
 from megatron_selfdistill.model.forward import output_weight, unfusable, unwrapped
+from megatron_selfdistill.model.teacher_weights import Chunks
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import ScheduledTeacher, TeacherHiddenStates, read_states
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import RoleWeights
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.teacher import Chunks, TargetModels, Teachers, in_roles
+from megatron_selfdistill.teacher import TargetModels, Teachers, in_roles
 from megatron_selfdistill.teachers.joined import JoinedTeachers
 from megatron_selfdistill.teachers.teacher_copies import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.teachers.teacher_directories import (

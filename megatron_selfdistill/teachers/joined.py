@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.batch import DeviceBatch
 from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates

@@ -22,7 +22,7 @@ from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.teacher import Chunks
+from megatron_selfdistill.model.teacher_weights import Chunks
 
 
 def require_host_memory(resting: Mapping[str, Sequence[torch.nn.Module]]) -> None:

@@ -18,7 +18,7 @@ from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 TARGETS = {"student": Target(anchor="student"), "reference": Target(anchor="reference", teacher_weight=2.0)}
 LAYOUTS: dict[str, tuple[Case, int]] = {

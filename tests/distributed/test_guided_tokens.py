@@ -22,7 +22,8 @@ from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 W, GUIDED_W = 0.5, 2.0
 ANCHORED = Target(anchor="reference", teacher_weight=W)

@@ -23,9 +23,9 @@ from megatron_selfdistill.loss.target import Divergence, Target, entropy, mixed_
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
+from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
-from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 TARGETS = {
     "student": Target(teacher_weight=2.0, anchor="student"),

@@ -34,7 +34,7 @@ from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import Accumulated, PartialBatch
+from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 
 NUM_PARTIAL_BATCHES = 3
 ADAM = OptimizerConfig(

@@ -17,9 +17,9 @@ from megatron_selfdistill.loss.target import Divergence
 from megatron_selfdistill.model.adapters import LowRankAdapter, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
-from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 ADAPTER = AdapterConfig(rank=3, alpha=0.3)
 """Adapters whose effect stays small beside the weights, since the factors of the tests are large."""

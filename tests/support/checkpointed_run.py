@@ -21,7 +21,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.teacher import Teacher, main_parameter
+from megatron_selfdistill.model.teacher_weights import Teacher, main_parameter
 
 ADAM = OptimizerConfig(precision="fp32", lr=1e-2, lr_decay=LearningRateDecay(style="linear"), weight_decay=0.1)
 

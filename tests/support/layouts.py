@@ -33,11 +33,13 @@ from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
+from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import microbatch_multiple
+from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput, TokenMeasurement
-from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 if TYPE_CHECKING:
     from ranks import RankPool

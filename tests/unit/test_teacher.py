@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.model.teacher_weights import Teacher
 
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)

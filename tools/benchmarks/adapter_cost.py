@@ -94,8 +94,8 @@ class Bench:
         from megatron_selfdistill.model.adapters import add_adapters
         from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
         from megatron_selfdistill.model.forward import unwrapped
+        from megatron_selfdistill.model.teacher_weights import Teacher
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-        from megatron_selfdistill.teacher import Teacher
 
         length = arguments.prompt + arguments.hint + arguments.response
         llama = RandomLlama.of(

@@ -223,7 +223,7 @@ class _Bench:
         """Run forward and backward of all microbatches."""
         from megatron_selfdistill.pipeline import schedule
         from megatron_selfdistill.pipeline.schedule import Reference
-        from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
+        from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

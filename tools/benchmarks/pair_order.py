@@ -59,8 +59,8 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     from megatron_selfdistill.loss.target import Divergence, Target
     from megatron_selfdistill.model.build import wrap_for_training
     from megatron_selfdistill.model.forward import unwrapped
+    from megatron_selfdistill.model.teacher_weights import Teacher
     from megatron_selfdistill.pipeline import schedule, token_losses
-    from megatron_selfdistill.teacher import Teacher
 
     cuts = ParallelConfig(pipeline_model_parallel_size=arguments.pp)
     grid = ranks.initialize(cuts, seed=0)

@@ -119,8 +119,8 @@ class _Bench:
         from megatron_selfdistill.loss.target import Divergence, Target
         from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
         from megatron_selfdistill.model.forward import Fusion, unwrapped
+        from megatron_selfdistill.model.teacher_weights import Teacher
         from megatron_selfdistill.pipeline import token_losses
-        from megatron_selfdistill.teacher import Teacher
 
         cuts = ParallelConfig(
             tensor_model_parallel_size=arguments.tp, sequence_parallel=arguments.tp > 1 and arguments.sp

@@ -33,7 +33,7 @@ from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for
-from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
 

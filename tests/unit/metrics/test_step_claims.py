@@ -15,7 +15,7 @@ from host_traffic import host_traffic
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths
-from megatron_selfdistill.pipeline.token_losses import TokenMeasures
+from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 VOCAB_SIZE, LENGTHS = 40, [1, 37, 9, 100, 0, 10, 63, 23]
 NUM_TOKENS = sum(LENGTHS)

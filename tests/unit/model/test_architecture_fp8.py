@@ -31,10 +31,10 @@ from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline import batch as batch_module
 from megatron_selfdistill.pipeline import score
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, token_multiple
-from megatron_selfdistill.teacher import Teacher
 
 UNCUT = ParallelConfig()
 MODEL = ModelConfig()

@@ -13,12 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 from megatron_selfdistill.loss.target import entropy
-from megatron_selfdistill.pipeline.token_losses import (
-    MeasuringObserver,
-    OwnLogits,
-    TokenMeasurement,
-    TokenMeasures,
-)
+from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
 NUM_TOKENS, VOCAB = 23, VocabShard(0, 96, 90)
 TARGETS = {

@@ -1,0 +1,113 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The partial batches of a step: several calls of the schedule, whose gradients add up to those of one call.
+
+The weights change only after the last partial batch, so a response may be trained on while others are still being
+generated.  The loss of a step is a sum over response tokens, divided by their number N, which is known once the last
+partial batch begins.  Earlier partial batches divide by an estimate N' and leave their gradients on the rank that
+computed them; before the last partial batch begins, these gradients are multiplied by N' / N.  The last partial batch
+divides by N, and Megatron Core then reduces and finalises all gradients at once, as in a step of one partial batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.model.forward import unwrapped
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The gradients in ``main_grad`` that the partial batches of a step have left so far; equal on all ranks."""
+
+    num_response_tokens: int
+    """Number of response tokens of these partial batches, over the global batch."""
+    divisor: int
+    """Number N' by which the sum of their losses is divided."""
+    first_tokens: int
+    """Number of response tokens of the first partial batch, over the global batch."""
+    first_microbatches: int
+    """Number of student microbatches with a response token in the first partial batch, over the global batch."""
+
+
+@dataclass(frozen=True)
+class PartialBatch:
+    """The place of a partial batch in its step; the default is a step of one partial batch."""
+
+    earlier: Accumulated | None = None
+    """The gradients of the earlier partial batches; None in the first partial batch."""
+    share: float = 1.0
+    """An estimate of the share of the step's response tokens that are in the partial batches up to this one.  The first
+    partial batch of several uses it; the gradient of the step does not depend on it."""
+    is_last: bool = True
+    """Whether the step ends with this partial batch."""
+    next_teacher: str = ""
+    """The name of the teacher whose weights the next partial batch probably needs; "" if none is known."""
+
+    def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
+        """Return the gradients of the step up to this partial batch, whose numbers are counted before it runs.
+
+        ``num_response_tokens``, ``num_microbatches``: the response tokens of this partial batch, and its student
+        microbatches with a response token, over the global batch.
+        """
+        earlier = self.earlier or Accumulated(0, 0, num_response_tokens, max(num_microbatches, 1))
+        total = earlier.num_response_tokens + num_response_tokens
+        estimate = earlier.divisor or max(1, round(num_response_tokens / self.share))
+        divisor = total if self.is_last else estimate
+        return Accumulated(total, divisor, earlier.first_tokens, earlier.first_microbatches)
+
+
+@contextlib.contextmanager
+def gradients_of(partial_batch: PartialBatch, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
+    """Let a call of the schedule add the gradients of ``partial_batch``; leave the schedule's configuration as it was.
+
+    ``chunks``: this rank's chunks of the student, in Megatron's DDP.
+    The first microbatch of a later partial batch is not the first one after a change of the weights: with FP8,
+    Transformer Engine would overwrite the earlier gradients with those of that microbatch.
+    In the last partial batch, the earlier gradients are first divided by the same number as those of this one.
+    In another partial batch, nothing is reduced over data-parallel ranks and nothing is finalised.
+    """
+    with contextlib.ExitStack() as stack:
+        if partial_batch.earlier is not None:
+            stack.enter_context(weights_unchanged(chunks))
+        if partial_batch.is_last:
+            if partial_batch.earlier is not None and partial_batch.earlier.divisor != accumulated.divisor:
+                for chunk in chunks:
+                    chunk.scale_gradients(partial_batch.earlier.divisor / accumulated.divisor)
+            yield
+            return
+        config = unwrapped(chunks[0]).config
+        before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
+        for chunk in chunks:  # once around the whole call: the exit of DDP's context switches the reduction on
+            stack.enter_context(chunk.no_sync())
+        # The schedule drains deferred gradients of the output layer only where it has a function that finalises.
+        config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = None, None, _finalise_nothing
+        try:
+            yield
+        finally:
+            config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = before
+
+
+@contextlib.contextmanager
+def weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
+    """Keep a call of the schedule from marking its first microbatch, as Megatron Core's schedules do in every call.
+
+    Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.
+    """
+    for chunk in chunks:
+        chunk.set_is_first_microbatch = _mark_nothing
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            del chunk.set_is_first_microbatch
+
+
+def _mark_nothing() -> None:
+    """Leave the marks of first microbatches as they are."""
+
+
+def _finalise_nothing(*args: object, **kwargs: object) -> None:
+    """Leave the gradients as they are."""

@@ -1,0 +1,194 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Further measures of response tokens, from the logits that the loss reads.
+
+Only some steps take a `TokenMeasurement`.  Its numbers come from the logits that the loss reads, a few tokens at a
+time, between its forward pass and its gradient.  With a reference these are the logits of the student and of the mix,
+so the states of teacher and reference are projected, too.  The loss and its gradient do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
+from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    solve_target,
+    target_measures,
+    vocab_entropy,
+)
+from megatron_selfdistill.loss.target import Divergence, Target
+
+CHUNK_TOKENS = 512
+"""The largest number of tokens whose logits of teacher and reference exist at a time, besides those of the loss."""
+
+
+_OF_TEACHER = ("teacher_entropy", "teacher_log_prob", "top1_agreement")
+
+
+class OwnLogits(NamedTuple):
+    """The logits of the models that a target with a reference mixes, ``[n, v / tp]`` each; None is not measured."""
+
+    teacher: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """The measures of R response tokens, [R] each if not stated, equal on all tensor-parallel ranks."""
+
+    mass_on_rare_student: Tensor
+    """The target's mass on tokens that are rare for the student, see `TargetMeasures`; float64."""
+    mass_on_rare_reference: Tensor | None = None
+    """The same for the reference; None without a reference."""
+    kl_to_anchor: Tensor | None = None
+    """KL(q || a) and KL(t || a) of target q, teacher t and anchor a, [R, 2] float64, see `TargetMeasures`; None where
+    the teacher is not measured."""
+    kl_of_others: Tensor | None = None
+    """KL(q || a) in nats of each of `TokenMeasurement.other_targets`, [R, targets] float64; None without any."""
+    reference_entropy: Tensor | None = None
+    """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
+    teacher_entropy: Tensor | None = None
+    """The entropy of the teacher in nats; None without a reference, where the loss takes it, and where the step does
+    not measure the teacher."""
+    teacher_log_prob: Tensor | None = None
+    """The teacher's log-prob of the response token in nats; None if ``teacher_entropy`` is None."""
+    top1_agreement: Tensor | None = None
+    """Whether student and teacher have the same argmax, bool; None if ``teacher_entropy`` is None."""
+    summary: LogitSummary | None = None
+    """The summaries of the logits of student, teacher and, where there is one, reference; None unless asked for."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
+        """Return the measures of the tokens of all parts, at least one, in their order."""
+        joined: dict[str, Any] = {}
+        for field_name in (f.name for f in fields(cls)):
+            values = [getattr(part, field_name) for part in parts]
+            join = LogitSummary.concatenate if field_name == "summary" else torch.cat
+            joined[field_name] = None if values[0] is None else join(values)
+        return cls(**joined)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the numbers that describe the teacher are measured."""
+        return self.teacher_entropy is not None
+
+    def with_teacher(self, stats: TokenStats) -> TokenStats:
+        """Return ``stats`` with the numbers that describe the teacher, where they are measured."""
+        if not self.has_teacher:
+            return stats
+        return replace(stats, **{name: getattr(self, name) for name in _OF_TEACHER})
+
+
+@dataclass(frozen=True)
+class TokenMeasurement:
+    """The choice of what a step measures."""
+
+    target: Target
+    """The target of the step's loss, which has a teacher."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """The largest number of tokens whose logits of teacher and reference exist at a time."""
+    backend: str | None = None
+    """The backend that computes the entropy of the reference and the numbers of the teacher."""
+    summarises: bool = False
+    """Whether the measures include the summaries of the logits."""
+    other_targets: Sequence[Target] = ()
+    """Targets that are measured beside ``target``; all of them, ``target`` too, mix the teacher with the student."""
+
+
+@dataclass
+class MeasuringObserver:
+    """The `Observer` of the loss of R tokens that measures each chunk, a few tokens at a time."""
+
+    measurement: TokenMeasurement
+    """The choice of what is measured."""
+    vocab: VocabShard
+    """The columns of all logits on this rank."""
+    response_tokens: Tensor
+    """The response tokens [R] int64."""
+    own_logits: Callable[[slice], OwnLogits]
+    """The function that projects the states of teacher and reference of a slice of the R tokens."""
+    teacher_weights: Tensor | None = None
+    """The w of each token [R]; None is the target's."""
+    parts: list[TokenMeasures] = field(default_factory=list)
+    """The measures so far, in the order of the tokens."""
+
+    @torch.no_grad()
+    def __call__(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
+        """Measure the tokens of a chunk.
+
+        Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `target_measures`,
+        `vocab_entropy`, `distillation_loss` and `summarise_logits`.
+        """
+        length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
+        start = tokens.start
+        for student, teacher, beta in zip(
+            student_logits.split(length), teacher_logits.split(length), stats.beta.split(length), strict=True
+        ):
+            part = slice(start, start + len(beta))
+            self.parts.append(self._measures(part, student, teacher, beta))
+            start = part.stop
+
+    def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
+        """Return the measures of a slice of the R tokens."""
+        target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
+        masses, kl_to_anchor = target_measures(
+            student_logits,
+            teacher_logits,
+            beta,
+            target=target,
+            vocab=self.vocab,
+            reference_logits=own.reference,
+            own_teacher_logits=teacher_logits if own.reference is None else own.teacher,
+            teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
+        )
+        of_reference = entropy = None
+        if own.reference is not None:
+            of_reference = masses[:, 1]
+            if not target.needs_reference_entropy:
+                entropy = vocab_entropy(own.reference, self.vocab, backend=backend)
+        of_teacher: dict[str, Tensor] = {}
+        if own.teacher is not None:
+            alone = distillation_loss(
+                student_logits,
+                own.teacher,
+                self.response_tokens[tokens],
+                target=Target("teacher_alone", anchor="student"),
+                divergence=Divergence(),
+                vocab=self.vocab,
+                backend=backend,
+            )
+            of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
+        models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
+        summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
+        others = [self._kl_to_student(it, student_logits, teacher_logits) for it in self.measurement.other_targets]
+        return TokenMeasures(
+            mass_on_rare_student=masses[:, 0],
+            mass_on_rare_reference=of_reference,
+            kl_to_anchor=kl_to_anchor,
+            kl_of_others=torch.stack(others, 1) if others else None,
+            reference_entropy=entropy,
+            **of_teacher,
+            summary=summary,
+        )
+
+    def _kl_to_student(self, target: Target, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Return KL(q || p) [n] float64 of a target q that mixes the teacher with the student p."""
+        beta = solve_target(student_logits, teacher_logits, target, self.vocab, backend=self.measurement.backend).beta
+        found = target_measures(
+            student_logits,
+            teacher_logits,
+            beta,
+            target=target,
+            vocab=self.vocab,
+            own_teacher_logits=teacher_logits,
+        )
+        assert found.kl_to_anchor is not None, "the teacher's logits are given"
+        return found.kl_to_anchor[:, 0]
