@@ -15,13 +15,8 @@ require_extra(__name__, "train")  # before the imports that need these packages
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
-from megatron_selfdistill.checkpoint.resumption import (
-    PROMPTS,
-    Resumption,
-    RunDirectory,
-    latest_resumption,
-    with_warmup,
-)
+from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
+from megatron_selfdistill.checkpoint.run_directory import RunDirectory
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair

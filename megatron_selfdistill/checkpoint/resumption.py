@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill import config as configuration
+from megatron_selfdistill.checkpoint.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.config import Config, ModelConfig, YarnConfig, to_yaml
 from megatron_selfdistill.config.bound_keys import (
     BOUND,
@@ -25,12 +25,10 @@ from megatron_selfdistill.config.bound_keys import (
     stored_values,
 )
 from megatron_selfdistill.data.contexts import FIXED_DATE
-from megatron_selfdistill.data.tokenizer import chat_template_text
-from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, SavedRun, read_saved_run
+from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.terminal import hidden
 
@@ -46,7 +44,6 @@ PROMPTS = "prompts_digest"
 """The key of a trainer's state under which a checkpoint keeps the digest of the first prompts."""
 _PROBLEMS = "the problems that data.path gives (their digest)"
 _FORCE = "force"
-CONFIGURATION_FILE = "config.yaml"
 LONGEST_WARMUP = 10
 """The largest number of warm-up steps of a run that sets none."""
 
@@ -223,58 +220,3 @@ def _changed_data(saved: SavedRun, fingerprint: str) -> list[KeyDifference]:
     if sampler is None or sampler["fingerprint"] == fingerprint:
         return []
     return [KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND)]
-
-
-class RunDirectory:
-    """The run directory: the files that the reporter writes once per launch, and the proof of its ownership.
-
-    ``is_owned`` is the only state of the object; it becomes False once another run has taken the directory over.
-    """
-
-    def __init__(self, config: Config, step: int, prove_ownership: Callable[[], None] | None = None) -> None:
-        """Remember the configuration and the number of steps that are done at the start of this launch, ``step``.
-
-        ``prove_ownership``: a function for rank 0, which raises `CheckpointError` where another run has taken the
-        directory over (`RunLock.renew`).
-        """
-        self.path, self._config, self._step = Path(config.run_dir), config, step
-        self._prove_ownership = prove_ownership
-        self.is_owned = True
-
-    def require_ownership(self) -> None:
-        """Raise `CheckpointError` on all ranks where another run has taken the run directory over.  Collective."""
-        if self._prove_ownership is not None:
-            try:
-                run_on_rank_0(self._prove_ownership)
-            except CheckpointError:
-                self.is_owned = False
-                raise
-
-    def write(self) -> None:
-        """Write config.yaml, ``data.chat_template`` as `RUN_TEMPLATE`, and the Hugging Face files of the checkpoint.
-
-        A config.yaml with other contents belongs to an earlier launch; this method renames it to
-        ``config.until_step_<step>.yaml``.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file, text = self.path / CONFIGURATION_FILE, configuration.to_yaml(self._config)
-        if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != text:
-            file.rename(self._unused_name())
-        file.write_text(text, encoding="utf-8")
-        template = chat_template_text(self._config.data.chat_template)
-        if template is not None and hidden(template) == template:  # no value of the environment gets into a file
-            (self.path / RUN_TEMPLATE).write_text(template, encoding="utf-8")
-        if self._config.checkpoint.load:
-            copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
-
-    def restore(self) -> None:
-        """Write the files of `write` again if the run directory was removed since the launch."""
-        if not (self.path / CONFIGURATION_FILE).is_file():
-            logger.warning("%s is not there any more: it is written again", hidden(str(self.path)))
-            self.write()
-
-    def _unused_name(self) -> Path:
-        number, name = 1, f"config.until_step_{self._step}"
-        while (unused := self.path / f"{name}{f'.{number}' if number > 1 else ''}.yaml").exists():
-            number += 1
-        return unused

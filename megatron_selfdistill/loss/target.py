@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target of a response token, which is the method, and the divergences of the student from it.
+"""The target of a response token, which is the method.
 
     p = softmax(s)               the student; s: the student's logits of the token
     m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
@@ -15,14 +15,6 @@ monotonically in beta, from log(number of valid columns) to log(number of ties a
 
 This file is the definition, on full rows and by bisection.  `loss/sharded` computes the same on vocabulary shards.
 `Status` tells how the beta of a token came about.
-
-The rule "batch" has one k for a whole step, from the mean entropies of the step before.  The mean entropy of the mix is
-known at the few betas of the grid.  Between them `solve_batch_k` interpolates it over log beta by a monotone cubic
-(Fritsch and Carlson 1980, doi 10.1137/0717021).
-
-The divergences between student p and target q are reverse KL, forward KL and the generalised Jensen-Shannon divergence
-(JSD).  The sharded loss sums the same elementwise terms, which lose no digits where p and q are close.  In their names,
-d = log q - log p, and M = lam q + (1 - lam) p is the mixture of the JSD.
 """
 
 from __future__ import annotations
@@ -31,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any
 
@@ -300,83 +292,6 @@ def _matching_beta(mix: Tensor, wanted: Tensor, low: float, high: float) -> Tens
     return torch.where(torch.isfinite(wanted + mix.amax(-1)), beta, torch.nan)
 
 
-def solve_batch_k(
-    mean_student_entropy: float,
-    betas: Sequence[float] | Tensor,
-    mean_grid_entropies: Sequence[float] | Tensor,
-    k_max: float | None,
-    *,
-    max_entropy: float = math.inf,
-) -> float:
-    """Return an estimate of the k at which the mean entropies of mix and student are equal, at most ``k_max``.
-
-    betas: rising.  mean_grid_entropies[j]: the mean over tokens of H(softmax(betas[j] m)), of which the tokens' values
-    are `TokenStats.grid_entropies`.  All entropies are in nats.
-    max_entropy: log of the number of valid columns.  The interpolated quantity is the logit-entropy
-    log H - log(1 - H / max_entropy), which is log H for the default.
-    Accuracy: the mean entropy at k is exact at grid points.  On the classes of ``solver_accuracy.py`` it is within 0.02
-    nats where student and teacher are alike, and within 0.25 nats where all tokens melt from a few columns into the
-    bulk, or settle on a plateau, in one cell of the grid.  The rule uses k for the tokens of the next step, which
-    differ by more.  Beyond the grid, k belongs to the nearer end.
-    Raises: ValueError for means that are not finite, or whose number differs from the number of betas.
-    """
-    positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
-    entropies = torch.as_tensor(mean_grid_entropies, dtype=torch.float64, device="cpu")
-    rises = positions.dim() == 1 and bool(positions.isfinite().all() and (positions.diff() > 0).all())
-    if positions.shape != entropies.shape or positions.numel() < 2 or not rises:
-        raise ValueError(
-            "solve_batch_k: betas, above 0 and rising, and mean_grid_entropies must be equally long, at least 2; "
-            f"got {betas} and {positions.numel()} and {entropies.numel()}."
-        )
-    wanted = torch.tensor(float(mean_student_entropy), dtype=torch.float64)
-    if not (torch.isfinite(wanted) and torch.isfinite(entropies).all()):
-        raise ValueError(
-            f"solve_batch_k: mean entropies must be finite; got {float(wanted)} and {entropies.tolist()}. "
-            "Leave tokens with NaN out of the means."
-        )
-    heights = _logit(entropies, max_entropy) - _logit(wanted.clamp(min=MIN_ENTROPY), max_entropy)
-    heights = heights.cummin(0).values  # H falls as beta rises; rounding may say otherwise
-    k = math.exp(-_monotone_cubic_root(positions.tolist(), heights.tolist()))
-    return k if k_max is None else min(k, k_max)
-
-
-def _logit(entropies: Tensor, max_entropy: float) -> Tensor:
-    return entropies.clamp(min=1e-30).log() - (1 - entropies / max_entropy).clamp(min=1e-12).log()
-
-
-def _monotone_cubic_root(positions: list[float], heights: list[float]) -> float:
-    """Return the position at which the monotone cubic through falling heights is 0; without a root, the nearer end."""
-    if heights[0] <= 0:
-        return positions[0]
-    if heights[-1] >= 0:
-        return positions[-1]
-    cell = sum(height > 0 for height in heights) - 1
-    widths = [b - a for a, b in pairwise(positions)]
-    secants = [(b - a) / h for a, b, h in zip(heights, heights[1:], widths, strict=False)]
-
-    def slope(i: int) -> float:
-        if i in (0, len(secants)):
-            return secants[min(i, len(secants) - 1)]
-        before, after = secants[i - 1], secants[i]
-        return 2 * before * after / (before + after) if before * after > 0 else 0.0
-
-    width, start, end = widths[cell], heights[cell], heights[cell + 1]
-    first, last = slope(cell) * width, slope(cell + 1) * width
-    left, right = 0.0, 1.0
-    for _ in range(60):
-        x = (left + right) / 2
-        value = start + x * (
-            first + x * (3 * (end - start) - 2 * first - last + x * (2 * (start - end) + first + last))
-        )
-        left, right = (x, right) if value > 0 else (left, x)
-    return positions[cell] + width * (left + right) / 2
-
-
-FLOOR = -1e12
-"""The number that stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube is finite in
-float32."""
-
-
 @dataclass(frozen=True)
 class Divergence:
     """The divergence that pulls the student p towards the constant target q.
@@ -462,178 +377,6 @@ def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[sl
     ends = list(accumulate(counts))
     slices = [(slice(end - count, end), kind) for end, (count, kind) in zip(ends, groups, strict=True) if count]
     return slices or [(slice(0, 0), groups[0][1])]
-
-
-def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """Return D(p, q) in nats of every row: [..., V], [..., V] -> [...].
-
-    The result equals ``(p * (log_p - log_q)).sum(-1)`` for reverse KL, ``(q * (log_q - log_p)).sum(-1)`` for forward
-    KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.  With `Divergence.forward_above` it is reverse KL, to
-    which forward KL is added for rows whose H(q) is above that number.  `Divergence.order` makes it Renyi's divergence.
-    log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
-    Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
-    """
-    check_arguments("divergence", locals())
-    if divergence.forward_above is not None:
-        reverse, forward = (_kl_of_kind(log_p, log_q, kind) for kind in ("reverse_kl", "forward_kl"))
-        return torch.where(forward_share(entropy(log_q), divergence.forward_above) > 0, reverse + forward, reverse)
-    if divergence.is_renyi:
-        return _renyi(log_p, log_q, divergence)
-    if divergence.kind != "jsd":
-        return _kl_of_kind(log_p, log_q, divergence.kind)
-    p, q, d = probabilities_and_ratio(log_p, log_q)
-    return jsd_terms(p, q, d, divergence.jsd_lambda).sum(-1)
-
-
-def forward_share(target_entropy: Tensor, forward_above: float) -> Tensor:
-    """Return the weight of KL(q || p) beside KL(p || q): 1 where H(q) is above ``forward_above``, else 0.
-
-    target_entropy: H(q) in nats, any shape, which the result has, too.  NaN gives 0.
-    """
-    return (target_entropy > forward_above).to(target_entropy.dtype)
-
-
-def _kl_of_kind(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
-    """Return KL(p || q) for "reverse_kl", KL(q || p) for "forward_kl"."""
-    p, q, d = probabilities_and_ratio(log_p, log_q)
-    if kind == "reverse_kl":
-        value, infinite = reverse_kl_terms(p, q, d), torch.isneginf(log_q) & ~torch.isneginf(log_p)
-    else:
-        value, infinite = forward_kl_terms(p, q, d), torch.isneginf(log_p) & ~torch.isneginf(log_q)
-    return value.sum(-1).masked_fill(infinite.any(-1), torch.inf)
-
-
-def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """Return dD / ds for the student's logits s of p = softmax(s), with q constant: [..., V].
-
-        reverse KL   p ((log p - log q) - KL(p || q))
-        forward KL   p - q
-        JSD          (1 - lam) p (log(p / M) - KL(p || M))
-        Renyi        b / (alpha - 1) (w - p),  w = p^b q^(1 - b) / sum,  b = alpha, with forward KL 1 - alpha
-
-    With `Divergence.forward_above`, the gradient of forward KL is added to that of reverse KL where H(q) is above it.
-    The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
-    NaN.
-    """
-    check_arguments("divergence_gradient", locals())
-    if divergence.is_renyi:
-        return renyi_gradient(log_p, log_q, _renyi(log_p, log_q, divergence), divergence)
-    p, q, d = probabilities_and_ratio(log_p, log_q)
-    if divergence.kind == "forward_kl":
-        return -q_minus_p(p, q, d)
-    if divergence.kind == "jsd":
-        return jsd_gradient(p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1))
-    infinite = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
-    gradient = reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
-    if divergence.forward_above is None:
-        return gradient
-    return gradient - forward_share(entropy(log_q), divergence.forward_above)[..., None] * q_minus_p(p, q, d)
-
-
-def probabilities_and_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, q and d = log q - log p, finite also where a log-probability is -inf; NaN stays NaN."""
-    log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
-    return log_p.exp(), log_q.exp(), log_q - log_p
-
-
-def q_minus_p(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Return q - p, exact to the last digits also where q and p are close."""
-    return torch.copysign(torch.expm1(-d.abs()).mul_(torch.maximum(p, q)), d)
-
-
-def reverse_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Return p (e^d - 1 - d) >= 0, whose sum is KL(p || q).
-
-    An error in the normaliser of q enters the sum squared only.
-    """
-    return q_minus_p(p, q, d).sub_(p * d)
-
-
-def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Return p (e^d (d - 1) + 1) >= 0, whose sum is KL(q || p).
-
-    An error in the normaliser of q enters the sum squared only.
-    """
-    return (q * d).sub_(q_minus_p(p, q, d))
-
-
-def log_mixture_over_p(d: Tensor, jsd_lambda: float) -> Tensor:
-    """Return log(M / p) = log(lam e^d + 1 - lam), for any d."""
-    return _log_mixture_over_larger(d, jsd_lambda).add_(d.clamp(min=0))
-
-
-def jsd_terms(p: Tensor, q: Tensor, d: Tensor, jsd_lambda: float) -> Tensor:
-    """Return lam q log(q / M) + (1 - lam) p log(p / M) >= 0, whose sum is the JSD."""
-    over_larger = _log_mixture_over_larger(d, jsd_lambda)
-    from_q = (d.clamp(max=0) - over_larger).mul_(q).mul_(jsd_lambda)
-    return from_q.sub_((d.clamp(min=0) + over_larger).mul_(p).mul_(1 - jsd_lambda))
-
-
-def _log_mixture_over_larger(d: Tensor, jsd_lambda: float) -> Tensor:
-    """Return log(M / max(p, q)), finite and exact also where one of p and q is nearly 0."""
-    weight_of_smaller = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
-    return torch.expm1(-d.abs()).mul_(weight_of_smaller).log1p_()
-
-
-def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:
-    """Return the gradient p (-d - KL(p || q)), given KL(p || q) of each row."""
-    return (d + reverse_kl[..., None]).mul_(p).neg_()
-
-
-def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) -> Tensor:
-    """Return the gradient (1 - lam) p (log(p / M) - KL(p || M)), given KL(p || M) of each row."""
-    return (log_mixture_over_p(d, jsd_lambda) + kl_p_mixture[..., None]).mul_(p).mul_(jsd_lambda - 1)
-
-
-NEAR = 0.5
-"""The largest |log Z| of a Renyi divergence, Z = sum p^b q^(1 - b), that is computed from Z - 1."""
-FAR = 1e29
-"""A log Z above this number stands for infinity."""
-
-
-def renyi_sums(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """Return Z - 1 and log Z of the columns [..., V] of each row, Z = sum p^b q^(1 - b): [..., 2].
-
-    log_p, log_q: normalised over all columns, -inf where a column does not exist.  Z - 1 is a sum of terms of one sign,
-    which loses no digits where p and q are close; it may overflow where they are not, and log Z does not.
-    Parts of a row: Z - 1 are added, and log Z by `logsumexp`.
-    """
-    first, other = (log_p, log_q) if divergence.kind == "reverse_kl" else (log_q, log_p)
-    order, power = divergence.order, 1 - divergence.order
-    no_first, no_other = torch.isneginf(first), torch.isneginf(other)
-    alone = no_first | no_other
-    delta = torch.where(alone, 0.0, other - first)
-    height = torch.where(no_other, math.copysign(10 * FAR, order - 1), first + power * delta)
-    height = torch.where(no_first, -10 * FAR, height)
-    f, g, both = first.exp(), other.exp(), height.exp()
-    terms = q_minus_p(f, both, power * delta) - power * q_minus_p(f, g, delta)
-    terms = torch.where(alone, (both - f) - power * (g - f), terms)
-    return torch.stack([terms.sum(-1), height.logsumexp(-1)], -1)
-
-
-def renyi_value(small: Tensor, log_sum: Tensor, divergence: Divergence) -> Tensor:
-    """Return the Renyi divergence from Z - 1 and log Z, any shape; +inf where log Z is infinite in its direction."""
-    value = torch.where(log_sum.abs() < NEAR, small.log1p(), log_sum) / (divergence.order - 1)
-    return value.masked_fill(log_sum.abs() > FAR, torch.inf).clamp(min=0)
-
-
-def renyi_gradient(log_p: Tensor, log_q: Tensor, value: Tensor, divergence: Divergence) -> Tensor:
-    """Return the gradient b / (alpha - 1) (w - p) [..., V], given the divergence of each row; NaN where it is infinite.
-
-    With d = log q - log p, log(w / p) = (1 - b) d + (1 - alpha) D, so that w - p keeps its digits near order 1.
-    """
-    power, rest = divergence.student_power, 1 - divergence.order
-    missing = torch.isneginf(log_p) & torch.isneginf(log_q)
-    log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
-    log_ratio = (1 - power) * (log_q - log_p) + (rest * value + (value - value))[..., None]
-    p, w = log_p.exp(), (log_p + log_ratio).exp()
-    return (q_minus_p(p, w, log_ratio) * (-power / rest)).masked_fill(missing, 0.0)
-
-
-def _renyi(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-    """Return the Renyi divergence of every row."""
-    small, log_sum = renyi_sums(log_p, log_q, divergence).unbind(-1)
-    return renyi_value(small, log_sum, divergence)
 
 
 def _is_above_0(value: Any, kind: type = Integral) -> bool:

@@ -229,7 +229,7 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 
     The wanted entropy is `TokenStats.wanted_entropy`.  The results are equal on all ranks.
 
-    `loss.target.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
+    `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
     Collectives as in `step_metrics`.
     """
     sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)

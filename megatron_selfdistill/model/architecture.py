@@ -38,12 +38,12 @@ from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.layers import (
     ALL_HEADS,
     BiasedExpertOutput,
-    CoreAttention,
     LatentRMSNorm,
     RMSNorm,
     normalise_all_heads,
     with_latent_epsilon,
 )
+from megatron_selfdistill.model.local_attention import CoreAttention
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {

@@ -24,7 +24,7 @@ from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.attention_variants import has_sinks
-from megatron_selfdistill.model.layers import CoreAttention, GatherSequence
+from megatron_selfdistill.model.local_attention import CoreAttention, GatherSequence
 
 _PACKED_SINKS_OF_TRANSFORMER_ENGINE = "2.12.0"
 """The first version of Transformer Engine with a kernel for sinks in packed sequences."""

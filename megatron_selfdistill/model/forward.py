@@ -30,7 +30,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
-from megatron_selfdistill.model.layers import PackedSequences
+from megatron_selfdistill.model.local_attention import PackedSequences
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ from megatron.core.transformer.utils import (
 
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.layers import PackedSequences, segment_batches_of
+from megatron_selfdistill.model.local_attention import PackedSequences, segment_batches_of
 
 OLDEST = (0, 6)
 """The oldest version that is taken: up to 0.4 the gradients are wrong on Hopper GPUs with `WRONG_TRITON`."""

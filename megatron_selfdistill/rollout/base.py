@@ -20,20 +20,10 @@ from torch import Tensor
 
 from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.data.thoughts import readable
-from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target, vocab_entropy
-from megatron_selfdistill.loss.target import Target, mixed_logits
+from megatron_selfdistill.loss.target import Target
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer
-
-
-# Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
-_MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}
-
-
-ROLES = ("student", "teacher", "reference")
-"""The roles of a guided request's contexts.  The teacher's context has a prompt of its own; the reference reads the
-student's prompt with other weights."""
 
 
 @dataclass(frozen=True)
@@ -46,153 +36,6 @@ class RoleWeights:
     """The chunks of this rank, cut like the student's; their weights may rest in host memory."""
     on_device: Callable[[], AbstractContextManager[object]]
     """Opens a context within which the weights are on the device."""
-
-
-@dataclass(frozen=True)
-class MixedTokens:
-    """One token for each of b groups of contexts; log-probabilities are ``[b]`` float64, in nats."""
-
-    token_ids: Tensor
-    """Sampled token ids ``[b]`` int64."""
-    student_log_probs: Tensor
-    """Log softmax(l_S) of each token."""
-    teacher_log_probs: Tensor
-    """Log softmax(l_T) of each token."""
-    mixed_log_probs: Tensor
-    """Log q of each token; 0 where greedy."""
-
-
-def select_mixed_tokens(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    uniforms: Tensor,
-    target: Target,
-    *,
-    greedy: bool,
-    reference_logits: Tensor | None = None,
-    backend: str | None = None,
-    num_ids: int | None = None,
-) -> MixedTokens:
-    """Sample one token per group of rows from the mixed target, by inverting its cumulative distribution in float64.
-
-    token = min {v : sum_{i <= v} q_i > uniform}, with log q = log_softmax(beta m), m = w l_T + l_S, or w l_T + l_R
-    with a reference, and the beta that `loss.solve_target` finds, whatever rule ``target`` names; greedy: the argmax of
-    m, the lowest id among equals.  Equal logits in all rows give q = softmax(l_S), from which `base.select_tokens`
-    samples.
-
-    Shapes: all logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
-    when greedy.  ``reference_logits``: given if and only if the target is anchored to a reference.  A row with NaN
-    gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.  ``num_ids``: as in
-    `SamplingParams`; other ids have q = 0, and the rest of q is renormalised.
-
-    Raises: ValueError if shapes do not fit, or if the reference's logits are missing or not asked for.
-    """
-    if target.is_anchored != (reference_logits is not None):
-        raise ValueError(
-            "select_mixed_tokens: reference_logits must be given if and only if the target is anchored to a reference; "
-            f"got anchor={target.anchor} and {'no ' if reference_logits is None else ''}reference_logits."
-        )
-    anchor_logits = student_logits if reference_logits is None else reference_logits
-    if student_logits.dim() != 2 or not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
-        shapes = {"student": student_logits, "teacher": teacher_logits} | (
-            {} if reference_logits is None else {"reference": reference_logits}
-        )
-        raise ValueError(
-            "select_mixed_tokens: all logits must be [b, V] of one shape; got "
-            f"{' and '.join(f'{name} {tuple(logits.shape)}' for name, logits in shapes.items())}."
-        )
-    if uniforms.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"select_mixed_tokens: uniforms must hold one number per row, ({student_logits.size(0)},); "
-            f"got {tuple(uniforms.shape)}."
-        )
-    limit = _MAX_MIXED_LOGITS["cpu" if student_logits.device.type == "cpu" else "other"]
-    rows = max(1, limit // max(1, student_logits.size(1)))
-    parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
-    sampled = [
-        _select(student, teacher, anchor, some, target, greedy, backend, num_ids)
-        for student, teacher, anchor, some in zip(*parts, strict=True)
-    ]
-    token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
-    return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
-
-
-def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) -> None:
-    """Raise ValueError if a sampler cannot sample guided tokens from the target itself with ``params``.
-
-    ``has_reference``: whether the sampler holds the weights of a reference.
-    """
-    if params.temperature not in (0, 1) or params.top_k != 0 or params.top_p != 1:
-        raise ValueError(
-            "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
-            f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
-        )
-    if params.target.is_anchored and not has_reference:
-        raise ValueError(
-            "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
-            "sampler does not hold: set target.anchor=student"
-        )
-
-
-def guided_roles(target: Target) -> tuple[str, ...]:
-    """Return the roles of the contexts that a guided response has under ``target``.
-
-    The student's context is among them: ``Response.log_probs`` are the student's, whatever the target mixes.
-    """
-    return ROLES if target.is_anchored else ROLES[:2]
-
-
-def prompt_of(request: Request, role: str) -> list[int]:
-    """Return the prompt of a guided request's context in one of `ROLES`."""
-    if role != "teacher":
-        return request.prompt
-    assert request.teacher_prompt is not None, "only guided requests have a teacher"
-    return request.teacher_prompt
-
-
-def _select(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    anchor_logits: Tensor,
-    uniforms: Tensor,
-    target: Target,
-    greedy: bool,
-    backend: str | None,
-    num_ids: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher, anchor = student_logits.double(), teacher_logits.double(), anchor_logits.double()
-    mix = mixed_logits(anchor, teacher, *target.mix_weights)
-    if greedy:
-        tokens = mix[:, :num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
-        mixed_log_probs = mix.new_zeros(mix.size(0))
-    else:
-        solution = _solution(student_logits, teacher_logits, anchor_logits, mix, target, backend)
-        # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
-        log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
-        tokens, mixed_log_probs = invert_cdf(log_q.exp_()[:, :num_ids], uniforms)
-    return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs
-
-
-def _solution(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    anchor_logits: Tensor,
-    mix: Tensor,
-    target: Target,
-    backend: str | None,
-) -> TargetSolution:
-    """Return the beta and the normaliser of every token; ``mix [b, V]`` float64 is m."""
-    vocab = VocabShard(0, mix.size(-1), mix.size(-1))
-    if not target.is_anchored:
-        return solve_target(student_logits, teacher_logits, target, vocab, backend=backend)
-    # With a reference, the loss takes the mix of both frozen models in the unit of logits in place of the teacher.
-    dtype = torch.float32
-    for logits in (student_logits, teacher_logits, anchor_logits):
-        dtype = torch.promote_types(dtype, logits.dtype)
-    folded, wanted = (mix / target.geometric_k).to(dtype), None
-    if target.needs_reference_entropy:
-        wanted = vocab_entropy(anchor_logits, vocab, backend=backend)
-    return solve_target(student_logits.to(dtype), folded, target, vocab, reference_entropy=wanted, backend=backend)
 
 
 # Elements of one float64 temporary of `select_tokens`, 4 MiB and 128 MiB: rows are processed in groups of this size.

@@ -16,7 +16,7 @@ from tiers import combinations
 
 from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model import layers, rotary
+from megatron_selfdistill.model import local_attention, rotary
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.pipeline import batch, schedule
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens
@@ -93,12 +93,12 @@ def traffic_with(fault: str) -> list[str]:
         if fault == "Megatron's rotary embedding":
             patch.setattr(rotary.rope_utils, "_apply_rotary_pos_emb_thd", rotary._megatrons_packed_rotation)
         elif fault == "attention asks for lengths":
-            of = layers.PackedSequences.of.__func__
+            of = local_attention.PackedSequences.of.__func__
 
             def without_bounds(cls: Any, *args: Any, with_segment_batches: bool) -> Any:
                 return dataclasses.replace(of(cls, *args, with_segment_batches=False), segment_bounds=())
 
-            patch.setattr(layers.PackedSequences, "of", classmethod(without_bounds))
+            patch.setattr(local_attention.PackedSequences, "of", classmethod(without_bounds))
         return traffic_of(Case(kind="shallow"))
 
 
@@ -106,7 +106,7 @@ def traffic_with(fault: str) -> list[str]:
     ("fault", "where"),
     [
         ("Megatron's rotary embedding", "rope_utils.py"),
-        ("attention asks for lengths", "layers.py"),
+        ("attention asks for lengths", "local_attention.py"),
     ],
 )
 def test_what_a_layer_asks_the_device_would_be_seen(ranks, fault, where):

@@ -32,7 +32,7 @@ from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
-from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
+from megatron_selfdistill.model.local_attention import SegmentBatches, segments_by_length
 from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import microbatch_multiple

@@ -21,24 +21,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.target import (
+from megatron_selfdistill.loss.divergence import (
     FAR,
     FLOOR,
-    RANGE,
-    Divergence,
-    Status,
-    Target,
     forward_kl_terms,
     jsd_gradient,
     jsd_terms,
     log_mixture_over_p,
-    mixed_logits,
     q_minus_p,
     renyi_gradient,
     renyi_sums,
     reverse_kl_gradient,
     reverse_kl_terms,
 )
+from megatron_selfdistill.loss.target import RANGE, Divergence, Status, Target, mixed_logits
 
 
 def beta_grid(target: Target, unit: float = 1.0) -> tuple[float, ...]:
@@ -405,7 +401,7 @@ def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tens
 
 
 def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
-    """Return [num_parts, T, 2]: this shard's Z - 1 and log Z of the Renyi divergence, see `target.renyi_sums`.
+    """Return [num_parts, T, 2]: this shard's Z - 1 and log Z of the Renyi divergence, see `divergence.renyi_sums`.
 
     A shard of padding only has 0 and a log Z that stands for -inf.
     """
@@ -435,7 +431,7 @@ def write_gradient(
     ``log_prob`` is None.
     kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, the divergence itself for Renyi's, unused for
     forward KL.  grad_loss: [T].
-    forward_shares: [T] `target.forward_share` of the tokens, given if and only if the divergence has ``forward_above``.
+    forward_shares: [T] `divergence.forward_share` of the tokens, given only if the divergence has ``forward_above``.
     out: may be the student's logits themselves.
     """
     if shard.student.shape[1] == 0:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     SECOND_PASS,
@@ -38,7 +39,7 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     BetaGrid,
     TokenConstants,
 )
-from megatron_selfdistill.loss.target import FLOOR, MIN_ENTROPY, Status, mixed_logits, status_given, token_status
+from megatron_selfdistill.loss.target import MIN_ENTROPY, Status, mixed_logits, status_given, token_status
 
 LEAST_ENTROPY = 1e-30
 LEAST_DEFICIT = 1e-12

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.choices import LOSS_BACKENDS
+from megatron_selfdistill.loss.divergence import forward_share, renyi_value
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
@@ -54,9 +55,7 @@ from megatron_selfdistill.loss.target import (
     Target,
     TokenDivergences,
     check_arguments,
-    forward_share,
     mixed_logits,
-    renyi_value,
     token_groups,
 )
 
@@ -290,7 +289,7 @@ class ForwardResult:
 
     stats: all of TokenStats; constants and kl_value, [T] each: the numbers per token that backward needs, see
     `write_gradient`.
-    forward_shares: [T] `target.forward_share` of the tokens, 0 for the tokens of a divergence without
+    forward_shares: [T] `divergence.forward_share` of the tokens, 0 for the tokens of a divergence without
     ``forward_above``; None if no token has such a divergence.
     """
 

@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 
 from megatron_selfdistill.choices import DIVERGENCES
-from megatron_selfdistill.loss.target import FLOOR, Status
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.loss.triton.kernel_math import (
     LOG2_E,
     columns_of,
@@ -729,7 +730,7 @@ def _q_minus_p(p, q, d):
 
 @triton.jit
 def _renyi_terms(y, x, constants, rest_of_order, FORWARD: tl.constexpr):
-    """Return the terms of Z - 1 and the log of those of Z, see `target.renyi_sums`."""
+    """Return the terms of Z - 1 and the log of those of Z, see `divergence.renyi_sums`."""
     p, q, d = _ratio(y, x, constants)
     log_p, log_q = y - constants[3], x * constants[4] - constants[5]
     no_p, no_q = y <= _FLOOR, x <= _FLOOR

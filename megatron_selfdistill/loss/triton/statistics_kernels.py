@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.sharded import token_statistics
-from megatron_selfdistill.loss.target import FLOOR, MATCH_TOLERANCE, MIN_ENTROPY, Status
+from megatron_selfdistill.loss.target import MATCH_TOLERANCE, MIN_ENTROPY, Status
 from megatron_selfdistill.loss.triton.kernel_math import (
     as_float32,
     at_least,

@@ -45,7 +45,7 @@ from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.attention_variants import has_sinks
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
-from megatron_selfdistill.model.layers import CoreAttention
+from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
 
 

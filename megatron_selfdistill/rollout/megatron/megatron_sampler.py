@@ -32,15 +32,12 @@ from megatron_selfdistill.rollout.base import (
     Response,
     RoleWeights,
     SamplingParams,
-    guided_roles,
     ignore_progress,
-    prompt_of,
-    refuse_unguidable,
     require_room,
     sample_uniforms,
-    select_mixed_tokens,
     select_tokens,
 )
+from megatron_selfdistill.rollout.guided_tokens import guided_roles, prompt_of, refuse_unguidable, select_mixed_tokens
 from megatron_selfdistill.rollout.megatron.decoding import (
     DecodingModel,
     ForwardPasses,

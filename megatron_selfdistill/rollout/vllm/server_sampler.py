@@ -30,14 +30,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.background import NO_RESPONSES, BusyTime
-from megatron_selfdistill.rollout.base import (
-    Progress,
-    Request,
-    Response,
-    SamplingParams,
-    ignore_progress,
-    request_key,
-)
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress, request_key
 from megatron_selfdistill.rollout.vllm.client import ServerPool, VllmServer, failing, on_each
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights

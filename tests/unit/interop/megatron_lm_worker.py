@@ -46,7 +46,7 @@ def name_layers_as_transformer_engine_does() -> None:
     """Let Megatron-LM's local layer spec use the keys of Transformer Engine's, which no CPU runs."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_selfdistill.model.layers import CoreAttention
+    from megatron_selfdistill.model.local_attention import CoreAttention
 
     submodules_of = older_megatron.submodules_of
 

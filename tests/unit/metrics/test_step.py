@@ -20,7 +20,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.target import solve_batch_k
+from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.metrics import (
     Phases,

@@ -40,7 +40,8 @@ from megatron_selfdistill.model.architecture import (
 )
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+from megatron_selfdistill.model.layers import RMSNorm
+from megatron_selfdistill.model.local_attention import CoreAttention
 
 DENSE = ModelConfig(num_layers=4)
 MOE = ModelConfig(num_layers=4, num_moe_experts=4)

@@ -34,7 +34,7 @@ from megatron_selfdistill.model.gated_delta_net import (
     GatedDeltaNetLinears,
     kernels_for,
 )
-from megatron_selfdistill.model.layers import PackedSequences
+from megatron_selfdistill.model.local_attention import PackedSequences
 
 ROWS = 2
 

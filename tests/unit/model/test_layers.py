@@ -25,10 +25,11 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
-from megatron_selfdistill.model import attention_variants, layers
+from megatron_selfdistill.model import attention_variants, layers, local_attention
 from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
-from megatron_selfdistill.model.layers import CoreAttention, PackedSequences, RMSNorm
+from megatron_selfdistill.model.layers import RMSNorm
+from megatron_selfdistill.model.local_attention import CoreAttention, PackedSequences
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -301,7 +302,7 @@ def packed_attention(group, mutation: str | None = None, variant: str = "full") 
     upstream[real_rows()] = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         if mutation:
-            patch.setattr(layers, *MUTATIONS[mutation])
+            patch.setattr(local_attention, *MUTATIONS[mutation])
         patch.setattr(attention_variants, "_LEAST_QUERIES", 1)
         layer = attention(group, variant)
         out = layer(query, key, value, packed_seq_params=packed_params())
@@ -388,7 +389,7 @@ def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
     return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
 
 
-_by_length, _rows = layers.segments_by_length, layers.context_parallel_queries
+_by_length, _rows = local_attention.segments_by_length, local_attention.context_parallel_queries
 MUTATIONS = {
     "no segments": ("segments_by_length", one_segment),
     "no segments, CP": ("context_parallel_queries", without_segments),
@@ -409,7 +410,7 @@ def test_a_mask_that_lacks_segments_or_positions_is_caught(ranks, mutation):
 
 def test_the_layout_is_made_once_per_microbatch(monkeypatch):
     params, made = packed_params(), []
-    monkeypatch.setattr(layers, "segments_by_length", lambda *a: made.append(1) or _by_length(*a))
+    monkeypatch.setattr(local_attention, "segments_by_length", lambda *a: made.append(1) or _by_length(*a))
     rows = random_qkv(BOUNDS[-1])
     first = attention()(*rows, packed_seq_params=params)
     assert attention()(*rows, packed_seq_params=params).equal(first)
@@ -463,8 +464,8 @@ def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, 
     backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
     seen = Largest()
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
-        patch.setattr(layers, "_FUSED_QUERIES", num_rows)
-        patch.setattr(layers, "_SCORES", scores)
+        patch.setattr(local_attention, "_FUSED_QUERIES", num_rows)
+        patch.setattr(local_attention, "_SCORES", scores)
         with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
             out = attention(group)(*inputs, packed_seq_params=packed)
         with seen:

@@ -23,7 +23,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, pack
 from megatron_selfdistill.model import rotary
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
-from megatron_selfdistill.model.layers import PackedSequences
+from megatron_selfdistill.model.local_attention import PackedSequences
 
 CHANNELS = 12
 WIDTHS = {"all channels": 12, "half of the channels": 6, "one pair": 2}

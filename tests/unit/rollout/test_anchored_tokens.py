@@ -12,13 +12,8 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.rollout.base import (
-    MixedTokens,
-    SamplingParams,
-    refuse_unguidable,
-    select_mixed_tokens,
-    select_tokens,
-)
+from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
+from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
 
 TARGETS = {
     "reference's entropy": Target(anchor="reference"),
