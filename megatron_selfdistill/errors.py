@@ -21,19 +21,18 @@ class ConfigError(ValueError):
 
 
 class BadRecordError(ValueError):
-    """A record of a data set that cannot be used; the message names the field, and the reader adds file and line."""
+    """A record of a data set that cannot be used.
 
-
-class BadConversationError(BadRecordError):
-    """A logged conversation that cannot be used; the message does not quote the conversation."""
+    The message names the field, and the reader adds file and line.  The message does not quote the record.
+    """
 
     def __init__(self, message: str, content: object = None) -> None:
         super().__init__(message)
         self.content = content
-        """The part of the conversation that the message is about, for users who may see it; None is no part."""
+        """The part of the record that the message is about, for users who may see it; None is no part."""
 
 
-class UnresolvedError(BadConversationError):
+class UnresolvedError(BadRecordError):
     """A logged conversation in which no mark and no rule names an answer that the user accepted."""
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from megatron_selfdistill.choices import LONG_CONTEXT_POLICIES
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -159,14 +158,7 @@ def fit_teacher_prompt(
 
     Raises: ValueError also if the two prompts do not end in the same generation prompt.
     """
-    if policy not in LONG_CONTEXT_POLICIES:
-        raise ValueError(f"data.on_long_context: expected one of {', '.join(LONG_CONTEXT_POLICIES)}, got {policy!r}.")
     room = max_length - max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"Expected rollout.max_new_tokens to leave room for a prompt, got {max_new_tokens} of data.max_length "
-            f"{max_length}; raise data.max_length or lower rollout.max_new_tokens."
-        )
     if problem.shares:
         limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
         return _fit_all_teachers(builder, problem, policy, limits)
@@ -235,10 +227,6 @@ def build_contexts(
     Several samples of a problem have the same pair.  The token ids of responses are those that were sampled.
     ``guided``: the ids of the problems that are guided.
     """
-    if len(prompt_pairs) != len(responses):
-        raise ValueError(
-            f"Expected one prompt pair per response, got {len(prompt_pairs)} pairs and {len(responses)} responses."
-        )
     return [
         ContextPair(
             pair.problem_id,

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.acceptance import Rule, answer_text
-from megatron_selfdistill.data.messages import from_cell, kind, place, quoted, read_message, read_tools
+from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, records, whole_number
-from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, read_records, whole_number
+from megatron_selfdistill.errors import BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
 
@@ -88,8 +86,8 @@ def load_conversations(source: RecordSource, *, rule: Rule | None, turns: str, s
     content is a string or a list of text parts, and null beside tool calls.  It may have ``tools`` (schemas of
     functions), ``id`` and ``accepted``: the index of the message with the accepted answer, counted from 0.  The mark
     may be ``"accepted": true`` on the message.  A user's message has the mark where the user gave the answer.  In a
-    record without a mark, ``rule(messages)`` returns the index, or None.  In a CSV file ``messages`` and ``tools`` are
-    JSON as text, and ``accepted`` is digits.
+    record without a mark, ``rule(messages)`` returns the index, or None.  ``messages`` and ``tools`` may be their
+    JSON as text.
 
     - ``turns``: "all", which includes the accepted turn with its own text as the hint, or "before_accepted".  Turns
       after the accepted answer are never included, since nobody judged them.  The hint is the `answer_text` of the
@@ -101,7 +99,15 @@ def load_conversations(source: RecordSource, *, rule: Rule | None, turns: str, s
     Raises: ValueError, which names file and line, for a bad record (``on_bad_record="error"``), and for a log without
     any turn; FileNotFoundError for a missing file.
     """
-    found, errors = _good_conversations(source, rule, show_contents)
+    columns = {name: column for name in FIELDS if (column := source.fields.get(name, name)) is not None}
+    seen: set[str] = set()
+
+    def read(record: dict[str, Any], location: str) -> Conversation:
+        conversation = _conversation(record, columns, rule, location, seen)
+        seen.add(conversation.id)
+        return conversation
+
+    found, errors = read_records(source, read, quotes=show_contents)
     skipped = list(errors)
     by_next_state = rule is None
     problems = [turn for conversation in found for turn in conversation_turns(conversation, turns, by_next_state)]
@@ -130,8 +136,6 @@ def conversation_turns(conversation: Conversation, turns: str, by_next_state: bo
     the assistant message.  ``turns`` is "all" or "before_accepted".  ``by_next_state``: whether the reply instead has
     the messages that follow it as its next state; the problem then has no solution, and no reply counts as accepted.
     """
-    if turns not in CONVERSATION_TURNS:
-        raise ValueError(f"conversations.turns must be {' or '.join(CONVERSATION_TURNS)}, got {turns!r}")
     messages, accepted = conversation.messages, conversation.accepted
     end = accepted + 1 if turns == "all" else accepted
     return [
@@ -162,49 +166,16 @@ def _last_answered(messages: Sequence[dict[str, Any]]) -> int | None:
     return next((i for i in range(len(messages) - 2, -1, -1) if messages[i]["role"] == "assistant"), None)
 
 
-def _good_conversations(
-    source: RecordSource, rule: Rule | None, show_contents: bool
-) -> tuple[list[Conversation], dict[str, BadConversationError]]:
-    """Return the good conversations, and the error of each skipped conversation by its message."""
-    columns = {name: column for name in FIELDS if (column := source.fields.get(name, name)) is not None}
-    found: list[Conversation] = []
-    skipped: dict[str, BadConversationError] = {}
-    seen: set[str] = set()
-    for location, record in records(source):
-        try:
-            conversation = _conversation(record, columns, rule, location, seen)
-        except BadConversationError as error:
-            shown = f" ({quoted(error.content)})" if show_contents and error.content is not None else ""
-            message = f"{location}: {error}{shown}"
-            if source.on_bad_record == "error":
-                raise ValueError(f"{message}; correct the record, or set data.on_bad_record=skip") from None
-            skipped[message] = error
-            continue
-        seen.add(conversation.id)
-        found.append(conversation)
-        if len(found) == source.limit:
-            break
-    return found, skipped
-
-
 def _conversation(
-    record: object, columns: Mapping[str, str], rule: Rule | None, location: str, seen: set[str]
+    record: Mapping[str, Any], columns: Mapping[str, str], rule: Rule | None, location: str, seen: set[str]
 ) -> Conversation:
-    if isinstance(record, BadRecordError):
-        raise BadConversationError(
-            "expected one valid JSON object per line, or one row of a CSV file, got other text (JSON has no NaN)",
-            str(record),
-        )
-    if not isinstance(record, dict):
-        raise BadConversationError(f"expected a JSON object per record, got {kind(record)}", record)
-    raw = from_cell(record.get(columns["messages"]), columns["messages"])
+    raw = from_column(record.get(columns["messages"]), columns["messages"])
     if not isinstance(raw, (list, tuple)) or not raw:
-        raise BadConversationError(
+        raise BadRecordError(
             f"field {columns['messages']!r}: expected a non-empty list of messages, got {kind(raw)}", raw
         )
-    for name in ("tools", "id"):
-        if not is_text(record.get(columns[name])):
-            raise BadConversationError(f"field {columns[name]!r}: {NO_TEXT}")
+    if not is_text(record.get(columns["id"])):
+        raise BadRecordError(f"field {columns['id']!r}: {NO_TEXT}")
     messages = tuple(_message(message, place(columns["messages"], i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
     if rule is not None:
@@ -220,7 +191,7 @@ def _conversation(
         while conversation_id in seen:  # logs repeat themselves
             conversation_id += "-"
     elif str(conversation_id) in seen:
-        raise BadConversationError(f"field {columns['id']!r}: expected a new id, got one of an earlier record")
+        raise BadRecordError(f"field {columns['id']!r}: expected a new id, got one of an earlier record")
     return Conversation(
         str(conversation_id),
         messages,
@@ -235,15 +206,15 @@ def _message(message: object, where: str) -> dict[str, Any]:
     read = read_message(message, where)
     mark, role = read.pop("accepted", None), read["role"]
     if mark is not None and not isinstance(mark, bool):
-        raise BadConversationError(f"{where}: expected true, false or null as 'accepted', got {kind(mark)}", mark)
+        raise BadRecordError(f"{where}: expected true, false or null as 'accepted', got {kind(mark)}", mark)
     if role not in _MAY_FOLLOW or " " in role:
         known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
-        raise BadConversationError(f"{where}: expected a role among {known}, got a text that is not among them", role)
+        raise BadRecordError(f"{where}: expected a role among {known}, got a text that is not among them", role)
     if "tool_calls" in read and role != "assistant":
-        raise BadConversationError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
+        raise BadRecordError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
     text = read.pop("content", "")
     if role != "tool" and "tool_calls" not in read and not text.strip():
-        raise BadConversationError(f"{where}: expected a text as the content of the {role}, got an empty one")
+        raise BadRecordError(f"{where}: expected a text as the content of the {role}, got an empty one")
     return read | {"content": text} if text or role == "tool" else read
 
 
@@ -253,13 +224,13 @@ def _check_order(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, st
     for index, message in enumerate(messages):
         role = message["role"]
         if role not in allowed:
-            raise BadConversationError(
+            raise BadRecordError(
                 f"{place(columns['messages'], index)}: expected {' or '.join(allowed)} after {previous}, got {role}"
             )
         previous = "assistant with tool calls" if "tool_calls" in message else role
         allowed = _MAY_FOLLOW[previous]
     if not any(message["role"] == "assistant" for message in messages):
-        raise BadConversationError(f"field {columns['messages']!r}: expected an assistant turn, got none")
+        raise BadRecordError(f"field {columns['messages']!r}: expected an assistant turn, got none")
 
 
 def _accepted(
@@ -272,25 +243,23 @@ def _accepted(
     """Return the index of the message with the accepted answer, and whether the log marks it."""
     where = f"field {columns['accepted']!r}"
     given = record.get(columns["accepted"])
-    if isinstance(given, str) and re.fullmatch(r"\d{1,9}", given.strip()):  # a CSV cell
-        given = int(given)
     marks = [i for i, message in enumerate(raw) if message.get("accepted") is True]
     whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())  # columns with nulls are float
     if isinstance(given, bool) or not (given is None or whole):
-        raise BadConversationError(f"{where}: expected the index of a message, got {kind(given)}", given)
+        raise BadRecordError(f"{where}: expected the index of a message, got {kind(given)}", given)
     if given is not None:
         marks.append(int(given))
     if len(set(marks)) > 1:
-        raise BadConversationError(f"{where}: expected one accepted message, got marks on {sorted(set(marks))}")
+        raise BadRecordError(f"{where}: expected one accepted message, got marks on {sorted(set(marks))}")
     index = marks[0] if marks else _by_rule(rule, messages)
     if index is None:
         raise UnresolvedError("unresolved: expected a mark, or a closing user turn that the rule takes for acceptance")
     if not 0 <= index < len(messages):
-        raise BadConversationError(f"{where}: expected an index below {len(messages)}, got {index}")
+        raise BadRecordError(f"{where}: expected an index below {len(messages)}, got {index}")
     role = messages[index]["role"]
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     if role not in ("assistant", "user") or index < first or not answer_text(messages[index]):
-        raise BadConversationError(
+        raise BadRecordError(
             f"{where}: expected message {index} to be an assistant's with text, or a user's after one, got a {role}'s"
         )
     return index, bool(marks)
@@ -302,8 +271,8 @@ def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
         index = rule([dict(message) for message in messages])
     except Exception as error:  # the rule may be the user's, and its message may quote the log
         failure = f"the rule {name} for the accepted answer failed with {type(error).__name__}{own_lines(error)}"
-        raise BadConversationError(failure, str(error)) from None
+        raise BadRecordError(failure, str(error)) from None
     number = None if index is None else whole_number(index)
     if number is None and index is not None:
-        raise BadConversationError(f"the rule {name}: expected the index of a message or None, got {kind(index)}")
+        raise BadRecordError(f"the rule {name}: expected the index of a message or None, got {kind(index)}")
     return number

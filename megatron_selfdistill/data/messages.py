@@ -7,34 +7,33 @@ Errors name places and kinds of values; the value itself is apart, since not eve
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text
-from megatron_selfdistill.errors import BadConversationError
+from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, kind
+from megatron_selfdistill.errors import BadRecordError
 
 
 def read_message(message: object, where: str) -> dict[str, Any]:
     """Return a message with its content as one text, if it has a content, and the arguments of its calls as objects.
 
-    ``where``: the place of the message, for errors.  Raises: `BadConversationError`.
+    ``where``: the place of the message, for errors.  Raises: `BadRecordError`.
     """
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         got = f"the role {kind(message.get('role'))}" if isinstance(message, dict) else kind(message)
-        raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {got}", message)
+        raise BadRecordError(f"{where}: expected an object with 'role' and 'content', got {got}", message)
     # Columnar files have null for missing keys; chat templates ask whether a key is present.
     kept = {key: value for key, value in message.items() if value is not None}
     calls = kept.pop("tool_calls", None)
     if calls is not None and not isinstance(calls, (list, tuple)):
-        raise BadConversationError(f"{where}: expected a list of tool calls, got {kind(calls)}", calls)
+        raise BadRecordError(f"{where}: expected a list of tool calls, got {kind(calls)}", calls)
     if calls:
         kept["tool_calls"] = [_tool_call(call, where) for call in calls]
     if "content" in kept:
         kept["content"] = _text(kept["content"], where)
     elif not calls:
-        raise BadConversationError(f"{where}: expected a text as 'content', got nothing", message)
+        raise BadRecordError(f"{where}: expected a text as 'content', got nothing", message)
     if not is_text(kept):  # with the arguments that were JSON text
-        raise BadConversationError(f"{where}: {NO_TEXT}")
+        raise BadRecordError(f"{where}: {NO_TEXT}")
     return kept
 
 
@@ -43,11 +42,11 @@ def _text(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise BadConversationError(f"{where}: expected a string or text parts as the content, got {kind(content)}")
+        raise BadRecordError(f"{where}: expected a string or text parts as the content, got {kind(content)}")
     parts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadConversationError(f"{where}: expected text parts only, got another kind of part", part)
+            raise BadRecordError(f"{where}: expected text parts only, got another kind of part", part)
         parts.append(part["text"])
     return "\n".join(parts)
 
@@ -59,15 +58,13 @@ def _tool_call(call: object, where: str) -> dict[str, Any]:
     """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadConversationError(
-            f"{where}: expected tool calls with a function's name and arguments, got another", call
-        )
+        raise BadRecordError(f"{where}: expected tool calls with a function's name and arguments, got another", call)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = from_json(arguments) if arguments.strip() else {}
         except ValueError:
-            raise BadConversationError(
+            raise BadRecordError(
                 f"{where}: expected a tool call's arguments to be valid JSON, got other text", call
             ) from None
     kept = {key: value for key, value in call.items() if value is not None}
@@ -83,40 +80,26 @@ def _without_nulls(value: Any) -> Any:
 
 def read_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
     """Return the schemas of functions in ``column``, a list or its JSON as text; () for null."""
-    value = from_cell(value, column)
+    value = from_column(value, column)
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
-        raise BadConversationError(f"field {column!r}: expected a list of objects, got {kind(value)}")
+        raise BadRecordError(f"field {column!r}: expected a list of objects, got {kind(value)}")
     if not is_text(value):
-        raise BadConversationError(f"field {column!r}: {NO_TEXT}")
+        raise BadRecordError(f"field {column!r}: {NO_TEXT}")
     return tuple(_without_nulls(tool) for tool in value)
 
 
-def from_cell(value: object, column: str) -> object:
-    """Return the value of a CSV cell with JSON; a value that is no text is returned as it is."""
+def from_column(value: object, column: str) -> object:
+    """Return the value of a column whose JSON may stand there as text."""
     if not isinstance(value, str):
         return value
     try:
         return from_json(value)
     except ValueError:
-        raise BadConversationError(
-            f"field {column!r}: expected a list, got a text that is not its JSON", value
-        ) from None
+        raise BadRecordError(f"field {column!r}: expected a list, got a text that is not its JSON", value) from None
 
 
 def place(column: str, index: int) -> str:
     """Return the place of a message for errors."""
     return f"field '{column}[{index}]'"
-
-
-def kind(value: object) -> str:
-    """Return the kind of a value, without its contents."""
-    kinds = {dict: "an object", list: "a list", tuple: "a list", str: "a text", bool: "a truth value"}
-    return "nothing" if value is None else kinds.get(type(value), "a number")
-
-
-def quoted(value: object) -> str:
-    """Return at most 80 characters of a value, for those who may see it."""
-    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -91,29 +91,12 @@ class PackingRules:
 
     @property
     def capacity(self) -> int:
-        """Greatest length of a packed sequence: the largest multiple of ``length_multiple`` within ``max_tokens``.
-
-        Raises: ValueError if there is none, or for a size below 1.
-        """
-        multiple = self.length_multiple
-        if self.max_tokens < multiple:
-            raise ValueError(
-                f"max_tokens: expected at least {multiple}, of which the length of a packed sequence must be a "
-                f"multiple (cp_size {self.cp_size}, tp_size {self.tp_size}, seq_multiple {self.seq_multiple}), got "
-                f"{self.max_tokens}."
-            )
-        return self.max_tokens // multiple * multiple
+        """Greatest length of a packed sequence: the largest multiple of ``length_multiple`` within ``max_tokens``."""
+        return self.max_tokens // self.length_multiple * self.length_multiple
 
     @property
     def length_multiple(self) -> int:
-        """Number of which the length of a packed sequence is a multiple.
-
-        Raises: ValueError for a size below 1.
-        """
-        sizes = {"cp_size": self.cp_size, "tp_size": self.tp_size, "seq_multiple": self.seq_multiple or 1}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        """Number of which the length of a packed sequence is a multiple."""
         return math.lcm(self.segment_multiple * self.tp_size, self.seq_multiple or 1)
 
 
@@ -151,17 +134,11 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
     ``seq_length``: S, equal on all data-parallel ranks; by default the length that these contexts need.  No contexts
     give no microbatches.  The result is deterministic.  Collectives: none.
 
-    Raises: ValueError as `required_seq_length`, and for a ``seq_length`` that is too small or no multiple.
+    Raises: ValueError as `required_seq_length`.
     """
     need = required_seq_length(contexts, rules)
     segments = segments_of(contexts, rules)
     length = need if seq_length is None else seq_length
-    if length % rules.length_multiple or not need <= length <= rules.max_tokens:
-        raise ValueError(
-            f"seq_length: expected a multiple of {rules.length_multiple} from {need} (what these contexts need) to "
-            f"{rules.max_tokens} (max_tokens), got {length}; take the largest required_seq_length over the "
-            "data-parallel ranks."
-        )
     student, teacher = planned_sequences(*padded_lengths(contexts, rules), length, paired=rules.paired)
     offsets = [0]
     for context in contexts:
@@ -192,15 +169,7 @@ def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> Pac
 
     Every data-parallel rank then runs ``num_student`` and ``num_teacher`` microbatches.  The added microbatches have no
     response positions, and thus no loss and no gradient.
-
-    Raises: ValueError if ``packed`` already has more microbatches.
     """
-    for role, have, want in (
-        ("student", len(packed.student), num_student),
-        ("teacher", len(packed.teacher), num_teacher),
-    ):
-        if want < have:
-            raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
     padding = microbatch_of([], packed.seq_length, packed.segment_multiple)
     return replace(
         packed,
@@ -218,8 +187,6 @@ def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -
 
     Raises: ValueError if a segment does not divide by ``2 * cp_size``.
     """
-    if not 0 <= cp_rank < cp_size:
-        raise ValueError(f"cp_rank: expected 0 to {cp_size - 1} (cp_size {cp_size}), got {cp_rank}.")
     bounds = cu_seqlens.tolist()
     if cp_size == 1:
         return torch.arange(bounds[-1])

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.teachers_config import CHOOSE, NamedTeacher, teacher_of_record
-from megatron_selfdistill.data.messages import from_cell, place, quoted, read_message, read_tools
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, records
-from megatron_selfdistill.errors import BadConversationError, BadRecordError, ConfigError
+from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, quoted, read_records
+from megatron_selfdistill.errors import BadRecordError, ConfigError
 
 FIELDS = ("problem", "messages", "tools", "solution", "answer", "id", "teacher")
 
@@ -50,7 +50,7 @@ class Problem:
     answer: str | None
     """Final answer for a verifier; None if the data has none."""
     location: str
-    """Place of the record for messages: ``file:line`` (JSONL, CSV) or ``file:row``, counted from 1."""
+    """Place of the record for messages: ``file:line`` (JSONL) or ``file:row``, counted from 1."""
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of functions for the chat template, as in the data."""
     reply: LoggedReply | None = None
@@ -115,24 +115,30 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text) with optional ``tools``, and a
     ``solution``; ``answer``, ``id`` and, where ``source.teachers`` are given, ``teacher`` are optional.  A missing id
     is derived from the record's content, with ``-1``, ``-2`` .. for repetitions.
-    JSON and CSV are read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data
-    sets of the hub are read with ``datasets``.  ``require_solution``: whether a record without a solution is bad;
+    JSON is read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data sets of
+    the hub are read with ``datasets``.  ``require_solution``: whether a record without a solution is bad;
     otherwise its solution is "".  Where the field ``solution`` is not read, every solution is "".
 
     Raises: ValueError, which names file, line, field, expected and found value, for a bad record, two equal ids and an
     empty set; FileNotFoundError for a missing file.
     """
-    columns, section = _columns(source), source.section
-    if source.on_bad_record not in ("error", "skip"):
-        raise ValueError(f"{section}.on_bad_record: expected 'error' or 'skip', got {source.on_bad_record!r}.")
-    if source.limit is not None and source.limit < 1:
-        raise ValueError(f"{section}.limit: expected at least 1 problem or null for all of them, got {source.limit}.")
-    problems, skipped, seen_columns = _good_problems(source, columns, require_solution)
+    columns = _columns(source)
+    shares_of = _shares_of_records(source, columns["teacher"])
+    places: dict[str, str] = {}
+    seen_columns: set[str] = set()
+
+    def read(record: dict[str, Any], location: str) -> Problem:
+        seen_columns.update(record)
+        problem = _problem(record, location, columns, places, require_solution, source.teachers, shares_of)
+        places[problem.id] = location
+        return problem
+
+    problems, skipped = read_records(source, read, quotes=True)
     if not problems:
-        first = f" The first: {skipped[0]}" if skipped else ""
+        first = f" The first: {next(iter(skipped))}" if skipped else ""
         raise ValueError(f"{source.path}: expected at least one problem, got none ({len(skipped)} bad records).{first}")
     _check_columns_exist(source.path, columns, seen_columns)
-    return ProblemSet(problems, len(skipped), skipped)
+    return ProblemSet(problems, len(skipped), list(skipped))
 
 
 def with_solutions_from(source: str, problems: Sequence[Problem], seed: int, *, required: bool = True) -> list[Problem]:
@@ -211,10 +217,6 @@ class ProblemSampler:
 
     def __init__(self, problems: ProblemSet, *, batch_size: int, seed: int) -> None:
         """Start before the first problem; a step takes ``batch_size`` problems over all data-parallel ranks."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1 problem per step, got {batch_size}.")
-        if not problems.problems:
-            raise ValueError("Expected at least one problem, got an empty data set.")
         self._set, self._batch_size, self._seed = problems, batch_size, seed
         self._epoch, self._position = 0, 0
         self._order = self._epoch_order()
@@ -285,8 +287,6 @@ def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
 
     The shares of all ranks are the whole batch; their sizes differ by at most one.
     """
-    if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank: expected 0 to {dp_size - 1} (dp_size {dp_size}), got {dp_rank}.")
     return list(batch[dp_rank::dp_size])
 
 
@@ -299,35 +299,6 @@ def _columns(source: RecordSource) -> dict[str, str | None]:
     return columns if named else {**columns, "teacher": None}
 
 
-def _good_problems(
-    source: RecordSource, columns: Mapping[str, str | None], require_solution: bool
-) -> tuple[list[Problem], list[str], set[str]]:
-    """Return the good problems, a message for each skipped record, and the names of all columns."""
-    advice = "or set data.on_bad_record=skip." if source.section == "data" else "or remove it."
-    problems: list[Problem] = []
-    skipped: list[str] = []
-    places: dict[str, str] = {}
-    seen_columns: set[str] = set()
-    shares_of = _shares_of_records(source, columns["teacher"])
-    for location, record in records(source):
-        if isinstance(record, dict):
-            seen_columns.update(record)
-        try:
-            problem = _validated(record, location, columns, places, require_solution, source.teachers, shares_of)
-        except BadRecordError as error:
-            content = error.content if isinstance(error, BadConversationError) else None
-            message = f"{error}" if content is None else f"{error} ({quoted(content)})."
-            if source.on_bad_record == "error":
-                raise ValueError(f"{location}: {message} Correct the record, {advice}") from None
-            skipped.append(f"{location}: {message}")
-            continue
-        places[problem.id] = location
-        problems.append(problem)
-        if len(problems) == source.limit:
-            break
-    return problems, skipped, seen_columns
-
-
 def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen: set[str]) -> None:
     # An optional column that was renamed and is nowhere would otherwise be read as None in silence.
     for name, column in columns.items():
@@ -338,8 +309,8 @@ def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen
             )
 
 
-def _validated(
-    record: object,
+def _problem(
+    record: Mapping[str, Any],
     location: str,
     columns: Mapping[str, str | None],
     places: Mapping[str, str],
@@ -347,14 +318,10 @@ def _validated(
     teachers: Mapping[str, NamedTeacher],
     shares_of: Callable[[Mapping[str, Any], str], dict[str, float]],
 ) -> Problem:
-    if isinstance(record, BadRecordError):
-        raise record
-    if not isinstance(record, dict):
-        raise BadRecordError(f"expected a JSON object per record, got {_shown(record)}.")
     values = {name: record.get(column) if column is not None else None for name, column in columns.items()}
     for name, value in values.items():
         if not is_text(value):
-            raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
+            raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}")
     problem, messages, tools, solution, answer, given_id, _ = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
@@ -373,7 +340,7 @@ def _validated(
     else:
         problem_id = _short_text(given_id, "id", columns)
         if problem_id in places:
-            raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}.")
+            raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}")
     of_several = tuple(shares.items()) if len(shares) > 1 else ()
     schemas = read_tools(tools, str(columns["tools"]))
     teacher = next(iter(shares))
@@ -401,7 +368,7 @@ def _shares_of_records(
         try:
             return _shares(choose(dict(record), tuple(teachers)), name, teachers)
         except BadRecordError as error:
-            raise ConfigError(f"{location}: {str(error).removesuffix('.')}: correct the function") from error
+            raise ConfigError(f"{location}: {error}: correct the function") from error
         except ConfigError as error:
             raise ConfigError(f"{location}: {error}") from error
 
@@ -417,10 +384,10 @@ def _shares(named: object, place: str, teachers: Mapping[str, NamedTeacher]) -> 
     weights = {name: weight for name, weight in weights.items() if weight is not None}  # columns of Parquet
     good = weights and all(name in teachers and _is_weight(weight) for name, weight in weights.items())
     if not good:
-        got = "no teacher, and none of them has the name default" if named is None else _shown(named)
+        got = "no teacher, and none of them has the name default" if named is None else quoted(named)
         raise BadRecordError(
             f"{place}: expected the name of one of the teachers {', '.join(teachers)}, or a "
-            f"mapping of such names to weights above 0, got {got}."
+            f"mapping of such names to weights above 0, got {got}"
         )
     total = math.fsum(weights.values())
     return {name: float(weights[name] / total) for name in sorted(weights)}
@@ -431,13 +398,13 @@ def _is_weight(value: object) -> bool:
 
 
 def _conversation(messages: object, column: str) -> tuple[dict[str, Any], ...]:
-    messages = from_cell(messages, column)
+    messages = from_column(messages, column)
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadConversationError(f"field {column!r}: expected a non-empty list of messages", messages)
+        raise BadRecordError(f"field {column!r}: expected a non-empty list of messages", messages)
     conversation = tuple(read_message(message, place(column, index)) for index, message in enumerate(messages))
     roles = [message["role"] for message in conversation]
     if "user" not in roles or roles[-1] == "assistant":
-        raise BadConversationError(
+        raise BadRecordError(
             f"field {column!r}: expected a user message and no reply at the end (a reply can be the solution), got the "
             f"roles {', '.join(roles)}"
         )
@@ -449,8 +416,8 @@ def _text(value: object, name: str, columns: Mapping[str, str | None], record: M
         return value
     found = ", ".join(map(str, record)) or "nothing"
     missing = f"no such field (the record has: {found}; data.fields.{name}=COLUMN names another column)"
-    got = _shown(value) if columns[name] in record else missing
-    raise BadRecordError(f"field {columns[name] or name!r}: expected a non-empty string, got {got}.")
+    got = kind(value) if columns[name] in record else missing
+    raise BadRecordError(f"field {columns[name] or name!r}: expected a non-empty text, got {got}", value)
 
 
 def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> str:
@@ -458,7 +425,7 @@ def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> 
     is_number |= isinstance(value, int) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and value.strip()):
         return str(value)
-    raise BadRecordError(f"field {columns[name]!r}: expected a non-empty string or a number, got {_shown(value)}.")
+    raise BadRecordError(f"field {columns[name]!r}: expected a non-empty text or a number, got {kind(value)}", value)
 
 
 def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places: Mapping[str, str]) -> str:
@@ -473,8 +440,3 @@ def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places
 
 def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()
-
-
-def _shown(value: object) -> str:
-    text = "null" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

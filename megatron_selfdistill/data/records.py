@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The records of a data set with their places, from JSONL, JSON, CSV, Parquet, or a hub data set.
+"""The records of a data set with their places, from JSONL, JSON, Parquet, or a hub data set.
 
 The files of a data set are single files, globs, directories of shards, and lists of these.  The module also reads the
 values that code of users returns: numbers and truths, also as NumPy and torch have them, and texts.
@@ -8,20 +8,16 @@ values that code of users returns: numbers and truths, also as NumPy and torch h
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
-import gzip
 import json
 import math
 import operator
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, SupportsFloat, cast
+from typing import Any, SupportsFloat, TypeVar
 
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.errors import BadRecordError
@@ -29,14 +25,15 @@ from megatron_selfdistill.errors import BadRecordError
 # Descriptions that the library datasets writes next to the files of a data set.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+FORMATS = (".jsonl", ".json", ".parquet")
 MAX_DEPTH = 100
 """Largest number of nested objects and lists in one record; chat logs with tool calls have about ten."""
 NO_TEXT = "expected text that can be written as UTF-8, got half of a surrogate pair (a cut emoji?)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = f"objects and lists nested more than {MAX_DEPTH} levels deep"
 _NOT_FINITE = "NaN or an infinite number, which JSON does not have; write null where there is no value"
-_LONGEST_CELL = 2**30  # characters; the csv module refuses cells above 131072 otherwise
+
+T = TypeVar("T")
 
 
 def is_hub_name(path_or_name: str | Path) -> bool:
@@ -46,14 +43,8 @@ def is_hub_name(path_or_name: str | Path) -> bool:
     """
     if isinstance(path_or_name, Path) or Path(path_or_name).exists():
         return False
-    looks_like_a_file = format_of(Path(path_or_name)) is not None or path_or_name.endswith((".gz", ".txt", ".tsv"))
+    looks_like_a_file = path_or_name.lower().endswith((*FORMATS, ".gz", ".csv", ".tsv", ".txt"))
     return not looks_like_a_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_name) is not None
-
-
-def format_of(file: Path) -> str | None:
-    """Return the ending of the file's name among `FORMATS`, in any letter case; None for every other name."""
-    name = file.name.lower()
-    return next((ending for ending in FORMATS if name.endswith(ending)), None)
 
 
 def data_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -69,22 +60,6 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(file for path in paths for match in _matches(path) for file in _files_of(match)))
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """Open ``file`` for reading bytes, decompressed where its name ends in .gz.
-
-    Raises: ValueError, which names the file, where the compressed data are corrupt or end too early.
-    """
-    compressed = file.name.lower().endswith(".gz")
-    with gzip.open(file) if compressed else file.open("rb") as stream:
-        try:
-            yield cast(BinaryIO, stream)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{file}: expected complete gzip data, got other or corrupt bytes ({error}); copy the file again"
-            ) from error
-
-
 def _matches(path: str | Path) -> list[Path]:
     # The path itself comes first: the name of an existing file may hold the characters of a glob.
     matches = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -98,35 +73,32 @@ def _matches(path: str | Path) -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return _shards(path)
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"Data: expected regular files, got {path}, which is {kind_of(path)}; correct the link.")
     if not path.is_file():
         raise ValueError(
             f"Data: expected regular files, got {path}, which is {kind_of(path)}: every rank reads the data, and a "
             "resumed run reads them again; write them into a file."
         )
-    if format_of(path) is None:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"Data: expected files ending in {', '.join(FORMATS)}, got {path}.")
     return [path]
 
 
 def _shards(directory: Path) -> list[Path]:
-    files = [file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
-    by_format = {
-        file: found for file in files if file.name not in _DESCRIPTIONS and (found := format_of(file)) is not None
-    }
-    formats = sorted(set(by_format.values()))
-    if not formats:
+    files = [
+        file
+        for file in sorted(directory.iterdir())
+        if file.is_file()
+        and file.suffix.lower() in FORMATS
+        and not file.name.startswith((".", "_"))
+        and file.name not in _DESCRIPTIONS
+    ]
+    formats = sorted({file.suffix.lower() for file in files})
+    if len(formats) != 1:
         raise ValueError(
-            f"Data: expected a directory with files ending in {', '.join(FORMATS)}, got {directory}, which has none; "
-            f"name the files of subdirectories with a glob, such as '{directory}/**/*.parquet'."
+            f"Data: expected a directory with data files of one format ({', '.join(FORMATS)}), got {directory} with "
+            f"{' and '.join(formats) or 'none'}; name other files with a glob, such as '{directory}/**/*.parquet'."
         )
-    if len(formats) > 1:
-        raise ValueError(
-            f"Data: expected a directory with data files of one format, got {directory} with {' and '.join(formats)}; "
-            f"choose one format with a glob, such as '{directory}/*{formats[0]}'."
-        )
-    return list(by_format)
+    return files
 
 
 def kind_of(path: Path) -> str:
@@ -167,12 +139,43 @@ class RecordSource:
     """The dotted path of a function of a record and the teachers' names that returns what the field would hold."""
 
 
+def read_records(
+    source: RecordSource, read: Callable[[dict[str, Any], str], T], *, quotes: bool
+) -> tuple[list[T], dict[str, BadRecordError]]:
+    """Return ``read(record, location)`` of the good records, and the error of each skipped record by its message.
+
+    ``read`` raises `BadRecordError` for a bad record.  A message names file and line; with ``quotes`` it shows the bad
+    part of the record, too.
+
+    Raises: ValueError with the message of a bad record where ``source.on_bad_record`` is "error"; FileNotFoundError or
+    ValueError, which names the file, for a source that cannot be opened.
+    """
+    advice = "set data.on_bad_record=skip" if source.section == "data" else "remove it"
+    found: list[T] = []
+    skipped: dict[str, BadRecordError] = {}
+    for location, record in records(source):
+        try:
+            if isinstance(record, BadRecordError):
+                raise record
+            if not isinstance(record, dict):
+                raise BadRecordError(f"expected a JSON object per record, got {kind(record)}", record)
+            found.append(read(record, location))
+        except BadRecordError as error:
+            shown = f" ({quoted(error.content)})" if quotes and error.content is not None else ""
+            message = f"{location}: {error}{shown}"
+            if source.on_bad_record == "error":
+                raise ValueError(f"{message}; correct the record, or {advice}") from None
+            skipped[message] = error
+        if len(found) == source.limit:
+            break
+    return found, skipped
+
+
 def records(source: RecordSource) -> Iterator[tuple[str, object]]:
     """Yield (location, record) of all records of ``source`` in the order of the files.
 
-    A location is ``file:line`` (JSONL, CSV) or ``file:row`` (JSON arrays, Parquet), counted from 1, or
-    ``name[split]:row`` of a hub data set.  In place of a record that cannot be read, the `BadRecordError` with the
-    reason is yielded.
+    A location is ``file:line`` (JSONL) or ``file:row`` (JSON arrays, Parquet), counted from 1, or ``name[split]:row``
+    of a hub data set.  In place of a line that cannot be read, the `BadRecordError` with the reason is yielded.
 
     Raises: FileNotFoundError or ValueError, which names the file, for a source that cannot be opened.
     """
@@ -187,9 +190,7 @@ def records(source: RecordSource) -> Iterator[tuple[str, object]]:
             raise ValueError(
                 f"{file}: expected the name of a hub data set with the subset {source.subset!r}, got a file."
             )
-        kind = (format_of(file) or "").removesuffix(".gz")
-        readers = {".csv": _csv_records, ".parquet": _parquet_records}
-        yield from readers.get(kind, _json_records)(file)
+        yield from (_parquet_records if file.suffix.lower() == ".parquet" else _json_records)(file)
 
 
 def from_json(text: str | bytes) -> object:
@@ -198,7 +199,10 @@ def from_json(text: str | bytes) -> object:
     Raises: ValueError for text that is not valid JSON, for NaN and infinite numbers, which JSON does not have, and for
     more than `MAX_DEPTH` levels.
     """
-    value = _decoded(text)
+    try:
+        value: object = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     fault = _fault_in(value)
     if fault is not None:
         raise ValueError(fault)
@@ -217,11 +221,16 @@ def is_text(value: object) -> bool:
     return all(map(is_text, value)) if isinstance(value, (list, tuple)) else True
 
 
-def _decoded(text: str | bytes) -> object:
-    try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+def kind(value: object) -> str:
+    """Return the kind of a value, without its contents."""
+    kinds = {dict: "an object", list: "a list", tuple: "a list", str: "a text", bool: "a truth value"}
+    return "nothing" if value is None else kinds.get(type(value), "a number")
+
+
+def quoted(value: object) -> str:
+    """Return at most 80 characters of a value, for those who may see it."""
+    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fault_in(value: object) -> str | None:
@@ -241,30 +250,20 @@ def _fault_in(value: object) -> str | None:
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, object]]:
-    with opened(file) as stream:
-        start = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"["):
-        yield from _json_array_records(file)
-        return
-    with opened(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield f"{file}:{number}", _parsed(line)
-
-
-def _json_array_records(file: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with opened(file) as stream:
-            found = _decoded(stream.read())
-    except ValueError as error:
-        if str(error).startswith(str(file)):
-            raise
-        raise ValueError(f"{file}: expected a JSON array of records ({error}).") from None
-    assert isinstance(found, list), "the text begins with a bracket"
+    with file.open("rb") as stream:
+        is_array = stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        stream.seek(0)
+        if not is_array:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield f"{file}:{number}", _parsed(line)
+            return
+        try:
+            found: Any = from_json(stream.read())
+        except ValueError as error:
+            raise ValueError(f"{file}: expected a JSON array of records ({error}).") from None
     for row, record in enumerate(found, 1):
-        fault = _fault_in(record)
-        bad = BadRecordError(f"expected a record that JSON can hold, got {fault}.")
-        yield f"{file}:{row}", record if fault is None else bad
+        yield f"{file}:{row}", record
 
 
 def _parsed(line: bytes) -> object:
@@ -272,50 +271,12 @@ def _parsed(line: bytes) -> object:
         return from_json(line)
     except ValueError as error:
         start = line[:60].decode(errors="replace").rstrip()
-        return BadRecordError(f"expected one JSON object per line, got {start!r} ({error}).")
-
-
-def _csv_records(file: Path) -> Iterator[tuple[str, object]]:
-    """Yield a record per row, with the texts of its cells under the names in the first row; an empty cell is null."""
-    csv.field_size_limit(_LONGEST_CELL)
-    with opened(file) as stream:
-        rows = csv.reader(_lines(stream), strict=True)
-        try:
-            header = next(rows, [])
-        except csv.Error as error:
-            raise ValueError(f"{file}: expected a first row of comma-separated column names, got {error}.") from None
-        if not header or len(set(header)) < len(header) or not is_text(header):
-            raise ValueError(f"{file}: expected different UTF-8 column names in the first row, got {header}.")
-        while True:
-            location = f"{file}:{rows.line_num + 1}"
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield location, BadRecordError(f"expected a row of comma-separated cells, got {error}.")
-                continue
-            if cells:
-                yield location, _row(header, cells)
-
-
-def _lines(stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream):
-        yield line.decode("utf-8" if number else "utf-8-sig", errors="surrogateescape")
-
-
-def _row(header: Sequence[str], cells: Sequence[str]) -> object:
-    if len(cells) != len(header):
-        return BadRecordError(f"expected {len(header)} cells, one per column of the first row, got {len(cells)}.")
-    if not is_text(cells):
-        return BadRecordError("expected text in UTF-8, got other bytes.")
-    return {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        return BadRecordError(f"expected one JSON object per line, got other text ({error})", start)
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
     import datasets  # takes a second to import, and JSONL does not need it
 
-    _check_parquet(file)
     row = 0
     try:
         # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
@@ -328,19 +289,6 @@ def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
             f"{file}: expected a Parquet file, got a file that cannot be read after row {row} ({_first_line(error)}); "
             "copy or write the file again."
         ) from error
-
-
-def _check_parquet(file: Path) -> None:
-    # datasets would log an error for such a file before it raises one.
-    with file.open("rb") as stream:
-        start = stream.read(4)
-        stream.seek(max(file.stat().st_size - 4, 0))
-        end = stream.read(4)
-    if not start == end == b"PAR1":
-        raise ValueError(
-            f"{file}: expected a Parquet file, which begins and ends with the bytes PAR1, got another or an incomplete "
-            "file."
-        )
 
 
 def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:

@@ -123,23 +123,15 @@ def chat_template_text(template: str | None) -> str | None:
 def tokenizer_place(path: str | Path) -> str | Path:
     """Return the place of the tokenizer at ``path``: a directory, a SentencePiece ``.model`` file, or a hub name.
 
-    Nothing is imported or read.  Raises: FileNotFoundError or ValueError if there can be no tokenizer.
+    Nothing is imported or read.  Raises: FileNotFoundError if there can be no tokenizer.
     """
-    if not Path(path).exists() and not str(path).endswith(".model") and not is_hub_name(path):
-        raise FileNotFoundError(
-            f"Tokenizer: expected {_TOKENIZERS}, got {path}, which does not exist; correct data.tokenizer."
-        )
-    path = Path(path) if Path(path).exists() else path
-    if isinstance(path, Path) and path.is_dir():
-        is_hf = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-        if not is_hf and (path / "tokenizer.model").exists():
-            path = path / "tokenizer.model"
-    if str(path).endswith(".model"):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Tokenizer: expected a SentencePiece model file, got {path}, which is no file.")
-    elif isinstance(path, Path) and not path.is_dir():
-        raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}, another kind of file; name its directory.")
-    return path
+    place = Path(path)
+    if is_hub_name(path) and not str(path).endswith(".model"):
+        return path
+    if not (place.is_dir() or (place.is_file() and place.suffix == ".model")):
+        raise FileNotFoundError(f"Tokenizer: expected {_TOKENIZERS}, got {path}; correct data.tokenizer.")
+    is_hf = any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return place if is_hf or not (place / "tokenizer.model").exists() else place / "tokenizer.model"
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -99,7 +99,7 @@ class DataConfig:
     """The kind of the records: problems (with solutions), or conversations (chat logs; see the section
     conversations)."""
     path: FilePath | None = None
-    """The place of the records: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
+    """The place of the records: a file (.jsonl, .json or .parquet), a directory of such files, a
     glob, or the name of a data set on the Hugging Face hub."""
     split: Name = "train"
     """Split of a hub data set."""

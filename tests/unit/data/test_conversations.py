@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -281,9 +280,12 @@ BAD = {
         "a function's name",
     ),
     "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "index of a message, got a number"),
-    "mark that JSON does not have": ({"messages": CORRECTED, "accepted": float("nan")}, "JSON has no NaN"),
+    "mark that JSON does not have": ({"messages": CORRECTED, "accepted": float("nan")}, "which JSON does not have"),
     "messages as text that is not their JSON": ({"messages": SECRET}, "expected a list, got a text that is not"),
-    "nested too deep": ('{"messages": ' + "[" * 100_000 + f'"{SECRET}"' + "]" * 100_000 + "}", "one valid JSON object"),
+    "nested too deep": (
+        '{"messages": ' + "[" * 100_000 + f'"{SECRET}"' + "]" * 100_000 + "}",
+        "one JSON object per line",
+    ),
     "tool arguments nested too deep": (
         [
             *chat(("u", SECRET)),
@@ -295,7 +297,7 @@ BAD = {
     "number": ([{"role": "user", "content": 3}], "expected a string or text parts as the content, got a number"),
     "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
     "no object": (f'"{SECRET}"', "expected a JSON object per record, got a text"),
-    "no JSON": (f'{{"messages": "{SECRET}', "expected one valid JSON object per line"),
+    "no JSON": (f'{{"messages": "{SECRET}', "expected one JSON object per line"),
     "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "expected an index below 6, got 9"),
     "mark on the question": (
         {"messages": CORRECTED, "accepted": 1},
@@ -388,19 +390,12 @@ def test_parquet_holds_the_same_conversations(tmp_path):
     ]
 
 
-def test_csv_holds_the_same_conversations_with_messages_as_json(tmp_path):
+def test_messages_and_tools_may_be_their_json_as_text(tmp_path):
     tools = [{"type": "function", "function": {"name": "add"}}]
-    records = [{"messages": CORRECTED, "tools": tools}, {"messages": CORRECTED, "accepted": 2}]
-    with (tmp_path / "log.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["messages", "accepted", "tools"])
-        for r in records:
-            rows.writerow(
-                [json.dumps(r["messages"]), r.get("accepted"), json.dumps(r["tools"]) if "tools" in r else ""]
-            )
-    of_csv = load_conversations(tmp_path / "log.csv", rule=closing_turn).turns
-    assert of_csv.fingerprint == log(tmp_path, *records).turns.fingerprint
-    assert of_csv.problems[0].tools == tuple(tools)
+    record = {"id": "c", "messages": CORRECTED, "tools": tools}
+    as_text = record | {name: json.dumps(record[name]) for name in ("messages", "tools")}
+    of_text, of_lists = (log(tmp_path, it).turns for it in (as_text, record))
+    assert of_text.fingerprint == of_lists.fingerprint and of_text.problems[0].tools == tuple(tools)
 
 
 def test_a_log_without_any_turn_is_an_error_that_counts(tmp_path):

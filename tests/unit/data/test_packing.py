@@ -191,8 +191,6 @@ def test_padding_microbatches_fill_up_to_the_count() -> None:
         assert m.cu_seqlens.tolist() == [0, packed.seq_length]
         assert m.padding_mask.all() and not m.tokens.any()
     assert padding_share(padded.student) == 1 - 5 / 24
-    with pytest.raises(ValueError, match="at least the present number of student microbatches, 3, got 1"):
-        pad_to_count(padded, 1, 2)
 
 
 def pairs(m: Microbatch) -> int:
@@ -243,17 +241,8 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence() -> None:
     layout = {"cp_size": 1, "tp_size": 4, "paired": False}
     with pytest.raises(ValueError, match=r"Problem p1: expected a teacher's context of at most 12 .*got 14"):
         pack(contexts_of([(2, 2, 2), (2, 10, 4)]), PackingRules(max_tokens=15, **layout))
-    with pytest.raises(ValueError, match=r"max_tokens: expected at least 4.*got 3"):
-        pack([], PackingRules(max_tokens=3, **layout))
-    with pytest.raises(ValueError, match=r"seq_length: expected a multiple of 4 from 8 .* to 32 .*got 6"):
-        pack(contexts_of([(2, 2, 4)]), PackingRules(max_tokens=32, **layout), seq_length=6)
-    for wrong in (4, 36):
-        with pytest.raises(ValueError, match=f"seq_length: .*got {wrong};"):
-            pack(contexts_of([(2, 2, 4)]), PackingRules(max_tokens=32, **layout), seq_length=wrong)
     with pytest.raises(ValueError, match="Problem p: expected at least one token in each prompt"):
         pack([ContextPair("p", [], [1], [2], False)], PackingRules(max_tokens=32, **layout))
-    with pytest.raises(ValueError, match="tp_size: expected at least 1, got 0"):
-        pack([], PackingRules(max_tokens=32, cp_size=1, tp_size=0, paired=False))
 
 
 @settings(deadline=None, max_examples=60)
@@ -279,8 +268,6 @@ def test_context_parallel_positions_are_the_zig_zag_of_each_segment() -> None:
     assert context_parallel_positions(cu_seqlens, 1, 0).tolist() == list(range(12))
     with pytest.raises(ValueError, match=r"a multiple of 6 \(2 \* cp_size\), got 4 tokens from 0 to 4"):
         context_parallel_positions(cu_seqlens, 3, 0)
-    with pytest.raises(ValueError, match="cp_rank: expected 0 to 1"):
-        context_parallel_positions(cu_seqlens, 2, 2)
 
 
 @settings(deadline=None, max_examples=60)

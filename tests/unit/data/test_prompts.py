@@ -275,7 +275,7 @@ def test_a_directory_with_only_a_sentencepiece_model_is_one(sentencepiece_file: 
 
 
 def test_a_place_without_tokenizer_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a SentencePiece model file"):
+    with pytest.raises(FileNotFoundError, match=r"no\.model; correct data\.tokenizer"):
         load_tokenizer(tmp_path / "no.model")
     (tmp_path / "broken.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="expected a SentencePiece model, got"):
