@@ -60,7 +60,7 @@ from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, SAME, STUDENT, TEACHER, MethodSettings, Needs
 from megatron_selfdistill.config.schema.ranges import DottedPath, OneOf
-from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings, require_function
+from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,23 +101,13 @@ class DefaultSettings(RewardSettings, SelectSettings):
         return Needs(samples=samples, log_probs=log_probs, rewards=selects)
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where no response is sampled, or log-probs would be measured for nothing."""
+        """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""
         super().check(config)
         require(
             self.token_weights is None or not config.logged,
             "method.token_weights weighs the tokens of sampled responses, but conversations.responses=logged samples "
             "nothing: unset it, or set conversations.responses=sampled",
         )
-        require(
-            self.token_weights is not None or not self.measured_signals,
-            "method.measured_signals=true measures log-probs for method.token_weights, which is not set: set it, or "
-            "leave method.measured_signals=false",
-        )
-
-    def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for a function that cannot be imported."""
-        super().require_start(config)
-        require_function("method.token_weights", self.token_weights)
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config.schema.whole_config import Config
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,6 @@ class EopdSettings(DefaultSettings):
     def divergence_numbers(self) -> Mapping[str, float]:
         """The threshold of the loss."""
         return {"forward_above": self.threshold}
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` for another divergence than reverse KL."""
-        super().check(config)
-        kind = config.loss.divergence
-        require(kind == "reverse_kl", f"method.name=eopd adds forward KL to loss.divergence=reverse_kl, got {kind}")
 
 
 class Eopd(SelfDistillation):

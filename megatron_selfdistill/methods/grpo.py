@@ -34,25 +34,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAME, SAMPLED, Needs
-from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
+from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat
 from megatron_selfdistill.methods.default import SelfDistillation
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, SelectSettings
 from megatron_selfdistill.methods.parts.terms import group_advantage, uniform
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
-
 
 @dataclass(frozen=True)
 class GrpoSettings(AdvantageSettings, SelectSettings):
     """The settings of GRPO."""
 
+    weight: PositiveFloat = 1.0
+    """Weight of the advantages of rewards in the loss."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the divergence from the teacher after the prompt of the samples.  With a frozen teacher it holds the
     policy near the weights of the start, as the KL penalty of reinforcement learning does.  0 needs no teacher."""
@@ -66,11 +63,6 @@ class GrpoSettings(AdvantageSettings, SelectSettings):
             rewards=True,
             group_size=2,
         )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where nothing would be trained."""
-        super().check(config)
-        require(self.weight > 0, "method.weight must be above 0: the method trains on rewards alone, got 0")
 
 
 class Grpo(SelfDistillation):

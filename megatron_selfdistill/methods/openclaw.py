@@ -70,7 +70,7 @@ from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.hints import Inquiry, asked_model
-from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings, require_function
+from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.run_data import turn_reader
@@ -188,11 +188,6 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
             "method.name=openclaw takes every logged reply that a message follows: it needs data.kind=conversations, "
             "conversations.responses=logged, conversations.turns=all and no conversations.accepted_rule",
         )
-
-    def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for a function that cannot be imported."""
-        super().require_start(config)
-        require_function("method.judge", None if self.judge == "model" else self.judge)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,6 @@ class OvdSettings(GrpoSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_slots("method.template", self.template, ("problem", "response"), ("solution",))
-        require(self.step_separator != "", "method.step_separator must be a text or null, got an empty text")
 
     @property
     def needs(self) -> Needs:

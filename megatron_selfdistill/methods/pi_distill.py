@@ -38,28 +38,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, TEACHER, Needs
-from megatron_selfdistill.config.schema.ranges import Share
+from megatron_selfdistill.config.schema.ranges import PositiveFloat, Share
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, SelectSettings
 from megatron_selfdistill.methods.parts.terms import weighted_advantages
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
-
 
 @dataclass(frozen=True)
 class PiDistillSettings(DistillSettings, AdvantageSettings, SelectSettings):
     """The settings of pi-Distill."""
 
+    weight: PositiveFloat = 1.0
+    """Weight of the advantages of rewards in the loss."""
     alpha: Share = 0.5
     """Share of the teacher's objective, in 0 to 1; the rest is the student's."""
 
@@ -72,14 +69,6 @@ class PiDistillSettings(DistillSettings, AdvantageSettings, SelectSettings):
             rewards=True,
             group_size=2,
             contexts_per_sample=2,
-        )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where no reward would be trained on."""
-        super().check(config)
-        require(
-            self.weight > 0,
-            "method.name=pi_distill trains on rewards of the teacher's responses: it needs method.weight above 0",
         )
 
 

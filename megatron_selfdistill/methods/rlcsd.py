@@ -79,6 +79,8 @@ if TYPE_CHECKING:
 class RlcsdSettings(DistillSettings, AdvantageSettings):
     """The settings of RLCSD."""
 
+    weight: PositiveFloat = 1.0
+    """Weight of the advantages of rewards in the loss; their signs decide every sign."""
     distill_weight: PositiveFloat = 0.5
     """The greatest change of an advantage by the contrast of the hints."""
     scale: PositiveFloat = 0.02
@@ -105,7 +107,6 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses cannot be each other's hints, or the loss has another mean."""
         super().check(config)
-        require(self.weight > 0, "method.weight must be above 0: rewards decide every sign, got 0")
         require_problems(config, "method.name=rlcsd compares responses to problems: it")
         require_single_turn(config, "method.name=rlcsd")
         normalize = config.loss.normalize

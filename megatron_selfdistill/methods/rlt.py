@@ -95,13 +95,6 @@ class RltSettings(GrpoSettings):
     missing_tag_penalty: NonNegativeFloat = 1.0
     """Number that is subtracted from the reward of an explanation without its closing tag."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.closing_tag.strip() != "",
-            "method.closing_tag must be a text that ends an explanation, such as </think>, got white space",
-        )
-
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""

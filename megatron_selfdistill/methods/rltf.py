@@ -108,11 +108,6 @@ class RltfSettings(GrpoSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.revision_warmup_steps == 0 or self.revision_weight > 0,
-            f"method.revision_warmup_steps={self.revision_warmup_steps} needs method.revision_weight above 0, got "
-            f"{self.revision_weight}",
-        )
         require_slots("method.reply_template", self.reply_template, ("problem", "response"))
 
     @property

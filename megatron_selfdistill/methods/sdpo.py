@@ -60,7 +60,6 @@ from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hi
 from megatron_selfdistill.methods.parts.selection import of_groups
 from megatron_selfdistill.methods.parts.settings import (
     DistillAndRewardSettings,
-    require_function,
     require_problems,
     require_single_turn,
 )
@@ -118,11 +117,9 @@ class SdpoSettings(DistillAndRewardSettings):
             require_single_turn(config, f"method.hints={self.hints}")
 
     def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for feedback without an environment, and a function that cannot be imported."""
+        """Raise `ConfigError` also for feedback without an environment."""
         super().require_start(config)
-        if is_dotted(self.hints):
-            require_function("method.hints", self.hints)
-        elif "feedback" in self.hints and not config.environment.exists:
+        if self.hints in ("feedback", "peer_or_feedback") and not config.environment.exists:
             raise ConfigError(
                 f"method.hints={self.hints} shows the teacher the feedback of an environment: set environment.name to "
                 "http or to the dotted path of your class"

@@ -64,7 +64,7 @@ from megatron_selfdistill.distributed.collectives import gather_items, max_over_
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import AskedModel, HintedLater, Inquiry, asked_model, chosen_with_hints
-from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings, require_function
+from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -141,11 +141,6 @@ class SkillSdSettings(DistillAndRewardSettings):
         super().check(config)
         kind = config.data.kind
         require(kind == "problems", f"method.name=skill_sd keeps lessons about problems, not about {kind}")
-
-    def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for a function that cannot be imported."""
-        super().require_start(config)
-        require_function("method.summarizer", None if self.summarizer == "model" else self.summarizer)
 
 
 @dataclass(frozen=True)

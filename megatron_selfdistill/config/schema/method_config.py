@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.config.schema.field_checks import check_fields
-from megatron_selfdistill.config.schema.ranges import Name
+from megatron_selfdistill.config.functions import function_named
+from megatron_selfdistill.config.schema.field_checks import check_fields, kinds_of
+from megatron_selfdistill.config.schema.ranges import Name, OneOf, is_dotted, taken_apart
 
 if TYPE_CHECKING:
     from megatron_selfdistill.config.schema.whole_config import Config
@@ -87,4 +88,8 @@ class MethodSettings:
         """Raise `ConfigError` where other keys contradict the method."""
 
     def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` where a run could not begin, such as for a function that cannot be imported."""
+        """Raise `ConfigError` where a run could not begin: for a setting that names a function that does not exist."""
+        for name, kind in kinds_of(type(self)).items():
+            value, (_, ranges, _) = getattr(self, name), taken_apart(kind)
+            if any(isinstance(one, OneOf) and one.or_dotted for one in ranges) and value and is_dotted(value):
+                function_named(f"method.{name}", value, {})

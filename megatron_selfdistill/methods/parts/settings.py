@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings
 from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFloat, OneOf, PositiveFloat, Share
@@ -31,11 +30,6 @@ class RewardSettings(MethodSettings):
     reward of at least 0.5 counts as right, and a truncated response has 0.  Null is the reward of the environment,
     where there is one, and otherwise 1 for a response that evaluation.verifier finds right, else 0."""
 
-    def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for a function that cannot be imported."""
-        super().require_start(config)
-        require_function("method.reward", self.reward)
-
 
 @dataclass(frozen=True)
 class SelectSettings(MethodSettings):
@@ -50,11 +44,6 @@ class SelectSettings(MethodSettings):
         super().check(config)
         if self.select is not None:
             require_single_turn(config, "method.select")
-
-    def require_start(self, config: Config) -> None:
-        """Raise `ConfigError` for a function that cannot be imported."""
-        super().require_start(config)
-        require_function("method.select", self.select)
 
 
 @dataclass(frozen=True)
@@ -129,12 +118,6 @@ class DistillAndRewardSettings(SignalSettings, AdvantageSettings, SelectSettings
         if self.signal != "full":
             return MEASURED
         return SAMPLED if self.weight > 0 else None
-
-
-def require_function(key: str, name: str | None) -> None:
-    """Raise `ConfigError` where the function ``name`` of ``key`` cannot be imported."""
-    if name is not None:
-        function_named(key, name, {})
 
 
 def require_single_turn(config: Config, what: str) -> None:

@@ -90,7 +90,5 @@ def test_weights_that_cannot_be_are_one_sentence(tmp_path, monkeypatch, value, g
 def test_measured_signals_are_for_weights_and_weights_for_samples():
     assert load([WEIGHTS, "method.measured_signals=true"]).needs.log_probs == MEASURED
     assert load([WEIGHTS]).needs.log_probs is None
-    with pytest.raises(ConfigError, match=r"measures log-probs for method.token_weights, which is not set"):
-        load(["method.measured_signals=true"])
     with pytest.raises(ConfigError, match=r"^method.token_weights weighs the tokens of sampled responses, but conv"):
         load(["recipe=chat_logs", WEIGHTS])

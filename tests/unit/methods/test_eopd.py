@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from characters import Characters
-from made_methods import composed, given_with, made
-from term_arrays import signals
+from made_methods import composed
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 
 
@@ -46,31 +43,3 @@ def test_value_and_gradient_are_those_of_the_published_rule(tau):
     torch.testing.assert_close(found.loss.detach(), loss.detach(), rtol=1e-11, atol=1e-12)
     found.loss.sum().backward()
     torch.testing.assert_close(leaf.grad, wanted, rtol=1e-11, atol=1e-12)
-
-
-def test_the_recipe_has_the_published_threshold_and_weighs_the_tokens_with_a_hint_alike():
-    config = composed("recipe=eopd")
-    assert Divergence.configured(config.loss, config.method) == Divergence("reverse_kl", forward_above=0.8)
-    assert (config.target.rule, config.teacher.weights) == ("teacher_alone", "frozen")
-    assert not config.needs.rewards and not config.measures_log_probs
-    method = made(["recipe=eopd"], given_with(Characters()))
-    assert not method.weighs_tokens
-    terms = method.terms(0, [], signals([0.0] * 2, lengths=[2, 1], hinted=[True, False]))
-    assert terms.divergence.tolist() == [1, 1, 0]
-
-
-def test_other_methods_leave_the_divergence_alone():
-    config = composed("recipe=default")
-    assert Divergence.configured(config.loss, config.method) == Divergence("reverse_kl")
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_another_divergence_is_refused(kind):
-    with pytest.raises(ConfigError, match=f"adds forward KL to loss.divergence=reverse_kl, got {kind}"):
-        load(["recipe=eopd", f"loss.divergence={kind}"])
-
-
-@pytest.mark.parametrize("value", ["-1", "nan", "null"])
-def test_a_threshold_out_of_range_is_refused(value):
-    with pytest.raises(ConfigError, match=r"method\.threshold must be"):
-        load(["recipe=eopd", f"method.threshold={value}"])

@@ -290,17 +290,6 @@ def test_the_advantage_of_reward_and_teacher_is_their_sum():
     assert found.advantage.item() == pytest.approx(1.291989900148, abs=1e-11)
 
 
-def test_the_recipe_has_the_constants_of_the_published_code():
-    config = load(["recipe=openclaw"])
-    own = config.method
-    assert (own.distill_weight, own.signal, own.weight) == (1.0, "advantage", 1.0)
-    assert (own.clip_low, own.clip_high) == (0.2, 0.28)
-    assert (own.votes, own.min_length, config.rollout.temperature) == (1, 10, 0.6)
-    assert (config.data.global_batch_size, config.optimizer.lr, config.teacher.weights) == (16, 1e-5, "current")
-    assert own.teacher_template == "{problem}\n\n[user's hint / instruction]\n{solution}"
-    assert config.samples and config.logged and not config.judges_responses
-
-
 def test_a_run_on_logs_with_functions_builds_no_sampler():
     functions = ["method.judge=a.b", "method.reward=a.b"]
     assert not load(["recipe=openclaw", *functions]).samples

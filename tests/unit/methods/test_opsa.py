@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 from characters import Characters
-from made_methods import composed, given_with, made
+from made_methods import given_with, made
 from term_arrays import SAMPLER, STUDENT, TOKEN, coefficients, log_probs, signals, tensor
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.methods.opsa import opsa
 from megatron_selfdistill.sources.signals import Clip
 
@@ -73,15 +72,7 @@ def test_the_gradient_is_that_of_the_clipped_objective(low, shift):
     assert is_clipped or gradient[TOKEN] > 0, "a step against the gradient makes the token less likely"
 
 
-def test_the_settings_reach_the_terms_and_the_recipe_asks_for_no_teacher_and_no_rewards():
+def test_the_settings_reach_the_terms():
     method = made(["recipe=opsa", "method.threshold=0.5", "method.penalty=3"], given_with(Characters()))
     assert method.terms(0, [], signals([0.0, 0.0], mu=[-0.7, -0.6])).advantage.tolist() == [-3.0, 0.0]
-    config = composed("recipe=opsa")
-    assert config.needs.teacher_prompt is None and not config.needs.rewards and not config.measures_log_probs
     assert method.weighs_tokens and method.clip == Clip(0.2, 0.2)
-
-
-@pytest.mark.parametrize("value", ["0", "1.5", "-0.1"])
-def test_a_threshold_that_is_no_probability_is_refused(value):
-    with pytest.raises(ConfigError, match=r"method\.threshold must be"):
-        load(["recipe=opsa", f"method.threshold={value}"])

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
@@ -197,14 +196,6 @@ def test_a_question_without_room_for_the_longest_response_is_refused():
     check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=21, **options)  # 10 + 10 + 1
     with pytest.raises(ConfigError, match=r"file:1: the question for a score .* at most 20 tokens, got 21;"):
         check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=20, **options)
-
-
-def test_the_recipe_filters_at_five_with_the_frozen_weights():
-    config = load(["recipe=ovd"])
-    own = config.method
-    assert (own.threshold, own.use, config.rollout.num_samples) == (5.0, "filter", 8)
-    assert (config.teacher.weights, config.keeps_teacher, config.has_teacher) == ("frozen", True, False)
-    assert (own.clip_low, own.clip_high, own.ratio_cap) == (None, None, 2.0)
 
 
 SHARES = (0.02, 0.03, 0.05, 0.10, 0.15, 0.20, 0.20, 0.15, 0.07, 0.03)

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import Characters
-from made_methods import TextSampler, composed, given_with, made, response_of
+from made_methods import TextSampler, given_with, made, response_of
 from term_arrays import signals, tensor
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.past import Past
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
@@ -184,32 +183,3 @@ def test_value_and_gradient_are_those_of_the_written_losses():
     silent = torch.tensor([kind == "retry" for kind in KINDS]).repeat_interleave(torch.tensor(LENGTHS))
     assert not terms.divergence[silent].any() and not terms.advantage[~silent].any()
     assert (terms.divergence[~silent] > 0).all() and not terms.sampled_kl[~silent].any()
-
-
-def test_the_recipe_shares_the_weights_and_reads_the_solutions_of_the_data():
-    config = composed("recipe=past")
-    assert (config.target.rule, config.loss.divergence, config.teacher.weights) == (
-        "teacher_alone",
-        "forward_kl",
-        "current",
-    )
-    assert config.needs.hint == "function" and config.needs.rewards and config.measures_log_probs
-    assert config.needs.contexts_per_sample == 5 and config.method.teacher_steps == 25
-    alone = composed("recipe=past", "method.weight=0")
-    assert alone.needs.contexts_per_sample == 1 and not alone.measures_log_probs and not alone.needs.asks_model
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["method.hint_template='{solution}'"], r"hint_template must have the slots \{attempt\}, and may have"),
-        (["teacher.weights=frozen"], "needs teacher.weights=current or ema .* got frozen and 4"),
-        (["method.num_retries=1"], "at least 2 for method.num_retries, or method.weight=0, got current and 1"),
-        (["loss.normalize=sequences"], "means of its own: leave loss.normalize=tokens, got sequences"),
-        (["loss.rollout_correction=truncated"], "needs loss.rollout_correction=none, got truncated"),
-        (["environment.name=a.B"], "set environment.name=none, got a.B"),
-    ],
-)
-def test_what_contradicts_the_method_is_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        load(["recipe=past", *options])

@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import Characters
-from made_methods import composed, given_with, made
+from made_methods import given_with, made
 from term_arrays import tensor
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.rlcsd import changed, changes, contrast_of, hints_of, mean_factors
@@ -172,25 +171,3 @@ def test_a_replica_without_responses_takes_part_in_the_reading():
     method = made(["recipe=rlcsd"], GIVEN, readers=models)
     assert method.select(0, [])[1] == {"hints/share": 0}
     assert method.terms(0, [], signals_of([])).advantage.tolist() == [] and models.calls == [[]]
-
-
-def test_the_recipe_keeps_a_teacher_that_the_loss_does_not_read():
-    config = composed("recipe=rlcsd")
-    assert config.keeps_teacher and not config.has_teacher and config.needs.rewards
-    assert made(["recipe=rlcsd"], GIVEN).weighs_tokens
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["method.weight=0"], r"method\.weight must be above 0"),
-        (["method.scale=0"], r"method\.scale must be"),
-        (["method.num_wrong=0"], r"method\.num_wrong must be"),
-        (["rollout.num_samples=1"], "compares the responses to one problem"),
-        (["loss.normalize=sequences"], "two means over tokens: loss.normalize is sequences"),
-        (["environment.name=a.B", "environment.max_turns=2"], "compares responses to one prompt"),
-    ],
-)
-def test_settings_that_allow_no_contrast_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        load(["recipe=rlcsd", *options])

@@ -14,7 +14,6 @@ from characters import STOP, Characters
 from made_methods import given_with, made
 from term_arrays import tensor
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
@@ -148,17 +147,6 @@ def test_both_models_may_read_after_the_prompt_of_the_sample(privileged):
     assert viewed.prompts.student_prompt == viewed.prompts.teacher_prompt == prompt
     assert (viewed.privileged, viewed.hinted) == (privileged, True)
     assert viewed.response.token_ids[-1] == STOP
-
-
-def test_the_recipe_has_the_published_constants():
-    config = load(["recipe=rlt"])
-    own = config.method
-    assert (own.closing_tag, own.temperature, own.alpha) == ("</think>", 0.7, 0.01)
-    assert (own.ratio_weight, own.missing_tag_penalty) == (3.0, 1.0)
-    assert (config.rollout.num_samples, config.rollout.num_samples * config.data.global_batch_size) == (64, 1024)
-    assert (config.optimizer.lr, config.optimizer.lr_decay.style, config.num_steps) == (1e-6, "constant", 125)
-    assert (own.kl_weight, own.weight, config.teacher.weights) == (0.04, 1.0, "frozen")
-    assert (config.needs.teacher_prompt, config.needs.samples) == ("same", "teacher")
 
 
 def test_the_reward_with_the_published_constants():

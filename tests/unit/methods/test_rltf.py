@@ -16,11 +16,9 @@ from characters import Characters
 from made_methods import given_with, made
 from term_arrays import signals, tensor
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import Reply
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.rltf import extra_likelihood, likelihood_floors, revision_advantages
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
@@ -138,8 +136,6 @@ def test_the_weight_of_a_revision_rises_linearly_with_the_steps_and_that_of_a_re
     for step, wanted in ((0, 0.0), (1, half / 2), (2, half), (4, 2 * half), (9, 2 * half)):
         *_, revision, reply = coefficients(*warm_up, step=step)
         assert revision == pytest.approx([wanted] * 2) and reply == pytest.approx([0.2] * 3), step
-    with pytest.raises(ConfigError, match=r"needs method.revision_weight above 0, got 0"):
-        load(["method.name=rltf", "method.revision_warmup_steps=4"])
 
 
 def test_a_replica_without_revisions_has_floors_like_those_that_have_some():
@@ -214,23 +210,3 @@ def test_a_token_of_a_revision_has_no_ratio_to_the_prompt_with_the_reply():
     for mu in (-0.1, -4.0):
         found = RatioTerms(terms, tensor(mu), None, Clip())(tensor(-2.0), torch.arange(1))
         assert found.policy.tolist() == [0.3]
-
-
-@pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
-def test_the_recipes_ask_for_an_environment(recipe):
-    with pytest.raises(ConfigError, match=r"environment.name is none: set environment.name, or unset"):
-        load([f"recipe={recipe}"])
-    with pytest.raises(ConfigError, match=r"environment.max_turns of at least 2, got .* and 1$"):
-        load([f"recipe={recipe}", ENVIRONMENT, "environment.max_turns=1"])
-
-
-@pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
-def test_the_recipes_have_the_published_constants(recipe):
-    config = load([f"recipe={recipe}", ENVIRONMENT])
-    own = config.method
-    assert not config.has_teacher and config.environment.max_turns == 2
-    assert (config.data.global_batch_size, config.rollout.num_samples) == (32, 8)
-    assert (own.weight, own.credit, own.discount, own.advantage_std) == (1.0, "turn", 0.1, "none")
-    assert own.clip_low is None and own.clip_high is None and own.ratio_cap is None
-    assert (own.revision_weight, own.reply_weight) == ((0.1, 0.0) if recipe == "rltf_sd" else (0.0, 0.1))
-    assert (own.revision_baseline, own.revision_min_log_prob) == ("first_turn", -5.0)

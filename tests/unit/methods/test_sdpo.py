@@ -193,13 +193,3 @@ def test_a_function_that_cannot_be_imported_is_refused_before_the_start(key, pat
     assert str(caught.value).startswith(f"{key} must be") and words in str(caught.value)
     found = load([*wanted, f"{key}=json.dumps"])
     found.method.require_start(found)
-
-
-def test_the_recipe_with_feedback_has_the_constants_of_rich_feedback():
-    config = load(["recipe=sdpo_feedback"])
-    assert config.method.hints == "peer_or_feedback" and config.loss.divergence == "reverse_kl"
-    assert (config.data.global_batch_size, config.rollout.num_samples) == (32, 8)
-    assert (config.teacher.weights, config.teacher.ema_decay) == ("ema", 0.95)
-    assert (config.loss.rollout_correction, config.loss.rollout_correction_cap) == ("truncated", 2.0)
-    assert config.optimizer.lr == 1e-6 and config.needs.log_probs is None
-    assert config.method.teacher_template == "{problem}{solution}\n\nCorrectly solve the original question."

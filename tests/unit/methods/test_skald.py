@@ -14,7 +14,6 @@ from characters import Characters
 from made_methods import TextSampler, composed, given_with, made, response_of
 from term_arrays import signals, tensor
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.methods.skald import mean_gain, states_answer
@@ -138,24 +137,3 @@ def test_the_terms_are_the_rewards_and_the_divergence_where_the_gate_is_open():
 
 def test_the_gain_is_a_difference_of_means():
     assert mean_gain([1.0, 0.0, 1.0], [0.5, 0.0]) == pytest.approx(2 / 3 - 1 / 4)
-
-
-def test_the_recipe_tilts_by_a_current_teacher():
-    config = composed("recipe=skald")
-    assert (config.target.rule, config.target.anchor, config.teacher.weights) == ("fixed", "student", "current")
-    assert 1 / config.target.teacher_weight == 1 / config.target.k == pytest.approx(0.4)
-    assert config.loss.divergence == "forward_kl" and config.needs.rewards
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["method.num_hinted=0"], r"method\.num_hinted must be"),
-        (["rollout.num_samples=1"], "compares the responses to one problem"),
-        (["environment.name=a.B"], r"without a card: it needs environment\.name=none and .* got a\.B and none"),
-        (["rollout.guidance=mixed"], "rollout.guidance"),
-    ],
-)
-def test_settings_that_allow_no_gate_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        load(["recipe=skald", *options])

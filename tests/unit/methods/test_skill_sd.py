@@ -14,7 +14,6 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made, named
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
@@ -226,12 +225,3 @@ def test_a_function_writes_skills_and_white_space_is_none():
     assert function_summaries(summarize, rollouts, tools) == ["p 1", None, None]
     with pytest.raises(VerifierError, match="the summarizer failed with ValueError: expected a text or None"):
         function_summaries(lambda *_: 3, rollouts, tools)
-
-
-def test_the_recipe_has_the_weight_of_the_paper_and_current_weights():
-    config = load(["recipe=skill_sd"])
-    own = config.method
-    assert (own.distill_weight, own.signal, config.teacher.weights) == (0.001, "sampled", "current")
-    assert (own.keep, own.exploration, own.weight, own.summarizer) == (8, 1.0, 1.0, "model")
-    assert config.needs.samples == "student" and config.target.rule == "teacher_alone"
-    assert config.measures_log_probs and config.needs.asks_model

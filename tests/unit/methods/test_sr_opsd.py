@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from characters import Characters
-from made_methods import composed, given_with, made
-from term_arrays import signals
+from made_methods import composed
 
-from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import unit_mix
 
@@ -38,27 +35,3 @@ def test_value_and_gradient_are_those_of_the_formula(order, direction):
     total = product.sum(-1, keepdim=True)
     torch.testing.assert_close(found.loss.detach(), (total.log() / (order - 1))[:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(student.grad, b / (order - 1) * (product / total - p), rtol=1e-5, atol=1e-6)
-
-
-def test_the_recipe_weighs_the_tokens_with_a_hint_alike_and_order_1_is_kl():
-    config = composed("recipe=sr_opsd")
-    assert Divergence.configured(config.loss, config.method) == Divergence("reverse_kl", order=0.5)
-    one = composed("recipe=sr_opsd", "method.order=1")
-    assert Divergence.configured(one.loss, one.method) == Divergence("reverse_kl")
-    target = config.target
-    assert (target.rule, target.k, target.teacher_weight, target.anchor) == ("fixed", None, 1.0, "reference")
-    assert not config.needs.rewards and not config.measures_log_probs
-    method = made(["recipe=sr_opsd"], given_with(Characters()))
-    terms = method.terms(0, [], signals([0.0] * 2, lengths=[2, 1], hinted=[True, False]))
-    assert not method.weighs_tokens and terms.divergence.tolist() == [1, 1, 0]
-
-
-def test_the_jsd_is_refused():
-    with pytest.raises(ConfigError, match=r"method\.name=sr_opsd needs loss\.divergence=reverse_kl or forward_kl"):
-        load(["recipe=sr_opsd", "loss.divergence=jsd"])
-
-
-@pytest.mark.parametrize("value", ["0", "4.5", "nan"])
-def test_an_order_out_of_range_is_refused(value):
-    with pytest.raises(ConfigError, match=r"method\.order must be"):
-        load(["recipe=sr_opsd", f"method.order={value}"])

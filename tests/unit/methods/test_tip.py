@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from characters import Characters
-from made_methods import composed, given_with, made
+from made_methods import given_with, made
 from term_arrays import signals, tensor
 from torch import Tensor
 
-from megatron_selfdistill.config import ConfigError, load
-from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.methods import tip
 from megatron_selfdistill.methods.tip import importance, importance_weights
@@ -119,22 +117,3 @@ def test_the_weighted_loss_and_its_gradient_are_those_of_the_chosen_rows():
     torch.testing.assert_close(found.detach(), loss.detach(), rtol=1e-11, atol=0)
     (gradient,) = torch.autograd.grad(found, leaf)
     torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-14)
-
-
-def test_the_recipe_measures_log_probs_and_has_the_published_numbers():
-    config = composed("recipe=tip")
-    assert (config.method.share, config.method.score, config.optimizer.lr) == (0.5, "soft_or", 1e-6)
-    assert (config.target.rule, config.loss.divergence, config.teacher.weights) == (
-        "teacher_alone",
-        "reverse_kl",
-        "frozen",
-    )
-    assert config.needs.log_probs == MEASURED and config.measures_log_probs
-    method = made(["recipe=tip"], given_with(Characters()))
-    assert method.weighs_tokens and isinstance(method.Settings(), tip.TipSettings)
-
-
-@pytest.mark.parametrize("override", ["method.share=1.5", "method.share=-1", "method.score=both"])
-def test_settings_out_of_range_are_refused(override):
-    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.") + " must be"):
-        load(["recipe=tip", override])

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from characters import Characters
-from made_methods import composed, given_with, made
-from term_arrays import signals
+from made_methods import composed
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target
@@ -73,18 +71,3 @@ def test_with_v_as_weight_and_as_k_the_teacher_keeps_its_full_weight():
     torch.testing.assert_close(
         mixed_target(s, t, Target.configured(section)).log_q, (t + s / 4).log_softmax(-1), rtol=1e-12, atol=1e-12
     )
-
-
-def test_the_recipe_weighs_the_tokens_with_a_hint_alike_and_needs_no_rewards():
-    config = composed("recipe=veto")
-    target = config.target
-    assert (target.rule, target.k, target.teacher_weight, target.anchor) == ("fixed", None, 1.0, "student")
-    assert config.loss.divergence == "forward_kl" and config.teacher.weights == "frozen"
-    assert not config.needs.rewards and not config.measures_log_probs
-    method = made(["recipe=veto"], given_with(Characters()))
-    assert not method.weighs_tokens
-    assert method.terms(0, [], signals([0.0] * 2, lengths=[2, 1], hinted=[True, False])).divergence.tolist() == [
-        1,
-        1,
-        0,
-    ]
