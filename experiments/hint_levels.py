@@ -120,10 +120,11 @@ def level_overrides(level: str) -> tuple[str, ...]:
 
 
 def measured(base: Base, problems: Path) -> list[dict[str, Any]]:
-    """Return the numbers of all levels from the base, as `selfdistill evaluate --hinted --levels` measures them."""
+    """Return the numbers of all levels from the base."""
+    from hint_level_numbers import at_level, measure_hint_levels
+
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.evaluation.hint_levels import at_level, measure_hint_levels
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.run_data import RunData

@@ -68,11 +68,10 @@ class DataSetJob:
         done = run_on_rank_0(lambda: journal.begin(len(problems)))
         if done < len(problems):
             phases = Phases(self.grid.device)
-            groups = -(-(len(problems) - done) // self.group_size)
             with (
                 phases_shown(phases, enabled=self.grid.is_reporter),
                 open_inference(self.config, self.run_data, self.grid, phases) as inference,
-                phases("the data set", groups),
+                phases("the data set"),
             ):
                 self._solve(problems, done, inference, journal)
         run_on_rank_0(lambda: journal.finish({problem.id for problem in problems}))

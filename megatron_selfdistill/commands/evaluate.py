@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.model_command import ended, parsed
-from megatron_selfdistill.config.command_line import at_least_1, with_files
+from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
@@ -26,18 +25,17 @@ if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.evaluation.first_step import FirstStep
-    from megatron_selfdistill.evaluation.hint_levels import HintLevel
     from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.run_data import RunData
 
-    Measured = tuple[EvaluationResult, FirstStep | None, list[HintLevel], float]
+    Measured = tuple[EvaluationResult, FirstStep | None, float]
 
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
 
     selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/before
     selfdistill evaluate --megatron runs/first --iteration 100 --data test.jsonl --out results/after
     selfdistill evaluate compare results/before results/after
-    selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/hints --hinted --levels none,other,answer
+    selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/hinted --hinted
 
 key=value changes any key of the trainer: rollout.temperature=0.7, rollout.engine=vllm, evaluation.verifier=math_verify,
 optimizer.precision=fp32 (of the weights), seed=1, parallel.tensor_model_parallel_size=2.  The results do not depend on
@@ -49,11 +47,6 @@ the layout.  On several ranks:
 
 NUM_SAMPLES = 16
 """The default of --num-samples: enough for pass@16 and for intervals that show small differences."""
-_ALL = "print every metric (default: the six that matter first; the files always have all)"
-_LEVELS = (
-    "also compare hints before any training, with --hinted, and predict which of them teach the model: a list of none, "
-    "other (another problem's solution), answer, solution and columns of the records"
-)
 _HINTED = "show the model the teacher's prompt, with the solution; also print what the first step of a run would see"
 
 RESERVED = {
@@ -122,7 +115,6 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     from megatron_selfdistill.commands.given_model import computed_in, configured, find_model, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.evaluation.hint_levels import at_level
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.metrics.phases import Phases, phases_shown
@@ -133,7 +125,6 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
-    levels = {name: RunData.load_evaluation(at_level(config, name), True) for name in arguments.levels}
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     if grid.is_reporter:
@@ -149,7 +140,7 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
                         load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
                 checkpoint = dataclasses.replace(config.checkpoint, load=load)
                 config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
-                measured = _measured(config, run_data, levels, grid, arguments, phases)
+                measured = _measured(config, run_data, grid, arguments, phases)
             if grid.is_reporter:
                 _report(measured, config, run_data, arguments, model)
     finally:
@@ -158,17 +149,11 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
 
 
 def _measured(
-    config: Config,
-    run_data: RunData,
-    levels: dict[str, RunData],
-    grid: RankGrid,
-    arguments: argparse.Namespace,
-    phases: Phases,
+    config: Config, run_data: RunData, grid: RankGrid, arguments: argparse.Namespace, phases: Phases
 ) -> Measured:
-    """Return the result, what the first step would see, the hint levels and the seconds, the same on every rank."""
+    """Return the result, what the first step would see, and the seconds, the same on every rank."""
     from megatron_selfdistill.evaluation import held_out
     from megatron_selfdistill.evaluation.first_step import measure_first_step
-    from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.metrics.leakage import telling_words
@@ -187,17 +172,14 @@ def _measured(
         options = dataclasses.replace(
             options, majority_at_k=arguments.majority_at_k, num_transcripts=arguments.responses
         )
-        with phases("evaluation", 0 if config.environment.exists else 1 + arguments.num_samples):
+        with phases("evaluation"):
             result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
         seconds = time.perf_counter() - began
-        compared, first = [], None
-        if levels:
-            with phases("hint levels", 1 + len(levels)):
-                compared = measure_hint_levels(inference, config, levels, verifier, grid)
+        first = None
         if arguments.hinted:
-            with phases("first step", 1):
+            with phases("first step"):
                 first = measure_first_step(inference, config, run_data, verifier, grid)
-    return result, first, compared, seconds
+    return result, first, seconds
 
 
 def _report(
@@ -207,17 +189,14 @@ def _report(
     from megatron_selfdistill.evaluation import tables
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
     from megatron_selfdistill.evaluation.first_step import readiness, recommended
-    from megatron_selfdistill.evaluation.hint_levels import predicted_order
 
-    result, first, compared, seconds = measured
+    result, first, seconds = measured
     problems = run_data.evaluation
     about: dict[str, Any] = {
         "model": model,
         "data": {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)},
         "settings": _settings(config, run_data, arguments),
     }
-    if compared:
-        about["hint_levels"] = [asdict(it) for it in compared]
     advice: list[str] = []
     if first is not None:
         advice = first.advice(config)
@@ -225,64 +204,19 @@ def _report(
         if config.environment.exists:  # the samples of the first step are no episodes
             print("no verdict: compare with the same command without --hinted (selfdistill evaluate compare)\n")
         else:
-            ready = readiness(config, first, result, compares=bool(compared))
+            ready = readiness(config, first, result)
             with_hint = ready.right_hinted / ready.num_hinted
             target = recommended(first.num_hints, len(problems), first.accuracy, with_hint)
             about["first_step"] |= {"recommended": asdict(target), "verdict": asdict(ready)}
-            following = training_command(arguments, config, model, target.overrides)
-            if isinstance(ready.change, str):
-                following = ready.change
-            elif ready.cause:
-                options = [] if arguments.overwrite else ["--overwrite"]
-                following = launched("evaluate", [*arguments.argv, *ready.change, *options])
-            tables.show_readiness(ready, target, following)
+            tables.show_readiness(ready, target)
     summary = write_evaluation(arguments.out, result, about)
     num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
     line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
-    tables.show_summary(summary, line, show_all=arguments.all)
+    tables.show_summary(summary, line)
     if first is not None:
         tables.show_first_step(about["first_step"], advice)
-    if compared:
-        tables.show_hint_levels(about["hint_levels"], predicted_order(compared))
     if result.overlooked is not None:
         print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
-
-
-def training_command(
-    arguments: argparse.Namespace, config: Config, model: dict[str, Any], target: Sequence[str]
-) -> str:
-    """Return the command line that trains the evaluated ``model`` with the keys of this command and of ``target``.
-
-    A Hugging Face directory is converted first, if that is not done.  The training problems are problems.jsonl, unless
-    data.path is given.
-    """
-    load, words = Path(model["path"]), list(arguments.overrides)
-    convert = []
-    if model["format"] == "hugging_face":
-        hf, load = load, load.parent / f"{os.path.basename(os.path.abspath(load))}-megatron"
-        if not load.exists():
-            convert = ["selfdistill", "convert", "hf-to-megatron", "--hf", str(hf), "--out", str(load)]
-    given = {word.lstrip("+").partition("=")[0] for word in with_files(words)}
-    needed = {"data.tokenizer": config.data.tokenizer, "data.path": "problems.jsonl"}
-    words = [f"checkpoint.load={load}", *(f"{key}={it}" for key, it in needed.items() if key not in given), *words]
-    if arguments.config_name != "train":
-        words += ["--config-name", arguments.config_name]
-    words += [word for directory in arguments.config_dir for word in ("--config-dir", directory)]
-    train = launched("train", [*words, *target, "run_dir=runs/first"])
-    return f"{shlex.join(convert)} && {train}" if convert else train
-
-
-def launched(command: str, words: Sequence[str]) -> str:
-    """Return the command line that runs ``command`` on as many ranks as this one; of equal keys, the last stays."""
-    from megatron_selfdistill.config import shown_argument
-    from megatron_selfdistill.distributed.roll_call import world_size
-
-    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
-    words = [word for place, word in enumerate(words) if "=" not in word or last[word.partition("=")[0]] == place]
-    program = ["selfdistill"]
-    if world_size() > 1:
-        program = ["torchrun", "--nproc-per-node", str(world_size()), "-m", "megatron_selfdistill"]
-    return shlex.join([*program, command, *map(shown_argument, words)])
 
 
 def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
@@ -335,7 +269,7 @@ def compare(arguments: argparse.Namespace) -> int:
         num_resamples=arguments.resamples,
         seed=arguments.seed,
     )
-    show_comparison(compared, show_all=arguments.all)
+    show_comparison(compared)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(asdict(compared), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -382,18 +316,15 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
     )
     parser.add_argument("--hinted", action="store_true", help=_HINTED)
-    parser.add_argument("--levels", type=lambda text: text.split(","), default=(), metavar="A,B,..", help=_LEVELS)
     parser.add_argument(
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
-    parser.add_argument("--all", action="store_true", help=_ALL)
     arguments = parsed(parser, argv)
     for name in ("pass_at_k", "majority_at_k"):  # what follows the numbers are overrides
         words = getattr(arguments, name) or []
         ks = list(itertools.takewhile(str.isdecimal, words))
         arguments.overrides = [*arguments.overrides, *words[len(ks) :]]
         setattr(arguments, name, [int(k) for k in ks] if words else None)
-    arguments.argv = list(argv)
     powers = [4**i for i in range(12) if 4**i <= arguments.num_samples]
     arguments.pass_at_k = powers if arguments.pass_at_k is None else arguments.pass_at_k
     arguments.majority_at_k = powers[1:] if arguments.majority_at_k is None else arguments.majority_at_k
@@ -418,6 +349,5 @@ def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="number of resamples of the problems (default: 10000)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
-    parser.add_argument("--all", action="store_true", help=_ALL)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
     return parser.parse_args(argv)

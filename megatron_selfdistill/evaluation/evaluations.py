@@ -208,9 +208,7 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     for name in ("pass_at_k", "majority_at_k"):
         for k in lines[0][name] if lines else ():
             values[f"{name[:-1]}{k}"] = column(line[name][k] for line in lines)
-    means = {"length": "mean_length", "truncated": "truncated_share"}
-    if all("loops" in line["greedy"] for line in lines):  # older versions did not look for loops
-        means["loops"] = "loop_share"
+    means = {"length": "mean_length", "truncated": "truncated_share", "loops": "loop_share"}
     if all(line["greedy"].get("reward") is not None for line in lines):  # of episodes
         means |= {"reward": "mean_reward", "turns": "mean_turns"}
     for what, name in means.items():

@@ -129,14 +129,14 @@ class Readiness:
     """The mean over the problems of the share with the hint minus the share without."""
     cause: str = ""
     """Why a run would teach little; empty for a run that is worth its time."""
-    change: tuple[str, ...] | str = ()
-    """The arguments to add to the command before it runs again, or a sentence about what to change."""
+    change: str = ""
+    """The key to set, or a sentence about what to change, before the command runs again."""
 
 
-def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, compares: bool = False) -> Readiness:
+def readiness(config: Config, first: FirstStep, result: EvaluationResult) -> Readiness:
     """Return whether a run is worth its time: whether the hint clearly helps, and a fifth of its responses is right.
 
-    ``result``: the evaluation with the hint.  ``compares``: whether hint levels are shown.
+    ``result``: the evaluation with the hint.
     """
     hinted_verdicts = [[it.correct for it in one.samples or [one.greedy]] for one in result.problems]
     pairs = list(zip(first.are_right, hinted_verdicts, strict=False))  # the problems with a sample without the hint
@@ -146,8 +146,6 @@ def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, com
     verifier, new = config.evaluation.verifier, config.rollout
     hinted, is_clear = found.right_hinted / found.num_hinted, found.gain.low > 0 and found.num_problems >= FEWEST
     cut = result.greedy_truncated_share if result.sampled_truncated_share is None else result.sampled_truncated_share
-    cause: str
-    change: tuple[str, ...] | str
     if first.is_untrained:
         cause = "this model looks untrained, or tokenizer and weights do not belong together: its entropy is "
         cause += f"{first.entropy_mean:.2f} nats per token, and ln({first.vocab_size}) {math.log(first.vocab_size):.2f}"
@@ -157,10 +155,10 @@ def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, com
     elif result.overlooked is not None:
         cause = result.overlooked.lines(verifier)[0]
         fits = verifier == "exact_match"
-        change = ("evaluation.verifier=math_verify",) if fits else "change the verifier after a look at the ends below"
+        change = "evaluation.verifier=math_verify" if fits else "change the verifier after a look at the ends below"
     elif cut > MANY_CUT:
         cause = f"{cut:.0%} of the responses with the hint are cut at rollout.max_new_tokens={new.max_new_tokens}"
-        change = (f"rollout.max_new_tokens={2 * new.max_new_tokens}",)
+        change = f"rollout.max_new_tokens={2 * new.max_new_tokens}"
     elif found.right >= SOLVED * found.num_problems:
         cause, change = "the model solves these problems without the hint", "take harder problems (--data)"
     elif first.num_hints == 1 < len(result.problems):
@@ -171,8 +169,7 @@ def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, com
         change = "give --data more problems"
     else:
         cause = f"the hint helps too little: {hinted:.0%} of the responses that see it are right"
-        wording = "try another data.teacher_template, or a stronger model"
-        change = wording if compares else ("--levels", "none,other,solution")
+        change = "try another hint (data.fields.solution), another data.teacher_template, or a stronger model"
     return replace(found, cause=cause, change=change)
 
 

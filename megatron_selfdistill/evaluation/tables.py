@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_selfdistill.evaluation.evaluation_directory import SUMMARY
 from megatron_selfdistill.evaluation.evaluations import Comparison
 
 if TYPE_CHECKING:  # torch, which takes seconds
@@ -34,18 +35,8 @@ def first_metrics(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in first]
 
 
-def without_repeats(names: Iterable[str]) -> list[str]:
-    """Return ``names`` without sampled_accuracy and pass_at_1 if avg_at_N, which is the same number, is among them."""
-    names = list(names)
-    repeats = ("sampled_accuracy", "pass_at_1") if any(name.startswith("avg_at_") for name in names) else ()
-    return [name for name in names if name not in repeats]
-
-
-def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) -> None:
-    """Print the ``summary`` of `write_evaluation` as a table, with ``line`` below it.
-
-    ``show_all``: whether the table has every metric of the summary once, and not only those of `first_metrics`.
-    """
+def show_summary(summary: dict[str, Any], line: str) -> None:
+    """Print the `first_metrics` of the ``summary`` of `write_evaluation` as a table, with ``line`` below it."""
     model, data, settings = summary["model"], summary["data"], summary["settings"]
     iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
     problems = _counted(data["num_problems"], "problem")
@@ -55,17 +46,15 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
     table.add_column("value", justify="right")
     table.add_column("95 %", justify="right")
     intervals = summary["intervals"]
-    names = without_repeats(dict.fromkeys([*intervals, *summary["metrics"]]))  # a single problem has no intervals
-    shown = names if show_all else first_metrics(names)
-    table.caption = f"95 % intervals over the problems (bootstrap){_rest(names, shown)}\n{line}"
-    for name in shown:
+    table.caption = f"95 % intervals over the problems (bootstrap)\n{SUMMARY} has all metrics\n{line}"
+    for name in first_metrics(dict.fromkeys([*intervals, *summary["metrics"]])):  # a single problem has no intervals
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
     console().print(table)
 
 
-def show_readiness(ready: Readiness, target: Recommended, command: str) -> None:
-    """Print the verdict of `readiness`, and ``command``, the next one; ``target`` is that of a run."""
+def show_readiness(ready: Readiness, target: Recommended) -> None:
+    """Print the verdict of `readiness`, with ``target``, that of a run, or with what to change."""
     gain, plain = ready.gain, f"{ready.right} of {ready.num_problems}"
     hinted = f"{ready.right_hinted} of {ready.num_hinted}"
     print(f"without the hint  {ready.right / ready.num_problems:.2f} right ({plain})")
@@ -73,10 +62,10 @@ def show_readiness(ready: Readiness, target: Recommended, command: str) -> None:
     number = _counted(ready.num_problems, "problem")
     print(f"gain             {gain.mean:+.2f} ({number}, 95 %: {gain.low:+.2f} to {gain.high:+.2f})")
     if ready.cause:
-        print(f"do not train yet: with the hint {hinted} are right, without it {plain}\ncause: {ready.cause}")
+        print(f"do not train yet: with the hint {hinted} are right, without it {plain}")
+        print(f"cause: {ready.cause}\nchange: {ready.change}\n")
     else:
-        print(f"train: the hint helps (data.path: your training problems)\ntarget: {target}")
-    print(f"next: {command}\n")
+        print(f"train: the hint helps\ntarget: {target}\n")
 
 
 def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
@@ -105,45 +94,12 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
         console().print(sentence, style="yellow", markup=False)
 
 
-def show_hint_levels(levels: Sequence[Mapping[str, Any]], predicted: Sequence[str]) -> None:
-    """Print the entry hint_levels of a summary as a table, with the predicted order of the levels below it."""
-    samples = _counted(levels[0]["num_samples"], "sample")
-    table = Table(title=f"hint levels before any training: {samples} without hints are read with each hint")
-    table.add_column("hint", no_wrap=True)
-    for column in ("accuracy with it", "utility", "divergence", "contrast", "gain"):
-        table.add_column(column, justify="right")
-    for it in levels:
-        signed = (f"{value:+.4f}" if value is not None else "-" for value in (it["contrast"], it["gain"]))
-        table.add_row(
-            it["name"], _shown(it["hinted_accuracy"]), f"{it['utility']:+.3f}", _shown(it["divergence"]), *signed
-        )
-    table.caption = (
-        f"accuracy without a hint: {_shown(levels[0]['accuracy'])}\n"
-        "gain: the slope of the accuracy when the model moves towards itself with the hint\n"
-        "contrast: how much more the hint lowers the tokens of wrong samples, nats per token"
-    )
-    console().print(table)
-    if any(it["gain"] for it in levels):
-        console().print(f"predicted order, the best teacher first: {', '.join(predicted)}", markup=False)
-    else:
-        console().print(
-            f"no prediction: {'every' if levels[0]['accuracy'] else 'no'} sample without a hint is right, so that the "
-            "samples cannot show what a hint would change",
-            style="yellow",
-            markup=False,
-        )
-
-
-def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
-    """Print the comparison as a table, with a line for each setting that differs between the evaluations.
-
-    ``show_all``: as in `show_summary`.
-    """
-    names = without_repeats(it.metric for it in compared.differences)
-    shown = names if show_all else first_metrics(names)
+def show_comparison(compared: Comparison) -> None:
+    """Print the `first_metrics` of the comparison as a table, with a line for each setting that differs."""
+    shown = first_metrics(it.metric for it in compared.differences)
     caption = (
         f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "
-        f"seed {compared.seed}{_rest(names, shown)}"
+        f"seed {compared.seed}\n--out FILE writes all metrics"
     )
     table = Table(title=f"A = {compared.a}\nB = {compared.b}", caption=caption)
     table.add_column("metric", no_wrap=True)
@@ -169,12 +125,6 @@ def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
 def console() -> Console:
     """Return the console of tables: as wide as the terminal, or 120 columns elsewhere."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def _rest(names: Sequence[str], shown: Sequence[str]) -> str:
-    """Return the part of a caption that says how to see the metrics that the table leaves out."""
-    left_out = len(names) - len(shown)
-    return f"\n{_counted(left_out, 'further metric')}: --all" if left_out else ""
 
 
 def _counted(number: int, noun: str) -> str:

@@ -1,22 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A trained teacher writes explanations, the same in every layout and after a kill, and a student learns from them."""
+"""A trained teacher writes explanations, the same in every layout, and a student learns from them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
-from ranks import RankError
 
-from megatron_selfdistill.commands import explanations, solution_journal
+from megatron_selfdistill.commands import explanations
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 4
 TAG = "method.closing_tag=-"  # a character that an untrained model writes now and then
@@ -28,19 +25,10 @@ LAYOUTS = {
 }
 
 
-def run_tool(arguments: Sequence[str], dies_in_group: int | None = None) -> tuple[int, str]:
-    """Return exit status and output of the command on this rank, which may be killed after that group."""
-    append, calls = solution_journal.Journal.append, []
-
-    def append_or_die(self: Any, lines: list[dict]) -> None:
-        append(self, lines)
-        calls.append(lines)
-        if len(calls) == dies_in_group:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+def run_tool(arguments: Sequence[str]) -> tuple[int, str]:
+    """Return exit status and output of the command on this rank."""
     output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solution_journal.Journal, "append", append_or_die)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         status = explanations.main(list(arguments))
     return status, output.getvalue() if status == 0 else errors.getvalue()
 
@@ -68,8 +56,8 @@ def arguments_of(directory: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def made(ranks, arguments: Sequence[str], world_size: int = 1, **options: Any) -> str:
-    results = ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False, **options)
+def made(ranks, arguments: Sequence[str], world_size: int = 1) -> str:
+    results = ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False)
     assert [status for status, _ in results] == [0] * world_size, results
     return results[0][1]
 
@@ -105,16 +93,6 @@ def test_the_summary_counts_what_the_attempts_say(directory, summary):
     assert len(attempts) == NUM_PROBLEMS and 0 < tags < 1
     assert f"{NUM_PROBLEMS} problems, {tags:.1%} of the samples with the closing tag" in summary
     assert f"{kept} explanations in {directory}/explained.jsonl" in summary
-
-
-@pytest.mark.full
-def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, directory, summary):
-    arguments = arguments_of(directory, "killed.jsonl")
-    with pytest.raises(RankError):
-        made(ranks, arguments, dies_in_group=2)
-    assert not (directory / "killed.jsonl").exists()
-    made(ranks, arguments)
-    assert (directory / "killed.jsonl").read_text() == (directory / "explained.jsonl").read_text()
 
 
 @pytest.mark.full

@@ -153,20 +153,6 @@ def test_what_is_written_is_read_back(tmp_path):
     }  # fmt: skip
 
 
-def test_an_evaluation_of_an_older_version_is_compared_by_what_it_has(tmp_path):
-    new, old = write(tmp_path / "new", outcomes_of(1)), write(tmp_path / "old", outcomes_of(2))
-    lines = [json.loads(line) for line in (old / PROBLEMS).read_text().splitlines()]
-    for line in lines:
-        del line["distinct_right"], line["distinct_4grams"]
-        for verdict in (line["greedy"], *line["samples"]):
-            del verdict["confidence"], verdict["states_confidence"]
-    (old / PROBLEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    added = set(read_evaluation(new).values) - set(read_evaluation(old).values)
-    names = {f"{kind}_{name}" for kind in ("greedy", "sampled") for name in ("brier", "ocg", "stated_confidence")}
-    assert added == {"distinct_right", "distinct_4grams", *names}
-    assert added.isdisjoint(differences(new, old)) and "greedy_accuracy" in differences(new, old)
-
-
 def test_a_single_problem_is_shown_without_intervals(tmp_path, capsys):
     summary = read_evaluation(write(tmp_path / "a", [[True, False, True]], num_samples=2)).summary
     assert summary["intervals"] == {}
@@ -183,30 +169,14 @@ def rows_of(shown: str) -> list[str]:
     return re.findall(r"^│ ([a-z0-9_]+) +│", shown, re.MULTILINE)
 
 
-def test_a_first_look_at_an_evaluation_shows_six_metrics_and_how_to_see_the_others(tmp_path, capsys):
+def test_an_evaluation_and_a_comparison_show_six_metrics(tmp_path, capsys):
     summary = read_evaluation(write(tmp_path / "a", outcomes_of(1))).summary
     about = {"model": {"path": "model", "iteration": None}, "settings": {"num_samples": 4}}
     show_summary(summary | about, "done")
-    shown = capsys.readouterr().out
-    assert rows_of(shown) == FIRST and "sampled_ocg" not in shown
-    show_summary(summary | about, "done", show_all=True)
-    complete = capsys.readouterr().out
-    assert {*rows_of(complete)} == {*summary["metrics"]} - {"sampled_accuracy", "pass_at_1"}
-    assert len(rows_of(complete)) == len({*rows_of(complete)})
-    assert summary["metrics"]["sampled_accuracy"] == summary["metrics"]["pass_at_1"] == summary["metrics"]["avg_at_4"]
-    left_out = len(rows_of(complete)) - len(rows_of(shown))
-    assert left_out > 5 and f"{left_out} further metrics: --all" in shown and "--all" not in complete
-
-
-def test_a_first_look_at_a_comparison_shows_the_same_six_metrics(tmp_path, capsys):
-    a, b = (read_evaluation(write(tmp_path / str(seed), outcomes_of(seed))) for seed in (1, 2))
-    compared = compare(a, b)
-    show_comparison(compared)
     assert rows_of(capsys.readouterr().out) == FIRST
-    show_comparison(compared, show_all=True)
-    complete = [it.metric for it in compared.differences]
-    assert "pass_at_1" in complete, "the same number as avg_at_4"
-    assert rows_of(capsys.readouterr().out) == [name for name in complete if name != "pass_at_1"]
+    a, b = (read_evaluation(write(tmp_path / str(seed), outcomes_of(seed))) for seed in (1, 2))
+    show_comparison(compare(a, b))
+    assert rows_of(capsys.readouterr().out) == FIRST
 
 
 @pytest.mark.parametrize("ks", [(1, 4, 16), (16, 2)])
@@ -249,29 +219,16 @@ def test_a_model_is_not_above_itself(tmp_path):
         assert (it.difference, it.low, it.high, it.probability_not_above) == (0, 0, 0, probability)
 
 
-def test_an_evaluation_of_an_older_version_is_compared_without_its_loops(tmp_path):
-    old, new = (write(tmp_path / name, outcomes_of(seed)) for seed, name in enumerate(("old", "new")))
-    loops = {"greedy_loop_share", "sampled_loop_share"}
-    assert loops <= differences(old, new).keys()
-    lines = [json.loads(line) for line in (old / PROBLEMS).read_text().splitlines()]
-    for line in lines:
-        for verdict in (line["greedy"], *line["samples"]):
-            del verdict["loops"]
-    everything = differences(old, new).keys()
-    (old / PROBLEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert differences(old, new).keys() == differences(new, old).keys() == everything - loops
-
-
 def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):
     a, b = (write(tmp_path / name, [[False] * 5] * 6) for name in "ab")
     compared = compare(read_evaluation(a), read_evaluation(b))
     assert compared.neither_answered
     assert {it.probability_not_above for it in compared.differences if "_at_" in it.metric} == {None}
-    show_comparison(compared, show_all=True)
+    show_comparison(compared)
     shown = capsys.readouterr().out
     assert "neither A nor B answered any of the 6 problems right" in shown
     rows = [line for line in shown.splitlines() if "greedy_accuracy" in line or "_at_" in line]
-    assert len(rows) == 5 and not any("1.0000" in row for row in rows)  # pass_at_1 is avg_at_4
+    assert len(rows) == 4 and not any("1.0000" in row for row in rows)
     right = write(tmp_path / "c", [[False] * 5] * 5 + [[True] * 5])
     compared = compare(read_evaluation(a), read_evaluation(right))
     assert not compared.neither_answered and compared.differences[0].probability_not_above > 0

@@ -286,13 +286,13 @@ def judged(
 def test_a_hint_that_clearly_helps_is_worth_a_run_and_its_gain_is_that_of_the_same_problems(capsys):
     ready = judged([1, 0, 0, 0, 0, 0], [4, 4, 3, 2, 4, 4, 0, 0])  # the last two problems have no sample without a hint
     assert not ready.cause and ready.gain.mean == pytest.approx(21 / 24 - 1 / 6)
-    show_readiness(ready, recommended(9, 9, 1 / 6, 21 / 24), "the command")
-    plain, hinted, gain, verdict, target, following, _ = capsys.readouterr().out.splitlines()
+    show_readiness(ready, recommended(9, 9, 1 / 6, 21 / 24))
+    plain, hinted, gain, verdict, target, _ = capsys.readouterr().out.splitlines()
     assert plain == "without the hint  0.17 right (1 of 6)" and hinted == "with the hint     0.88 right (21 of 24)"
     assert gain.startswith("gain             +0.71 (6 problems, 95 %: +0.") and verdict.startswith(
         "train: the hint helps"
     )
-    assert target.startswith("target: the default target, since") and following == "next: the command"
+    assert target.startswith("target: the default target, since")
 
 
 NOTHING = [0] * 12
@@ -304,11 +304,15 @@ CAUSES = {
         "more",
     ),
     "few problems": ({"plain": [0, 0], "hinted": [4, 4]}, "2 problems are too few", "--data"),
-    "a hint that is not followed": ({"plain": NOTHING, "hinted": NOTHING}, "the hint helps too little: 0%", "--levels"),
+    "a hint that is not followed": (
+        {"plain": NOTHING, "hinted": NOTHING},
+        "the hint helps too little: 0%",
+        "data.fields.solution",
+    ),
     "a hint that seldom helps": (
         {"plain": [0] * 64, "hinted": [1, 0] * 32},
         "the hint helps too little: 12%",
-        "--levels",
+        "data.fields.solution",
     ),
     "cut": ({"plain": NOTHING, "hinted": NOTHING, "cut": 0.5}, "50% of the responses", "rollout.max_new_tokens=512"),
     "solved": ({"plain": [1] * 12, "hinted": [4] * 12}, "solves these problems without the hint", "harder"),
@@ -335,14 +339,14 @@ def test_a_run_that_would_teach_little_has_one_cause_and_one_change(name, capsys
     given, cause, change = CAUSES[name]
     ready = judged(**given)
     assert cause in ready.cause
-    assert change in ready.change or change in ready.change[0]
-    show_readiness(ready, recommended(9, 12, 0.0, 0.0), "the command")
+    assert change in ready.change
+    show_readiness(ready, recommended(9, 12, 0.0, 0.0))
     *shares, verdict, reason, following, _ = capsys.readouterr().out.splitlines()
     right, of = ready.right_hinted, ready.num_hinted
     assert len(shares) == 3 and verdict.startswith(
         f"do not train yet: with the hint {right} of {of} are right, without"
     )
-    assert reason == f"cause: {ready.cause}" and following == "next: the command"
+    assert reason == f"cause: {ready.cause}" and following == f"change: {ready.change}"
 
 
 def test_an_untrained_model_gets_no_advice_about_the_temperature():

@@ -73,11 +73,6 @@ def at_level(config: Config, level: str) -> Config:
     return replace(config, data=replace(config.data, solutions="given", fields=fields))
 
 
-def predicted_order(levels: Sequence[HintLevel]) -> list[str]:
-    """Return the names of the levels, the one with the largest gain first; the utility decides between equal gains."""
-    return [it.name for it in sorted(levels, key=lambda it: (-it.gain, -it.utility))]
-
-
 def measure_hint_levels(
     inference: Inference, config: Config, levels: Mapping[str, RunData], verifier: Verifier, grid: RankGrid
 ) -> list[HintLevel]:
