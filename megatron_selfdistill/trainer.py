@@ -264,8 +264,7 @@ class Trainer:
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
-        times = 0 if self.config.environment.exists else 1 + options.num_samples
-        with self.phases("evaluation", times), own as player:
+        with self.phases("evaluation"), own as player:
             result = evaluate(self.sampler, self.run_data, verifier, options, self.grid, player)
         if result.overlooked is not None:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):

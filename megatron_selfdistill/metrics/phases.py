@@ -43,16 +43,13 @@ class Phases:
         """The object that hears of the phases of this rank; None on ranks that show nothing."""
 
     @contextlib.contextmanager
-    def __call__(self, name: str, times: int = 0) -> Iterator[None]:
-        """Time the phase ``name`` from the entry of this context to its end.
-
-        ``times``: the responses of the whole phase over those of its first call of a sampler, where this is known.
-        """
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the phase ``name`` from the entry of this context to its end."""
         start = self._mark()
         watchdog.entered(name)
         listener = self.listener
         if listener is not None:
-            listener.entered(name, times)
+            listener.entered(name)
         try:
             yield
         finally:
@@ -127,29 +124,19 @@ class PhaseUnderWay:
     name: str
     began: float
     """The clock (`time.monotonic`) when the phase was entered."""
-    times: int = 0
-    """The responses of the phase over those of its first call of a sampler; 0 where this is not known."""
-    calls: tuple[int, ...] = ()
-    """The responses of each call of the sampler so far."""
     finished: int = 0
-    """The finished responses of the last call."""
+    """The finished responses of the last call of a sampler."""
+    total: int = 0
+    """All responses of this call; 0 without a call."""
     whose: str = ""
 
     @property
     def text(self) -> str:
-        """The phase, such as ``evaluation, 12 of 64 responses, 2:10, 9:23 left`` or ``train, microbatch 3 of 8, 1:03``.
-
-        The time left is that of equally quick responses, where the number of responses of the phase is known.
-        """
-        seconds = time.monotonic() - self.began
-        finished, total, left = self.finished, self.calls[-1] if self.calls else 0, ""
-        if self.times and total:
-            finished, total = finished + sum(self.calls[:-1]), self.times * self.calls[0]
-            left = f"{duration(seconds * (total - finished) / finished)} left" if 0 < finished < total else ""
+        """The phase, such as ``evaluation, 12 of 64 responses, 2:10`` or ``train, microbatch 3 of 8, 1:03``."""
         microbatch, of = watchdog.microbatch()
         count = f"microbatch {microbatch} of {of}" if of else ""
-        count = f"{finished} of {total} responses {self.whose}".rstrip() if total else count
-        return ", ".join(filter(None, [self.name, count, duration(seconds), left]))
+        count = f"{self.finished} of {self.total} responses {self.whose}".rstrip() if self.total else count
+        return ", ".join(filter(None, [self.name, count, duration(time.monotonic() - self.began)]))
 
 
 class PhaseProgress:
@@ -165,9 +152,9 @@ class PhaseProgress:
         self.done = 0
         """The steps that are done."""
 
-    def entered(self, name: str, times: int = 0) -> None:
-        """Record that the phase ``name`` begins; ``times``: as for `Phases`."""
-        self._open = (*self._open, PhaseUnderWay(name, time.monotonic(), times))
+    def entered(self, name: str) -> None:
+        """Record that the phase ``name`` begins."""
+        self._open = (*self._open, PhaseUnderWay(name, time.monotonic()))
 
     def left(self) -> None:
         """Record that the phase entered last has ended, also where it raised."""
@@ -180,9 +167,7 @@ class PhaseProgress:
         """
         phase = self.now
         if phase is not None and total:
-            is_same = phase.calls[-1:] == (total,) and finished >= phase.finished
-            calls = phase.calls if is_same else (*phase.calls, total)
-            self._open = (*self._open[:-1], replace(phase, calls=calls, finished=finished, whose=whose))
+            self._open = (*self._open[:-1], replace(phase, finished=finished, total=total, whose=whose))
 
     @property
     def now(self) -> PhaseUnderWay | None:

@@ -265,9 +265,8 @@ def _rounded(value: float | None) -> float | str | None:
     return float(f"{value:.{_DIGITS}g}")
 
 
-SLIGHT, STRONG = 0.3, 1.0
-"""The smallest differences of log p(token) between teacher and student, in nats, with which a token is marked slightly
-or strongly; without colours only the strong mark exists."""
+STRONG = 1.0
+"""The smallest difference of log p(token) between teacher and student, in nats, with which a token is marked."""
 PROMPT_END, SOLUTION_START = 400, 400
 """The numbers of characters shown of the prompt's end and of the solution's start."""
 RESPONSE_START, RESPONSE_END = 1500, 500
@@ -275,14 +274,8 @@ RESPONSE_START, RESPONSE_END = 1500, 500
 TOP = 5
 """The number of tokens with the largest loss that are listed."""
 
-LESS, MORE = ("[-", "-]"), ("{+", "+}")
-"""The marks around a token that is less or more likely for the teacher, without colours, in wdiff's notation."""
-_COLOURS = {
-    (True, False): "red",
-    (True, True): "bold white on red",
-    (False, False): "green",
-    (False, True): "bold green",
-}
+LESS, MORE = ("[-", "-]", "red"), ("{+", "+}", "green")
+"""The marks around a token that is less or more likely for the teacher, in wdiff's notation, and its colour."""
 
 
 def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
@@ -297,41 +290,20 @@ def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
     for token in _shown(sample.tokens):
         if isinstance(token, str):
             text.append(token)
-        elif coloured:
-            text.append(_visible(token.text), _style(token))
         else:
-            before, behind = _wdiff(token)
-            text.append(f"{before}{_visible(token.text)}{behind}")
+            before, behind, colour = _mark(token)
+            text.append(f"{before}{_visible(token.text)}{behind}", colour if coloured else "")
     text.append("\n(cut at rollout.max_new_tokens)" if sample.truncated else "")
-    if not sample.has_teacher:
-        return text
-    text.append("\nmarks: ")
-    for style, words in _legend(coloured):
-        text.append(words, style)
-    text.append(f"\nlargest loss: {_largest(sample)}")
+    if sample.has_teacher:
+        less, more = f"{LESS[0]}less likely{LESS[1]}", f"{MORE[0]}more likely{MORE[1]}"
+        text.append(f"\nmarks: {less} or {more} by {STRONG:g} nat or more for the teacher than for the student")
+        text.append(f"\nlargest loss: {_largest(sample)}")
     return text
 
 
 def sample_html(sample: Sample) -> str:
-    """Return the sample as HTML in which only bold and italic type mark tokens, since TensorBoard strips colours.
-
-    All texts of the sample are escaped.
-    """
-    parts = [f"<p>problem {_escaped(sample.problem_id)}</p>"]
-    parts += [f"<h4>{name}</h4><pre>{_escaped(part)}</pre>" for name, part in _around(sample)]
-    pieces = [
-        token
-        if isinstance(token, str)
-        else _bold_or_italic(token)[0] + _escaped(token.text) + _bold_or_italic(token)[1]
-        for token in _shown(sample.tokens)
-    ]
-    parts.append(f"<h4>response</h4><pre>{''.join(pieces)}</pre>")
-    if sample.has_teacher:
-        parts.append(
-            f"<p><strong>bold</strong>: at least {STRONG:g} nat less likely for the teacher than for the student; "
-            f"<em>italic</em>: more likely.</p><p>largest loss: {_escaped(_largest(sample))}</p>"
-        )
-    return "".join(parts)
+    """Return the text of the sample as HTML; all of it is escaped."""
+    return f"<pre>{html.escape(console_text(sample, 'sample', coloured=False).plain, quote=False)}</pre>"
 
 
 def _around(sample: Sample) -> Iterator[tuple[str, str]]:
@@ -364,39 +336,10 @@ def _fitting(tokens: Sequence[SampleToken], room: int) -> int:
     return len(tokens)
 
 
-def _style(token: SampleToken) -> str:
-    size = abs(token.log_ratio)
-    return _COLOURS[token.log_ratio < 0, size >= STRONG] if size >= SLIGHT else ""
-
-
-def _marked(token: SampleToken, less: tuple[str, str], more: tuple[str, str]) -> tuple[str, str]:
+def _mark(token: SampleToken) -> tuple[str, str, str]:
     if abs(token.log_ratio) < STRONG:
-        return "", ""
-    return less if token.log_ratio < 0 else more
-
-
-def _wdiff(token: SampleToken) -> tuple[str, str]:
-    return _marked(token, LESS, MORE)
-
-
-def _bold_or_italic(token: SampleToken) -> tuple[str, str]:
-    return _marked(token, ("<strong>", "</strong>"), ("<em>", "</em>"))
-
-
-def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
-    """Yield (style, meaning) of each mark."""
-    if coloured:
-        yield _COLOURS[True, False], "less likely"
-        yield "", ", "
-        yield _COLOURS[True, True], f"by {STRONG:g} nat or more"
-        yield "", "; "
-        yield _COLOURS[False, False], "more likely"
-        yield "", ", "
-        yield _COLOURS[False, True], f"by {STRONG:g} nat or more"
-        yield "", f" for the teacher than for the student (from {SLIGHT:g} nats on)"
-    else:
-        yield "", f"{LESS[0]}less likely{LESS[1]} or {MORE[0]}more likely{MORE[1]} by {STRONG:g} nat or more "
-        yield "", "for the teacher than for the student"
+        return "", "", ""
+    return LESS if token.log_ratio < 0 else MORE
 
 
 def _largest(sample: Sample) -> str:
@@ -408,7 +351,3 @@ def _largest(sample: Sample) -> str:
         f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
         for token in sorted(known, key=lambda token: -token.loss)[:TOP]
     )
-
-
-def _escaped(text: str) -> str:
-    return html.escape(_visible(text), quote=False)

@@ -144,23 +144,6 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
     assert text_of(output).splitlines() == ["step 1: train, microbatch 3 of 8, 1:03", "step 1: rollout, 1:03"]
 
 
-def test_the_time_left_is_that_of_all_responses_of_a_phase_over_all_calls_of_the_sampler(tmp_path, wait):
-    output = console(terminal=False)
-    with shown(tmp_path, output) as (log, phases), phases("evaluation", 17):
-        for finished, of in ((0, 12), (6, 12), (12, 12), (0, 192), (48, 192), (192, 192)):
-            phases.counted(finished, of, "")
-            wait(60)
-            tick(log)
-    assert [line.partition("evaluation, ")[2] for line in text_of(output).splitlines()] == [
-        "0 of 204 responses, 1:00",
-        "6 of 204 responses, 2:00, 1:06:00 left",
-        "12 of 204 responses, 3:00, 48:00 left",
-        "12 of 204 responses, 4:00, 1:04:00 left",
-        "60 of 204 responses, 5:00, 12:00 left",
-        "204 of 204 responses, 6:00",
-    ]
-
-
 def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
     shown_lines: list[str] = []
     progress = metrics_phases.PhaseProgress()
@@ -180,7 +163,7 @@ def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys, termi
     monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 0.001)
     monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
     phases = Phases(torch.device("cpu"))
-    with metrics_phases.phases_shown(phases, enabled=True), phases("evaluation", 1):
+    with metrics_phases.phases_shown(phases, enabled=True), phases("evaluation"):
         phases.counted(1, 4, "")
         time.sleep(0.6)
     out, err = capsys.readouterr()

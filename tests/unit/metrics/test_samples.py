@@ -18,7 +18,6 @@ from tiers import combinations
 from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
 from megatron_selfdistill.metrics.samples import (
@@ -219,8 +218,7 @@ MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), 
 
 def test_a_terminal_shows_disagreement_in_colours():
     text = shown(MARKED, terminal=True, color_system="standard")
-    assert "so\x1b[1;37;41m 137\x1b[0m\x1b[1;32m now\x1b[0m\x1b[31m or\x1b[0m" in text
-    assert "\x1b[31mless likely" in text and "\x1b[1;32mby 1 nat or more" in text, "the marks are explained"
+    assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in text
 
 
 @pytest.mark.parametrize("options", [{"terminal": False}, {"terminal": True, "no_color": True}])
@@ -242,8 +240,7 @@ def test_tensorboard_keeps_the_marks_and_shows_texts_as_they_are():
 
     tokens = token("a *b*\n\n# c <i> &amp;"), token(" 137", -3.2), token(" now", 1.5), token("```")
     page = markdown_to_safe_html(sample_html(sample(*tokens, solution="- one\n\n- two")))
-    assert "a *b*\n\n# c &lt;i&gt; &amp;amp;<strong> 137</strong><em> now</em>```</pre>" in page
-    assert "<pre>- one\n\n- two</pre>" in page and "<strong>bold</strong>: at least 1 nat less likely" in page
+    assert "a *b*\n\n# c &lt;i&gt; &amp;amp;[- 137-]{+ now+}```\n" in page and "hint: - one\n\n- two\n" in page
 
 
 def test_what_could_steer_a_terminal_is_shown_as_its_escape():
@@ -303,7 +300,7 @@ def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     texts = events.Tensors("samples/2/text_summary")
     assert [event.step for event in texts] == [1, 2]
-    assert b"<strong> 137</strong>" in texts[0].tensor_proto.string_val[0]
+    assert b"[- 137-]" in texts[0].tensor_proto.string_val[0]
 
 
 def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
@@ -335,12 +332,6 @@ def test_only_the_reporter_makes_samples(tmp_path):
 def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
     assert [step for step in range(1, 12) if MetricsConfig(show_samples_every=5).samples_due(step)] == [1, 5, 10]
     assert not any(MetricsConfig(show_samples=0).samples_due(step) for step in range(1, 12))
-
-
-@pytest.mark.parametrize("wrong", [{"show_samples": -1}, {"show_samples_every": 0}])
-def test_impossible_numbers_of_samples_are_refused(wrong):
-    with pytest.raises(ConfigError, match=rf"metrics\.{next(iter(wrong))} must be at least"):
-        MetricsConfig(**wrong)
 
 
 def run_of(own_data: Any, name: str, *options: str) -> list[str]:
