@@ -46,14 +46,10 @@ def sinks_of_layer(config: Any, tp_size: int) -> Tensor | None:
 
     `repairs.mark_weights_for_the_norm` marks them as cut, so that the norm of the gradient counts all heads.  They
     are a parameter for ``softmax_type=learnable``, constant for ``off-by-one``, and None for ``vanilla``.
-
-    Raises: ValueError for another ``softmax_type``.
     """
     kind = _kind_of_softmax(config)
     if not has_sinks(config):
         return None
-    if kind not in ("learnable", "off-by-one"):
-        raise ValueError(f"softmax_type must be vanilla, off-by-one or learnable, got {kind!r}")
     zeros = torch.zeros(config.num_attention_heads // tp_size, dtype=config.params_dtype)
     if kind == "off-by-one":
         return zeros
@@ -114,20 +110,14 @@ def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layer
     """Return for each of ``num_layers`` layers whether it has the window, as Megatron Core numbers the layers.
 
     ``window_attn_skip_freq``: null is a window in every layer; N is full attention in every Nth layer; a list has 1 for
-    each layer with a window.
-
-    Raises: ValueError for a list of another length, and for a number below 1.
+    each layer with a window.  `window_faults` has refused other values.
     Source: ``is_layer_window_attention`` of Megatron Core.
     """
     freq = window_attn_skip_freq
     if freq is None:
         return [True] * num_layers
     if isinstance(freq, int):
-        if freq < 1:
-            raise ValueError(f"window_attn_skip_freq must be at least 1, got {freq}")
         return [layer % freq != 0 for layer in range(1, num_layers + 1)]
-    if len(freq) != num_layers:
-        raise ValueError(f"window_attn_skip_freq has {len(freq)} entries, expected one for each of {num_layers} layers")
     return [bool(windowed) for windowed in freq]
 
 

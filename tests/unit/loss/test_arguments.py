@@ -206,3 +206,44 @@ def test_labels_of_the_first_two_tokens_are_no_mask_where_others_are_ignored() -
 def test_a_setting_that_is_no_number_is_refused_by_its_name(kind: Any, name: str, others: Any, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} must "):
         kind(**{name: value}, **others)
+
+
+def solve(betas: list[float], wanted: float = 1.0) -> float:
+    return loss.solve_batch_k(wanted, betas, [2.0, 1.0], None)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (Target, {"rule": "mixed"}, "Target.rule must be one of entropy_matched, fixed, batch, teacher_alone; got"),
+        (Target, {"teacher_weight": -1.0}, "must be a finite number >= 0; got -1.0"),
+        (Target, {"k_max": "w"}, r"must be '1 \+ w', a number or None; got 'w'"),
+        (Target, {"k_max": 0.1}, r"must be above \(1 \+ w\) / 16 = 0.109375"),
+        (Target, {"rule": "fixed", "k": 0.0}, "Target.k must be a finite number > 0"),
+        (Target, {"k": 2.0}, "Target.k must be a finite number > 0 of fixed or batch; got 2.0 with entropy_matched"),
+        (Target, {"anchor": "student", "match": "reference"}, "Target.anchor must be one of student, reference"),
+        (Target, {"anchor": "teacher"}, "Target.anchor must be one of student, reference"),
+        (Target, {"anchor": "reference", "match": "teacher"}, "Target.anchor must be one of student, reference"),
+        (Target, {"rule": "teacher_alone", "anchor": "reference"}, "whose target is no mix"),
+        (Divergence, {"kind": "kl"}, "must be one of reverse_kl, forward_kl, jsd; got 'kl'"),
+        (Divergence, {"kind": "jsd", "jsd_lambda": 1.0}, r"strictly between 0 and 1; got 1\.0"),
+        (Divergence, {"kind": "forward_kl", "forward_above": 0.8}, "forward_above must be None .* 0.8 with forward_kl"),
+        (Divergence, {"kind": "jsd", "forward_above": 0.8}, "forward_above must be None .* got 0.8 with jsd"),
+        (Divergence, {"forward_above": math.nan}, "got nan"),
+        (Divergence, {"order": 0.0}, "order must be above 0 and at most 4"),
+        (Divergence, {"kind": "forward_kl", "order": 4.1}, "order must be above 0 and at most 4"),
+        (Divergence, {"order": math.nan}, "order must be above 0 and at most 4"),
+        (Divergence, {"kind": "jsd", "order": 2.0}, "and 1 with jsd"),
+        (Divergence, {"forward_above": 0.8, "order": 2.0}, r"forward_above=0\.8"),
+        (VocabShard, {"start": 0, "size": 8, "vocab_size": 2**24}, r"vocab_size < 2\^24"),
+        (solve, {"betas": [1.0, 2.0], "wanted": math.nan}, "must be finite; got nan"),
+        (solve, {"betas": [1.0]}, r"equally long, at least 2; got \[1.0\] and 1 and 2"),
+        *(
+            (solve, {"betas": betas}, "above 0 and rising")
+            for betas in ([2.0, 1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, 1.0])
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(make: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(**arguments)

@@ -283,11 +283,8 @@ LOGITS = nasty_logits(torch.float32)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reference": ({"reference_logits": None}, "reference_logits must be given if and only if .*; got none"),
     "a reference for nobody": ({"target": Target(anchor="student")}, "got one with Target"),
-    "no position": ({"labels_or_mask": torch.zeros(B, S, dtype=torch.bool)}, "leaves out all 15"),
     "count": ({"reduction": "sum", "num_items_in_batch": 3}, "divides a mean; got it with reduction='sum'"),
     "batch": ({"target": Target("batch")}, "solves one k for a whole step"),
-    "vocabulary": ({"vocab_size": V + 1}, "at least vocab_size 14"),
-    "a mask of integers": ({"labels_or_mask": (labels() != -100).long()}, r"all 0 or 1: pass the mask as \.bool\(\)"),
     "NaN": ({"teacher_logits": spoilt(LOGITS[1], math.nan)}, r"2 of 15 have not, and the first, at \(1, 2\), has nan"),
     "+inf": (
         {"reference_logits": spoilt(LOGITS[2], math.inf), "labels_or_mask": labels()},

@@ -114,18 +114,3 @@ def test_a_product_of_teachers_has_the_values_and_gradients_of_its_definition(
         torch.testing.assert_close(got["k"], k, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got["hidden"], gradients @ whole[:NUM_VALID], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got["weight"], expected_weight.chunk(world_size)[rank], rtol=1e-6, atol=1e-7)
-
-
-def test_a_wide_teacher_needs_states_of_the_width_of_its_weight():
-    states = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match=r"teacher_hidden must be of the width 12 of their weight.*got 8"):
-        fused_distillation_loss(
-            states,
-            torch.zeros(2, 8),
-            torch.zeros(6, 4),
-            torch.zeros(6, 12),
-            torch.zeros(2, dtype=torch.int64),
-            target=Target(anchor="student"),
-            divergence=Divergence(),
-            vocab=VocabShard(0, 6, 6),
-        )

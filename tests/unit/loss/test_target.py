@@ -144,22 +144,6 @@ def test_the_grid_starts_at_the_bound_and_goes_on_by_octaves_of_the_geometric_me
     assert target.lowest_is_bound == (target.k_max is not None and target.k_max != 1000.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rule": "mixed"}, "Target.rule must be one of entropy_matched, fixed, batch, teacher_alone; got"),
-        ({"teacher_weight": -1.0}, "must be a finite number >= 0; got -1.0"),
-        ({"k_max": "w"}, "must be '1 \\+ w', a number or None; got 'w'"),
-        ({"k_max": 0.1}, "must be above \\(1 \\+ w\\) / 16 = 0.109375"),
-        ({"rule": "fixed", "k": 0.0}, "Target.k must be a finite number > 0"),
-        ({"k": 2.0}, "Target.k must be a finite number > 0 of fixed or batch; got 2.0 with entropy_matched"),
-    ],
-)
-def test_a_wrong_target_is_refused_with_a_message(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Target(**arguments)
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.75, 2.0])
 def test_the_target_of_another_teacher_weight_keeps_the_ratio_of_k_to_1_plus_w(weight):
     target = Target("batch", teacher_weight=0.75, k=1.4, anchor="reference")
