@@ -87,11 +87,6 @@ class BetaOpsd(SelfDistillation):
 
     Settings = BetaOpsdSettings
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether the method gives response tokens terms other than a divergence of weight 1."""
-        return bool(self.settings.weighs_tokens)
-
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the teacher's part in the form of the signal, with the credit of later tokens in an advantage."""
         own = self.settings

@@ -45,7 +45,7 @@ from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.evaluation.calibration import split_confidence
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import RewardSettings, require_problems, require_single_turn
+from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -68,7 +68,6 @@ class CaopdSettings(RewardSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where edited responses, or the solution that is edited with them, cannot be used."""
         super().check(config)
-        require_problems(config, "method.name=caopd")
         require_single_turn(config, "method.name=caopd")
         solutions, correction = config.data.solutions, config.loss.rollout_correction
         require(

@@ -146,7 +146,8 @@ class SelfDistillation:
     @property
     def weighs_tokens(self) -> bool:
         """Whether response tokens have terms other than a divergence of weight 1: by `terms`, or by a function."""
-        return self.token_weights is not None or type(self).terms is not SelfDistillation.terms
+        has_terms = type(self).terms is not SelfDistillation.terms and getattr(self.settings, "weighs_tokens", True)
+        return self.token_weights is not None or has_terms
 
     @property
     def token_weights(self) -> Callable[[Signals], Tensor] | None:

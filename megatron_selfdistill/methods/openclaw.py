@@ -68,14 +68,14 @@ from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
 from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.evaluation.verify import judged_in_order
-from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.hints import Inquiry, asked_model
+from megatron_selfdistill.methods.default import Metrics
+from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked_model
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.rollouts import Rollout, without_hint
+from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
 if TYPE_CHECKING:
@@ -212,23 +212,10 @@ class JudgedReply:
         return filled(template, {"response": self.text, "role": messages[0]["role"], "next_state": state})
 
 
-class Openclaw(SelfDistillation):
+class Openclaw(HintedLater):
     """OpenClaw-RL."""
 
     Settings = OpenclawSettings
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether the method gives response tokens terms other than a divergence of weight 1."""
-        return bool(self.settings.weighs_tokens)
-
-    def prompts(self, problem: Problem) -> PromptPair:
-        """Return both prompts of a problem before it is answered; the teacher's prompt is the student's."""
-        return without_hint(self.tools.given.pair(problem))
-
-    def has_solution(self, problem: Problem) -> bool:
-        """Return False: the teacher sees no hint before a reply has a next state."""
-        return False
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts as they are: `select` gives the rewards, which the next states decide."""

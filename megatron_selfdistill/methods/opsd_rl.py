@@ -66,11 +66,6 @@ class OpsdRl(SelfDistillation):
 
     Settings: ClassVar[type[MethodSettings]] = OpsdRlSettings
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether the method gives response tokens terms other than a divergence of weight 1."""
-        return bool(self.settings.weighs_tokens)
-
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the teacher's part plus the advantages of the rewards."""
         own = self.settings

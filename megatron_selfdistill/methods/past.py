@@ -169,11 +169,6 @@ class Past(HintedLater):
     step: int = 0
     """The step that is under way."""
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Return True: the parts of teacher and student have weights of their own."""
-        return True
-
     def prepare(self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler) -> tuple[Past, Metrics]:
         """Return the method of the step, and no metrics."""
         return replace(self, step=step), {}

@@ -62,7 +62,6 @@ from megatron_selfdistill.methods.parts.hints import HintedLater
 from megatron_selfdistill.methods.parts.settings import (
     AdvantageSettings,
     DistillSettings,
-    require_problems,
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import group_advantage
@@ -107,7 +106,6 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses cannot be each other's hints, or the loss has another mean."""
         super().check(config)
-        require_problems(config, "method.name=rlcsd compares responses to problems: it")
         require_single_turn(config, "method.name=rlcsd")
         normalize = config.loss.normalize
         require(normalize == "tokens", f"method.name=rlcsd has two means over tokens: loss.normalize is {normalize}")
@@ -117,11 +115,6 @@ class Rlcsd(HintedLater):
     """Reinforcement learning with contrastive self-distillation."""
 
     Settings = RlcsdSettings
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Return True: every token has an advantage."""
-        return True
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return all rollouts, and hints/share, the share of them with both kinds of hints.

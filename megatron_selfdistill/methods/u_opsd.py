@@ -52,7 +52,6 @@ from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hi
 from megatron_selfdistill.methods.parts.settings import (
     ClipSettings,
     SignalSettings,
-    require_problems,
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import uniform
@@ -79,7 +78,6 @@ class UOpsdSettings(SignalSettings, ClipSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the responses do not answer one problem each."""
         super().check(config)
-        require_problems(config, "method.name=u_opsd compares responses to problems: it")
         require_single_turn(config, "method.name=u_opsd")
 
 

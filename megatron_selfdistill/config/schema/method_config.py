@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import check_fields, kinds_of
@@ -89,7 +89,8 @@ class MethodSettings:
 
     def require_start(self, config: Config) -> None:
         """Raise `ConfigError` where a run could not begin: for a setting that names a function that does not exist."""
-        for name, kind in kinds_of(type(self)).items():
-            value, (_, ranges, _) = getattr(self, name), taken_apart(kind)
+        settings: Any = self
+        for name, kind in kinds_of(settings.__class__).items():
+            value, (_, ranges, _) = getattr(settings, name), taken_apart(kind)
             if any(isinstance(one, OneOf) and one.or_dotted for one in ranges) and value and is_dotted(value):
                 function_named(f"method.{name}", value, {})
