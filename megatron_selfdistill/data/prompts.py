@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import END_OF_THOUGHTS, THINK
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class PromptTemplates:
     ``{problem}`` and ``{solution}`` are slots; a text that fills a slot may contain braces.  All other braces are plain
     text, except where they look like a slot: write ``{{name}}`` for a literal ``{name}``.
 
-    Raises: ValueError for a missing or an unknown slot.
+    Raises: `ConfigError` for a missing or an unknown slot.
     """
 
     teacher: str = DEFAULT_TEACHER_TEMPLATE
@@ -78,18 +79,8 @@ class PromptTemplates:
         )
 
     def __post_init__(self) -> None:
-        for name, needed in (("teacher", {"problem", "solution"}), ("student", {"problem"})):
-            slots = {match[2] for match in _SLOT.finditer(getattr(self, name)) if match[2]}
-            wanted = " and ".join(f"{{{slot}}}" for slot in sorted(needed))
-            if missing := sorted(needed - slots):
-                raise ValueError(
-                    f"The {name}'s template: expected the slots {wanted}, but {{{missing[0]}}} is missing."
-                )
-            if unknown := sorted(slots - needed):
-                raise ValueError(
-                    f"The {name}'s template: expected only the slots {wanted}, got {{{unknown[0]}}}; "
-                    f"write {{{{{unknown[0]}}}}} for literal braces."
-                )
+        require_slots("data.teacher_template", self.teacher, ("problem", "solution"))
+        require_slots("data.student_template", self.student, ("problem",))
 
 
 def filled(template: str, texts: Mapping[str, str]) -> str:

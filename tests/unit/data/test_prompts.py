@@ -60,12 +60,12 @@ def test_a_template_that_ends_the_text_without_a_generation_prompt_gives_both_pr
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ({"teacher": "{problem}"}, r"teacher's template: .*\{solution\} is missing"),
-        ({"teacher": "{solution}"}, r"teacher's template: .*\{problem\} is missing"),
-        ({"teacher": "{{problem}} {solution}"}, r"\{problem\} is missing"),
-        ({"teacher": "{problem} {solution} {hint}"}, r"got \{hint\}; write \{\{hint\}\} for literal braces"),
-        ({"student": "Solve it."}, r"student's template: .*\{problem\} is missing"),
-        ({"student": "{problem} {solution}"}, r"student's template: .* got \{solution\}"),
+        ({"teacher": "{problem}"}, r"teacher_template must have .* \{solution\} and no others, got \{problem\};"),
+        ({"teacher": "{solution}"}, r"got \{solution\};"),
+        ({"teacher": "{{problem}} {solution}"}, r"got \{solution\};"),
+        ({"teacher": "{problem} {solution} {hint}"}, r"got \{hint\}, .*; write \{\{name\}\} for literal braces"),
+        ({"student": "Solve it."}, r"student_template must have the slots \{problem\} and no others, got none"),
+        ({"student": "{problem} {solution}"}, r"student_template .* got \{problem\}, \{solution\}"),
     ],
 )
 def test_a_missing_or_unknown_slot_is_an_error(templates: dict[str, str], message: str) -> None:
