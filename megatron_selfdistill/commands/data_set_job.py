@@ -168,7 +168,7 @@ class SolutionWork:
         return lambda group: self._solve(group, inference, score)
 
     def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
-        """Print the number of problems by their number of correct samples, and the number of solutions in ``out``."""
+        """Print the share of right samples, and the number of solutions in ``out``."""
         summarize(lines, out, self.settings.num_samples)
 
     def _solve(self, group: Sequence[Problem], inference: Inference, score: Score | None) -> Lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,35 +107,18 @@ class Journal:
 
 
 def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -> None:
-    """Print the number of problems by their number of correct samples, and the number of solutions in ``out``."""
-    from rich.console import Console
-    from rich.table import Table
-
-    counts: Counter[int] = Counter()
-    num_solutions = num_without = num_truncated = 0
+    """Print the share of right samples, and the number of solutions in ``out``."""
+    num_problems = num_right = num_solutions = num_without = num_truncated = 0
     for attempt in attempts:
-        counts[attempt["num_correct"]] += 1
+        num_problems += 1
+        num_right += attempt["num_correct"]
         num_solutions += len(attempt["solutions"])
         num_without += not attempt["solutions"]
         num_truncated += sum(attempt["truncated"])
-    num_problems = counts.total()
-    table = Table(title=f"right samples of {num_samples}", title_justify="left")
-    for column in ("right", "problems", "share"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    most = max(counts.values())
-    for right in range(num_samples + 1):
-        number = counts[right]
-        table.add_row(str(right), str(number), f"{number / num_problems:.1%}", "#" * round(30 * number / most))
-    console = Console()
-    console.print(table)
-    rate = sum(right * number for right, number in counts.items()) / (num_problems * num_samples)
-    for line in (
-        f"{num_problems} problems, pass rate {rate:.1%}, {num_truncated / (num_problems * num_samples):.1%} cut off",
-        f"{num_without} problems without a solution",
-        f"{num_solutions} solutions in {out}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+    number = num_problems * num_samples
+    print(f"{num_problems} problems, pass rate {num_right / number:.1%}, {num_truncated / number:.1%} cut off")
+    print(f"{num_without} problems without a solution")
+    print(f"{num_solutions} solutions in {out}", flush=True)
 
 
 def file_beside(out: Path, ending: str) -> Path:
