@@ -56,6 +56,10 @@ def lengths(*values: float) -> list[dict[str, float]]:
     return [{"response/length_mean": value} for value in values]
 
 
+def loops(*shares: float) -> list[dict[str, float]]:
+    return [{"response/loop_share": share} for share in shares]
+
+
 @pytest.mark.parametrize("key", ["loss/mean", "gradient_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_at_once(key, value):
@@ -69,36 +73,42 @@ def test_the_first_step_may_already_be_not_finite():
     Guards(CONFIG).check_finite(0, {"loss/mean": 1.0})  # before the gradient norm is known
 
 
-def test_entropy_collapse_stops_after_patience():
-    trace = entropies(0.06, 0.05, 0.07, 0.0011, 0.0011, 0.0011)
+@pytest.mark.parametrize(
+    ("trace", "words"),
+    [
+        (
+            entropies(0.06, 0.05, 0.07, 0.0011, 0.0011, 0.0011),
+            (
+                "entropy collapse",
+                "guards.entropy.min_ratio=null turns",
+                "0.0011",
+                "mean over the first 3 steps was 0.06",
+            ),
+        ),
+        (entropies(0.06, 0.06, 0.06, 0.3, 0.4), ("entropy explosion", "above 3 times")),
+        (entropies(0.06, 0.06, 0.06, 0.185, 0.185), ("above 3 times",)),
+        (lengths(22, 22, 22, 5, 5), ("length collapse",)),
+    ],
+)
+def test_a_collapse_or_an_explosion_stops_after_patience(trace, words):
     step, message = stopped_at(Guards(CONFIG), trace)
-    assert step == 4
-    assert "entropy collapse" in message and "guards.entropy.min_ratio=null turns" in message
-    assert "0.0011" in message and "mean over the first 3 steps was 0.06" in message
+    assert step == 4 and all(word in message for word in words)
 
 
-def test_entropy_just_above_its_limit_is_healthy():
-    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, *[0.0013] * 9)) is None
-
-
-def test_entropy_explosion_stops_after_patience():
-    step, message = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.3, 0.4))
-    assert step == 4 and "entropy explosion" in message and "above 3 times" in message
-
-
-def test_an_entropy_just_below_its_largest_ratio_is_healthy():
-    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, *[0.175] * 5)) is None
-    step, message = stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.185, 0.185))
-    assert step == 4 and "above 3 times" in message
-
-
-def test_a_tiny_entropy_may_rise_by_many_times():
-    assert stopped_at(Guards(CONFIG), entropies(1e-3, 1e-3, 1e-3, *[0.05] * 5)) is None
-
-
-def test_length_collapse_stops_after_patience():
-    step, message = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
-    assert step == 4 and "length collapse" in message
+@pytest.mark.parametrize(
+    "trace",
+    [
+        pytest.param(entropies(0.06, 0.06, 0.06, *[0.0013] * 9), id="just above the smallest ratio"),
+        pytest.param(entropies(0.06, 0.06, 0.06, *[0.175] * 5), id="just below the largest ratio"),
+        pytest.param(entropies(1e-3, 1e-3, 1e-3, *[0.05] * 5), id="a tiny entropy may rise by many times"),
+        pytest.param(entropies(0.06, 0.06, 0.06, 0.9, 0.06, 0.9, 0.06, 0.9), id="violations that end before patience"),
+        pytest.param(entropies(0.06, 0.06, 0.06, 0.9, 0.0001, 0.9, 0.0001), id="violations of two guards"),
+        pytest.param(entropies(0.06, 5.0, 0.0001), id="the steps of the reference"),
+        pytest.param(loops(*[0.6] * 3, *[1.0] * 5), id="a base that loops from the start"),
+    ],
+)
+def test_a_healthy_run_goes_on(trace):
+    assert stopped_at(Guards(CONFIG, student_samples=True), trace) is None
 
 
 def losses(*values: float) -> list[dict[str, float]]:
@@ -240,10 +250,6 @@ def test_the_warning_of_loops_says_what_was_expected_and_what_to_do():
     assert "optimizer.lr" in text and "\n" not in text
 
 
-def loops(*shares: float) -> list[dict[str, float]]:
-    return [{"response/loop_share": share} for share in shares]
-
-
 @pytest.mark.parametrize("max_loop_rise", [0.5, 0.25])
 def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_loop_rise):
     """The mean of the first three shares is .25."""
@@ -255,10 +261,6 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
     assert "optimizer.lr" in message and "(guards.max_loop_rise=null turns this guard off)" in message
     assert stopped_at(Guards(config), trace) is None, "the responses are not those of the student"
     assert stopped_at(Guards(WARNS, student_samples=True), trace) is None
-
-
-def test_a_base_that_loops_from_the_start_goes_on():
-    assert stopped_at(Guards(CONFIG, student_samples=True), loops(*[0.6] * 3, *[1.0] * 5)) is None
 
 
 @pytest.mark.parametrize(
@@ -290,18 +292,6 @@ def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
 def test_a_message_names_the_engines_unless_the_responses_are_those_of_another_run(rollout, engines):
     named = engines_of(dataclasses.replace(Config(), rollout=RolloutConfig(**rollout), run_dir="runs/x"))
     assert named is None if engines is None else engines in str(named)
-
-
-def test_a_violation_that_ends_before_patience_is_forgiven():
-    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.9, 0.06, 0.9, 0.06, 0.9)) is None
-
-
-def test_violations_of_two_guards_do_not_add_up():
-    assert stopped_at(Guards(CONFIG), entropies(0.06, 0.06, 0.06, 0.9, 0.0001, 0.9, 0.0001)) is None
-
-
-def test_the_reference_steps_are_not_judged():
-    assert stopped_at(Guards(CONFIG), entropies(0.06, 5.0, 0.0001)) is None
 
 
 @pytest.mark.parametrize("only", ["min_ratio", "max_ratio"])
