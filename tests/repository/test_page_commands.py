@@ -14,9 +14,11 @@ from pathlib import Path
 import hf_models
 import pytest
 import tiny_run
+from scripts import page_of_method
 
 from megatron_selfdistill.commands.evaluate import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.config import load
+from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.convert_command import _parser as convert_parser
 from megatron_selfdistill.prechecks import needed_packages
@@ -84,6 +86,15 @@ def read(words: list[str]) -> None:
 def test_every_command_that_a_page_shows_can_be_read(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(own_method_in(tmp_path))
     for words in shown_on(page):
+        read(words)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", method_names())
+def test_every_command_that_the_page_of_a_method_shows_can_be_read(name):
+    found = list(commands(page_of_method(name)))
+    assert found
+    for words in found:
         read(words)
 
 

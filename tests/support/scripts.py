@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The scripts of tools/ and examples/ as modules."""
+"""The scripts of tools/ and examples/ as modules, and the pages that the documentation's site makes of methods."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -22,3 +23,13 @@ def load_script(file: Path) -> ModuleType:
     with mock.patch.object(sys, "path", [str(file.parent), *sys.path]):
         spec.loader.exec_module(module)
     return module
+
+
+def page_of_method(name: str) -> str:
+    """Return the Markdown of the site's page about a method."""
+    return str(_site().methods.page(name))
+
+
+@functools.cache
+def _site() -> ModuleType:
+    return load_script(Path(__file__).resolve().parents[2] / "tools" / "docs_site" / "hooks.py")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The functions that MkDocs calls: they generate the reference and keep links out of docs/ valid.
+"""The functions that MkDocs calls: they generate the reference and the pages of methods, and keep links valid.
 
 Nothing that is generated is committed.  ``pages`` needs no MkDocs, so that tests read the pages of the site.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
 
-from docs_site import api, commands, configuration, home, links  # noqa: E402
+from docs_site import api, commands, configuration, home, links, methods  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -56,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     named = {links.site_path(name, REPOSITORY) for name in IN_NAVIGATION}
     style = (Path(__file__).parent / "site.css").read_text(encoding="utf-8")
     files.append(File.generated(config, STYLE, content=style))
-    for path, text in reference().items():
+    for path, text in {**reference(), **methods.pages()}.items():
         files.append(File.generated(config, path, content=text))
     for path, text in repository_pages().items():
         level = InclusionLevel.INCLUDED if path in named else InclusionLevel.NOT_IN_NAV

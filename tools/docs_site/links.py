@@ -3,6 +3,7 @@
 
 On a code host such links lead to the file.  The site has docs/ at its root and every other file that a page links to
 under ``repository/``: a Markdown file as a page, any other text file as a listing, a directory as a list of its files.
+A link to the file of a method leads to the page of the method, which the site makes from the file's docstring.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ HOME = "README.md"
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"^ *(```|~~~)")
+_METHOD = re.compile(r"megatron_selfdistill/methods/(?!__)(\w+)\.py")
 
 
 def site_path(path: str, repository: Path) -> str:
     """Return where the site has a file or directory, given by its path from the repository's root."""
     if path == "docs" or path.startswith("docs/"):
         return path.removeprefix("docs").lstrip("/") or HOME
+    if method := _METHOD.fullmatch(path):
+        return f"recipes/{method[1]}.md"
     if (repository / path).is_dir():
         return f"repository/{path}/index.md"
     return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
@@ -46,7 +50,7 @@ def rewritten(markdown: str, path: str, repository: Path, own: str | None = None
         inside = aim.startswith("docs/")
         if inside and path.startswith("docs/"):
             return found[0]
-        if not inside:
+        if not inside and not _METHOD.fullmatch(aim):
             outside.append(aim)
         anchor = anchor if aim.endswith(".md") else ""
         return f"{before}{posixpath.relpath(site_path(aim, repository), posixpath.dirname(own) or '.')}{anchor}{after}"

@@ -1,30 +1,29 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The pages of the methods, docs/recipes/NAME.md: made from the docstring of the method's file, its recipes and keys.
+"""The pages of the methods, recipes/NAME.md in the site: made from the docstring of the method's file and its recipes.
 
-The pages are committed, because a code host shows them, too.  After a change of a docstring, a recipe or a setting:
-
-    python tools/docs_site/methods.py
+The environment of the documentation has no torch, so this module reads the files of the methods and imports none.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import os
 import re
-import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from docs_site.configuration import escaped, shown
+from megatron_selfdistill.config.methods import method_names
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
-
-from docs_site.configuration import escaped, shown  # noqa: E402
-from megatron_selfdistill.config import method_keys  # noqa: E402
-from megatron_selfdistill.config.methods import method_names, settings_class  # noqa: E402
-
+METHODS = "megatron_selfdistill.methods"
 DIRECTORY = REPOSITORY / "docs" / "recipes"
+"""Where the pages would stand, if they were files: their links lead from here."""
 HEADINGS = (
     *("Algorithm", "Equation", "Paper", "Differences"),
     *("Command", "Expected", "Cost", "Known failure"),
@@ -39,8 +38,8 @@ LETTERS = (
 
 
 def pages() -> dict[str, str]:
-    """Return each page's path in the repository with its Markdown."""
-    return {f"docs/recipes/{name}.md": page(name) for name in method_names()}
+    """Return each page's path in the site with its Markdown."""
+    return {f"recipes/{name}.md": page(name) for name in method_names()}
 
 
 def page(name: str) -> str:
@@ -58,8 +57,7 @@ def page(name: str) -> str:
 
 def docstring(name: str) -> str:
     """Return the docstring at the top of a method's file, without importing the file."""
-    file = REPOSITORY / "megatron_selfdistill" / "methods" / f"{name}.py"
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(_parsed(f"{METHODS}.{name}")) or ""
 
 
 def taken_apart(text: str) -> tuple[str, dict[str, str]]:
@@ -100,13 +98,13 @@ def _settings(name: str) -> list[str]:
         if _method_of(text) == name:
             lines = [line for line in text.splitlines() if not re.match(r"#|defaults:", line)]
             out.append("\n".join([f"`recipe={recipe.stem}` sets:\n", "```", *lines, "```"]))
-    own = settings_class(name).__annotations__
-    keys = {key: fact for key, fact in method_keys(name).items() if key != "method.name"}
-    shared = [f"`{key}`" for key in keys if key.partition(".")[2] not in own]
+    kind = settings(name)
+    fields = [one for one in dataclasses.fields(kind) if one.name != "name"]
+    shared = [f"`method.{one.name}`" for one in fields if one.name not in kind.__annotations__]
     rows = [
-        f"| `{key}` | `{shown(default)}` | {_cell(meaning)} |"
-        for key, (default, meaning) in keys.items()
-        if f"`{key}`" not in shared
+        f"| `method.{one.name}` | `{shown(one.default)}` | {_cell(one.metadata['meaning'])} |"
+        for one in fields
+        if one.name in kind.__annotations__
     ]
     if rows:
         out.append("The method has these settings of its own:")
@@ -115,10 +113,50 @@ def _settings(name: str) -> list[str]:
         out.append(f"{'It shares' if rows else 'The method shares'} with other methods {', '.join(shared)}.")
     out.append(
         f"`selfdistill --keys method={name}` lists all settings with their ranges."
-        if keys
+        if fields
         else "The method has no settings."
     )
     return out
+
+
+def settings(name: str) -> type[Any]:
+    """Return a dataclass with the fields of a method's settings; their metadata have the doc comments."""
+    module = f"{METHODS}.{name}"
+    named = [
+        node.value.id
+        for part in _parsed(module).body
+        if isinstance(part, ast.ClassDef)
+        for node in part.body
+        if ast.unparse(node).startswith("Settings") and isinstance(getattr(node, "value", None), ast.Name)
+    ]
+    return _stand_in(module, named[0])
+
+
+@functools.cache
+def _stand_in(module: str, name: str) -> type[Any]:
+    """Return a dataclass with the bases and the fields of the dataclass ``name`` of ``module``."""
+    body, constants = _parsed(module).body, {}
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and name in [one.name for one in node.names]:
+            return _stand_in(str(node.module), name)
+        parts = getattr(node.value, "elts", [node.value]) if isinstance(node, ast.Assign) else []
+        if parts and all(isinstance(part, ast.Constant) for part in parts):
+            exec(ast.unparse(node), {"__builtins__": {}}, constants)
+    (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    bases = tuple(_stand_in(module, base.id) for base in found.bases if isinstance(base, ast.Name))
+    fields = []
+    for node, after in pairwise([*found.body, ast.Pass()]):
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            default = eval(ast.unparse(node.value), {"__builtins__": {}}, constants)
+            comment = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
+            field = dataclasses.field(default=default, metadata={"meaning": " ".join(comment.split())})
+            fields.append((ast.unparse(node.target), Any, field))
+    return dataclasses.make_dataclass(name, fields, bases=bases)
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    return ast.parse((REPOSITORY / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
 
 
 def _cell(meaning: str) -> str:
@@ -133,13 +171,3 @@ def _method_of(recipe: str) -> str | None:
     if "cluster" in values:
         return None
     return str(values.get("method", {}).get("name", "default"))
-
-
-def main() -> None:
-    """Write the pages."""
-    for path, text in pages().items():
-        (REPOSITORY / path).write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
