@@ -127,7 +127,8 @@ def settings(name: str) -> type[Any]:
         for part in _parsed(module).body
         if isinstance(part, ast.ClassDef)
         for node in part.body
-        if ast.unparse(node).startswith("Settings") and isinstance(getattr(node, "value", None), ast.Name)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Name)
+        if ast.unparse(node).startswith("Settings")
     ]
     return _stand_in(module, named[0])
 
@@ -135,7 +136,8 @@ def settings(name: str) -> type[Any]:
 @functools.cache
 def _stand_in(module: str, name: str) -> type[Any]:
     """Return a dataclass with the bases and the fields of the dataclass ``name`` of ``module``."""
-    body, constants = _parsed(module).body, {}
+    body = _parsed(module).body
+    constants: dict[str, Any] = {}
     for node in body:
         if isinstance(node, ast.ImportFrom) and name in [one.name for one in node.names]:
             return _stand_in(str(node.module), name)
@@ -144,7 +146,7 @@ def _stand_in(module: str, name: str) -> type[Any]:
             exec(ast.unparse(node), {"__builtins__": {}}, constants)
     (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
     bases = tuple(_stand_in(module, base.id) for base in found.bases if isinstance(base, ast.Name))
-    fields = []
+    fields: list[tuple[str, Any, Any]] = []
     for node, after in pairwise([*found.body, ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             default = eval(ast.unparse(node.value), {"__builtins__": {}}, constants)
