@@ -11,6 +11,7 @@ import pytest
 import torch
 from anchored import rows_of
 from layouts import Case, Outcomes, contexts_of, packed, reference, vocab_shard, worst_difference
+from logit_pairs import divergence
 from models import parallel
 from parity import TOLERANCE
 from tiers import combinations
@@ -119,14 +120,7 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
             kind = case.guided.divergence or kind
         r = r.detach() if target.is_anchored else None
         log_p, log_q = s.log_softmax(-1), mixed_target(s.detach(), t.detach(), target, r).log_q
-        lam = kind.jsd_lambda
-        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-        terms = {
-            "reverse_kl": log_p.exp() * (log_p - log_q),
-            "forward_kl": log_q.exp() * (log_q - log_p),
-            "jsd": lam * log_q.exp() * (log_q - log_m) + (1 - lam) * log_p.exp() * (log_p - log_m),
-        }
-        losses.append(terms[kind.kind].sum(-1))
+        losses.append(divergence(log_p, log_q, kind))
     loss = torch.cat(losses).mean()
     weight = student[0].decoder.final_layernorm.weight
     (gradient,) = torch.autograd.grad(loss, weight)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from logit_pairs import divergence, entropy
 from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
@@ -57,11 +58,6 @@ class Example:
         return self
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Return H in nats over the last axis."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
 def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses, dH and dW (valid rows) in float64, by autograd through the definition, with beta by bisection."""
     hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
@@ -77,17 +73,7 @@ def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tenso
         low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
     beta = low.exp() if target.rule == "entropy_matched" else torch.full_like(low, 1 / (target.k or 1.0))
     log_q, log_p = (beta[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
-    lam = kind.jsd_lambda
-    log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
-    losses = {
-        "reverse_kl": lambda: kl(log_p, log_q),
-        "forward_kl": lambda: kl(log_q, log_p),
-        "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
-    }[kind.kind]()
+    losses = divergence(log_p, log_q, kind)
     (losses * example.row_weights).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     return losses.detach(), hidden.grad, weight.grad

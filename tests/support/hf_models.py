@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import shard_of
+from models import shard_of, sharded_tensors
 from safetensors.torch import load_file
 from torch import Tensor
-
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.data.packing import Microbatch
@@ -380,20 +376,17 @@ def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapp
     filled, storages = set(), set()
     for chunk in chunks:
         model = unwrapped(chunk)
-        state_dict = model.sharded_state_dict(prefix="")
-        apply_factories(state_dict)
-        for shard in nested_values(state_dict):
-            if isinstance(shard, ShardedTensor):
-                index = tuple(shard.global_offset[: shard.prepend_axis_num])
-                value = full[shard.key, index[: depths[shard.key]]]
-                for expert in index[depths[shard.key] :]:
-                    value = value[expert]
-                rows = shard.global_shape[shard.prepend_axis_num]
-                if value.shape[0] < rows:
-                    value = torch.cat([value, value.new_full((rows - value.shape[0], *value.shape[1:]), 3.0)])
-                shard.data.copy_(shard_of(_Stacked(value, index), shard))
-                filled.add(shard.key)
-                storages.add(shard.data.untyped_storage().data_ptr())
+        for shard in sharded_tensors(model):
+            index = tuple(shard.global_offset[: shard.prepend_axis_num])
+            value = full[shard.key, index[: depths[shard.key]]]
+            for expert in index[depths[shard.key] :]:
+                value = value[expert]
+            rows = shard.global_shape[shard.prepend_axis_num]
+            if value.shape[0] < rows:
+                value = torch.cat([value, value.new_full((rows - value.shape[0], *value.shape[1:]), 3.0)])
+            shard.data.copy_(shard_of(_Stacked(value, index), shard))
+            filled.add(shard.key)
+            storages.add(shard.data.untyped_storage().data_ptr())
         missing = [n for n, p in model.named_parameters() if p.untyped_storage().data_ptr() not in storages]
         assert not missing, f"nothing was set in {missing}"
     return filled

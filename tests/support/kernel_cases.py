@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted_kernels import replace_language_once
+from logit_pairs import divergence
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext
 
@@ -130,16 +131,7 @@ def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence
     """Return the loss, and its gradient under the weights of `run`, by the definition in float64."""
     s = student.double().detach().requires_grad_()
     log_q = mixed_target(s.detach(), teacher.double(), target).log_q
-    log_p, lam = s.log_softmax(-1), kind.jsd_lambda
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
-    if kind.kind == "jsd":
-        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-        loss = lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
-    else:
-        loss = kl(log_p, log_q) if kind.kind == "reverse_kl" else kl(log_q, log_p)
+    loss = divergence(s.log_softmax(-1), log_q, kind)
     weights = torch.linspace(-1, 2, len(s), dtype=torch.float64, device=DEVICE)
     return loss.detach(), torch.autograd.grad((loss * weights).sum(), s)[0]
 

@@ -18,8 +18,6 @@ import torch.distributed as dist
 from two_terms import GivenCoefficients
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
@@ -402,12 +400,9 @@ def shards(chunks: list[Any], value: Callable[[Any], Any]) -> dict[str, Any]:
         try:
             for p, _ in own:
                 p.data = value(p).clone()
-            state = model.sharded_state_dict(prefix="")
-            apply_factories(state)
-            for shard in nested_values(state):
-                if isinstance(shard, ShardedTensor):
-                    place = (tuple(shard.global_shape), tuple(shard.global_offset), shard.prepend_axis_num)
-                    out[f"{shard.key}@{shard.global_offset}"] = (shard.key, *place, shard.data.detach().cpu().clone())
+            for shard in models.sharded_tensors(model):
+                place = (tuple(shard.global_shape), tuple(shard.global_offset), shard.prepend_axis_num)
+                out[f"{shard.key}@{shard.global_offset}"] = (shard.key, *place, shard.data.detach().cpu().clone())
         finally:
             for p, data in own:
                 p.data = data

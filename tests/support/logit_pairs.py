@@ -1,15 +1,33 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Random logits of student and teacher on full rows, and the entropy written out."""
+"""Random logits of student and teacher on full rows, and the entropy and the divergences written out."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence
 
 
 def entropy(log_probs: Tensor) -> Tensor:
     """Return H in nats over the last axis."""
     return -torch.where(torch.isfinite(log_probs), log_probs.exp() * log_probs, 0.0).sum(-1)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return KL(a || b) in nats over the last axis."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
+    """Return the divergence of the student's p and the target's q over the last axis, by its definition."""
+    if kind.kind != "jsd":
+        return kl(log_p, log_q) if kind.kind == "reverse_kl" else kl(log_q, log_p)
+    lam = kind.jsd_lambda
+    log_m = torch.logaddexp(log_q + math.log(lam), log_p + math.log(1 - lam))
+    return lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
 
 
 def pair(seed: int, num_rows: int = 16, vocab_size: int = 200) -> tuple[Tensor, Tensor]:

@@ -147,14 +147,18 @@ def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
     filled: set[int] = set()
     for chunk in chunks:
         model = unwrapped(chunk)
-        state_dict = model.sharded_state_dict(prefix="")
-        apply_factories(state_dict)
-        for shard in nested_values(state_dict):
-            if isinstance(shard, ShardedTensor):
-                shard.data.copy_(shard_of(full_weight(shard.key, shard.global_shape, seed), shard))
-                filled.add(shard.data.untyped_storage().data_ptr())
+        for shard in sharded_tensors(model):
+            shard.data.copy_(shard_of(full_weight(shard.key, shard.global_shape, seed), shard))
+            filled.add(shard.data.untyped_storage().data_ptr())
         missing = [n for n, p in model.named_parameters() if p.untyped_storage().data_ptr() not in filled]
         assert not missing, f"no global name for {missing}"
+
+
+def sharded_tensors(model: torch.nn.Module) -> list[ShardedTensor]:
+    """Return every parameter and buffer that a checkpoint of a chunk of a model has."""
+    state_dict = model.sharded_state_dict(prefix="")
+    apply_factories(state_dict)
+    return [shard for shard in nested_values(state_dict) if isinstance(shard, ShardedTensor)]
 
 
 def shard_of(full: Any, shard: ShardedTensor) -> Any:

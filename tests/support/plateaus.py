@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from logit_pairs import divergence, entropy, kl
 from scripts import load_script
 from torch import Tensor
 
@@ -32,11 +33,6 @@ def needing_the_third_pass(num_columns: int = 320) -> tuple[Tensor, Tensor, Tens
     return student, teacher, torch.tensor([0, 1, 1, 300])
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Return the entropy in nats over the last axis."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
 def root(student: Tensor, teacher: Tensor, target: Target) -> Tensor:
     """Return the beta [T] with H(softmax(beta m)) = H(p) in float64; NaN where none lies within the range of betas."""
     s, t = student.double(), teacher.double()
@@ -59,16 +55,8 @@ def at_beta(student: Tensor, teacher: Tensor, beta: Tensor, target: Target, kind
     """Return the loss, its gradient, H(q), KL(p || q) and log q in float64, for the target at this beta."""
     s = student.double().detach().requires_grad_()
     mix = target.teacher_weight * teacher.double() + s.detach()
-    log_p, log_q, lam = s.log_softmax(-1), (beta.double()[:, None] * mix).log_softmax(-1), kind.jsd_lambda
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
-    reverse = kl(log_p, log_q)
-    loss = reverse if kind.kind == "reverse_kl" else kl(log_q, log_p)
-    if kind.kind == "jsd":
-        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-        loss = lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
+    log_p, log_q = s.log_softmax(-1), (beta.double()[:, None] * mix).log_softmax(-1)
+    reverse, loss = kl(log_p, log_q), divergence(log_p, log_q, kind)
     (gradient,) = torch.autograd.grad(loss.sum(), s)
     return loss.detach(), gradient, entropy(log_q), reverse.detach(), log_q
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from logit_pairs import entropy
+from logit_pairs import divergence, entropy
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
@@ -118,18 +117,7 @@ def token_losses(
     s, t, r = (logits.double().clamp(min=-1e5) for logits in (student, teacher, reference))
     log_p = s.log_softmax(-1)
     log_q = _log_q(s.detach(), t, r, target)
-    lam = kind.jsd_lambda
-    log_m = torch.logaddexp(log_q + math.log(lam), log_p + math.log(1 - lam))
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
-    divergence = {
-        "reverse_kl": lambda: kl(log_p, log_q),
-        "forward_kl": lambda: kl(log_q, log_p),
-        "jsd": lambda: lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m),
-    }[kind.kind]()
-    return w.double() * divergence - a.double() * log_p.gather(1, tokens[:, None])[:, 0]
+    return w.double() * divergence(log_p, log_q, kind) - a.double() * log_p.gather(1, tokens[:, None])[:, 0]
 
 
 def _log_q(s: Tensor, t: Tensor, r: Tensor, target: Target) -> Tensor:
