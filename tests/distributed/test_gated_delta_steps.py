@@ -15,11 +15,9 @@ from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, RecomputeConfig, ScheduleConfig
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.config import ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import gated_delta_net
-from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.gated_delta_net import GatedDeltaKernels
 from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, log_probs
@@ -154,15 +152,3 @@ def test_texts_and_candidates_are_scored_as_each_text_alone_is(ranks):
     for found in ranks.run(measured, parallel(tp=2, sp=True), world_size=2):
         for values, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=0, atol=1e-4)
-
-
-def under_context_parallelism() -> str:
-    """Return the message of context parallelism."""
-    build(model_config("gated_delta"), parallel())
-    with pytest.raises(ConfigError) as refused:
-        transformer_config(model_config("gated_delta"), parallel(cp=2), OptimizerConfig(), ScheduleConfig())
-    return str(refused.value)
-
-
-def test_context_parallelism_is_refused(ranks):
-    assert "Gated delta net does not support context parallel" in ranks.run(under_context_parallelism, world_size=1)[0]

@@ -111,12 +111,6 @@ def test_a_vocabulary_that_is_too_small_is_refused(ranks, saved):
     ranks.run(refuse, model, saved[0], "has 64 rows, expected at least 100", 100, world_size=1)
 
 
-def test_a_directory_without_checkpoint_is_refused(ranks, tmp_path):
-    model = models.model_config("gqa")
-    ranks.run(refuse, model, tmp_path, "expected a Megatron torch_dist checkpoint .* no metadata.json", world_size=1)
-    ranks.run(refuse, model, tmp_path / "nowhere", "does not exist", world_size=1)
-
-
 # Weights that are not finite
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,6 @@ def killed_owner(run_dir: Path, signal_number: int = signal.SIGKILL) -> subproce
     return process
 
 
-def test_a_killed_owner_on_this_host_is_replaced_at_once(run_dir):
-    killed_owner(run_dir).wait()
-    began = time.monotonic()
-    acquired(run_dir, silence_s=SILENCE_S).release()
-    assert time.monotonic() - began < SILENCE_S / 2
-
-
 def test_a_suspended_owner_is_replaced_after_its_silence_and_notices_without_touching_the_new_lock(run_dir):
     process = killed_owner(run_dir, signal.SIGSTOP)
     reports: list[str] = []
@@ -131,30 +123,6 @@ def test_an_owner_elsewhere_is_judged_by_its_renewals_alone_whatever_the_clocks_
     alive.release()
     new.renew()
     new.release()
-
-
-def test_of_many_that_find_a_dead_owner_one_gets_the_lock(run_dir):
-    killed_owner(run_dir).wait()
-    outcomes: list[Any] = []
-
-    def attempt() -> None:
-        lock = lock_of(run_dir)
-        try:
-            lock.acquire()
-            outcomes.append(lock)
-        except ConfigError as refused:
-            outcomes.append(str(refused))
-
-    threads = [threading.Thread(target=attempt) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = (outcome for outcome in outcomes if isinstance(outcome, RunLock))
-    assert sum("is in use by another run" in str(outcome) for outcome in outcomes) == 7
-    winner.renew()
-    winner.release()
-    assert not (run_dir / LOCK).exists()
 
 
 def test_a_run_directory_that_was_removed_is_locked_again_and_one_that_others_used_is_lost(run_dir):

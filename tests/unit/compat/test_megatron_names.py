@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,15 +155,6 @@ def test_names_of_some_versions_are_needed_in_these_only(monkeypatch):
     assert list(needed.values()) == [["0.17.0", "0.19.2"], older, older, every]
 
 
-def test_the_tables_name_what_the_files_of_the_package_contain():
-    tables = load_script(TOOL.with_name("megatron_uses.py"))
-    source = "\n".join(path.read_text(encoding="utf-8") for path in tables.PACKAGE.rglob("*.py"))
-    words = set(re.findall(r"\w+", source))
-    members = [name for table in (tables.MEMBERS, tables.ASSIGNED) for text in table.values() for name in text.split()]
-    assert len(members) > 150 and [name for name in members if name not in words] == []
-    assert all(replacement.definition(tables.PACKAGE) for replacement in tables.REPLACED.values())
-
-
 def test_every_name_that_the_package_uses_is_in_the_installed_version():
     root = names.installed("megatron")
     uses = names.uses()
@@ -173,59 +162,3 @@ def test_every_name_that_the_package_uses_is_in_the_installed_version():
         *("import", "attribute", "member", "call", "replaced", "default")
     }
     assert list(names.faults(root, uses).values()) == []
-
-
-def test_a_table_shows_each_version_and_the_exit_status_tells_of_faults(tmp_path, monkeypatch, capsys, package):
-    root = written(tmp_path / "root" / "megatron" / "core", MEGATRON).parents[1]
-    monkeypatch.setattr(names, "uses", lambda: [RELIED_ON, Use("import", "megatron.core.gone")])
-    assert names.main([str(root), str(root)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "use | 0.16.1 | 0.16.1" and "import megatron.core.gone | FAULT | FAULT" in lines
-    assert lines[-1] == "2 uses of Megatron Core 0.16.1, 0.16.1: 2 faults"
-    monkeypatch.setattr(names, "uses", lambda: [RELIED_ON])
-    assert names.main(["--faults", str(root)]) == 0
-    assert capsys.readouterr().out == "1 uses of Megatron Core 0.16.1: no faults\n"
-    assert names.main([str(root / "megatron")]) == 2
-
-
-def test_signatures_that_change_are_shown(tmp_path, package):
-    old = written(tmp_path / "old" / "megatron" / "core", MEGATRON).parents[1]
-    files = MEGATRON | {
-        "optim/clip.py": MEGATRON["optim/clip.py"].replace("norm=None", "norm=0"),
-        "package_info.py": "MAJOR = 0\nMINOR = 19\nPATCH = 2\n",
-    }
-    new = written(tmp_path / "new" / "megatron" / "core", files).parents[1]
-    shown = names.changes([old, new], list(in_files(package)))
-    assert shown[:2] == ["megatron.core.optim.clip.clip", "    0.19.2: -norm=None, +norm=0"]
-
-
-LOCK = """# megatron-core==0.1
-[project]
-absl-py==2.5.1
-megatron-core==0.16.1; python_version < "3.12"
-megatron-core==0.19.2; python_version >= "3.12"
-[vllm]
-megatron-core==0.18.0
-"""
-
-
-def test_the_tested_versions_are_those_of_the_project():
-    assert names.tested_versions(LOCK) == ["0.16.1", "0.19.2"]
-    assert len(names.tested_versions(names.LOCK.read_text())) >= 1
-
-
-def test_an_unpacked_wheel_is_read_again_without_pip(tmp_path, monkeypatch):
-    (tmp_path / "megatron_core-0.99.0").mkdir()
-    monkeypatch.setattr(subprocess, "run", None)
-    assert names.root_of("0.99.0", tmp_path) == tmp_path / "megatron_core-0.99.0"
-
-
-def test_a_version_that_pip_cannot_download_is_one_line_and_a_status(tmp_path, monkeypatch, capsys):
-    ended = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
-    monkeypatch.setattr(names, "CACHE", tmp_path)
-    assert names.main(["--versions", "0.99.0"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.endswith(": ERROR: No matching distribution found\n")
-    assert "could not download megatron-core==0.99.0, which needs a network once" in error
-    assert list(tmp_path.iterdir()) == []

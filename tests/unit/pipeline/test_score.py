@@ -12,6 +12,7 @@ import models
 import pytest
 import torch
 from bytes_alive import BytesAlive
+from characters import Characters
 from tiers import combinations
 
 from megatron_selfdistill.data.contexts import ContextPair
@@ -295,26 +296,8 @@ def test_the_score_of_sampled_tokens_falls_as_the_hinted_teacher_moves_away():
     assert by_log_ratio == sorted(by_log_ratio)
 
 
-class Letters:
-    """One token per character; the generation prompt is a colon."""
-
-    name, vocab_size, eos_id = "letters", 128, 36
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids, *, skip_special_tokens=False):
-        return "".join(map(chr, ids))
-
-    def render_chat(self, messages, *, add_generation_prompt=True, **kwargs):
-        return "".join(message["content"] for message in messages) + ":" * add_generation_prompt
-
-
 def contexts_of(problem: Problem, max_length: int = 100, policy: str = "error"):
-    builder = PromptBuilder(Letters(), PromptTemplates(teacher="{problem}|{solution}"))
+    builder = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
     response = Response([55, 36], [0.0, 0.0], [0.0, 0.0], "stop")
     sizes = {"max_length": max_length, "max_new_tokens": 4, "policy": policy}
     return candidate_contexts(builder, [(problem, response)], **sizes)

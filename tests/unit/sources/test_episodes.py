@@ -344,29 +344,27 @@ def test_metrics_are_means_over_episodes():
     assert episode_metrics([], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(threads):
-    def fail(problem, said):
-        raise KeyError("no such tool")
-
-    with pytest.raises(EngineError) as caught:
-        played(SimpleNamespace(reply=fail), [["r$"]], threads=threads)
-    assert str(caught.value).startswith("file:a: the environment failed with KeyError: 'no such tool'\n  File ")
+def failing(problem: Problem, said: Sequence[str]) -> Reply:
+    raise KeyError("no such tool")
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_an_environment_that_ends_the_program_is_an_error_with_its_class(threads):
-    class Leaving:
-        def reply(self, problem, said):
-            sys.exit(0)
-
-    with pytest.raises(EngineError, match=r"^file:a: .* environment \S+Leaving tried .* SystemExit\(0\)"):
-        played(Leaving(), [["r$"]], threads=threads)
-
-
-def test_something_else_than_a_reply_is_refused():
-    with pytest.raises(EngineError, match=r"file:a: .* TypeError: expected a Reply of .*environments, got 'yes'"):
-        played(SimpleNamespace(reply=lambda problem, said: "yes"), [["r$"]])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (failing, r"^file:a: the environment failed with KeyError: 'no such tool'\n  File "),
+        (lambda problem, said: sys.exit(0), r"^file:a: .* environment \S+SimpleNamespace tried .* SystemExit\(0\)"),
+        (lambda problem, said: "yes", r"file:a: .* TypeError: expected a Reply of .*environments, got 'yes'"),
+        (
+            lambda problem, said: Reply("cut \ud83d"),
+            r"^file:a: the environment failed with ValueError: text of a reply",
+        ),
+    ],
+    ids=["fails", "ends the program", "no reply", "half a character"],
+)
+def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(threads, reply, message):
+    with pytest.raises(EngineError, match=message):
+        played(SimpleNamespace(reply=reply), [["r$"]], threads=threads)
 
 
 @pytest.mark.parametrize(
@@ -394,14 +392,6 @@ def test_a_reply_has_the_types_of_the_protocol(fields, message):
 def test_a_reply_may_have_numbers_of_numpy_and_torch(kind):
     reply = Reply(reward=kind(0.5), done=kind(0.5) > 0.25)
     assert reply.reward == 0.5 and type(reply.reward) is float and reply.done is True
-
-
-def test_a_reply_that_no_tokenizer_takes_is_one_message_with_the_place_of_the_problem():
-    cut = SimpleNamespace(reply=lambda problem, said: Reply("cut \ud83d"))
-    with pytest.raises(
-        EngineError, match=r"^file:a: the environment failed with ValueError: text of a reply: expected"
-    ):
-        played(cut, [["r$"]])
 
 
 def test_threads_ask_at_the_same_time():

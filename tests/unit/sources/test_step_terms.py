@@ -108,13 +108,6 @@ def test_scope_takes_both_log_probs_and_keeps_responses_without_a_hint():
     assert by_problem.policy.tolist() == pytest.approx([5 / 2 * value for value in found.policy.tolist()])
 
 
-def test_uni_opd_shifts_the_responses_with_a_hint():
-    found = coefficients("recipe=uni_opd", "method.clip_low=null", "method.clip_high=null")
-    shift = (0.4 - (-0.25 - 0.625)) / 2
-    expected = [0.5 + shift, -1.0 + shift, 0.25 - shift, 1.0 - shift, 0.0]
-    assert found.policy.tolist() == pytest.approx(expected)
-
-
 def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes():
     first, second, other = (rollout(0, mu, right) for mu, right in ((MU[:2], False), (MU[2:4], True), (MU[4:], False)))
     turns = [replace(first, episode=4), replace(second, episode=4, turn=1), replace(other, episode=5)]
@@ -126,27 +119,11 @@ def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes()
     assert not found.divergence.any()
 
 
-def test_skill_sd_pulls_weakly_towards_the_teacher_with_the_skill():
-    found = coefficients("recipe=skill_sd", "method.advantage_std=none", "method.clip_high=null")
-    assert found.divergence.tolist() == [0.0] * 5
-    towards = [0.001 * (q - p) for p, q in zip(MEASURED, TARGET, strict=True)]
-    advantages = [0.5, 0.5, -0.5, -0.5]
-    assert found.policy.tolist() == pytest.approx(
-        [a + b for a, b in zip(advantages, towards, strict=False)] + [0.0], abs=1e-12
-    )
-
-
 def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
     found = coefficients("recipe=openclaw", "method.weight=0.5", sampled=False)
     expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
     assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
     assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
-
-
-def test_rewards_of_logged_replies_beside_the_full_divergence_are_measured_too():
-    found = coefficients("recipe=openclaw", "method.signal=full", sampled=False)
-    assert found.divergence.tolist() == [1.0] * 4 + [0.0]
-    assert found.policy.tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0, 1.0])
 
 
 def test_sequences_count_alike_and_first_tokens_are_skipped():
