@@ -154,7 +154,7 @@ def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
         assert not missing, f"no global name for {missing}"
 
 
-def sharded_tensors(model: torch.nn.Module) -> list[ShardedTensor]:
+def sharded_tensors(model: Any) -> list[ShardedTensor]:
     """Return every parameter and buffer that a checkpoint of a chunk of a model has."""
     state_dict = model.sharded_state_dict(prefix="")
     apply_factories(state_dict)
