@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import math
 import sys
 
 import pytest
@@ -23,21 +20,6 @@ def test_every_recipe_that_names_no_model_has_a_case_on_one_rank_and_one_on_four
     methods = {name for name, recipe in recipes.items() if not any("model" in str(d) for d in recipe["defaults"])}
     assert set(golden_runs.RECIPES) == methods and len(methods) >= 22
     assert {f"{name} on TP2 x PP2" for name in methods} <= golden_runs.CASES.keys()
-
-
-@pytest.mark.full
-def test_a_comparison_fails_on_one_bit_of_one_number_or_of_the_weights(tmp_path, capsys):
-    file, changed = tmp_path / "golden.json", tmp_path / "changed.json"
-    assert golden_runs.main(["--write", str(file), "--only", "sft"]) == 0
-    written = json.loads(file.read_text())
-    assert len(written["sft"]["steps"]) == golden_runs.NUM_STEPS
-    case = copy.deepcopy(written)
-    loss = float.fromhex(case["sft"]["steps"][4]["loss/mean"])
-    case["sft"]["steps"][4]["loss/mean"] = math.nextafter(loss, math.inf).hex()
-    changed.write_text(json.dumps(case))
-    assert golden_runs.main(["--compare", str(changed), "--only", "sft"]) == 1
-    assert f"sft: step 5, loss/mean: expected {math.nextafter(loss, math.inf)!r}" in capsys.readouterr().out
-    assert golden_runs.main(["--compare", str(file), "--only", "sft"]) == 0
 
 
 @pytest.mark.parametrize("hashed", ["weights", "checkpoint"])

@@ -161,24 +161,14 @@ def test_imports_run_one_way(path):
     [
         ("loss.target", "from megatron_selfdistill.model import build"),
         ("loss.target", "from ..model.build import build"),
-        ("loss.__init__", "from ..rollout.base import Request"),
-        ("distributed.ranks", "def f():\n    from megatron_selfdistill.rollout.base import Request"),
-        ("trainer", "from megatron_selfdistill.instruments.report import refresh"),
         ("sources.on_policy", "from megatron_selfdistill.instruments.plan.memory import f"),
-        ("sources.on_policy", "from megatron_selfdistill.methods.grpo import Grpo"),
         ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
         ("commands.solutions", "from megatron_selfdistill.methods.rlt import RltSettings"),
-        ("train", "import megatron_selfdistill.methods.default"),
         ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
     ],
 )
 def test_a_wrong_way_import_is_found(module, source):
     assert len(wrong_way_imports(source, f"{PACKAGE}.{module}")) == 1
-
-
-def test_a_right_way_import_passes():
-    source = "import torch\nfrom .layers import f\nfrom ..data import x\nimport megatron_selfdistill.loss.target"
-    assert wrong_way_imports(source, f"{PACKAGE}.model.build") == []
 
 
 def test_every_exception_is_an_import_that_exists():
@@ -192,14 +182,10 @@ def test_every_exception_is_an_import_that_exists():
 def test_only_the_registry_names_the_package_of_methods():
     package, naming = f"{PACKAGE}.methods", []
     for path in PACKAGE_FILES:
-        if ring_of(package_of(module_of(path))) == "core" and named_modules(path.read_text(), package):
+        text = path.read_text()
+        if package in text and ring_of(package_of(module_of(path))) == "core" and named_modules(text, package):
             naming.append(module_of(path))
     assert naming == [f"{PACKAGE}.{REGISTRY}"]
-
-
-def test_the_name_of_a_module_is_found_in_a_string():
-    source = 'import importlib\nf = importlib.import_module(f"megatron_selfdistill.methods.{name}")'
-    assert named_modules(source, f"{PACKAGE}.methods") == [f"{PACKAGE}.methods."]
 
 
 def mentioned_methods(source: str) -> set[str]:
@@ -219,11 +205,6 @@ def test_the_on_policy_source_mentions_no_method_and_no_setting_of_one():
     assert mentioned_methods((REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()) == set()
 
 
-@pytest.mark.parametrize("source", ["if config.method.signal: pass", "m.settings", "name == 'grpo'"])
-def test_a_mention_of_a_method_is_found(source):
-    assert len(mentioned_methods(source)) == 1
-
-
 def test_no_modules_import_each_other_in_a_circle():
     modules = {module_of(path).removesuffix(".__init__"): path for path in PACKAGE_FILES}
     graph = {module: imported_modules(path.read_text(), module_of(path), modules) for module, path in modules.items()}
@@ -232,10 +213,6 @@ def test_no_modules_import_each_other_in_a_circle():
         assert f"\n    from {PACKAGE}.{imported} import" in path.read_text(), "the import stands under TYPE_CHECKING"
         graph[f"{PACKAGE}.{module}"].remove(f"{PACKAGE}.{imported}")
     assert circles(graph) == []
-
-
-def test_a_circle_is_found():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
 
 
 def test_loss_imports_torch_and_triton_only():
@@ -275,11 +252,6 @@ def test_importing_the_package_imports_neither_torch_nor_megatron():
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-
-
-def test_no_file_is_called_utils():
-    nameless = {"utils", "util", "helpers", "common", "misc"}
-    assert [path for path in PYTHON_FILES if path.stem in nameless] == []
 
 
 def test_every_python_file_opens_with_the_licence():

@@ -29,21 +29,3 @@ def test_the_page_lists_every_private_and_every_replaced_name_and_no_other():
     on_page, in_use = listed("High", "Medium", "Replaced"), used()
     assert len(in_use) > 30
     assert (sorted(in_use - on_page), sorted(on_page - in_use)) == ([], [])
-
-
-def test_the_risk_of_a_private_name_is_high_if_and_only_if_it_is_replaced():
-    replaced = {use.private_name for use in USES if use.kind == "replaced"}
-    private = {name for name in used() if name.partition(".")[2].startswith("_") and "__" not in name}
-    assert listed("High") == private & replaced
-    assert listed("Medium") == private - replaced
-
-
-def test_the_other_names_of_the_page_are_in_use():
-    in_use = {".".join(use.name.split(".")[-2:]) for use in USES}
-    assert sorted(listed("Low") - in_use) == []
-
-
-def test_the_page_says_for_every_name_what_would_replace_it():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| `") and " | yes | " in line]
-    assert len(rows) > 30
-    assert [row for row in rows if len(row.strip("| ").split(" | ")) != 7] == []

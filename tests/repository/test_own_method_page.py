@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from megatron_selfdistill.cli import main
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "own_method.md"
 OWN = ["method.name=my_method.WrongFirst", "method.right_weight=0.5"]
@@ -54,17 +52,6 @@ def test_the_method_and_its_test_are_short_and_the_test_passes(written, importab
     tests = [test for name, test in runpy.run_path(str(written / "test_my_method.py")).items() if name[:5] == "test_"]
     assert len(tests) == 1
     tests[0]()
-
-
-@pytest.mark.full
-def test_pytest_finds_the_test_which_passes(written):
-    assert "1 passed" in run(written, "pytest", "-q", "-p", "no:cacheprovider", "test_my_method.py")
-
-
-def test_the_settings_of_the_method_are_listed(importable, capsys):
-    assert main(["--keys", "method=my_method.WrongFirst"]) == 0
-    listed = capsys.readouterr().out
-    assert "method.right_weight=0.25\n    Weight of the divergence for right responses" in listed
 
 
 @pytest.mark.full

@@ -193,13 +193,6 @@ def test_the_extra_te_has_the_upper_bound_that_the_installed_megatron_core_decla
     assert upper_bounds(ours) == upper_bounds(wanted), "the versions that megatron-core was built for have changed"
 
 
-@pytest.mark.parametrize(("python", "bounds"), [("3.11", {"<2.12.0"}), ("3.12", set()), ("3.13", set())])
-def test_the_extra_te_has_the_bound_of_the_megatron_core_for_each_python(python, bounds):
-    """Megatron Core 0.16.1 declares a bound, and the versions that need Python 3.12 declare none."""
-    [ours] = applying(constants_of_setup()["EXTRAS"]["te"], python)
-    assert upper_bounds(ours) == bounds and "2.11.0" in ours.specifier and "2.8.0" not in ours.specifier
-
-
 def pinned(section: str, python: str | None = None) -> dict[str, str]:
     """Return the versions in a section of the lock by the name of the distribution; one for each Python."""
     lines = re.findall(r"^[\w.-]+==[^\\\n]+", section, re.MULTILINE)
@@ -225,27 +218,9 @@ def test_every_tested_version_is_one_that_an_install_takes(python):
     assert not unpinned, "the environments of the tests have versions that the lock does not name"
 
 
-def test_the_lock_is_the_only_file_with_tested_versions():
-    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    names = [name for name in files.split() if name.endswith((".txt", ".sh", ".py", ".toml", "Makefile", "run"))]
-    pinned = re.compile(rf"\b({'|'.join(allowed())})==[0-9]")
-    texts = {name: (REPOSITORY / name).read_text(errors="replace") for name in names if not name.startswith("tests/")}
-    assert [name for name, text in texts.items() if pinned.search(text)] == ["tools/tested_versions.txt"]
-
-
 def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
-
-
-@pytest.mark.parametrize("name", ["megatron-core", "playwright", "trl"])
-def test_the_environment_finds_the_one_requirement_of_a_package(name):
-    [function] = re.findall(r"^requirement_of\(\) {.*?^}", (REPOSITORY / "tools" / "venv.sh").read_text(), re.M | re.S)
-    command = ["bash", "-c", f"{function}\nrequirement_of {name}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    setup = constants_of_setup()
-    requirements = [line for extra in ("train", "browser", "trl") for line in setup["EXTRAS"][extra]]
-    assert [done.stdout.strip()] == [line for line in requirements if line.startswith(name)]
 
 
 def metadata(wheel: Path) -> list[Requirement]:
@@ -269,12 +244,6 @@ def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_trai
     assert "vllm" in brought_by("vllm") and "vllm" not in of_a_run
 
 
-def test_the_environment_of_a_newcomer_holds_no_browser():
-    extras = constants_of_setup()["EXTRAS"]
-    assert [Requirement(line).name for line in extras["browser"]] == ["playwright"]
-    assert "playwright" not in [Requirement(line).name for line in extras["dev"]]
-
-
 def test_whatever_decides_results_has_an_upper_bound():
     unbounded = {name for name, wanted in allowed().items() if not any(one.operator == "<" for one in wanted)}
     assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
@@ -294,15 +263,3 @@ def test_the_environment_with_vllm_has_versions_that_an_install_takes():
     shared = versions.keys() & allowed().keys()
     assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
     assert [name for name in shared if versions[name] not in allowed()[name]] == []
-
-
-def test_the_version_is_one_that_packaging_tools_understand():
-    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
-
-
-def test_make_without_a_target_lists_the_targets():
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
-    done = subprocess.run(["make", "-C", str(REPOSITORY)], capture_output=True, text=True, check=True)
-    for target in ("quickstart", "test", "check", "bench", "clean"):
-        assert f"make {target} " in done.stdout

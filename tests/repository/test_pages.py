@@ -111,26 +111,6 @@ def test_nobody_is_told_to_install_the_project_from_an_index():
     assert {name_of(path): found for path, text in texts.items() if (found := installs_by_name(text))} == {}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        'pip install "megatron_selfdistill[wandb]"',
-        "pip install --no-deps megatron-selfdistill",
-        "\"both, or pip \"\n    'install torch megatron_selfdistill'",
-        "'both, or pip install \\\"megatron_selfdistill[vllm]\\\"'",
-    ],
-)
-def test_an_installation_by_name_is_found(text):
-    assert len(installs_by_name(text)) == 1
-
-
-def test_an_installation_from_a_clone_is_none_by_name():
-    assert (
-        installs_by_name("pip install -e '.[wandb]'  # megatron_selfdistill\npip install vllm; megatron_selfdistill")
-        == []
-    )
-
-
 def unknown_keys(text: str) -> set[str]:
     """Return the words of a text that have the form of a key, but name none."""
     text = re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL)

@@ -36,8 +36,3 @@ def test_the_newest_release_is_the_version_of_the_package_and_of_the_citation():
     citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert newest == __version__ and date is not None
     assert f"\nversion: {newest}\n" in citation and f'\ndate-released: "{date[1]}"\n' in citation
-
-
-def test_the_page_for_releases_has_at_most_ten_lines():
-    lines = (REPOSITORY / "RELEASING.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "# Releasing" and any("tag" in line for line in lines) and len(lines) <= 10
