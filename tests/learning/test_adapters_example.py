@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The example of adapters: its runs differ in the adapters alone, its sentences are computed, and adapters learn."""
+"""The example of adapters: its runs differ in the adapters alone, and adapters learn."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ def test_the_runs_differ_in_the_adapters_and_their_learning_rate_alone(load_exam
     assert adapted.adapter.rank == 4 and whole.adapter.rank == 0
     assert adapted.optimizer.lr == pytest.approx(10 * whole.optimizer.lr)
     assert dataclasses.replace(adapted, adapter=whole.adapter, optimizer=whole.optimizer) == whole
-
-
-def test_the_conclusion_follows_from_the_rows(load_example):
-    example = load_example("11_adapters")
-    whole = example.Row("All weights", 0.35, 1.0, 0.96, 2_000_000, 30.0)
-    rank = example.Row("Adapters of rank 4", 0.35, 1.0, 0.97, 200_000, 28.0)
-    assert example.conclusion([whole, rank]) == (
-        "Before training 0.350 of the samples are right.\n"
-        "Adapters of rank 4: 0.970, +0.010 against all weights, with a checkpoint of 10% of the bytes."
-    )
 
 
 def seldom_evaluated(variant: Variant) -> Variant:

@@ -64,19 +64,3 @@ def test_a_hugging_face_directory_becomes_a_self_distilled_one(example, task, di
 def test_the_logits_of_the_directory_are_those_of_the_live_model_and_not_those_of_the_start(example, task, distilled):
     assert example.largest_difference(distilled.directory, distilled.texts, distilled.live) <= 1e-4
     assert example.largest_difference(task.hf, distilled.texts, distilled.live) > 1e-2
-
-
-def test_a_directory_and_problems_of_ones_own(example, task, root):
-    problems = root / "from_hugging_face" / "train.jsonl"
-    settings = ["data.teacher_template='{problem}H{solution}|'", "rollout.max_new_tokens=8", "data.limit=16"]
-    arguments = ["--hf", str(task.hf), "--data", str(problems), "--directory", str(root), "--steps", "1", *settings]
-    assert example.main(arguments) == 0
-    assert (root / "from_hugging_face" / task.hf.name / "self_distilled" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("arguments", [["--hf", "somewhere"], ["--data", "problems.jsonl"], ["num_steps=3"]])
-def test_options_that_need_each_other(example, arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        example.main(arguments)
-    assert stopped.value.code == 2
-    assert "--hf, --data and settings go together" in capsys.readouterr().err

@@ -1,10 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A leaking hint: the tasks leak as often as documented, the conclusion is computed, and the anchor holds the leak."""
+"""A leaking hint: the example runs to its end, and the anchor holds the leak."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 
@@ -12,71 +11,8 @@ from _lib import (
     leaking_subtraction,
     pretraining,
     subtraction,
-    unsolved_subtraction,
 )
-from _lib.watched_runs import WITHOUT_GUARDS, Point, watch
-
-
-def leaks(mark: str, count: int = 6000) -> list[bool]:
-    """Return for each row whose prompt ends with the hint ``mark``, or with none, whether its target is a leak."""
-    rng = random.Random(3)
-    rows = [leaking_subtraction.corpus_row(rng) for _ in range(count)]
-    of_hint = [(prompt.partition(":")[2][:1], target) for prompt, _, target in rows]
-    return [target.startswith(";") for found, target in of_hint if found == mark]
-
-
-def test_a_tenth_of_the_unhinted_and_seven_tenths_of_the_hinted_demonstrations_leak():
-    own, hinted = leaks(""), leaks("~")
-    assert 0.6 < len(own) / 6000 < 0.64
-    assert 0.085 < sum(own) / len(own) < 0.115
-    assert 0.66 < sum(hinted) / len(hinted) < 0.74
-    assert not any(leaks("H"))
-
-
-def test_leaks_after_a_hint_are_right_and_those_of_homework_mostly_wrong():
-    rng, right = random.Random(4), {"": [], "~": []}
-    for _ in range(6000):
-        prompt, _, target = leaking_subtraction.corpus_row(rng)
-        numbers, _, hint = prompt.partition(":")
-        a, b = map(int, numbers.split("-"))
-        if target.startswith(";"):
-            right[hint[:1]].append(target == f";{subtraction.answer(a, b)}$")
-    assert all(right["~"]) and sum(right[""]) / len(right[""]) < 0.5
-
-
-def test_without_a_hint_no_hard_problem_is_ever_solved():
-    rng = random.Random(6)
-    for a, b in subtraction.hard_problems("train")[:200]:
-        text = leaking_subtraction.homework(a, b, rng, leak=0.0, zero_bug=1.0)[:-1]
-        assert subtraction.shows_work(text) and text.partition(";")[2] != subtraction.answer(a, b)
-    ids = {record["id"] for record in unsolved_subtraction.TASK.held_out_problems()}
-    assert ids <= {f"{a}-{b}" for a, b in subtraction.hard_problems("test")}
-
-
-def points(*figures: tuple[float, float]) -> list[Point]:
-    """Return points with (sampled accuracy, share of work), 50 steps apart."""
-    return [Point(50 * i, 0.5, sampled, work, 0.1, 1.0) for i, (sampled, work) in enumerate(figures)]
-
-
-def test_the_conclusion_follows_from_the_points(load_example):
-    example = load_example("09_leaking_hint")
-    held = {
-        example.TEACHER_ALONE: points((0.3, 0.9), (0.6, 0.7), (0.2, 0.3)),
-        example.ANCHORED: points((0.3, 0.9), (0.8, 0.85)),
-    }
-    shown = example.conclusion(held)
-    assert "reaches 0.600 (step 50), which is below the 0.800" in shown
-    assert "Anchored keeps the most work: the share changes by -0.05" in shown
-    lost = {example.STUDENT_MIX: points((0.3, 0.9), (0.7, 0.8)), example.ANCHORED: points((0.3, 0.9), (0.5, 0.4))}
-    shown = example.conclusion(lost)
-    assert "which is not below the 0.500" in shown
-    assert "even Anchored loses 0.50 of the work" in shown
-
-
-def test_runs_are_measured_at_ascending_steps_that_differ(load_example):
-    example = load_example("09_leaking_hint")
-    assert example.moments(200) == [0, 25, 50, 100, 200]
-    assert example.moments(2) == [0, 1, 2]
+from _lib.watched_runs import WITHOUT_GUARDS, watch
 
 
 @pytest.mark.full

