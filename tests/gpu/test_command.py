@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,45 +91,9 @@ def test_the_pages_have_the_results_of_a_stage_before_the_next_one_begins(copy, 
     assert "2 failed" in capsys.readouterr().out
 
 
-def test_a_result_that_fails_makes_its_row_red(copy, monkeypatch):
-    check = next(iter(command.rows_of_checks()))
-    monkeypatch.setattr(stages, "chosen", lambda options: [stage("bad", REPORT, "1.5", check, checks=[check])])
-    assert command.main([]) == 1
-    assert "🔴" in (copy / "README.md").read_text().split("| CPU | GPU |")[1]
-
-
 def test_results_of_a_cpu_never_reach_the_file_of_gpus(copy, capsys):
     for name in ("docs/support.jsonl", "docs/../docs/support.jsonl"):
         with pytest.raises(SystemExit) as ended:
             command.main(["--device", "cpu", "--record", str(copy / name)])
         assert ended.value.code == 2 and "the results of GPUs only" in capsys.readouterr().err
     assert not (copy / "docs" / "support.jsonl").exists()
-
-
-ENDED_EARLY = """
-import sys
-sys.path[:0] = [sys.argv[1] + "/tests/support", sys.argv[1]]
-from tests.gpu import command, stages
-from tests.gpu.test_command import REPORT, stage
-hangs = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
-stages.chosen = lambda options: [
-    stage("sound", REPORT, "0.5", "sound", checks=["sound"]),
-    stage("hangs", hangs, sys.argv[2] + "/pid", checks=["hangs"]),
-]
-sys.exit(command.main(["--device", "cpu", "--record", sys.argv[2] + "/results.jsonl"]))
-"""
-
-
-@pytest.mark.full
-def test_a_command_that_is_told_to_end_keeps_the_stages_before_and_kills_the_one_that_runs(tmp_path):
-    started = subprocess.Popen([sys.executable, "-c", ENDED_EARLY, str(REPOSITORY), str(tmp_path)])
-    pid = tmp_path / "pid"
-    deadline = time.monotonic() + 120
-    while not (pid.exists() and pid.read_text()):
-        assert started.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started.terminate()
-    assert started.wait(30) == 128 + signal.SIGTERM
-    assert [json.loads(line)["check"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == ["sound"]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
