@@ -72,23 +72,6 @@ def test_a_run_trains_its_adapters_alone_and_resumes_bit_for_bit(ranks, data, ba
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-        ["parallel.pipeline_model_parallel_size=2"],
-        [],
-    ],
-)
-def test_every_layout_learns_alike(ranks, data, base, whole, tmp_path, layout):
-    replay = f"rollout.replay={whole}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "run", base, replay, *layout), 2)
-    for expected, found in zip(reproducible_metrics(whole), reproducible_metrics(tmp_path / "run"), strict=True):
-        assert found["loss/mean"] == pytest.approx(expected["loss/mean"], rel=1e-3, abs=1e-6)
-        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("teacher", ["frozen", "current"])
 def test_guided_responses_are_sampled_from_the_target_of_the_loss(ranks, data, base, tmp_path, teacher):
     """The sampler's teacher and reference are the base without adapters, and its student has them."""

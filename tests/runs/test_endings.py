@@ -104,11 +104,6 @@ def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path)
     assert evaluated.data.chat_template == "{{ m }}, b" and evaluated.data.tokenizer is None, "the run has its own"
 
 
-def test_a_model_of_no_known_architecture_is_not_to_be_converted(tmp_path):
-    lines = announcement.complete(load([f"run_dir={tmp_path}"]), 2, tmp_path / "iter_0000002")
-    assert not any("convert" in line for line in lines)
-
-
 def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
     run, _ = ended
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -145,13 +140,6 @@ def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of
     )
     train(ranks, arguments, start=run_with_messages, path=tmp_path / "second")
     assert "\ndone: 3 steps (1 of them in this launch) in " in (tmp_path / "second").read_text()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8.4, "8 s"), (59.6, "1:00 minutes"), (185, "3:05 minutes"), (93785, "26:03:05 hours")]
-)
-def test_durations_are_for_people(seconds, text):
-    assert announcement.duration(seconds) == text
 
 
 def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -93,15 +94,14 @@ def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
 @pytest.fixture(scope="module")
 def run_of(ranks, data, early, tmp_path_factory):
     """Return a function that returns the directory of the finished run of a recipe on one rank."""
-    runs: dict[str, Path] = {}
 
-    def run(recipe: str) -> Path:
-        if recipe not in runs:
-            runs[recipe] = tmp_path_factory.mktemp(recipe) / "run"
-            train(ranks, arguments(data, runs[recipe], recipe, early, f"rollout.record={runs[recipe]}/responses.jsonl"))
-        return runs[recipe]
+    @functools.cache
+    def finished(recipe: str) -> Path:
+        run = tmp_path_factory.mktemp(recipe) / "run"
+        train(ranks, arguments(data, run, recipe, early, f"rollout.record={run}/responses.jsonl"))
+        return run
 
-    return run
+    return finished
 
 
 def test_episodes_have_different_lengths_and_train(run_of):

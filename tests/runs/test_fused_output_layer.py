@@ -86,16 +86,6 @@ def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutio
         assert fused_projected == 0
 
 
-@pytest.mark.full
-def test_the_run_says_how_its_output_layer_works(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "planned", "dry_run=true", "metrics.console_every=1")
-    arguments += ["loss.max_logits_gb=0", "loss.fused_chunk_tokens=20"]
-    ((status, output),) = ranks.run(tiny_run.start_and_listen, arguments, world_size=1, init_process_group=False)
-    assert status == 0, output
-    words = " ".join(output.split())
-    assert "output layer: fused with the loss in chunks of 20 tokens, low_memory, at most 0.00 GiB" in words
-
-
 def test_a_baseline_cannot_be_asked_to_fuse(data, tmp_path, capfd):
     assert main(overrides(data, tmp_path / "refused", "method.name=rft", *FUSED["low_memory"])) == 2
     message = "loss.fused=low_memory fuses the output layer with the distillation loss, but method.name=rft"

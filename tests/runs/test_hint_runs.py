@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,15 @@ def arguments(data: Path, run_dir: Path, name: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def run_of(ranks, logs, start, tmp_path_factory):
     """Return a function that returns the directory of a finished run on one rank."""
-    runs: dict[str, Path] = {}
 
-    def run(name: str) -> Path:
-        if name not in runs:
-            runs[name] = tmp_path_factory.mktemp(name) / "run"
-            is_logged = RUNS[name][0] == "recipe=openclaw"
-            record = [] if is_logged else [f"rollout.record={runs[name]}/responses.jsonl"]
-            train(ranks, arguments(logs, runs[name], name, start, *record))
-        return runs[name]
+    @functools.cache
+    def finished(name: str) -> Path:
+        run = tmp_path_factory.mktemp(name) / "run"
+        record = [] if RUNS[name][0] == "recipe=openclaw" else [f"rollout.record={run}/responses.jsonl"]
+        train(ranks, arguments(logs, run, name, start, *record))
+        return run
 
-    return run
+    return finished
 
 
 @combinations(name=list(RUNS), quick={"name": ["skill_sd"]}, strength=1)

@@ -214,17 +214,6 @@ def test_a_record_with_several_teachers_has_the_weighted_sum_of_their_divergence
     assert error < 1e-5
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["DP2", "PP2"])
-def test_records_with_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
-    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
-    options = [f"data.path={file}", "num_steps=2", "checkpoint.save_every=0"]
-    record = f"{tmp_path}/responses.jsonl"
-    train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
-    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
-
-
 def of_wide(places: dict[str, Path], run_dir: Path, *options: str) -> list[str]:
     """Return the arguments of a run with a wide teacher, one of the student's architecture and the start."""
     named = f"teachers.math={{load: {places['wide']}, weight: 0.5}}"
@@ -258,12 +247,27 @@ def test_a_product_of_teachers_of_two_architectures_is_the_weighted_mean_of_thei
     assert error < 1e-5
 
 
+FUSED_TP2 = [*LAYOUTS["TP2"], "parallel.sequence_parallel=true", "loss.fused=low_memory"]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_teacher_of_another_architecture_has_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
-    options, record = ["num_steps=2", "checkpoint.save_every=0"], f"{tmp_path}/responses.jsonl"
-    train(ranks, of_wide(places, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, of_wide(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *(("shared", LAYOUTS[name]) for name in ("DP2", "PP2")),
+        *(("product", layout) for layout in (*LAYOUTS.values(), FUSED_TP2)),
+        *(("another architecture", layout) for layout in LAYOUTS.values()),
+    ],
+    ids=str,
+)
+def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, kind, layout):
+    """A record has several teachers, or their product, or a teacher of another architecture."""
+    shared = f"data.path={write_records_of_teachers(places['data'], SHARED, 'shared.jsonl')}"
+    more = {"shared": [shared], "product": [shared, *PRODUCT], "another architecture": []}[kind]
+    options, record = ["num_steps=2", "checkpoint.save_every=0", *more], f"{tmp_path}/responses.jsonl"
+    of = of_wide if kind == "another architecture" else arguments
+    train(ranks, of(places, tmp_path / "one", *options, f"rollout.record={record}"))
+    train(ranks, of(places, tmp_path / "two", *options, f"rollout.replay={record}", *layout), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -353,35 +357,6 @@ def test_what_is_measured_of_a_product_is_what_a_step_trains_on(ranks, places, t
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["TP2", "CP2"])
-def test_products_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
-    assert_products_equal(ranks, places, tmp_path, LAYOUTS[name])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "options",
-    [
-        LAYOUTS["PP2xVPP2"],
-        LAYOUTS["DP2"],
-        [*LAYOUTS["TP2"], "parallel.sequence_parallel=true", "loss.fused=low_memory"],
-    ],
-    ids=str,
-)
-def test_products_have_the_steps_of_one_rank_with_pipelines_and_replicas(ranks, places, tmp_path, options):
-    assert_products_equal(ranks, places, tmp_path, options)
-
-
-def assert_products_equal(ranks: Any, places: dict[str, Path], tmp_path: Path, layout: list[str]) -> None:
-    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
-    options = [f"data.path={file}", "num_steps=2", "checkpoint.save_every=0", *PRODUCT]
-    record = f"{tmp_path}/responses.jsonl"
-    train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *layout), 2)
-    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
-
-
-@pytest.mark.full
 def test_products_resume_and_do_not_depend_on_the_order_of_the_teachers(ranks, places, tmp_path):
     reverse = [dict(reversed(one.items())) if isinstance(one, dict) else one for one in SHARED]
     files = [write_records_of_teachers(places["data"], it, f"{i}.jsonl") for i, it in enumerate((SHARED, reverse))]
@@ -457,18 +432,6 @@ def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ran
     message = refusal(ranks, arguments(own, run, "num_steps=2"))
     assert "the directory of teachers.math.load has changed since" in message
     train(ranks, arguments(own, run, "num_steps=2", "checkpoint.resume=force"))
-
-
-@pytest.mark.full
-def test_adapters_learn_from_full_teachers_and_keep_their_frozen_weights(ranks, places, tmp_path):
-    """The reference is the student without its adapters; the copy of the teachers has none."""
-    adapted = ["adapter.rank=4", "adapter.alpha=8", "num_steps=2", "checkpoint.save_every=1"]
-
-    def of(run_dir: Path) -> list[str]:
-        return arguments(places, run_dir, *adapted)
-
-    train(ranks, of(tmp_path / "whole"))
-    assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -55,20 +55,3 @@ def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks
     one, half = (reproducible_metrics(tmp_path / name)[0] for name in ("one", "half"))
     assert half["gradient_norm"] == pytest.approx(one["gradient_norm"] / 2, rel=1e-4) != 0
     assert_resumes_equal(ranks, tmp_path / "half", arguments, step=1, num_steps=2, **options)
-
-
-@pytest.mark.full
-def test_a_function_of_the_user_weighs_tokens_as_a_published_method_does(ranks, data, tmp_path):
-    def steps(name: str, *options: str) -> list[dict[str, float]]:
-        run_dir = tmp_path / name
-        train(ranks, overrides(data, run_dir, "num_steps=2", "checkpoint.save_every=0", *options))
-        return [
-            {k: v for k, v in step.items() if k.startswith(("loss/", "terms/", "grad"))}
-            for step in reproducible_metrics(run_dir)
-        ]
-
-    own = steps("own", "method.token_weights=hint_functions.published_weights")
-    assert own == steps("published", "method.name=pw_opsd")
-    assert own[0]["gradient_norm"] != steps("plain")[0]["gradient_norm"]
-    measured = steps("measured", "method.token_weights=hint_functions.surprise", "method.measured_signals=true")
-    assert all(step["gradient_norm"] > 0 for step in measured) and measured[0] != own[0]

@@ -18,10 +18,7 @@ from tiny_run import (
     reproducible_metrics,
     saved_step,
     train,
-    train_each,
 )
-
-from megatron_selfdistill.run_log import read_metrics
 
 LAYOUTS = {
     "one rank, bf16, EMA teacher": (1, ["optimizer.precision=bf16", "teacher.weights=ema", "teacher.ema_decay=0.9"]),
@@ -68,22 +65,6 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name
 
     train(ranks, arguments(tmp_path / "whole"), world_size)
     assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=3)
-
-
-@pytest.mark.full
-def test_the_warm_up_follows_from_the_steps_of_a_new_run_and_a_run_of_another_default_keeps_its_own(
-    ranks, data, tmp_path
-):
-    small = ["data.global_batch_size=1", "rollout.max_new_tokens=1", "model.num_layers=1", "metrics.show_samples=0"]
-    new = ["optimizer.lr_warmup_steps=null", "num_steps=20", "checkpoint.save_every=20", *small]
-    train(ranks, overrides(data, tmp_path / "new", *new))
-    rates = [metrics["learning_rate"] for metrics in read_metrics(tmp_path / "new")]
-    assert rates == pytest.approx([5e-4, *[1e-3] * 19])
-    launches = [("0", 1), ("null", 2), ("null", 50)]
-    each = [[f"optimizer.lr_warmup_steps={warmup}", f"num_steps={num_steps}"] for warmup, num_steps in launches]
-    train_each(ranks, [overrides(data, tmp_path / "old", *small, *more, "checkpoint.save_every=50") for more in each])
-    rates = [metrics["learning_rate"] for metrics in read_metrics(tmp_path / "old")]
-    assert rates == pytest.approx([1e-3] * 50), "also where a launch of this version has saved the checkpoint"
 
 
 @combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)

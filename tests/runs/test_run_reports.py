@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 import json
-import time
 
-import pytest
 from reported_runs import blocks_of
-from tiny_run import in_new_process, overrides, train, train_each
+from tiny_run import overrides, train, train_each
 
-from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics
 
 NOISY = ("seconds/", "tokens_per_second/", "memory/")
@@ -70,20 +67,3 @@ def test_a_run_that_a_guard_stops_and_one_that_resumes_say_so(ranks, data, tmp_p
     assert resumed["step"] == 2 and resumed["start"].startswith("resumes ")
     steps = [json.loads(line)["step"] for line in (run_dir / "evaluation_samples.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [4] and len(steps) == 6
-
-
-@pytest.mark.full
-def test_a_run_that_is_killed_leaves_a_report_and_the_command_writes_a_newer_one(data, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = overrides(data, run_dir, *evaluated(data), "num_steps=6", "checkpoint.save_every=0", "report.every=1")
-    done = in_new_process(arguments, kill_at="step")
-    assert done.returncode == -9, done.stderr
-    deadline = time.monotonic() + 60  # the process that writes the report may outlive the run
-    while not (run_dir / "report.html").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = blocks_of((run_dir / "report.html").read_text())
-    assert left["overview"]["runs"][0]["events"][0][2] == "started"
-    newer = write_report([run_dir], tmp_path / "newer.html")
-    (run,) = blocks_of(newer.read_text())["overview"]["runs"]
-    assert run["status"] == "4 of 6 steps; the run is training, or was killed"
-    assert numbers(run_dir)[-1]["step"] == 4

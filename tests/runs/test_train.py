@@ -16,7 +16,6 @@ from tiny_run import overrides, recorded, reproducible_metrics, saved_step, trai
 from megatron_selfdistill.config import load
 from megatron_selfdistill.metrics import read_samples
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.run_log import read_events
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {
@@ -34,28 +33,6 @@ def test_bad_input_is_one_message_and_status_2_before_any_process_group(data, tm
     assert not torch.distributed.is_initialized()
     error = capfd.readouterr().err.strip()
     assert expected in error and len(error.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.full
-def test_the_log_says_what_computes_the_loss(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "run", "num_steps=1", "metrics.console_every=1")
-    ((status, output),) = ranks.run(tiny_run.start_and_listen, arguments, world_size=1, init_process_group=False)
-    assert status == 0, output
-    assert "loss: PyTorch (the " in output
-    assert "kernels: activation silu; rotary embedding unfused; " in output
-    assert "GPU memory" not in output, "nothing to say about it on a CPU"
-    assert "1 step x 8 = 8 visits to 40 problems: 0.2 epochs" in output
-    assert output.count("the teacher's prompt adds 2 tokens of wording (data.teacher_template)") == 1
-    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
-
-
-@pytest.mark.full
-def test_kernels_that_cannot_run_are_refused_with_status_2(ranks, data, tmp_path):
-    assert "loss.backend=triton cannot be used: " in tiny_run.refusal(
-        ranks, overrides(data, tmp_path / "run", "loss.backend=triton")
-    )
     assert not (tmp_path / "run").exists()
 
 
@@ -155,39 +132,6 @@ def test_the_entropy_guard_stops_a_run_and_the_teacher_canary_does_so_before_the
     assert not reproducible_metrics(tmp_path / "canary")
 
 
-def with_a_looping_student(arguments: list[str]) -> int:
-    """Let the student of the third step repeat one token: layers add nothing, and one row of the output is large."""
-    from megatron_selfdistill.trainer import Trainer
-
-    update = Trainer.update
-
-    def spoilt(self, step):  # type: ignore[no-untyped-def]
-        metrics = update(self, step)
-        if self.step == 1:
-            for name, weight in self.learner.chunks[0].named_parameters():
-                if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-                    weight.data.zero_()
-                if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-                    weight.data.zero_()
-                    weight.data[slice(5, 6) if "output" in name else slice(None), 0] = 100.0
-        return metrics
-
-    return tiny_run.start_with(arguments, Trainer, "update", spoilt)
-
-
-@pytest.mark.full
-def test_the_guard_of_loops_stops_a_run_whose_student_repeats_itself(ranks, data, tmp_path):
-    keys = ["rollout.max_new_tokens=30", "guards.reference_steps=2", "guards.patience=1", "num_steps=3"]
-    keys += ["guards.entropy.max_ratio=null", "guards.entropy.min_ratio=null", "guards.min_length_ratio=null"]
-    arguments = overrides(data, tmp_path / "run", *keys, "guards.max_loss_ratio=null")
-    train(ranks, arguments, start=with_a_looping_student, expected=3)
-    lines = reproducible_metrics(tmp_path / "run")
-    assert lines[-1]["response/loop_share"] == 1.0 > 0.5 + max(line["response/loop_share"] for line in lines[:2])
-    reason = read_events(tmp_path / "run")[-1]["reason"]
-    assert reason.startswith("step 3: loops: response/loop_share has been above its reference plus 0.5 for 1 steps")
-    train(ranks, [*arguments, f"run_dir={tmp_path / 'off'}", "guards.max_loop_rise=null"], start=with_a_looping_student)
-
-
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:
     """Let every teacher microbatch read its tokens one position late."""
     from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
@@ -239,12 +183,3 @@ def test_a_baseline_runs_on_the_same_data_and_is_evaluated_at_the_start_and_at_t
     for sample in samples:
         assert sample["response"] and set(sample["tokens"]["teacher_log_prob"]) == {None}
         assert all(value < 0 for value in sample["tokens"]["student_log_prob"])
-
-
-def test_samples_of_a_problem_that_comes_twice_in_a_batch_count_on():
-    from types import SimpleNamespace
-
-    from megatron_selfdistill.sources.on_policy import first_sample_indices
-
-    batch = [SimpleNamespace(id=i) for i in "abca"]
-    assert first_sample_indices(batch, 4) == [0, 0, 0, 4]

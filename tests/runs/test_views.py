@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiers import combinations
-from tiny_run import assert_steps_equal, overrides, recorded, reproducible_metrics, train, with_trainer
+from tiny_run import overrides, recorded, reproducible_metrics, train, with_trainer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -23,28 +22,12 @@ VIEWS = [
 ]
 STUDENT, TEACHER = "{problem}|", "9,9{problem}H{solution}|=.;"
 """The texts of both prompts by the template and the views."""
-LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "CP2": ["parallel.context_parallel_size=2"],
-    "DP2": [],
-    "one context per row": ["schedule.max_tokens=64", "schedule.pair_order=alternating"],
-    "all contexts in one row": ["schedule.max_tokens=2048"],
-}
 NUM_STEPS = 2
 
 
 def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the arguments of two steps of the default method with two views."""
     return overrides(data, run_dir, *VIEWS, f"num_steps={NUM_STEPS}", "checkpoint.save_every=0", *more)
-
-
-@pytest.fixture(scope="module")
-def one(ranks, data, start, tmp_path_factory) -> Path:
-    """Return the directory of a run on one rank, with its responses."""
-    run = tmp_path_factory.mktemp("one") / "run"
-    train(ranks, arguments(data, run, start, f"rollout.record={run}/responses.jsonl"))
-    return run
 
 
 def by_definition(arguments: list[str], data: Path, responses: dict[tuple[str, int], list[int]]) -> tuple[float, float]:
@@ -88,43 +71,3 @@ def test_losses_and_gradients_are_those_of_the_prompts_written_out(ranks, data, 
     first = reproducible_metrics(run)[0]
     assert first["loss/mean"] == pytest.approx(loss, rel=1e-4) and loss > 1e-3
     assert first["gradient_norm"] == pytest.approx(norm, rel=1e-3)
-
-
-@combinations(layout=list(LAYOUTS), quick={"layout": ["CP2"]}, strength=1)
-def test_every_layout_takes_the_same_steps(ranks, data, start, one, tmp_path, layout):
-    replay = f"rollout.replay={one}/responses.jsonl"
-    world_size = 2 if layout.endswith("P2") else 1
-    train(ranks, arguments(data, tmp_path / "run", start, replay, *LAYOUTS[layout]), world_size)
-    assert_steps_equal(one, tmp_path / "run", ("loss/", "entropy/", "tokens/"))
-
-
-def test_the_published_study_trains_adapters_of_a_tiny_model_with_its_two_views(ranks, data, start, tmp_path):
-    """The model is smaller, and samples in process; everything else is the recipe's."""
-    tiny = overrides(data, tmp_path / "run", *VIEWS[:1], start, "num_steps=2", "checkpoint.save_every=0")
-    kept = [it for it in tiny if not it.startswith(("optimizer.lr", "data.teacher_template", "schedule.max_tokens"))]
-    wording = "data.teacher_template='{problem}H{solution}|'"  # a tokenizer of 21 characters knows no English
-    options = [
-        "rollout.engine=megatron",
-        "rollout.placement=colocated",
-        "rollout.kv_cache_gb=null",
-        "data.max_length=128",
-    ]
-    size = [
-        "model.ffn_hidden_size=null",
-        "model.num_attention_heads=4",
-        "model.kv_channels=null",
-        "model.vocab_size=23",
-    ]
-    size += ["model.qk_layernorm=false", "model.share_embeddings_and_output_weights=false", "model.rotary_base=10000"]
-    size += ["model.layernorm_epsilon=1e-5"]
-    record = f"rollout.record={tmp_path}/responses.jsonl"
-    train(ranks, ["recipe=opsd_reference", *kept, wording, *options, *size, record])
-    steps = reproducible_metrics(tmp_path / "run")
-    assert len(steps) == 2 and all(step["gradient_norm"] > 0 and step["loss/mean"] > 0 for step in steps)
-    responses = recorded(tmp_path / "responses.jsonl", step=0)
-    one_view = ["recipe=opsd_reference", *kept, wording, *options, *size, "~data.views"]
-    replay = [f"rollout.replay={tmp_path}/responses.jsonl", f"run_dir={tmp_path}/one_view", "num_steps=1"]
-    train(ranks, [*one_view, *replay])
-    (other,) = reproducible_metrics(tmp_path / "one_view")
-    assert responses and other["tokens/response"] == steps[0]["tokens/response"]
-    assert abs(other["loss/mean"] - steps[0]["loss/mean"]) > 1e-3, "the views make a difference"

@@ -61,8 +61,3 @@ def published_weights(signals: Any) -> Any:
 def doubts(signals: Any) -> Any:
     """Return the sum of what a pass has measured of each token's distributions: two entropies and the divergence."""
     return signals.student_entropy + signals.target_entropy + signals.divergence
-
-
-def surprise(signals: Any) -> Any:
-    """Return how much less likely the student finds each token than the target does, at least 0."""
-    return (signals.target_log_prob - signals.student_log_prob).clamp(min=0)

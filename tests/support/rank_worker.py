@@ -413,8 +413,8 @@ def _prepare_torch() -> None:
 def _write_checkpoints_in_this_process() -> None:
     """Let a rank write the files of a checkpoint itself: a run forks two processes for every checkpoint of a rank.
 
-    A fork takes 25 ms of a run whose steps take 60.  Processes of their own (`tiny_run.in_new_process`) and checkpoints
-    that a run writes in pytest's process fork as every run does.
+    A fork takes 25 ms of a run whose steps take 60.  Checkpoints that a run writes in pytest's process fork as every
+    run does.
     """
     from megatron_selfdistill.checkpoint import sharded_io
 

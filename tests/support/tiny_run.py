@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whole training runs of a tiny model on column subtraction: in this process, on ranks, or in a new process."""
+"""Whole training runs of a tiny model on column subtraction, in this process or on ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -196,14 +195,6 @@ def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
             return publish(*args, **kwargs)
 
         patch.setattr(directory, "publish", publish_or_die)
-
-
-def in_new_process(arguments: Sequence[str], kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Call `start` in a new process, which may die."""
-    code = f"import tiny_run, sys; sys.exit(tiny_run.start({list(arguments)!r}, {kill_at!r}))"
-    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
