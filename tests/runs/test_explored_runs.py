@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import tiny_run
-from explored_records import summary_of, target_of
-from summed_target import matching_beta
 from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
 
 from megatron_selfdistill.instruments.explorer.target_page import (
@@ -19,7 +17,6 @@ from megatron_selfdistill.instruments.explorer.target_page import (
     forget_explored_after,
     read_explored,
 )
-from megatron_selfdistill.loss.target import MIN_ENTROPY
 from megatron_selfdistill.metrics import read_metrics, read_samples
 
 OPTIONS = [
@@ -66,18 +63,6 @@ def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(r
             assert tokens[key] == pytest.approx(sample["tokens"][key], rel=2e-4, abs=2e-6), key
         for key in ("problem_id", "prompt", "solution", "truncated"):
             assert record[key] == sample[key]
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_k_follows_from_the_saved_logits(runs, name):
-    for record in records(runs / name):
-        summary, target, tokens = summary_of(record), target_of(record), record["tokens"]
-        assert record["models"] == ["student", "teacher", "reference"][: 2 + target.is_anchored]
-        entropies = tokens["reference_entropy" if target.matches_reference else "student_entropy"]
-        for row, wanted in enumerate(entropies):
-            beta = matching_beta(summary, row, max(wanted, MIN_ENTROPY), target)
-            assert 1 / beta == pytest.approx(tokens["k"][row], rel=2e-3)
-            assert all(record["texts"][str(int(token))] is not None for token in summary.ids[row] if token >= 0)
 
 
 def test_saving_changes_nothing_of_the_run(runs):

@@ -4,14 +4,10 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_run
 from tiers import combinations
 from tiny_run import overrides, recorded, reproducible_metrics, train
 
@@ -66,19 +62,6 @@ def test_steps_on_recorded_responses_have_the_same_losses(ranks, data, base, on_
     one = on_one_rank(num_steps)
     replay = f"rollout.replay={one}/responses.jsonl"
     train(ranks, run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)
-    assert_same_losses(one, tmp_path / "run", num_steps)
-
-
-@pytest.mark.full
-def test_torchrun_gives_the_same_losses(data, base, on_one_rank, tmp_path):
-    """The command that a lab types, with two processes that torchrun starts."""
-    one, num_steps = on_one_rank(8), 8
-    replay = f"rollout.replay={one}/responses.jsonl"
-    arguments = run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS["PP2"], replay)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_selfdistill.train", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(tiny_run.REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
     assert_same_losses(one, tmp_path / "run", num_steps)
 
 
