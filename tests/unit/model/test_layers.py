@@ -25,7 +25,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
-from megatron_selfdistill.model import attention_variants, layers, local_attention
+from megatron_selfdistill.model import attention_variants, local_attention
 from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
