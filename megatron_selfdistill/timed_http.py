@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -60,22 +60,18 @@ async def exchange(
     content: bytes | None,
     headers: Mapping[str, str | bytes],
     max_bytes: int,
-    progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> HttpAnswer:
     """Send a request and return its answer.
 
-    ``progress`` is called with the number of the body's bytes so far, first with 0 when the headers have arrived.
     Raises: `HttpError` without a complete answer; `LongAnswerError` for a body of more than ``max_bytes``.
     """
     sent = {"Accept-Encoding": "identity", **headers}
     try:
         async with client.stream(method, url, content=content, headers=sent) as answer:  # type: ignore[arg-type]
             body = bytearray()
-            progress(0)
             _require_short(int(answer.headers.get("Content-Length", 0)), max_bytes)
             async for piece in answer.aiter_raw():
                 body += piece
-                progress(len(body))
                 _require_short(len(body), max_bytes)
             return HttpAnswer(answer.status_code, answer.headers.get("Content-Type", ""), bytes(body))
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import begin
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
 from megatron_selfdistill.rollout.vllm.plugin.middleware import compact_body
@@ -70,7 +71,7 @@ def answer_to(
 
 def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
     """Return the outputs of ``requests``, which are at the server at once; if one fails, the others are dropped."""
-    begun = [server.begin(request, lambda output: output) for request in requests]
+    begun = [begin(server.generate(request)) for request in requests]
     try:
         return [each.result() for each in begun]
     except Exception:

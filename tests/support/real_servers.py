@@ -124,8 +124,8 @@ def _read(server: VllmServer, request: Request, response: Response) -> list[floa
     """Return the log-probs of a response under the weights of ``server``, which reads it as a prompt."""
     prompt = [*request.prompt, *response.token_ids]
     sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
-    body = {"token_ids": prompt, "sampling_params": sampling, "model": server.calls._model, "stream": False}
-    answer = run(server.calls._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
+    body = {"token_ids": prompt, "sampling_params": sampling, "model": server._model, "stream": False}
+    answer = run(server._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
     entries = zip(prompt, answer["prompt_logprobs"], strict=True)
     return [entry[str(token)]["logprob"] for token, entry in list(entries)[len(request.prompt) :]]
 

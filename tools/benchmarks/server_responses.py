@@ -5,9 +5,9 @@
 
 The servers are one process that answers every request with the same response, in JSON as vLLM writes it or in the
 compact form of the project's plugin; rank 0 is this process, with the sampler's own batch of requests.  The table has
-the CPU seconds of this process, all its threads together, in which its interpreter launches no kernels; those of the
-process that speaks HTTP; and the greatest number of threads that this process has beside its main thread.  Each server
-answers once ``--in-flight`` requests are there.
+the CPU seconds of this process, all its threads together, in which its interpreter launches no kernels, and the
+greatest number of threads that this process has beside its main thread.  Each server answers once ``--in-flight``
+requests are there.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
     from megatron_selfdistill.rollout.background import BusyTime
     from megatron_selfdistill.rollout.base import Request, SamplingParams
     from megatron_selfdistill.rollout.vllm.client import VllmServer
+    from megatron_selfdistill.rollout.vllm.coroutines import run
     from megatron_selfdistill.rollout.vllm.exchange import WeightAge
     from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch
 
@@ -57,16 +58,16 @@ def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
     with _answering(arguments, form) as addresses:
         servers = [VllmServer(address, vocab_size=_VOCAB) for address in addresses]
         for server in servers:
-            server.health()
+            run(server.health())
         threads = _MostThreads()
-        http_before, before, began = _children_seconds(), time.process_time(), time.perf_counter()
+        before, began = time.process_time(), time.perf_counter()
         batch = ServerBatch(requests, params, WeightAge(0, 0), servers, {}, BusyTime())
         batch.finish()
         seconds, wall = time.process_time() - before, time.perf_counter() - began
-        http_seconds, most = _children_seconds() - http_before, threads.stop()
+        most = threads.stop()
     responses = batch.arrivals.so_far()
     assert len(responses) == len(requests) and {len(one.token_ids) for one in responses.values()} == {arguments.tokens}
-    return {"seconds": seconds, "http_seconds": http_seconds, "wall": wall, "threads": most}
+    return {"seconds": seconds, "wall": wall, "threads": most}
 
 
 class _MostThreads:
@@ -86,14 +87,6 @@ class _MostThreads:
     def _count(self) -> None:
         while not self._ended.wait(_PAUSE_SECONDS):
             self._most = max(self._most, threading.active_count() - 2)
-
-
-def _children_seconds() -> float:
-    """Return the CPU seconds of the children of this process that speak HTTP, so far."""
-    import psutil
-
-    children = [child for child in psutil.Process().children() if "rollout.vllm.http" in " ".join(child.cmdline())]
-    return sum(sum(child.cpu_times()[:2]) for child in children)
 
 
 @contextmanager
@@ -191,14 +184,14 @@ def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
         f"{arguments.responses} responses of {arguments.tokens} tokens, {arguments.servers} servers with up to "
         f"{arguments.in_flight} requests in flight each; medians of {arguments.repeats}; seconds per 1,000 responses",
         "",
-        "| answers | rank 0, CPU s | microseconds per token | HTTP process, CPU s | threads |",
-        "|---|---|---|---|---|",
+        "| answers | rank 0, CPU s | microseconds per token | threads |",
+        "|---|---|---|---|",
     ]
     for form, runs in found.items():
-        seconds, http_seconds = (statistics.median(run[name] for run in runs) for name in ("seconds", "http_seconds"))
+        seconds = statistics.median(run["seconds"] for run in runs)
         lines.append(
             f"| {form} | {seconds * per_thousand:.2f} | {seconds / arguments.responses / arguments.tokens * 1e6:.2f} | "
-            f"{http_seconds * per_thousand:.2f} | {max(run['threads'] for run in runs):.0f} |"
+            f"{max(run['threads'] for run in runs):.0f} |"
         )
     return "\n".join(lines)
 

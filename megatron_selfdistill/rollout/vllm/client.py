@@ -1,52 +1,28 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The vLLM servers of a run over HTTP; the process of http/ speaks HTTP and reads the responses.
-
-`VllmServer` is one server, `on_each` works on several at once, and `ServerPool` knows which of them have which weights
-and which have failed.
-"""
+"""One vLLM server over HTTP; every method that asks the server is a coroutine for `coroutines.begin`."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import logging
+import json
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.coroutines import Work, begin, run
+from megatron_selfdistill.rollout.vllm.coroutines import begin
+from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.http.http_tasks import ServerAccess
-from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused as RequestRefused
-from megatron_selfdistill.rollout.vllm.server_calls import ServerCalls
-
-logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-_keys = itertools.count()
-_PROBE_SECONDS = 10.0
-_GRACE_SECONDS = 5.0
-
-
-def _waiting(call: Callable[Concatenate[ServerCalls, P], Work[T]]) -> Callable[Concatenate[VllmServer, P], T]:
-    """Return the method that makes ``call`` and returns its result when it has ended."""
-
-    @functools.wraps(call)
-    def method(server: VllmServer, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return run(call(server.calls, *args, **kwargs))
-
-    return method
+from megatron_selfdistill.rollout.vllm.http.patient_http import METRICS, PatientHttp, counted_tokens
+from megatron_selfdistill.rollout.vllm.http.response_answer import ACCEPTED, max_bytes_of, parsed, response_in, shown
+from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE
 
 
 class VllmServer:
     """The server at ``address`` (``http://host:port``); ``token`` is sent with every request unless it is empty.
 
-    Any number of threads may use it at once.  A method waits for the server's answer in the thread that calls it; work
-    on many servers at once uses `calls`.  Errors are those of `ServerCalls`.
+    Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
+    connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,
+    and silence (`PatientHttp`).
     """
 
     def __init__(
@@ -60,13 +36,13 @@ class VllmServer:
     ) -> None:
         """Make a client of the server.
 
-        ``vocab_size``: number of the model's tokens, without which the client generates nothing.  ``adapted``: whether
-        the run has adapters, which the server then takes.
+        ``timeout_s``: seconds after which a silent server counts as dead.  ``vocab_size``: number of the model's
+        tokens, without which the client generates nothing.  ``adapted``: whether the run has adapters, which the server
+        then takes.
         """
         self.address = address.rstrip("/")
-        self._access = ServerAccess(next(_keys), self.address, token, timeout_s)
-        self.calls = ServerCalls(self._access, vocab_size=vocab_size, adapted=adapted)
-        """The calls of the server, as coroutines."""
+        self._http = PatientHttp(self.address, token, timeout_s)
+        self._vocab_size, self._model = vocab_size, ADAPTER_NAME if adapted else None
         self._url = urllib.parse.urlsplit(self.address)
 
     def __repr__(self) -> str:
@@ -75,7 +51,7 @@ class VllmServer:
     @property
     def name(self) -> str:
         """The name of the server in messages, with its address."""
-        return self.calls.name
+        return f"the vLLM server {self.address}"
 
     @property
     def host(self) -> str:
@@ -87,167 +63,133 @@ class VllmServer:
         """Port of the server, by default that of the scheme."""
         return self._url.port or (443 if self._url.scheme == "https" else 80)
 
-    def begin(self, request: EngineRequest, convert: Callable[[EngineOutput], T]) -> Future[T]:
-        """Send a request and return ``convert`` of its output to come; see `ServerCalls.begin`."""
-        return self.calls.begin(request, convert)
-
     def interrupt(self) -> None:
         """Let every request that is under way raise `EngineError`; the server drops the request."""
-        self.calls.interrupt()
+        begin(self._http.interrupt())
 
-    described = _waiting(ServerCalls.described)
-    health = _waiting(ServerCalls.health)
-    weight_version = _waiting(ServerCalls.weight_version)
-    world_size = _waiting(ServerCalls.world_size)
-    workers = _waiting(ServerCalls.workers)
-    max_model_len = _waiting(ServerCalls.max_model_len)
-    num_tokens = _waiting(ServerCalls.num_tokens)
-    update_weights = _waiting(ServerCalls.update_weights)
+    async def generate(self, request: EngineRequest) -> EngineOutput:
+        """Return the server's response to a request; raise `RequestRefused` where any server would refuse it."""
+        assert self._vocab_size is not None, "a client that generates needs vocab_size"
+        body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
+        if self._model is not None:
+            body["model"] = self._model
+        content, max_bytes = json.dumps(body).encode(), max_bytes_of(request)
+        answer = await self._http.answer(
+            "POST", GENERATE, content, generates=True, max_bytes=max_bytes, accept=ACCEPTED
+        )
+        return response_in(answer, request, self.address, self._vocab_size)
 
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call the worker extension's method of that name, and return the result of the server's first worker."""
+        return (await self.call_all(method, *args))[0]
 
-Failures = dict[VllmServer, Exception]
+    async def call_all(self, method: str, *args: Any) -> list[Any]:
+        """Call the worker extension's method of that name; return the result of each worker, by rank."""
+        answer = await self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list) or not results:
+            raise self._error(f"expected a result of {method} from each worker, got {shown(answer)}")
+        return results
 
+    async def described(self, method: str, *args: Any, **kinds: Any) -> list[dict[str, Any]]:
+        """Return the results of `call_all`, which are objects with entries of these ``kinds``."""
+        results = await self.call_all(method, *args)
+        for result in results:
+            if not isinstance(result, dict) or not all(isinstance(result.get(key), kinds[key]) for key in kinds):
+                raise self._error(f"expected {', '.join(kinds)} from {method}, got {shown(result)}")
+        return results
 
-def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]) -> Failures:
-    """Run ``do`` for all servers at once; return the exception of each server on which it failed."""
-    return on_each_while(None, servers, do)
+    async def health(self, timeout_s: float | None = None) -> None:
+        """Return if the server is up and its engine alive, else raise `EngineError`."""
+        await self._ask("GET", "/health", timeout_s=timeout_s)
 
+    async def weight_version(self, timeout_s: float | None = None) -> str:
+        """Return the version that `finish_weight_update` or `set_weight_version` set last.
 
-def on_each_while(
-    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]
-) -> Failures:
-    """Run ``do`` for all servers at once and call ``own`` meanwhile in this thread; return the failures.
-
-    A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
-    that has not answered some seconds after ``own`` failed is interrupted, and fails.  No server takes a thread.
-    """
-    answers: dict[VllmServer, Future[None]] = {}
-    own_error: Exception | None = None
-    try:
-        for server in servers:
-            answers[server] = begin(do(server))
-        own_error = _error_of(own) if own is not None and servers else None
-        if own_error is not None:
-            silent = wait(answers.values(), _GRACE_SECONDS).not_done
-            for server in [server for server, answer in answers.items() if answer in silent]:
-                server.interrupt()
-    finally:
-        wait(answers.values())  # servers may read the memory of a bucket until they have answered
-    raised = {server: answer.exception() for server, answer in answers.items()}
-    # Without their tracebacks, whose frames would keep the memory of a bucket for as long as the failure is known.
-    failures: Failures = {
-        server: error.with_traceback(None) for server, error in raised.items() if isinstance(error, Exception)
-    }
-    if own_error is not None and not failures:
-        return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
-    return failures
-
-
-def _error_of(own: Callable[[], None]) -> Exception | None:
-    try:
-        own()
-    except Exception as error:
-        return error
-    return None
-
-
-class ServerPool:
-    """The servers as rank 0 knows them.
-
-    A server that fails gets no request until weights have been sent to it again, or until it answers with the weights
-    that it had.
-    """
-
-    def __init__(self, servers: Sequence[VllmServer]) -> None:
-        self.servers = list(servers)
-        self._versions: dict[VllmServer, int] = {}  # of the complete weights that a server is known to have
-        self._failed: dict[VllmServer, Exception] = {}
-
-    @property
-    def num_alive(self) -> int:
-        """Number of the servers that have not failed."""
-        return len(self.servers) - len(self._failed)
-
-    def reachable(self, forget: Callable[[VllmServer], None]) -> list[VllmServer]:
-        """Return the servers that answer now.
-
-        ``forget`` is called for each server that has lost the weights that it had received.
-
-        Raises: `EngineError` if no server answers.
+        Before the first of these calls the version may be any word.
         """
-        reported: dict[VllmServer, str] = {}
+        return str(await self._field("/weight_info", "weight_version", str | int | None, timeout_s))
 
-        async def ask(server: VllmServer) -> None:
-            await server.calls.health(_PROBE_SECONDS)
-            reported[server] = await server.calls.weight_version(_PROBE_SECONDS)
+    async def world_size(self) -> int:
+        """Return the number of this server's workers."""
+        size: int = await self._field("/get_world_size", "world_size", int)
+        return size
 
-        failures = on_each(self.servers, ask)
-        self.lose(failures)
-        for server, version in reported.items():
-            if version != str(self._versions.get(server)):
-                forget(server)
-                self._versions.pop(server, None)
-        if not reported:
-            raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
-        return [server for server in self.servers if server in reported]
+    async def workers(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each worker of this server, in the order of their ranks.
 
-    def begin_update(self, servers: Iterable[VllmServer]) -> None:
-        """Note that the weights of ``servers`` are incomplete from now on."""
-        for server in servers:
-            self._versions.pop(server, None)
-
-    def finish_update(self, servers: Iterable[VllmServer], version: int) -> None:
-        """Note that ``servers`` have the complete weights of ``version``, and thus no longer count as failed."""
-        for server in servers:
-            self._versions[server] = version
-            self._failed.pop(server, None)
-
-    def lose(self, failures: Mapping[VllmServer, Exception]) -> None:
-        """Note the servers that have failed, with their errors; warn of each new failure."""
-        for server, error in failures.items():
-            if server not in self._failed:
-                logger.warning("lost a vLLM server: %s", error)
-            self._failed[server] = error
-
-    def require(self, version: int) -> None:
-        """Raise `EngineError` if no server has the weights of ``version``."""
-        if version not in self._versions.values():
-            raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
-
-    def usable(self, version: int, max_staleness: int) -> list[VllmServer]:
-        """Return the servers whose weights are at most ``max_staleness`` steps older than ``version``.
-
-        A failed server that may have such weights is asked for the version of its weights.
-
-        Raises: `EngineError` if there is no such server.
+        ``host`` is the name of the worker's host and ``boot_id`` the id of the host's running kernel; ``address`` is
+        the worker's address among the server's nodes, empty where the server has one node; ``nccl`` is the version of
+        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees and ``gpu``
+        is that of the GPU on which it computes, None on a CPU.
         """
+        text = str | None
+        return await self.described("place", host=str, boot_id=str, address=str, nccl=text, gpus=list, gpu=text)
 
-        async def ask(server: VllmServer) -> None:
-            if await server.calls.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
-                raise EngineError(f"{server.address}: lost its weights")
+    async def max_model_len(self) -> int | None:
+        """Return the greatest length of prompt plus response in tokens; None if the server does not report it."""
+        models = await self._field("/v1/models", "data", list)
+        longest = models[0].get("max_model_len") if models and isinstance(models[0], dict) else None
+        if not isinstance(longest, int | None) or any(not isinstance(model, dict) for model in models):
+            raise self._error(f"expected models with a number max_model_len from /v1/models, got {shown(models)}")
+        return longest
 
-        def is_recent(server: VllmServer) -> bool:
-            own = self._versions.get(server)
-            return own is not None and 0 <= version - own <= max_staleness
+    async def num_tokens(self, timeout_s: float | None = None) -> float | None:
+        """Return the tokens that the server has read and generated since its start; None if it keeps no count."""
+        return counted_tokens(await self._http.answer("GET", METRICS, timeout_s=timeout_s), self.address)
 
-        candidates = [server for server in self._failed if server in self._versions]
-        still_failing = on_each(candidates, ask)
-        for server in candidates:
-            if server not in still_failing:
-                self._failed.pop(server, None)
-        usable = [server for server in self.servers if server not in self._failed and is_recent(server)]
-        if not usable:
-            raise EngineError(
-                f"none of {len(self.servers)} vLLM servers is alive and has weights of version {version}: "
-                f"{_causes(self._failed.values())}"
-            )
-        return usable
+    # The calls of one weight update, in order.
 
+    async def pause(self, *, keeps: bool = False) -> None:
+        """Stop all work until `resume`.
 
-def failing(servers: Sequence[VllmServer]) -> dict[VllmServer, Exception]:
-    """Return the servers that do not answer now, with their errors."""
-    return on_each(servers, lambda server: server.calls.health(_PROBE_SECONDS))
+        ``keeps``: requests that still run, and requests that come meanwhile, go on after `resume`; otherwise those that
+        still run, of a trainer that has ended, are aborted.
+        """
+        await self._ask("POST", "/pause?mode=keep&clear_cache=false" if keeps else "/pause?mode=abort", {})
 
+    async def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
+        """Set the transfer of the coming weights (rollout/vllm/plugin/receivers.py), first or after a change."""
+        info = {"transfer": transfer, "arguments": dict(arguments)}
+        await self._ask("POST", "/init_weight_transfer_engine", {"init_info": info})
 
-def _causes(errors: Iterable[Exception]) -> str:
-    return "; ".join(str(error) for error in list(errors)[:4])
+    async def set_weight_version(self, version: str) -> None:
+        """Set the version that the server reports with responses from now on."""
+        await self._ask("POST", "/update_weight_version", {"new_version": version})
+
+    async def start_weight_update(self) -> None:
+        """Begin an update: the following buckets replace all weights."""
+        await self._ask("POST", "/start_weight_update", {})
+
+    async def update_weights(self, /, **update_info: Any) -> None:
+        """Load one bucket of weights; return when it is loaded."""
+        await self._ask("POST", "/update_weights", {"update_info": update_info})
+
+    async def finish_weight_update(self, version: str) -> None:
+        """End an update in which all weights have arrived, and clear the caches of the old weights.
+
+        Requests that a pause has kept read their tokens again when they go on, so that each further token has the
+        distribution that the new weights alone give it.
+        """
+        await self._ask("POST", "/finish_weight_update", {"weight_version": version})
+        answer = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true", {})
+        if not (isinstance(answer, dict) and answer.get("success")):
+            raise self._error("cannot reset its prefix cache: blocks are still in use")
+
+    async def resume(self) -> None:
+        """Let the server work on requests again."""
+        await self._ask("POST", "/resume", {})
+
+    async def _field(self, path: str, name: str, kind: Any, timeout_s: float | None = None) -> Any:
+        answer = await self._ask("GET", path, timeout_s=timeout_s)
+        if not isinstance(answer, dict) or name not in answer or not isinstance(answer[name], kind):
+            raise self._error(f"expected {name} from {path}, got {shown(answer)}")
+        return answer[name]
+
+    async def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        answer = await self._http.answer(method, path, content, timeout_s=timeout_s)
+        return parsed(answer, method, path, self.address)
+
+    def _error(self, message: str) -> EngineError:
+        return EngineError(f"{self.address}: {message}")

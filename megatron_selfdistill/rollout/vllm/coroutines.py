@@ -1,42 +1,46 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Coroutines that wait for futures; any number of them need no thread and no event loop.
+"""The thread of this process in which coroutines wait for vLLM servers; one event loop runs any number of them.
 
 async def two_steps(server: VllmServer) -> None:
-    await server.calls.pause()
-    await server.calls.resume()
+    await server.pause()
+    await server.resume()
 
 futures = [begin(two_steps(server)) for server in servers]
 """
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Coroutine, Generator
+import asyncio
+import os
+import resource
+import threading
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-Work = Coroutine[Future[Any], None, T]
-"""A coroutine that awaits `result_of` futures and other such coroutines, and nothing else."""
+Work = Coroutine[Any, Any, T]
+"""A coroutine of the event loop; it may compute, but must not block."""
 
-
-@types.coroutine
-def result_of(future: Future[T]) -> Generator[Future[T], None, T]:
-    """Wait for ``future`` within a coroutine that `begin` runs; return its result, or raise its exception."""
-    yield future
-    return future.result()
+_under_way: set[asyncio.Task[None]] = set()  # an event loop does not hold its tasks
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by the id of the process, since a fork has no such thread
+_starting = threading.Lock()
 
 
 def begin(work: Work[T]) -> Future[T]:
-    """Run ``work`` until it waits for a future, and return its result to come.
+    """Run ``work`` in the thread of the event loop, and return its result to come."""
+    result: Future[T] = (
+        Future()
+    )  # asyncio.run_coroutine_threadsafe leaves a cycle, which would keep the result for long
+    loop = _loop()
 
-    ``work`` goes on in the thread that completes the future, so it may compute there but must not block.  One coroutine
-    never runs in two threads at once; two coroutines may.
-    """
-    result: Future[T] = Future()
-    _go_on(work, result)
+    def start() -> None:
+        task = loop.create_task(_carry(work, result))
+        _under_way.add(task)
+        task.add_done_callback(_under_way.discard)
+
+    loop.call_soon_threadsafe(start)
     return result
 
 
@@ -45,15 +49,23 @@ def run(work: Work[T]) -> T:
     return begin(work).result()
 
 
-def _go_on(work: Work[T], result: Future[T], _: Future[Any] | None = None) -> None:
-    """Run ``work`` until it waits again, or ends with ``result``; the last argument is the future that it had."""
+async def _carry(work: Work[T], result: Future[T]) -> None:
+    """Complete ``result`` with what ``work`` returns or raises."""
     try:
-        awaited = work.send(None)
-    except StopIteration as end:
-        result.set_result(end.value)
+        result.set_result(await work)
     except BaseException as error:
         result.set_exception(error)
-        if not isinstance(error, Exception):
-            raise  # Ctrl-C: it is meant for this thread
-    else:
-        awaited.add_done_callback(functools.partial(_go_on, work, result))
+    finally:
+        del result  # the traceback of an error keeps this frame
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process; the first call starts its thread."""
+    with _starting:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request has a connection
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="vllm-servers", daemon=True).start()
+        return loop

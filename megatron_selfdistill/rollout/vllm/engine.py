@@ -11,7 +11,7 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest, possible_output
 
 WORKER_EXTENSION = "megatron_selfdistill.rollout.vllm.plugin.worker.WorkerExtension"
-"""Class by which an engine's workers are extended, for `ServerCalls.call_all`."""
+"""Class by which an engine's workers are extended, for `VllmServer.call_all`."""
 
 
 def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> dict[str, Any]:

@@ -16,16 +16,18 @@ from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.background import Arrivals, BusyTime
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import Work, begin
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
-from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput
 from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, WeightAge
-from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
-from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT
+from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused
+
+MAX_IN_FLIGHT = 512
+"""Number of the requests of a batch that one server works on at once."""
 
 T = TypeVar("T")
-Task = Callable[[VllmServer], Future[T]]
-"""A function that lets a server begin, and returns the result to come."""
+Task = Callable[[VllmServer], Work[T]]
+"""A coroutine function that lets a server do the task."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,11 @@ def dispatch(
 
     Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
     server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
-    the failure of its server: the server gets no further task, and the other servers do its tasks.  Where the process
-    that speaks HTTP has ended, no server has failed: another process starts, and each task that was lost begins once
-    more.  ``arrived`` is called with the index of each task and its result as it comes, on the caller's thread.
+    the failure of its server: the server gets no further task, and the other servers do its tasks.  ``arrived`` is
+    called with the index of each task and its result as it comes, on the caller's thread.
 
-    Raises: `EngineError` that names the servers and their errors when no server is left; `HttpProcessEnded` for a task
-    that was lost twice, `RequestRefused`, and any other error of a task, at once.
+    Raises: `EngineError` that names the servers and their errors when no server is left; `RequestRefused`, and any
+    other error of a task, at once.
     """
     if not tasks:
         return DispatchResult([], 0, {})
@@ -66,7 +67,6 @@ def dispatch(
     finished: SimpleQueue[Future[T]] = SimpleQueue()
     results: dict[int, T] = {}
     retried: set[int] = set()
-    lost: set[int] = set()
     failures: dict[VllmServer, EngineError] = {}
     try:
         while len(results) < len(tasks):
@@ -74,7 +74,7 @@ def dispatch(
                 server = idle.popleft()
                 if server not in failures:
                     index = waiting[server].popleft() if waiting[server] else max(waiting.values(), key=len).pop()
-                    future = tasks[index](server)
+                    future = begin(tasks[index](server))
                     running[future] = server, index
                     future.add_done_callback(finished.put)
             if not running:
@@ -85,13 +85,6 @@ def dispatch(
                 results[index] = future.result()
             except RequestRefused:
                 raise
-            except HttpProcessEnded:
-                if index in lost:
-                    raise
-                lost.add(index)
-                retried.add(index)
-                waiting[server].append(index)
-                idle.append(server)
             except EngineError as error:
                 failures.setdefault(server, error)
                 waiting[server].append(index)
@@ -174,14 +167,11 @@ class ServerBatch:
     def _task(self, request: Request) -> Task[Response]:
         """Return the task of one server: the response to ``request``."""
 
-        def begin(server: VllmServer) -> Future[Response]:
+        async def answer(server: VllmServer) -> Response:
             if self._cancelled.is_set():
                 raise EngineError(f"{server.address}: given up, since the sampler was closed")
+            output = await server.generate(engine_request(request, self.params))
+            self._age.require(output.weight_version, server.name)
+            return response_of(output, self.params)
 
-            def response(output: EngineOutput) -> Response:
-                self._age.require(output.weight_version, server.name)
-                return response_of(output, self.params)
-
-            return server.begin(engine_request(request, self.params), response)
-
-        return begin
+        return answer

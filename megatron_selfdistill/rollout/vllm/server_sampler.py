@@ -30,8 +30,16 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.background import NO_RESPONSES, BusyTime
-from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress, request_key
-from megatron_selfdistill.rollout.vllm.client import ServerPool, VllmServer, failing, on_each
+from megatron_selfdistill.rollout.base import (
+    Progress,
+    Request,
+    Response,
+    SamplingParams,
+    ignore_progress,
+    request_key,
+)
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import WeightAge, check_requests, gather_requests, return_responses
@@ -39,6 +47,7 @@ from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket
+from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing, on_each
 from megatron_selfdistill.rollout.vllm.transfer import Transfer, choose_transfer, make_transfer
 from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate, send_buckets
 
@@ -256,7 +265,7 @@ class ServerSampler:
         keeping: dict[VllmServer, bool] = dict.fromkeys(servers, False)
 
         async def ask(server: VllmServer) -> None:
-            answers = await server.calls.described("frozen_weights", run=str | None)
+            answers = await server.described("frozen_weights", run=str | None)
             keeping[server] = all(answer["run"] == self._name for answer in answers)
 
         if self._weights.adapter is not None:
@@ -284,7 +293,7 @@ class ServerSampler:
             return WeightUpdate(self._transfer, servers, version, keeps=keeps)
 
         async def load(server: VllmServer) -> None:
-            await server.calls.call_all("load_factors", adapter.to_json(), self._name)
+            await server.call_all("load_factors", adapter.to_json(), self._name)
 
         return WeightUpdate(self._transfer, servers, version, load, keeps=keeps)
 
@@ -337,20 +346,20 @@ class _Recipients:
 
 def _check(server: VllmServer, max_length: int, adapter: EngineAdapter | None) -> None:
     """Raise `ConfigError` where ``server`` does not fit this run, `EngineError` where it cannot be reached."""
-    server.health()
-    longest = server.max_model_len()
+    run(server.health())
+    longest = run(server.max_model_len())
     if longest is not None and longest < max_length:
         raise ConfigError(
             f"the vLLM server {server.address} was started with --max-model-len {longest}, but contexts of this run "
             f"have up to {max_length} tokens: start it with --max-model-len {max_length}"
         )
-    if server.num_tokens() is None:
+    if run(server.num_tokens()) is None:
         raise ConfigError(
             f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
             "server that works on long responses looks as if it hung; start it without this option"
         )
     if adapter is not None:
-        limits = server.described("adapter_limits", rank=int, modules=list)[0]
+        limits = run(server.described("adapter_limits", rank=int, modules=list))[0]
         if limits["rank"] < adapter.rank or sorted(map(str, limits["modules"])) != sorted(adapter.modules):
             raise ConfigError(
                 f"the vLLM server {server.address} takes adapters up to rank {limits['rank']} on the modules "

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.client import Failures, VllmServer, on_each, on_each_while
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack
 from megatron_selfdistill.rollout.vllm.server.server_names import own_address
+from megatron_selfdistill.rollout.vllm.server_pool import Failures, on_each, on_each_while
 from megatron_selfdistill.rollout.vllm.transfer_buckets import (
     MappedFile,
     PrivateMemory,
@@ -82,7 +84,7 @@ class _Worker:
 
 
 def _workers(servers: Sequence[VllmServer]) -> list[_Worker]:
-    return [_Worker(server, rank, place) for server in servers for rank, place in enumerate(server.workers())]
+    return [_Worker(server, rank, place) for server in servers for rank, place in enumerate(run(server.workers()))]
 
 
 def _refuse(name: str, why: str | None) -> None:
@@ -138,7 +140,8 @@ def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
     try:
         with bucket_file(Path(directory), torch.zeros(1, dtype=torch.uint8)) as probe:
             for server in servers:
-                for rank, answer in enumerate(server.described("can_read", str(probe), can_read=bool, host=str)):
+                answers = run(server.described("can_read", str(probe), can_read=bool, host=str))
+                for rank, answer in enumerate(answers):
                     if not answer["can_read"]:
                         return str(_Worker(server, rank, answer))
     except OSError as error:
@@ -227,14 +230,14 @@ class _OfferedTransfer:
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         """Let each server read the bucket; return the servers that failed."""
-        return on_each(servers, lambda server: server.calls.update_weights(**vars(bucket.layout), where=bucket.where))
+        return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
 
     def forget(self, server: VllmServer) -> None:
         """Invite the server again at the next `join`."""
         self._joined.discard(server)
 
     async def _invite(self, server: VllmServer) -> None:
-        await server.calls.init_weight_transfer(self._name, {})
+        await server.init_weight_transfer(self._name, {})
 
 
 class SharedMemoryTransfer(_OfferedTransfer):
@@ -277,7 +280,7 @@ class SharedMemoryTransfer(_OfferedTransfer):
         self._files.close()
 
     async def _invite(self, server: VllmServer) -> None:
-        here = all(worker["boot_id"] == boot_id() for worker in await server.calls.workers())
+        here = all(worker["boot_id"] == boot_id() for worker in await server.workers())
         (self._elsewhere.discard if here else self._elsewhere.add)(server)
         await super()._invite(server)
 
@@ -338,8 +341,8 @@ class BroadcastTransfer:
         addresses: set[str] = set()
 
         async def ask(server: VllmServer) -> None:
-            sizes[server] = await server.calls.world_size()
-            nodes[server] = {worker["address"] for worker in await server.calls.workers()} - {""}
+            sizes[server] = await server.world_size()
+            nodes[server] = {worker["address"] for worker in await server.workers()} - {""}
 
         failures = on_each(servers, ask)
         for server, workers in nodes.items():
@@ -374,7 +377,7 @@ class BroadcastTransfer:
 
         async def invite(server: VllmServer) -> None:
             try:
-                await server.calls.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
+                await server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
             except Exception:
                 failed.set()
                 raise
@@ -405,7 +408,7 @@ class BroadcastTransfer:
 
         async def load(server: VllmServer) -> None:
             try:
-                await server.calls.update_weights(**vars(bucket.layout))
+                await server.update_weights(**vars(bucket.layout))
             except Exception:
                 failed.set()
                 raise

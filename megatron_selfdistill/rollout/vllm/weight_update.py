@@ -24,9 +24,10 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.collectives import run_long_on_rank_0, run_on_rank_0
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.client import Failures, VllmServer, on_each
+from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.coroutines import Work
 from megatron_selfdistill.rollout.vllm.protocol import digest
+from megatron_selfdistill.rollout.vllm.server_pool import Failures, on_each
 from megatron_selfdistill.rollout.vllm.transfer import Bucket, Transfer
 
 LOADING = "loading"
@@ -71,7 +72,7 @@ class WeightUpdate:
         self._drop(on_each(self.servers, partial(_begin, keeps=keeps)))
         self._drop(transfer.join(self.servers) if self.servers else {})
         if not self.broken:
-            self._each(lambda server: server.calls.start_weight_update())
+            self._each(lambda server: server.start_weight_update())
 
     @property
     def isolated(self) -> bool:
@@ -132,14 +133,14 @@ class WeightUpdate:
         complete = digest(self._names)
 
         async def end(server: VllmServer) -> None:
-            await server.calls.update_weights(complete=complete)
+            await server.update_weights(complete=complete)
             if self._load_factors is None:
-                await server.calls.finish_weight_update(str(self._version))
+                await server.finish_weight_update(str(self._version))
             else:
-                await server.calls.finish_weight_update(LOADING)
+                await server.finish_weight_update(LOADING)
                 await self._load_factors(server)
-                await server.calls.set_weight_version(str(self._version))
-            await server.calls.resume()
+                await server.set_weight_version(str(self._version))
+            await server.resume()
 
         # The transfer itself is over, so a failure here concerns one server only.
         failures = on_each(self.servers, end)
@@ -220,9 +221,9 @@ class _Turn:
 
 async def _begin(server: VllmServer, keeps: bool) -> None:
     """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
-    await server.calls.pause(keeps=keeps)
-    await server.calls.set_weight_version(LOADING)
-    await server.calls.call("abandon_weight_update")
+    await server.pause(keeps=keeps)
+    await server.set_weight_version(LOADING)
+    await server.call("abandon_weight_update")
 
 
 def _enter_own_stream(device: int | None) -> None:

@@ -1,91 +1,71 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Coroutines on futures: they need no thread, lose no result, and leave nothing behind."""
+"""The thread of the event loop: it runs all coroutines, loses no result, and leaves nothing behind."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import weakref
 from concurrent.futures import Future
 
 import pytest
+from forks import in_a_fork
 
-from megatron_selfdistill.rollout.vllm.coroutines import begin, result_of, run
-
-
-async def added(one: Future[int], other: Future[int]) -> int:
-    return await result_of(one) + await result_of(other)
+from megatron_selfdistill.rollout.vllm.coroutines import begin, run
 
 
-async def doubled(one: Future[int], other: Future[int]) -> int:
-    return 2 * await added(one, other)
+async def waited(future: Future[int]) -> int:
+    return await asyncio.wrap_future(future)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_result_comes_with_the_last_future_in_whatever_order(first):
-    futures: list[Future[int]] = [Future(), Future()]
-    result = begin(doubled(*futures))
-    futures[first].set_result(3)
-    assert not result.done()
-    futures[1 - first].set_result(4)
-    assert result.result(0) == 14 == run(doubled(*futures))
-
-
-def test_a_thousand_that_wait_take_no_thread():
-    before, futures = threading.active_count(), [(Future[int](), Future[int]()) for _ in range(1000)]
-    results = [begin(added(*pair)) for pair in futures]
+def test_a_thousand_that_wait_take_one_thread():
+    futures: list[Future[int]] = [Future() for _ in range(1000)]
+    run(asyncio.sleep(0))
+    before = threading.active_count()
+    results = [begin(waited(future)) for future in futures]
     assert threading.active_count() == before
-    for i, pair in enumerate(futures):
-        for future in pair:
-            future.set_result(i)
-    assert [result.result(0) for result in results] == [2 * i for i in range(1000)]
+    for i, future in enumerate(futures):
+        future.set_result(i)
+    assert [result.result(10) for result in results] == list(range(1000))
 
 
-async def mended(future: Future[int]) -> int:
-    try:
-        return await result_of(future)
-    except KeyError:
-        return 0
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt("pressed"), SystemExit(3)])
+def test_whatever_a_coroutine_raises_its_caller_gets_it_and_the_thread_goes_on(error):
+    future: Future[int] = Future()
+    result = begin(waited(future))
+    future.set_exception(error)
+    with pytest.raises(type(error), match=str(error)):
+        result.result(10)
+    assert run(asyncio.sleep(0, 7)) == 7
 
 
-def test_an_exception_is_raised_where_the_coroutine_waits():
-    futures: list[Future[int]] = [Future(), Future()]
-    results = [begin(mended(futures[0])), begin(mended(futures[1]))]
-    futures[0].set_exception(KeyError("lost"))
-    futures[1].set_exception(OSError("gone"))
-    assert results[0].result(0) == 0
-    with pytest.raises(OSError, match="gone"):
-        results[1].result(0)
+def computed() -> None:
+    assert run(asyncio.sleep(0, 7)) == 7
 
 
-async def interrupted() -> None:
-    raise KeyboardInterrupt
-
-
-def test_ctrl_c_reaches_the_thread_in_which_a_coroutine_runs():
-    with pytest.raises(KeyboardInterrupt):
-        begin(interrupted())
+def test_a_fork_has_a_thread_of_its_own():
+    computed()
+    assert in_a_fork(computed, seconds=20) == (0, "")
 
 
 class Response:
     """A result that a weak reference can watch."""
 
 
-async def answered(future: Future[int]) -> Response:
-    await result_of(future)
+async def answered() -> Response:
     return Response()
 
 
 def test_a_result_that_nobody_holds_is_freed_at_once():
     """Training collects cycles seldom, and the responses of a batch are large."""
-    future: Future[int] = Future()
-    result = begin(answered(future))
-    future.set_result(1)
-    watched = weakref.ref(result.result(0))
-    assert watched() is not None
     gc.disable()
     try:
-        del result, future
+        result = begin(answered())
+        watched = weakref.ref(result.result(10))
+        run(asyncio.sleep(0))  # the thread has left the task
+        assert watched() is not None
+        del result
         assert watched() is None
     finally:
         gc.enable()

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import Work
+from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused
 from megatron_selfdistill.rollout.vllm.server_batch import dispatch
 
 
@@ -23,23 +24,13 @@ def servers_of(count: int) -> list[VllmServer]:
     return [VllmServer(f"http://server{i}:1") for i in range(count)]
 
 
-THREADS = ThreadPoolExecutor(64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """End the threads in which the tasks work."""
-    yield
-    THREADS.shutdown()
-
-
 def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[list[Any], Counter[int], dict[int, str]]:
     """Return tasks that return their number, how often each was done, and where."""
     done: Counter[int] = Counter()
     where: dict[int, str] = {}
     lock = threading.Lock()
 
-    def task(i: int) -> Callable[[VllmServer], Future[int]]:
+    def task(i: int) -> Callable[[VllmServer], Work[int]]:
         def do(server: VllmServer) -> int:
             before(i, server)
             with lock:
@@ -47,7 +38,7 @@ def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[lis
                 where[i] = server.address
             return i
 
-        return lambda server: THREADS.submit(do, server)
+        return lambda server: asyncio.to_thread(do, server)
 
     return [task(i) for i in range(count)], done, where
 
@@ -144,25 +135,6 @@ def test_each_result_arrives_once_on_the_callers_thread_also_where_a_server_fail
     assert dispatch(tasks, servers, lambda index, i: arrived.append((i, threading.current_thread()))).num_retried
     assert sorted(i for i, _ in arrived) == list(range(20))
     assert {thread for _, thread in arrived} == {threading.current_thread()}
-
-
-def test_what_the_http_process_has_lost_begins_once_more_and_blames_no_server():
-    lost: list[int] = []
-
-    def before(i: int, server: VllmServer) -> None:
-        if i in (3, 5) and lost.count(i) < 1 + (i == 5) * twice:
-            lost.append(i)
-            raise HttpProcessEnded("was ended by SIGKILL")
-
-    twice = False
-    tasks, done, _ = counting(12, before)
-    dispatched = dispatch(tasks, servers_of(2))
-    assert dispatched.results == list(range(12)) and set(done.values()) == {1}
-    assert dispatched.num_retried == 2 and not dispatched.failures
-    twice = True
-    lost.clear()
-    with pytest.raises(HttpProcessEnded, match="SIGKILL"):
-        dispatch(counting(12, before)[0], servers_of(2))
 
 
 def test_no_tasks_give_no_results():

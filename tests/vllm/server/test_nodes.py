@@ -24,6 +24,7 @@ from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, re
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 START_SECONDS, TIMEOUT = 900.0, 600.0
@@ -43,7 +44,7 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(EngineError):
-                return client.health(5.0)
+                return run(client.health(5.0))
             ended = [one for one in self.commands if one.poll() is not None]
             assert not ended and time.monotonic() < deadline, self.tails()
             time.sleep(0.5)
@@ -122,7 +123,7 @@ def test_workers_on_all_nodes_have_the_weights(ranks, server, transfer):
 
 
 def test_workers_say_where_they_are(server):
-    workers = VllmServer(server.reach.addresses[0], server.reach.token).workers()
+    workers = run(VllmServer(server.reach.addresses[0], server.reach.token).workers())
     assert [worker["host"] for worker in workers] == [socket.gethostname()] * 2
     assert [worker["address"] for worker in workers] == ["127.0.0.1"] * 2
 

@@ -33,6 +33,7 @@ from trained import DRAWN, FAMILY, GREEDY, MODEL, Reach, greedy_by_transformers,
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
@@ -169,9 +170,9 @@ def counted(servers: Reach) -> tuple[float, int]:
     clients = [VllmServer(address, servers.token) for address in servers.addresses]
     with sampler(chunks, grid, servers) as built:
         built.update_weights(4)
-        before = sum(client.num_tokens() or 0 for client in clients)
+        before = sum(run(client.num_tokens()) or 0 for client in clients)
         responses = built.generate(requests(8), GREEDY)
-        grown = sum(client.num_tokens() or 0 for client in clients) - before
+        grown = sum(run(client.num_tokens()) or 0 for client in clients) - before
     return grown, sum(map(len, tokens(responses)))
 
 
@@ -216,7 +217,7 @@ def test_a_server_answers_in_the_compact_form_what_it_answers_in_json(servers):
 
 def test_without_the_token_nothing_but_health_is_answered(servers):
     server = servers.processes[1].address
-    VllmServer(server).health()
+    run(VllmServer(server).health())
     for path in ("/weight_info", "/v1/models", "/get_world_size", "/metrics", "/docs"):
         for headers in ({}, {"Authorization": f"Bearer {servers.reach.token[:-1]}"}):
             with pytest.raises(urllib.error.HTTPError) as refused:
@@ -302,7 +303,7 @@ def test_a_server_ends_although_its_engine_never_answers_a_request(servers):
 
     def ask() -> None:
         try:
-            VllmServer(servers.processes[1].address, servers.reach.token, TIMEOUT).workers()
+            run(VllmServer(servers.processes[1].address, servers.reach.token, TIMEOUT).workers())
         except EngineError as error:
             failures.append(error)
 

@@ -1,2 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The process that speaks HTTP with vLLM servers for rank 0; it imports no torch."""
+"""HTTP with one vLLM server: patience with silence, and the response in an answer."""

@@ -8,14 +8,11 @@ from typing import Any
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest, possible_output
-from megatron_selfdistill.rollout.vllm.http.stated_response import (
-    GENERATE,
-    MEDIA_TYPE,
-    NOT_STATED,
-    OtherTokensError,
-    StatedResponse,
-)
+from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, NOT_STATED, StatedResponse
 from megatron_selfdistill.timed_http import HttpAnswer
+
+ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
+"""The forms of a response that `response_in` reads, for the header Accept."""
 
 _SHOWN_CHARS = 500
 # The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
@@ -36,19 +33,25 @@ def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_
 
     Raises: `EngineError` with ``address`` if a part of it is missing, wrong or impossible; `RequestRefused`.
     """
-    if answer.media_type == MEDIA_TYPE:
-        stated = _compact(answer, address)
-    else:
-        stated = _of_json(parsed(answer, "POST", GENERATE, address), address)
-    return possible_output(
-        request,
-        vocab_size,
-        f"the vLLM server {address}",
-        token_ids=list(stated.token_ids),
-        log_probs=list(stated.log_probs),
-        finish_reason=stated.finish_reason,
-        versions=stated.weight_versions,
-    )
+    _require_ok(answer, "POST", GENERATE, address)
+    is_compact = answer.media_type == MEDIA_TYPE
+    try:
+        stated = StatedResponse.unpacked(answer.body) if is_compact else StatedResponse.of_json(json.loads(answer.text))
+        return possible_output(
+            request,
+            vocab_size,
+            f"the vLLM server {address}",
+            token_ids=list(stated.token_ids),
+            log_probs=list(stated.log_probs),
+            finish_reason=stated.finish_reason,
+            versions=stated.weight_versions,
+        )
+    except NOT_STATED as error:
+        got = f"{len(answer.body)} bytes" if is_compact else shown(answer.text)
+        raise EngineError(
+            f"{address}: expected a response of the media type {answer.media_type}, got {got} "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 def parsed(answer: HttpAnswer, method: str, path: str, address: str) -> Any:
@@ -74,30 +77,6 @@ def _require_ok(answer: HttpAnswer, method: str, path: str, address: str) -> Non
     if answer.status != 200:
         kind = RequestRefused if 400 <= answer.status < 500 else EngineError
         raise kind(f"{address}: {method} {path} answered {answer.status}: {_reason(answer.text)}")
-
-
-def _compact(answer: HttpAnswer, address: str) -> StatedResponse:
-    _require_ok(answer, "POST", GENERATE, address)
-    try:
-        return StatedResponse.unpacked(answer.body)
-    except NOT_STATED as error:
-        raise EngineError(
-            f"{address}: expected a response of the media type {MEDIA_TYPE}, got {len(answer.body)} bytes of another "
-            f"form ({str(error)[:_SHOWN_CHARS]})"
-        ) from error
-
-
-def _of_json(answer: Any, address: str) -> StatedResponse:
-    """Return the response in vLLM's JSON."""
-    try:
-        return StatedResponse.of_json(answer)
-    except OtherTokensError as error:
-        raise EngineError(f"{address}: {error}") from error
-    except NOT_STATED as error:
-        raise EngineError(
-            f"{address}: expected one choice with token_ids, logprobs, weight_versions and finish_reason, got "
-            f"{shown(answer)}"
-        ) from error
 
 
 def _reason(text: str) -> str:

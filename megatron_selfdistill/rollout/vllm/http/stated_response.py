@@ -13,8 +13,7 @@ A client that knows the form asks for it (``Accept``) and reads from ``Content-T
 from __future__ import annotations
 
 import json
-import sys
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,15 +24,8 @@ GENERATE = "/inference/v1/generate"
 MEDIA_TYPE = "application/vnd.megatron-selfdistill.response"
 """The media type of the compact form."""
 
-_BYTES = 4
-
-
-NOT_STATED = (LookupError, TypeError, ValueError, OverflowError, RecursionError)
+NOT_STATED = (LookupError, TypeError, ValueError, OverflowError, RecursionError, struct.error)
 """What the functions of this module raise for an answer of another form."""
-
-
-class OtherTokensError(ValueError):
-    """An answer whose log-probs are those of other tokens than the response's."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +42,19 @@ class StatedResponse:
     """Version, first token and end of each span, as vLLM reports them."""
 
     def packed(self) -> bytes:
-        """Return the compact form.  Raises: OverflowError for a token id outside of int32."""
+        """Return the compact form.  Raises: `NOT_STATED` for a token id outside of int32."""
+        count = len(self.token_ids)
         head = {
             "finish_reason": self.finish_reason,
             "weight_versions": [list(span) for span in self.weight_versions],
-            "num_tokens": len(self.token_ids),
+            "num_tokens": count,
         }
-        return json.dumps(head).encode() + b"\n" + token_bytes(self.token_ids) + log_prob_bytes(self.log_probs)
+        numbers = struct.pack(f"<{count}i{count}f", *self.token_ids, *self.log_probs)
+        return json.dumps(head).encode() + b"\n" + numbers
 
     @classmethod
     def of_json(cls, answer: Any) -> StatedResponse:
-        """Return the response in ``answer``, vLLM's JSON.  Raises: `NOT_STATED`, among it `OtherTokensError`."""
+        """Return the response in ``answer``, vLLM's JSON.  Raises: `NOT_STATED`."""
         [choice] = answer["choices"]
         token_ids = [_integer(token) for token in choice["token_ids"]]
         content = choice["logprobs"]["content"]
@@ -71,7 +65,7 @@ class StatedResponse:
             for span in choice["weight_versions"] or []
         ]
         if logged != token_ids:
-            raise OtherTokensError(
+            raise ValueError(
                 f"expected tokens with a log-prob each, got {len(token_ids)} tokens and {len(log_probs)} log-probs"
                 f"{' of other tokens' if len(token_ids) == len(log_probs) else ''}"
             )
@@ -82,46 +76,10 @@ class StatedResponse:
         """Return the response in ``body``, the compact form.  Raises: `NOT_STATED`."""
         end = body.index(b"\n")
         head: Any = json.loads(body[:end])
-        count = head["num_tokens"]
-        if type(count) is not int or len(body) - end - 1 != 2 * _BYTES * count:
-            raise ValueError(f"expected 8 bytes for each of {count} tokens, got {len(body) - end - 1} bytes")
-        numbers = memoryview(body)[end + 1 :]
-        tokens, log_probs = tokens_of(numbers[: _BYTES * count]), log_probs_of(numbers[_BYTES * count :])
+        count = _integer(head["num_tokens"])
+        numbers = struct.unpack(f"<{count}i{count}f", memoryview(body)[end + 1 :])
         versions = [(str(version), _integer(start), _integer(end)) for version, start, end in head["weight_versions"]]
-        return cls(tokens, log_probs, str(head["finish_reason"]), versions)
-
-
-def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Return token ids as int32, little-endian."""
-    return _little_endian(array("i", tokens))
-
-
-def log_prob_bytes(log_probs: Sequence[float]) -> bytes:
-    """Return log-probs as float32, little-endian."""
-    return _little_endian(array("f", log_probs))
-
-
-def tokens_of(data: bytes | memoryview) -> list[int]:
-    """Return the token ids of `token_bytes`."""
-    return _read(array("i"), data).tolist()
-
-
-def log_probs_of(data: bytes | memoryview) -> list[float]:
-    """Return the log-probs of `log_prob_bytes`."""
-    return _read(array("f"), data).tolist()
-
-
-def _little_endian(numbers: array[Any]) -> bytes:
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
-
-
-def _read(numbers: array[Any], data: bytes | memoryview) -> array[Any]:
-    numbers.frombytes(data)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+        return cls(list(numbers[:count]), list(numbers[count:]), str(head["finish_reason"]), versions)
 
 
 def _integer(value: Any) -> int:

@@ -20,6 +20,7 @@ import megatron_selfdistill
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 
@@ -135,7 +136,7 @@ def wait_until_healthy(started: Sequence[ServerProcess], servers: Sequence[VllmS
             if status is not None:
                 raise EngineError(f"a vLLM server ended with status {status} before it was up; {_tail(one.log)}")
             try:
-                server.health(_HEALTH_SECONDS)
+                run(server.health(_HEALTH_SECONDS))
                 break
             except EngineError as error:
                 if time.monotonic() > deadline:
