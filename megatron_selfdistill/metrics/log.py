@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The log of a run's metrics and samples: JSON lines, the loggers, and console lines above a progress bar."""
+"""The log of a run's metrics and samples: JSON lines, the loggers, and lines on the console."""
 
 from __future__ import annotations
 
@@ -202,10 +202,6 @@ def _one_line(error: Exception) -> str:
 
 logger = logging.getLogger(__name__)
 
-# The live line of a run of one replica fits into 80 columns.
-_BAR_WIDTH = 16
-_REFRESHES_PER_SECOND = 4.0
-
 
 class MetricsLog:
     """The log of a run, which writes metrics and samples.
@@ -221,11 +217,10 @@ class MetricsLog:
     ``loggers``: the names of the loggers (metrics.loggers), which `resume` starts; they get ``config``, the
     configuration as config.yaml has it, once, and everything that is logged.
 
-    The console has a progress bar with the remaining time and the phase under way (`show_phases`), and a line every
-    ``console_every`` steps; without a terminal, only the lines, and one per minute about a slow phase.  If
-    ``console_every`` is 0, the log prints nothing.  Console lines
-    hide values that come from the environment (`config.hidden`).  ``output``: a rich Console that replaces standard
-    output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
+    The console has a line every ``console_every`` steps with the remaining time, and one per minute about a slow phase
+    (`show_phases`).  If ``console_every`` is 0, the log prints nothing.  Console lines hide values
+    that come from the environment (`config.hidden`).  ``output``: a rich Console that replaces standard output.
+    ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
     """
 
     def __init__(
@@ -315,7 +310,7 @@ class MetricsLog:
             _append(self.evaluation_samples_path, step, records)
 
     def message(self, text: str) -> None:
-        """Print a line on the console, above the progress bar."""
+        """Print a line on the console."""
         if self._console is not None:
             self._console.print(text)
 
@@ -326,7 +321,7 @@ class MetricsLog:
         self.message(f"warning: {warning}")
 
     def close(self) -> None:
-        """Restore the terminal and end the loggers; a second call does nothing.
+        """End the lines about slow phases and the loggers; a second call does nothing.
 
         A logger that cannot be closed becomes a warning.
         """
@@ -382,55 +377,34 @@ def _json_number(value: float) -> float | str:
 
 
 class _Console:
-    """A live line with a progress bar if the output is a terminal, else plain lines with the remaining time.
-
-    The end of a run, or an error, erases the live line.
-    """
+    """The lines of a run on the console, with the remaining time."""
 
     def __init__(self, num_steps: int, output: Any) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, RenderableColumn, TextColumn
 
         self.num_steps = num_steps
         self.output = output if output is not None else Console()
         self.progress = PhaseProgress(num_steps)
         self.slow_phases = SlowPhaseLines(self.progress, self._print)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=_BAR_WIDTH),
-            TextColumn("{task.fields[left]}"),
-            RenderableColumn(self.progress),
-        )
-        self.bar = Progress(*columns, console=self.output, refresh_per_second=_REFRESHES_PER_SECOND, transient=True)
-        self.task = self.bar.add_task("", total=num_steps, left="")
         self.pace = Pace(num_steps)
         self.explained = False
 
     def start(self, step: int) -> None:
         self.pace = Pace(self.num_steps)
         self.progress.done = step
-        self.bar.reset(self.task, completed=step)
-        if self.output.is_terminal:
-            self.bar.start()
-        else:
-            self.slow_phases.start()
+        self.slow_phases.start()
 
     def advance(self, completed: int) -> None:
         self.pace.advance(completed)
         self.progress.done = completed
-        self.bar.update(self.task, completed=completed, left=self.pace.left)
 
     def step_line(self, step: int, columns: Sequence[Column], metrics: Mapping[str, float]) -> None:
         if not self.explained:
             self.explained = True
             self._print("columns: " + "; ".join(f"{column.label} = {column.meaning}" for column in columns))
-        place = f"step {step}"
-        if not self.output.is_terminal:
-            left = f", {self.pace.left}" if self.pace.left else ""
-            place = f"step {step} of {self.num_steps}{left}:"
+        left = f", {self.pace.left}" if self.pace.left else ""
         shown = [f"{column.label} {metrics[column.key]:{column.form}}" for column in columns]
-        self._print("  ".join([place, *shown]))
+        self._print("  ".join([f"step {step} of {self.num_steps}{left}:", *shown]))
 
     def sample(self, sample: Sample, heading: str) -> None:
         coloured = self.output.is_terminal and self.output.color_system is not None and not self.output.no_color
@@ -444,5 +418,3 @@ class _Console:
 
     def close(self) -> None:
         self.slow_phases.close()
-        if self.output.is_terminal:
-            self.bar.stop()

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from megatron_selfdistill.distributed import watchdog
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
@@ -140,10 +138,7 @@ class PhaseUnderWay:
 
 
 class PhaseProgress:
-    """The phase under way on this rank, of which `Phases` informs this object.
-
-    Any thread may read.  As a rich renderable, the object is the text of this phase.
-    """
+    """The phase under way on this rank, of which `Phases` informs this object.  Any thread may read."""
 
     def __init__(self, num_steps: int | None = None) -> None:
         """``num_steps``: the steps of the whole run; None for a command without steps."""
@@ -184,11 +179,6 @@ class PhaseProgress:
         if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
             return f"after step {self.done}: "
         return f"step {self.done + 1}: "
-
-    def __rich__(self) -> Text:
-        from rich.text import Text
-
-        return Text(self.now.text if self.now is not None else "", no_wrap=True, overflow="ellipsis")
 
 
 class SlowPhaseLines:
@@ -241,26 +231,17 @@ class SlowPhaseLines:
 
 @contextlib.contextmanager
 def phases_shown(phases: Phases, *, enabled: bool) -> Iterator[None]:
-    """Show ``phases`` of a command on standard error: a live line on a terminal, and plain lines elsewhere.
-
-    ``enabled``: False if this rank shows nothing.
-    """
-    from rich.console import Console
-    from rich.live import Live
-
+    """Show ``phases`` of a command by lines on standard error; ``enabled``: False if this rank shows nothing."""
     if not enabled:
         yield
         return
-    output, progress = Console(stderr=True), PhaseProgress()
-    phases.listener = progress
-    lines = SlowPhaseLines(progress, lambda line: output.print(line, markup=False, highlight=False), at_once=True)
-    with contextlib.ExitStack() as stack:
-        if output.is_terminal:
-            stack.enter_context(Live(progress, console=output, refresh_per_second=4, transient=True))
-        else:
-            stack.callback(lines.close)
-            lines.start()
+    phases.listener = progress = PhaseProgress()
+    lines = SlowPhaseLines(progress, lambda line: print(line, file=sys.stderr, flush=True), at_once=True)
+    lines.start()
+    try:
         yield
+    finally:
+        lines.close()
 
 
 class Pace:

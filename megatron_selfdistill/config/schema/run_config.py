@@ -77,8 +77,7 @@ class MetricsConfig:
     directory), wandb (Weights & Biases; its own environment variables choose the project and the mode), and dotted
     paths of classes or functions that take a LoggedRun and return a MetricsLogger."""
     console_every: NonNegativeInt = 1
-    """Number of steps between the lines of steps on the console, below which a terminal shows a progress bar; with 0
-    the console shows nothing of the steps."""
+    """Number of steps between the lines of steps on the console; with 0 the console shows nothing of the steps."""
     teacher_every: PositiveInt = 10
     """Number of steps between measurements of target/mass_on_rare_student and target/mass_on_rare_reference, and, with
     target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,

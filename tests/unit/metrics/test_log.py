@@ -138,14 +138,6 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
     assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
 
 
-def test_on_a_terminal_there_is_a_progress_bar_and_it_is_taken_down(tmp_path):
-    output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(4, 7), done=3, console_every=1, output=output)
-    text = output.file.getvalue()
-    assert "3/9" in text and "6/9" in text and "step 5  loss 0.5000" in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
-
-
 EVERY_COLUMN = {
     "loss/mean": 0.1,
     "entropy/student": 0.2,
@@ -215,9 +207,6 @@ def test_the_time_left_counts_hours(monkeypatch):
 def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
     _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
     assert [" left" in line for line in lines] == [False, False, True]
-    output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(1, 4), done=0, console_every=1, output=output)
-    assert "3/9" in output.file.getvalue().rpartition(" left")[0]
 
 
 def test_messages_hide_what_the_environment_held_and_numbers_stay(tmp_path, monkeypatch):
