@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ import torch
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.checkpoint.run_lock import LOCK
-from megatron_selfdistill.config import AdapterConfig, Config, GivenKeys, shown_argument
-from megatron_selfdistill.data.packing import length_quantum
+from megatron_selfdistill.config import Config, GivenKeys, shown_argument
 from megatron_selfdistill.data.problems import Problem, about_visits
-from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 from megatron_selfdistill.metrics.leakage import are_one_hint
-from megatron_selfdistill.metrics.phases import duration as clock
+from megatron_selfdistill.metrics.phases import duration
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.model.forward import unwrapped
@@ -33,8 +30,6 @@ from megatron_selfdistill.sources.given_responses import SKIPPED_FILE, list_skip
 from megatron_selfdistill.trainer import Trainer
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
-_PROMPTS = ("data.tokenizer", "data.chat_template", "data.system_prompt")
-_OF_EVALUATIONS = (*_PROMPTS, "rollout.max_new_tokens", "rollout.temperature", "evaluation.verifier")
 
 
 def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
@@ -62,15 +57,21 @@ def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
 def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | None = None) -> None:
     """Report the files of a run that has done its last step, and the commands that come next.
 
-    ``first_step``: the steps that were done when this launch began, ``seconds`` ago.  ``report``: as in `done`.
+    ``first_step``: the steps that were done when this launch began, ``seconds`` ago.  ``report``: the report that the
+    run writes; None for a run without one.
     """
     if trainer.step < trainer.config.num_steps:
         return  # the run was asked to stop, and has reported so
     trainer.checkpointer.finish()
     trainer.events.record(trainer.step, "finished")
-    run, steps, end = (trainer.config, trainer.step), trainer.step - first_step, trainer.checkpoint
-    lines = done(*run, steps, seconds, end, report) if steps > 0 else complete(*run, end)
-    for line in lines:
+    config, steps = trainer.config, trainer.step - first_step
+    part = "" if steps == trainer.step else f" ({steps} of them in this launch)"
+    lines = [
+        f"done: {trainer.step} steps{part} in {duration(seconds)}; checkpoint: {trainer.checkpoint}",
+        *([f"report: {report} (open it in a browser)"] if report is not None else []),
+        *_next(config),
+    ]
+    for line in lines if steps > 0 else complete(config, trainer.step, trainer.checkpoint):
         trainer.log.message(line)
 
 
@@ -80,12 +81,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield kernels_in_use(model := unwrapped(learner.chunks[0]).config)
     if model.fp8:
         yield "warning: this project has not trained in FP8 on hardware: compare the first losses with those of bf16"
-    if grid.device.type == "cuda":
-        quantum = length_quantum(config.schedule.max_tokens)
-        yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"
     yield layout(trainer)
-    if config.adapter.rank:
-        yield about_adapters(config.adapter, unwrapped(learner.chunks[0]).config.num_moe_experts)
     if learner.has_teacher:
         yield f"loss: {trainer.loss_backend}"
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
@@ -115,14 +111,6 @@ def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
     )
 
 
-def about_adapters(adapter: AdapterConfig, num_moe_experts: int | None) -> str:
-    """Return a line about the adapters that are trained, and about the experts that have none."""
-    line = (
-        f"adapters of rank {adapter.rank}, scale {adapter.scale:g}, on {', '.join(adapter.layers)}: all else is frozen"
-    )
-    return line if num_moe_experts is None else f"{line}; the routed experts have no adapters"
-
-
 def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
     number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
@@ -135,53 +123,21 @@ def _problems(trainer: Trainer) -> str:
     )
 
 
-def done(
-    config: Config, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
-) -> list[str]:
-    """Return the last lines of a run that has done its last step.
-
-    ``steps_here``: the steps of this launch.  ``report``: the report that the run writes; None for a run without one.
-    """
-    part = "" if steps_here == num_steps else f" ({steps_here} of them in this launch)"
-    return [
-        f"done: {num_steps} {_steps(num_steps)}{part} in {duration(seconds)}; checkpoint: {checkpoint}",
-        *([f"report: {report} (open it in a browser)"] if report is not None else []),
-        *_next(config, num_steps),
-    ]
-
-
 def complete(config: Config, num_steps: int, checkpoint: Path) -> list[str]:
     """Return the lines of a launch that finds all steps of the run done."""
-    were = "the only step was" if num_steps == 1 else f"all {num_steps} steps were"
-    first = f"complete: {were} done before, nothing is trained; checkpoint: {checkpoint}"
-    return [first, *_next(config, num_steps)]
-
-
-def duration(seconds: float) -> str:
-    """Return ``seconds`` as text for people: "8 s", "3:05 minutes", "26:03:05 hours"."""
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    text = clock(seconds)
-    return f"{text} {'hours' if text.count(':') == 2 else 'minutes'}"
-
-
-def _steps(number: int) -> str:
-    return "step" if number == 1 else "steps"
-
-
-def _next(config: Config, num_steps: int) -> list[str]:
-    run = config.run_dir
-    came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
-    own = {key: value for key in _OF_EVALUATIONS if (value := attrgetter(key)(config)) != attrgetter(key)(Config())}
-    settings = [f"{key}={value}" for key, value in own.items() if key != "data.tokenizer" or not came_from_hf]
-    convert = shlex.join(["selfdistill", "convert", "megatron-to-hf", "--megatron", run, "--out", f"{run}-hf"])
-    words = ["--megatron", run, "--data", "held_out.jsonl", "--out", "results/after", *settings]
-    evaluate = f"selfdistill evaluate {shlex.join(words)}"
     return [
-        f"next: {convert if came_from_hf else evaluate}",
-        *([f"  or: {evaluate}"] if came_from_hf else []),
-        f"  or: the same command with a larger num_steps (num_steps={2 * num_steps}) trains on from there",
+        f"complete: all {num_steps} steps were done before, nothing is trained; checkpoint: {checkpoint}",
+        *_next(config),
     ]
+
+
+def _next(config: Config) -> list[str]:
+    """Return the command that converts the model of a run, if it came from Hugging Face, and how to train on."""
+    run = config.run_dir
+    convert = shlex.join(["selfdistill", "convert", "megatron-to-hf", "--megatron", run, "--out", f"{run}-hf"])
+    came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
+    train_on = "next: the same command with a larger num_steps trains on from there"
+    return [*([f"next: {convert}"] if came_from_hf else []), train_on]
 
 
 def launch_facts(trainer: Trainer, given: Collection[str] | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -144,12 +144,6 @@ def expand_segments(environment: MutableMapping[str, str], torch_version: str = 
     major, minor = (int(part) for part in torch_version.split(".")[:2])
     name = ALLOCATOR_VARIABLES[0 if (major, minor) >= (2, 9) else 1]
     environment[name] = "expandable_segments:True"
-
-
-def about_allocator(environment: Mapping[str, str]) -> str:
-    """Return the environment variables that configure PyTorch's allocator of GPU memory, for the log."""
-    found = [f"{name}={environment[name]}" for name in ALLOCATOR_VARIABLES if environment.get(name)]
-    return " and ".join(found) or "PyTorch's defaults"
 
 
 def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False) -> RankGrid:

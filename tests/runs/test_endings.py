@@ -14,7 +14,6 @@ import tiny_run
 from tiny_run import overrides, saved_step, train
 
 from megatron_selfdistill import announcement
-from megatron_selfdistill.commands.evaluate import evaluation_arguments
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.metrics import MetricsLog
@@ -75,33 +74,22 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
     return directory / "run", (directory / "messages").read_text().splitlines()
 
 
-def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended, data):
+def test_a_run_ends_with_its_checkpoint(ended):
     run, messages = ended
     checkpoint = run / "checkpoints" / "iter_0000002"
-    done, evaluate, train_on = messages[-3:]
-    assert re.fullmatch(rf"done: 2 steps in \d+ s; checkpoint: {checkpoint}", done)
+    done, train_on = messages[-2:]
+    assert re.fullmatch(rf"done: 2 steps in \d+:\d\d; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
-    assert "num_steps=4" in train_on
-    assert evaluate == (
-        f"next: selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after "
-        f"data.tokenizer={data}/tokenizer rollout.max_new_tokens=14"
-    )
+    assert train_on == "next: the same command with a larger num_steps trains on from there"
 
 
 def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path):
     run = tmp_path / "a run"
     (run / "huggingface").mkdir(parents=True)
-    own = ("data.tokenizer=x", "data.chat_template='{{ m }}, b'", "evaluation.verifier=math_verify")
-    config = load([f"run_dir='{run}'", *own])
-    first, convert_it, evaluate, _ = announcement.done(config, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
-    assert first == f"done: 1 step in 3 s; checkpoint: {run}/checkpoints/iter_0000001"
+    _, convert_it, _ = announcement.complete(load([f"run_dir='{run}'"]), 1, run / "checkpoints" / "iter_0000001")
     words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
     assert words == ["megatron-to-hf", "--megatron", str(run), "--out", f"{run}-hf"]
     assert convert._parser().parse_args(words).run is convert.megatron_to_hf
-    given = evaluation_arguments(shlex.split(evaluate.removeprefix("  or: selfdistill evaluate ")))
-    evaluated = load(given.overrides)
-    assert given.megatron == run and evaluated.evaluation.verifier == "math_verify"
-    assert evaluated.data.chat_template == "{{ m }}, b" and evaluated.data.tokenizer is None, "the run has its own"
 
 
 def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
@@ -113,7 +101,6 @@ def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, dat
     assert messages[0] == (
         f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
     )
-    assert messages[1].startswith("next: selfdistill evaluate ") and "num_steps=4" in messages[2]
     assert not (tmp_path / "built").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

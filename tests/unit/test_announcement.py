@@ -12,20 +12,10 @@ import pytest
 import tiny_run
 
 from megatron_selfdistill import announcement
-from megatron_selfdistill.announcement import about_adapters
-from megatron_selfdistill.config import AdapterConfig, GivenKeys
+from megatron_selfdistill.config import GivenKeys
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.trainer import Trainer, stopped
-
-
-@pytest.mark.parametrize(
-    ("num_moe_experts", "end"), [(None, "all else is frozen"), (8, "frozen; the routed experts have no adapters")]
-)
-def test_a_run_says_what_its_adapters_are_on_and_that_routed_experts_have_none(num_moe_experts, end):
-    adapter = AdapterConfig(rank=4, alpha=8, layers=["linear_qkv", "linear_fc1"])
-    line = about_adapters(adapter, num_moe_experts)
-    assert line.startswith("adapters of rank 4, scale 2, on linear_qkv, linear_fc1: ") and line.endswith(end)
 
 
 @pytest.mark.parametrize(
