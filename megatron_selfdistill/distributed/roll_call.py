@@ -30,10 +30,8 @@ from megatron_selfdistill.errors import ConfigError
 CALLS = ("directory", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
 _CONNECT_S = 10.0
-_RANK_0_S = 10.0  # time in which rank 0 prints a message that other ranks have too, or leaves without it
 _GRACE_S = 10.0  # time for which rank 0 keeps the store open, so that the other ranks can read about a failure
 _LOOK_S = 0.1
-_RANK_0_LEAVES = "rank 0 leaves"
 _launches: Counter[str] = Counter()
 
 
@@ -146,9 +144,8 @@ class RollCall:
     def failed(self, message: str, status: int) -> bool:
         """Inform the other ranks that this rank ends because of ``message``; return whether this rank prints it.
 
-        Each message is printed once: by rank 0 if rank 0 has the message, else by one of the ranks that have it.  Ranks
-        that wait in `answer`, or call it later, raise `OtherRankFailed`.  This method never raises: it returns True if
-        the store cannot be reached.
+        Each message is printed once, by the first of the ranks that have it.  Ranks that wait in `answer`, or call it
+        later, raise `OtherRankFailed`.  This method never raises: it returns True if the store cannot be reached.
         """
         if self._alone:
             return True
@@ -157,25 +154,10 @@ class RollCall:
             store.set("failed", str(status))
             for call in CALLS:
                 store.set(f"complete/{call}", "")
-            return self._prints(store, hashlib.sha256(message.encode(errors="replace")).hexdigest())
+            digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+            return bool(store.add(f"printed/{digest}", 1) == 1)
         except RuntimeError:
             return True
-
-    def _prints(self, store: Any, digest: str) -> bool:
-        printed = f"rank 0/{digest}"
-        if self.rank == 0:
-            store.set(printed, "")
-        elif self._rank_0_prints(store, printed):
-            return False
-        return bool(store.add(f"printed/{digest}", 1) == 1)
-
-    def _rank_0_prints(self, store: Any, printed: str) -> bool:
-        deadline = time.monotonic() + _RANK_0_S
-        while not store.check([printed]):
-            if store.check([_RANK_0_LEAVES]) or time.monotonic() >= deadline:
-                return bool(store.check([printed]))
-            time.sleep(_LOOK_S)
-        return True
 
     def inform_torchrun(self, message: str) -> None:
         """Write ``message`` where torchrun looks for the "traceback" in its report of failed ranks."""
@@ -191,8 +173,6 @@ class RollCall:
             return
         try:
             left = self._store.add("left", 1)
-            if self.rank == 0:
-                self._store.set(_RANK_0_LEAVES, "")
             deadline = time.monotonic() + _GRACE_S
             while self.rank == 0 and left < self.world_size and time.monotonic() < deadline:
                 time.sleep(_LOOK_S)
