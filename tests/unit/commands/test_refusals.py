@@ -208,7 +208,7 @@ SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
     [
         ([], "the following arguments are required: --hf-config"),
         (["--hf-config", "hf", "--host", "0.0.0.0"], "set the environment variable SELFDISTILL_SERVER_TOKEN"),
-        (["--hf-config", "hf", "--nnodes", "2"], "--nnodes 2 needs --master-addr"),
+        (["--hf-config", "hf", "--nnodes", "2"], "and --master-addr with --nnodes above 1"),
     ],
     ids=["an option", "a host", "a node"],
 )

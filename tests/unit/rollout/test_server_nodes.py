@@ -53,11 +53,9 @@ time.sleep(600)
         (1, 0, None, "", None),
         (2, 1, "127.0.0.1", "", None),
         (2, 0, "node7", "secret", None),
-        (0, 0, None, "", "got --node-rank 0 of --nnodes 0"),
-        (1, 1, "node7", "secret", "got --node-rank 1 of --nnodes 1"),
-        (2, 2, "node7", "secret", "expected --node-rank from 0 to --nnodes - 1, got --node-rank 2 of --nnodes 2"),
-        (2, -1, "node7", "secret", "got --node-rank -1"),
-        (2, 1, None, "secret", "--nnodes 2 needs --master-addr"),
+        (1, 1, "node7", "secret", "got --nnodes 1 --node-rank 1 --master-addr node7"),
+        (2, -1, "node7", "secret", "expected --node-rank from 0 to --nnodes - 1"),
+        (2, 1, None, "secret", "and --master-addr with --nnodes above 1"),
         (2, 1, "node7", "", TOKEN_VARIABLE),
     ],
 )
@@ -88,7 +86,10 @@ UNREACHABLE = "--master-addr no.such.name.invalid cannot be reached"
 def test_the_command_refuses_before_it_needs_vllm(monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", dict(os.environ))  # which a server changes
     os.environ.pop(TOKEN_VARIABLE, None)
-    for more, words in (([], "--nnodes 2 needs --master-addr"), (["--master-addr=no.such.name.invalid"], UNREACHABLE)):
+    for more, words in (
+        ([], "and --master-addr with --nnodes above 1"),
+        (["--master-addr=no.such.name.invalid"], UNREACHABLE),
+    ):
         with pytest.raises(SystemExit) as ended:
             serve.main(["--hf-config=none", "--nnodes=2", *more])
         assert ended.value.code == 2 and words in capsys.readouterr().err

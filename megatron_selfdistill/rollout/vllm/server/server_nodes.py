@@ -53,16 +53,12 @@ class ServerNode:
 
 def why_not(nnodes: int, node_rank: int, master_addr: str | None, token: str) -> str | None:
     """Return a message where such a node cannot exist, else None."""
-    if nnodes < 1 or not 0 <= node_rank < nnodes:
-        return f"expected --node-rank from 0 to --nnodes - 1, got --node-rank {node_rank} of --nnodes {nnodes}"
-    if nnodes == 1:
-        return None
-    if not master_addr:
+    if not 0 <= node_rank < nnodes or (nnodes > 1 and not master_addr):
         return (
-            f"--nnodes {nnodes} needs --master-addr, the address by which the other nodes reach node rank 0, the same "
-            "on all nodes"
+            "expected --node-rank from 0 to --nnodes - 1, and --master-addr with --nnodes above 1, got "
+            f"--nnodes {nnodes} --node-rank {node_rank} --master-addr {master_addr}"
         )
-    if not token and not is_loopback(master_addr):
+    if nnodes > 1 and not token and not is_loopback(str(master_addr)):
         return (
             f"a server of --nnodes {nnodes} that meet at {master_addr} needs the environment variable "
             f"{TOKEN_VARIABLE}, the same secret on all nodes"
