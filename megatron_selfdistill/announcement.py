@@ -17,7 +17,7 @@ import torch
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.checkpoint.run_lock import LOCK
-from megatron_selfdistill.config import Config, GivenKeys, shown_argument
+from megatron_selfdistill.config import Config, GivenKeys
 from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 from megatron_selfdistill.metrics.leakage import are_one_hint
@@ -145,7 +145,7 @@ def launch_facts(trainer: Trainer, given: Collection[str] | None) -> dict[str, A
 
     ``given``: as in `train.train`; only a `GivenKeys`, the keys of a command line, tells the command.
     """
-    arguments = [*map(shown_argument, given.arguments)] if isinstance(given, GivenKeys) else None
+    arguments = given.arguments if isinstance(given, GivenKeys) else None
     world_size = trainer.grid.world_size
     facts = {
         "start": start(trainer),

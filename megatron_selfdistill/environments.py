@@ -7,11 +7,11 @@ import inspect
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.config.schema.field_checks import require_address
+from megatron_selfdistill.config.schema.field_checks import require_address, value_of_variable
 from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import NO_TEXT, finite_number, is_text, plain
@@ -141,8 +141,8 @@ class HttpEnvironment:
     """The address, without /chat/completions."""
     model: str | None = None
     """The name of the model in the request."""
-    api_key: str | None = field(default=None, repr=False)
-    """The bearer token of the request."""
+    api_key_env: str | None = None
+    """The name of the environment variable with the bearer token of the request."""
     timeout_s: float = 60.0
     """Seconds after which an attempt without a complete answer counts as failed."""
     retries: int = 3
@@ -187,7 +187,7 @@ class HttpEnvironment:
                 time.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
             try:
                 address = f"{self.url.rstrip('/')}/chat/completions"
-                status, text = _posted(address, payload, self.api_key, self.timeout_s)
+                status, text = _posted(address, payload, self.api_key_env, self.timeout_s)
             except TimeoutError as error:
                 failure = f"TimeoutError: {error}"
                 continue
@@ -217,10 +217,10 @@ class HttpSessions:
     is repeated, since the server may have taken a step whose answer got lost.
     """
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        """``url``: the address before /reset.  ``api_key``: the bearer token.  Raises: `ConfigError`."""
+    def __init__(self, url: str, api_key_env: str | None = None) -> None:
+        """``url``: the address before /reset.  ``api_key_env``: the variable with the token.  Raises: `ConfigError`."""
         require_address("environment.options.url", url, "http://host:8000")
-        self.url, self.api_key = url.rstrip("/"), api_key
+        self.url, self.api_key_env = url.rstrip("/"), api_key_env
         self._session: Any = None
 
     def reset(self, problem: Problem, seed: int) -> Reply:
@@ -239,7 +239,7 @@ class HttpSessions:
         self._answer("close", {"session": self._session})
 
     def _answer(self, call: str, request: dict[str, Any]) -> dict[str, Any]:
-        status, text = _posted(f"{self.url}/{call}", json.dumps(request), self.api_key, timeout_s=None)
+        status, text = _posted(f"{self.url}/{call}", json.dumps(request), self.api_key_env, timeout_s=None)
         if status != 200:
             raise RuntimeError(f"{self.url}/{call}: expected the status 200, got {status}: {text[:_SHOWN]!r}")
         found: dict[str, Any] = json.loads(text)
@@ -319,10 +319,11 @@ def has_sessions(make: Callable[..., Any]) -> bool:
     return [name for name in methods if callable(getattr(named, name, None))] == ["reset", "step", "close"]
 
 
-def _posted(url: str, payload: str, api_key: str | None, timeout_s: float | None) -> tuple[int, str]:
+def _posted(url: str, payload: str, api_key_env: str | None, timeout_s: float | None) -> tuple[int, str]:
     from megatron_selfdistill.timed_http import post
 
     headers = {"Content-Type": "application/json"}
+    api_key = value_of_variable("environment.options.api_key_env", api_key_env)
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     answer = post(url, payload, headers, timeout_s, MAX_BYTES)

@@ -5,19 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_selfdistill.terminal import hidden
-
 _NUM_SHOWN = 4
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key.
-
-    The message shows no value that the configuration has read from the environment (`terminal.hidden`).
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(hidden(message))
+    """A configuration that cannot run; the message names the key."""
 
 
 class BadRecordError(ValueError):

@@ -105,18 +105,6 @@ def require_ranks(config: Config, world_size: int) -> None:
         check_world(config, world_size)
 
 
-def warn_of_secrets(config: Config) -> None:
-    """Warn of each secret that the configuration writes out: the list of processes and a shell's history show it."""
-    for place, found in config.from_environment.items():
-        if found.is_written_out:
-            key = ".".join(map(str, place))
-            logger.warning(
-                "%s is written out, where other people can read it: set a variable of the environment and write "
-                "%s='%s'; the files and messages of this run show this reference in place of the value",
-                *(key, key, found.interpolation),
-            )
-
-
 def names_its_model(config: Config) -> bool:
     """Return whether ``config`` alone, and no checkpoint, states the architecture."""
     return config.checkpoint.load is None and not _resumes(config)

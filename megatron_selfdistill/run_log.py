@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.terminal import hidden
-
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -77,7 +75,7 @@ def records(
                 yield line, record
     if skipped:
         lines = "1 line was" if skipped == 1 else f"{skipped} lines were"
-        logger.warning("%s: %s skipped, the first: %s", hidden(str(path)), lines, hidden(first))
+        logger.warning("%s: %s skipped, the first: %s", path, lines, first)
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -197,7 +195,7 @@ class EventLog:
     A line has ``time`` (UTC, ISO 8601), ``step`` (the steps that are done), ``event`` and details.  The events are
     ``started`` (with the facts of the launch), ``saved``, ``stopped`` (on request), ``guard``, ``engine`` and
     ``verifier`` (why the run ended), and ``finished``.  A resumed run appends to the file: unlike metrics, events of
-    steps that the run repeats stay.  Details hide values that come from the environment.
+    steps that the run repeats stay.
 
     ``enabled``: False if this rank writes nothing.
     """
@@ -210,22 +208,14 @@ class EventLog:
         if not self.enabled:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"time": now, "step": step, "event": event, **_hidden(details)}
+        line = {"time": now, "step": step, "event": event, **details}
         try:
             with self.path.open("a+b") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
                 cut_short = file.read() not in (b"", b"\n")  # by a kill
                 file.write(b"\n" * cut_short + json.dumps(line).encode() + b"\n")
         except OSError as error:
-            logger.warning("the event %s of step %d is not in %s: %s", event, step, hidden(str(self.path)), error)
-
-
-def _hidden(value: Any) -> Any:
-    if isinstance(value, str):
-        return hidden(value)
-    if isinstance(value, dict):
-        return {key: _hidden(inner) for key, inner in value.items()}
-    return [_hidden(inner) for inner in value] if isinstance(value, list | tuple) else value
+            logger.warning("the event %s of step %d is not in %s: %s", event, step, self.path, error)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -17,6 +17,7 @@ import ctypes
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -30,7 +31,6 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from megatron_selfdistill.config import function_named
-from megatron_selfdistill.config.environment import is_secret
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.stop import how_ended
@@ -67,7 +67,7 @@ class SessionProcesses:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=_variables(os.environ),
+                env=_variables(os.environ, keep=options.get("api_key_env")),
                 start_new_session=True,  # Ctrl-C is for the trainer, which decides what ends
             )
         self._process = process
@@ -180,9 +180,15 @@ _PROBLEM_FIELDS = ("id", "messages", "solution", "answer", "location", "tools")
 """The fields of a problem that a session gets."""
 
 
-def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of the environment's process: those of the trainer without secrets, and its import path."""
-    kept = {name: value for name, value in environ.items() if not is_secret(name) and not name.endswith("_TOKEN")}
+_SECRET = re.compile("(^|_)(API_?KEY|ACCESS_KEY|SECRET_KEY|SECRET|PASSWORD|PASSWD|TOKEN)$", re.IGNORECASE)
+
+
+def _variables(environ: Mapping[str, str], keep: str | None = None) -> dict[str, str]:
+    """Return the variables of the environment's process: those of the trainer without secrets, and its import path.
+
+    ``keep``: the variable of the one secret that the environment needs.
+    """
+    kept = {name: value for name, value in environ.items() if name == keep or not _SECRET.search(name)}
     return {**kept, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "CUDA_VISIBLE_DEVICES": ""}
 
 

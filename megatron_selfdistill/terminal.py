@@ -1,7 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Texts that are shown: they keep secrets hidden, and names in foreign files cannot steer the reader's terminal.
-
-A secret is the value of an environment variable that a configuration has read: no message, log or file may show it.
+"""Texts that are shown: names in foreign files cannot steer the reader's terminal.
 
 Warnings of Megatron Core and torch that do not help users are silenced; each rank would print a screen of them.
 """
@@ -42,30 +40,6 @@ _MESSAGES = (
     "torch.distributed is disabled, unavailable or uninitialized",
 )
 
-SHORTEST_HIDDEN = 6
-"""Characters of the shortest value that is hidden: shorter values are numbers and names that occur everywhere."""
-
-_hidden_values: dict[str, str] = {}  # the name of every hidden variable -> its value, in this process
-
-
-def hide(name: str, value: str) -> None:
-    """Let `hidden` replace the ``value`` of the environment variable ``name`` from now on, in this process."""
-    _hidden_values[name] = value
-
-
-def hidden(text: str) -> str:
-    """Return ``text`` with each value that `hide` was given replaced by ``${oc.env:NAME}``.
-
-    Values of less than `SHORTEST_HIDDEN` characters stay, and so do the paths of files that exist: a command that a
-    message shows can then be pasted.
-    """
-    for name, value in sorted(_hidden_values.items(), key=lambda item: (-len(item[1]), item[0])):
-        is_a_place = os.path.isabs(value) and os.path.exists(value)
-        if len(value) >= SHORTEST_HIDDEN and not is_a_place:
-            for spelling in dict.fromkeys((value, repr(value)[1:-1])):
-                text = text.replace(spelling, f"${{oc.env:{name}}}")
-    return text
-
 
 def visible(text: str) -> str:
     """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs remain."""
@@ -73,8 +47,8 @@ def visible(text: str) -> str:
 
 
 def print_error(speaker: str, error: object) -> None:
-    """Print the message of ``error`` behind ``speaker`` on standard error, without values from the environment."""
-    print(f"{speaker} {visible(hidden(str(error)))}", file=sys.stderr, flush=True)
+    """Print the message of ``error`` behind ``speaker`` on standard error."""
+    print(f"{speaker} {visible(str(error))}", file=sys.stderr, flush=True)
 
 
 def guard_standard_error() -> None:
@@ -111,12 +85,12 @@ class _Pipe(io.FileIO):
 
 
 def _print_traceback(*error: Any) -> None:
-    print(visible(hidden("".join(traceback.format_exception(*error)))), end="", file=sys.stderr, flush=True)
+    print(visible("".join(traceback.format_exception(*error))), end="", file=sys.stderr, flush=True)
 
 
 class _VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return visible(hidden(super().format(record)))
+        return visible(super().format(record))
 
 
 def _steers(character: str) -> bool:

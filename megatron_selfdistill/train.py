@@ -29,7 +29,7 @@ from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.instruments.plan import plan_checks
 from megatron_selfdistill.prechecks import require_packages
-from megatron_selfdistill.terminal import guard_standard_error, hidden, silence_known_warnings, visible
+from megatron_selfdistill.terminal import guard_standard_error, silence_known_warnings, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError, VerifierError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, (EngineError, VerifierError)) else EXIT_BAD_INPUT
-        _report(visible(hidden(str(error))), status, ranks)
+        _report(visible(str(error)), status, ranks)
         return status
     except KeyboardInterrupt:
         return stop.EXIT_INTERRUPTED
@@ -91,7 +91,6 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     if arguments.print:
         print(configuration.to_yaml(config))
         return 0
-    sys.argv = [*map(configuration.shown_argument, sys.argv)]  # which wandb, among other libraries, records
     given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
@@ -124,8 +123,6 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     ranks = ranks or RollCall()
     check(config, ranks.world_size)
     lock = RunLock(Path(config.run_dir))
-    if ranks.rank == 0:
-        prechecks.warn_of_secrets(config)
     with stop.at_sudden_end(lock.release):
         try:
             if ranks.rank == 0 and not config.dry_run:
@@ -219,7 +216,7 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
         from megatron_selfdistill.announcement import complete
 
         lines = complete(config, config.num_steps, checkpoint)
-        print(hidden("\n".join(lines)), flush=True)
+        print("\n".join(lines), flush=True)
     return 0
 
 

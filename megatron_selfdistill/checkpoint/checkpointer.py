@@ -38,7 +38,6 @@ from megatron_selfdistill.interop.formats.directory import Temporary
 from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
 from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.interop.formats.torch_dist import CONTENT
-from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +120,12 @@ class Checkpointer:
         if not self.grid.is_reporter:
             return
         if fault := directory.tracker_fault(self.directory):
-            logger.warning("%s", hidden(f"{self.directory} {fault}: the newest checkpoint counts"))
+            logger.warning("%s %s: the newest checkpoint counts", self.directory, fault)
         if faults:
             reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
             lost = max(map(directory.iteration_of, faults)) - directory.iteration_of(taken)
             again = f", {lost} steps earlier" if lost > 0 else ""
-            logger.warning("%s", hidden(f"{reasons} in {self.directory}: the run continues from {taken.name}{again}"))
+            logger.warning("%s in %s: the run continues from %s%s", reasons, self.directory, taken.name, again)
 
     @moving_files()
     def save(
@@ -231,7 +230,7 @@ class Checkpointer:
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
             layout = own["layout"]
-            logger.warning("%s comes from the layout %s: random states start afresh", hidden(str(found)), layout)
+            logger.warning("%s comes from the layout %s: random states start afresh", found, layout)
 
     def poll(self) -> None:
         """Complete a background save if the writers of all ranks are done; else return at once.
@@ -287,7 +286,7 @@ class Checkpointer:
             self._pending = None
             self._lost = f"{place} was removed while a checkpoint was being written there in the background"
             if self.grid.is_reporter:
-                logger.warning("%s: the next save takes its place", hidden(self._lost))
+                logger.warning("%s: the next save takes its place", self._lost)
             return
         done = False
         try:
@@ -336,7 +335,7 @@ class Checkpointer:
         target, known = self.run_dir / name, self._ids.get(name)
         lost = known is not None and not run_on_rank_0(lambda: has_frozen_weights(target))
         if lost and self.grid.is_reporter:
-            logger.warning("%s is not there any more: it is written again", hidden(str(target)))
+            logger.warning("%s is not there any more: it is written again", target)
         if lost or known is None:
             self._ids[name] = save_frozen_weights(
                 target,

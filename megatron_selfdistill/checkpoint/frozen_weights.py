@@ -34,7 +34,6 @@ from megatron_selfdistill.interop.formats.stored_adapters import (
     weight_files,
 )
 from megatron_selfdistill.interop.formats.torch_dist import CONTENT, read_common
-from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +88,7 @@ def save_frozen_weights(
         if _holds_same_weights(target, weights):
             return _stored_id(target)
         if dist.get_rank() == 0:
-            place = hidden(str(target))
-            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
+            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
     found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
     contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
     contents |= weights.sharded_state_dict()
@@ -160,12 +158,10 @@ class AdapterBase:
     """The `base_digest` of the weights; None for random weights, which get one when they are first saved."""
     is_kept: bool
     """Whether the run directory keeps the weights, because the run began at random ones."""
-    is_told: bool = True
-    """Whether a checkpoint names ``load``, which it does not where the value was read from the environment."""
 
     def described(self, path: Path, digest: str) -> StoredAdapters:
         """Return the description of the adapters in the checkpoint ``path``; ``digest``: that of the weights."""
-        place = self.load.absolute() if self.load is not None and not self.is_kept and self.is_told else None
+        place = self.load.absolute() if self.load is not None and not self.is_kept else None
         return StoredAdapters(path, self.settings, digest, place)
 
 
@@ -190,16 +186,15 @@ def adapter_base(config: Config, saved: SavedRun | None) -> AdapterBase | None:
     if config.adapter.rank == 0:
         return None
     load = None if config.checkpoint.load is None else Path(config.checkpoint.load)
-    is_kept, is_told = load is None, ("checkpoint", "load") not in config.from_environment
     if saved is None:
         digest = None if load is None else shared_base_digest(load)
-        return AdapterBase(config.adapter, load, digest, is_kept, is_told)
+        return AdapterBase(config.adapter, load, digest, load is None)
     stored = run_on_rank_0(lambda: read_stored_adapters(saved.path))
     assert stored is not None, f"{saved.path} has no {NAME}"
     load = load or Path(config.run_dir) / KEPT_BASE
     digest = shared_base_digest(load)
     stored.require_base(digest, load, "checkpoint.load")
-    return AdapterBase(config.adapter, load, digest, is_kept, is_told)
+    return AdapterBase(config.adapter, load, digest, load is None)
 
 
 def shared_base_digest(path: Path) -> str:

@@ -30,7 +30,6 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
-from megatron_selfdistill.terminal import hidden
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
@@ -100,7 +99,7 @@ def latest_resumption(
     found = resumption(config, run_data.problems.fingerprint, checkpointer.read(latest))
     if grid.is_reporter:
         for line in (*found.warnings, *_other_prompts(found, run_data.prompts_digest)):
-            logger.warning("%s", hidden(line))
+            logger.warning("%s", line)
     return found
 
 
@@ -184,15 +183,11 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
         raise CheckpointError(f"{saved.path}: an earlier version wrote it, with other keys: start from its weights")
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
-        # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.
         before = {
             field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
             for field in fields(ModelConfig)
             if (value := stored["model"].get(field.name, field.default)) is not MISSING
         }
-        if "${" in str(before):
-            # The checkpoint has the text of an interpolation, whose value nobody knows: only texts can be compared.
-            return differences(stored, now)
         architecture = architecture_from_args(args)
         given_fields = (
             None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}

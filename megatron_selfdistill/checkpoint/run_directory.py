@@ -14,7 +14,6 @@ from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.interop.formats.saved_run import RUN_TEMPLATE
-from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class RunDirectory:
             file.rename(self._unused_name())
         file.write_text(text, encoding="utf-8")
         template = chat_template_text(self._config.data.chat_template)
-        if template is not None and hidden(template) == template:  # no value of the environment gets into a file
+        if template is not None:
             (self.path / RUN_TEMPLATE).write_text(template, encoding="utf-8")
         if self._config.checkpoint.load:
             copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
@@ -67,7 +66,7 @@ class RunDirectory:
     def restore(self) -> None:
         """Write the files of `write` again if the run directory was removed since the launch."""
         if not (self.path / CONFIGURATION_FILE).is_file():
-            logger.warning("%s is not there any more: it is written again", hidden(str(self.path)))
+            logger.warning("%s is not there any more: it is written again", self.path)
             self.write()
 
     def _unused_name(self) -> Path:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from megatron_selfdistill.commands.solution_journal import Journal, summarize
-from megatron_selfdistill.config import Config, writable
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.distributed.collectives import gather_items, run_on_rank_0
@@ -101,7 +101,7 @@ def provenance_of(config: Config, run_data: RunData, model: Path | None, wording
     path, _ = find(Path(config.checkpoint.load))
     names = "engine max_new_tokens temperature top_k top_p".split()
     sampling = {name: getattr(config.rollout, name) for name in names}
-    data = writable(config)["data"]
+    data = asdict(config.data)
     return {
         "model": str((model or path).absolute()),
         "iteration": iteration_of(path),
@@ -139,7 +139,7 @@ class SolutionWork:
             wording += ["teacher_template", "on_long_context"]
         return {
             **provenance_of(self.config, self.run_data, self.model, wording),
-            "verifier": writable(self.config)["evaluation"]["verifier"],
+            "verifier": self.config.evaluation.verifier,
             "confidence": self.config.evaluation.confidence,
             **{name: getattr(solutions, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")},
         }

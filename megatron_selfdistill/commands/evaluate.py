@@ -230,9 +230,7 @@ def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
 def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings on which the numbers depend besides the model and the problems."""
-    from megatron_selfdistill.config import writable
-
-    rollout, data, played = config.rollout, writable(config)["data"], config.environment
+    rollout, data, played = config.rollout, asdict(config.data), config.environment
     return {
         "num_samples": arguments.num_samples,
         "hinted": arguments.hinted,

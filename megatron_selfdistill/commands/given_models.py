@@ -180,8 +180,7 @@ def is_run(path: Path) -> bool:
 def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Config:
     """Return ``config`` with the `SETTINGS` of a run, except the keys and the sections that ``overridden`` names.
 
-    Raises: `ConfigError` for a file that cannot be read, and for a value from the environment, which the file does not
-    hold.
+    Raises: `ConfigError` for a file that cannot be read.
     """
     stored = _configuration(run_dir)
     if stored.get("teachers"):
@@ -197,12 +196,6 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
             for name, value in stored.get(section, {}).items()
             if name in names and f"{section}.{name}" not in overridden
         }
-        for name, value in values.items():
-            if "${" in str(value):
-                raise ConfigError(
-                    f"{run_dir / CONFIGURATION_FILE}: {section}.{name} was read from the environment: set it again, "
-                    f"{section}.{name}=..."
-                )
         replaced = dataclasses.replace(getattr(config, section), **values)
         config = dataclasses.replace(config, **{section: replaced})
     return config

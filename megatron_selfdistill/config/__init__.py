@@ -7,8 +7,7 @@ an impossible value raises `ConfigError` on every rank before anything expensive
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml, writable
-from megatron_selfdistill.config.environment import shown_argument
+from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml
 from megatron_selfdistill.config.functions import function_named, user_code
 from megatron_selfdistill.config.key_list import field_docs, groups, keys, method_keys, unknown_key
 from megatron_selfdistill.config.methods import method_class, method_names
@@ -83,9 +82,7 @@ __all__ = [
     "method_class",
     "method_keys",
     "method_names",
-    "shown_argument",
     "to_yaml",
     "unknown_key",
     "user_code",
-    "writable",
 ]

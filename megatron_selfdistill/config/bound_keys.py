@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config.compose import writable
-from megatron_selfdistill.config.environment import is_secret, is_written_out, shown_value
 from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import settings_of
 from megatron_selfdistill.config.schema.method_config import FOUND, MethodSettings, Needs
@@ -67,7 +64,7 @@ RULES: dict[str, str] = {
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
             *("rollout.ahead", "rollout.at_update"),
             *("rollout.kv_cache_gb", "rollout.record"),
-            *(f"environment.options.{name}" for name in ("url", "api_key", "timeout_s", "retries", "concurrency")),
+            *(f"environment.options.{name}" for name in ("url", "api_key_env", "timeout_s", "retries", "concurrency")),
             *("environment.limits.seconds", "environment.limits.memory_gb", "environment.limits.concurrency"),
             *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
@@ -132,20 +129,9 @@ class KeyDifference:
         return f"{self.key}: {_shown(self.stored)} in the checkpoint, now {_shown(self.now)}"
 
 
-READ_VALUES = "from_environment"
-"""The entry of `stored_values` that maps each bound key whose value was read from the environment to a digest."""
-
-
 def stored_values(config: Config) -> dict[str, Any]:
-    """Return the form of a configuration in a checkpoint: the nested values of `config.writable`, as JSON has them.
-
-    A value that was read from the environment, or is a secret, is stored as its interpolation.  For each such key that
-    is not free, the entry READ_VALUES has a digest of the value, which shows a later change.  Free keys, the place of
-    tokens and passwords, have no digest.
-    """
-    values: dict[str, Any] = json.loads(json.dumps(writable(config)))
-    read = {".".join(map(str, place)): found.value for place, found in config.from_environment.items()}
-    values[READ_VALUES] = {key: _digest(value) for key, value in read.items() if rule_of(key) != FREE}
+    """Return the form of a configuration in a checkpoint: its nested values, as JSON has them."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
 
 
@@ -156,31 +142,13 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     `KEPT` that is null now has its stored value.  A key that this program no longer knows is not compared.
     """
     before, after = (dict(_items(values)) for values in (stored, now))
-    then, today = (
-        values.get(READ_VALUES, {}) | _hide_secrets(items) for values, items in ((stored, before), (now, after))
-    )
     free = _without_effect(before, after)
     found = []
     before |= {key: None for key in KEPT if after.get(key) is None}
     for key in sorted(before.keys() | after.keys()):
-        by_digest = is_secret(key) and key in then and key in today  # in whatever variable the secret is
-        if before.get(key) != after.get(key) and not by_digest:
+        if before.get(key) != after.get(key):
             found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, free)))
-    for key in sorted(then.keys() & today.keys()):
-        if then[key] != today[key]:
-            was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
-            found.append(KeyDifference(key, was, is_now, _rule(key, free)))
     return found
-
-
-def _hide_secrets(items: dict[str, Any]) -> dict[str, str]:
-    """Replace each secret that is written out in ``items``, and return the digests of those that are not free.
-
-    Earlier versions of this program have stored secrets as text.
-    """
-    secrets = {key: value for key, value in items.items() if is_written_out(key, value)}
-    items.update({key: shown_value(key) for key in secrets})
-    return {key: _digest(value) for key, value in secrets.items() if rule_of(key) != FREE}
 
 
 def rule_of(key: str) -> str:
@@ -214,10 +182,6 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
     if not any(map(_has_target, configurations)):
         found.append("target")
     return found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def refusal(found: Sequence[KeyDifference], where: str) -> str | None:

@@ -23,7 +23,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_selfdistill.config.environment import as_written, environment_values
 from megatron_selfdistill.config.key_list import config_dir, entries, groups, keys, kinds, method_kinds, unknown_key
 from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.overrides import explained, for_hydra
@@ -159,11 +158,9 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
         section = OmegaConf.select(given, "method")
         name = str(section.get("name", MethodSettings.name) if isinstance(section, DictConfig) else MethodSettings.name)
         _require_forms(given, name)
-        merged = OmegaConf.merge(_schema(name), values)
-        environment = environment_values(merged)
-        config: Any = OmegaConf.to_object(merged)
-        resolved: Config = dataclasses.replace(config, from_environment=environment)
-        return resolved
+        config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(name), values))
+        assert isinstance(config, Config)
+        return config
     except ConfigError:
         raise
     except (OmegaConfBaseException, ValueError, RecursionError) as error:  # Python's limits on digits and nesting
@@ -203,21 +200,9 @@ def _settings_like(setting: str, own: Collection[str], method: str) -> str:
     return f"{spelt}`selfdistill --keys method={method}` lists its settings"
 
 
-def writable(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested plain values, for files and for the comparison of runs.
-
-    All values are resolved, except those that were read from the environment: they may be secrets, and the result has
-    their interpolations (``${oc.env:NAME}``).  `from_mapping` of the result reads the environment again.  A secret that
-    is written out is replaced by such an interpolation, too (`secret_keys`).
-    """
-    values = dataclasses.asdict(config)
-    del values["from_environment"]
-    return as_written(values, config.from_environment)
-
-
 def to_yaml(config: Config) -> str:
-    """Return the values of `writable` as YAML, the form of config.yaml in the run directory."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(writable(config))))
+    """Return the resolved values as YAML, the form of config.yaml in the run directory."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
 @functools.cache
@@ -226,7 +211,7 @@ def _defaults() -> DictConfig:
 
     All callers share the result, and none changes it.
     """
-    node = OmegaConf.create(writable(Config()) | {"method": {"name": MethodSettings.name}})
+    node = OmegaConf.create(dataclasses.asdict(Config()) | {"method": {"name": MethodSettings.name}})
     OmegaConf.set_struct(node, True)
     OmegaConf.set_struct(node["method"], False)
     for name, (default, _) in keys().items():

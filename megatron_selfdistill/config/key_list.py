@@ -42,8 +42,6 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     out: dict[str, tuple[Any, str]] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
-        if f.metadata.get("omegaconf_ignore"):
-            continue
         section = kinds_of(cls)[f.name]
         if dataclasses.is_dataclass(section) and cls is Config:  # of a method, not its settings are keys, but its name
             out.update(keys(section, f"{prefix}{f.name}."))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.field_checks import require, value_of_variable
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.step_config import ParallelConfig
 from megatron_selfdistill.config.schema.whole_config import Config
@@ -24,6 +24,7 @@ def check_files(config: Config) -> None:
     evaluation = config.evaluation
     if evaluation.path is None and (evaluation.every or evaluation.at_start):
         raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
+    value_of_variable("environment.options.api_key_env", config.environment.options.get("api_key_env"))
     _check_run_dir(config.run_dir)
     replay = config.rollout.replay
     if replay is not None and not os.path.isfile(replay):

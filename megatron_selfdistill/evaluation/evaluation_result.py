@@ -10,7 +10,7 @@ from typing import Any
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.calibration import Calibration
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
-from megatron_selfdistill.terminal import hidden, visible
+from megatron_selfdistill.terminal import visible
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class EvaluationResult:
     def records(self, num_problems: int) -> list[dict[str, Any]]:
         """Return the greedy response and the first sample of the first ``num_problems`` problems, as JSON values.
 
-        Only responses among ``transcripts`` are there.  Prompts hide values that come from the environment.
+        Only responses among ``transcripts`` are there.
         """
         first = {problem.id for problem in self.problems[:num_problems]}
         shown = [t for t in self.transcripts if t.problem_id in first and t.sample in (None, 0)]
-        return [asdict(transcript) | {"prompt": hidden(transcript.prompt)} for transcript in shown]
+        return [asdict(transcript) for transcript in shown]

@@ -41,7 +41,6 @@ from megatron_selfdistill.metrics.leakage import (
     word_pattern,
 )
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
-from megatron_selfdistill.terminal import hidden
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -253,12 +252,10 @@ class _Judge:
         return _Judged(verdict, kept, mentions, end, leakage, confidence, right, grams)
 
     def _kept(self, played: Played, last: str) -> tuple[str, str]:
-        """Return prompt and response as texts: of an episode the conversation up to ``last``, with `hidden` replies."""
+        """Return prompt and response as texts: of an episode the conversation up to ``last``."""
         parts = []
         for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
-            parts.append(
-                f"{response_text(response, self._tokenizer)}\n--- environment\n{hidden(reply)}\n--- turn {number}\n"
-            )
+            parts.append(f"{response_text(response, self._tokenizer)}\n--- environment\n{reply}\n--- turn {number}\n")
         return self._tokenizer.decode(played.prompt), "".join([*parts, last])
 
 

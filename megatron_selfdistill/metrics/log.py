@@ -9,11 +9,11 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.config import Config, function_named, user_code, writable
+from megatron_selfdistill.config import Config, function_named, user_code
 from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.command_line import LINE, Column
 from megatron_selfdistill.errors import ConfigError
@@ -26,7 +26,7 @@ from megatron_selfdistill.run_log import (
     records,
     replace_file,
 )
-from megatron_selfdistill.terminal import hidden, visible
+from megatron_selfdistill.terminal import visible
 
 WANDB_RUN_ID = "wandb_run_id.txt"
 """The file in the run directory with the id of the run on wandb, which all launches of the run share."""
@@ -45,8 +45,7 @@ class LoggedRun:
     """The number of steps that are done: 0 in a new run.  A resumed run may repeat later steps that a killed launch has
     logged."""
     config: Mapping[str, Any]
-    """The configuration as nested plain values, as config.yaml has it: a value from the environment is
-    ``${oc.env:NAME}``."""
+    """The configuration as nested plain values, as config.yaml has it."""
 
 
 class MetricsLogger(Protocol):
@@ -122,7 +121,7 @@ class WandbLogger:
             resume="allow",
             reinit="create_new",
             # A resumed run does not take back the name that somebody has given to it on wandb's pages.
-            name=None if has_id and run.step else os.environ.get("WANDB_NAME") or hidden(run.run_dir.name),
+            name=None if has_id and run.step else os.environ.get("WANDB_NAME") or run.run_dir.name,
             dir=os.environ.get("WANDB_DIR") or str(run.run_dir),
             config=dict(run.config),
             settings=wandb.Settings(**settings),
@@ -197,7 +196,7 @@ class Loggers:
 
 def _one_line(error: Exception) -> str:
     text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-    return hidden(" ".join(text.split()))
+    return " ".join(text.split())
 
 
 logger = logging.getLogger(__name__)
@@ -218,9 +217,8 @@ class MetricsLog:
     configuration as config.yaml has it, once, and everything that is logged.
 
     The console has a line every ``console_every`` steps with the remaining time, and one per minute about a slow phase
-    (`show_phases`).  If ``console_every`` is 0, the log prints nothing.  Console lines hide values
-    that come from the environment (`config.hidden`).  ``output``: a rich Console that replaces standard output.
-    ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
+    (`show_phases`).  If ``console_every`` is 0, the log prints nothing.  ``output``: a rich Console that replaces
+    standard output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
     """
 
     def __init__(
@@ -317,7 +315,7 @@ class MetricsLog:
     def warn(self, warning: str) -> None:
         """Print a warning on the console, and log it where this rank has no console."""
         if self._console is None:
-            logger.warning("%s", hidden(warning))
+            logger.warning("%s", warning)
         self.message(f"warning: {warning}")
 
     def close(self) -> None:
@@ -353,7 +351,7 @@ def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsL
         config.run_dir,
         num_steps=config.num_steps,
         loggers=config.metrics.loggers,
-        config=writable(config),
+        config=asdict(config),
         console_every=config.metrics.console_every,
         enabled=enabled,
     )
@@ -411,7 +409,7 @@ class _Console:
         self._print(console_text(sample, heading, coloured=coloured))
 
     def print(self, text: str) -> None:
-        self._print(visible(hidden(text)))
+        self._print(visible(text))
 
     def _print(self, text: Any) -> None:
         self.output.print(text, markup=False, highlight=False, soft_wrap=not self.output.is_terminal)

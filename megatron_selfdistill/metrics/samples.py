@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.terminal import hidden
 from megatron_selfdistill.terminal import visible as _visible
 
 if TYPE_CHECKING:
@@ -203,11 +202,10 @@ class Sample:
 
 
 def turn_record(turn: EpisodeTurn | None) -> dict[str, Any]:
-    """Return the fields of ``turn`` for a record, with values from the environment hidden; none for None."""
+    """Return the fields of ``turn`` for a record; none for None."""
     if turn is None:
         return {}
-    reply = None if turn.reply is None else hidden(turn.reply)
-    return asdict(replace(turn, hint=hidden(turn.hint), reply=reply))
+    return asdict(turn)
 
 
 def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPair, range]]:
@@ -232,16 +230,13 @@ def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPai
 def sample_of(
     context: ContextPair, hint: SeenHint, numbers: Mapping[str, Sequence[float]], tokenizer: Tokenizer
 ) -> Sample:
-    """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token.
-
-    Prompt and solution hide values that come from the environment.
-    """
+    """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token."""
     texts = pieces(context.response, tokenizer)
     columns = zip(context.response, texts, *(numbers[name] for name in NUMBERS), strict=True)
     return Sample(
         problem_id=context.problem_id,
-        prompt=hidden(tokenizer.decode(context.student_prompt)),
-        solution=hidden(hint.text),
+        prompt=tokenizer.decode(context.student_prompt),
+        solution=hint.text,
         tokens=[_token(*column) for column in columns],
         truncated=context.truncated,
         turn=context.turn,
@@ -308,7 +303,7 @@ def sample_html(sample: Sample) -> str:
 
 def _around(sample: Sample) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each part that is shown before the response."""
-    prompt, solution = sample.prompt, sample.solution if sample.turn is None else hidden(sample.turn.hint)
+    prompt, solution = sample.prompt, sample.solution if sample.turn is None else sample.turn.hint
     yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
     if sample.teacher:
         yield "teacher", sample.teacher

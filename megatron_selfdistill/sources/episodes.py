@@ -29,7 +29,7 @@ from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.on_policy import Generate
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, Sample, SampleKey
-from megatron_selfdistill.terminal import hidden, visible
+from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ def _key(episode: Episode) -> SampleKey:
 def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
     failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
     if failures:
-        first = visible(hidden(failures[0][:2000]))
+        first = visible(failures[0][:2000])
         logger.warning("%d of %d sessions failed, which ends their episodes: %s", len(failures), len(replies), first)
 
 

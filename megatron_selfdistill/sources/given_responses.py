@@ -38,7 +38,7 @@ from megatron_selfdistill.run_data import RunData, turn_reader
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
-from megatron_selfdistill.terminal import hidden, visible
+from megatron_selfdistill.terminal import visible
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def list_skipped(file: Path, messages: Iterable[str]) -> None:
     """Append the messages that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
     have = set(file.read_text(encoding="utf-8", errors="replace").split("\n")) if file.exists() else set()
-    shown = dict.fromkeys(visible(hidden(message)) for message in messages)  # people read the file in a terminal
+    shown = dict.fromkeys(visible(message) for message in messages)  # people read the file in a terminal
     new = [message for message in shown if message not in have]
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(f"{message}\n" for message in new)

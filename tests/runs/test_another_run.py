@@ -162,23 +162,3 @@ def test_a_run_needs_a_directory_and_a_look_at_the_configuration_does_not(data, 
     assert not Path("checkpoints").exists()
     assert main([*arguments, "--print"]) == 0
     assert "run_dir: ''" in capfd.readouterr().out
-
-
-def started_with(variable: str, value: str, arguments: list[str]) -> tuple[int, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(variable, value)
-        return start_and_listen(arguments)
-
-
-def test_the_messages_on_resuming_show_no_value_of_the_environment(ranks, data, run):
-    secret = "unannounced-model"
-    run = run.rename(run.with_name(secret))
-    arguments = overrides(data, run, "num_steps=4", "metrics.console_every=1", "target.k_max=null", "seed=4")
-    arguments += [f"run_dir='{run.parent}/${{oc.env:LAB_MODEL}}'", "checkpoint.resume=force"]
-    (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
-    ((status, output),) = ranks.run(
-        started_with, "LAB_MODEL", secret, arguments, world_size=1, init_process_group=False
-    )
-    assert status == 0 and secret not in output
-    assert "${oc.env:LAB_MODEL}/checkpoints: the run continues from iter_0000003, 3 steps earlier" in output
-    assert "weights, optimizer and teacher are those of " in output

@@ -40,7 +40,7 @@ def offline(work: Callable[..., Any], *arguments: Any) -> Any:
 def run(ranks, data, tmp_path_factory) -> Path:
     """Return the directory of a run of 6 steps whose second launch repeats the steps after the checkpoint of step 3."""
     run_dir = tmp_path_factory.mktemp("wandb") / "first"
-    options = ["metrics.loggers=[tensorboard,wandb]", "data.system_prompt='${oc.env:LAB_PROMPT}'"]
+    options = ["metrics.loggers=[tensorboard,wandb]"]
     arguments = tiny_run.overrides(data, run_dir, *options, "metrics.show_samples=1")
     launch(ranks, arguments)
     tiny_run.go_back_to_step(3, run_dir)
@@ -89,7 +89,6 @@ def test_the_configuration_is_that_of_each_launch_and_no_file_of_wandb_holds_a_s
     files = [run / "config.until_step_3.yaml", run / "config.yaml"]
     for launched, file in zip(wandb_files.launches(run), files, strict=True):
         written = yaml.safe_load(file.read_text())
-        assert written["data"]["system_prompt"] == "${oc.env:LAB_PROMPT}"
         assert wandb_files.configuration(launched) == written
     files = [file for file in (run / "wandb").rglob("*") if file.is_file()]
     assert len(files) > 4 and [file for file in files if SECRET.encode() in file.read_bytes()] == []

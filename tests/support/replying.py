@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from megatron_selfdistill.data.problems import Problem
@@ -27,11 +28,11 @@ class Replying:
 
 
 class Keyed(Replying):
-    """A `Replying` environment that needs a password."""
+    """A `Replying` environment that needs the password in an environment variable."""
 
-    def __init__(self, password: str) -> None:
+    def __init__(self, password_env: str) -> None:
         super().__init__()
-        assert password.isprintable() and "$" not in password, "the password itself, and not its interpolation"
+        self.password = os.environ[password_env]
 
 
 NOT_CALLABLE = "a text"

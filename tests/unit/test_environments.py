@@ -39,9 +39,10 @@ def reply_to(script, said=("-1",), problem=PROBLEM, **options) -> tuple[Reply, l
         return HttpEnvironment(url, **options).reply(problem, said), seen
 
 
-def test_the_request_is_the_conversation_with_the_problem_in_the_metadata():
+def test_the_request_is_the_conversation_with_the_problem_in_the_metadata(monkeypatch):
+    monkeypatch.setenv("LAB_KEY", "secret")
     said = ["-7", "No.", "-1"]
-    _, (request,) = reply_to(lambda n, body: (200, completion(None)), said, model="judge", api_key="secret")
+    _, (request,) = reply_to(lambda n, body: (200, completion(None)), said, model="judge", api_key_env="LAB_KEY")
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
     assert request["body"] == {
         "model": "judge",
@@ -236,9 +237,10 @@ def test_the_timeout_covers_the_connection_to_every_address_of_the_host(monkeypa
     assert time.monotonic() - began < 1.5, "each of the four addresses would take 0.5 s"
 
 
-def test_a_key_that_no_header_may_have_is_not_shown():
+def test_a_key_that_no_header_may_have_is_not_shown(monkeypatch):
+    monkeypatch.setenv("LAB_KEY", "secret\nkey")
     with pytest.raises(RuntimeError, match="HTTP does not allow a header of the request") as error:
-        reply_to(lambda n, body: (200, completion("ok")), api_key="secret\nkey", retries=0)
+        reply_to(lambda n, body: (200, completion("ok")), api_key_env="LAB_KEY", retries=0)
     assert "secret" not in str(error.value)
 
 

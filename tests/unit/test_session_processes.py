@@ -197,6 +197,7 @@ def test_the_environments_process_gets_no_secret_of_the_trainer():
     variables = {"WANDB_API_KEY": "k", "HF_TOKEN": "t", "SELFDISTILL_SERVER_TOKEN": "s", "HOME": "/h"}
     kept = _variables({**variables, "TOKENIZERS_PARALLELISM": "false"})
     assert set(kept) == {"HOME", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
+    assert "HF_TOKEN" in _variables(variables, keep="HF_TOKEN"), "the one that environment.options.api_key_env names"
 
 
 KILLED = """

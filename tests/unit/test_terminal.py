@@ -13,7 +13,7 @@ import pytest
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.sources.given_responses import list_skipped
-from megatron_selfdistill.terminal import _Pipe, guard_standard_error, hide
+from megatron_selfdistill.terminal import _Pipe, guard_standard_error
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +25,21 @@ def restored():
     sys.excepthook = before[1]
 
 
-def test_a_warning_shows_control_characters_as_escapes_and_no_secret(capsys):
-    hide("LAB_SECRET", "s3cr3t-0f-a-warning")
+def test_a_warning_shows_control_characters_as_escapes(capsys):
     guard_standard_error()
-    record = {"msg": "%s is not there", "args": ("\x1b]52;c;eA==\x07/s3cr3t-0f-a-warning",), "levelno": logging.WARNING}
+    record = {"msg": "%s is not there", "args": ("\x1b]52;c;eA==\x07/x",), "levelno": logging.WARNING}
     logging.lastResort.handle(logging.makeLogRecord(record))
-    assert capsys.readouterr().err == "\\x1b]52;c;eA==\\x07/${oc.env:LAB_SECRET} is not there\n"
+    assert capsys.readouterr().err == "\\x1b]52;c;eA==\\x07/x is not there\n"
 
 
-def test_a_traceback_shows_control_characters_as_escapes_and_no_secret(capsys):
-    hide("LAB_SECRET", "s3cr3t-0f-a-traceback")
+def test_a_traceback_shows_control_characters_as_escapes(capsys):
     guard_standard_error()
     try:
-        raise KeyError("inner") from LookupError("\x1b]52;c;eA==\x07 of s3cr3t-0f-a-traceback")
+        raise KeyError("inner") from LookupError("\x1b]52;c;eA==\x07 of x")
     except KeyError as error:
         sys.excepthook(type(error), error, error.__traceback__)
     printed = capsys.readouterr().err
-    assert "LookupError: \\x1b]52;c;eA==\\x07 of ${oc.env:LAB_SECRET}\n" in printed
+    assert "LookupError: \\x1b]52;c;eA==\\x07 of x\n" in printed
     assert printed.endswith("\nKeyError: 'inner'\n") and printed.count("Traceback (most recent call last):") == 1
 
 

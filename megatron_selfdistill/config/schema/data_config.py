@@ -28,12 +28,13 @@ class EnvironmentConfig:
     endpoint with a state for each episode), tools (the methods of a class, which responses call and prompts show) or
     the dotted path of a class, or of a function that makes an environment, such as package.module.Class.  With an
     environment, the reward of a response is the reward of the reply to it, unless method.reward names a function."""
-    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class or the function that name names.  Those of http are url (such as
-    http://host:8000/v1; requests go to url/chat/completions), model, api_key, timeout_s, retries and concurrency (the
-    requests of a rank at the same time).  Those of tools are tools (the dotted path of the class), parser (hermes,
-    llama, glm or a dotted path) and options (the keyword arguments of the class).  Write a key as
-    ${oc.env:ENVIRONMENT_OPTIONS_API_KEY}: the files of the run show this text even for a key that is written out."""
+    http://host:8000/v1; requests go to url/chat/completions), model, api_key_env (the environment variable with the
+    bearer token), timeout_s, retries and concurrency (the requests of a rank at the same time).  Those of tools are
+    tools (the dotted path of the class), parser (hermes, llama, glm or a dotted path) and options (the keyword
+    arguments of the class).  The files of the run show all these values: name the variable of a secret, as api_key_env
+    does, and never write the secret."""
     max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
@@ -57,6 +58,11 @@ class EnvironmentConfig:
             needed = f"environment.name={self.name} needs environment.options.url, such as http://host:8000/v1"
             require(url is not None, needed)
             require_address("environment.options.url", str(url), "http://host:8000/v1")
+            require(
+                "api_key" not in self.options,
+                "environment.options.api_key would be written into the files of the run: put the key into an "
+                "environment variable, and name the variable with environment.options.api_key_env",
+            )
 
     @property
     def exists(self) -> bool:

@@ -81,6 +81,16 @@ def require_address(key: str, address: str, example: str) -> None:
     )
 
 
+def value_of_variable(key: str, variable: str | None) -> str | None:
+    """Return the value of the environment variable that ``key`` names, such as a secret; None if it names none.
+
+    Raises: `ConfigError` if the variable is not set.
+    """
+    value = None if variable is None else os.environ.get(variable, "")
+    require(value != "", f"{key}={variable}: the environment variable {variable} is not set: export it")
+    return value
+
+
 @functools.cache
 def kinds_of(cls: type) -> dict[str, Any]:
     """Return the type of each field of a section, with the ranges that it declares."""

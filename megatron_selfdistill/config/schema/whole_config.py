@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from megatron_selfdistill.config.environment import FromEnvironment, Place
 from megatron_selfdistill.config.methods import default_settings
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig, check_adapters
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
@@ -158,10 +156,6 @@ class Config:
     """The limits beyond which a run is unhealthy."""
     stop: StopConfig = field(default_factory=StopConfig)
     """The reasons to end a run before its last step."""
-    from_environment: Mapping[Place, FromEnvironment] = field(
-        default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
-    )
-    """The values that come from the environment, and secrets, each with its interpolation.  This field is not a key."""
 
     def __post_init__(self) -> None:
         check_fields("", self)

@@ -155,9 +155,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings on which the numbers depend besides the models and the problems."""
-    from megatron_selfdistill.config import writable
-
-    values, rollout = writable(config), config.rollout
+    values, rollout = dataclasses.asdict(config), config.rollout
     names = "system_prompt views student_template teacher_template chat_template chat_template_kwargs fields".split()
     return {
         "seed": config.seed,

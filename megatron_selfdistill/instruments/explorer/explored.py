@@ -25,7 +25,6 @@ from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hin
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.terminal import hidden
 from megatron_selfdistill.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ class ExploredResponse:
         """Return the response as JSON values: texts, lists with a number per token, and blocks of summaries.
 
         The tensors of a block are base64 of little-endian numbers (ids int32, else float32) in the shapes of
-        `LogitSummary`.  ``about``: further entries, such as the step.  Prompt and solution hide values that come from
-        the environment.
+        `LogitSummary`.  ``about``: further entries, such as the step.
         """
         ids = self.context.response
         known = self.summary.ids[self.summary.ids >= 0].long().unique().tolist()
@@ -115,8 +113,8 @@ class ExploredResponse:
             "version": VERSION,
             **about,
             "problem_id": self.context.problem_id,
-            "prompt": hidden(tokenizer.decode(self.context.student_prompt)),
-            "solution": hidden(self.solution),
+            "prompt": tokenizer.decode(self.context.student_prompt),
+            "solution": self.solution,
             "truncated": self.context.truncated,
             **turn_record(self.context.turn),
             "vocab_size": self.vocab_size,

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_selfdistill.config import Config, shown_argument
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
@@ -30,7 +30,7 @@ from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
 from megatron_selfdistill.prechecks import about_packages
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.terminal import hidden, visible
+from megatron_selfdistill.terminal import visible
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",
@@ -53,7 +53,7 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.memory_of_gpu:g}"
     commands = launch_commands(plan.config, arguments)
     for text in (
-        *(visible(hidden(line)) for line in summary(plan)),
+        *(visible(line) for line in summary(plan)),
         title,
         memory_table(plan),
         *((assumptions(plan.time), time_table(plan.time), shares(plan.time), "") if plan.time else ()),
@@ -239,9 +239,9 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
     """Return the commands that launch the plan: with Slurm by this project's scripts, and without Slurm on each node.
 
     Keys and variables that are still missing are shown with a path to fill in.  References to the environment are shown
-    as the user wrote them, and a secret as such a reference.
+    as the user wrote them.
     """
-    kept = [shown_argument(one) for one in arguments if one.split("=")[0] not in ("dry_run", "run_dir")]
+    kept = [one for one in arguments if one.split("=")[0] not in ("dry_run", "run_dir")]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
     kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
@@ -255,7 +255,7 @@ def num_nodes(config: Config) -> int:
 
 def _sbatch(config: Config, overrides: Sequence[str]) -> str:
     nodes = num_nodes(config)
-    variables, options = {"RUN_DIR": hidden(config.run_dir or _RUN_DIR)}, []
+    variables, options = {"RUN_DIR": config.run_dir or _RUN_DIR}, []
     script = "one_node" if nodes == 1 else "many_nodes"
     if _wants_servers(config, overrides):
         script = "rollout_nodes"
@@ -282,8 +282,8 @@ def _server_variables(config: Config) -> dict[str, str]:
     rollout, per_node = config.rollout, _ranks_per_node(config)
     num_servers = rollout.num_servers or len(rollout.servers)
     variables = {
-        "HF_CONFIG": hidden(rollout.hf_config or "/path/to/hf/config"),
-        "SERVER_PYTHON": hidden(rollout.server_python or "python"),
+        "HF_CONFIG": rollout.hf_config or "/path/to/hf/config",
+        "SERVER_PYTHON": rollout.server_python or "python",
         "SERVER_GPUS": str(rollout.engine_tp),
     }
     if config.adapter.rank:
@@ -296,7 +296,7 @@ def _server_variables(config: Config) -> dict[str, str]:
 
 
 def _torchrun(config: Config, overrides: Sequence[str]) -> str:
-    nodes, words = num_nodes(config), [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides]
+    nodes, words = num_nodes(config), [f"run_dir={config.run_dir or _RUN_DIR}", *overrides]
     if config.cluster.num_gpus == 1:
         return shlex.join(["selfdistill", "train", *words])
     # c10d's rendezvous would number the ranks as nodes arrive, but neighbouring ranks should run on neighbouring nodes.

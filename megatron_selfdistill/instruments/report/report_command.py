@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_log import REPORT_FILE
-from megatron_selfdistill.terminal import hidden, print_error, visible
+from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.trainer import Trainer
@@ -132,7 +132,7 @@ class ReportRefresh:
         if reason not in self._warned:
             self._warned.add(reason)
             text = f"the report of {self.run_dir} is not written: {reason}; `selfdistill report` writes it"
-            logger.warning("%s", hidden(text))
+            logger.warning("%s", text)
 
 
 def report_run(trainer: Trainer) -> ReportRefresh:

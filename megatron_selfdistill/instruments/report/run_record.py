@@ -26,7 +26,6 @@ from megatron_selfdistill.run_log import (
     read_samples,
     shortened,
 )
-from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         logger.warning(
             "%s is not the configuration of a run, so the report shows no settings and no texts: %s",
-            hidden(str(path)),
+            path,
             shortened(f"{type(error).__name__}: {error}", 200),
         )
         return {}
@@ -194,7 +193,7 @@ def _trainer_metrics(run_dir: Path) -> Iterator[dict[str, float]]:
             yield {"step": int(line["step"])} | {key: value for key, value in numbers.items() if value is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shortened(f"{type(error).__name__}: {error}", 200)
-        logger.warning("%s is not the log of a Trainer, so numbers are missing: %s", hidden(str(path)), reason)
+        logger.warning("%s is not the log of a Trainer, so numbers are missing: %s", path, reason)
 
 
 TRAINER_STATE_FILE = "trainer_state.json"

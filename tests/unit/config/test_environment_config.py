@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, from_mapping
-from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, rule_of, stored_values
+from megatron_selfdistill.config.bound_keys import BOUND, FREE, rule_of
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.sources import configured_source
 
@@ -35,6 +35,7 @@ def configured(*overrides: str) -> Config:
             "environment.name must be one of none, http, http_sessions, tools, a dotted path (package.module.function)",
         ),
         (["environment.name=http"], "environment.name=http needs environment.options.url, such as http://host:8000/v1"),
+        ([*HTTP, "environment.options.api_key=s3cr3t"], "name the variable with environment.options.api_key_env"),
         (
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "rollout.servers must be an address without a user and a password",
@@ -122,19 +123,8 @@ def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, f
 def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
     for name in ("name", "options.role", "max_turns", "options.model"):
         assert rule_of(f"environment.{name}") == BOUND
-    for name in ("url", "api_key", "timeout_s", "retries", "concurrency"):
+    for name in ("url", "api_key_env", "timeout_s", "retries", "concurrency"):
         assert rule_of(f"environment.options.{name}") == FREE
-
-
-def test_digests_of_values_from_the_environment_stand_beside_the_section_environment(monkeypatch):
-    def stored(value: str, *overrides: str) -> dict:
-        monkeypatch.setenv("SOME_WORDING", value)
-        return stored_values(configured("data.system_prompt=${oc.env:SOME_WORDING}", *overrides))
-
-    before = stored("a")
-    assert [one.key for one in differences(before, stored("b", OWN))] == ["environment.name", "data.system_prompt"]
-    assert [one.key for one in differences(before, stored("b"))] == ["data.system_prompt"]
-    assert not differences(before, stored("a"))
 
 
 def test_a_refusal_imports_no_torch():

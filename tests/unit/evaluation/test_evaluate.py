@@ -19,7 +19,7 @@ from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_selfdistill.config import Config, EvaluationConfig, load
+from megatron_selfdistill.config import Config, EvaluationConfig
 from megatron_selfdistill.data.contexts import ContextCounts
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import Problem, ProblemSet
@@ -108,13 +108,6 @@ def test_the_last_response_of_an_episode_is_judged_and_its_rewards_are_summed():
     assert not [key for key in run(sums(3)).metrics() if "reward" in key or "turns" in key], "without an environment"
     run(sums(3), player=player, hinted=True, num_samples=0, pass_at_k=[])
     assert player.calls[2:] == [(3, 0.0, True)]
-
-
-def test_the_conversation_of_an_episode_hides_what_the_environment_held(monkeypatch):
-    monkeypatch.setenv("LAB_WORDING", "wrong number")
-    load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
-    result = run(sums(1), player=Corrected(), num_samples=0, pass_at_k=[])
-    assert result.transcripts[0].response == "0\n--- environment\n${oc.env:LAB_WORDING}\n--- turn 2\n8"
 
 
 def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:

@@ -209,20 +209,6 @@ def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
     assert [" left" in line for line in lines] == [False, False, True]
 
 
-def test_messages_hide_what_the_environment_held_and_numbers_stay(tmp_path, monkeypatch):
-    from megatron_selfdistill.config import load
-
-    monkeypatch.setenv("LAB_DIGITS", "0.1000")
-    load(["data.path='${oc.env:LAB_DIGITS}'"])
-    output = Console(file=io.StringIO(), force_terminal=False)
-    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
-        log.resume(0)
-        log.message("starts from /a/0.1000")
-        log.log(1, {"loss/mean": 0.1})
-    first, _, step = output.file.getvalue().splitlines()
-    assert first == "starts from /a/${oc.env:LAB_DIGITS}" and step == "step 1 of 9:  loss 0.1000"
-
-
 def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False)
     with MetricsLog(tmp_path, num_steps=9, output=output) as log:

@@ -111,20 +111,16 @@ def test_a_response_of_an_episode_is_chosen_with_the_other_turns_of_the_episode_
     assert chosen(contexts, 3) == [*of_a[:2], (contexts[3], range(4, 7)), (contexts[4], range(7, 8)), of_a[2]]
 
 
-def test_the_record_of_a_turn_says_what_belongs_to_the_turn_and_other_records_stay_as_they_are(monkeypatch):
-    from megatron_selfdistill.config import load
-
-    monkeypatch.setenv("LAB_WORDING", "a secret")
-    load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
+def test_the_record_of_a_turn_says_what_belongs_to_the_turn_and_other_records_stay_as_they_are():
     numbers = {name: [1.0] for name in NUMBERS}
     plain = sample_of(context("a", [4]), SeenHint("all of it"), numbers, Letters())
-    told = turn(1, hint="go to a secret", reply="a secret room")
+    told = turn(1, hint="go to a door", reply="a room")
     of_turn = sample_of(replace(context("a", [4]), turn=told), SeenHint("all of it"), numbers, Letters())
-    hidden = {"hint": "go to ${oc.env:LAB_WORDING}", "reply": "${oc.env:LAB_WORDING} room"}
-    assert of_turn.record() == plain.record() | {"episode": 2, "turn": 1, "reward": 0.5} | hidden
+    own = {"hint": "go to a door", "reply": "a room"}
+    assert of_turn.record() == plain.record() | {"episode": 2, "turn": 1, "reward": 0.5} | own
     assert list(plain.record()) == ["problem_id", "prompt", "solution", "response", "truncated", "tokens"]
     text = console_text(of_turn, "", coloured=False).plain
-    assert "hint: go to ${oc.env:LAB_WORDING}\n" in text and "all of it" not in text
+    assert "hint: go to a door\n" in text and "all of it" not in text
 
 
 def test_the_file_has_all_turns_and_console_and_loggers_show_the_first_one(tmp_path):
@@ -184,18 +180,6 @@ def test_tokens_without_a_loss_are_not_listed_as_the_largest():
     assert "largest loss: 0 at every token: teacher and student agree" in console_text(equal, "", coloured=False).plain
     one = sample_of(context("a", [4, 5]), SeenHint(""), numbers | {"loss": [0.0, 0.5]}, Letters())
     assert "largest loss: 'f' 0.5 (" in console_text(one, "", coloured=False).plain
-
-
-def test_prompt_and_hint_hide_what_the_environment_held(monkeypatch):
-    from megatron_selfdistill.config import load
-
-    monkeypatch.setenv("LAB_WORDING", "bcdefgh")
-    load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
-    numbers = {name: [1.0] for name in NUMBERS}
-    found = sample_of(
-        replace(context("a", [4]), student_prompt=list(range(9))), SeenHint("no bcdefgh"), numbers, Letters()
-    )
-    assert (found.prompt, found.solution) == ("a${oc.env:LAB_WORDING}i", "no ${oc.env:LAB_WORDING}")
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():
