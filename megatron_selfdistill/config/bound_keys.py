@@ -213,20 +213,15 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-        value = _plain(default) if value is _MISSING else value
-        if isinstance(default, dict) or dataclasses.is_dataclass(default):
+        if value is _MISSING:
+            value = list(default) if isinstance(default, tuple) else default
+        if isinstance(default, dict):
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:
             yield key, value
 
 
 _MISSING = object()
-
-
-def _plain(default: Any) -> Any:
-    if dataclasses.is_dataclass(default):
-        return dataclasses.asdict(default)  # type: ignore[arg-type]
-    return list(default) if isinstance(default, tuple) else default
 
 
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:

@@ -7,7 +7,6 @@ One text explains the columns of the console line (`LINE`), which metrics/log.py
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import re
 import sys
@@ -20,11 +19,9 @@ import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from megatron_selfdistill.config import key_list
-from megatron_selfdistill.config.key_list import config_dir
+from megatron_selfdistill.config.key_list import SHORT, config_dir
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
-from megatron_selfdistill.config.schema.whole_config import Config
-from megatron_selfdistill.config.words import SHORT
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.installation import version
 
@@ -95,13 +92,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv`` and
     ``about``: a function that returns the text that --help, --version, --recipes or --keys asks for, or None.
 
-    Raises: `ConfigError`, which names the key, for an option that is none, and for a file that is no configuration.
+    Raises: `ConfigError` for an option that is none, and for a file that is no configuration.
     """
     parser = _parser()
     argv = ["dry_run=true" if word == "--dry-run" else word for word in (sys.argv[1:] if argv is None else argv)]
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        _refuse_option(unknown[0], argv)
+        raise ConfigError(f"{unknown[0]}: there is no such option; settings are key=value (`selfdistill --keys`)")
     arguments.overrides = with_files(arguments.overrides, arguments.config)
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
@@ -119,22 +116,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def with_files(words: Sequence[str], files: Sequence[str] = ()) -> list[str]:
     """Return the overrides in ``words`` behind those of ``files`` and of the YAML files in ``words``, with long names.
 
-    Raises: `ConfigError` for a file that is no configuration, and where a key has two names.
+    Raises: `ConfigError` for a file that is no configuration.
     """
     named = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
     in_files = [override for file in (*files, *named) for override in _overrides_in(Path(file))]
     written = [word for word in words if word not in named]
     return [*key_list.long_names(in_files), *key_list.long_names(written)]
-
-
-def _refuse_option(option: str, argv: Sequence[str]) -> None:
-    """Raise `ConfigError` with the form key=value of an ``option`` that the program does not have."""
-    name, _, value = option.lstrip("-").partition("=")
-    (after,) = argv[argv.index(option) + 1 :][:1] or ["-"]
-    value = value or ("VALUE" if after.startswith("-") or "=" in after else after)
-    key, _, advice = key_list.meant_key(name.replace("-", "_")).partition(": ")
-    setting = f"{key}=VALUE? {advice}" if advice else f"{key}={value}?"
-    raise ConfigError(f"{option}: settings are key=value; did you mean {setting}")
 
 
 def _overrides_in(file: Path) -> list[str]:
@@ -198,12 +185,13 @@ def keys(section: str = "") -> str:
         lines = ["== a first run: `selfdistill --keys WORD` searches all keys, which follow =="]
         shorts = {key: f", {short}" for short, key in SHORT.items()}
         lines += [f"{key + shorts.get(key, ''):<40}{textwrap.shorten(listed[key][1], 79)}" for key in FIRST]
-    for name, title in _sections():
+    for name, cls in key_list.sections().items():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
+            title = (inspect.getdoc(cls) or "").splitlines()[0].rstrip(".")
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [_described(key, *listed[key], kinds) for key in own]
+            lines += [_described(key, *listed[key], kinds[key]) for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -214,22 +202,13 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
 
 
-def _described(key: str, default: Any, doc: str, kinds: Mapping[str, Any]) -> str:
-    """Return the lines of a key; those of a section within a section have the meaning and range of each entry."""
-    if (entries := key_list.entries().get(key)) is None:
-        short = "".join(f"\n    Short: {name}=" for name, long in SHORT.items() if long == key)
-        return f"{key}={default}\n    {doc}{_range(kinds[key])}{short}"
-    shown = dataclasses.asdict(default)
-    ranges = {name: _range(kinds[f"{key}.{name}"]).replace("\n   ", "") for name in entries}
-    lines = [f"\n    {name}: {meaning}{ranges[name]}" for name, (_, meaning) in entries.items()]
-    return f"{key}={shown}\n    {doc}{''.join(lines)}"
-
-
-def _range(kind: Any) -> str:
-    """Return the line with the range of a number or a list of the type ``kind``; other meanings name the choices."""
+def _described(key: str, default: Any, doc: str, kind: Any) -> str:
+    """Return the lines of a key; of a number or a list with the range, since other meanings name the choices."""
     plain, ranges, _ = taken_apart(kind)
-    is_shown = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
-    return f"\n    Range: {described(kind)}." if is_shown else ""
+    has_range = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
+    shown_range = f"\n    Range: {described(kind)}." if has_range else ""
+    short = "".join(f"\n    Short: {name}=" for name, long in SHORT.items() if long == key)
+    return f"{key}={default}\n    {doc}{shown_range}{short}"
 
 
 def at_least_1(text: str) -> int:
@@ -283,14 +262,6 @@ def _more_help(directories: Sequence[Path]) -> str:
             _EXIT_CODES,
         ]
     )
-
-
-def _sections() -> Iterator[tuple[str, str]]:
-    """Yield name and title of each section; the keys that belong to no section have the name ""."""
-    yield "", "the keys of no section"
-    for name, default in vars(Config()).items():
-        if hasattr(type(default), "__dataclass_fields__"):
-            yield name, (inspect.getdoc(type(default)) or "").splitlines()[0].rstrip(".")
 
 
 def _choices(group: str, names: Sequence[str]) -> str:

@@ -10,18 +10,28 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config.methods import method_names, settings_class
+from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.schema.field_checks import kinds_of
+from megatron_selfdistill.config.schema.method_config import MethodSettings
 from megatron_selfdistill.config.schema.whole_config import Config
-from megatron_selfdistill.config.words import SHORT, WORDS
-from megatron_selfdistill.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+SHORT = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "lr": "optimizer.lr",
+    "batch": "data.global_batch_size",
+    "steps": "num_steps",
+}
+"""The short name of a key on a command line -> the key."""
 
 
 def config_dir() -> Path:
@@ -37,18 +47,27 @@ def config_dir() -> Path:
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key.
 
-    A section within a section is one key, whose default is its dataclass.
+    Of the section of the method, only the name is a key; `method_keys` has the settings of a method.
     """
     out: dict[str, tuple[Any, str]] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
         section = kinds_of(cls)[f.name]
-        if dataclasses.is_dataclass(section) and cls is Config:  # of a method, not its settings are keys, but its name
-            out.update(keys(section, f"{prefix}{f.name}."))  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(section):
+            out |= keys(section, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             out[prefix + f.name] = (default, docs.get(f.name, ""))
     return out
+
+
+def sections(cls: type = Config, prefix: str = "") -> dict[str, type]:
+    """Return the name of every section -> its dataclass, depth first; the keys of no section have the name ""."""
+    found: dict[str, type] = {prefix.rstrip("."): cls}
+    for name, kind in kinds_of(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= sections(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found
 
 
 def method_keys(name: str) -> dict[str, tuple[Any, str]]:
@@ -73,29 +92,15 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 @functools.cache
-def entries() -> dict[str, dict[str, tuple[Any, str]]]:
-    """Return each key that is a section within a section -> its entries -> (default, documentation)."""
-    sections = {key: default for key, (default, _) in keys().items() if dataclasses.is_dataclass(default)}
-    return {key: keys(type(default)) for key, default in sections.items()}
-
-
-@functools.cache
 def kinds() -> dict[str, Any]:
-    """Return the type of each key, with the range that it declares; of a section within a section, that of entries."""
-
-    def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, kind in kinds_of(cls).items():
-            if dataclasses.is_dataclass(kind):
-                yield from found(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-            elif prefix + name in keys() or prefix[:-1] in keys():
-                yield prefix + name, kind
-
-    return dict(found(Config, ""))
+    """Return the type of each key, with the range that it declares."""
+    of_sections = {f"{name}.{key}": kind for name, cls in sections().items() for key, kind in kinds_of(cls).items()}
+    return {key: of_sections[key if "." in key else f".{key}"] for key in keys()}
 
 
 def method_kinds(name: str) -> dict[str, Any]:
     """Return the type of each key of the method ``name``, with the range that it declares."""
-    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}  # type: ignore[arg-type]
+    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}
 
 
 def groups() -> dict[str, list[str]]:
@@ -108,50 +113,29 @@ def groups() -> dict[str, list[str]]:
 
 
 def long_names(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line with `SHORT` names replaced by those of the keys.
-
-    Raises: `ConfigError` where a key has two names in ``overrides``.
-    """
-    given = {override.partition("=")[0] for override in overrides}
-    if both := [f"{short} and {key}" for short, key in SHORT.items() if {short, key} <= given]:
-        raise ConfigError(f"{both[0]} are two names of one key: remove one of them")
+    """Return the overrides of a command line with `SHORT` names replaced by those of the keys."""
     return [re.sub("^[a-z]+(?==)", lambda name: SHORT.get(name[0], name[0]), override) for override in overrides]
 
 
-def unknown_key(key: str) -> str | None:
-    """Return a message that names the key that ``key`` may mean, or None if the key exists."""
+def is_key(key: str, known: Mapping[str, tuple[Any, str]]) -> bool:
+    """Return whether ``key`` is one of ``known``, a section of them, or an entry of a mapping or a list of theirs."""
+    parents = (key.rsplit(".", number)[0] for number in range(1, key.count(".") + 1))
+    in_mapping = any(isinstance(known[name][0], dict) for name in parents if name in known)
+    return key in known or key in sections() or in_mapping
+
+
+def unknown_key(key: str, method: str = MethodSettings.name) -> str | None:
+    """Return a message that names the key nearest to ``key``, or None if ``key`` exists for the method ``method``.
+
+    A key with the same last part in another section is nearer than one of a similar spelling.
+    """
     key = key.split("[")[0]  # an element of a list
-    known, (mapping, _, entry) = keys(), key.rpartition(".")
-    if mapping in entries():
-        listed = f"{mapping} has no entry {entry!r}: its entries are {', '.join(entries()[mapping])}"
-        return None if entry in entries()[mapping] else listed
-    if key.startswith("method.") and key not in known:
-        known = {name: one for method in method_names() for name, one in method_keys(method).items()}
-    free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
-    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
-    if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
+    known = {**keys(), **method_keys(method)}
+    if not key or is_key(key, known):
         return None
-    if key in groups():
-        return (
-            f"a file of the group {key} must begin with the line `# @package _global_`: its keys are those of the run"
-        )
-    if key in SHORT:
-        return f"{key} is short for {SHORT[key]} on a command line: a file has the whole name"
-    if word := WORDS.get(key.rpartition(".")[2].replace("-", "_")):
-        called, _, advice = word.partition(": ")
-        return f"{key} is called {called} here{f': {advice}' if advice else ''}"
-    names = [*known] if "." in key else [*known, *sections, *groups()]
-    near = _nearest(key, names)
-    return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
-
-
-def meant_key(word: str) -> str:
-    """Return the key that a word may mean, and after a colon what to do: its own, a short, another's or the nearest."""
-    return SHORT.get(word) or WORDS.get(word) or (word if word in keys() else _nearest(word, [*keys()]))
-
-
-def _nearest(key: str, names: Sequence[str]) -> str:
-    """Return the name with the same last part in another section, or else the name with the most similar spelling."""
     last = key.rpartition(".")[2]
-    same_last = [name for name in names if name.rpartition(".")[2] == last]
-    return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]
+    same_last = [name for name in known if name.rpartition(".")[2] == last]
+    names = [*known] if "." in key else [*known, *filter(None, sections()), *groups()]
+    near = difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]
+    listing = f"selfdistill --keys method={method}" if key.startswith("method.") else "selfdistill --keys"
+    return f"unknown configuration key {key!r}; did you mean {near!r}? (`{listing}` lists all)"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import re
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.config.key_list import config_dir, entries, kinds
+from megatron_selfdistill.config.key_list import config_dir, kinds, sections
 from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 
 INTRODUCTION = """\
@@ -89,13 +87,8 @@ def shown(default: Any) -> str:
 
 def _entry(key: str, default: Any, meaning: str) -> list[str]:
     rule = rule_of(key)
-    of_mapping = entries().get(key)
-    kind = ["a mapping"] if of_mapping else [values(kinds()[key]), f"default `{shown(default)}`"]
-    parts = [*kind, WHEN_RESUMED[rule]]
+    parts = [values(kinds()[key]), f"default `{shown(default)}`", WHEN_RESUMED[rule]]
     lines = [f"[`{key}`](#{key}){{ #{key} }}", f":   {' · '.join(parts)}", "", *_indented(escaped(meaning))]
-    for name, (one, doc) in (of_mapping or {}).items():
-        range_of_entry = f"{values(kinds()[f'{key}.{name}'])}, default `{shown(one)}`"
-        lines += ["", *_indented(f"`{name}` ({range_of_entry}): {escaped(doc)}")]
     for other in WHEN_RESUMED:
         items = sorted(name for name, found in RULES.items() if name.startswith(f"{key}.") and found == other != rule)
         if items:
@@ -128,8 +121,6 @@ def _first_sentence(file: Path) -> str:
 
 
 def _sections() -> Iterator[tuple[str, str]]:
-    """Yield name and title of each section; the keys that belong to no section have the name ""."""
-    yield "", "Keys that belong to no section"
-    for name, default in vars(Config()).items():
-        if dataclasses.is_dataclass(default):
-            yield name, (inspect.getdoc(type(default)) or "").splitlines()[0].rstrip(".")
+    """Yield the name of each section, "" for the keys of no section, and its title."""
+    for name, cls in sections().items():
+        yield name, (inspect.getdoc(cls) or "").splitlines()[0].rstrip(".")

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 rank:"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
     "train, a recipe": ([TRAIN, "recipe=nope"], "Could not find 'recipe/nope'"),
-    "train, a type": ([TRAIN, "num_steps=three"], "num_steps must be a whole number, at least 1"),
+    "train, a type": ([TRAIN, "num_steps=three"], "num_steps: Value 'three' of type 'str' could not be converted"),
     "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
     "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),
     "a plan, no vocabulary": ([TRAIN, *PLAN, "model.vocab_size=null"], "the vocabulary's size is not known"),

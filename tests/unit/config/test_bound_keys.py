@@ -33,6 +33,8 @@ WHOLE_SECTIONS = {
     "report",
     "guards",
     "stop",
+    "optimizer.constants",
+    "optimizer.lr_decay",
 }
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -46,8 +45,7 @@ def test_version_names_this_package_torch_and_megatron(capsys):
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = printed(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
-        shown = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-        assert lines.count(f"{key}={shown}") == 1 and f"    {doc}" in lines
+        assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
     title = "== rollout: The sampling of the student's responses =="
     assert lines.index(title) < lines.index("rollout.engine=megatron")
     assert lines[lines.index("optimizer.lr=1e-06") + 3] == "    Short: lr="
@@ -131,26 +129,9 @@ def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
     assert "seed: 3" in text and "num_steps: 7" in text and "num_layers: 6" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "problems.jsonl"], "--data: settings are key=value; did you mean data.path=problems.jsonl?"),
-        (["--lr", "1e-5", "seed=1"], "--lr: settings are key=value; did you mean optimizer.lr=1e-5?"),
-        (["--learning-rate=1e-5"], "--learning-rate=1e-5: settings are key=value; did you mean optimizer.lr=1e-5?"),
-        (["seed=1", "-lr", "1e-5"], "-lr: settings are key=value; did you mean optimizer.lr=1e-5?"),
-        (
-            ["--num-train-epochs", "3"],
-            "--num-train-epochs: settings are key=value; did you mean num_steps=VALUE? steps = epochs x problems / ",
-        ),
-        (["--run-dir", "runs/first"], "--run-dir: settings are key=value; did you mean run_dir=runs/first?"),
-        (["--max-new-token", "5"], "--max-new-token: settings are key=value; did you mean rollout.max_new_tokens=5?"),
-        (["--bf16", "--lr", "1"], "--bf16: settings are key=value; did you mean optimizer.precision=VALUE?"),
-        (["--verbose"], "--verbose: settings are key=value; did you mean "),
-        (["--conf", "my.yaml"], "--conf: settings are key=value; did you mean "),
-    ],
-)
-def test_an_option_of_another_program_is_answered_with_the_setting(capsys, arguments, message):
-    assert refused(capsys, *arguments).startswith(message)
+def test_an_option_of_another_program_is_refused(capsys):
+    for option in ("--data", "--learning-rate=1e-5", "--conf"):
+        assert f"{option}: there is no such option; settings are key=value" in refused(capsys, "seed=1", option, "x")
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])
@@ -204,8 +185,7 @@ def test_the_configuration_that_a_run_has_written_starts_the_same_run(tmp_path):
         (None, "No such file"),
         ("- a", "expected keys with values, such as data: {path: problems.jsonl}, got ['a']"),
         ("a: [", "expected the node content"),
-        ("learning_rate: 1", "learning_rate is called optimizer.lr here"),
-        ("optimizer: {learning_rate: 1}", "optimizer.learning_rate is called optimizer.lr here"),
+        ("optimizer: {lrr: 1}", "unknown configuration key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_message(capsys, tmp_path, content, words):
