@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
+from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.acceptance import load_rule
 from megatron_selfdistill.data.contexts import (
@@ -164,9 +165,11 @@ class RunData:
         of_data = data.solutions in ("given", "other")
         if not of_data or hint not in (GIVEN, FUNCTION) or only_replies:
             fields["solution"] = None
-        required = of_data and hint == GIVEN and config.reads_solutions
+        required = of_data and hint == GIVEN and config.needs.reads_solutions
         problems = load_problems(_record_source(config, fields), require_solution=required)
-        shown = with_solutions_from(data.solutions, problems.problems, config.seed, required=config.reads_solutions)
+        shown = with_solutions_from(
+            data.solutions, problems.problems, config.seed, required=config.needs.reads_solutions
+        )
         problems = replace(problems, problems=shown)
         max_length = longest_context(config)
         problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
@@ -240,7 +243,7 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
         *(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit),
         section="data",
         teachers=teachers,
-        choice=config.teacher_choice,
+        choice=chosen_by(config.teachers),
     )
 
 

@@ -181,7 +181,9 @@ def _train(
     grid = ranks.initialize(config.parallel, config.seed, shares_memory=by_ipc)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
-        with watchdog.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
+        with watchdog.watched(
+            grid.rank, grid.world_size, stacks, config.stop.hang_timeout_s(config.parallel.distributed_timeout_minutes)
+        ):
             with watchdog.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
                 explore_run(trainer)

@@ -110,7 +110,7 @@ class Trainer:
         chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
-        falls, samples = config.loss_should_fall, student_samples(config)
+        falls, samples = config.needs.loss_should_fall, student_samples(config)
         self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
@@ -229,7 +229,7 @@ class Trainer:
         self.log.log(self.step, metrics)
         for hook in self.after_step:
             hook(self, metrics)
-        if self.config.saves(self.step):
+        if self.config.checkpoint.due(self.step, self.config.num_steps):
             self.save()
         if self.config.checkpoint.async_save:
             self.checkpointer.poll()
@@ -270,7 +270,7 @@ class Trainer:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
-        self.log.log_evaluation_samples(self.step, result.records(0 if hinted else self.config.num_shown_problems))
+        self.log.log_evaluation_samples(self.step, result.records(0 if hinted else _num_shown(self.config)))
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
@@ -355,7 +355,7 @@ def evaluation_options(
     leak_words: Sequence[str],
 ) -> EvaluationOptions:
     """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""
-    num_shown = 0 if hinted else config.num_shown_problems
+    num_shown = 0 if hinted else _num_shown(config)
     return EvaluationOptions(
         params=params,
         num_samples=config.evaluation.num_samples,
@@ -374,7 +374,7 @@ def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method:
 
     ``method`` may have warnings of its own.  Where student and teacher read one prompt, equal weights say the same.
     """
-    speaks = step == 1 and not config.reads_one_prompt
+    speaks = step == 1 and not config.needs.reads_one_prompt
     silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
     warnings = silent, warning_of_an_untrained_step(config, step, metrics)
     of_method = method.warnings(metrics) if method.warnings is not None else []
@@ -429,3 +429,8 @@ def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | No
     if not used:
         return batch, None
     return batch, StepOutput.joined([output for output, _ in used], [num_tokens for _, num_tokens in used])
+
+
+def _num_shown(config: Config) -> int:
+    """Return the number of held-out problems of which an evaluation keeps responses as text."""
+    return config.report.num_problems if config.shows_contents else 0

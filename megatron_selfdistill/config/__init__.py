@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml
 from megatron_selfdistill.config.functions import function_named, user_code
-from megatron_selfdistill.config.key_list import field_docs, groups, keys, method_keys, unknown_key
+from megatron_selfdistill.config.key_list import field_docs, groups, keys, method_keys
 from megatron_selfdistill.config.methods import method_class, method_names
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
@@ -22,12 +22,8 @@ from megatron_selfdistill.config.schema.run_config import (
     EvaluationConfig,
     GuardsConfig,
     MetricsConfig,
-    ReportConfig,
-    StartGuards,
-    StopConfig,
 )
 from megatron_selfdistill.config.schema.step_config import (
-    ClusterConfig,
     LearningRateDecay,
     OptimizerConfig,
     OptimizerConstants,
@@ -35,7 +31,7 @@ from megatron_selfdistill.config.schema.step_config import (
     RecomputeConfig,
     ScheduleConfig,
 )
-from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
+from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.config.world_checks import check_files
 from megatron_selfdistill.errors import ConfigError
@@ -43,7 +39,6 @@ from megatron_selfdistill.errors import ConfigError
 __all__ = [
     "AdapterConfig",
     "CheckpointConfig",
-    "ClusterConfig",
     "Config",
     "ConfigError",
     "ConversationsConfig",
@@ -54,7 +49,6 @@ __all__ = [
     "GivenKeys",
     "GuardsConfig",
     "LearningRateDecay",
-    "LossConfig",
     "MethodSettings",
     "MetricsConfig",
     "ModelConfig",
@@ -63,11 +57,8 @@ __all__ = [
     "OptimizerConstants",
     "ParallelConfig",
     "RecomputeConfig",
-    "ReportConfig",
     "RolloutConfig",
     "ScheduleConfig",
-    "StartGuards",
-    "StopConfig",
     "TargetConfig",
     "TeacherConfig",
     "YarnConfig",
@@ -83,6 +74,5 @@ __all__ = [
     "method_keys",
     "method_names",
     "to_yaml",
-    "unknown_key",
     "user_code",
 ]

@@ -77,7 +77,7 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     """
     name = MethodSettings.name
     try:
-        given = OmegaConf.create(values) if not isinstance(values, DictConfig) else values
+        given = values if isinstance(values, DictConfig) else OmegaConf.create(dict(values))
         name = str(OmegaConf.select(given, "method.name", default=name))
         config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(name), given))
         assert isinstance(config, Config)

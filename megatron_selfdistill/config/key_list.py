@@ -100,7 +100,7 @@ def kinds() -> dict[str, Any]:
 
 def method_kinds(name: str) -> dict[str, Any]:
     """Return the type of each key of the method ``name``, with the range that it declares."""
-    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}
+    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}  # type: ignore[arg-type]
 
 
 def groups() -> dict[str, list[str]]:

@@ -58,7 +58,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require
-from megatron_selfdistill.config.schema.method_config import MEASURED, SAME, STUDENT, TEACHER, MethodSettings, Needs
+from megatron_selfdistill.config.schema.method_config import (
+    MEASURED,
+    SAME,
+    STUDENT,
+    TEACHER,
+    MethodSettings,
+    Needs,
+    sampled_log_probs_key,
+)
 from megatron_selfdistill.config.schema.ranges import DottedPath, OneOf
 from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings
 
@@ -163,8 +171,8 @@ class SelfDistillation:
     def comparable(self) -> bool:
         """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
         config = self.tools.config
-        edits = getattr(self.settings, "select", None) is not None and config.sampled_log_probs_key is None
-        return not edits and (config.needs.samples != TEACHER or config.reads_one_prompt)
+        edits = getattr(self.settings, "select", None) is not None and sampled_log_probs_key(config) is None
+        return not edits and (config.needs.samples != TEACHER or config.needs.reads_one_prompt)
 
     @property
     def clip(self) -> Clip:

@@ -258,7 +258,7 @@ def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[st
     anchor, by more than `SILENT_KL`.
     """
     judged = student_samples(config)
-    differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.reads_one_prompt
+    differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.needs.reads_one_prompt
     advice = first_step_advice(
         config,
         nll=metrics.get("student_nll") if judged else None,

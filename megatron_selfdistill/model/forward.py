@@ -438,7 +438,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
     if cannot is not None:
         return replace(layer, note=f"; not fused, because {cannot}")
     keeping, small = (replace(layer, mode=mode) for mode in FUSED_MODES)
-    if keeping.largest <= limit and config.has_policy_term:
+    if keeping.largest <= limit and config.needs.has_policy_term:
         return replace(small, note="; not keep_gradient, which has no gradient of a policy term")
     if keeping.largest <= limit:
         return keeping

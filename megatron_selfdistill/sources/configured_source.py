@@ -11,6 +11,7 @@ import torch
 
 from megatron_selfdistill.config import Config, function_named, method_class, user_code
 from megatron_selfdistill.config.schema.method_config import TEACHER
+from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import ProblemSampler
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -107,7 +108,7 @@ def _guidance(config: Config, run_data: RunData, judge: Judge) -> Guidance:
     if below is not None:
         check_answers(run_data.problems.problems, judge.verifier)
     rates = SuccessRates(below) if below is not None else None
-    return Guidance(judge, config.rollout.num_samples, rates, config.guide or "")
+    return Guidance(judge, config.rollout.num_samples, rates, guide_of(config.teachers) or "")
 
 
 def configured_sampler(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -43,7 +44,7 @@ def step_coefficients(
         sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
         return TruncatedImportance(to_device_in_one_copy(sampled, grid.device), loss.rollout_correction_cap)
     measured = None
-    if config.measures_log_probs:
+    if config.needs.log_probs == MEASURED:
         with tools.phases("measure"):
             measured = tools.models.token_signals(contexts)
     signals = signals_of(rollouts, measured)

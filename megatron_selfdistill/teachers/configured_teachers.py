@@ -19,7 +19,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -95,7 +95,7 @@ class ConfiguredTeachers(Teachers):
         self._digests = checked_digests(config, saved)
         copies, adapted = teacher_copies(config), list(adapter_teachers(config))
         self._require_room(config, grid, vocab, student, copies)
-        self._joins, last = config.joins_teachers, unwrapped(student[-1])
+        self._joins, last = joins(config.teachers), unwrapped(student[-1])
         if self._joins:
             with raise_on_all_ranks():
                 _require_weight_alone(last)
@@ -150,7 +150,7 @@ class ConfiguredTeachers(Teachers):
     @property
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses: those of teachers.guide."""
-        guide = self._weights.get(self.config.guide or "")
+        guide = self._weights.get(guide_of(self.config.teachers) or "")
         if guide is None or self.config.rollout.guidance == "none":
             return super().role_weights
         return [guide, *([] if self.reference is None else [in_roles(self.reference, "reference")])]

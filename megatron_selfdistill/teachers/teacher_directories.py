@@ -17,6 +17,7 @@ from megatron_selfdistill.checkpoint.external import load_adapters, load_weights
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
+from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -164,9 +165,10 @@ def require_teachers(config: Config) -> None:
             _require_start(key, config, path)
         _require_same_tokenizer(key, config, path)
     others = teacher_architectures(config)
-    if config.guide in adapted or config.guide in others:
+    guide = guide_of(config.teachers)
+    if guide in adapted or guide in others:
         raise ConfigError(
-            f"teachers.guide={config.guide} samples with full weights of the student's architecture, and its directory "
+            f"teachers.guide={guide} samples with full weights of the student's architecture, and its directory "
             "has adapters or another architecture: choose another guide, or rollout.guidance=none"
         )
     for name, model in others.items():

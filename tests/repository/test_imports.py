@@ -34,9 +34,6 @@ EXCEPTIONS = {
 """Module of the core -> the packages and modules of `NEVER_BY_CORE` that it imports nevertheless."""
 REGISTRY = "config.methods"
 """The one module of the core that imports methods by their names."""
-FOR_TYPES = {("config.schema.method_config", "config.schema.whole_config")}
-"""Pairs (module, imported module) of annotations alone: a hook of a method's settings reads all sections."""
-
 LOSS_MAY_IMPORT = {"torch", "triton"}
 # One file may use apex's kernel for weight gradients, where it is installed.
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
@@ -208,10 +205,6 @@ def test_the_on_policy_source_mentions_no_method_and_no_setting_of_one():
 def test_no_modules_import_each_other_in_a_circle():
     modules = {module_of(path).removesuffix(".__init__"): path for path in PACKAGE_FILES}
     graph = {module: imported_modules(path.read_text(), module_of(path), modules) for module, path in modules.items()}
-    for module, imported in FOR_TYPES:
-        path = modules[f"{PACKAGE}.{module}"]
-        assert f"\n    from {PACKAGE}.{imported} import" in path.read_text(), "the import stands under TYPE_CHECKING"
-        graph[f"{PACKAGE}.{module}"].remove(f"{PACKAGE}.{imported}")
     assert circles(graph) == []
 
 

@@ -21,7 +21,6 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.convert_command import _parser as convert_parser
-from megatron_selfdistill.prechecks import needed_packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -109,7 +108,7 @@ def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_pack
     config = load(first[1:])
     parallel = config.parallel
     assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1
-    assert config.cluster.num_gpus is None and needed_packages(config) == []
+    assert config.cluster.num_gpus is None and config.rollout.engine == "megatron"
 
 
 @pytest.mark.parametrize("page", ["own_method", "teachers", "environments"])

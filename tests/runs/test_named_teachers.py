@@ -33,6 +33,7 @@ from tiny_run import (
     with_trainer,
 )
 
+from megatron_selfdistill.config.schema.teachers_config import joins
 from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.merged_weights import merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
@@ -116,7 +117,7 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
         }
         assert all(models[name].config.hidden_size == 48 for name in others)
         own = {name: one.weight for name, one in named.items() if one.weight is not None}
-        if trainer.config.joins_teachers:
+        if joins(trainer.config.teachers):
             expected = gradients_of_products(contexts, student, reference, models, target, vocab_size, own)
         else:
             weights = {name: own.get(name, target.teacher_weight) for name in named}

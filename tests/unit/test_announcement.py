@@ -37,8 +37,10 @@ def test_a_run_with_an_anchor_warns_if_all_hints_are_one_text(solutions, warns):
         (16, 8, "torchrun --nnodes=2 --nproc-per-node=8 -m megatron_selfdistill train"),
     ],
 )
-def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node, launcher):
+def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node, launcher, tmp_path):
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my configs").mkdir()
     if per_node is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
     given = GivenKeys(["recipe=literal", "data.system_prompt=two words"], "quickstart", ["my configs"])

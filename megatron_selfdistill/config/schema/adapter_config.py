@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
-from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     DifferentEntries,
     FilePath,
@@ -18,55 +18,15 @@ from megatron_selfdistill.config.schema.ranges import (
     at_most,
 )
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
-from megatron_selfdistill.config.schema.run_config import CheckpointConfig
-
-_MAX_ENGINE_RANK = 512  # vLLM's
-_ENGINE_ARGUMENTS = ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank", "lora_target_modules", "lora_dtype")
-
-
-def check_adapters(
-    adapter: AdapterConfig, rollout: RolloutConfig, checkpoint: CheckpointConfig, averages: bool
-) -> None:
-    """Raise `ConfigError` where other keys contradict adapters; ``averages``: whether the teacher is an average."""
-    key = f"adapter.rank={adapter.rank}"
-    require(
-        not averages,
-        f"{key} with teacher.weights=ema: the average of low-rank changes has full rank, and averages of the factors "
-        "are no average of the weights: set teacher.weights=frozen or current",
-    )
-    require_engine(adapter, rollout)
-    require(
-        not checkpoint.load_optimizer,
-        f"{key} with checkpoint.load_optimizer=true: the optimizer of a checkpoint belongs to all weights, but a run "
-        "with adapters trains the adapters alone: set it to false",
-    )
-    require(
-        adapter.load is None or checkpoint.load is not None,
-        f"adapter.load={adapter.load} with checkpoint.load=null: these adapters belong to weights: set "
-        "checkpoint.load to their base",
-    )
 
 
 def require_engine(adapter: AdapterConfig, rollout: RolloutConfig) -> None:
     """Raise `ConfigError` where the sampler of ``rollout`` is a vLLM that does not take ``adapter``."""
-    if rollout.engine != "vllm":
-        return
-    key = f"adapter.rank={adapter.rank}"
-    require(
-        adapter.rank <= _MAX_ENGINE_RANK,
-        f"{key} with rollout.engine=vllm: vLLM takes adapters up to rank {_MAX_ENGINE_RANK}: lower it, or set "
-        "rollout.engine=megatron",
-    )
     latent = [name for name in adapter.layers if name in LATENT_LAYERS]
     require(
-        not latent,
+        rollout.engine != "vllm" or not latent,
         f"adapter.layers={adapter.layers} with rollout.engine=vllm: vLLM joins the projections of latent attention "
         f"with its kernels, without adapters: remove {', '.join(latent)}, or set rollout.engine=megatron",
-    )
-    own = [name for name in _ENGINE_ARGUMENTS if name in rollout.engine_args]
-    require(
-        not own,
-        f"rollout.engine_args.{', '.join(own)} with {key}: the adapters of the run decide it: remove it",
     )
 
 
@@ -83,7 +43,7 @@ AdaptedLayer = Annotated[str, OneOf((*LINEAR_LAYERS, *LATENT_LAYERS))]
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(Part, section="adapter"):
     """Low-rank adapters (LoRA): small trained factors beside the frozen weights of linear layers."""
 
     rank: Annotated[int, at_least(0), at_most(2**16)] = 0
@@ -105,9 +65,22 @@ class AdapterConfig:
     """For commands that read a checkpoint of adapters: the checkpoint of the frozen weights below them, where it has
     moved; null takes the place that the adapters state.  A run names these weights with checkpoint.load."""
 
-    def __post_init__(self) -> None:
-        check_fields("adapter", self)
-        require(self.rank == 0 or bool(self.layers), "adapter.layers must name at least one layer, got none")
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where the adapters would be wrong, or would be ignored."""
+        if not self.rank:
+            return
+        require(bool(self.layers), "adapter.layers must name at least one layer, got none")
+        require_engine(self, config.rollout)
+        require(
+            not (config.keeps_teacher and config.teacher.weights == "ema"),
+            f"adapter.rank={self.rank} with teacher.weights=ema: the average of low-rank changes has full rank, and "
+            "averages of the factors are no average of the weights: set teacher.weights=frozen or current",
+        )
+        require(
+            self.load is None or config.checkpoint.load is not None,
+            f"adapter.load={self.load} with checkpoint.load=null: these adapters belong to weights: set "
+            "checkpoint.load to their base",
+        )
 
     @property
     def scale(self) -> float:

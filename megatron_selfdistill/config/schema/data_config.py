@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import (
@@ -15,12 +15,13 @@ from megatron_selfdistill.choices import (
     LONG_CONTEXT_POLICIES,
     SOLUTION_SOURCES,
 )
-from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address, require_range
-from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveFloat, PositiveInt, Text
+from megatron_selfdistill.config.schema.field_checks import Part, require, require_address, require_range
+from megatron_selfdistill.config.schema.method_config import FOUND, GIVEN, HINTED
+from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveInt, Text
 
 
 @dataclass(frozen=True)
-class EnvironmentConfig:
+class EnvironmentConfig(Part, section="environment"):
     """The environment that replies to the sampled responses, with texts and rewards."""
 
     name: Annotated[str, OneOf(("none", "http", "http_sessions", "tools"), or_dotted=True)] = "none"
@@ -44,25 +45,29 @@ class EnvironmentConfig:
     session, which a class with reset and step has: seconds (60; of one reset or step), memory_gb (8; of each of its
     processes; null is none) and concurrency (16; the sessions of a rank that work at the same time)."""
 
-    def __post_init__(self) -> None:
-        check_fields("environment", self)
-        if self.name == "none":
-            self._check_unset()
-        for entry, value in self.limits.items():
-            require_range("a key of environment.limits", Annotated[str, OneOf(tuple(_LIMIT_ENTRIES))], entry)
-            require_range(f"environment.limits.{entry}", _LIMIT_ENTRIES[entry], value)
-        one = self.limits.get("one_sequence", False)
-        require(isinstance(one, bool), f"environment.limits.one_sequence must be true or false, got {one!r}")
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where the episodes would not be those that the keys describe."""
+        if self == EnvironmentConfig():
+            return
+        name, method = f"environment.name={self.name}", f"method.name={config.method.name}"
+        require(self.exists, "the section environment has settings, but environment.name is none: set it")
         if self.name in ("http", "http_sessions"):
-            url = self.options.get("url")
-            needed = f"environment.name={self.name} needs environment.options.url, such as http://host:8000/v1"
-            require(url is not None, needed)
-            require_address("environment.options.url", str(url), "http://host:8000/v1")
+            require_address("environment.options.url", str(self.options.get("url", "")), "http://host:8000/v1")
             require(
                 "api_key" not in self.options,
                 "environment.options.api_key would be written into the files of the run: put the key into an "
                 "environment variable, and name the variable with environment.options.api_key_env",
             )
+        require(
+            config.needs.samples is not None and config.data.kind == "problems" and config.rollout.guidance == "none",
+            f"{name} replies to sampled responses to problems: it needs a method that samples, data.kind=problems and "
+            f"rollout.guidance=none, got {method}, {config.data.kind} and {config.rollout.guidance}",
+        )
+        require(
+            config.needs.hint == GIVEN or not self.one_sequence,
+            f"environment.limits.one_sequence=true needs the prompts of an episode to stay as they were sampled, but "
+            f"{method} gives each turn a hint of its own later: set environment.limits.one_sequence=false",
+        )
 
     @property
     def exists(self) -> bool:
@@ -74,31 +79,9 @@ class EnvironmentConfig:
         """Whether an episode is one sequence of tokens."""
         return bool(self.limits.get("one_sequence", False))
 
-    def _check_unset(self) -> None:
-        for one in fields(self):
-            default = {} if one.default is MISSING else one.default
-            require(
-                getattr(self, one.name) == default,
-                f"environment.{one.name} is a setting of an environment, but environment.name is none: set "
-                f"environment.name, or unset environment.{one.name}",
-            )
-
-
-_LIMIT_ENTRIES = {
-    "tokens": PositiveInt | None,
-    "one_sequence": bool,
-    "seconds": PositiveFloat,
-    "memory_gb": PositiveFloat | None,
-    "concurrency": PositiveInt,
-}
-"""Entry of `EnvironmentConfig.limits` -> its type."""
-
-_VIEW_ENTRIES = {"chat_template_kwargs": dict[str, Any], "system_prompt": Text | None, "generation_prompt": Text | None}
-"""Entry of `DataConfig.views` -> its type."""
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Part, section="data"):
     """The problems, the tokenizer and the prompts."""
 
     kind: Annotated[str, OneOf(DATA_KINDS)] = "problems"
@@ -156,7 +139,7 @@ class DataConfig:
     not read it."""
 
     def __post_init__(self) -> None:
-        check_fields("data", self)
+        super().__post_init__()
         known = {"problem", "solution", "answer", "id", "messages", "tools", "teacher"}
         if self.kind == "conversations":
             known |= {"accepted"}
@@ -169,14 +152,15 @@ class DataConfig:
 
 def check_view(key: str, view: Any) -> None:
     """Raise `ConfigError` unless ``view``, the value of ``key``, is a mapping of what a prompt may have for itself."""
+    entries = {"chat_template_kwargs": dict[str, Any], "system_prompt": Text | None, "generation_prompt": Text | None}
     require(isinstance(view, dict), f"{key} must be a mapping, such as {{system_prompt: Think.}}, got {view!r}")
     for entry, value in view.items():
-        require_range(f"a key of {key}", Annotated[str, OneOf(tuple(_VIEW_ENTRIES))], entry)
-        require_range(f"{key}.{entry}", _VIEW_ENTRIES[entry], value)
+        require_range(f"a key of {key}", Annotated[str, OneOf(tuple(entries))], entry)
+        require_range(f"{key}.{entry}", entries[entry], value)
 
 
 @dataclass(frozen=True)
-class ConversationsConfig:
+class ConversationsConfig(Part, section="conversations"):
     """The training on turns of logged conversations (data.kind=conversations)."""
 
     accepted_rule: Annotated[str, OneOf(ACCEPTED_RULES, or_dotted=True)] = "closing_turn"
@@ -192,5 +176,18 @@ class ConversationsConfig:
     show_contents: bool = False
     """Whether messages about bad records may quote the log, and metrics.show_samples may show its turns."""
 
-    def __post_init__(self) -> None:
-        check_fields("conversations", self)
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where the keys of sampled responses would be ignored, or the hint would be another."""
+        if config.data.kind != "conversations":
+            return
+        require(
+            config.needs.teacher_prompt == HINTED and config.needs.hint != FOUND,
+            "data.kind=conversations needs a method whose teacher sees what follows a turn of the log, such as "
+            f"method.name=default, chat_logs or openclaw, got {config.method.name}",
+        )
+        is_plain = config.rollout.guidance == "none" and config.loss.rollout_correction == "none"
+        require(
+            self.responses != "logged" or is_plain,
+            "conversations.responses=logged samples nothing: unset rollout.guidance and loss.rollout_correction, or "
+            "set conversations.responses=sampled",
+        )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -46,6 +45,24 @@ def check_fields(section: str, values: Any) -> None:
         require_range(f"{section}.{field.name}".lstrip("."), kind, value)
 
 
+class Part:
+    """A section of the configuration, which checks its own keys, and itself against the other sections."""
+
+    _section = ""
+
+    def __init_subclass__(cls, section: str = "", **kwargs: Any) -> None:
+        """Remember the name of the ``section``, with which its keys begin."""
+        super().__init_subclass__(**kwargs)
+        cls._section = section or cls._section
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a value outside of its range."""
+        check_fields(self._section, self)
+
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where other sections of the `Config` ``config`` contradict this section."""
+
+
 _SLOT = re.compile(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})")
 
 
@@ -67,17 +84,10 @@ def _shown_slots(slots: Sequence[str]) -> str:
 def require_address(key: str, address: str, example: str) -> None:
     """Raise `ConfigError`, without a password, unless ``address`` is one of http or https that names no user."""
     shown = re.sub(r"^(\w+://)?[^/]*@", r"\1***@", re.sub(r"[?#].*", "?***", address))
-    try:
-        place = urllib.parse.urlsplit(address)
-        good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
-        good = good and not (place.query or place.fragment)  # requests add their own path at the end
-    except ValueError:  # half of an IPv6 address, or a port out of range
-        good = False
-    require(good, f"{key} must be an address such as {example}, got {shown!r}")
     require(
-        "@" not in place.netloc,
-        f"{key} must be an address without a user and a password, since no request would send them and the files of "
-        f"the run would show them, got {shown!r}: remove the part before the host",
+        re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", address) is not None,
+        f"{key} must be an address such as {example}, without a user and a password, which the files of the run would "
+        f"show, and without ? and #, got {shown!r}",
     )
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.config.schema.field_checks import check_fields, kinds_of
+from megatron_selfdistill.config.schema.field_checks import check_fields, kinds_of, require
 from megatron_selfdistill.config.schema.ranges import Name, OneOf, is_dotted, taken_apart
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config.schema.whole_config import Config
 
 HINTED, SAME = "hinted", "same"
 """Values of `Needs.teacher_prompt`."""
@@ -58,6 +55,88 @@ class Needs:
         """Whether the hint is known only once the responses of a step are sampled."""
         return self.hint in (LATER, FUNCTION)
 
+    @property
+    def reads_solutions(self) -> bool:
+        """Whether the method shows or trains on solutions; others learn from rewards or from samples alone."""
+        return self.teacher_prompt == HINTED or self.samples != STUDENT or self.hint != GIVEN
+
+    @property
+    def reads_one_prompt(self) -> bool:
+        """Whether student and teacher read a response after the prompt that it was sampled after."""
+        return self.teacher_prompt == SAME
+
+    @property
+    def has_policy_term(self) -> bool:
+        """Whether the loss has a term -log p of the response token beside the divergence from a target."""
+        return self.teacher_prompt is not None and self.log_probs is not None
+
+    @property
+    def loss_should_fall(self) -> bool:
+        """Whether the loss is a divergence from a teacher with a given hint, and no reward works against it."""
+        return self.teacher_prompt == HINTED and self.hint == GIVEN and not self.rewards
+
+    def check(self, method: str, config: Any) -> None:
+        """Raise `ConfigError` where the `Config` ``config`` contradicts these needs of ``method``, a key and its name.
+
+        Without these refusals, a run would train on something else than its keys say.
+        """
+        solutions, loss, rollout = config.data.solutions, config.loss, config.rollout
+        own_prompts = self.samples == TEACHER or self.reads_one_prompt
+        compares = self.rewards or self.log_probs is not None or self.hint != GIVEN or self.group_size > 1
+        of_data = config.data.kind == "problems" and self.teacher_prompt == HINTED and self.hint == GIVEN
+        require(
+            solutions not in ("other", "none") or of_data,
+            f"data.solutions={solutions} is a control for hints from the solutions of the data, but {method} with "
+            f"data.kind={config.data.kind} has no such hints: set data.solutions=given",
+        )
+        require(
+            rollout.guidance == "none" or not (own_prompts or self.hint_follows),
+            f"{method} has prompts or hints of its own, which rollout.guidance=mixed does not know when it samples: "
+            "set rollout.guidance=none",
+        )
+        require(
+            not self.reads_one_prompt or config.teacher.weights != "current",
+            f"{method} compares the student with other weights after one prompt: it needs teacher.weights=frozen "
+            "or ema, got current",
+        )
+        require(
+            not (config.logged and self.samples is not None and (own_prompts or compares)),
+            f"{method} needs sampled responses, but conversations.responses=logged samples nothing",
+        )
+        require(
+            config.logged or self.samples is not None or not compares,
+            f"{method} samples nothing, and takes the replies of a log: it needs data.kind=conversations and "
+            f"conversations.responses=logged, got {config.data.kind} and {config.conversations.responses}",
+        )
+        require(
+            config.logged
+            or self.group_size == 1
+            or (config.data.kind == "problems" and rollout.num_samples >= self.group_size),
+            f"{method} compares the responses to one problem: it needs data.kind=problems and at least "
+            f"{self.group_size} for rollout.num_samples, got {config.data.kind} and {rollout.num_samples}",
+        )
+        require(
+            loss.fused != "keep_gradient" or not self.has_policy_term,
+            f"loss.fused=keep_gradient keeps the gradient of the divergence alone, but {method} adds a term of "
+            "another gradient: set loss.fused=low_memory, none or null",
+        )
+        key = sampled_log_probs_key(config)
+        plain = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
+        require(
+            key is None or config.logged or (rollout.temperature > 0 and (rollout.engine != "vllm" or plain)),
+            f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
+            "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
+            f"{rollout.temperature}, {rollout.top_k} and {rollout.top_p}",
+        )
+
+
+def sampled_log_probs_key(config: Any) -> str | None:
+    """Return the key of ``config`` that needs the probability of a response when it was sampled; None if none does."""
+    correction = config.loss.rollout_correction
+    if config.needs.log_probs is not None:
+        return f"method.name={config.method.name}"
+    return f"loss.rollout_correction={correction}" if correction != "none" else None
+
 
 @dataclass(frozen=True)
 class MethodSettings:
@@ -84,10 +163,10 @@ class MethodSettings:
         """The teacher's wording where data.teacher_template is null; None is the wording for solutions."""
         return None
 
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where other keys contradict the method."""
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where other keys of the `Config` ``config`` contradict the method."""
 
-    def require_start(self, config: Config) -> None:
+    def require_start(self, config: Any) -> None:
         """Raise `ConfigError` where a run could not begin: for a setting that names a function that does not exist."""
         settings: Any = self
         for name, kind in kinds_of(settings.__class__).items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS, ROUTER_SCORES
-from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     DottedPath,
     NonNegativeFloat,
@@ -25,7 +25,7 @@ Epsilon = Annotated[float, above(0), at_most(1)]
 
 
 @dataclass(frozen=True)
-class YarnConfig:
+class YarnConfig(Part, section="model.yarn"):
     """The key ``model.yarn``: how YaRN scales the rotary frequencies of ordinary attention.
 
     The entries have Megatron Core's names without ``yarn_``.
@@ -46,12 +46,9 @@ class YarnConfig:
     correction_range_round_to_int: bool = True
     """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
 
-    def __post_init__(self) -> None:
-        check_fields("model.yarn", self)
-
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Part, section="model"):
     """The architecture of the model.
 
     The keys have the names of Megatron Core's ``TransformerConfig`` and ``GPTModel``.
@@ -130,43 +127,20 @@ class ModelConfig:
     """Further fields of ``TransformerConfig`` by their own names; they override the values that this project derives.
     Experts have no balancing loss without moe_aux_loss_coeff: self-distillation alone should not move the router."""
 
-    def __post_init__(self) -> None:
-        check_fields("model", self)
-        self._check_positions()
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where Megatron would build another model without a word."""
         require(
             not (self.qk_layernorm and self.qk_layernorm_all_heads),
             "model.qk_layernorm normalises each head, model.qk_layernorm_all_heads all heads together: set one of them",
         )
-        if self.kv_channels is None:
-            require(
-                self.hidden_size % self.num_attention_heads == 0,
-                f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
-                f"({self.num_attention_heads}), or set model.kv_channels",
-            )
-        groups = self.num_query_groups or self.num_attention_heads
         require(
-            self.num_attention_heads % groups == 0,
-            f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-            f"model.num_query_groups ({groups})",
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
+            f"({self.num_attention_heads}), or set model.kv_channels",
         )
-
-    def _check_positions(self) -> None:
-        """Raise `ConfigError` for scalings of the rotary positions that exclude each other."""
-        interpolated = self.seq_len_interpolation_factor is not None
+        scalings = self.position_embedding_type == "yarn", self.rope_scaling_factor, self.seq_len_interpolation_factor
         require(
-            self.rope_scaling_factor is None or not interpolated,
-            "model.rope_scaling_factor and model.seq_len_interpolation_factor scale the same positions: set one of "
-            "them",
+            sum(map(bool, scalings)) <= 1,
+            "model.position_embedding_type=yarn, model.rope_scaling_factor and model.seq_len_interpolation_factor "
+            "scale the same positions: set one of them",
         )
-        if self.position_embedding_type == "yarn":
-            others = {
-                "rope_scaling_factor": self.rope_scaling_factor is not None,
-                "seq_len_interpolation_factor": interpolated,
-                "rotary_percent": self.rotary_percent != 1,
-            }
-            for name, is_set in others.items():
-                require(
-                    not is_set,
-                    f"model.{name} has no effect with model.position_embedding_type=yarn, which rotates all channels "
-                    "by its own frequencies: do not set it",
-                )

@@ -1,8 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The section ``rollout`` of the schema: how responses are sampled.
-
-`check_ahead` has the rules for responses that are generated ahead of their step.
-"""
+"""The section ``rollout`` of the schema: how responses are sampled."""
 
 from __future__ import annotations
 
@@ -10,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, TRANSFERS, UPDATE_MODES
-from megatron_selfdistill.config.schema.data_config import EnvironmentConfig
-from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address
-from megatron_selfdistill.config.schema.method_config import GIVEN, Needs
+from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
+from megatron_selfdistill.config.schema.method_config import GIVEN
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
@@ -31,11 +27,9 @@ from megatron_selfdistill.config.schema.ranges import (
     at_most,
 )
 
-_MIN_TEMPERATURE = 0.01  # vLLM's
-
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Part, section="rollout"):
     """The sampling of the student's responses."""
 
     engine: Annotated[str, OneOf(ENGINES)] = "megatron"
@@ -116,84 +110,32 @@ class RolloutConfig:
     """JSONL file to which the run writes every response with its step, problem and index of the sample; null is
     none."""
 
-    def __post_init__(self) -> None:
-        check_fields("rollout", self)
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where responses would be sampled in another way than the keys say."""
+        on_servers = self.engine == "vllm" and self.placement == "server"
         require(
-            self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE,
-            f"rollout.temperature must be 0 (greedy) or at least {_MIN_TEMPERATURE}, got {self.temperature}",
+            on_servers == (bool(self.servers) != bool(self.num_servers)),
+            "rollout.engine=vllm with rollout.placement=server needs either rollout.servers (addresses of servers that "
+            "run) or rollout.num_servers (servers that the run starts), and no other sampler has servers",
         )
-        self._check_servers()
-        self._check_guidance()
+        for address in self.servers:
+            require_address("rollout.servers", address, "http://node7:8000")
+        is_plain = self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1
+        require(
+            self.guidance == "none" or (self.engine != "vllm" and is_plain),
+            "rollout.guidance=mixed samples from the target itself, in process: it needs rollout.engine=megatron, "
+            f"rollout.temperature=1 (or 0), top_k=0 and top_p=1, got {self.engine}, {self.temperature}, {self.top_k} "
+            f"and {self.top_p}",
+        )
+        is_whole = config.needs.hint == GIVEN and not config.environment.exists and self.guidance == "none"
+        require(
+            not self.ahead or (on_servers and is_whole),
+            f"rollout.ahead={self.ahead} trains while servers generate: it needs rollout.engine=vllm and "
+            "rollout.placement=server, and no environment, rollout.guidance or method that needs all responses of a "
+            f"step at once, got method.name={config.method.name} and environment.name={config.environment.name}",
+        )
 
     @property
     def is_colocated(self) -> bool:
         """Whether vLLM engines sample in the trainer's own processes, on the trainer's devices."""
         return self.engine == "vllm" and self.placement == "colocated"
-
-    def _check_servers(self) -> None:
-        on_servers = self.engine == "vllm" and self.placement == "server"
-        require(
-            on_servers or not (self.servers or self.num_servers),
-            "rollout.servers and rollout.num_servers need rollout.engine=vllm and rollout.placement=server",
-        )
-        require(
-            not on_servers or bool(self.servers) != bool(self.num_servers),
-            "rollout.placement=server needs either rollout.servers (addresses of servers that run) or "
-            "rollout.num_servers (servers that the run starts)",
-        )
-        for address in self.servers:
-            require_address("rollout.servers", address, "http://node7:8000")
-
-    def _check_guidance(self) -> None:
-        require(
-            self.guidance == "none" or (self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1),
-            "rollout.guidance=mixed samples from the target itself: it needs rollout.temperature=1 (or 0), top_k=0 and "
-            f"top_p=1, got {self.temperature}, {self.top_k} and {self.top_p}",
-        )
-        require(
-            self.guidance == "none" or self.engine != "vllm",
-            "rollout.guidance=mixed with rollout.engine=vllm is not possible, since guided rollouts are sampled in "
-            "process: set rollout.engine=megatron without vLLM servers, or rollout.guidance=none",
-        )
-
-
-def check_ahead(
-    method: str, needs: Needs, rollout: RolloutConfig, environment: EnvironmentConfig, *, samples_responses: bool
-) -> None:
-    """Raise ValueError where servers cannot generate the responses of later steps.
-
-    ``method``: the name of the method.  ``samples_responses``: whether it samples the responses that it trains on.
-    """
-    if not rollout.ahead:
-        return
-    mode = f"rollout.ahead={rollout.ahead}"
-    require(
-        samples_responses and rollout.replay is None,
-        f"{mode} trains on responses while others are being sampled, but this run samples none: set rollout.ahead=0",
-    )
-    require(
-        rollout.engine == "vllm" and rollout.placement == "server",
-        f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
-        f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
-    )
-    for key, (is_set, why) in _needing_all_responses(method, needs, rollout, environment).items():
-        require(not is_set, f"{key} {why}, which are not all there under {mode}: set one of them back")
-    require(
-        rollout.max_staleness >= rollout.ahead,
-        f"{mode} trains on responses of weights that are up to {rollout.ahead} steps old: it needs "
-        f"rollout.max_staleness of at least {rollout.ahead}, got {rollout.max_staleness}",
-    )
-
-
-def _needing_all_responses(
-    method: str, needs: Needs, rollout: RolloutConfig, environment: EnvironmentConfig
-) -> dict[str, tuple[bool, str]]:
-    """Return whether each key needs all responses of a step at once, and why."""
-    return {
-        f"method.name={method}": (needs.hint != GIVEN, "changes the prompts of a step with responses"),
-        f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
-        f"rollout.guidance={rollout.guidance}": (
-            rollout.guidance != "none",
-            "needs one version of the weights for each response",
-        ),
-    }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import LOGGERS, VERIFIERS, VERIFY_LEVELS
-from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
@@ -30,7 +30,7 @@ CONFIDENCE = r"(?i)\bconfidence[\s*]*:[\s*]*([01]?\.\d+|[01])(?!\.?\d|\s*%)"
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Part, section="checkpoint"):
     """The checkpoint that a run starts from, and the checkpoints that it writes."""
 
     load: FilePath | None = None
@@ -54,8 +54,9 @@ class CheckpointConfig:
     the stored weights, optimizer and teacher and the present configuration.  false refuses a directory with
     checkpoints."""
 
-    def __post_init__(self) -> None:
-        check_fields("checkpoint", self)
+    def due(self, step: int, num_steps: int) -> bool:
+        """Return whether a checkpoint is saved after ``step`` of ``num_steps`` steps."""
+        return step == num_steps or (self.save_every > 0 and step % self.save_every == 0)
 
 
 LoggerName = Annotated[str, OneOf(LOGGERS, or_dotted=True)]
@@ -66,7 +67,7 @@ LEAK_WORDS = (
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Part, section="metrics"):
     """The display of the metrics and of some responses of a step.
 
     Metrics are always written to metrics.jsonl in the run directory.
@@ -99,10 +100,9 @@ class MetricsConfig:
     reads the samples once more with every model.  Responses of conversations are saved only with
     conversations.show_contents=true."""
 
-    def __post_init__(self) -> None:
-        check_fields("metrics", self)
-        for word in self.leak_words:
-            require(bool(word.strip()), f"metrics.leak_words must hold words or phrases, got {word!r}")
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` for a blank word, which every text has."""
+        require(all(word.strip() for word in self.leak_words), "metrics.leak_words must hold words, got a blank one")
 
     def teacher_due(self, step: int) -> bool:
         """Return whether ``step``, counted from 1, measures the teacher alone."""
@@ -119,7 +119,7 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Part, section="report"):
     """The report of a run: report.html in the run directory, one file for any browser."""
 
     every: NonNegativeInt | None = None
@@ -131,9 +131,6 @@ class ReportConfig:
     first sample, in evaluation_samples.jsonl in the run directory, for the report.  With conversations, responses are
     kept only with conversations.show_contents=true."""
 
-    def __post_init__(self) -> None:
-        check_fields("report", self)
-
     def due(self, step: int, evaluated: bool) -> bool:
         """Return whether the report is to be written after ``step``, which has or has not ended with an evaluation."""
         if self.every is None:
@@ -142,7 +139,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Part, section="evaluation"):
     """The evaluation on held-out problems, without hints."""
 
     path: FilePath | None = None
@@ -169,24 +166,18 @@ class EvaluationConfig:
     1.  The verifier does not see this text.  Null reads no text: every confidence is the probability of the response.
     """
 
-    def __post_init__(self) -> None:
-        check_fields("evaluation", self)
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where an evaluation would fail after hours of training."""
         worst = max(self.pass_at_k, default=0)
         require(
             worst <= max(self.num_samples, 1),
             f"evaluation.pass_at_k asks for pass@{worst} but evaluation.num_samples is {self.num_samples}",
         )
         try:
-            has_group = self.confidence is None or re.compile(self.confidence).groups >= 1
+            num_groups = 1 if self.confidence_pattern is None else self.confidence_pattern.groups
         except re.error as error:
-            raise ConfigError(
-                f"evaluation.confidence must be a regular expression, got {self.confidence!r}: {error}"
-            ) from error
-        require(
-            has_group,
-            "evaluation.confidence must have a group in parentheses that captures the number, such as "
-            f"'Confidence: ([01]?\\.\\d+|[01])', got {self.confidence!r}",
-        )
+            raise ConfigError(f"evaluation.confidence={self.confidence}: {error}") from error
+        require(num_groups >= 1, f"evaluation.confidence must have a group for the number, got {self.confidence!r}")
 
     @property
     def confidence_pattern(self) -> re.Pattern[str] | None:
@@ -199,7 +190,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class StartGuards:
+class StartGuards(Part, section="guards.start"):
     """The key ``guards.start``: what a run checks before its first update; null turns a check off."""
 
     identity_tolerance: NonNegativeFloat | None = 1e-4
@@ -207,12 +198,9 @@ class StartGuards:
     max_teacher_cross_entropy: NonNegativeFloat | None = None
     """Largest cross-entropy of the teacher on the first responses, in nats per token."""
 
-    def __post_init__(self) -> None:
-        check_fields("guards.start", self)
-
 
 @dataclass(frozen=True)
-class EntropyGuards:
+class EntropyGuards(Part, section="guards.entropy"):
     """The key ``guards.entropy``: the limits of the student's mean entropy; null turns a limit off."""
 
     min_ratio: NonNegativeFloat | None = 0.02
@@ -223,12 +211,9 @@ class EntropyGuards:
     """Smallest rise of the entropy, in nats per token, for which max_ratio stops the run: a tiny reference alone does
     not."""
 
-    def __post_init__(self) -> None:
-        check_fields("guards.entropy", self)
-
 
 @dataclass(frozen=True)
-class GuardsConfig:
+class GuardsConfig(Part, section="guards"):
     """The guards: each stops an unhealthy run with a message and a checkpoint; null turns a guard off."""
 
     start: StartGuards = field(default_factory=StartGuards)
@@ -255,12 +240,9 @@ class GuardsConfig:
     """Largest rise of the share of the sampled responses that end in a loop above its reference.  The run warns of a
     rise above 0.1."""
 
-    def __post_init__(self) -> None:
-        check_fields("guards", self)
-
 
 @dataclass(frozen=True)
-class StopConfig:
+class StopConfig(Part, section="stop"):
     """The reasons besides SIGUSR1 and SIGTERM to end a run early; the run can continue from its last checkpoint."""
 
     time_limit_minutes: Annotated[float, at_least(0), at_most(MAX_WAIT)] | None = None
@@ -272,5 +254,10 @@ class StopConfig:
     that hangs is named, and the run ends with exit status 5; null is 5/6 of parallel.distributed_timeout_minutes, and 0
     is never."""
 
-    def __post_init__(self) -> None:
-        check_fields("stop", self)
+    def hang_timeout_s(self, collective_minutes: float) -> float | None:
+        """Return ``hang_timeout_minutes`` in seconds; None is never.
+
+        ``collective_minutes``: the value of parallel.distributed_timeout_minutes.
+        """
+        minutes = self.hang_timeout_minutes
+        return (collective_minutes * 5 / 6 if minutes is None else minutes) * 60 or None

@@ -7,7 +7,7 @@ Ranks and GPUs share the step, microbatches follow each other, and the optimizer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_selfdistill.choices import (
     GPU_MEMORY_GB,
@@ -19,7 +19,7 @@ from megatron_selfdistill.choices import (
     RECOMPUTE_GRANULARITIES,
     RECOMPUTE_METHODS,
 )
-from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     Decay,
@@ -38,7 +38,7 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Part, section="parallel"):
     """The parallel layout of the model; the rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: Ranks = 1
@@ -59,21 +59,9 @@ class ParallelConfig:
     distributed_timeout_minutes: Annotated[float, above(0), at_most(MAX_WAIT)] = 30.0
     """Minutes that a collective may wait before the run ends."""
 
-    def __post_init__(self) -> None:
-        check_fields("parallel", self)
-        vpp = self.virtual_pipeline_model_parallel_size
-        require(
-            vpp is None or self.pipeline_model_parallel_size > 1,
-            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1",
-        )
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.sequence_parallel=true needs tensor_model_parallel_size > 1",
-        )
-
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class ClusterConfig(Part, section="cluster"):
     """The machines that a run is meant for; dry_run=true without a launch checks the run against them."""
 
     num_gpus: Ranks | None = None
@@ -88,8 +76,8 @@ class ClusterConfig:
     """Host memory of one node that the tensors of a run may take, in GiB.  Subtract a few GiB per rank for the
     processes."""
 
-    def __post_init__(self) -> None:
-        check_fields("cluster", self)
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where the plan of a launch would have another number of GPUs."""
         num_gpus, per_node = self.num_gpus, self.gpus_per_node
         require(
             num_gpus is None or num_gpus <= per_node or num_gpus % per_node == 0,
@@ -103,7 +91,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class RecomputeConfig:
+class RecomputeConfig(Part, section="schedule.recompute"):
     """The key ``schedule.recompute``: what backward recomputes, by Megatron's names without ``recompute_``."""
 
     granularity: Annotated[str, OneOf(RECOMPUTE_GRANULARITIES)] | None = None
@@ -115,12 +103,9 @@ class RecomputeConfig:
     modules: Annotated[list[Name], DifferentEntries()] = field(default_factory=lambda: ["core_attn"])
     """Modules that selective recomputation recomputes, by Megatron's names."""
 
-    def __post_init__(self) -> None:
-        check_fields("schedule.recompute", self)
-
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Part, section="schedule"):
     """The order and the memory of one step in the pipeline."""
 
     pair_order: Annotated[str, OneOf(PAIR_ORDERS)] | None = None
@@ -134,15 +119,12 @@ class ScheduleConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """The activations that backward recomputes instead of keeping them."""
 
-    def __post_init__(self) -> None:
-        check_fields("schedule", self)
-
 
 LearningRate = Annotated[float, at_least(0), at_most(100)]
 
 
 @dataclass(frozen=True)
-class LearningRateDecay:
+class LearningRateDecay(Part, section="optimizer.lr_decay"):
     """The key ``optimizer.lr_decay``: the decay of the learning rate, by Megatron's names without ``lr_decay_``."""
 
     steps: PositiveInt | None = None
@@ -150,12 +132,9 @@ class LearningRateDecay:
     style: Annotated[str, OneOf(LR_DECAY_STYLES)] = "constant"
     """Form of the decay: constant, linear, cosine or inverse-square-root."""
 
-    def __post_init__(self) -> None:
-        check_fields("optimizer.lr_decay", self)
-
 
 @dataclass(frozen=True)
-class OptimizerConstants:
+class OptimizerConstants(Part, section="optimizer.constants"):
     """The key ``optimizer.constants``: constants of Adam and SGD, by the names of Megatron's ``OptimizerConfig``."""
 
     adam_beta1: Decay = 0.9
@@ -167,12 +146,9 @@ class OptimizerConstants:
     sgd_momentum: Decay = 0.0
     """Momentum of SGD."""
 
-    def __post_init__(self) -> None:
-        check_fields("optimizer.constants", self)
-
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Part, section="optimizer"):
     """Megatron's optimizer, its learning rate, and the reduction of gradients over data-parallel ranks."""
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adam"
@@ -201,17 +177,8 @@ class OptimizerConfig:
     overlap_param_gather: bool = False
     """Whether parameters are gathered bucket by bucket while forward runs (distributed optimizer only)."""
 
-    def __post_init__(self) -> None:
-        check_fields("optimizer", self)
-        require(
-            self.min_lr <= self.lr,
-            f"optimizer.min_lr ({self.min_lr}) must not be above optimizer.lr ({self.lr}), from which it decays",
-        )
-        require(
-            self.optimizer != "sgd" or not self.use_distributed_optimizer,
-            "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer "
-            "supports Adam only",
-        )
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where Megatron would gather parameters that nobody has updated."""
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "optimizer.overlap_param_gather=true needs use_distributed_optimizer and overlap_grad_reduce",

@@ -17,7 +17,7 @@ from megatron_selfdistill.choices import (
     TEACHER_OFFLOADS,
     TEACHER_WEIGHTS,
 )
-from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     Decay,
     NonNegativeFloat,
@@ -33,7 +33,7 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Part, section="loss"):
     """The divergence between the target q and the student p, in nats per response token."""
 
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse_kl"
@@ -71,22 +71,17 @@ class LossConfig:
     """Memory that the logits of the largest microbatch may take on a rank under fused=null, in GiB; null is 1/20 of
     cluster.gpu_memory_gb."""
 
-    def __post_init__(self) -> None:
-        check_fields("loss", self)
 
-
-RANGE_OF_K = 16
-"""The factor by which k may lie above or below 1 + w (`loss.target.RANGE`)."""
 MAX_K = 10**6
 TeacherWeight = Annotated[
     float,
     at_least(0),
-    at_most(1000, "a larger weight leaves nothing of the anchor; target.rule=teacher_alone has no anchor"),
+    at_most(1000),  # a larger weight leaves nothing of the anchor
 ]
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class TargetConfig(Part, section="target"):
     """The target q = softmax((w * teacher_logits + anchor_logits) / k)."""
 
     rule: Annotated[str, OneOf(TARGET_RULES)] = "entropy_matched"
@@ -109,9 +104,18 @@ class TargetConfig:
     match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
 
-    def __post_init__(self) -> None:
-        check_fields("target", self)
-        self._check_k()
+    def check(self, config: Any) -> None:
+        """Raise `ConfigError` where the target would be another one than the keys describe."""
+        require(
+            self.k is None or self.rule == "fixed",
+            f"target.k={self.k} is the k of target.rule=fixed, but target.rule is {self.rule}: set target.rule=fixed, "
+            "or target.k=null",
+        )
+        require(
+            isinstance(self.k_max, str | None) or self.rule in ("entropy_matched", "batch"),
+            f"target.k_max={self.k_max} bounds the k that target.rule=entropy_matched and batch solve for, but "
+            f"target.rule is {self.rule}: set target.k_max=null",
+        )
         require(
             self.match in (None, "student", self.anchor),
             f"target.match must be null, student or target.anchor, got {self.match!r} with target.anchor={self.anchor}",
@@ -122,43 +126,24 @@ class TargetConfig:
             "target.anchor=student",
         )
         if self.guided_teacher_weight is not None:
-            self._check_guided_teacher_weight()
-
-    def _check_k(self) -> None:
-        smallest, solves = (1 + self.teacher_weight) / RANGE_OF_K, self.rule in ("entropy_matched", "batch")
-        require(
-            self.k is None or self.rule == "fixed",
-            f"target.k={self.k} is the k of target.rule=fixed, but target.rule is {self.rule}: set target.rule=fixed, "
-            "or target.k=null",
-        )
-        if isinstance(self.k_max, int | float):
             require(
-                solves,
-                f"target.k_max={self.k_max} bounds the k that target.rule=entropy_matched and batch solve for, but "
-                f"target.rule is {self.rule}: set target.k_max=null",
+                self.anchor == "reference",
+                "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
+                "target.teacher_weight",
             )
-            require(
-                self.k_max > smallest,
-                f"target.k_max must be above (1 + target.teacher_weight) / {RANGE_OF_K} = {smallest:g}, or no k is "
-                f"left, got {self.k_max}",
-            )
+            self.require_no_k("target.guided_teacher_weight")
 
-    def _check_guided_teacher_weight(self) -> None:
-        require(
-            self.anchor == "reference",
-            "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
-            "target.teacher_weight",
-        )
-        key, value = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
+    def require_no_k(self, key: str) -> None:
+        """Raise `ConfigError` where one k or k_max is set beside ``key``, a second weight of a teacher's logits."""
+        bound, value = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
         require(
             value is None or isinstance(value, str),
-            f"target.{key}={value} belongs to one teacher weight, and target.guided_teacher_weight sets another: "
-            f"set target.{key}=null" + (" or '1 + w'" if key == "k_max" else ""),
+            f"target.{bound}={value} belongs to one teacher weight, and {key} sets another: set target.{bound}=null",
         )
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Part, section="teacher"):
     """The weights that score the response with the solution in their context."""
 
     weights: Annotated[str, OneOf(TEACHER_WEIGHTS)] = "frozen"
@@ -170,6 +155,3 @@ class TeacherConfig:
     offload: Annotated[str, OneOf(TEACHER_OFFLOADS)] = "none"
     """The place of the teacher's weights, and of a reference's own copy, between steps: none (on the device) or cpu (in
     host memory)."""
-
-    def __post_init__(self) -> None:
-        check_fields("teacher", self)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 from megatron_selfdistill.choices import TEACHER_HINTS
 from megatron_selfdistill.config.schema.data_config import check_view
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_slots
+from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED, STUDENT
 from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
-from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
-from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig, TeacherWeight
+from megatron_selfdistill.config.schema.target_config import TeacherWeight
 
 CHOOSE = "choose"
 """The entry of the key ``teachers`` that is no teacher: the dotted path of the function that chooses for a record."""
@@ -144,59 +144,38 @@ def teacher_of_record(named: object, teachers: Mapping[str, NamedTeacher]) -> st
     return named if isinstance(named, str) and named in teachers else None
 
 
-def check_teachers(
-    teachers: Mapping[str, NamedTeacher],
-    guide: str | None,
-    joined: bool,
-    teacher: TeacherConfig,
-    target: TargetConfig,
-    rollout: RolloutConfig,
-) -> None:
-    """Raise `ConfigError` where other keys contradict ``teachers``.
-
-    ``guide`` and ``joined``: the results of `guide_of` and `joins`.
-    """
+def check_teachers(config: Any) -> None:
+    """Raise `ConfigError` where the key ``teachers`` of ``config`` is wrong, or other keys contradict it."""
+    needs, target, guides = config.needs, config.target, config.rollout.guidance != "none"
+    joined, guide, chosen = joins(config.teachers), guide_of(config.teachers), chosen_by(config.teachers)
     require(
-        teacher.weights == "frozen",
-        f"teachers have weights that stand still: they need teacher.weights=frozen, got {teacher.weights}",
+        "teacher" not in config.data.fields or (bool(config.named_teachers) and chosen is None),
+        "data.fields.teacher names the column with the teacher of a record, but no record names a teacher: set the "
+        "key teachers without choose, or unset data.fields.teacher",
     )
-    _check_guide(teachers, guide, rollout)
-    for name, one in teachers.items():
+    if not config.teachers:
+        return
+    hinted = needs.teacher_prompt == HINTED and needs.hint == GIVEN and needs.samples == STUDENT
+    require(
+        hinted and needs.log_probs is None and not needs.scores and needs.contexts_per_sample == 1,
+        "teachers need a method whose teacher reads sampled responses for the loss alone, with the solutions of "
+        f"the data, such as method.name=default, got method.name={config.method.name}",
+    )
+    require(
+        config.data.kind == "problems" and not config.environment.exists and config.teacher.weights == "frozen",
+        "teachers need the records of data.kind=problems, which name them, teacher.weights=frozen and no environment, "
+        f"got {config.data.kind}, {config.teacher.weights} and environment.name={config.environment.name}",
+    )
+    require(
+        guide is not None or not guides,
+        f"rollout.guidance={config.rollout.guidance} samples from the target of one teacher: set teachers.{GUIDE} to "
+        f"{' or '.join(config.named_teachers)}, or rollout.guidance=none",
+    )
+    for name in (name for name, one in config.named_teachers.items() if one.weight is not None):
+        key = f"teachers.{name}.weight"
         require(
-            one.load is not None or one.is_hinted,
-            f"teachers.{name} has the weights at the start of the run and no hint, which leaves nothing to learn: set "
-            f"teachers.{name}.load, or teachers.{name}.hint=given",
+            target.rule in ("entropy_matched", "fixed") and (not joined or target.anchor == "reference"),
+            f"{key} needs target.rule=entropy_matched or fixed, and with teachers.{JOIN}=product "
+            f"target.anchor=reference, got {target.rule} and {target.anchor}",
         )
-        if one.weight is not None:
-            _check_weight(f"teachers.{name}.weight", target)
-            require(
-                not joined or target.anchor == "reference",
-                f"teachers.{name}.weight with teachers.{JOIN}=product gives each token its own weight, which needs "
-                f"target.anchor=reference, got {target.anchor}: unset the weight, or set teachers.{JOIN}=sum",
-            )
-
-
-def _check_guide(teachers: Mapping[str, NamedTeacher], guide: str | None, rollout: RolloutConfig) -> None:
-    guided = rollout.guidance != "none"
-    require(
-        guide is not None or not guided,
-        f"rollout.guidance={rollout.guidance} samples from the target of one teacher: set teachers.{GUIDE} to "
-        f"{' or '.join(teachers)}, or rollout.guidance=none",
-    )
-    require(
-        guide is None or guided,
-        f"teachers.{GUIDE}={guide} needs rollout.guidance=mixed, got {rollout.guidance}",
-    )
-
-
-def _check_weight(key: str, target: TargetConfig) -> None:
-    bound, value = ("k", target.k) if target.rule == "fixed" else ("k_max", target.k_max)
-    require(
-        target.rule in ("entropy_matched", "fixed"),
-        f"{key} needs target.rule=entropy_matched or fixed, got {target.rule}",
-    )
-    require(
-        value is None or isinstance(value, str),
-        f"target.{bound}={value} belongs to one teacher weight, and {key} sets another: set target.{bound}=null"
-        + (" or '1 + w'" if bound == "k_max" else ""),
-    )
+        target.require_no_k(key)

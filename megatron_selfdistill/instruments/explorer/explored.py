@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -206,8 +207,13 @@ def explore_run(trainer: Trainer) -> None:
         with raise_on_all_ranks():
             if trainer.grid.is_reporter:
                 forget_explored_after(trainer.run_dir, trainer.step)
-    if trainer.config.may_explore and (trainer.config.evaluation.every or trainer.config.evaluation.at_start):
+    if may_explore(trainer.config) and (trainer.config.evaluation.every or trainer.config.evaluation.at_start):
         trainer.before_gradients.append(_save_explored)
+
+
+def may_explore(config: Config) -> bool:
+    """Return whether a run of ``config`` may save samples for the explorer at all."""
+    return config.has_teacher and config.shows_contents and config.metrics.num_explored > 0
 
 
 def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
@@ -216,7 +222,8 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
     The records never stop a run: an error while making or writing them becomes a warning of one line.
     """
     config, step, tokenizer = trainer.config, trainer.step + 1, trainer.run_data.tokenizer
-    if not config.explores(step):
+    due = config.evaluation.due(step, config.num_steps) or (step == 1 and config.evaluation.at_start)
+    if not (due and may_explore(config)):
         return
     trainer.sampler.sleep()
     with trainer.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):

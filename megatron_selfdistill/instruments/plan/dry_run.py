@@ -250,7 +250,8 @@ class _PlannedStep:
         num_samples, longest = (
             (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
         )
-        contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples * config.max_contexts_per_sample
+        per_sample = config.environment.max_turns * config.needs.contexts_per_sample
+        contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples * per_sample
         num_microbatches = microbatches(config, contexts, seq_length // max_length)
         pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
         schedule = simulate(

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.config.schema.teachers_config import joins
+
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -90,7 +92,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": reserved,
     }
-    if (config.joins_teachers or load.other_widths) and stage.projects:
+    if (joins(config.teachers) or load.other_widths) and stage.projects:
         working["output layers of teachers"] = joined_weight_bytes(config, transformer, load)
     training = _gib(resident | working)
     if not config.samples:
@@ -307,10 +309,10 @@ def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Lo
     if not config.has_teacher:
         return 0.0
     tokens = load.response_tokens
-    if load.alternating and not (config.joins_teachers or load.other_widths):
+    if load.alternating and not (joins(config.teachers) or load.other_widths):
         tokens = min(tokens, load.seq_length)
     widths = _teacher_widths(config, transformer, load) or [transformer.hidden_size]
-    width = sum(widths) if config.joins_teachers else max(widths)
+    width = sum(widths) if joins(config.teachers) else max(widths)
     width += transformer.hidden_size if config.is_anchored else 0
     cuts = transformer.context_parallel_size * transformer.tensor_model_parallel_size
     return float(tokens * width / cuts * element_size(config))
@@ -319,7 +321,7 @@ def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Lo
 def joined_weight_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of the output layers ``[v / tp, h]`` that the last stage copies: of a product, or the widest."""
     of_all = sum(_teacher_widths(config, transformer, load))
-    width = of_all if config.joins_teachers else max(load.other_widths.values(), default=0)
+    width = of_all if joins(config.teachers) else max(load.other_widths.values(), default=0)
     return float(load.vocab_size / transformer.tensor_model_parallel_size * width * element_size(config))
 
 

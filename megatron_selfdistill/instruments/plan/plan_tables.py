@@ -28,7 +28,6 @@ from megatron_selfdistill.instruments.plan.memory import (
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
-from megatron_selfdistill.prechecks import about_packages
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.terminal import visible
 
@@ -94,7 +93,6 @@ def summary(plan: Plan) -> list[str]:
         *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g} GiB; processes are not counted",
         *_how_full(plan),
-        *about_packages(config),
     ]
 
 

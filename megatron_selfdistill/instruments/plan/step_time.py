@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.teachers_config import joins
 from megatron_selfdistill.instruments.plan.engines import (
     MEAN,
     Engines,
@@ -252,7 +253,7 @@ class StepTime:
             tied = model.model.share_embeddings_and_output_weights
             tables = 1 if tied else stage.embeds + stage.projects
             layers.append(max(0.0, swapped[name] - tables * self._projection(model) * own))
-        fetched = sum(layers) / (len(layers) if layers and config.joins_teachers else 1)
+        fetched = sum(layers) / (len(layers) if layers and joins(config.teachers) else 1)
         return min(fetched, seconds * HOST_LINK)
 
     @property
@@ -266,7 +267,7 @@ class StepTime:
         Each of several teachers reads an equal share of the responses, and each teacher of a product reads all.
         """
         config, names = self.config, list(self.config.named_teachers)
-        each = 1.0 if config.joins_teachers or not names else 1.0 / len(names)
+        each = 1.0 if joins(config.teachers) or not names else 1.0 / len(names)
         own = (len(names) - len(self.teachers)) * each if names else 1.0
         found = {"teacher": (own, self._student)} if config.has_teacher and own else {}
         return found | {f"teacher {name}": (each, model) for name, model in self.teachers.items()}

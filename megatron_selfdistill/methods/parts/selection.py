@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config.schema.method_config import sampled_log_probs_key
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import is_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def selected_by_function(name: str, rollouts: Sequence[Rollout], tools: MethodTo
     Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function failed,
     returned anything but one text or None for each response, or edited a text that must stay.
     """
-    tokenizer, key = tools.run_data.tokenizer, tools.config.sampled_log_probs_key
+    tokenizer, key = tools.run_data.tokenizer, sampled_log_probs_key(tools.config)
     reason = None if key is None else f"{key} compares p with the probability that the sampled text had"
     function = function_named("method.select", name, {})
     texts = of_groups(function, "selection function", rollouts, tokenizer, tools.grid, keeps_texts=reason)

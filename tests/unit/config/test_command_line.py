@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,6 @@ from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich wandb".split()
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -192,65 +188,6 @@ def test_a_file_that_is_no_configuration_is_one_message(capsys, tmp_path, conten
     if content is not None:
         (tmp_path / "my.yaml").write_text(content)
     assert words in refused(capsys, str(tmp_path / "my.yaml"))
-
-
-REFUSED = {
-    (): "is not set",
-    ("run_dir=here",): "data.path is not set",
-    ("run_dir=here", "data.path="): "data.path is not set",
-    ("run_dir=here", "data.path=x.jsonl"): "data.tokenizer is not set",
-    ("run_dir=here", "data.path=x.jsonl", "checkpoint.load=nowhere"): "nowhere does not exist",
-    ("run_dir=here", "data.path=x.jsonl", "data.tokenizer=y", "evaluation.every=3"): "evaluation.path is not set",
-    ("run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"): "expected a directory",
-    ("traget=1",): "did you mean 'target'?",
-    ("optimizer.lr=inf",): "must be a finite number",
-}
-DESCRIBED = {("--version",): "torch ", ("--keys",): "num_steps=", ("--recipes",): "recipe="}
-IN_A_NEW_PROCESS = f"""
-import contextlib, io, json, os, sys
-from megatron_selfdistill.train import main
-for arguments in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output:
-        status = main(arguments)
-    heavy = sorted(set({HEAVY!r}) & set(sys.modules))
-    print(json.dumps([status, heavy, output.getvalue(), errors.getvalue().splitlines(), os.listdir()]))
-"""
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[tuple[str, ...], list]:
-    """Return, for each command line, its status, the heavy modules, its output, its error lines and the files.
-
-    One new process runs them in order, without a launcher's environment.
-    """
-    lines = [*REFUSED, *DESCRIBED]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
-        "PYTHONPATH": str(REPOSITORY)
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_NEW_PROCESS, json.dumps(lines)],
-        cwd=tmp_path_factory.mktemp("empty"),
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=True))
-
-
-@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
-def test_a_refused_command_line_imports_nothing_heavy(outcomes, arguments):
-    status, heavy, output, errors, files = outcomes[arguments]
-    assert (status, heavy, output, files) == (2, [], "", [])
-    assert len(errors) == 1 and not errors[0].startswith("[rank") and REFUSED[arguments] in errors[0]
-
-
-@pytest.mark.parametrize("arguments", DESCRIBED, ids=" ".join)
-def test_what_the_command_tells_about_itself_imports_nothing_heavy(outcomes, arguments):
-    status, heavy, output, errors, files = outcomes[arguments]
-    assert (status, heavy, errors, files) == (0, [], [], [])
-    assert DESCRIBED[arguments] in output
 
 
 def test_ctrl_c_before_a_run_is_status_130_without_a_traceback(monkeypatch, capsys):

@@ -19,10 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 TWO, GUIDED, CURRENT = "rollout.num_samples=2", "rollout.guidance=mixed", "teacher.weights=current"
 SAMPLED = ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"]
 NAMED = ["method=null"]
-GUIDED_ON_VLLM = (
-    "rollout.guidance=mixed with rollout.engine=vllm is not possible, since guided rollouts are sampled in process: "
-    "set rollout.engine=megatron without vLLM servers, or rollout.guidance=none"
-)
+SERVER = ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"]
 
 
 def one_message(fail: Callable[[], object]) -> str:
@@ -53,74 +50,23 @@ def message_of_load(*overrides: str) -> str:
     ("override", "words"),
     [
         ("method.name=solution", "method.name must be one of"),
-        ("num_steps=0", "num_steps must be at least 1, got 0"),
         ("model.normalization=rmsnorm", "did you mean 'RMSNorm'?"),
-        ("model.num_layers=0", "model.num_layers must be at least 1"),
-        ("model.num_query_groups=0", "model.num_query_groups must be at least 1"),
-        ("model.num_query_groups=3", "must be a multiple of model.num_query_groups (3)"),
-        ("model.position_embedding_type=ropes", "did you mean 'rope'?"),
-        ("model.seq_len_interpolation_factor=0", "model.seq_len_interpolation_factor must be above 0, or null, got 0"),
         ("model.hidden_size=65", "model.hidden_size (65) must be a multiple"),
-        ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size must be at least 1"),
-        ("parallel.expert_tensor_parallel_size=0", "parallel.expert_tensor_parallel_size must be at least 1"),
-        ("parallel.sequence_parallel=true", "needs tensor_model_parallel_size > 1"),
-        ("parallel.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size > 1"),
-        ("data.on_long_context=trunkate_end", "did you mean 'truncate_end'?"),
         ("data.fields.solutoin=hint", "did you mean 'solution'?"),
-        ("data.global_batch_size=0", "data.global_batch_size must be at least 1"),
         ("data.views.taecher={system_prompt: a}", "a key of data.views must be one of student, teacher, got 'taecher'"),
         ("data.views.teacher=3", "data.views.teacher must be a mapping, such as {system_prompt: Think.}, got 3"),
         ("data.views.student.system_promt=a", "must be one of chat_template_kwargs, system_prompt, generation_prompt"),
         ("data.views.student.generation_prompt=[1]", "data.views.student.generation_prompt must be a text, or null"),
         ("data.views.student.chat_template_kwargs=3", "data.views.student.chat_template_kwargs must be a mapping"),
-        ("rollout.engine=sglang", "rollout.engine must be one of megatron, vllm"),
-        ("rollout.placement=remote", "rollout.placement must be one of colocated, server"),
-        ("rollout.transfer=rdma", "rollout.transfer must be one of shared_memory, gloo, nccl, ipc"),
-        ("rollout.timeout_s=0", "rollout.timeout_s must be above 0, got 0"),
-        ("rollout.servers=[http://n1:8000]", "need rollout.engine=vllm and rollout.placement=server"),
-        ("loss.rollout_correction=clipped", "loss.rollout_correction must be one of none, truncated"),
-        ("loss.rollout_correction_cap=0", "loss.rollout_correction_cap must be above 0, got 0"),
-        ("data.solutions=mine", "data.solutions must be one of given, answer, other, none, got"),
-        ("rollout.top_p=0", "rollout.top_p must be above 0, got 0"),
-        ("rollout.temperature=-1", "rollout.temperature must be at least 0"),
-        ("target.rule=entropy", "target.rule must be one of"),
+        ("rollout.servers=[http://n1:8000]", "needs either rollout.servers"),
         ("target.k_max=abc", "target.k_max must be one of null, 1 + w, a number, got 'abc'"),
-        ("target.k_max=0", "target.k_max must be"),
-        ("target.k_max=true", "target.k_max must be"),
-        ("target.k_max=0.1", "target.k_max must be above (1 + target.teacher_weight) / 16 = 0.109375"),
         ("target.k=2", "target.k=2.0 is the k of target.rule=fixed, but target.rule is entropy_matched"),
-        (
-            "target.teacher_weight=1001",
-            "must be at most 1000, got 1001.0: a larger weight leaves nothing of the anchor",
-        ),
-        ("loss.skip_first_tokens=256", "loss.skip_first_tokens must be below rollout.max_new_tokens=256"),
-        ("target.k=-1", "target.k must be at least 0.01, or null, got -1"),
-        ("loss.divergence=kl", "loss.divergence must be one of"),
-        ("loss.backend=cuda", "loss.backend must be one of torch, triton, or null, got 'cuda'"),
-        ("loss.fused=always", "loss.fused must be one of none, keep_gradient, low_memory"),
-        ("loss.fused_chunk_tokens=0", "loss.fused_chunk_tokens must be at least 1"),
-        ("loss.max_logits_gb=-1", "loss.max_logits_gb must be at least 0"),
-        ("loss.jsd_lambda=1", "loss.jsd_lambda must be below 1, got 1"),
-        ("teacher.weights=eam", "did you mean 'ema'?"),
-        ("teacher.ema_decay=1", "teacher.ema_decay must be below 1, got 1"),
-        ("schedule.pair_order=alternate", "did you mean 'alternating'?"),
-        ("optimizer.precision=fp16", "optimizer.precision must be one of bf16, fp32"),
-        ("optimizer.constants.adam_beta2=1", "optimizer.constants.adam_beta2 must be below 1, got 1"),
-        ("optimizer.lr_warmup_steps=-1", "optimizer.lr_warmup_steps must be at least 0"),
         ("optimizer.overlap_param_gather=true", "needs use_distributed_optimizer and overlap_grad_reduce"),
-        ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
-        (
-            "metrics.loggers=[wandbb]",
-            "metrics.loggers[0] must be one of tensorboard, wandb, a dotted path (package.module.function), got ",
-        ),
-        (
-            "metrics.loggers=[wandb,wandb]",
-            "metrics.loggers must be a list of different entries, got",
-        ),
-        ("metrics.console_every=-1", "metrics.console_every must be at least 0"),
+        ("metrics.loggers=[wandbb]", "metrics.loggers[0] must be one of tensorboard, wandb, a dotted path"),
+        ("metrics.loggers=[wandb,wandb]", "metrics.loggers must be a list of different entries, got"),
         ("evaluation.pass_at_k=[4]", "pass@4 but evaluation.num_samples is 1"),
-        ("evaluation.pass_at_k=[0]", "evaluation.pass_at_k[0] must be at least 1, got 0"),
-        ("guards.patience=0", "guards.patience must be at least 1"),
+        ("evaluation.confidence='(a'", "evaluation.confidence"),
+        ("evaluation.confidence=a", "evaluation.confidence must have a group for the number"),
     ],
 )
 def test_an_impossible_value_is_one_message(override, words):
@@ -133,11 +79,12 @@ def test_an_impossible_value_is_one_message(override, words):
         ["model.rope_scaling_factor=8", "model.seq_len_interpolation_factor=2"],
         *(
             ["model.position_embedding_type=yarn", f"model.{other}"]
-            for other in ("rope_scaling_factor=8", "seq_len_interpolation_factor=2", "rotary_percent=0.5")
+            for other in ("rope_scaling_factor=8", "seq_len_interpolation_factor=2")
         ),
+        ["model.qk_layernorm=true", "model.qk_layernorm_all_heads=true"],
     ],
 )
-def test_scalings_of_positions_that_exclude_each_other_are_refused(overrides):
+def test_settings_of_the_model_that_exclude_each_other_are_refused(overrides):
     assert overrides[1].split("=")[0] in message_of(*overrides)
 
 
@@ -152,16 +99,15 @@ IMPOSSIBLE_WORLDS = [
     (6, [MOE, f"{EP}=4"], "world size 6 must be a multiple of ETP x EP x PP = 1 x 4 x 1 = 4"),
     (2, [f"{EP}=2"], "needs a mixture of experts (model.num_moe_experts)"),
     (3, [MOE, f"{EP}=3"], "model.num_moe_experts (4) must be a multiple of EP (3)"),
-    (8, [f"{TP}=8"], "model.num_attention_heads (4) must be a multiple of tensor_model_parallel_size (8)"),
+    (8, [f"{TP}=8"], "model.num_attention_heads (4) must be a multiple of TP (8)"),
     (4, [f"{TP}=4", "model.num_query_groups=2"], "model.num_query_groups (2) must be a multiple of"),
     (4, [f"{TP}=4", "model.ffn_hidden_size=66"], "model.ffn_hidden_size (66) must be a multiple of"),
-    (3, [f"{PP}=3"], "model.num_layers (2) must be a multiple of PP x VPP = 3"),
-    (2, [f"{PP}=2", f"{VPP}=2"], "model.num_layers (2) must be a multiple of PP x VPP = 4"),
-    (2, [f"{TP}=2", MOE], "needs parallel.sequence_parallel=true"),
+    (3, [f"{PP}=3"], "model.num_layers (2) must be a multiple of PP x VPP (3)"),
+    (2, [f"{PP}=2", f"{VPP}=2"], "model.num_layers (2) must be a multiple of PP x VPP (4)"),
     (
         4,
         [f"{TP}=4", "parallel.sequence_parallel=true", MOE, "model.moe_ffn_hidden_size=6"],
-        "model.moe_ffn_hidden_size (6) must be a multiple of the tensor parallelism inside an expert (4)",
+        "model.moe_ffn_hidden_size (6) must be a multiple of ETP (4)",
     ),
     (64, [], "data.global_batch_size (32) must be at least the number of data-parallel ranks (64)"),
 ]
@@ -219,57 +165,41 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "samples from the target itself"),
-        ([GUIDED, "rollout.engine=vllm"], GUIDED_ON_VLLM),
-        ([GUIDED, "rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"], GUIDED_ON_VLLM),
+        (
+            [GUIDED, "rollout.engine=vllm"],
+            "in process: it needs rollout.engine=megatron",
+        ),
         (["target.rule=fixed", "target.k_max=2"], "target.k_max=2 bounds the k that target.rule=entropy_matched and"),
         (["target.rule=fixed", "target.k_max=2", "target.k=1"], "but target.rule is fixed: set target.k_max=null"),
-        (["target.teacher_weight=3", "target.k_max=0.25"], "(1 + target.teacher_weight) / 16 = 0.25, or no k is left"),
         (["target.rule=batch", "target.k=2"], "target.k=2.0 is the k of target.rule=fixed, but target.rule is batch"),
         (["rollout.guidance=mixed", "rollout.top_p=0.9"], "samples from the target itself"),
-        (["loss.rollout_correction=truncated", "method.name=sft"], "samples nothing"),
-        (
-            ["method.name=own_solutions", "method.pick=longest"],
-            "method.pick must be one of shortest, most_likely, random, learnable",
-        ),
         (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
         (
             ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
-            "vLLM reports log-probs at temperature 1 only",
+            "vLLM reports at temperature 1 only",
         ),
-        (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
         (["data.solutions=answer", "method.name=sft"], "leave data.solutions=given, got answer"),
         (["data.solutions=other", "method.name=grpo", TWO], "data.solutions=other is a control for hints from the"),
         (["data.solutions=none", "method.name=sdpo", TWO], "data.solutions=none is a control for hints from the"),
         (["method.name=grpo", TWO, "method.weight=0"], "method.weight must be above 0, got 0"),
         (["method.name=opsd_rl", "method.distill_weight=0"], "method.distill_weight must be above 0, got 0"),
         (["method.name=grpo"], "method.name=grpo compares the responses to one problem: it needs data.kind=problems"),
-        (["method.name=sdpo"], "method.name=sdpo compares the responses to one problem"),
-        (["method.name=scope"], "method.name=scope compares the responses to one problem"),
-        (["method.name=uni_opd"], "method.name=uni_opd compares the responses to one problem"),
-        (["method.name=caopd"], "method.name=caopd compares the responses to one problem"),
-        (["method.name=sdpo", "method.hints=peer_or_feedback"], "compares the responses to one problem"),
-        (["method.name=sod", "method.turn_gain=-1"], "method.turn_gain must be at least 0, got -1"),
-        ([*SAMPLED, "rollout.temperature=0"], "rollout.temperature=0 (greedy) samples none"),
+        ([*SAMPLED, "rollout.temperature=0"], "which rollout.temperature=0 does not have"),
         (
             ["method.name=grpo", TWO, "rollout.engine=vllm", "rollout.top_k=5"],
-            "method.name=grpo needs the log-probs of sampled tokens, and vLLM reports log-probs at temperature 1 only",
+            "method.name=grpo needs the log-probs of sampled tokens",
         ),
-        (["method.name=sdpo", TWO, GUIDED], "knows a hint only after the responses are sampled"),
-        (["method.name=sdpo", "method.hints=feedback", GUIDED], "knows a hint only after the responses are sampled"),
-        (["method.name=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
-        (["method.name=grpo", TWO, "method.clip_low=1.5"], "method.clip_low must be at most 1, or null, got 1.5"),
+        (["method.name=sdpo", TWO, GUIDED], "method.name=sdpo has prompts or hints of its own"),
         ([*SAMPLED, "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
         (["method.name=pi_distill", TWO, "method.weight=0"], "method.weight must be above 0, got 0"),
         (["method.name=pi_distill", TWO, "method.alpha=2"], "method.alpha must be at most 1, got 2"),
-        (["method.view=privileged", GUIDED], "method.name=default samples after the hint alone"),
+        (["method.view=privileged", GUIDED], "method.name=default has prompts or hints of its own"),
         (["method.view=secret"], "method.view must be one of plain, privileged, got 'secret'"),
-        (["method.name=sft", "method.select=a.b"], "method.name=sft has no setting select"),
+        (["method.name=sft", "method.select=a.b"], "unknown configuration key 'method.select'"),
         (
             ["method.name=openclaw"],
             "it needs data.kind=conversations and conversations.responses=logged, got problems and",
         ),
-        (["method.name=skill_sd", TWO, "method.keep=0"], "method.keep must be at least 1"),
-        (["method.name=skill_sd", TWO, "method.exploration=-1"], "method.exploration must be at least 0"),
         (
             ["method.name=openclaw", "method.judge=oracle"],
             "method.judge must be one of model, a dotted path (package.module.function), got 'oracle'",
@@ -281,13 +211,22 @@ def test_parallel_sizes_are_checked_without_torch():
         (["method.select=a..b"], "method.select must be a dotted path (package.module.function), or null, got 'a..b'"),
         (["method.name=caopd", TWO, "loss.rollout_correction=truncated"], "method.name=caopd edits responses"),
         (["method.name=grpo", TWO, "method.kl_weight=1", CURRENT], "compares the student with other weights after"),
-        (["method.name=grpo", TWO, "method.kl_weight=1", GUIDED], "it needs rollout.guidance=none, and no logged"),
+        (["method.name=grpo", TWO, "method.kl_weight=1", GUIDED], "method.name=grpo has prompts or hints of its own"),
         (["method.name=rlt", "method.temperature=0"], "method.temperature must be at least 0.01, got 0"),
         (["method.name=rlt", "method.kl_weight=0"], "method.kl_weight must be above 0, got 0"),
         (["method.name=ovd", "method.template='{problem}'"], "method.template must have the slots {problem}, {res"),
         (["method.name=ovd", "method.template='{problem} {response} {hint}'"], "got {hint}, {problem}, {response}"),
-        (["method.name=ovd", "method.threshold=10"], "method.threshold must be at most 9, got 10"),
-        (["method.name=scope", "method.tau=0"], "method.tau must be at least 0.01, got 0"),
+        (["rollout.ahead=1"], "rollout.ahead=1 trains while servers generate"),
+        (
+            [*SERVER, "rollout.ahead=1", "method.name=sdpo", TWO],
+            "no environment, rollout.guidance or method",
+        ),
+        (["adapter.rank=4", "teacher.weights=ema"], "the average of low-rank changes has full rank"),
+        (["adapter.rank=4", "adapter.load=here"], "set checkpoint.load to their base"),
+        (["adapter.rank=4", "rollout.engine=vllm", "adapter.layers=[linear_q_proj]"], "remove linear_q_proj"),
+        (["target.rule=teacher_alone"], "mixes the teacher with nothing"),
+        (["target.anchor=student", "target.match=reference"], "target.match must be null, student or target.anchor"),
+        (["target.guided_teacher_weight=2", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
@@ -330,19 +269,15 @@ def chat_logs() -> str:
     [
         ([*NAMED, "method.name=sft"], "data.kind=conversations needs a method whose teacher sees what follows a turn"),
         ([*NAMED, "method.name=own_solutions"], "data.kind=conversations needs a method whose teacher sees what"),
-        (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
         (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),
         (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
-        (["loss.skip_first_tokens=2"], "loss.skip_first_tokens weighs the tokens of sampled responses"),
         ([*NAMED, *SAMPLED], "but conversations.responses=logged samples nothing"),
         (["conversations.responses=sampled", *NAMED, "method.name=sdpo", TWO], "it needs data.kind=problems"),
         (["conversations.responses=sampled", *NAMED, "method.name=opsd_rl", TWO], "it needs data.kind=problems"),
         (["conversations.responses=sampled", "method.min_log_prob=-1"], "drops unlikely logged turns"),
         ([*NAMED, "method.name=openclaw", "conversations.turns=before_accepted"], "takes every logged reply that a"),
         ([*NAMED, "method.name=openclaw", "conversations.responses=sampled"], "conversations.responses=logged, got"),
-        ([*NAMED, "method.name=openclaw", "method.min_log_prob=-1"], "has no setting min_log_prob"),
-        (["method.min_log_prob=0.5"], "method.min_log_prob must be at most 0, or null, got 0.5"),
-        (["conversations.turns=last"], "conversations.turns must be one of all, before_accepted"),
+        ([*NAMED, "method.name=openclaw", "method.min_log_prob=-1"], "unknown configuration key 'method.min_log_prob'"),
     ],
 )
 def test_chat_logs_go_with_what_they_can_be_trained_on(chat_logs, overrides, words):
@@ -359,22 +294,6 @@ def test_the_columns_of_conversations_are_unknown_to_problems():
     assert load(["recipe=chat_logs", "data.fields.accepted=ok"]).data.fields == {"accepted": "ok"}
 
 
-def test_no_number_in_a_free_form_key_is_infinite_or_nan():
-    assert "model.transformer.init_method_std must be a finite" in message_of_load(
-        "model.transformer.init_method_std=nan"
-    )
-    assert "rollout.engine_args.a[1] must be a finite number" in message_of("rollout.engine_args={a: [1.0, .inf]}")
-
-
-def test_the_largest_seed_is_a_seed():
-    assert configured(f"seed={2**32 - 1}").seed == 2**32 - 1
-
-
-def test_the_learning_rate_does_not_decay_upward():
-    text = message_of("optimizer.lr=1.0e-6", "optimizer.min_lr=1.0e-5")
-    assert "optimizer.min_lr (1e-05) must not be above optimizer.lr (1e-06)" in text
-
-
 # -- files and directories ---------------------------------------------------------------------------------------------
 
 
@@ -387,35 +306,16 @@ def message_of_files(*overrides: str) -> str:
 def test_a_run_directory_that_cannot_be_one_is_refused_in_one_message_and_nothing_is_made(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
-    assert f"run_dir={file}: expected a directory, but {file} is a file" in message_of_files(f"run_dir={file}")
-    assert f"expected a directory, but {file} is a file" in message_of_files(f"run_dir={file}/a/b")
-    long = "x" * 300
-    assert "has more than 255 bytes; shorten it" in message_of_files(f"run_dir={tmp_path}/new/{long}/run")
-    assert "File name too long" in message_of_files(f"run_dir={tmp_path}/{long}")
+    for place in (file, file / "a" / "b"):
+        assert f"run_dir={place}: expected a directory that this user may write, but {file}" in message_of_files(
+            f"run_dir={place}"
+        )
     assert "run_dir is not set" in message_of_files("run_dir=''")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert f"{tmp_path} may not be written by this user" in message_of_files(f"run_dir={tmp_path}/new/run")
+    assert f"that this user may write, but {tmp_path} is none" in message_of_files(f"run_dir={tmp_path}/new/run")
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_replay_that_is_not_there_is_refused(tmp_path):
     text = message_of_files(f"run_dir={tmp_path}", f"rollout.replay={tmp_path}/missing.jsonl")
     assert text.startswith(f"rollout.replay={tmp_path}/missing.jsonl: there is no such file")
-
-
-def test_a_target_that_the_schema_accepts_is_one_that_the_loss_accepts():
-    from megatron_selfdistill.config.schema.target_config import RANGE_OF_K
-    from megatron_selfdistill.loss.target import RANGE, Target
-
-    assert RANGE_OF_K == RANGE
-    for weight, k_max in ((0.75, 0.11), (1000.0, None), (0.0, 0.07)):
-        config = configured(f"target.teacher_weight={weight}", f"target.k_max={'null' if k_max is None else k_max}")
-        assert (
-            Target(teacher_weight=config.target.teacher_weight, k_max=config.target.k_max, anchor="student").k_bound
-            == k_max
-        )
-
-
-def test_more_first_tokens_may_be_skipped_than_are_sampled_only_in_recorded_responses():
-    assert configured("loss.skip_first_tokens=300", "rollout.replay=old.jsonl").loss.skip_first_tokens == 300
-    assert configured("loss.skip_first_tokens=255").loss.skip_first_tokens == 255

@@ -27,7 +27,7 @@ def message_of(*overrides: str, lab: Path | None = None) -> str:
     ("text", "words"),
     [
         ("defaults: [nope, _self_]\n", "In 'recipe/ours': Could not load 'recipe/nope'"),
-        ("optimizer: fp32\n", "optimizer: Cannot assign str to OptimizerConfig"),
+        ("optimizer: fp32\n", "str is not a subclass of OptimizerConfig"),
         ("num_steps: [3\n", "recipe/ours.yaml"),
         ("learning_rate: 3\n", "In 'recipe/ours': unknown configuration key 'learning_rate'"),
     ],

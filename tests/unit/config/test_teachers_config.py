@@ -8,7 +8,9 @@ import pytest
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.schema.teachers_config import (
     NamedTeacher,
+    chosen_by,
     factors_of,
+    joins,
     named_teachers,
     product_of,
     teacher_of_record,
@@ -22,27 +24,25 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
     config = load(["teachers={math: {load: /m, weight: 0.5}, default: {template: '{problem} {solution}'}}"])
     assert list(config.named_teachers) == ["default", "math"]
     assert config.named_teachers["math"] == NamedTeacher("/m", "given", None, 0.5)
-    assert config.loads_teachers and config.projects_reference
-    assert not load(["teachers.default.hint=given"]).loads_teachers
+    assert config.projects_reference and not load(["teachers.default.hint=given"]).projects_reference
 
 
 def test_the_function_that_chooses_is_no_teacher():
     config = load([MATH, "teachers.choose=my.choose"])
-    assert config.teacher_choice == "my.choose" and list(config.named_teachers) == ["math"]
+    assert chosen_by(config.teachers) == "my.choose" and list(config.named_teachers) == ["math"]
 
 
 def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
     two = [MATH, "teachers.code.load=/c"]
-    assert not load(two).joins_teachers and not load([*two, "teachers.join=sum"]).joins_teachers
+    assert not joins(load(two).teachers) and not joins(load([*two, "teachers.join=sum"]).teachers)
     config = load([*two, "teachers.join=product"])
-    assert config.joins_teachers and list(config.named_teachers) == ["code", "math"]
+    assert joins(config.teachers) and list(config.named_teachers) == ["code", "math"]
     assert factors_of(product_of(config.named_teachers)) == ["code", "math"] and factors_of("math") == ["math"]
 
 
 def test_without_the_key_nothing_changes():
     config = load([])
-    assert config.teacher_choice is None
-    assert config.named_teachers == {} and config.keeps_start and not config.loads_teachers
+    assert config.named_teachers == {} and config.keeps_start
     assert not config.projects_reference
 
 
@@ -87,14 +87,12 @@ def test_a_name_is_one_word(name):
             [MATH, "teachers.math.hint=none", "teachers.math.template='{problem}{solution}'"],
             r"teachers.math.template must have the slots \{problem\} and no others",
         ),
-        (["teachers.math.hint=none"], "teachers.math has the weights at the start of the run and no hint"),
-        ([MATH, "teacher.weights=ema"], "they need teacher.weights=frozen, got ema"),
+        ([MATH, "teacher.weights=ema"], "teacher.weights=frozen and no environment, got problems, ema"),
         ([MATH, "rollout.guidance=mixed"], "samples from the target of one teacher: set teachers.guide to math, or"),
         (
             [MATH, "rollout.guidance=mixed", "teachers.guide=code"],
             "teachers.guide must be the name of one of the teach",
         ),
-        ([MATH, "teachers.guide=math"], "teachers.guide=math needs rollout.guidance=mixed, got none"),
         (
             [MATH, "teachers.choose={load: /m}"],
             "teachers.choose must be the dotted path of a function .* no teacher may",
@@ -102,12 +100,12 @@ def test_a_name_is_one_word(name):
         ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
         (
             [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
-            "teachers.code.weight with teachers.join=product gives each token its own weight, which needs target",
+            "and with teachers.join=product target.anchor=reference, got entropy_matched and student",
         ),
         (["teachers.choose=my.choose"], "teachers.choose=my.choose has no teacher to choose: name teachers"),
         (
             [MATH, "teachers.choose=my.choose", "data.fields.teacher=it"],
-            "but teachers.choose=my.choose chooses it: set",
+            "but no record names a teacher: set the key teachers without choose",
         ),
         (
             [MATH, "method.name=grpo", "rollout.num_samples=2"],
@@ -117,7 +115,7 @@ def test_a_name_is_one_word(name):
         ([MATH, "environment.name=my.Environment"], "teachers need the records of data.kind=problems"),
         ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight needs target.rule=entropy_match"),
         ([MATH, "teachers.math.weight=1", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
-        (["data.fields.teacher=expert"], "data.fields.teacher names the column .* but there are no teachers"),
+        (["data.fields.teacher=expert"], "data.fields.teacher names the column .* but no record names a teacher"),
     ],
 )
 def test_impossible_teachers_are_refused_with_their_key(overrides, message):

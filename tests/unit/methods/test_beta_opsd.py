@@ -88,7 +88,7 @@ def test_the_target_and_its_gradient_are_those_of_the_interpolation(beta):
 
 
 def test_the_signal_says_what_is_measured():
-    assert composed("recipe=beta_opsd", "method.signal=advantage").measures_log_probs
+    assert composed("recipe=beta_opsd", "method.signal=advantage").needs.log_probs == "measured"
     given = signals([0.0] * 2, lengths=[2, 1], hinted=[True, False], mu=[-1.0, -1.0, -1.0], q=[-0.5, -2.0, -3.0])
     options = ["recipe=beta_opsd", "method.signal=advantage", "method.discount=0.5", "method.distill_weight=3"]
     method = made(options, given_with(Characters()))

@@ -148,7 +148,7 @@ def test_other_losses_do_not_stop_the_run(guards, values):
     ],
 )
 def test_the_loss_should_fall_where_a_hinted_teacher_alone_decides(keys, judges):
-    assert load([*keys, "run_dir=x"]).loss_should_fall is judges
+    assert load([*keys, "run_dir=x"]).needs.loss_should_fall is judges
 
 
 ENGINES = "the vLLM servers http://node7:8000"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loops import loops
 
-from megatron_selfdistill.config import MetricsConfig
+from megatron_selfdistill.config import MetricsConfig, from_mapping
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import rollout_metrics
@@ -169,13 +169,10 @@ def test_what_cannot_be_counted_has_no_key():
     assert leakage_metrics([], WORDS, ONE_RANK) == {}
 
 
-@pytest.mark.parametrize("words", [[""], ["hint", "  "], [3]])
+@pytest.mark.parametrize("words", [[""], ["hint", "  "]])
 def test_a_list_with_anything_but_words_is_refused(words):
-    with pytest.raises(
-        ConfigError,
-        match=r"metrics\.leak_words(\[0\] must be a text that is not empty| must hold words or phrases), got",
-    ):
-        MetricsConfig(leak_words=words)
+    with pytest.raises(ConfigError, match=r"metrics\.leak_words(\[0\] must be a text| must hold words)"):
+        from_mapping({"metrics": {"leak_words": words}})
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 23, 24, 25, 26])

@@ -63,7 +63,7 @@ def test_the_command_plan_prints_what_a_dry_run_prints(printed, capsys, monkeypa
     ("overrides", "words"),
     [
         (["parallel.tensor_model_parallel_size=3"], "the world size 16 must be a multiple of TP x PP x CP = 3"),
-        (["parallel.pipeline_model_parallel_size=8"], "model.num_layers (4) must be a multiple of PP x VPP = 8"),
+        (["parallel.pipeline_model_parallel_size=8"], "model.num_layers (4) must be a multiple of PP x VPP (8)"),
         (["parallel.tensor_model_parallel_size=8"], "model.num_attention_heads (4)"),
         (
             ["model.hidden_size=66", "model.kv_channels=16", "parallel.tensor_model_parallel_size=4"],

@@ -133,11 +133,9 @@ def test_a_run_reads_the_base_of_its_adapters_at_every_start(tmp_path, monkeypat
     stored(tmp_path / "run")
     begun = ["data.path=x", "data.tokenizer=t", f"run_dir={tmp_path}/run", f"checkpoint.load={tmp_path}/gone"]
     prechecks.require_start(load(begun))  # the checkpoint has all weights
-    with raises("gone does not exist, but a run reads the base of its adapters at every start: set checkpoint.load to"):
+    with raises("gone does not exist"):
         prechecks.require_start(load([*begun, "adapter.rank=4"]))
-    with pytest.raises(ConfigError, match=r"adapter\.base=x is for commands that read adapters: a run names the base"):
-        prechecks.require_start(load([*begun, "adapter.base=x"]))
-    with pytest.raises(ConfigError, match=r"adapter\.load=x with adapter\.rank=0, expected the rank of these adapters"):
+    with pytest.raises(ConfigError, match=r"adapter\.load=x with adapter\.rank=0: set the rank of these adapters"):
         prechecks.require_start(load([*begun, "adapter.load=x"]))
     base = checkpoint(tmp_path / "gone")
     anew = [*begun, "adapter.rank=4", "checkpoint.resume=false", f"adapter.load={base}"]
@@ -160,6 +158,3 @@ def test_given_settings_must_be_the_stored_ones(tmp_path):
         ConfigError, match=r"holds other adapters: adapter\.alpha is 4\.0, expected 8\.0: set these keys"
     ):
         stored_settings(load([*same, "adapter.alpha=4"]), found)
-    servers = ["rollout.engine=vllm", "rollout.engine_args={max_loras: 2}"]
-    with pytest.raises(ConfigError, match=r"engine_args\.max_loras with adapter\.rank=4"):
-        stored_settings(load(["data.path=x", "data.tokenizer=t", *servers]), found)
