@@ -58,11 +58,6 @@ COMMANDS = {
         "Write a page that shows the target of every token of a response.",
         '/models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
     ),
-    "alignment": Command(
-        "instruments.alignment.alignment_command",
-        "Measure whether distillation pushes a model towards tokens with which it succeeds.",
-        "/models/Qwen3-8B --data problems.jsonl -o alignment.json",
-    ),
     "convert": Command(
         "interop.convert_command",
         "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",

@@ -13,7 +13,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERIMENTS = REPOSITORY / "experiments"
-SCRIPTS = [path.name for path in sorted(EXPERIMENTS.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+SCRIPTS = [
+    f"{path.relative_to(EXPERIMENTS)}"
+    for path in sorted(EXPERIMENTS.rglob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
 PAGES = {
     "adapter_map.py": "adapters.md",
     "anchored_tables.py": "anchored.md",
@@ -37,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(script: str, option: str) -> tuple[int, str]:
         path = EXPERIMENTS / script
-        monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+        monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
         monkeypatch.setattr(sys, "argv", [str(path), option])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(path), run_name="__main__")
@@ -50,7 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_experiment_starts(script, run):
     status, output = run(script, "--help")
-    assert status == 0 and output.startswith(f"usage: {script} "), output
+    assert status == 0 and output.startswith(f"usage: {Path(script).name} "), output
 
 
 @pytest.mark.parametrize("script", PAGES)

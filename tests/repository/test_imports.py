@@ -20,7 +20,7 @@ PACKAGE = "megatron_selfdistill"
 ORDER = (
     *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "interop.formats", "interop"),
     *("checkpoint", "rollout", "pipeline", "metrics", "evaluation", "sources", "teachers", "methods", "commands"),
-    *("instruments", "instruments.explorer", "instruments.report", "instruments.alignment", "instruments.plan"),
+    *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
 NEVER_BY_CORE = ("instruments", "methods", "teachers")

@@ -157,7 +157,6 @@ def use(programs, request, directory) -> Callable[[str], Done]:
         "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),
         "evaluate": [*model, "--data", data, "--out", "results", "--num-samples", "1", *SMALL],
         "explore": ["hf", "--problem", "500-408:", "--solution", "092", "-o", "target.html", *SMALL, TEMPLATE],
-        "alignment": ["hf", "--data", data, "--limit", "1", "--nodes", "2", "--completions", "1", *SMALL, TEMPLATE],
         "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
         "explanations": ["--out", "explained.jsonl", *model, f"data.path={data}", *SMALL, TEMPLATE],
         "convert": ["hf-to-megatron", *model, "--out", "megatron"],
@@ -230,14 +229,6 @@ def test_explore_writes_a_page_with_the_scripts_of_the_wheel(use, directory):
     assert done.status == 0, done.stderr
     page = (directory / "target.html").read_text(encoding="utf-8")
     assert "written to target.html" in done.stdout and "function targetOf(" in page
-
-
-@pytest.mark.full
-def test_alignment_measures_every_node(use, directory):
-    done = use("alignment")
-    assert done.status == 0, done.stderr
-    found = json.loads((directory / "alignment.json").read_text())
-    assert "written to alignment.json" in done.stdout and len(found["nodes"]) == found["groups"][0]["num_nodes"] > 0
 
 
 @pytest.mark.full

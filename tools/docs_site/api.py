@@ -30,7 +30,7 @@ PAGES = {
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
         "evaluation.calibration "
-        "instruments.alignment.alignment evaluation.evaluations",
+        "evaluation.evaluations",
     ),
     "checkpoints": (
         "Checkpoints and Hugging Face",

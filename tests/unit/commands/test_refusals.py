@@ -18,7 +18,6 @@ from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.instruments.alignment import alignment_command as gradient_alignment
 from megatron_selfdistill.instruments.explorer import explore_command as explore
 from megatron_selfdistill.instruments.plan.plan_checks import check_plan
 
@@ -38,7 +37,6 @@ PLAN = ["dry_run=true", "cluster.num_gpus=16", "model.vocab_size=1000"]
 OUT = ["--out", "out"]
 EVALUATED = ["--hf", "hf", "--data", "data.jsonl", *OUT]
 EXPLORED = ["--problem", "1 + 1", "--solution", "2"]
-ALIGNED = ["hf", "--data", "data.jsonl"]
 SOLVED = ["--out", "own.jsonl", "--hf", "hf", "data.path=data.jsonl"]
 THREE = "parallel.tensor_model_parallel_size=3"
 NOT_CUT = "the world size 1 must be a multiple of TP x PP x CP = 3 x 1 x 1 = 3"
@@ -124,16 +122,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     "explore, a missing checkpoint": ([PROGRAM, "explore", "nope", *EXPLORED], NO_CHECKPOINT),
     "explore, a reserved key": ([PROGRAM, "explore", "hf", *EXPLORED, "data.path=x"], "data.path cannot be set here"),
     "explore, a layout": ([PROGRAM, "explore", "hf", *EXPLORED, THREE], NOT_CUT),
-    "alignment, an option": ([PROGRAM, "alignment", *ALIGNED, "--top", "0"], "a number of at least 1, got '0'"),
-    "alignment, no data": ([PROGRAM, "alignment", "hf"], "the following arguments are required: --data"),
-    "alignment, a missing checkpoint": ([PROGRAM, "alignment", "nope", *ALIGNED[1:]], NO_CHECKPOINT),
-    "alignment, a missing teacher": ([PROGRAM, "alignment", *ALIGNED, "--teacher", "nope"], NO_CHECKPOINT),
-    "alignment, a missing file": ([PROGRAM, "alignment", "hf", "--data", "nope.jsonl"], "got nope.jsonl"),
-    "alignment, a reserved key": ([PROGRAM, "alignment", *ALIGNED, "evaluation.limit=3"], "use --limit"),
-    "alignment, no target": ([PROGRAM, "alignment", *ALIGNED, "method.name=sft"], "got method.name=sft"),
-    "alignment, a directory in the way": ([PROGRAM, "alignment", *ALIGNED, "-o", "full"], "got the directory full"),
-    "alignment, a context": ([PROGRAM, "alignment", *ALIGNED, "--teacher-context", "nope"], "got no such file"),
-    "alignment, a layout": ([PROGRAM, "alignment", *ALIGNED, THREE], NOT_CUT),
     "evaluate, a layout": ([EVALUATE, *EVALUATED, THREE], NOT_CUT),
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
     "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),
@@ -268,7 +256,6 @@ STEERING = "no\x1b]52;c;eA==\x07\x1b[2Jpe"
                 ["plan", *PLAN, f"checkpoint.load='{STEERING}'"],
                 ["evaluate", "--hf", STEERING, "--data", "data.jsonl", *OUT],
                 ["explore", STEERING, *EXPLORED],
-                ["alignment", STEERING, *ALIGNED[1:]],
                 ["solutions", *SOLVED[:3], STEERING, SOLVED[4]],
                 ["explanations", *SOLVED[:3], STEERING, SOLVED[4]],
             )
@@ -308,8 +295,8 @@ def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, n
 
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [(evaluate, EVALUATED), (explore, ["hf", *EXPLORED]), (gradient_alignment, ALIGNED)],
-    ids=["evaluate", "explore", "alignment"],
+    [(evaluate, EVALUATED), (explore, ["hf", *EXPLORED])],
+    ids=["evaluate", "explore"],
 )
 def test_an_interruption_is_a_line_and_no_traceback(monkeypatch, capsys, command, arguments):
     def interrupted(_: object) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The work of `selfdistill alignment` on every rank: respond, read with every model, complete from every node."""
+"""The work of gradient_alignment.py on every rank: respond, read with every model, complete from every node."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from alignment_nodes import CandidateToken, MeasuredNode, Node, chosen_nodes, limit_groups
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
@@ -17,13 +18,6 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.evaluation.verify import judged_by_all, judged_text, load_verifier, verdict_of
-from megatron_selfdistill.instruments.alignment.alignment import (
-    CandidateToken,
-    MeasuredNode,
-    Node,
-    chosen_nodes,
-    limit_groups,
-)
 from megatron_selfdistill.instruments.explorer.exploration import AllModels, read_by_all_models
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, cut
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command `selfdistill alignment`: whether the losses push the student towards tokens with which it succeeds."""
+"""Measure whether the losses push the student towards tokens with which it succeeds: a metric of arXiv 2605.10889."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import ConfigError
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
+    from alignment_nodes import MeasuredNode
+
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
-    from megatron_selfdistill.instruments.alignment.alignment import MeasuredNode
     from megatron_selfdistill.run_data import RunData
 
 DESCRIPTION = """Measure whether distillation pushes a model towards tokens with which it succeeds.
 
-    selfdistill alignment /models/Qwen3-8B --data problems.jsonl -o alignment.json evaluation.verifier=math_verify
-    selfdistill alignment runs/first --data problems.jsonl --limit 4 --nodes 8
+    python experiments/alignment/gradient_alignment.py /models/Qwen3-8B --data problems.jsonl -o alignment.json
+    python experiments/alignment/gradient_alignment.py runs/first --data problems.jsonl --limit 4 --nodes 8
 
 The model responds to each problem.  At some tokens of the response, the nodes, the likely tokens of student, teacher
 and target are tried: the model completes the response after each of them, and a verifier judges the completions.  This
@@ -42,13 +43,12 @@ with the prompts, the target and the sampling of the run.  The work is nodes x c
 problem: at most 16 x 12 x 8 with the defaults.
 
 With several --teacher-context, the same responses are read with each of the hints, and each hint has its own table:
-
-    selfdistill alignment /models/Qwen3-8B --data problems.jsonl --teacher-context solution --teacher-context answer
+--teacher-context solution --teacher-context answer
 
 key=value changes any key of the trainer: target.teacher_weight=2, data.teacher_template=..., rollout.engine=vllm,
 parallel.tensor_model_parallel_size=2.  On several ranks:
 
-    torchrun --nproc-per-node 2 -m megatron_selfdistill alignment /models/Qwen3-8B --data problems.jsonl
+    torchrun --nproc-per-node 2 experiments/alignment/gradient_alignment.py /models/Qwen3-8B --data problems.jsonl
 """
 """The text of --help."""
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         return align(arguments, *checked(arguments))
 
-    return ended("alignment", work)
+    return ended("gradient_alignment", work)
 
 
 def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
@@ -93,12 +93,13 @@ def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) ->
 
     ``given``, ``keys``: the result of `checked`.
     """
+    from alignment_job import AlignmentJob
+
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-    from megatron_selfdistill.instruments.alignment.alignment_job import AlignmentJob
     from megatron_selfdistill.run_data import RunData
 
     models = GivenModels.of(arguments, given)
@@ -130,8 +131,9 @@ def _write(
     arguments: argparse.Namespace, measured: Sequence[MeasuredNode], run_data: RunData, about: dict[str, Any]
 ) -> None:
     """Write the results as JSON and print the table."""
+    from alignment_nodes import node_groups, show_alignment
+
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint
-    from megatron_selfdistill.instruments.alignment.alignment import node_groups, show_alignment
 
     problems = run_data.evaluation
     data = {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)}
@@ -172,10 +174,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options of `selfdistill alignment`; ends the process with status 2 for options that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="selfdistill alignment", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return the options; ends the process with status 2 for options that cannot be used."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
     parser.add_argument(
         "--data", required=True, metavar="PATH", help="problems with solutions and answers, in any form of data.path"
@@ -265,3 +265,7 @@ def _solutions_in(path: Path) -> dict[str, str]:
                 f"`selfdistill solutions` writes it ({type(error).__name__}: {error})"
             ) from None
     return solutions
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""``selfdistill alignment``: a tiny model through the real sampler, on one rank and on two, and its refusals."""
+"""Gradient alignment of a tiny model through the real sampler, on one rank and on two."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ import hf_models
 import pytest
 import tiny_run
 
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.instruments.alignment import alignment_command as tool
-from megatron_selfdistill.instruments.alignment.alignment_command import hinted_problems
+sys.path.append(str(tiny_run.REPOSITORY / "experiments" / "alignment"))
+import gradient_alignment as tool
 
 SETTINGS = (
     "optimizer=fp32",
@@ -100,40 +99,6 @@ def test_each_context_of_the_teacher_has_its_own_groups_on_the_same_responses(di
     assert [g for g in many["groups"] if g["teacher_context"] == "solution"] == alone["groups"]
 
 
-def test_the_controls_are_contexts_too():
-    problems = [Problem(f"{i}", ({"role": "user", "content": "x"},), f"s{i}", f"{i}", "f:1") for i in range(4)]
-    found = hinted_problems(["solution", "other", "none", "answer"], problems, 3)
-    assert found["solution"] == problems and {it.solution for it in found["none"]} == {""}
-    assert all(it.solution != f"s{it.id}" for it in found["other"]) and [it.solution for it in found["answer"]] == [
-        *"0123"
-    ]
-
-
-@pytest.mark.parametrize("line", [b'{"problem_id": "\xff"}', b'{"problem_id": ' + b"[" * 100_000, b"7"])
-def test_a_line_of_a_context_that_cannot_be_read_is_named(tmp_path, line):
-    (tmp_path / "own.jsonl").write_bytes(b'{"problem_id": "p", "solution": "x"}\n' + line)
-    with pytest.raises(ConfigError, match=r"own\.jsonl:2: expected a JSON object with problem_id and solution"):
-        hinted_problems([str(tmp_path / "own.jsonl")], [], 0)
-
-
-def test_a_context_that_cannot_be_is_refused(directory, capsys):
-    short = directory / "short.jsonl"
-    short.write_text('{"problem_id": "nobody", "solution": "x"}\n')
-    broken = directory / "broken.jsonl"
-    broken.write_text("{}\n")
-    refused = {
-        "nope.jsonl": "expected solution, answer, other, none or a file that `selfdistill solutions` has written",
-        str(short): "expected a solution for each of the 3 problems, got none for",
-        str(broken): "broken.jsonl:1: expected a JSON object with problem_id and solution",
-    }
-    for name, message in refused.items():
-        assert run_tool(arguments(directory, "megatron", directory / "no.json", "--teacher-context", name)) == 2
-        assert message in capsys.readouterr().err
-    twice = ["--teacher-context", "answer"] * 2
-    assert run_tool(arguments(directory, "megatron", directory / "no.json", *twice)) == 2
-    assert "got this one twice" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def greedy(directory, ranks) -> dict[str, Any]:
     """Return the results of greedy responses and completions, some of which are right."""
@@ -182,20 +147,3 @@ def test_every_layout_and_both_formats_give_the_same_nodes(directory, ranks, alo
         assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6)
         assert found["alignment"] == pytest.approx(expected["alignment"], abs=1e-3)
     assert not list(directory.glob(".selfdistill-*")), "temporary directories are left"
-
-
-def test_a_problem_without_an_answer_or_a_solution_is_refused(directory, capsys):
-    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
-    settings = ["optimizer=fp32", "rollout.max_new_tokens=4", "data.teacher_template='{problem}H{solution}|'"]
-    for missing, message in {"answer": "expected an answer", "solution": "field 'solution'"}.items():
-        path = directory / f"no_{missing}.jsonl"
-        kept = [{key: value for key, value in record.items() if key != missing} for record in records]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        assert run_tool([str(directory / "megatron"), "--data", str(path), *settings]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_problem_that_does_not_fit_is_refused(directory, capsys):
-    assert run_tool(arguments(directory, "megatron", directory / "long.json", "data.max_length=30")) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("alignment: ") and "problems.jsonl:1" in error
