@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +15,7 @@ from urllib.parse import quote
 from megatron_selfdistill.instruments.explorer.target_page import write_target_pages
 from megatron_selfdistill.instruments.html_page import asset, html_page
 from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
-from megatron_selfdistill.instruments.report.run_facts import ENDINGS, differences, event_rows, facts, status
+from megatron_selfdistill.instruments.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
 from megatron_selfdistill.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
@@ -29,7 +28,7 @@ MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""
 
-SCRIPTS = ("uplot.min.js", "legend.js", "figure.js", "responses.js", "live.js", "run_report.js")
+SCRIPTS = ("uplot.min.js", "figure.js", "responses.js", "run_report.js")
 STYLES = ("uplot.min.css", "run_report.css")
 
 
@@ -43,37 +42,27 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     runs = read_runs(run_dirs)
     target = Path(run_dirs[0]) / REPORT_FILE if path is None else Path(path)
     explored = [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)]
-    is_own = len(runs) == 1 and target.resolve() == (Path(run_dirs[0]) / REPORT_FILE).resolve()
-    written = time.time() if is_own and _writes_again(runs[0]) else None
-    replace_file(
-        target, report_page(runs, explored, written).encode(errors="backslashreplace")
-    )  # a name may be no text
+    replace_file(target, report_page(runs, explored).encode(errors="backslashreplace"))  # a name may be no text
     return target
 
 
-def report_page(
-    runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[str, Any]]] = (), written: float | None = None
-) -> str:
+def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
     """Return the page of runs as one HTML file (`html_page`).
 
     ``explored``: for each run its links to pages of the target explorer, each with href, step, sample and, in an
-    episode, turn.  ``written``: the time of a page that its run will write again, in seconds since 1970; such a page
-    loads itself again.
+    episode, turn.
     """
     keys = {key for run in runs for key in run.metrics}
     present = {key for figures in GROUPS.values() for figure in figures for key in figure.present(keys)}
     curves = {key: [_curve(run, key) for run in runs] for key in sorted(present)}
-    groups, left_out = _groups(curves)
-    shown = {key for group in groups for figure in group["figures"] for key, _ in figure["lines"]}
+    groups = _groups(curves)
     overview = {
         "runs": [_run(run) for run in runs],
         "groups": groups,
-        "left_out": left_out,
         "differences": differences(runs),
         "explored": list(explored) if any(explored) else None,
-        "written": written,
     }
-    data: dict[str, Any] = {"overview": overview, "curves": {key: curves[key] for key in curves if key in shown}}
+    data: dict[str, Any] = {"overview": overview, "curves": curves}
     if any(run.evaluation_samples for run in runs):
         data["evaluations"] = [_spread(run.evaluation_samples, _evaluated) for run in runs]
     if any(run.samples for run in runs):
@@ -85,11 +74,6 @@ def report_page(
     licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
     scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
     return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
-
-
-def _writes_again(run: RunRecord) -> bool:
-    """Return whether the last event of a run leaves the run going on, and with it the writing of its report."""
-    return bool(run.events) and run.events[-1]["event"] not in ENDINGS and run.config.get("report.every") != 0
 
 
 def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any]]:
@@ -107,29 +91,14 @@ def _reference(path: Path, start: Path) -> str:
     return quote(os.fsencode(os.path.relpath(path.resolve(), start.resolve()).replace(os.sep, "/")))
 
 
-def _groups(curves: Mapping[str, Sequence[Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the groups of figures with data, and sentences about figures that repeat others and are left out.
-
-    ``curves``: the key of a metric -> the curve of each run (`_curve`).
-    """
-    groups: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    shown: dict[str, str] = {}
+def _groups(keys: Collection[str]) -> list[dict[str, Any]]:
+    """Return the groups of figures that have a metric among ``keys``."""
+    groups = []
     for title, figures in GROUPS.items():
-        kept = []
-        for figure in figures:
-            metrics = figure.present(curves)
-            twins = [
-                next((name for other, name in shown.items() if _repeats(curves, key, other)), "") for key in metrics
-            ]
-            if metrics and all(twins) and figure.guarded is None:
-                left_out.append(f"The figure {figure.title!r} is left out: it repeats {' and '.join(twins)}.")
-            elif metrics:
-                kept.append(_figure(figure, metrics))
-                shown |= {key: f"{name!r} of {figure.title!r}" for key, name in metrics.items() if key not in shown}
+        kept = [_figure(figure, metrics) for figure in figures if (metrics := figure.present(keys))]
         if kept:
             groups.append({"title": title, "figures": kept})
-    return groups, left_out
+    return groups
 
 
 def _figure(figure: ReportFigure, metrics: Mapping[str, str]) -> dict[str, Any]:
@@ -141,15 +110,6 @@ def _figure(figure: ReportFigure, metrics: Mapping[str, str]) -> dict[str, Any]:
         "guarded": figure.guarded,
         "lines": list(metrics.items()),
     }
-
-
-def _repeats(curves: Mapping[str, Sequence[Any]], key: str, other: str) -> bool:
-    """Return whether a metric has the numbers of another metric in every run that has it, as figures show them.
-
-    Curves that are constant in every run, and equal by chance, do not count.
-    """
-    pairs = [(one, two) for one, two in zip(curves[key], curves[other], strict=True) if one is not None]
-    return all(one == two for one, two in pairs) and any(len(set(one[1])) > 1 for one, _ in pairs)
 
 
 def _run(run: RunRecord) -> dict[str, Any]:

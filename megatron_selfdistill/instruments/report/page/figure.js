@@ -13,6 +13,7 @@
  */
 
 const NUM_COLOURS = 6;
+const DIGITS = 3; // of the numbers in a legend
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [4, 2], [1, 5]];
 
 /** The steps that all figures show, null for all steps; and the time constant of smoothing, in steps, 0 for none. */
@@ -129,14 +130,19 @@ class ReportFigure {
     const isSick = runs.some((run) => run.sick.includes(data.title));
     const canTell = runs.every((run) => run.summary[1][2] !== "open"); // enough steps
     const holds = isSick ? "sick" : canTell ? "healthy" : "";
-    const named = runs.length > 1 ? "run" : "curve";
-    this.legend = new FigureLegend(data.title, named, this.lines, this.limits, () => this.draw());
+    this.at = element("li", { class: "soft" });
+    /** @type {HTMLElement[]} */
+    this.cells = this.lines.map(() => element("span", { class: "value" }));
+    const limits = this.limits.map(([name, value]) =>
+      element("li", { class: "soft" }, name, element("span", { class: "value" }, numberText(value, DIGITS))),
+    );
+    const rows = this.lines.map((line, i) => element("li", {}, this.button(line), this.cells[i]));
     this.element = element(
       "figure",
       { class: "panel" },
       element("h4", {}, data.title, " ", element("span", { class: "soft small" }, `(${data.unit})`)),
       this.holder,
-      this.legend.element,
+      element("ul", { class: "legend plain", "aria-label": `Values of ${data.title}` }, this.at, ...rows, ...limits),
       element(
         "figcaption",
         {},
@@ -145,6 +151,23 @@ class ReportFigure {
       ),
     );
     this.moveTo(null);
+  }
+
+  /**
+   * Return the button that hides a line and shows it again.
+   * @param {Line} line
+   */
+  button(line) {
+    const swatch = element("span", { class: "swatch" });
+    swatch.style.borderTopColor = `var(${line.colour})`;
+    swatch.style.borderTopStyle = line.dash.length === 0 ? "solid" : line.dash[0] > 3 ? "dashed" : "dotted";
+    const made = element("button", { type: "button", "aria-pressed": "true" }, swatch, line.name);
+    made.addEventListener("click", () => {
+      line.shown = !line.shown;
+      made.setAttribute("aria-pressed", String(line.shown));
+      this.draw();
+    });
+    return made;
   }
 
   lastStep() {
@@ -163,7 +186,13 @@ class ReportFigure {
       const far = Math.abs(steps[place] - at) > Math.max(1, (view.last - view.first) / 20);
       return far ? undefined : values[place];
     });
-    this.legend.show(step, found);
+    this.at.textContent = step === null ? "last values" : `step ${step}`;
+    this.at.classList.toggle("pointed", step !== null);
+    this.cells.forEach((cell, i) => {
+      const values = this.lines[i].curve.values;
+      const value = step === null ? values[values.length - 1] : found[i];
+      cell.textContent = value === null ? "not finite" : value === undefined ? "" : numberText(value, DIGITS);
+    });
     const known = this.lines.flatMap(({ name }, i) =>
       found[i] === undefined ? [] : [`${name} ${numberText(found[i], DIGITS)}`],
     );

@@ -45,24 +45,9 @@ function foldedPart(title, block, make) {
     part.addEventListener("toggle", async () => {
       if (part.childElementCount > 1) return;
       part.append(make(runs, await openBlock(block)));
-      part.dispatchEvent(new Event("filled"));
     });
     return part;
   };
-}
-
-/**
- * Open a part that may be folded, and return when it is filled.
- * @param {HTMLDetailsElement} part
- */
-async function opened(part) {
-  if (part.childElementCount > 1) {
-    part.open = true;
-    return;
-  }
-  const filled = new Promise((done) => part.addEventListener("filled", done, { once: true }));
-  part.open = true;
-  await filled;
 }
 
 /**
@@ -78,54 +63,6 @@ function choice(label, options, chosen = 0) {
 }
 
 /**
- * Return a slider that goes through the options of a select, hidden for a few of them.
- * @param {string} label
- * @param {HTMLSelectElement} select
- */
-function sliderOver(label, select) {
-  const last = select.length - 1;
-  const made = element("input", { type: "range", min: 0, max: last, "aria-label": label, hidden: last < 2 });
-  const slider = /** @type {HTMLInputElement} */ (made);
-  const follow = () => {
-    slider.value = String(select.selectedIndex);
-    slider.setAttribute("aria-valuetext", select.selectedOptions[0].text);
-  };
-  slider.addEventListener("input", () => {
-    select.selectedIndex = Number(slider.value);
-    select.dispatchEvent(new Event("change"));
-  });
-  select.addEventListener("change", follow);
-  follow();
-  return slider;
-}
-
-/** Return a field for a search. */
-function searchField() {
-  return /** @type {HTMLInputElement} */ (element("input", { type: "search", placeholder: "text" }));
-}
-
-/**
- * Return the texts with each place that contains ``wanted`` marked.
- * @param {string} text
- * @param {string} wanted in lower case
- * @returns {(Node | string)[]}
- */
-function marked(text, wanted) {
-  if (wanted === "") return [text];
-  const lower = text.toLowerCase();
-  if (lower.length !== text.length) return [text];
-  /** @type {(Node | string)[]} */
-  const parts = [];
-  let end = 0;
-  for (let at = lower.indexOf(wanted); at >= 0; at = lower.indexOf(wanted, end)) {
-    parts.push(text.slice(end, at), element("mark", {}, text.slice(at, at + wanted.length)));
-    end = at + wanted.length;
-  }
-  parts.push(text.slice(end));
-  return parts;
-}
-
-/**
  * Return the part that shows answers to the same problems side by side.
  * @param {Run[]} runs
  * @param {Answer[][]} answers of each run
@@ -138,7 +75,6 @@ function evaluationsPart(runs, answers) {
   const samples = [...new Set(answers.flat().map(({ sample }) => sample))];
   const kind = choice("Response", samples.map((sample) => (sample === null ? "greedy" : `sample ${sample + 1}`)));
   const outcome = choice("Outcome", Object.keys(OUTCOMES));
-  const search = searchField();
   const count = element("output", { class: "soft small", "aria-live": "polite" });
   const list = element("div", { id: "pairs" });
   const more = element("button", { type: "button" }, "Show more");
@@ -155,16 +91,12 @@ function evaluationsPart(runs, answers) {
     return [...ids].map((id) => ({ id, before: sides[0].get(id) || null, after: sides[1].get(id) || null }));
   };
   const show = () => {
-    const wanted = search.value.toLowerCase();
     const passes = OUTCOMES[Object.keys(OUTCOMES)[Number(outcome.select.value)]];
     const all = pairs();
-    const found = all.filter(({ id, before, after }) => {
-      const texts = [id, ...[before, after].flatMap((answer) => (answer === null ? [] : [answer.prompt, answer.response]))];
-      return passes(before, after) && texts.some((text) => text.toLowerCase().includes(wanted));
-    });
+    const found = all.filter(({ before, after }) => passes(before, after));
     count.textContent = `${found.length} of ${all.length} problems`;
     const titles = [left, right].map(({ select }) => names[Number(select.value)]);
-    list.replaceChildren(...found.slice(0, limit).map((pair) => pairElement(pair, titles, wanted)));
+    list.replaceChildren(...found.slice(0, limit).map((pair) => pairElement(pair, titles)));
     more.hidden = found.length <= limit;
   };
   const restart = () => {
@@ -172,23 +104,20 @@ function evaluationsPart(runs, answers) {
     show();
   };
   for (const { select } of [left, right, kind, outcome]) select.addEventListener("change", restart);
-  search.addEventListener("input", restart);
   more.addEventListener("click", () => {
     limit += PAGE_LENGTH;
     show();
   });
   show();
-  const slider = sliderOver("Step on the right", right.select);
-  const controls = [left.label, right.label, slider, kind.label, outcome.label, element("label", {}, "Search", search), count];
+  const controls = [left.label, right.label, kind.label, outcome.label, count];
   return element("div", {}, element("div", { class: "toolbar panel" }, ...controls), list, more);
 }
 
 /**
  * @param {{id: string, before: Answer | null, after: Answer | null}} pair
  * @param {string[]} titles
- * @param {string} wanted
  */
-function pairElement({ id, before, after }, titles, wanted) {
+function pairElement({ id, before, after }, titles) {
   const known = after || before;
   const prompt = known === null ? "" : known.prompt;
   const sides = [before, after].map((answer, i) => {
@@ -197,13 +126,13 @@ function pairElement({ id, before, after }, titles, wanted) {
     const name = answer.truncated ? "cut" : answer.correct ? "right" : "wrong";
     const badge = element("span", { class: `badge ${name}` }, name);
     const length = element("span", { class: "soft small" }, `${answer.length} tokens`);
-    return element("div", { class: "answer" }, heading, badge, length, element("pre", {}, ...marked(answer.response, wanted)));
+    return element("div", { class: "answer" }, heading, badge, length, element("pre", {}, answer.response));
   });
   return element(
     "article",
     { class: "panel pair" },
-    element("h3", { class: "small" }, ...marked(id, wanted)),
-    element("pre", { class: "prompt" }, ...marked(prompt, wanted)),
+    element("h3", { class: "small" }, id),
+    element("pre", { class: "prompt" }, prompt),
     element("div", { class: "sides" }, ...sides),
   );
 }
@@ -218,27 +147,13 @@ function samplesPart(runs, samples) {
   const places = samples.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
   const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
   const place = choice("Samples of", names);
-  const search = searchField();
-  const count = element("output", { class: "soft small", "aria-live": "polite" });
-  const total = shown.flat().length;
   const list = element("div", { id: "samples" });
   const show = () => {
-    const chosen = places[Number(place.select.value)];
-    const wanted = search.value.toLowerCase();
-    const found = places.flatMap(({ run, step }, i) =>
-      shown[run]
-        .filter((turns) => turns[0].step === step)
-        .filter((turns) => (wanted === "" ? places[i] === chosen : turns.some((turn) => hasText(turn, wanted))))
-        .map((turns) => ({ turns, name: names[i] })),
-    );
-    count.textContent = wanted === "" ? "" : `${found.length} of ${total} samples`;
-    list.replaceChildren(...found.slice(0, PAGE_LENGTH).map(({ turns, name }) => sampleElement(turns, name, wanted)));
+    const { run, step } = places[Number(place.select.value)];
+    const found = shown[run].filter((turns) => turns[0].step === step).slice(0, PAGE_LENGTH);
+    list.replaceChildren(...found.map((turns) => sampleElement(turns, names[Number(place.select.value)])));
   };
-  place.select.addEventListener("change", () => {
-    search.value = "";
-    show();
-  });
-  search.addEventListener("input", show);
+  place.select.addEventListener("change", show);
   show();
   const key = element(
     "span",
@@ -248,8 +163,7 @@ function samplesPart(runs, samples) {
     tokenElement(["green, dotted line", 2, null, null, null]),
     ": more likely.",
   );
-  const controls = [place.label, sliderOver("Step of the samples", place.select), element("label", {}, "Search", search), count];
-  return element("div", {}, element("div", { class: "toolbar panel" }, ...controls, key), list);
+  return element("div", {}, element("div", { class: "toolbar panel" }, place.label, key), list);
 }
 
 /**
@@ -267,38 +181,26 @@ function conversations(samples) {
 }
 
 /**
- * Return whether a sample has a text in its problem, its hint, its response or the reply to it.
- * @param {TrainingSample} sample
- * @param {string} wanted in lower case
- */
-function hasText({ problem_id, prompt, solution, tokens, hint, reply }, wanted) {
-  const response = tokens.map(([text]) => text).join("");
-  const texts = [problem_id, prompt, solution, response, hint || "", reply || ""];
-  return texts.some((text) => text.toLowerCase().includes(wanted));
-}
-
-/**
  * Return a sample, or the turns of an episode as one conversation.
  * @param {TrainingSample[]} turns
  * @param {string} name of its run and step
- * @param {string} wanted
  */
-function sampleElement(turns, name, wanted) {
+function sampleElement(turns, name) {
   const [first] = turns;
   const isSingle = first.turn === undefined;
   const { prompt, solution, teacher } = first;
   const by = teacher === "" ? "" : `, teacher: ${teacher}`;
   const about = isSingle ? (first.truncated ? " (cut)" : "") : `, episode ${Number(first.episode) + 1}`;
   const single = () => [
-    element("pre", { class: "prompt" }, ...marked(prompt, wanted)),
+    element("pre", { class: "prompt" }, prompt),
     solution === "" ? "" : element("details", { class: "small" }, element("summary", {}, "Hint"), element("pre", {}, solution)),
     ...responseParts(first),
   ];
   return element(
     "article",
     { class: "panel pair" },
-    element("h3", { class: "small" }, ...marked(first.problem_id, wanted), `, ${name}`, about, by),
-    ...(isSingle ? single() : turns.flatMap((turn, i) => turnParts(turn, turns[i - 1], wanted))),
+    element("h3", { class: "small" }, first.problem_id, `, ${name}`, about, by),
+    ...(isSingle ? single() : turns.flatMap((turn, i) => turnParts(turn, turns[i - 1]))),
   );
 }
 
@@ -307,11 +209,10 @@ function sampleElement(turns, name, wanted) {
  * of the turn, and the reply.
  * @param {TrainingSample} sample
  * @param {TrainingSample | undefined} before the turn that is shown before this one
- * @param {string} wanted
  */
-function turnParts({ prompt, turn, reward, hint, reply, truncated, ...sample }, before, wanted) {
+function turnParts({ prompt, turn, reward, hint, reply, truncated, ...sample }, before) {
   const number = Number(turn) + 1;
-  const shown = element("pre", { class: "prompt" }, ...marked(prompt, wanted));
+  const shown = element("pre", { class: "prompt" }, prompt);
   const folded = element("details", { class: "small" }, element("summary", {}, `Prompt of turn ${number}`), shown);
   const beside = element(
     "aside",
@@ -319,10 +220,10 @@ function turnParts({ prompt, turn, reward, hint, reply, truncated, ...sample }, 
     element("h4", {}, `Turn ${number}${truncated ? " (cut)" : ""}`),
     element("p", {}, `reward ${numberText(reward)}`),
     hint ? element("p", { class: "soft" }, "hint of the teacher") : "",
-    hint ? element("pre", { class: "prompt" }, ...marked(hint, wanted)) : "",
+    hint ? element("pre", { class: "prompt" }, hint) : "",
   );
   const said = element("div", {}, ...responseParts(sample));
-  const replied = typeof reply === "string" ? element("pre", { class: "reply" }, ...marked(reply, wanted)) : "";
+  const replied = typeof reply === "string" ? element("pre", { class: "reply" }, reply) : "";
   const follows = before !== undefined && Number(before.turn) + 1 === turn;
   return [follows ? folded : shown, element("div", { class: "turn" }, said, beside), replied];
 }

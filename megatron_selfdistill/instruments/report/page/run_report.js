@@ -3,8 +3,6 @@
 "use strict";
 
 startPage(async () => {
-  const kept = takeReaderState();
-  if (kept?.theme !== undefined) document.documentElement.dataset.theme = kept.theme;
   const overview = await openBlock("overview");
   const curves = unpackAll(await openBlock("curves"));
   /** @type {Run[]} */
@@ -21,14 +19,11 @@ startPage(async () => {
   }
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
   showFigures(overview.groups, runs, curves);
-  byId("left-out").textContent = overview.left_out.join(" ");
   showShares(runs);
   showResponses(runs);
   showExplored(runs, overview.explored);
   showEvents(runs);
   showSections();
-  stayLive(overview.written);
-  if (kept !== null) await restoreReaderState(kept);
 });
 
 /**

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from reported_runs import NASTY, _sample, blocks_of, write_run
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.report import run_report
 from megatron_selfdistill.instruments.report.figures import GROUPS
-from megatron_selfdistill.instruments.report.run_facts import differences, status
+from megatron_selfdistill.instruments.report.run_facts import differences
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.run_report import Curve, curve_of, report_page, write_report
 
@@ -103,43 +102,6 @@ def test_epochs_and_tokens_are_facts_of_a_run(tmp_path):
 
 def read_facts(run_dir):
     return blocks_of(page_of(run_dir))["overview"]["runs"][0]["facts"]
-
-
-ONE_SAMPLE = ("evaluation/pass_at_1", "evaluation/distinct_right", "evaluation/sampled_accuracy")
-
-
-def test_a_figure_that_repeats_others_number_for_number_is_left_out_and_named(tmp_path):
-    """With one sample, pass@1 and the different right answers are the accuracy; the reverse KL is the loss."""
-    values = {(step, key): 0.3 + step / 100 for step in range(0, 31, 10) for key in ONE_SAMPLE}
-    twice = [write_run(tmp_path / name, shift=0.0) for name in ("first", "second")]
-    for run_dir in twice:
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            if line.pop("evaluation/pass_at_4", None) is not None:
-                line |= {key: values[line["step"], key] for key in ONE_SAMPLE}
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    overview = blocks_of(page_of(*twice))["overview"]
-    left_out = [re.match(r"The figure '(.*)' is left out: it repeats ('.*')\.", text) for text in overview["left_out"]]
-    assert [match.groups() for match in left_out] == [
-        ("Several samples per problem", "'sampled' of 'Accuracy'"),
-        ("Different right answers", "'sampled' of 'Accuracy'"),
-        ("Reverse KL of student and target", "'loss' of 'Loss'"),
-    ]
-    titles = titles_of(overview)
-    assert not {match[1] for match in left_out} & titles
-    assert "Entropy of the student and its limits" in titles, "the figure shows limits, which 'Entropy' does not"
-    other = write_run(tmp_path / "shifted", shift=0.1)
-    assert titles_of(blocks_of(page_of(*twice, other))["overview"]) >= {"Reverse KL of student and target"}
-
-
-def test_curves_that_are_constant_repeat_nothing(tmp_path):
-    zero = {(step, key): 0.0 for step in range(31) for key in ("response/truncated_share", "status/capped")}
-    shown = titles_of(blocks_of(page_of(write_run(tmp_path / "first", changes=zero)))["overview"])
-    assert {"Responses that are cut", "Tokens at the bound of k"} <= shown
-
-
-def titles_of(overview):
-    return {figure["title"] for group in overview["groups"] for figure in group["figures"]}
 
 
 def test_a_teacher_alone_is_described_without_a_mix(run, tmp_path):
@@ -321,27 +283,6 @@ def test_directories_that_are_no_runs_are_refused(run, tmp_path):
         read_runs([run, tmp_path])
     with pytest.raises(ConfigError, match="one of them twice"):
         read_runs([run, run])
-
-
-@pytest.mark.parametrize(
-    ("last", "overrides", "again"),
-    [
-        ("saved", (), True),
-        ("started", (), True),
-        ("saved", ("report.every=0",), False),
-        *((event, (), False) for event in ("finished", "stopped", "guard", "engine")),
-    ],
-)
-def test_only_the_own_report_of_a_run_that_goes_on_loads_itself_again(tmp_path, last, overrides, again):
-    first = write_run(tmp_path / "first", 10, *overrides)
-    with (first / "events.jsonl").open("a") as events:
-        events.write(json.dumps({"time": "2026-01-01T01:00:00+00:00", "step": 10, "event": last}) + "\n")
-    written = [
-        blocks_of(write_report(*arguments).read_text())["overview"]["written"]
-        for arguments in (([first],), ([first], tmp_path / "copy.html"), ([first, write_run(tmp_path / "second")],))
-    ]
-    assert [time is not None for time in written] == [again, False, False]
-    assert ("is training" in status(read_runs([first])[0])) == (again or bool(overrides))
 
 
 def test_a_short_curve_keeps_every_value():
