@@ -72,8 +72,8 @@ def table() -> str:
 
 def row(recipe: str, plan: Plan) -> str:
     """Return the row of a recipe; the GiB are those of the GPU that holds most."""
-    config, p, time = plan.config, plan.config.parallel, plan.time
-    if plan.engines is None or time is None:
+    config, p = plan.config, plan.config.parallel
+    if plan.engines is None:
         raise ValueError(f"recipe={recipe}: expected a recipe that samples with vLLM, got none")
     trained = plan.adapter_parameters or plan.parameters
     on_servers = config.rollout.placement == "server"
@@ -91,7 +91,8 @@ def row(recipe: str, plan: Plan) -> str:
     }
     training, sampling = (max(getattr(one, f"{what}_peak") for one in plan.memory) for what in ("training", "rollout"))
     update = plan.engines.update_bytes / 1e9
-    seconds = " / ".join(f"{part:.0f}" for part in time.turns)
+    rollout = sum(part.seconds for part in plan.parts if part.phase == "rollout")
+    seconds = f"{rollout:.0f} / {sum(part.seconds for part in plan.parts) - rollout:.0f}"
     cells = [
         f"`{recipe}`",
         f"{plan.parameters / 1e9:.1f} B, " + (f"{trained / 1e9:.3g} B" if trained != plan.parameters else "all"),
@@ -101,7 +102,7 @@ def row(recipe: str, plan: Plan) -> str:
         f"{training:.1f} / {sampling:.1f}",
         f"{engine_weight_gib(config, plan.parameters):.1f}" if on_servers else "",
         str(config.data.global_batch_size),
-        f"{plan.schedule.bubble:.1%}" if plan.schedule.bubble else "none",
+        f"{plan.bubble:.1%}" if plan.bubble else "none",
         seconds,
         f"{update:.0f}" if update > 10 else f"{update:.2f}",
         f"{checkpoint_bytes(config, trained) / 1e9:.0f}",

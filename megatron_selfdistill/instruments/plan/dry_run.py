@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
-from megatron_selfdistill.data.contexts import LOOKED_AT
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes, engine_factors, engines
 from megatron_selfdistill.instruments.plan.host_memory import HostMemory, host_memory
-from megatron_selfdistill.instruments.plan.memory import NAMED, Load, Memory, engine_weight_gib, memory
+from megatron_selfdistill.instruments.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.instruments.plan.plan_checks import (
     UNKNOWN_VOCABULARY,
     check_engine,
@@ -24,7 +22,7 @@ from megatron_selfdistill.instruments.plan.plan_checks import (
     planned_gpus,
 )
 from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
-from megatron_selfdistill.instruments.plan.step_time import Lengths, StepTime
+from megatron_selfdistill.instruments.plan.step_time import Part, parts_of_step
 from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.forward import OutputLayer, choose_output_layer
@@ -38,19 +36,9 @@ from megatron_selfdistill.teachers.teacher_directories import (
     teacher_copies,
 )
 
-STUDENT, TEACHER = "student", "teacher"
-
+_ADVICE = "raise cluster.num_gpus or parallel.*, or choose other keys of docs/tuning.md, Memory"
 _SERVED_SHARE = 0.8
 """The share of a server's GPU that weights may take; vLLM uses 0.9 of the GPU for weights, cache and activations."""
-
-RECOMPUTE_ALL = "schedule.recompute.granularity=full schedule.recompute.method=uniform schedule.recompute.num_layers=1"
-"""The keys with which a run keeps only the inputs of layers, in a form that can be pasted into a command."""
-_WITHOUT_REFERENCE = "target.anchor=student, which needs no reference"
-_WITHOUT_OWN_COPY = {
-    "ema": f"set teacher.weights=frozen, whose copy of the weights is also the reference, or {_WITHOUT_REFERENCE}",
-    "current": f"set {_WITHOUT_REFERENCE}",
-}
-"""The advice where a reference is a copy of the weights of its own, by the value of teacher.weights."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +66,15 @@ class Plan:
     num_microbatches: tuple[int, int]
     """The microbatches of student and teacher per step and replica, if every context has the largest allowed length."""
     pair_order: str
-    schedule: Simulated
+    bubble: float
+    """The share of a step's training in which a pipeline stage waits (`bubble`)."""
     output_layer: OutputLayer
     engines: Engines | None
     """The vLLM engines; None for another sampler, or without a sampler."""
-    time: StepTime | None
-    """The time of a step; None for a run that learns from a log, whose lengths no key states."""
+    teachers: Mapping[str, PlannedModel]
+    """The teachers of another architecture than the student's, by name."""
+    parts: Sequence[Part]
+    """The arithmetic of a step; empty for a run that learns from a log, whose lengths no key states."""
 
     @property
     def adapter_parameters(self) -> int:
@@ -104,41 +95,20 @@ class Plan:
                 f"cache in cluster.gpu_memory_gb={room:g}: raise rollout.engine_tp={rollout.engine_tp}"
             )
         stage, most = max(enumerate(self.memory), key=lambda item: item[1].peak)
-        if most.peak <= room:
-            return self._host_misfit()
-        trains = most.training_peak >= most.rollout_peak
-        largest = sorted((most.training if trains else most.rollout).items(), key=lambda part: -part[1])[:2]
-        parts = " and ".join(f"{name} {size:.1f}" for name, size in largest)
-        recompute = "" if self.config.schedule.recompute.granularity == "full" else f", set {RECOMPUTE_ALL}"
-        advice = (
-            f"raise parallel.* or cluster.num_gpus, lower schedule.max_tokens{recompute}"
-            if trains
-            else "raise rollout.engine_tp, lower rollout.kv_cache_gb, set teacher.offload=cpu, or sample on servers"
-        )
-        if self.config.copies_reference:
-            advice += f", or {_WITHOUT_OWN_COPY[self.config.teacher.weights]}"
-        return (
-            f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'} "
-            f"({parts}), but cluster.gpu_memory_gb is {room:g}: {advice}"
-        )
-
-    def _host_misfit(self) -> str | None:
-        room = self.config.cluster.host_memory_gb
-        if self.host.peak <= room:
-            return None
-        advice = ["plan for more nodes (cluster.num_gpus)"]
-        if self.host.resting["teacher"] or self.host.resting["reference"]:
-            advice.append("set teacher.offload=none")
-        if self.host.resting["reference"]:
-            advice.append(_WITHOUT_OWN_COPY[self.config.teacher.weights])
-        if self.host.resting.get(NAMED):
-            advice.append("name fewer teachers")
-        if self.host.resting["teacher states"]:
-            advice.append("raise schedule.teacher_store_gb")
-        return (
-            f"the ranks of a node would hold {self.host} of host memory, but cluster.host_memory_gb is {room:g}: "
-            f"{', or '.join(advice)}"
-        )
+        if most.peak > room:
+            trains = most.training_peak >= most.rollout_peak
+            largest = sorted((most.training if trains else most.rollout).items(), key=lambda part: -part[1])[:2]
+            parts = " and ".join(f"{name} {size:.1f}" for name, size in largest)
+            return (
+                f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'}"
+                f" ({parts}), but cluster.gpu_memory_gb is {room:g}: {_ADVICE}"
+            )
+        if self.host.peak > self.config.cluster.host_memory_gb:
+            return (
+                f"the ranks of a node would hold {self.host} of host memory, but cluster.host_memory_gb is "
+                f"{self.config.cluster.host_memory_gb:g}: {_ADVICE}"
+            )
+        return None
 
 
 def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
@@ -180,13 +150,13 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     )
     needed = [
         memory(config, transformer, stage, replace(load, in_flight=in_flight))
-        for stage, in_flight in zip(built, step.schedule.in_flight, strict=True)
+        for stage, in_flight in zip(built, step.in_flight, strict=True)
     ]
     samples = config.samples and not config.logged and config.rollout.engine == "vllm"
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
     of_engines = engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None
-    lengths = _lengths(config, run_data)
-    time = StepTime(config, transformer, built, load, of_engines, step.schedule.bubble, lengths, teachers)
+    student = PlannedModel(config.model, transformer, built)
+    parts = [] if config.logged else parts_of_step(config, student, teachers, of_engines, load, step.bubble)
     return Plan(
         config=config,
         num_problems=len(run_data.problems) if run_data is not None else None,
@@ -199,11 +169,12 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         seq_length=seq_length,
         num_microbatches=step.num_microbatches,
         pair_order=step.pair_order,
-        schedule=step.schedule,
+        bubble=step.bubble,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
         engines=of_engines,
-        time=None if config.logged else time,
+        teachers=teachers,
+        parts=parts,
     )
 
 
@@ -238,7 +209,9 @@ class _PlannedStep:
     num_microbatches: tuple[int, int]
     """The microbatches of student and teacher."""
     pair_order: str
-    schedule: Simulated
+    bubble: float
+    in_flight: list[int]
+    """The largest number of student microbatches, of one chunk each, whose activations each stage holds."""
 
     @classmethod
     def of(cls, config: Config, num_gpus: int, max_length: int, seq_length: int) -> _PlannedStep:
@@ -254,13 +227,13 @@ class _PlannedStep:
         contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples * per_sample
         num_microbatches = microbatches(config, contexts, seq_length // max_length)
         pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
-        schedule = simulate(
-            order(*num_microbatches, pair_order, with_reference=config.is_anchored),
-            pp_size,
-            p.virtual_pipeline_model_parallel_size or 1,
-            Times(backward=backward_passes(config)),
-        )
-        return cls(dp_size, contexts * longest, num_microbatches, pair_order, schedule)
+        num_student, num_teacher = num_microbatches
+        passes = num_teacher + num_student * config.is_anchored  # a reference reads each student microbatch
+        num_chunks = p.virtual_pipeline_model_parallel_size or 1
+        pair = 1 + passes // num_student if pair_order == "alternating" else 1
+        held = [in_flight(num_student, pair, pp_size, stage, num_chunks) for stage in range(pp_size)]
+        waits = bubble(num_student, passes, pp_size, num_chunks, backward_passes(config))
+        return cls(dp_size, contexts * longest, num_microbatches, pair_order, waits, held)
 
 
 def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int, int]:
@@ -277,22 +250,6 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     return raised_to_multiple(num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored)
 
 
-def _lengths(config: Config, run_data: RunData | None) -> Lengths:
-    """Return the assumed lengths, with the means of the first problems' prompts if the data are known.
-
-    The teacher's prompts count as assumed if any of these problems has no solution yet.
-    """
-    assumed = Lengths.assumed(config)
-    if run_data is None or config.logged:
-        return assumed
-    looked_at = run_data.problems.problems[:LOOKED_AT]
-    student = statistics.fmean(len(run_data.builder.student_prompt(problem)) for problem in looked_at)
-    if not all(problem.solution for problem in looked_at):
-        return replace(assumed, student_prompt=student)
-    teacher = statistics.fmean(len(run_data.builder.teacher_prompt(problem)) for problem in looked_at)
-    return replace(assumed, student_prompt=student, teacher_prompt=teacher)
-
-
 def _vocab_size(config: Config, run_data: RunData | None) -> int:
     """Return the size of the vocabulary, without padding."""
     vocab_size = run_data.vocab_size if run_data is not None else config.model.vocab_size
@@ -301,103 +258,26 @@ def _vocab_size(config: Config, run_data: RunData | None) -> int:
     return vocab_size
 
 
-@dataclass(frozen=True)
-class Times:
-    """The times of one microbatch in one stage, in any unit."""
+def bubble(num_student: int, num_others: int, pp_size: int, num_chunks: int, backward: float) -> float:
+    """Return the share of a step in which a pipeline stage waits, with teacher_first: one fill and one drain.
 
-    forward: float = 1.0
-    """The time of the student's forward pass."""
-    backward: float = 2.0
-    """The time of the student's backward pass."""
-    teacher: float = 1.0
-    """The time of the teacher's forward pass."""
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """The result of the simulation of one step."""
-
-    time: float
-    """The time from the first forward to the last backward, in the unit of `Times`."""
-    bubble: float
-    """The share of ``time`` in which a stage waits, as the mean over the stages."""
-    in_flight: tuple[int, ...]
-    """The largest number of student microbatches (of one chunk each) whose activations a stage holds, per stage."""
-
-
-def order(num_student: int, num_teacher: int, pair_order: str, *, with_reference: bool = False) -> list[str]:
-    """Return the roles of the microbatches of a step, in the order in which schedule.py gives them to Megatron.
-
-    ``with_reference``: a reference reads each student microbatch; it takes the time of a teacher, and has its role.
+    ``num_others``: the microbatches of teacher and reference.  ``backward``: the time of a student's backward pass;
+    every forward pass takes 1.  It is a lower bound with alternating, and with few microbatches of several chunks.
     """
-    references = [TEACHER] if with_reference else []
-    if pair_order == "alternating" and num_teacher:
-        return [TEACHER, *references, STUDENT] * num_student
-    return [TEACHER] * num_teacher + references * num_student + [STUDENT] * num_student
+    busy = num_student * (1 + backward) + num_others
+    waits = (pp_size - 1) * (1 + backward) / num_chunks
+    return waits / (busy + waits)
 
 
-def simulate(streams: Sequence[str], pp_size: int, num_chunks: int = 1, times: Times | None = None) -> Simulated:
-    """Simulate 1F1B, or with ``num_chunks > 1`` the interleaved schedule, on ``pp_size`` stages; messages take no time.
+def in_flight(num_student: int, pair: int, pp_size: int, stage: int, num_chunks: int) -> int:
+    """Return the largest number of student microbatches, of one chunk each, whose activations a stage holds.
 
-    The interleaved schedule needs a multiple of ``pp_size`` microbatches, and each chunk takes 1 / ``num_chunks`` of
-    `Times`.
+    1F1B, or with ``num_chunks > 1`` the interleaved schedule, makes as many forward passes before its first backward
+    pass as its warm-up has, and one more.  ``pair``: of how many microbatches in sequence one is a student's, of
+    which each further chunk may hold one more.
     """
-    times = times or Times()
-    stages = [operations(len(streams), pp_size, stage, num_chunks) for stage in range(pp_size)]
-    last_chunk = num_chunks - 1
-    done: dict[tuple[int, str, int, int], float] = {}
-    clock, position = [0.0] * pp_size, [0] * pp_size
-    while any(at < len(ops) for at, ops in zip(position, stages, strict=True)):
-        for stage, ops in enumerate(stages):
-            while position[stage] < len(ops):
-                kind, microbatch, chunk = ops[position[stage]]
-                if kind == "F":
-                    awaited = (
-                        (stage - 1, kind, microbatch, chunk) if stage else (pp_size - 1, "F", microbatch, chunk - 1)
-                    )
-                    first = stage == 0 and chunk == 0
-                else:
-                    last = stage == pp_size - 1
-                    awaited = (0, kind, microbatch, chunk + 1) if last else (stage + 1, kind, microbatch, chunk)
-                    first = last and chunk == last_chunk  # its own forward precedes it in this stage
-                if not first and awaited not in done:
-                    break
-                start = max(clock[stage], 0.0 if first else done[awaited])
-                clock[stage] = start + _duration(streams[microbatch], kind, times) / num_chunks
-                done[stage, kind, microbatch, chunk] = clock[stage]
-                position[stage] += 1
-    total = max(clock)
-    busy = sum(_duration(stream, kind, times) for stream in streams for kind in "FB")
-    return Simulated(total, 1 - busy / total, tuple(_most_in_flight(ops, streams) for ops in stages))
-
-
-def operations(num_microbatches: int, pp_size: int, stage: int, num_chunks: int) -> list[tuple[str, int, int]]:
-    """Return (F or B, microbatch, chunk) of one stage, in the order of Megatron Core's schedules."""
-    total = num_microbatches * num_chunks
-    warmup = pp_size - stage - 1
+    passes = pp_size - stage
     if num_chunks > 1:
-        warmup = 2 * warmup + (num_chunks - 1) * pp_size
-    warmup = min(warmup, total)
-    group = pp_size * num_chunks
-    virtual = [((k // group) * pp_size + k % pp_size, k % group // pp_size) for k in range(total)]
-    if num_chunks == 1:
-        virtual = [(k, 0) for k in range(total)]
-    forward = [("F", microbatch, chunk) for microbatch, chunk in virtual]
-    backward = [("B", microbatch, num_chunks - 1 - chunk) for microbatch, chunk in virtual]
-    steady = [op for pair in zip(forward[warmup:], backward[: total - warmup], strict=True) for op in pair]
-    return forward[:warmup] + steady + backward[total - warmup :]
-
-
-def _duration(stream: str, kind: str, times: Times) -> float:
-    if stream == TEACHER:
-        return times.teacher if kind == "F" else 0.0
-    return times.forward if kind == "F" else times.backward
-
-
-def _most_in_flight(ops: Sequence[tuple[str, int, int]], streams: Sequence[str]) -> int:
-    held = most = 0
-    for kind, microbatch, _ in ops:
-        if streams[microbatch] == STUDENT:
-            held += 1 if kind == "F" else -1
-            most = max(most, held)
-    return most
+        passes = 2 * passes - 1 + (num_chunks - 1) * pp_size
+    held = math.ceil(passes / pair) + (num_chunks - 1 if pair > 1 else 0)
+    return min(held, num_student * num_chunks)

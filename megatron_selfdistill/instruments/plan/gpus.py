@@ -48,8 +48,6 @@ MFU = 0.35
 """The share of `Gpu.flops` that training reaches: 30 to 40 % is usual on an H100."""
 PRODUCTS = 0.79
 """The share of `Gpu.flops` that large products reach by themselves."""
-HOST_LINK = 25e9
-"""The bytes per second that a GPU copies from pinned host memory while the other GPUs of its node do, too."""
 NETWORK = 45e9
 """The bytes per second that a GPU sends to other nodes, through 400 Gb/s of its own."""
 LAYER_SECONDS = 25e-6

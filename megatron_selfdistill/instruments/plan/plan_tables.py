@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
-from megatron_selfdistill.instruments.plan.gpus import HOST_LINK, MFU, NETWORK, RATES
+from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.memory import (
     GIB,
@@ -27,7 +24,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     resting_teacher_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
-from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
+from megatron_selfdistill.instruments.plan.step_time import Part
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.terminal import visible
 
@@ -40,7 +37,7 @@ NEEDED = {
 _RUN_DIR = "runs/first"  # used if run_dir is not set
 _SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
 
-_COLUMNS = ("phase", "part", "work", "rate", "time", "how")
+_COLUMNS = ("phase", "part", "work", "rate", "time")
 
 _WIDEST = 240
 TRAINING, SAMPLING = "= while training", "= while sampling"
@@ -55,7 +52,7 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
         *(visible(line) for line in summary(plan)),
         title,
         memory_table(plan),
-        *((assumptions(plan.time), time_table(plan.time), shares(plan.time), "") if plan.time else ()),
+        *((assumptions(plan), time_table(plan.parts), "") if plan.parts else ()),
         *(commands[::-1] if plan.config.cluster.num_gpus == 1 else commands),
     ):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
@@ -84,15 +81,13 @@ def summary(plan: Plan) -> list[str]:
         f"sequences of at most {plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
         f"{plan.pair_order}; "
-        f"bubble {plan.schedule.bubble:.1%} of the step",
-        *_visits(plan),
+        f"bubble {plan.bubble:.1%} of the step",
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
         *_teachers(plan),
         *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g} GiB; processes are not counted",
-        *_how_full(plan),
     ]
 
 
@@ -107,13 +102,6 @@ def verdict(plan: Plan) -> str:
 def counted(number: float) -> str:
     """Return a number of parameters: in millions below a tenth of a billion."""
     return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
-
-
-def _visits(plan: Plan) -> list[str]:
-    if plan.num_problems is None:
-        return []
-    what = "turns" if plan.config.logged else "problems"
-    return about_visits(plan.config.num_steps, plan.config.data.global_batch_size, plan.num_problems, what)
 
 
 def _engines(plan: Plan) -> str:
@@ -134,20 +122,16 @@ def _engines(plan: Plan) -> str:
 
 
 def _teachers(plan: Plan) -> list[str]:
-    """Return a line per teacher with weights of its own: their size on a rank, and the time of a swap."""
+    """Return a line per teacher with weights of its own: their size on a rank, and their place."""
     sizes = [named_teacher_bytes(plan.config, stage) for stage in plan.stages]
     resting = resting_teacher_bytes(plan.config, plan.stages[0])
     lines = []
     for name in sizes[0]:
         largest = max(size[name] for size in sizes)
         kind = ", adapters on the start of the run" if name in plan.stages[0].teacher_parameters else ""
-        if plan.time is not None and name in plan.time.teachers:
-            kind = f", another model of {plan.time.teachers[name].parameters / 1e9:.3g} billion parameters"
-        place = (
-            f"in host memory, swapped in within {largest / HOST_LINK:.2g} s per step"
-            if name in resting
-            else "on the device"
-        )
+        if name in plan.teachers:
+            kind = f", another model of {plan.teachers[name].parameters / 1e9:.3g} billion parameters"
+        place = "in host memory, swapped in each step" if name in resting else "on the device"
         lines.append(f"teachers.{name}: {largest / GIB:.3g} GiB per rank {place}{kind}")
     return lines
 
@@ -165,41 +149,6 @@ def _trained(plan: Plan) -> list[str]:
         lines.append(f"an update of the engines' weights sends {what}, {sized(plan.engines.update_bytes, 2)}")
     held = checkpoint_bytes(config, plan.adapter_parameters or plan.parameters)
     return [*lines, f"a checkpoint takes {sized(held)}"]
-
-
-def _how_full(plan: Plan) -> list[str]:
-    """Return the lines about the sequences per engine, with a warning if there are too few sequences."""
-    if plan.engines is None or plan.time is None:
-        return []
-    rollout, rest = plan.time.turns
-    filled = (
-        f"{plan.engines.sequences:g} sequences per engine and step; its KV cache holds about {plan.engines.capacity} "
-        f"at a time; by arithmetic for {plan.config.cluster.gpu} GPUs (below) {seconds(rollout, 0)} of rollout and "
-        f"{seconds(rest, 0)} of the rest of a step"
-    )
-    warning = [plan.time.warning] if plan.time.warning else []
-    return [filled, *warning, *_ahead(plan, plan.time)]
-
-
-def _ahead(plan: Plan, time: StepTime) -> list[str]:
-    """Return the line about the step whose servers work ahead; none where generation and training must take turns."""
-    if not _is_possible(plan.config, ahead=1, max_staleness=1):
-        return []
-    generation, training = time.turns
-    return [
-        f"by the same arithmetic a step takes {seconds(generation + training, 0)} in turns, "
-        f"{seconds(max(generation, training), 0)} with rollout.ahead=1: rollout.ahead=1 gains the shorter of both, if "
-        "responses of weights that are one step old will do"
-    ]
-
-
-def _is_possible(config: Config, **rollout: Any) -> bool:
-    """Return whether ``config`` can have the values ``rollout`` of this section, with all its other keys."""
-    try:
-        replace(config, rollout=replace(config.rollout, **rollout))
-    except ValueError:
-        return False
-    return True
 
 
 def memory_table(plan: Plan) -> Table:
@@ -307,39 +256,28 @@ def _ranks_per_node(config: Config) -> int:
     return min(config.cluster.num_gpus or 1, config.cluster.gpus_per_node)
 
 
-def assumptions(time: StepTime) -> str:
-    """Return the line that names the rates and lengths of the arithmetic."""
-    cluster, lengths = time.config.cluster, time.lengths
+def assumptions(plan: Plan) -> str:
+    """Return the line that names the rates of the arithmetic."""
+    cluster = plan.config.cluster
     gpu, num_gpus = RATES[cluster.gpu], cluster.num_gpus or 1
+    sampled = "" if plan.engines is not None or not plan.config.samples else "; sampling in process is left out"
     return (
         f"\nseconds of a step in turns, by arithmetic and not measured (plan/step_time.py), on {num_gpus} x "
         f"{cluster.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s with an MFU of {MFU:.0%}, {gpu.bandwidth / 1e12:.2f} TB/s with "
         f"{gpu.copied / 1e12:.2f} reached, {gpu.link / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} between "
-        f"nodes; mean prompts of {lengths.student_prompt:.0f} (student) and {lengths.teacher_prompt:.0f} (teacher) "
-        f"tokens, responses of {lengths.response:.0f}, the longest {lengths.longest:.0f}"
+        f"nodes; mean prompts and responses are a third of the longest{sampled}"
     )
 
 
-def time_table(time: StepTime) -> Table:
+def time_table(parts: Sequence[Part]) -> Table:
     """Return the table of the parts of a step, with their sum."""
     table = Table(box=box.SIMPLE)
     for name in _COLUMNS:
         table.add_column(name, justify="right" if name in ("work", "rate", "time") else "left", no_wrap=True)
-    for place, part in enumerate(time.parts, 1):
-        table.add_row(*cells(part), end_section=place == len(time.parts))
-    table.add_row("", "= a step", "", "", seconds(time.seconds), "")
+    for place, part in enumerate(parts, 1):
+        table.add_row(*cells(part), end_section=place == len(parts))
+    table.add_row("", "= a step", "", "", seconds(sum(part.seconds for part in parts)))
     return table
-
-
-def shares(time: StepTime) -> str:
-    """Return the line about the share of each phase, with the metrics to compare it with."""
-    found = [f"{name} {spent / time.seconds:.1%}" for name, spent in time.phases.items()]
-    line = f"shares of a step: {', '.join(found)}; a run logs seconds/PHASE of each, and seconds/step"
-    if time.engines is not None and time.config.rollout.ahead:
-        line += "; its seconds/rollout are only what training waits for, because generation goes on beside training"
-    if time.config.samples and time.engines is None:
-        line += "; sampling in process is left out"
-    return line
 
 
 def cells(part: Part) -> tuple[str, ...]:
@@ -349,14 +287,12 @@ def cells(part: Part) -> tuple[str, ...]:
         work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
     elif part.work:
         work, rate = sized(part.work), f"{part.rate / 1e9:.0f} GB/s"
-    return part.phase, part.name, work, rate, seconds(part.seconds), part.note
+    return part.phase, part.name, work, rate, seconds(part.seconds)
 
 
-def seconds(value: float, digits: int = 1) -> str:
-    """Return seconds with ``digits`` behind the point, and with one more below 10; below a tenth as milliseconds."""
-    if value < 0.1:
-        return f"{1000 * value:.2g} ms"
-    return f"{value:.{digits + (value < 10 and digits > 0)}f} s"
+def seconds(value: float) -> str:
+    """Return seconds with a digit behind the point, and with two below 10; below a tenth as milliseconds."""
+    return f"{1000 * value:.2g} ms" if value < 0.1 else f"{value:.{1 + (value < 10)}f} s"
 
 
 def sized(number: float, digits: int = 1) -> str:

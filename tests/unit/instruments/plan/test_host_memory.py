@@ -18,7 +18,6 @@ from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.plan_tables import summary
-from megatron_selfdistill.instruments.plan.step_time import Part
 
 MIB, GIB = 2**20, 2**30
 BF16 = dataclasses.replace(ADAM, precision="bf16")
@@ -177,34 +176,6 @@ def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(ab
     assert states[1] >= 2 * states[0] > 0, "four models in place of two"
 
 
-def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(absent):
-
-    def parts(*names: str) -> dict[str, float]:
-        plan = dry_run(load(["recipe=qwen3_8b", *(f"teachers.{name}.load=/{name}" for name in names)]))
-        return {part.name: part.seconds for part in plan.time.parts if part.phase == "train"}
-
-    none, one, two, four = parts(), parts("a"), parts("a", "b"), parts("a", "b", "c", "d")
-    assert "teachers' weights" not in none | one and two["output layer"] == one["output layer"] > none["output layer"]
-    assert four["teachers' weights"] == pytest.approx(2 * two["teachers' weights"]) and two["teachers' weights"] > 0
-
-
-def test_the_time_of_a_step_counts_the_copies_that_the_students_passes_do_not_hide(absent):
-    """Beside these passes run the layers: all of a sum, one of three of a product, none that leave the device."""
-
-    def swaps(*options: str) -> Part:
-        named = "teachers={a: {load: /a}, b: {load: /b}, c: {load: /c}}"
-        time = dry_run(load(["recipe=qwen3_8b", named, *options])).time
-        return next(part for part in time.parts if part.name == "teachers' weights")
-
-    tables = 2 * 151_936 * 4096 * 2 / 4  # of a rank of TP 4, in bf16
-    of_sum, of_product, offloaded = swaps(), swaps("teachers.join=product"), swaps("teacher.offload=cpu")
-    assert of_sum.work == pytest.approx(3 * tables, rel=1e-3)
-    hidden = (offloaded.work - of_sum.work, offloaded.work - of_product.work)
-    assert hidden[0] == pytest.approx(3 * hidden[1]) and hidden[1] > 2 * tables
-    short = swaps("data.global_batch_size=2", "rollout.num_samples=1", "rollout.max_new_tokens=64")
-    assert of_sum.work < short.work < offloaded.work, "passes of few tokens hide a part"
-
-
 def planned_beside(monkeypatch, *options: str) -> Plan:
     """Return the plan of 8 billion parameters with a teacher of their architecture, and two of 32 billion."""
     wide, others = load(["recipe=qwen3_32b"]).model, {"code": Path("/c"), "tools": Path("/t")}
@@ -218,8 +189,8 @@ def planned_beside(monkeypatch, *options: str) -> Plan:
 def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_their_size(absent, monkeypatch):
     alone = dry_run(load(["recipe=qwen3_8b", "teachers.math.load=/m"]))
     plan = planned_beside(monkeypatch)
-    wide = plan.time.teachers["code"]
-    assert wide is plan.time.teachers["tools"] and 32e9 < wide.parameters < 33e9
+    wide = plan.teachers["code"]
+    assert wide is plan.teachers["tools"] and 32e9 < wide.parameters < 33e9
     for stage, one, own in zip(wide.stages, alone.memory, plan.memory, strict=True):
         copy = stage.parameters * 2 / GIB
         assert own.training["named teachers"] - one.training["named teachers"] == pytest.approx(copy), "one for both"
@@ -240,12 +211,12 @@ def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_th
     ]
 
 
-def test_the_time_of_teachers_of_another_architecture_is_that_of_their_passes(absent, monkeypatch):
-    def parts(plan: Plan) -> dict[str, float]:
-        return {part.name: part.seconds for part in plan.time.parts if part.phase == "train"}
+def test_a_step_counts_the_passes_of_teachers_of_another_architecture(absent, monkeypatch):
+    def work(plan: Plan) -> dict[str, float]:
+        return {part.name: part.work for part in plan.parts if part.phase == "train"}
 
-    alone, summed = parts(dry_run(load(["recipe=qwen3_8b"]))), parts(planned_beside(monkeypatch))
-    product = parts(planned_beside(monkeypatch, "teachers.join=product"))
+    alone, summed = work(dry_run(load(["recipe=qwen3_8b"]))), work(planned_beside(monkeypatch))
+    product = work(planned_beside(monkeypatch, "teachers.join=product"))
     assert summed["teacher"] == pytest.approx(alone["teacher"] / 3), "a third of the responses"
     assert 4 * summed["teacher"] < summed["teacher code"] == summed["teacher tools"] < 5 * summed["teacher"]
     assert all(product[name] == pytest.approx(3 * summed[name]) for name in ("teacher", "teacher code"))

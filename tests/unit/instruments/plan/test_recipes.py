@@ -334,12 +334,6 @@ def test_the_page_of_sizes_has_a_row_for_every_recipe_and_no_other():
     assert [row.split("`")[1] for row in rows] == REAL_SIZES == size_table.recipes()
 
 
-@each(REAL_SIZES)
-def test_no_recipe_leaves_its_engines_idle(recipe):
-    time = plan_of(recipe).time
-    assert time is not None and time.warning is None
-
-
 @pytest.mark.parametrize(
     ("recipe", "cache_gb", "kib"),
     [
