@@ -36,10 +36,10 @@ STATUS = "<!--GPUs-->", "<!--/GPUs-->"
 PARTS = {
     "the loss": r"kernels of the loss|fused .*",
     "training steps": r"step: bf16|one: .*",
-    "Transformer Engine's layers": r"step: Transformer Engine.*|self-test: Transformer Engine.*",
+    "Transformer Engine's layers": r"step: Transformer Engine.*",
     "layouts as ranks of one GPU": r"several: .*",
     "sampling in process": r"guided sampling in process|colocated engine: the trainer's own sampler",
-    "saving and resuming": r"saving in the background and resuming|self-test: save and resume",
+    "saving and resuming": r"saving in the background and resuming",
     "several GPUs (NCCL)": r"eight: .*|self-test of 8 ranks: .*|a rank that stops",
     "vLLM": r".*vLLM.*",
     "FP8": r"fp8 .*",

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu import cases
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 
 MODULE = "fused_weight_gradient_mlp_cuda"

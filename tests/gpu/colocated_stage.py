@@ -19,7 +19,7 @@ from pathlib import Path
 import tiny_run
 import torch
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 
 ON_GPU = torch.cuda.is_available()

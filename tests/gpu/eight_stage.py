@@ -18,9 +18,9 @@ from pathlib import Path
 
 import tiny_run
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu.colocated_stage import agreement
 from tests.gpu.launch import launched
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tiny_run
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu.launch import launched
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 
 

@@ -16,8 +16,8 @@ import torch
 from fused_layer import DIVERGENCES, TARGETS, VOCAB_SIZE, WIDTH, Example, relative
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.instruments.selftest.outcome import Outcome, largest
 from megatron_selfdistill.loss import Divergence, Target
+from tests.gpu.outcome import Outcome, largest
 from tests.gpu.results import held
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 

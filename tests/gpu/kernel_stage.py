@@ -20,7 +20,7 @@ from pathlib import Path
 
 import hidden_gpus
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
+from tests.gpu.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 

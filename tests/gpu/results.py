@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_selfdistill.instruments.selftest.outcome import Outcome, lines
+from tests.gpu.outcome import Outcome, lines
 
 VARIABLE = "SELFDISTILL_GPU_RESULTS"
 DEADLINE = "SELFDISTILL_GPU_DEADLINE"

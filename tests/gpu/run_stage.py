@@ -22,10 +22,9 @@ import tiny_run  # noqa: E402
 import torch  # noqa: E402
 from taught import write_records_of_teachers  # noqa: E402
 
-from megatron_selfdistill.instruments.selftest.node_test import set_environment  # noqa: E402
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome, largest  # noqa: E402
-from megatron_selfdistill.instruments.selftest.training import deterministic  # noqa: E402
+from tests.gpu.determinism import deterministic, set_environment  # noqa: E402
 from tests.gpu.leaving import leave  # noqa: E402
+from tests.gpu.outcome import Figure, Outcome, largest  # noqa: E402
 from tests.gpu.results import held  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -51,7 +50,7 @@ def main() -> int:
 
 def run(arguments: list[str]) -> None:
     """Run a whole training run in this process; raises where it does not end with 0."""
-    with deterministic():
+    with deterministic(ON_GPU):
         status = tiny_run.start(arguments)
     leave(synchronize=False)
     if ON_GPU:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome, largest
+from tests.gpu.outcome import Figure, Outcome, largest
 from tests.gpu.results import held
 
 ON_GPU = torch.cuda.is_available()

@@ -7,11 +7,11 @@ import argparse
 import sys
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.instruments.selftest.node_test import CHECKS
+from megatron_selfdistill.instruments.selftest.node_test import PROOFS
 from tests.gpu import cases
 from tests.gpu.runner import Stage
 
-SELF_TEST = tuple(CHECKS)
+SELF_TEST = tuple(PROOFS)
 RUNS = (
     "teacher offloaded to host memory",
     "teachers fetched beside the student",

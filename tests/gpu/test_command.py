@@ -19,7 +19,7 @@ COPIED = ("README.md", "docs/support.json", "docs/support.md", "tools/support_ta
 REPORT = """
 import sys
 from tests.gpu.results import report
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
+from tests.gpu.outcome import Figure, Outcome
 for check in sys.argv[2:]:
     report(check, Outcome((Figure("a figure", float(sys.argv[1]), 1.0),)))
 """

@@ -14,7 +14,7 @@ from tests.gpu.runner import Stage, run_stages
 REPORT = """
 import sys
 from tests.gpu.results import report
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
+from tests.gpu.outcome import Figure, Outcome
 report(sys.argv[1], Outcome((Figure("a figure", float(sys.argv[2]), 1.0),)))
 """
 

@@ -1,85 +1,53 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Report the software of this node, whether its versions work together, and the choices that a run will make.
+"""Report the software of this node, and whether its versions work together.
 
     selfdistill doctor
     srun --label selfdistill doctor --brief --ranks 8        # a line per node
-    torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest
+    torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest parallel.tensor_model_parallel_size=4
 
 The command exits with 1 if a run cannot start here, reports the fix, and warns about versions that are newer than
 tested.  It needs only Python: a missing package is a line of the report.  With --selftest the ranks of the launch then
-compute a table of checks, in less than three minutes once the node's compilers are warm.  The command exits with 1 if a
-check fails or is not reached.
+prove that they meet, that they compute the same loss on shards of the vocabulary, and that a tiny training step in the
+layout of the keys of parallel equals the step of one rank.  The command exits with 1 if a proof fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib
 import os
 import platform
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from megatron_selfdistill.installation import install_command
-from megatron_selfdistill.instruments.doctor.findings import (
-    FAILURE,
-    NOT_INSTALLED,
-    OK,
-    OPTIONAL,
-    WARNING,
-    Finding,
-    examine,
-    num_gpus,
-    requirements,
-)
+from megatron_selfdistill.instruments.doctor.findings import FAILURE, NOT_INSTALLED, WARNING, Finding, examine
+from megatron_selfdistill.instruments.doctor.versions import requirements
 
-MINUTES = 2.5
-"""The limit for the checks in minutes, from the first line of this file to the last line of the table.
-
-The warm-up, in which a cold node compiles, has the same limit in addition, and launchers take some more seconds."""
-MARGIN_S = 15.0
-"""The seconds after which a process ends if it has not met the other ranks."""
+MINUTES = 3.0
+"""The limit in minutes for each proof of the self-test; a cold node compiles meanwhile."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, run what the arguments ask for, and return 1 for a failure or a failed check, else 0."""
-    began = time.monotonic()
+    """Print the report, run what the arguments ask for, and return 1 for a failure or a failed proof, else 0."""
     parser = argparse.ArgumentParser(
         prog="selfdistill doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--brief", action="store_true", help="print one line, or one line for each failure")
-    parser.add_argument(
-        "--ranks",
-        type=_positive(int),
-        metavar="N",
-        help="number of ranks that will start on this node; fewer GPUs are a failure",
-    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks that will start here; fewer GPUs are a failure")
     parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
-    parser.add_argument(
-        "--sampler", choices=["megatron", "vllm"], help="the self-test's sampler (default: vllm if installed)"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=_positive(float),
-        metavar="M",
-        help=f"limit for the checks, and the same limit for the warm-up (default: {MINUTES:g})",
-    )
-    arguments = parser.parse_args(argv)
-    if not arguments.selftest:
-        for name in ("sampler", "minutes"):
-            if getattr(arguments, name) is not None:
-                parser.error(f"--{name} needs --selftest")
-        return (brief if arguments.brief else report)(examine(arguments.ranks))
-    limit_s = 60 * (arguments.minutes or MINUTES)
-    with _ended_after(2 * limit_s + MARGIN_S):
-        return examined_and_tested(arguments, began + limit_s)
+    parser.add_argument("--minutes", type=float, metavar="M", help="limit for each proof (default: 3)")
+    parser.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="the layout of the self-test")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.selftest:
+        return examined_and_tested(arguments)
+    if arguments.minutes is not None or arguments.overrides:
+        parser.error(f"{'--minutes' if arguments.minutes is not None else arguments.overrides[0]} needs --selftest")
+    return (brief if arguments.brief else report)(examine(arguments.ranks))
 
 
 def report(findings: Sequence[Finding]) -> int:
-    """Print the findings and their consequences, and return 1 if a run cannot start here, else 0."""
+    """Print the findings, and return 1 if a run cannot start here, else 0."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{finding.name:<{width}}  {finding.status:<7}  {finding.found}")
@@ -91,10 +59,9 @@ def report(findings: Sequence[Finding]) -> int:
         print(f"a run cannot start here: {', '.join(failures)}")
         if any(finding.found == NOT_INSTALLED for finding in findings if finding.status == FAILURE):
             print(f"{install_command('train')} installs what a run needs; megatron_selfdistill.loss needs torch alone")
-        return 1
-    for line in what_a_run_uses(findings):
-        print(line)
-    return 0
+    else:
+        print("a run can start here")
+    return 1 if failures else 0
 
 
 def brief(findings: Sequence[Finding]) -> int:
@@ -119,73 +86,17 @@ def brief(findings: Sequence[Finding]) -> int:
     return 0
 
 
-def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
-    """Print the reports of rank 0 and of every rank with failures, then run the self-test.
+def examined_and_tested(arguments: argparse.Namespace) -> int:
+    """Print the report of each node, in brief for all but the first one, then run the self-test.
 
-    Returns 1 on all ranks if a rank has a failure or a check fails, else 0.  ``deadline``: the end of the whole
-    command, by the monotonic clock.
+    Returns 1 for a failure, after which the launcher ends the other ranks, and for a proof that fails; else 0.
     """
-    importlib.import_module("megatron_selfdistill.instruments.selftest.launch_environment").set_environment()
-    rank = os.environ.get("RANK", "0")
-    ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Eight imports of the same files show no more than one import.
-    one_per_node = os.environ.get("LOCAL_RANK", "0") == "0"
-    findings = examine(ranks, imports=one_per_node, limit_s=deadline - time.monotonic())
-    failed = any(finding.status == FAILURE for finding in findings)
-    if rank == "0" or failed:
-        if rank != "0":
-            print(f"rank {rank}:")
-        (brief if arguments.brief else report)(findings)
-    if failed:
-        return 1  # the launcher ends the other ranks
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        is_first = os.environ.get("RANK", "0") == "0"
+        findings = examine(arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if (report if is_first and not arguments.brief else brief)(findings):
+            return 1
     importlib.import_module("megatron_selfdistill.terminal").silence_known_warnings()
-    selftest = importlib.import_module("megatron_selfdistill.instruments.selftest.node_test")
-    outcomes = selftest.selftest(arguments.sampler, limit_s=deadline - time.monotonic())
-    return 0 if selftest.passed(outcomes) else 1
-
-
-def what_a_run_uses(findings: Sequence[Finding]) -> list[str]:
-    """Return the lines about the choices that a run makes according to ``findings``."""
-    gpu = num_gpus() > 0
-    status = {finding.name: finding.status for finding in findings}
-    has = {name: status[name] in (OK, WARNING) for name in OPTIONAL}  # a run does not check the version
-    layers = "Transformer Engine's" if gpu and has["transformer-engine"] else "Megatron's local"
-    fused = status["apex"] == OK
-    adam = "apex's" if fused else "Transformer Engine's" if gpu and has["transformer-engine"] else "torch's"
-    samplers = "megatron, vllm (colocated or on servers)" if has["vllm"] else "megatron, vllm on servers"
-    return [
-        f"device: {'cuda, over NCCL' if gpu else 'cpu, over gloo'}",
-        f"layers: {layers} spec; Adam: {adam}",
-        f"samplers that can be chosen: {samplers}",
-    ]
-
-
-@contextlib.contextmanager
-def _ended_after(seconds: float) -> Iterator[None]:
-    """End the process with status 1 if this context lasts longer than ``seconds``, even during a wait.
-
-    The self-test's own watch starts only after all ranks have imported everything and found each other.
-    """
-
-    def end() -> None:
-        print(f"rank {os.environ.get('RANK', '0')}: the self-test did not end within {seconds:.0f} s", flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _positive(kind: type[float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    number.__name__ = f"positive {kind.__name__}"  # argparse shows this name in its error
-    return number
+    node_test = importlib.import_module("megatron_selfdistill.instruments.selftest.node_test")
+    reports = node_test.selftest(arguments.overrides, limit_s=60 * (arguments.minutes or MINUTES))
+    return 0 if all(report.holds for report in reports.values()) else 1

@@ -66,7 +66,6 @@ ALLOWED = {
     ("interop/formats/unpickler.py", "pickle._Unpickler"): "the restricted unpickler is made of it",
     ("interop/formats/unpickler.py", "torch.load"): "with the restricted unpickler in the place of pickle",
     ("checkpoint/sharded_io.py", STRATEGY): "with PyTorch's readers restricted",
-    ("instruments/selftest/meeting.py", "pickle.loads"): "what ranks of the same launch send each other, no file",
 }
 
 

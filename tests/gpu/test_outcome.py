@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome, largest, lines, over_ranks
+from tests.gpu.outcome import Figure, Outcome, largest, lines, over_ranks
 
 
 @pytest.mark.parametrize(
