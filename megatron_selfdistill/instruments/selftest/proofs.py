@@ -109,7 +109,7 @@ def _errors_of_loss(dtype: torch.dtype, target: Target, kind: Divergence, grid: 
         for rows, value in ((student, 30.0), (teacher, 30.0), (expected, 0.0))
     )
     own.requires_grad_()
-    options = {"target": target, "divergence": kind, "reduction": "none", "vocab_size": VOCAB_SIZE}
+    options: dict[str, Any] = {"target": target, "divergence": kind, "reduction": "none", "vocab_size": VOCAB_SIZE}
     loss = self_distillation_loss(own, other, process_group=grid.tp_group, **options)
     (own_gradient,) = torch.autograd.grad(loss.sum(), own)
     off = (own_gradient - gradient).abs() / expected.abs().amax(-1, keepdim=True).clamp(min=1e-3)
