@@ -25,14 +25,15 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.instruments.selftest.meeting import Meeting, Report
+from megatron_selfdistill.loss.divergence import divergence, divergence_gradient
 from megatron_selfdistill.loss.functional import self_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Divergence, Target, divergence, divergence_gradient, mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.teacher_weights import Teacher
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
-from megatron_selfdistill.teacher import Teacher
 
 VOCAB_SIZE = 1009  # a prime: the last shards are partly padding
 LOSS_BOUND = 1e-5
@@ -158,7 +159,7 @@ def _step(
         chunk.zero_grad_buffer()
     batch = pack_everywhere(_contexts(num_contexts, grid), Packing(64, "teacher_first", with_teacher=True), grid)
     token_loss = token_losses.self_distillation(Target(anchor="student"), Divergence())
-    output = schedule.run(student, teacher.chunks, batch, token_loss, grid, vocab)
+    output = schedule.run(student, schedule.ScheduledTeacher(teacher.chunks), batch, token_loss, grid, vocab)
     for parameter in (parameter for chunk in student for parameter in chunk.parameters()):
         parameter.data = parameter.main_grad
     return student, step_metrics(output, None, grid)["loss/mean"]
