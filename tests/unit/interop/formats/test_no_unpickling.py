@@ -64,7 +64,6 @@ SAFE_BY_DEFAULT = {"numpy.load"}
 # (file, call) -> why it may stay.
 ALLOWED = {
     ("interop/formats/unpickler.py", "pickle._Unpickler"): "the restricted unpickler is made of it",
-    ("interop/formats/unpickler.py", "torch.load"): "with the restricted unpickler in the place of pickle",
     ("checkpoint/sharded_io.py", STRATEGY): "with PyTorch's readers restricted",
 }
 
