@@ -15,32 +15,30 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_selfdistill.interop.release import Progress
 
 
 EXIT_REFUSED = 2
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPES = ("bf16", "fp16", "fp32")
-RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-NON_FINITE = "report weights that are NaN or infinite instead of refusing them"
-BASE = "the base of the adapters, where it has moved (default: where the checkpoint says)"
-OpenProgress = Callable[[], "AbstractContextManager[Progress]"]
-"""A function that opens the display of a conversion's progress."""
+_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+_NEW_CHECKPOINT = "new directory for the checkpoint"
+_NEW_HF = "new Hugging Face directory"
+Advice = Callable[[Path, argparse.Namespace], Iterator[str]]
+"""A function from the new directory and the arguments to the lines that say how to use the directory."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     silence_known_warnings()
     try:
-        arguments.check(arguments)
+        _check(arguments)
         return int(arguments.run(arguments))
     except (CheckpointError, ConfigError) as error:
         print_error("convert:", error)
@@ -66,103 +64,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_REFUSED
 
 
-def check_hf_to_megatron(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.interop.formats.directory import require_free
 
-    require_free(arguments.out)
-    prechecks.require_hugging_face(arguments.hf)
-
-
-def hf_to_megatron(arguments: argparse.Namespace) -> int:
-    """Convert a Hugging Face directory to a Megatron checkpoint, and return the exit status."""
-    from megatron_selfdistill.interop import conversion
-
-    with _progress() as progress:
-        target = conversion.hf_to_megatron(
-            arguments.hf,
-            arguments.out,
-            dtype=dtype_of(arguments),
-            allow_non_finite=arguments.allow_non_finite,
-            progress=progress,
-        )
-    from megatron_selfdistill.interop.describe import megatron_lm_usage
-
-    print(f"{target}: load it with checkpoint.load={arguments.out}")
-    for name, value in megatron_lm_usage(target).items():
-        print(f"{name}: {visible(value)}")
-    return 0
-
-
-def check_megatron_to_hf(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.interop.formats.directory import require_free
-    from megatron_selfdistill.interop.formats.hf_files import read_config
-
-    require_free(arguments.out)
-    prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
-    if arguments.hf_config is not None:
-        read_config(arguments.hf_config)
-
-
-def megatron_to_hf(arguments: argparse.Namespace) -> int:
-    """Convert a Megatron checkpoint to a Hugging Face directory, and return the exit status."""
-    from megatron_selfdistill.interop import conversion
-
-    with _progress() as progress:
-        target = conversion.megatron_to_hf(
-            arguments.megatron,
-            arguments.out,
-            iteration=arguments.iteration,
-            hf_config=arguments.hf_config,
-            dtype=dtype_of(arguments),
-            vocab_size=arguments.vocab_size,
-            max_shard_bytes=arguments.max_shard_size,
-            allow_non_finite=arguments.allow_non_finite,
-            base=arguments.base,
-            progress=progress,
-        )
-    print(f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})")
-    return 0
-
-
-def check_gguf_to_hf(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` or `ConfigError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill.interop import gguf
-    from megatron_selfdistill.interop.formats.directory import require_free
-
-    require_free(arguments.out)
-    gguf.require_gguf(arguments.gguf)
-
-
-def gguf_to_hf(arguments: argparse.Namespace) -> int:
-    """Convert a GGUF file to a Hugging Face directory, and return the exit status."""
-    from megatron_selfdistill.interop import gguf
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the readers' bars would mix with this command's own
-    with _progress() as progress:
-        target = gguf.gguf_to_hf(
-            arguments.gguf,
-            arguments.out,
-            dtype=dtype_of(arguments),
-            allow_non_finite=arguments.allow_non_finite,
-            progress=progress,
-        )
-    print(f"{target}: convert it with selfdistill convert hf-to-megatron --hf {target} --out NEW_DIRECTORY")
-    return 0
-
-
-def check_inspect(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-
-    if not prechecks.is_hugging_face(arguments.checkpoint):
+    named = vars(arguments)
+    if "out" in named:
+        require_free(arguments.out)
+    if "hf" in named:
+        prechecks.require_hugging_face(arguments.hf)
+    if "megatron" in named:
+        prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+    if "checkpoint" in named and not prechecks.is_hugging_face(arguments.checkpoint):
         prechecks.require_checkpoint(arguments.checkpoint)
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+def _convert(arguments: argparse.Namespace) -> int:
+    """Call the function of the sub-command with the values of its options, and return the exit status."""
+    module, _, name = arguments.function.rpartition(".")
+    function = getattr(importlib.import_module(f"megatron_selfdistill.interop.{module}"), name)
+    values = {key: value for key, value in vars(arguments).items() if key not in ("list", "run", "function", "advice")}
+    if values.get("dtype") is not None:
+        from megatron_selfdistill.interop.conversion import DTYPES
+
+        values["dtype"] = DTYPES[values["dtype"]]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would mix with this command's own
+    with _progress() as progress:
+        target = function(**values, progress=progress)
+    for line in arguments.advice(target, arguments):
+        print(line)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
     """Print the description of a checkpoint or a Hugging Face directory, and return the exit status."""
     from megatron_selfdistill.interop.describe import describe
 
@@ -229,55 +164,111 @@ def _bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **RAW)
+    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
     parser.add_argument("--list", action=ListOfFamilies, nargs=0, help="print what converts and with what limits")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_hf_to_megatron(commands)
     _add_megatron_to_hf(commands)
     _add_gguf_to_hf(commands)
-    add_to(commands, _progress)
-    _add_inspect(commands)
+    _add_megatron_to_peft(commands)
+    _add_peft_to_megatron(commands)
+    _add_merge_adapters(commands)
+    command = commands.add_parser(
+        "inspect",
+        help="describe a checkpoint or a Hugging Face directory",
+        description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
+        epilog="example:\n  selfdistill convert inspect runs/first",
+        **_RAW,
+    )
+    command.set_defaults(run=_inspect)
+    _directory(command, "checkpoint", "run directory, Megatron checkpoint or Hugging Face directory")
     return parser
 
 
+def _add(
+    commands: Any, function: str, advice: Advice, *, example: str, out: str, dtype: str | None = None, **texts: str
+) -> argparse.ArgumentParser:
+    """Add and return the sub-command that calls ``function``, with the options that most sub-commands share.
+
+    ``function``: ``module.name`` in this package; it receives each option under the name of its destination.
+    ``out``: the help of ``--out``.  ``dtype``: the help of ``--dtype``; null adds no such option.
+    """
+    name = function.rpartition(".")[2].replace("_", "-")
+    epilog = f"example:\n  selfdistill convert {name} {example}"
+    command: argparse.ArgumentParser = commands.add_parser(name, epilog=epilog, **texts, **_RAW)
+    command.set_defaults(run=_convert, function=function, advice=advice)
+    _directory(command, "--out", out, required=True)
+    if dtype is not None:
+        command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=dtype)
+    return command
+
+
+def _directory(command: argparse.ArgumentParser, name: str, help_text: str, **options: Any) -> None:
+    command.add_argument(name, type=Path, metavar="DIR", help=help_text, **options)
+
+
+def _add_allow_non_finite(command: argparse.ArgumentParser) -> None:
+    words = "report weights that are NaN or infinite instead of refusing them"
+    command.add_argument("--allow-non-finite", action="store_true", help=words)
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """Add the options that name the checkpoint to convert: ``--megatron`` and ``--iteration``."""
+    place = "run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)"
+    _directory(command, "--megatron", place, required=True)
+    command.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
+    )
+
+
+def _add_moved_base(command: argparse.ArgumentParser) -> None:
+    _directory(command, "--base", "the base of the adapters, where it has moved (default: where the checkpoint says)")
+
+
 def _add_hf_to_megatron(commands: Any) -> None:
-    command = commands.add_parser(
-        "hf-to-megatron",
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        from megatron_selfdistill.interop.describe import megatron_lm_usage
+
+        yield f"{target}: load it with checkpoint.load={arguments.out}"
+        yield from (f"{name}: {visible(value)}" for name, value in megatron_lm_usage(target).items())
+
+    command = _add(
+        commands,
+        "conversion.hf_to_megatron",
+        advice,
         help="convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
         description="Convert a Hugging Face directory to a torch_dist checkpoint, which loads in any layout.",
-        epilog="example:\n  selfdistill convert hf-to-megatron --hf /models/Qwen3-8B --out qwen3 --dtype bf16",
-        **RAW,
+        example="--hf /models/Qwen3-8B --out qwen3 --dtype bf16",
+        out=_NEW_CHECKPOINT,
+        dtype="type of the weights (default: unchanged; FP8 becomes bf16)",
     )
-    command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
-    command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
-    command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="format of the checkpoint")
-    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: unchanged; FP8 becomes bf16)")
-    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
+    _directory(command, "--hf", "directory with config.json and weights", required=True)
+    _add_allow_non_finite(command)
 
 
 def _add_megatron_to_hf(commands: Any) -> None:
-    command = commands.add_parser(
-        "megatron-to-hf",
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        yield f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+
+    command = _add(
+        commands,
+        "conversion.megatron_to_hf",
+        advice,
         help="convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
         description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.\n"
         "Adapters are merged into their base in float32 and rounded once: bf16 can lose small updates, and\n"
         "--dtype fp32 loses none.",
-        epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first --iteration 100 \\\n"
-        "      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
-        **RAW,
+        example="--megatron runs/first --iteration 100 \\\n      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
+        out=_NEW_HF,
+        dtype="type of the weights (default: unchanged)",
     )
-    command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
-    add_checkpoint(command)
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
-    command.add_argument(
+    _add_checkpoint(command)
+    _directory(
+        command,
         "--hf-config",
-        type=Path,
-        metavar="DIR",
-        help="directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)",
+        "directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)",
     )
-    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: unchanged)")
-    command.add_argument("--base", type=Path, metavar="DIR", help=BASE)
+    _add_moved_base(command)
     command.add_argument(
         "--vocab-size", type=int, metavar="N", help="vocabulary without padding, if the checkpoint does not state it"
     )
@@ -286,190 +277,97 @@ def _add_megatron_to_hf(commands: Any) -> None:
         type=_bytes,
         default=5 * 10**9,
         metavar="SIZE",
+        dest="max_shard_bytes",
         help="largest size of a weights file (default: 5GB)",
     )
-    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
+    _add_allow_non_finite(command)
 
 
 def _add_gguf_to_hf(commands: Any) -> None:
-    command = commands.add_parser(
-        "gguf-to-hf",
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        yield f"{target}: convert it with selfdistill convert hf-to-megatron --hf {target} --out NEW_DIRECTORY"
+
+    command = _add(
+        commands,
+        "gguf.gguf_to_hf",
+        advice,
         help="convert a GGUF file to a Hugging Face directory (needs the extra gguf)",
         description="Multiply the weights of a GGUF file out, and write them with config.json and tokenizer.",
-        epilog="example:\n  selfdistill convert gguf-to-hf --gguf SmolLM2-135M-Instruct.Q4_1.gguf \\\n"
-        "      --out SmolLM2-135M-Instruct",
-        **RAW,
+        example="--gguf SmolLM2-135M-Instruct.Q4_1.gguf \\\n      --out SmolLM2-135M-Instruct",
+        out=_NEW_HF,
+        dtype="type of the weights (default: fp32)",
     )
-    command.set_defaults(check=check_gguf_to_hf, run=gguf_to_hf)
-    command.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="one file with weights and tokenizer")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
-    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: fp32)")
-    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
-
-
-def _add_inspect(commands: Any) -> None:
-    command = commands.add_parser(
-        "inspect",
-        help="describe a checkpoint or a Hugging Face directory",
-        description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
-        epilog="example:\n  selfdistill convert inspect runs/first",
-        **RAW,
-    )
-    command.set_defaults(check=check_inspect, run=inspect)
     command.add_argument(
-        "checkpoint", type=Path, metavar="DIR", help="run directory, Megatron checkpoint or Hugging Face directory"
-    )
-
-
-def dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
-    """Return the type that ``--dtype`` names, None without it."""
-    from megatron_selfdistill.interop import conversion
-
-    return conversion.DTYPES[arguments.dtype] if arguments.dtype else None
-
-
-def add_checkpoint(command: argparse.ArgumentParser) -> None:
-    """Add the options that name the checkpoint to convert: ``--megatron`` and ``--iteration``."""
-    command.add_argument(
-        "--megatron",
+        "--gguf",
         type=Path,
         required=True,
-        metavar="DIR",
-        help="run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)",
+        metavar="FILE",
+        dest="file",
+        help="one file with weights and tokenizer",
     )
-    command.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
-    )
+    _add_allow_non_finite(command)
 
 
-def check_adapters(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.interop.formats.directory import of_iteration, require_free
-    from megatron_selfdistill.interop.formats.stored_adapters import require_adapters
+def _add_megatron_to_peft(commands: Any) -> None:
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        yield f"{target}: load it with peft.PeftModel.from_pretrained(model, {str(target)!r})"
 
-    require_free(arguments.out)
-    prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
-    require_adapters(of_iteration(arguments.megatron, arguments.iteration))
-
-
-def check_peft_to_megatron(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.interop.formats.directory import require_free
-
-    require_free(arguments.out)
-    prechecks.require_checkpoint(arguments.base)
-
-
-def add_to(commands: Any, progress: OpenProgress) -> None:
-    """Add the sub-commands to those of `selfdistill convert`."""
-    _add_megatron_to_peft(commands, progress)
-    _add_peft_to_megatron(commands, progress)
-    _add_merge_adapters(commands, progress)
-
-
-def _add_megatron_to_peft(commands: Any, progress: OpenProgress) -> None:
-    command = commands.add_parser(
-        "megatron-to-peft",
+    command = _add(
+        commands,
+        "peft_adapters.megatron_to_peft",
+        advice,
         help="convert a checkpoint of adapters to a directory of PEFT",
         description="Write a checkpoint of adapters as a directory for peft.PeftModel.from_pretrained and vLLM.",
-        epilog="example:\n  selfdistill convert megatron-to-peft --megatron runs/first --out adapters \\\n"
-        "      --base-model Qwen/Qwen3-8B",
-        **RAW,
+        example="--megatron runs/first --out adapters \\\n      --base-model Qwen/Qwen3-8B",
+        out="new directory",
+        dtype="type of the factors (default: unchanged)",
     )
-
-    def run(arguments: argparse.Namespace) -> int:
-        from megatron_selfdistill.interop import peft_adapters
-
-        with progress() as shown:
-            target = peft_adapters.megatron_to_peft(
-                arguments.megatron,
-                arguments.out,
-                iteration=arguments.iteration,
-                base_model=arguments.base_model,
-                dtype=dtype_of(arguments),
-                progress=shown,
-            )
-        print(f"{target}: load it with peft.PeftModel.from_pretrained(model, {str(target)!r})")
-        return 0
-
-    command.set_defaults(check=check_adapters, run=run)
-    add_checkpoint(command)
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+    _add_checkpoint(command)
     command.add_argument(
         "--base-model",
         metavar="NAME_OR_DIR",
         help="base_model_name_or_path: the Hugging Face model of the base (default: null)",
     )
-    command.add_argument("--dtype", choices=DTYPES, help="type of the factors (default: unchanged)")
 
 
-def _add_peft_to_megatron(commands: Any, progress: OpenProgress) -> None:
-    command = commands.add_parser(
-        "peft-to-megatron",
+def _add_peft_to_megatron(commands: Any) -> None:
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        from megatron_selfdistill.interop.formats.stored_adapters import require_adapters
+
+        keys = f"checkpoint.load={arguments.base} adapter.load={arguments.out} {require_adapters(target).overrides()}"
+        yield f"{target}: begin a run at it with {keys}"
+
+    command = _add(
+        commands,
+        "peft_adapters.peft_to_megatron",
+        advice,
         help="convert a directory of PEFT to a checkpoint of adapters",
         description="Convert a directory of PEFT to a checkpoint of adapters for adapter.load and evaluations.\n"
         "Modules that Megatron fuses into one layer (q, k, v; gate, up) share one factor A: different A are\n"
         "stacked, which is exact and makes the rank up to three times as large.",
-        epilog="example:\n  selfdistill convert peft-to-megatron --peft adapters \\\n"
-        "      --base checkpoints/qwen3-8b --out lora",
-        **RAW,
+        example="--peft adapters \\\n      --base checkpoints/qwen3-8b --out lora",
+        out=_NEW_CHECKPOINT,
+        dtype="type of the factors (default: unchanged)",
     )
-
-    def run(arguments: argparse.Namespace) -> int:
-        from megatron_selfdistill.interop import peft_adapters
-        from megatron_selfdistill.interop.formats.stored_adapters import require_adapters
-
-        with progress() as shown:
-            target = peft_adapters.peft_to_megatron(
-                arguments.peft, arguments.base, arguments.out, dtype=dtype_of(arguments), progress=shown
-            )
-        begin = f"checkpoint.load={arguments.base} adapter.load={arguments.out} {require_adapters(target).overrides()}"
-        print(f"{target}: begin a run at it with {begin}")
-        return 0
-
-    command.set_defaults(check=check_peft_to_megatron, run=run)
-    command.add_argument("--peft", type=Path, required=True, metavar="DIR", help="directory with adapter_config.json")
-    command.add_argument(
-        "--base",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="run directory or Megatron checkpoint of the model of these adapters",
-    )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
-    command.add_argument("--dtype", choices=DTYPES, help="type of the factors (default: unchanged)")
+    _directory(command, "--peft", "directory with adapter_config.json", required=True)
+    _directory(command, "--base", "run directory or Megatron checkpoint of the model of these adapters", required=True)
 
 
-def _add_merge_adapters(commands: Any, progress: OpenProgress) -> None:
-    command = commands.add_parser(
-        "merge-adapters",
+def _add_merge_adapters(commands: Any) -> None:
+    def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
+        yield f"{target}: load it with checkpoint.load={arguments.out}"
+
+    command = _add(
+        commands,
+        "merged_weights.merge_adapters",
+        advice,
         help="merge a checkpoint of adapters and its base into a full checkpoint",
         description="Write a full torch_dist checkpoint: W + scale * B A, computed in float32 and rounded once.\n"
         "Rounding to bf16 can lose small updates; the output says how many elements stay as they were.\n"
         "For a Hugging Face directory use megatron-to-hf, which merges adapters, too.",
-        epilog="example:\n  selfdistill convert merge-adapters --megatron runs/first --out merged",
-        **RAW,
+        example="--megatron runs/first --out merged",
+        out=_NEW_CHECKPOINT,
     )
-
-    def run(arguments: argparse.Namespace) -> int:
-        from megatron_selfdistill.interop import merged_weights
-
-        with progress() as shown:
-            target = merged_weights.merge_adapters(
-                arguments.megatron,
-                arguments.out,
-                iteration=arguments.iteration,
-                base=arguments.base,
-                allow_non_finite=arguments.allow_non_finite,
-                progress=shown,
-            )
-        print(f"{target}: load it with checkpoint.load={arguments.out}")
-        return 0
-
-    command.set_defaults(check=check_adapters, run=run)
-    add_checkpoint(command)
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
-    command.add_argument("--base", type=Path, metavar="DIR", help=BASE)
-    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
+    _add_checkpoint(command)
+    _add_moved_base(command)
+    _add_allow_non_finite(command)

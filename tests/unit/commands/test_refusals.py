@@ -84,10 +84,6 @@ CASES: dict[str, tuple[list[str], str]] = {
         [PROGRAM, "explore", "Qwen/Qwen3-0.6B", *EXPLORED],
         "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
     ),
-    "convert, no GGUF file": (
-        [CONVERT, "gguf-to-hf", "--gguf", "data.jsonl", *OUT],
-        "which begins with b'GGUF', but",
-    ),
     "convert, no weights": ([CONVERT, "hf-to-megatron", "--hf", "no_weights", *OUT], "no_weights has no weights"),
     "convert, a directory in the way": (
         [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
