@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import struct
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from layout_logits import logits_through_the_pipeline
 from torch import Tensor
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop import gguf as converter
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.gguf import gguf_to_hf
-from megatron_selfdistill.interop.release import Progress
 
 NUM_LAYERS, HIDDEN, HEADS, GROUPS, CHANNELS, WIDTH = 2, 64, 4, 2, 16, 96
 ROPE_BASE, EPSILON = 5000.0, 1e-3
@@ -292,14 +290,6 @@ def test_the_tokenizer_cuts_text_by_the_rule_of_the_file(tmp_path, rule, pieces)
     assert list(shown["input_ids"]) == [USER, ID["th"], END]
 
 
-def test_a_file_without_chat_template_is_written_with_a_warning(tmp_path):
-    file = write(tmp_path / "a.gguf", lambda settings, _: settings.pop("tokenizer.chat_template"))
-    reports: list[str] = []
-    gguf_to_hf(file, tmp_path / "out", progress=Progress(report=reports.append))
-    assert reports == [f"{file} has no chat template: set data.chat_template in runs of this model"]
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
-
-
 def test_an_own_output_layer_stays_apart_and_bf16_rounds_once(converted, tmp_path):
     own = stored("F32", (len(TOKENS), HIDDEN), np.random.default_rng(5), 0.1)
     file = write(tmp_path / "a.gguf", lambda _, tensors: tensors.update({"output.weight": own}))
@@ -338,70 +328,41 @@ def renamed(settings: dict[str, Any], architecture: str) -> None:
 
 
 REFUSED: dict[str, tuple[Changes, str]] = {
-    "one of several parts": (
-        lambda settings, _: settings.update({"split.count": 2}),
-        "is one of 2 parts of a model: join",
-    ),
-    "no tokenizer": (
-        lambda settings, _: [settings.pop(key) for key in list(settings) if key.startswith("tokenizer.")],
-        "has no tokenizer",
-    ),
-    "an unknown architecture": (
-        lambda settings, _: renamed(settings, "llama99"),
-        "transformers cannot read the architecture 'llama99' .*: convert the Hugging Face directory",
-    ),
-    "a model that does not convert": (
-        lambda settings, _: renamed(settings, "gemma3"),
-        "holds a model that does not convert: config.json has .*gemma3",
-    ),
-    "a family with a value that does not convert": (
-        lambda settings, _: settings.update({"llama.rope.freq_base": 0.0}),
-        "holds a model that does not convert: .*rope_theta",
-    ),
+    "an unknown architecture": (lambda settings, _: renamed(settings, "llama99"), "llama99"),
+    "a model that does not convert": (lambda settings, _: renamed(settings, "gemma3"), "gemma3"),
     "a rule of text that transformers lacks": (
         lambda settings, _: settings.update({"tokenizer.ggml.pre": "deepseek-llm"}),
-        "does not know the rule by which the tokenizer .*'deepseek-llm'",
+        "does not know how its tokenizer cuts text: .*'deepseek-llm'",
     ),
     "no rule of text": (lambda settings, _: settings.pop("tokenizer.ggml.pre"), "tokenizer.ggml.pre is None"),
-    "a tokenizer that transformers lacks": (
-        lambda settings, _: settings.update({"tokenizer.ggml.model": "rwkv"}),
-        "cannot read the tokenizer",
-    ),
     "a stretched RoPE": (
         lambda settings, _: settings.update({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
-        r"leaves out settings of .*rope.scaling.type, rope.scaling.factor",
+        r"leaves out settings .*rope.scaling.type, rope.scaling.factor",
     ),
     "a setting that transformers ignores": (
         lambda settings, _: settings.update({"llama.attention.scale": 0.3}),
-        r"leaves out settings of .*\(attention.scale\)",
+        r"leaves out settings .*attention.scale",
     ),
     "a tensor that transformers ignores": (
         lambda _, tensors: tensors.update({"rope_freqs.weight": bias(CHANNELS // 2)}),
-        "transformers reads .* of the .* numbers in .*: convert the Hugging Face directory",
+        "transformers reads .* numbers, the file has",
     ),
     "a bias that transformers ignores": (
         lambda _, tensors: tensors.update({"blk.1.attn_q.bias": bias(HEADS * CHANNELS)}),
-        "transformers reads .* of the .* numbers in",
-    ),
-    "a missing tensor": (
-        lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"),
-        "lacks model.layers.1.mlp.up_proj.weight",
+        "transformers reads .* numbers, the file has",
     ),
     "a missing layer": (
         lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("blk.1.")],
-        "lacks model.layers.1.input_layernorm.weight, .* and 5 more",
+        "none for model.layers.1.input_layernorm.weight, .* and 5 more",
+    ),
+    "a tensor under another name": (
+        lambda _, tensors: tensors.update({"blk.1.ffn_new.weight": tensors.pop("blk.1.ffn_up.weight")}),
+        "none for model.layers.1.mlp.up_proj.weight",
     ),
     "a tensor of another shape": (
         lambda _, tensors: tensors.update({"blk.0.ffn_down.weight": bias(HIDDEN)}),
-        "has another shape of model.layers.0.mlp.down_proj.weight",
+        r"a\.gguf cannot be converted",
     ),
-    "another size": (lambda settings, _: settings.update({"llama.feed_forward_length": 128}), "has another shape of"),
-    "a number of parts that is a text": (
-        lambda settings, _: settings.update({"split.count": "x"}),
-        "cut off or corrupt",
-    ),
-    "no heads": (lambda settings, _: settings.update({"llama.attention.head_count": 0}), r"a\.gguf"),
-    "a huge width": (lambda settings, _: settings.update({"llama.embedding_length": 2**31 - 1}), r"a\.gguf"),
     "a number that is not finite": (
         lambda _, tensors: tensors["blk.0.ffn_norm.weight"].data.__setitem__(3, np.inf),
         "post_attention_layernorm.weight of .* has NaN or infinite",
@@ -412,55 +373,20 @@ REFUSED: dict[str, tuple[Changes, str]] = {
 @pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, change, message):
     file = write(tmp_path / "a.gguf", change)
-    with pytest.raises((CheckpointError, ConfigError), match=message):
+    with pytest.raises(CheckpointError, match=message):
         gguf_to_hf(file, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf"]
 
 
-@pytest.mark.parametrize("kept", [4, 20, 1000, 6000, -1, -20_000])
+@pytest.mark.parametrize("kept", [4, 1000, -20_000])
 def test_a_file_that_is_cut_off_is_refused(file, tmp_path, kept):
     (tmp_path / "a.gguf").write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"a.gguf is cut off or corrupt \(.*\): download it again"):
+    with pytest.raises(CheckpointError, match=r"a.gguf cannot be converted"):
         gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 4, 2**40),
-        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 8, 2**40),
-        struct.pack("<IQQ", 3, 0, 2**40),
-        struct.pack("<IQQ", 3, 2**40, 0),
-        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**40),
-    ],
-)
-def test_a_count_that_leads_beyond_the_end_of_the_file_ends_the_reading(tmp_path, header):
-    (tmp_path / "a.gguf").write_bytes(b"GGUF" + header + b"\0" * 8)
-    with pytest.raises(CheckpointError, match=r"a.gguf is cut off or corrupt \(.*\): download it again"):
-        gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
-
-
-def test_what_is_no_gguf_file_is_refused(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"GGML and more")
-    for path, message in {
-        "a.gguf": "which begins with b'GGUF', but .* begins with b'GGML'",
-        "b.gguf": "b.gguf, which does not exist",
-        ".": "which is a directory",
-    }.items():
-        with pytest.raises(CheckpointError, match=message):
-            gguf_to_hf(tmp_path / path, tmp_path / "out")
-
-
-def test_nothing_is_overwritten_and_the_file_is_not_even_opened(tmp_path):
-    (tmp_path / "kept").write_text("kept")
-    with pytest.raises(CheckpointError, match="exists and is not overwritten"):
-        gguf_to_hf(tmp_path / "absent.gguf", tmp_path)
-    assert (tmp_path / "kept").read_text() == "kept"
-
-
-@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
-def test_a_missing_package_is_named_with_the_extra(file, tmp_path, monkeypatch, capsys, missing):
-    monkeypatch.setattr(converter, "is_installed", lambda name: name != missing)
+def test_a_missing_package_is_named_with_the_extra(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["gguf-to-hf", "--gguf", str(file), "--out", str(tmp_path / "out")]) == 2
-    assert f"gguf-to-hf needs {missing}: run pip install -e '.[gguf]' in a clone" in capsys.readouterr().err
+    assert "pip install -e '.[gguf]' in a clone" in capsys.readouterr().err
