@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,54 +145,30 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
     try:
         config: Any = from_json(contained(peft, CONFIG).read_bytes())
         tensors = load_file(contained(peft, WEIGHTS))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{peft} has no {Path(error.filename or WEIGHTS).name}, expected a directory of PEFT with {CONFIG} and "
-            f"{WEIGHTS}: save it with safe_serialization=True"
-        ) from None
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{peft} is corrupt: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{peft} cannot be read: {error}") from None
-    for key, (holds, words) in _VALUES.items():
-        if not isinstance(config, dict) or not holds(config.get(key)):
-            found = config.get(key) if isinstance(config, dict) else config
-            raise CheckpointError(f"{peft} has {key}={found!r} in its {CONFIG}, expected {words}")
-    for key, (allowed, why) in _PLAIN.items():
-        if config.get(key) not in allowed:
-            raise CheckpointError(f"{peft} has {key}={config[key]!r} in its {CONFIG}: {why}")
+        found = {"r": int(config["r"]), "lora_alpha": float(config["lora_alpha"])}
+        for key, (allowed, why) in _PLAIN.items():
+            if config.get(key) not in allowed:
+                raise ValueError(f"{CONFIG} has {key}={config[key]!r}: {why}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        expected = f"expected {CONFIG} and {WEIGHTS} of PEFT"
+        raise CheckpointError(f"{peft} cannot be read, {expected} ({type(error).__name__}: {error})") from None
     if unknown := [name for name in tensors if not name.endswith(_LORA)]:
         raise CheckpointError(f"{peft} has tensors that are no factors of LoRA: {first_few(unknown, ', ')}")
-    _require_finite_matrices(peft, tensors, progress)
-    if config.get("lora_dropout"):
-        progress.report(f"lora_dropout={config['lora_dropout']} is left out: adapters are trained without dropout here")
-    found = {"r": config["r"], "lora_alpha": float(config["lora_alpha"]), "use_rslora": bool(config.get("use_rslora"))}
-    wrong = {a.shape[0] for name, a in tensors.items() if name.endswith(_LORA[0])} - {found["r"]}
-    if wrong or not tensors:
-        raise CheckpointError(f"{peft} has factors of the ranks {sorted(wrong)}, expected r={found['r']} alone")
-    return found, tensors
-
-
-def _require_finite_matrices(peft: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
     finite = FiniteCheck(str(peft), None, progress)
     for name, tensor in tensors.items():
-        if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{name} of {peft} has shape {list(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}, "
-                "expected a matrix of floating-point numbers"
-            )
         finite.checked(name, tensor)
+    if config.get("lora_dropout"):
+        progress.report(f"lora_dropout={config['lora_dropout']} is left out: adapters are trained without dropout here")
+    ranks = {a.shape[0] if a.dim() else 0 for name, a in tensors.items() if name.endswith(_LORA[0])}
+    if ranks != {found["r"]}:
+        raise CheckpointError(f"{peft} has factors of the ranks {sorted(ranks)}, expected r={found['r']} alone")
+    return {**found, "use_rslora": bool(config.get("use_rslora"))}, tensors
 
 
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    "lora_alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a number above 0 and below 1e30"),
-    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
-}
-"""A setting of LoRA -> whether a value has its type, and the words for that type."""
 _ONE_RANK = "one checkpoint has one rank and one scale; train or save the adapters with one"
 _PLAIN: dict[str, tuple[Sequence[Any], str]] = {
     "peft_type": (("LORA",), "only LoRA can be read"),
+    "use_rslora": ((True, False, None), "expected true or false"),
     "use_dora": ((False, None), "DoRA scales weights, which adapters here do not; merge it into its base with PEFT"),
     "bias": (("none", None), "adapters here have no biases; merge it into its base with PEFT"),
     "lora_bias": ((False, None), "adapters here have no biases; merge it into its base with PEFT"),

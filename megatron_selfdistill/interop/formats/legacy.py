@@ -65,15 +65,9 @@ class LegacyReader:
         self._tp_size, self._ep_size = sizes["tensor"], sizes["expert"]
         self._etp_size = int(getattr(self.args, "expert_tensor_parallel_size", None) or self._tp_size)
         self._ranks = {_rank_of(name, sizes): file for name, file in files.items()}
-        self._require_all(sizes)
         self._states: dict[_Rank, dict[str, dict[str, Tensor]]] = {}
         self._shards = self._find_shards(sizes)
         self._gated = bool(getattr(self.args, "swiglu", False) or getattr(self.args, "gated_linear_unit", False))
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The arguments and the iteration of the checkpoint, as in `TorchDistReader.common`."""
-        return {"args": self.args, "iteration": self.iteration}
 
     @property
     def tensors(self) -> set[Place]:
@@ -178,21 +172,6 @@ class LegacyReader:
                 for chunk, state in chunks.items()
             }
         return self._states[rank]
-
-    def _require_all(self, sizes: dict[str, int]) -> None:
-        """Raise CheckpointError unless each tensor, pipeline and expert rank has a file."""
-        for axis in _AXES:
-            missing = set(range(sizes[axis])) - {getattr(rank, axis) for rank in self._ranks}
-            if missing:
-                raise CheckpointError(
-                    f"{self.directory} has no file of {axis} rank {min(missing)}, but {sizes[axis]} ranks saved it"
-                )
-        pairs = {(rank.tensor, rank.pipeline) for rank in self._ranks}
-        if len(pairs) != sizes["tensor"] * sizes["pipeline"]:
-            raise CheckpointError(
-                f"{self.directory} has files of {len(pairs)} tensor and pipeline ranks, expected "
-                f"{sizes['tensor']} x {sizes['pipeline']}"
-            )
 
 
 _AXES = ("tensor", "pipeline", "expert")
