@@ -135,15 +135,20 @@ def write(
         sync(file)
 
 
-def read_common(directory: Path) -> dict[str, Any]:
+def read_common(directory: Path, metadata: Metadata | None = None) -> dict[str, Any]:
     """Return the state of a torch_dist checkpoint that is no tensor, from the restricted unpickler.
 
-    Megatron Core stores it in common.pt, and since 0.19 as an object in the files of the tensors.
+    Megatron Core stores it in common.pt, and since 0.19 as an object in the files of the tensors.  ``metadata``: the
+    contents of ``.metadata``; null reads the file where the state needs it.
 
     Raises: CheckpointError where the state is missing or corrupt, or where a newer Megatron has written it.
     """
     in_a_file = (directory / "common.pt").is_file()
-    common: dict[str, Any] = load_pickled(directory / "common.pt") if in_a_file else _common_object(directory)
+    common: dict[str, Any] = (
+        load_pickled(directory / "common.pt")
+        if in_a_file
+        else _common_object(directory, metadata or load_metadata(directory))
+    )
     if isinstance(common, dict):
         _refuse_newer(directory, common)
     return common
@@ -164,8 +169,8 @@ def _refuse_newer(directory: Path, common: dict[str, Any]) -> None:
         )
 
 
-def _common_object(directory: Path) -> dict[str, Any]:
-    places = load_metadata(directory).storage_data
+def _common_object(directory: Path, metadata: Metadata) -> dict[str, Any]:
+    places = metadata.storage_data
     place = next((place for index, place in places.items() if getattr(index, "fqn", None) == _COMMON_STATE), None)
     if place is None:
         raise CheckpointError(f"{directory} has neither a common.pt nor an object common_state")
@@ -359,7 +364,7 @@ class TorchDistReader:
     @property
     def common(self) -> dict[str, Any]:
         """The state that is no tensor (`read_common`)."""
-        return read_common(self.directory)
+        return read_common(self.directory, self._metadata)
 
     @property
     def objects(self) -> list[str]:
