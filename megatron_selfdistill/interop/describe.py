@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.formats import directory, manifest
 from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights
@@ -23,7 +23,7 @@ from megatron_selfdistill.interop.formats.safetensors_directory import dequantis
 from megatron_selfdistill.interop.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.interop.hf.mapping import Family, check_counts, family_of, family_of_model
+from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""
@@ -143,42 +143,14 @@ def _describe_hf(path: Path) -> dict[str, str]:
     return lines | _describe_model(family.model_config(config), family)
 
 
-def _positions(model: ModelConfig) -> str:
-    parts = [f"{model.position_embedding_type}, base {model.rotary_base}"]
-    if model.position_embedding_type == "yarn":
-        parts.append(
-            f"factor {model.yarn.rotary_scaling_factor} over {model.yarn.original_max_position_embeddings} tokens"
-        )
-    if model.seq_len_interpolation_factor is not None:
-        parts.append(f"divided by {model.seq_len_interpolation_factor}")
-    if model.rotary_percent != 1:
-        parts.append(f"in {model.rotary_percent:.0%} of the channels")
-    return ", ".join(parts)
-
-
 def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
+    """Return the family, and every value of the `architecture` that is set, by Megatron's names."""
     try:
         name = (family or family_of_model(model)).architecture
-    except ValueError as error:
+    except ConfigError as error:
         name = f"none that Hugging Face has ({error})"
-    lines = {
-        "family": name,
-        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
-        "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
-        "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
-        "positions": _positions(model),
-        "longest sequence": f"{model.max_position_embeddings} tokens",
-        "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
-    }
-    if model.num_moe_experts is not None:
-        lines["experts"] = (
-            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
-        )
-    if model.num_passthrough_mtp_layers:
-        lines["multi-token prediction"] = f"{model.num_passthrough_mtp_layers} layers, kept for conversions"
-    if model.transformer:
-        lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
-    return lines
+    values = {key: value for key, value in architecture(model).items() if value not in (None, False)}
+    return {"family": name, **{key: str(value) for key, value in values.items()}}
 
 
 def _parameters(sizes: Mapping[torch.dtype, int]) -> str:

@@ -3,7 +3,7 @@
 
     flags = megatron_flags(model)
     flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
-    flags.not_expressible         # ("the factor 32 of the llama3 rope scaling: ...",)
+    flags.not_expressible         # ("rope_scaling_factor=32.0",)
 
 Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
 a checkpoint loads without an error, and the model computes other numbers.
@@ -48,7 +48,7 @@ _SWITCHES = {
 }
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
 _SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
-_YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+_WITHOUT_FLAGS = ("beta_fast", "beta_slow", "original_max_position_embeddings", "latent_layernorm_epsilon")
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -59,7 +59,7 @@ class MegatronFlags:
     flags: tuple[tuple[str, ...], ...]
     """The flags, each with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
     not_expressible: tuple[str, ...]
-    """A message for each property of the model that no flag sets; empty where Megatron-LM computes the same numbers."""
+    """Each property of the model that no flag sets, as name=value; empty if Megatron-LM computes the same numbers."""
 
     @property
     def arguments(self) -> list[str]:
@@ -75,7 +75,7 @@ class MegatronFlags:
 def megatron_flags(
     model: ModelConfig, *, dtype: torch.dtype | None = None, padded_vocab_size: int | None = None
 ) -> MegatronFlags:
-    """Return the flags that describe ``model``, and messages about the properties that no flag expresses.
+    """Return the flags that describe ``model``, and the properties that no flag expresses.
 
     ``dtype``: the type of the weights; null and float32 add no flag.  ``padded_vocab_size``: the number of rows of the
     stored embedding; null pads ``model.vocab_size``.  The flags do not include paths, the tokenizer, batch sizes and
@@ -212,48 +212,22 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    if arch["rope_scaling_factor"] not in (None, ROPE_FACTOR):
-        yield (
-            f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
-            "does not pass it to GPTModel, which computes with 8.0"
-        )
-    if arch["latent_layernorm_epsilon"] not in (None, arch["layernorm_epsilon"]):
-        yield (
-            f"the epsilon {arch['latent_layernorm_epsilon']} of the latents' norms: Megatron-LM computes all norms "
-            f"with {arch['layernorm_epsilon']}"
-        )
-    yield from _positions_not_expressible(arch)
-    if arch["qk_layernorm_all_heads"]:
-        yield "queries and keys normalised over all heads together: --qk-layernorm normalises each head by itself"
-    if arch["gated_linear_unit"] != (arch["activation"] in ("silu", "quick_gelu")):
-        kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
-        yield (
-            f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu), gated quick_gelu "
-            "(--quick-geglu) and ungated gelu"
-        )
-    elif arch["activation"] == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None):
-        which = "without biases" if not arch["add_bias_linear"] else "with experts"
-        yield f"the tanh approximation of gelu {which}: Megatron-LM has it fused with biases of dense layers only"
-    for name in _YARN_CONSTANTS:
-        if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
-            default = TRANSFORMER_DEFAULTS[name]
-            yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {default}"
-    if arch["experimental_attention_variant"] is not None:
-        yield (
-            f"experimental_attention_variant={arch['experimental_attention_variant']}: Megatron-LM stores gated delta "
-            "nets under other keys, with another order of rows"
-        )
-    if arch["softmax_scale"] is not None:
-        yield f"softmax_scale={arch['softmax_scale']}: there is no flag for it"
-
-
-def _positions_not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    has_flags, factor = older_megatron.has_flags_of_positions(), arch["seq_len_interpolation_factor"]
-    if arch["position_embedding_type"] == "yarn" and not has_flags:
-        yield "YaRN in ordinary attention: --position-embedding-type has no value for it"
-    if factor is not None and not (has_flags and factor == int(factor)):
-        why = "takes whole numbers only" if has_flags else "is parsed, but does not reach GPTModel"
-        yield f"positions divided by {factor}: --rotary-seq-len-interpolation-factor {why}"
+    """Yield the properties with which Megatron-LM computes other numbers; docs/megatron_lm.md has the reasons."""
+    activation, gated, divisor = arch["activation"], arch["gated_linear_unit"], arch["seq_len_interpolation_factor"]
+    has_flags = older_megatron.has_flags_of_positions()
+    of_latents = {**TRANSFORMER_DEFAULTS, "latent_layernorm_epsilon": arch["layernorm_epsilon"]}
+    differing = {
+        "rope_scaling_factor": arch["rope_scaling_factor"] not in (None, ROPE_FACTOR),
+        "position_embedding_type": arch["position_embedding_type"] == "yarn" and not has_flags,
+        "seq_len_interpolation_factor": divisor is not None and not (has_flags and divisor == int(divisor)),
+        "qk_layernorm_all_heads": arch["qk_layernorm_all_heads"],
+        "activation": gated != (activation in ("silu", "quick_gelu"))
+        or (activation == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None)),
+        "experimental_attention_variant": arch["experimental_attention_variant"] is not None,
+        "softmax_scale": arch["softmax_scale"] is not None,
+        **{name: arch[name] not in (None, of_latents[name]) for name in _WITHOUT_FLAGS},
+    }
+    yield from (f"{name}={arch[name]}" for name, differs in differing.items() if differs)
 
 
 def _list(values: Sequence[int]) -> str:

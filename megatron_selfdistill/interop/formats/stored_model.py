@@ -200,29 +200,21 @@ _SAME = {**{name: name for name in _NAMES.split()}, "num_moe_experts": "num_expe
 # A field of TransformerConfig -> Megatron-LM's argument.
 _RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
 
-_NOT_BUILT = {
-    "use_legacy_models": "Megatron-LM's legacy models (--use-legacy-models)",
-    "squared_relu": "a squared ReLU",
-    "openai_gelu": "OpenAI's GeLU",
-    "heterogeneous_layers_config_path": "heterogeneous layers",
-    **dict.fromkeys(
-        ("hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model"), "a hybrid of Mamba and attention"
-    ),
-    "moe_latent_size": "experts of a latent size",
-    "use_mup": "a maximal update parametrisation (--use-mup)",
-    "mla_down_proj_fusion": "fused down projections of multi-latent attention",
-    "moe_mlp_glu_interleave_size": "experts with interleaved gates",
-    "moe_shared_expert_glu_interleave_size": "shared experts with interleaved gates",
-}
+_NOT_BUILT = (
+    *("use_legacy_models", "squared_relu", "openai_gelu", "heterogeneous_layers_config_path", "moe_latent_size"),
+    *("hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "use_mup", "mla_down_proj_fusion"),
+    *("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
+)
+"""The arguments of models that this program does not build."""
 _NEW = "null_tokenizer_eod_id"
 """An argument that Megatron-LM stores since 0.18."""
 _ROUTINGS_NOT_BUILT = ("sinkhorn", "quantile_balancing")
 
 
 def _require_known(stored: dict[str, Any]) -> None:
-    for name, what in _NOT_BUILT.items():
+    for name in _NOT_BUILT:
         if stored.get(name):
-            raise CheckpointError(f"the checkpoint holds {what} ({name}={stored[name]!r}), which is not built here")
+            raise CheckpointError(f"the checkpoint has the argument {name}={stored[name]!r}, which is not built here")
     balancing = stored.get("moe_router_load_balancing_type") or ""  # a name or a list of names
     if stored.get("num_experts") and any(name in balancing for name in _ROUTINGS_NOT_BUILT):
         raise CheckpointError(f"the checkpoint's router chooses experts by {balancing}, which is not built here")

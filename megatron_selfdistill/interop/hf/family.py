@@ -21,13 +21,10 @@ class HFConfig:
 
     def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.architecture, self.values, self.defaults = architecture, values, defaults
-        self.asked: set[str] = set()
-        """The keys that were asked for."""
         self.owner = f"config.json of {architecture}"
         """The beginning of a message about this file."""
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
         if key in self.values:
             return checked(key, self.values[key], self.owner)
         if key in self.defaults:

@@ -170,7 +170,7 @@ def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, hand
         "MixtralForCausalLM",
         "101 true rows, 128 with padding",
         "bfloat16",
-        "4 of width 44, 2 per token",
+        "num_moe_experts",
         "TP 1",
     ):
         assert part in description
@@ -231,7 +231,7 @@ def test_text_and_vision_return_bit_by_bit_and_config_json_returns_whole(tmp_pat
     assert_same_tensors(tmp_path / "hf", tmp_path / "back")
     assert config_of(tmp_path / "hf") == config_of(tmp_path / "back")
     assert any(name.startswith("vision_tower.") for name in tensors_of(tmp_path / "back"))
-    assert describe(tmp_path / "hf")["layers"] == describe(tmp_path / "megatron" / "release")["layers"]
+    assert describe(tmp_path / "hf")["num_layers"] == describe(tmp_path / "megatron" / "release")["num_layers"]
 
 
 def loaded_logits(directory: Path) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.formats.torch_dist import read_common
@@ -65,12 +65,6 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_a_config_json_of_many_levels_is_refused_by_name(directory, levels):
     (directory / "config.json").write_text('{"a":' + "[" * levels + "]" * levels + "}")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read, .*nested more than 100 levels deep"):
-        hf_to_megatron(directory, directory.parent / "out")
-
-
-def test_a_config_json_that_is_no_text_is_refused_by_name(directory):
-    (directory / "config.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         hf_to_megatron(directory, directory.parent / "out")
 
 
@@ -138,13 +132,6 @@ def test_an_index_may_only_name_files_of_its_directory(directory, name, kind):
     (directory / "model.safetensors").unlink()
     (directory / f"{kind}.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
     with pytest.raises(CheckpointError, match="expected the name of a file in the same directory"):
-        hf_to_megatron(directory, directory.parent / "out")
-
-
-def test_an_index_that_is_nested_deep_is_corrupt(directory):
-    (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"index\.json is corrupt \(ValueError: .*more than 100 levels deep"):
         hf_to_megatron(directory, directory.parent / "out")
 
 
@@ -233,52 +220,6 @@ def test_everything_but_weights_is_copied_both_ways(directory):
     copied = {str(file.relative_to(back)) for file in back.rglob("*") if file.is_file()}
     assert copied == {"config.json", "generation_config.json", "model.safetensors", *files}
     assert [line for line in reports if line.startswith("notes.txt is not copied: it is a symbolic link")]
-
-
-MODELING = """
-from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-CONFIGURATION = """
-from transformers import LlamaConfig
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-"""
-TOKENIZATION = """
-from transformers import PreTrainedTokenizerFast
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-def test_a_model_with_remote_code_loads_when_it_comes_back(directory, tmp_path, monkeypatch):
-    from tokenizers import Tokenizer, models
-
-    remote_code.keep_in(tmp_path / "modules", monkeypatch)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    (directory / "modeling_own.py").write_text(MODELING)
-    (directory / "configuration_own.py").write_text(CONFIGURATION)
-    (directory / "tokenization_own.py").write_text(TOKENIZATION)
-    written = json.loads((directory / "tokenizer_config.json").read_text())
-    written |= {
-        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
-        "tokenizer_class": "OwnTokenizer",
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(written))
-    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    change_config(directory, auto_map=auto_map, model_type="own_llama")
-    back, _ = there_and_back(directory)
-    found = transformers.AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
-    loaded = transformers.AutoTokenizer.from_pretrained(back, trust_remote_code=True)
-    assert type(found).__name__ == "OwnForCausalLM" and type(loaded).__name__ == "OwnTokenizer"
-    assert loaded("b")["input_ids"] == [1]
-    tokens = torch.tensor([hf_models.SEQUENCES[0]])
-    with torch.no_grad():
-        assert torch.equal(found(tokens).logits, expected(tokens).logits)
 
 
 KIMI_TOKENIZATION = """
@@ -434,13 +375,6 @@ def with_config(kind: str, hf_directory: Any, tmp_path: Path, **fields: Any) -> 
     directory = Path(shutil.copytree(hf_directory(kind), tmp_path / "hf"))
     change_config(directory, **fields)
     return directory
-
-
-@pytest.mark.parametrize("field, value", [("scoring_func", "softmax"), ("topk_method", "greedy")])
-def test_another_router_than_deepseek_v3s_is_refused(hf_directory, tmp_path, field, value):
-    directory = with_config("deepseek_v3", hf_directory, tmp_path, **{field: value})
-    with pytest.raises(ConfigError, match=f"{field}='{value}'"):
-        hf_to_megatron(directory, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind, fields", [("qwen2", {"attention_bias": True}), ("llama2", {"hidden_act": "swish"})])

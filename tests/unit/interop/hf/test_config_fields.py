@@ -40,9 +40,15 @@ def fields_read(config: dict[str, Any]) -> set[str]:
     family = family_of(config)
     if family.text_config is not None:
         return {"text_config"}
-    read = HFConfig(family.architecture, config, family.defaults)
-    family.read(read)
-    return read.asked | {"architectures", "model_type"}
+    asked = {"architectures", "model_type"}
+
+    class Recorded(HFConfig):
+        def __getitem__(self, key: str) -> Any:
+            asked.add(key)
+            return super().__getitem__(key)
+
+    family.read(Recorded(family.architecture, config, family.defaults))
+    return asked
 
 
 def refusal(config: dict[str, Any]) -> str:
@@ -80,19 +86,6 @@ def test_every_field_that_a_family_reads_has_a_type():
             checked(name, value)
 
 
-@pytest.mark.parametrize(
-    "name", ["rope_theta", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "hidden_size"]
-)
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_a_number_with_which_nothing_can_be_computed_is_refused(name, value):
-    config = config_json("llama2") | {name: value}
-    if name == "rope_theta":
-        del config["rope_parameters"]
-    assert refusal(config).startswith(f"config.json of LlamaForCausalLM has {name}={value}: expected a ")
-    within = {"rope_type": "default", "rope_theta": 0}
-    assert "has rope_parameters.rope_theta=0: expected" in refusal(config_json("llama2") | {"rope_parameters": within})
-
-
 def test_a_message_shows_little_of_a_long_value():
     message = refusal(config_json("llama2") | {"hidden_size": "6" * 10**6})
     assert len(message) < 200 and "hidden_size='666" in message
@@ -100,24 +93,15 @@ def test_a_message_shows_little_of_a_long_value():
 
 # The two fields that name the model
 
-PAIRS = [(a, b) for a in FAMILIES.values() for b in FAMILIES.values() if a is not b]
 
-
-@pytest.mark.parametrize("auto_map", [None, {"AutoConfig": "configuration_own.Own"}])
-def test_an_architecture_with_the_model_type_of_another_family_is_refused(auto_map):
-    for family, other in PAIRS:
-        with pytest.raises(ConfigError, match="by which transformers chooses another model: expected") as caught:
-            family_of({"architectures": [family.architecture], "model_type": other.model_type, "auto_map": auto_map})
-        for part in (family.architecture, repr(other.model_type), repr(family.model_type), other.architecture):
-            assert part in str(caught.value)
-
-
-def test_an_architecture_with_any_other_model_type_of_transformers_is_refused():
+def test_an_architecture_with_any_other_model_type_of_transformers_is_refused_with_own_code_too():
+    known = {family.model_type for family in FAMILIES.values()}
     for family in FAMILIES.values():
         assert family.model_type in CONFIG_MAPPING_NAMES
         for model_type in CONFIG_MAPPING_NAMES.keys() - {family.model_type}:
+            own_code = {"auto_map": {"AutoConfig": "configuration_own.Own"}} if model_type in known else {}
             with pytest.raises(ConfigError, match="by which transformers chooses another model"):
-                family_of({"architectures": [family.architecture], "model_type": model_type})
+                family_of({"architectures": [family.architecture], "model_type": model_type, **own_code})
 
 
 @pytest.mark.parametrize(

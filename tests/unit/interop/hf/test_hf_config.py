@@ -182,6 +182,8 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("olmoe", {"head_dim": 8}, "expected hidden_size / num_attention_heads, which is 10"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "longrope"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False"),
         ("gpt_oss", {"num_experts": 5}, "keep num_local_experts"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
@@ -343,7 +345,7 @@ def test_further_keys_are_added_to_a_written_config_json():
     ],
 )
 def test_an_unknown_architecture_is_refused_by_its_name(config, got):
-    with pytest.raises(ConfigError, match=f"config.json has {got}, which is not known here: the nearest is "):
+    with pytest.raises(ConfigError, match=f"config.json has {got}, which is not known here: "):
         family_of(config)
 
 

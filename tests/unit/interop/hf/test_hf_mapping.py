@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hf_models
 import models
@@ -24,7 +23,6 @@ from megatron_selfdistill.interop.hf import rules as rules_module
 from megatron_selfdistill.interop.hf.mapping import (
     FAMILIES,
     PASSTHROUGH,
-    Family,
     check_names,
     check_shapes,
     family_of,
@@ -461,63 +459,6 @@ def parameter_names(model: ModelConfig) -> list[str]:
 
 
 REPOSITORY = Path(__file__).resolve().parents[4]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "architecture", "nearest"),
-    [
-        ("gemma2", "Gemma2ForCausalLM", r"attn_logit_softcapping=50.0, final_logit_softcapping=30.0, "),
-        ("gemma3_text", "Gemma3ForCausalLM", "hidden_activation="),
-        ("cohere", "CohereForCausalLM", "layer_norm_eps=1e-05, logit_scale=0.0625 "),
-        ("olmo2", "Olmo2ForCausalLM", "its tensors or its code, not its fields "),
-        ("deepseek_v2", "DeepseekV2ForCausalLM", r"what DeepseekV3ForCausalLM refuses \(.* has topk_method='greedy': "),
-        ("apertus", "ApertusForCausalLM", r"what \w+ refuses \(.* has hidden_act='xielu': only silu"),
-    ],
-)
-def test_an_unknown_architecture_is_compared_with_the_nearest_known_one(model_type, architecture, nearest):
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type).to_dict() | {"architectures": [architecture]}
-    why = r" \(its layers have norms behind attention and MLP, .*\)" if architecture.startswith("Gemma") else ""
-    message = (
-        rf"config.json has {architecture}, which is not known here{why}: the nearest is \w+, from which it differs"
-    )
-    with pytest.raises(ConfigError, match=message + f" in .*{nearest}.*convert --list` shows what converts"):
-        family_of(config)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "why"),
-    [
-        ("GraniteForCausalLM", "multiplies embeddings, residual branches and logits by constants"),
-        ("Ernie4_5_MoeForCausalLM", "softmax probabilities with biases"),
-        ("BailingMoeV2ForCausalLM", "transformers has no class for it"),
-        ("DeepseekV32ForCausalLM", "computes its sparse attention with a CUDA extension alone"),
-        ("GlmMoeDsaForCausalLM", "computes its sparse attention with a CUDA extension alone"),
-        ("Qwen3_5ForConditionalGeneration", "only its text model is known: load it with transformers'"),
-        ("Qwen3_5MoeForConditionalGeneration", "only its text model is known: load it with transformers'"),
-    ],
-)
-def test_an_architecture_that_is_often_asked_for_is_refused_with_the_reason(architecture, why):
-    with pytest.raises(ConfigError, match=rf"has {architecture}, which is not known here \(.*{why}"):
-        family_of({"architectures": [architecture]})
-
-
-def test_experts_are_a_difference():
-    dense = {"architectures": ["NewForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes = {"vocab_size": 9, "intermediate_size": 8, "max_position_embeddings": 8, "rms_norm_eps": 1e-6}
-    assert not has_experts(nearest_to(dense | sizes))
-    assert has_experts(nearest_to(dense | sizes | {"num_experts": 4}))
-
-
-def nearest_to(config: dict[str, Any]) -> Family:
-    with pytest.raises(ConfigError) as error:
-        family_of(config)
-    return FAMILIES[str(error.value).partition("the nearest is ")[2].partition(",")[0]]
-
-
-def has_experts(family: Family) -> bool:
-    return any("expert" in name for name in family.defaults)
 
 
 def test_the_page_and_the_command_list_what_converts(capsys, monkeypatch):
