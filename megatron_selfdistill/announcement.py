@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import __version__
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.config import Config, GivenKeys
 from megatron_selfdistill.data.problems import Problem, about_visits
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 from megatron_selfdistill.metrics.leakage import are_one_hint
 from megatron_selfdistill.metrics.phases import duration
 from megatron_selfdistill.model.architecture import uses_transformer_engine

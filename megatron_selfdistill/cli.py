@@ -80,7 +80,7 @@ COMMANDS = {
         extra=None,
     ),
     "serve": Command(
-        "rollout.vllm.server.serve",
+        "engines.vllm.server.serve",
         "Start a vLLM server for rollouts, in an environment that has vLLM.",
         "--hf-config /models/Qwen3-8B --max-model-len 4096",
         extra=None,  # beside vLLM the project is installed without its requirements

@@ -27,6 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
@@ -34,7 +35,6 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.formats.saved_run import SavedRun
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
 from megatron_selfdistill.loss.target import Divergence, Target

@@ -37,7 +37,7 @@ The package does the same in every layout of Megatron Core: ten steps of this fi
 gradient of ``selfdistill train`` (tests/runs/test_plain.py).  The rest of the package answers what is different there:
 
 - the vocabulary is cut over ranks (loss/sharded), the layers over stages and the tokens over ranks (pipeline/);
-- sampling keeps keys and values (rollout/megatron), or leaves the process (rollout/vllm);
+- sampling keeps keys and values (rollout/megatron), or leaves the process (engines/vllm);
 - the run saves, resumes, evaluates, and stops where it goes wrong (trainer.py);
 - another method takes the place of steps 1 to 4 (methods/).
 """
@@ -62,10 +62,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_selfdistill.checkpoint.external import load_weights
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.rollout.base import sample_seed, sample_uniforms

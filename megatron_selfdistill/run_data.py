@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.schema.teachers_config import chosen_by
@@ -46,8 +48,6 @@ from megatron_selfdistill.data.thoughts import num_thoughts
 from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text, load_tokenizer
 from megatron_selfdistill.environments import REPLY_ROLES
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.tool_calls import schemas_of, tool_class
 
 

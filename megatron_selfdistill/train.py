@@ -144,9 +144,9 @@ def check(config: Config, world_size: int) -> None:
 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.teacher import Teachers
 

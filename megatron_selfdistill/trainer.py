@@ -14,6 +14,9 @@ from megatron_selfdistill.installation import require_extra
 require_extra(__name__, "train")  # before the imports that need these packages
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
+from megatron_selfdistill.checkpoint.formats.directory import iteration_name
+from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
@@ -28,9 +31,6 @@ from megatron_selfdistill.distributed.stop import Stop
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
-from megatron_selfdistill.interop.formats.directory import iteration_name
-from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
-from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.guards import (

@@ -74,7 +74,7 @@ ROUTES = (
     "/init_weight_transfer_engine /update_weight_version /start_weight_update /update_weights /finish_weight_update "
     "/reset_prefix_cache"
 )
-# Imported under either name (rollout/vllm/server/serve.py), since 0.33 moved them.
+# Imported under either name (engines/vllm/server/serve.py), since 0.33 moved them.
 MOVED = {
     "vllm.entrypoints.launchers.cli_args.make_arg_parser": "vllm.entrypoints.common.cli_args",
     "vllm.entrypoints.launchers.cli_args.validate_parsed_serve_args": "vllm.entrypoints.common.cli_args",

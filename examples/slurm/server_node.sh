@@ -10,7 +10,7 @@ main() { # a function, so that bash reads the whole file first: the file may cha
     for ((i = 0; i < SERVERS_PER_NODE; i++)); do
         gpus=$(seq -s, $((i * NODE_GPUS)) $((i * NODE_GPUS + NODE_GPUS - 1)))
         # shellcheck disable=SC2086
-        CUDA_VISIBLE_DEVICES=$gpus "$SERVER_PYTHON" -m megatron_selfdistill.rollout.vllm.server.serve --hf-config="$HF_CONFIG" \
+        CUDA_VISIBLE_DEVICES=$gpus "$SERVER_PYTHON" -m megatron_selfdistill.engines.vllm.server.serve --hf-config="$HF_CONFIG" \
             --host="$SERVER_HOST" --port=$((SERVER_PORT + i)) --tensor-parallel-size="$SERVER_GPUS" \
             --nnodes="$SERVER_NODES" --node-rank=$((SLURM_NODEID % SERVER_NODES)) \
             --master-addr="${heads[SLURM_NODEID / SERVER_NODES]}" --master-port=$((SERVER_PORT + 8)) $SERVER_ARGS &

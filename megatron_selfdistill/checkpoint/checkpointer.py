@@ -18,6 +18,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.directory import Temporary
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
+from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
     TEACHER,
     AdapterBase,
@@ -33,11 +38,6 @@ from megatron_selfdistill.distributed.collectives import run_on_each_rank, run_o
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.directory import Temporary
-from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
-from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT
 
 logger = logging.getLogger(__name__)
 

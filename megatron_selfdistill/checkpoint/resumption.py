@@ -13,6 +13,9 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.checkpoint.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.config import Config, ModelConfig, YarnConfig, to_yaml
 from megatron_selfdistill.config.bound_keys import (
@@ -27,9 +30,6 @@ from megatron_selfdistill.config.bound_keys import (
 from megatron_selfdistill.data.contexts import FIXED_DATE
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.checkpointer import Checkpointer

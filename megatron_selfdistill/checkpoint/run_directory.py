@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.checkpoint.formats.saved_run import RUN_TEMPLATE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import chat_template_text
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
-from megatron_selfdistill.interop.formats.saved_run import RUN_TEMPLATE
 
 logger = logging.getLogger(__name__)
 

@@ -37,14 +37,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.directory import Temporary
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, WRITTEN_WITH, TorchDistReader
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
 from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.stop import how_ended
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import Temporary
-from megatron_selfdistill.interop.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT, WRITTEN_WITH, TorchDistReader
-from megatron_selfdistill.interop.formats.unpickler import load_metadata, loads_pickled
 
 WRITE_ERRORS = (Exception, CheckpointException)
 """The exceptions of a failed write; torch's `CheckpointException` is not an ``Exception``."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.prechecks import tokenizer_directory
 
 

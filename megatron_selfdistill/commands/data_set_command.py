@@ -112,8 +112,8 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
 def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Path | None) -> Config:
     """Return ``config`` with the architecture of the model at ``checkpoint``; None is the model at checkpoint.load."""
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 
     if checkpoint is not None:
         config = replace(config, checkpoint=replace(config.checkpoint, load=str(checkpoint)))

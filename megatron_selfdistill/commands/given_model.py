@@ -15,6 +15,12 @@ from typing import Any
 
 import torch
 
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
+from megatron_selfdistill.checkpoint.formats.stored_adapters import read_stored_adapters
+from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.choices import PRECISIONS
 from megatron_selfdistill.config import Config
@@ -22,12 +28,6 @@ from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import DTYPES
-from megatron_selfdistill.interop.formats.directory import hf_assets_of
-from megatron_selfdistill.interop.formats.full_weights import open_weights
-from megatron_selfdistill.interop.formats.hf_files import read_config
-from megatron_selfdistill.interop.formats.safetensors_directory import open_weights_directory
-from megatron_selfdistill.interop.formats.stored_adapters import read_stored_adapters
-from megatron_selfdistill.interop.formats.stored_model import reconcile, with_stored_architecture
 from megatron_selfdistill.interop.hf.mapping import family_of
 
 

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.describe import FORMATS, num_tokens
-from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS, hf_assets_of
-from megatron_selfdistill.interop.formats.full_weights import Weights
-from megatron_selfdistill.interop.formats.hf_files import copy_hf_assets, read_config, without_lost_code
-from megatron_selfdistill.interop.formats.megatron_flags import converted_args
-from megatron_selfdistill.interop.formats.safetensors_directory import (
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights
+from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code
+from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
     SafetensorsWriter,
     WeightsDirectory,
     dequantised,
     open_weights_directory,
 )
-from megatron_selfdistill.interop.formats.saved_run import write_prompt_settings
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.interop.formats.tensor_names import names
-from megatron_selfdistill.interop.formats.torch_dist import Piece, read_ahead
+from megatron_selfdistill.checkpoint.formats.saved_run import write_prompt_settings
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats.tensor_names import names
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, read_ahead
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import CheckpointError, first_few
+from megatron_selfdistill.interop.describe import FORMATS, num_tokens
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import (
     check_counts,

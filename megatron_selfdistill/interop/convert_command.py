@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.interop.formats.directory import require_free
+    from megatron_selfdistill.checkpoint.formats.directory import require_free
 
     named = vars(arguments)
     if "out" in named:
@@ -332,7 +332,7 @@ def _add_megatron_to_peft(commands: Any) -> None:
 
 def _add_peft_to_megatron(commands: Any) -> None:
     def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
-        from megatron_selfdistill.interop.formats.stored_adapters import require_adapters
+        from megatron_selfdistill.checkpoint.formats.stored_adapters import require_adapters
 
         keys = f"checkpoint.load={arguments.base} adapter.load={arguments.out} {require_adapters(target).overrides()}"
         yield f"{target}: begin a run at it with {keys}"

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
+from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
+from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import hf_assets_of
-from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights
-from megatron_selfdistill.interop.formats.hf_files import read_config
-from megatron_selfdistill.interop.formats.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.interop.formats.safetensors_directory import dequantised, open_weights_directory
-from megatron_selfdistill.interop.formats.saved_run import is_selfdistill_checkpoint
-from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}

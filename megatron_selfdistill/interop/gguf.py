@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
-from megatron_selfdistill.interop.formats import directory, manifest
 
 if TYPE_CHECKING:  # the command line is checked before torch and numpy are imported
     import torch
@@ -55,7 +55,7 @@ def gguf_to_hf(
     """
     import torch
 
-    from megatron_selfdistill.interop.formats.safetensors_directory import SafetensorsWriter
+    from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
     from megatron_selfdistill.interop.release import FiniteCheck, Progress
 
     file, out, progress, dtype = Path(file), Path(out), progress or Progress(), dtype or torch.float32

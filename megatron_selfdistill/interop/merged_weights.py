@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats.directory import hf_assets_of
-from megatron_selfdistill.interop.formats.full_weights import (
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import (
     Weights,
     open_weights,
     raise_misfit,
@@ -26,14 +25,15 @@ from megatron_selfdistill.interop.formats.full_weights import (
     verify_checksums,
     weight_shapes,
 )
-from megatron_selfdistill.interop.formats.stored_adapters import (
+from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     StoredAdapters,
     base_digest,
     read_stored_adapters,
     require_adapters,
 )
-from megatron_selfdistill.interop.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release

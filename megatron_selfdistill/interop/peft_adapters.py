@@ -22,14 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.config import AdapterConfig
-from megatron_selfdistill.data.records import from_json
-from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
-from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import hf_assets_of
-from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.interop.formats.hf_files import contained, read_config
-from megatron_selfdistill.interop.formats.stored_adapters import (
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
+from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
+from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
     PEFT_CONFIG,
     StoredAdapters,
@@ -37,9 +34,12 @@ from megatron_selfdistill.interop.formats.stored_adapters import (
     read_stored_adapters,
     require_adapters,
 )
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args
-from megatron_selfdistill.interop.formats.tensor_names import shown
-from megatron_selfdistill.interop.formats.torch_dist import Piece
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
+from megatron_selfdistill.checkpoint.formats.tensor_names import shown
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
+from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.data.records import from_json
+from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
 from megatron_selfdistill.interop.hf.mapping import Rule, family_of, family_of_model
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats import directory, manifest, torch_dist
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
+from megatron_selfdistill.checkpoint.formats.full_weights import is_finite
+from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, Piece
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import directory, manifest, torch_dist
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
-from megatron_selfdistill.interop.formats.full_weights import is_finite
-from megatron_selfdistill.interop.formats.hf_files import copy_hf_assets, hf_assets
-from megatron_selfdistill.interop.formats.saved_run import SECTION
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT, Piece
 
 
 @dataclass(frozen=True)

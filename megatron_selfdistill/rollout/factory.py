@@ -48,12 +48,12 @@ def make_sampler(
             progress,
             continues=config.environment.one_sequence,
         )
-    from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
+    from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
 
     num_ids = run_data.num_sampled_ids  # an engine has no rows for other ids, which it would sample
     directory, rules = engine_directory(config, num_ids, Path(config.run_dir), grid)
     if rollout.placement == "server":
-        from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+        from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
         return ServerSampler(
             chunks,
@@ -67,7 +67,7 @@ def make_sampler(
             progress=progress,
             adapter=config.adapter,
         )
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
 
     return ColocatedSampler(
         chunks,

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
@@ -27,7 +28,6 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.formats.saved_run import SavedRun
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import teacher_metrics

@@ -14,6 +14,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
+from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+    NAME,
+    PEFT_CONFIG,
+    digest_of_files,
+    known_digest,
+    read_stored_adapters,
+    require_adapters,
+)
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
@@ -23,18 +35,6 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.hf_files import CONFIG, read_config, weight_files
-from megatron_selfdistill.interop.formats.saved_run import SavedRun
-from megatron_selfdistill.interop.formats.stored_adapters import (
-    NAME,
-    PEFT_CONFIG,
-    digest_of_files,
-    known_digest,
-    read_stored_adapters,
-    require_adapters,
-)
-from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit

@@ -83,7 +83,7 @@ def test_the_tokenizer_takes_digits_alone_and_the_chat_ends_at_id_2(file, hf, to
 
 def logits_of(megatron: Path, hf: Path, parallel: ParallelConfig, sequences: list[list[int]]) -> Tensor | None:
     from megatron_selfdistill.checkpoint.external import load_weights
-    from megatron_selfdistill.interop.formats.hf_files import read_config
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.interop.hf.mapping import family_of
 
     config = read_config(hf)

@@ -18,8 +18,9 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "interop.formats", "interop"),
-    *("checkpoint", "rollout", "pipeline", "metrics", "evaluation", "sources", "teachers", "methods", "commands"),
+    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
+    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers", "methods"),
+    "commands",
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )

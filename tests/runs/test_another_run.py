@@ -123,7 +123,7 @@ def test_force_continues_with_the_stored_state_and_starts_other_problems_from_th
 
 
 def trainer_state(path: Path) -> dict:
-    from megatron_selfdistill.interop.formats.saved_run import read_saved_run
+    from megatron_selfdistill.checkpoint.formats.saved_run import read_saved_run
 
     return read_saved_run(path).trainer_state
 
@@ -147,7 +147,7 @@ def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained():
 
 
 def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(finished):
-    from megatron_selfdistill.interop.formats.torch_dist import read_common
+    from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 
     own = read_common(finished / "checkpoints" / "iter_0000006")["selfdistill"]
     assert isinstance(own["trainer_state"], str)

@@ -41,9 +41,9 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
     """
     from megatron_selfdistill.config import load
     from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.engines.vllm import colocated
     from megatron_selfdistill.learner import Learner
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-    from megatron_selfdistill.rollout.vllm import colocated
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 

@@ -74,7 +74,7 @@ def with_servers(data: Path, directory: Path, *more: str, server_nodes: int = 1,
 def test_a_server_over_two_rollout_nodes_serves_a_run(slurm, data, tmp_path):
     job = with_servers(data, tmp_path, "num_steps=2", "rollout.transfer=gloo", server_nodes=2)  # as between hosts
     wait_for_servers(job)
-    assert job.nodes_running("megatron_selfdistill.rollout.vllm.server.serve") == {"n2", "n3"}, job.text() + logs(
+    assert job.nodes_running("megatron_selfdistill.engines.vllm.server.serve") == {"n2", "n3"}, job.text() + logs(
         job.run_dir / "servers"
     )
     assert job.end() == "COMPLETED", job.text() + logs(job.run_dir / "servers")
@@ -87,7 +87,7 @@ def test_preemption_of_a_run_with_a_rollout_node_saves_requeues_and_goes_on_with
     job = with_servers(data, tmp_path, f"num_steps={steps}")
     wait_for_servers(job)
     job.after_steps(1)
-    assert job.nodes_running("megatron_selfdistill.rollout.vllm.server.serve") == {"n2"}
+    assert job.nodes_running("megatron_selfdistill.engines.vllm.server.serve") == {"n2"}
     preempt()
     job.start_again()
     saved = job.saved_step()

@@ -101,8 +101,8 @@ def sampler(
 
     ``family``: the family as which vLLM knows the model; null takes the first family that can describe it.
     """
+    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
     from megatron_selfdistill.interop.hf.mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     family = family or family_of_model(model)
     with tempfile.TemporaryDirectory() as directory:

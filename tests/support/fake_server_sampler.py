@@ -36,8 +36,8 @@ def sampler(
     **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`."""
+    from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
     from megatron_selfdistill.interop.hf.mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     chunks, grid = models.build(MODEL, models.parallel(**layout))
     if adapter is not None:

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import begin
-from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
-from megatron_selfdistill.rollout.vllm.plugin.middleware import compact_body
-from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
-from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import begin
+from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest
+from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE
+from megatron_selfdistill.engines.vllm.plugin.middleware import compact_body
+from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
+from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, digest, unpack
 
 
 def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[int]:

@@ -17,13 +17,13 @@ import torch
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import run
+from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
+from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE
+from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
+from megatron_selfdistill.engines.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import run
-from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE
-from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
-from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 
 START_SECONDS = 900.0
 
@@ -74,7 +74,7 @@ def sampler(
     **options: Any,
 ) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
-    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+    from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
     os.environ[TOKEN_VARIABLE] = servers.token
     built = ServerSampler(

@@ -183,7 +183,7 @@ def killed_at(place: str, patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(Trainer, "update", update_or_die)
     else:
-        from megatron_selfdistill.interop.formats import directory
+        from megatron_selfdistill.checkpoint.formats import directory
 
         calls = []
         publish = directory.publish

@@ -97,10 +97,10 @@ class Bench:
         """Load the weights of ``hf`` for both contenders; ``megatron``: a directory for the converted checkpoint."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
         from megatron_selfdistill.config import load
         from megatron_selfdistill.distributed import ranks
         from megatron_selfdistill.interop.conversion import hf_to_megatron
-        from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
         from megatron_selfdistill.learner import Learner
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 

@@ -4,7 +4,7 @@
     python tools/benchmarks/exchange_traffic.py
     python tools/benchmarks/exchange_traffic.py --recipes llama31_405b --ranks 256 1024 --problems 8
 
-The script runs the exchange of `rollout/vllm/exchange.py` on every rank of a recipe's layout, over threads in place of
+The script runs the exchange of `engines/vllm/exchange.py` on every rank of a recipe's layout, over threads in place of
 a network (counted_ranks.py).  Each replica has the same number of problems in every world, so that the responses of the
 whole world are proportional to the ranks.  A row states what rank 0 sends and receives in a step, and the most that any
 other rank does.
@@ -20,8 +20,8 @@ from counted_ranks import CountedWorld, Traffic
 
 from megatron_selfdistill.config import Config, load
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.engines.vllm.exchange import EngineShares, gather_requests, return_responses
 from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.vllm.exchange import EngineShares, gather_requests, return_responses
 
 RECIPES = ("qwen3_8b", "llama31_405b", "deepseek_v3")
 RANKS = (8, 64, 512, 1024)

@@ -89,7 +89,7 @@ class RandomLlama:
         adapter: AdapterConfig | None = None,
     ) -> Any:
         """Return a sampler with vLLM in this process, which gets the weights of ``chunks`` and their ``adapter``."""
-        from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+        from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
 
         with self.hf_directory() as directory:
             return ColocatedSampler(

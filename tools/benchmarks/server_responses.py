@@ -46,12 +46,12 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
     """Return the seconds and the threads of one batch, whose answers have a ``form``."""
+    from megatron_selfdistill.engines.vllm.client import VllmServer
+    from megatron_selfdistill.engines.vllm.coroutines import run
+    from megatron_selfdistill.engines.vllm.exchange import WeightAge
+    from megatron_selfdistill.engines.vllm.server_batch import ServerBatch
     from megatron_selfdistill.rollout.background import BusyTime
     from megatron_selfdistill.rollout.base import Request, SamplingParams
-    from megatron_selfdistill.rollout.vllm.client import VllmServer
-    from megatron_selfdistill.rollout.vllm.coroutines import run
-    from megatron_selfdistill.rollout.vllm.exchange import WeightAge
-    from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch
 
     requests = [Request([1 + i % 999] * _PROMPT_TOKENS, i) for i in range(arguments.responses)]
     params = SamplingParams(max_new_tokens=arguments.tokens + 1, stop_token_ids=(_STOP_TOKEN,))
@@ -155,7 +155,7 @@ def _response(num_tokens: int, form: str) -> tuple[str, bytes]:
     tokens = [10_000 + i % 30_000 for i in range(num_tokens - 1)] + [_STOP_TOKEN]
     log_probs = [-0.0123456789 * (1 + i % 97) for i in range(num_tokens)]
     if form == "compact":
-        from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE, StatedResponse
+        from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE, StatedResponse
 
         return MEDIA_TYPE, StatedResponse(tokens, log_probs, "stop", [("0", 0, num_tokens)]).packed()
     both = zip(tokens, log_probs, strict=True)

@@ -66,11 +66,11 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
     """
     from megatron_selfdistill.config import AdapterConfig, RolloutConfig
     from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0
+    from megatron_selfdistill.engines.vllm.client import VllmServer
+    from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
+    from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
+    from megatron_selfdistill.engines.vllm.server.server_process import start_servers, wait_until_healthy
     from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
-    from megatron_selfdistill.rollout.vllm.client import VllmServer
-    from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-    from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
-    from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
 
     adapter = AdapterConfig(rank=arguments.adapter_rank)
     chunks = llama.chunks(adapter)
@@ -125,7 +125,7 @@ def _syncs(
     llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int, adapter: Any
 ) -> tuple[list[float], list[float], int]:
     """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of one sync."""
-    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+    from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
     sampler = ServerSampler(
         chunks,

@@ -116,7 +116,7 @@ def _profiled() -> Iterator[dict[str, float]]:
     """Yield a dict that fills with seconds by part while the context lasts."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
+    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
 
     found: dict[str, float] = {}
 

@@ -35,7 +35,7 @@ PAGES = {
     "checkpoints": (
         "Checkpoints and Hugging Face",
         "interop.conversion interop.describe interop.merged_weights interop.peft_adapters "
-        "interop.formats.stored_adapters model.adapters interop.export",
+        "checkpoint.formats.stored_adapters model.adapters interop.export",
     ),
     "metrics": ("Metrics and guards", "metrics.log run_log metrics.step metrics.guards"),
 }

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
@@ -23,7 +24,6 @@ from megatron_selfdistill.instruments.plan.plan_checks import (
 )
 from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
 from megatron_selfdistill.instruments.plan.step_time import Part, parts_of_step
-from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.forward import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple

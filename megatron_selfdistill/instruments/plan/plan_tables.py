@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
 from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
@@ -25,7 +26,6 @@ from megatron_selfdistill.instruments.plan.memory import (
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part
-from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.terminal import visible
 
 NEEDED = {

@@ -16,8 +16,8 @@ from checkpointed_run import ADAM, Setup
 from saved_checkpoints import checkpoint_names, raises, tensor_keys
 from tiers import combinations
 
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.config import OptimizerConstants
-from megatron_selfdistill.interop.formats.unpickler import load_metadata
 
 PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 

@@ -16,13 +16,13 @@ import torch
 from checkpointed_run import Setup
 from tiers import combinations
 
+from megatron_selfdistill.checkpoint.formats import torch_dist
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.checkpoint.state import _keep_own_rates
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import torch_dist
-from megatron_selfdistill.interop.formats.full_weights import NOT_WEIGHTS, open_weights
-from megatron_selfdistill.interop.formats.saved_run import SECTION
-from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
@@ -116,7 +116,7 @@ def test_names_of_other_layers_and_versions_are_understood(ranks, saved, expecte
 
 @pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers])
 def test_names_of_other_layers_are_converted(saved, tmp_path, rename):
-    from megatron_selfdistill.interop.formats.stored_model import architecture_from_args
+    from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
     from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     weights = open_weights(rewritten(saved[1], tmp_path, rename))

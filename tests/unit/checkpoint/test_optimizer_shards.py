@@ -40,7 +40,7 @@ def bytes_for_saving_and_loading(setup: Setup, run_dir: Path) -> tuple[int, int,
     The bounds are 12 bytes per parameter of the model shard, and 12 bytes per element of the largest parameter.
     """
     from megatron_selfdistill.checkpoint import state
-    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+    from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
     from megatron_selfdistill.model.forward import unwrapped
 
     run = checkpointed_run.start(setup, run_dir, steps=1)
@@ -71,7 +71,7 @@ def described(setup: Setup, run_dir: Path) -> tuple[dict, dict]:
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
     from megatron_selfdistill.checkpoint import sharded_io, state
-    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+    from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 
     run = checkpointed_run.start(setup, run_dir, steps=2)
     model = state.model_state(run.chunks, CONTENT)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.resumption import (
     CONFIGURATION,
     PROMPTS,
@@ -18,7 +19,6 @@ from megatron_selfdistill.checkpoint.resumption import (
 )
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.bound_keys import stored_values
-from megatron_selfdistill.interop.formats.saved_run import SavedRun
 
 
 def saved_by(*arguments: str) -> SimpleNamespace:

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
         (["~target"], "train", ["~target"]),
         (["seed=1", "convert"], "train", ["seed=1", "convert"]),
         (["evaluate", "compare", "a", "b"], "commands.evaluate", ["compare", "a", "b"]),
-        (["serve", "--port", "1", "--", "train"], "rollout.vllm.server.serve", ["--port", "1", "--", "train"]),
+        (["serve", "--port", "1", "--", "train"], "engines.vllm.server.serve", ["--port", "1", "--", "train"]),
     ],
 )
 def test_the_first_word_chooses_who_gets_the_other_arguments(monkeypatch, arguments, called, handed_on):

@@ -17,13 +17,13 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.evaluate import evaluation_arguments
 from megatron_selfdistill.commands.given_model import computed_in, configured, find_model
 from megatron_selfdistill.config import load
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
 SETTINGS = (

@@ -187,7 +187,7 @@ def test_a_heavy_module_is_seen(run, directory):
     (directory / "heavy.py").unlink()
 
 
-SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
+SERVE = "megatron_selfdistill.engines.vllm.server.serve"
 
 
 @pytest.mark.parametrize(

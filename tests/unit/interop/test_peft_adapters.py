@@ -18,10 +18,10 @@ from hf_contents import tensors_of
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import raises
 
+from megatron_selfdistill.checkpoint.formats.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
-from megatron_selfdistill.interop.formats.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
 from megatron_selfdistill.interop.merged_weights import Merge, merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft, peft_to_megatron
 from megatron_selfdistill.interop.release import Progress
@@ -55,8 +55,8 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
     """Save adapters as a run does, and return the logits of the model with them; the factor named ``nan`` has a NaN."""
     from megatron_selfdistill.checkpoint import sharded_io, state
     from megatron_selfdistill.checkpoint.external import load_weights
-    from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
-    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+    from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+    from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 
     _, model, _, _ = hf_models.read(hf)
     plain, _ = models.build(model, ParallelConfig())

@@ -19,9 +19,9 @@ import pytest
 import torch
 from checkpointed_run import Setup
 
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import manifest
 
 FROZEN = Setup(teacher="frozen")
 

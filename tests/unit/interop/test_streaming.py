@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
+from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader, read_ahead
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats import manifest, torch_dist
-from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader, read_ahead
 
 
 def cut(key: str, full: Tensor, sizes: tuple[int, ...]) -> list[Piece]:

@@ -20,15 +20,15 @@ import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, generated, tokens_behind
 
 from megatron_selfdistill.distributed import stop, watchdog
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import run
+from megatron_selfdistill.engines.vllm.engine import response_of
+from megatron_selfdistill.engines.vllm.engine_output import EngineRequest
+from megatron_selfdistill.engines.vllm.http import patient_http
+from megatron_selfdistill.engines.vllm.http.response_answer import RequestRefused
+from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import run
-from megatron_selfdistill.rollout.vllm.engine import response_of
-from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
-from megatron_selfdistill.rollout.vllm.http import patient_http
-from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused
-from megatron_selfdistill.rollout.vllm.http.stated_response import StatedResponse
 
 
 @pytest.fixture

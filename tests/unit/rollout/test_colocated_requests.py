@@ -10,8 +10,8 @@ import colocated
 import models
 import pytest
 
+from megatron_selfdistill.engines.vllm.engine import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.base import Request, SamplingParams
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
 
 PARAMS = SamplingParams(max_new_tokens=6)
 
@@ -49,7 +49,7 @@ def requests_of(replica: int, dp_size: int) -> list[Request]:
 
 def generated(layout: dict[str, int], engine_tp: int) -> Any:
     """Return the replica, the prompts that this rank's engine got, the responses of the replica, and a refusal."""
-    from megatron_selfdistill.rollout.vllm import colocated as sampling
+    from megatron_selfdistill.engines.vllm import colocated as sampling
 
     model = models.model_config("gqa", num_layers=2)
     chunks, grid = models.build(model, models.parallel(**layout))

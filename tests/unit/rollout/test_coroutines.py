@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import pytest
 from forks import in_a_fork
 
-from megatron_selfdistill.rollout.vllm.coroutines import begin, run
+from megatron_selfdistill.engines.vllm.coroutines import begin, run
 
 
 async def waited(future: Future[int]) -> int:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import Work
+from megatron_selfdistill.engines.vllm.http.response_answer import RequestRefused
+from megatron_selfdistill.engines.vllm.server_batch import dispatch
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import Work
-from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused
-from megatron_selfdistill.rollout.vllm.server_batch import dispatch
 
 
 def servers_of(count: int) -> list[VllmServer]:
@@ -106,7 +106,7 @@ def test_an_error_of_ours_is_raised_and_no_server_is_blamed():
 
 
 def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
-    monkeypatch.setattr("megatron_selfdistill.rollout.vllm.server_batch.MAX_IN_FLIGHT", 2)
+    monkeypatch.setattr("megatron_selfdistill.engines.vllm.server_batch.MAX_IN_FLIGHT", 2)
     servers = servers_of(2)
     slow, quick = Counter[int](), Counter[int]()
     all_begun = threading.Event()

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.rules import MegatronSlice, rows
-from megatron_selfdistill.rollout.vllm import colocated, engine_memory, engine_weights
-from megatron_selfdistill.rollout.vllm.engine_memory import (
+from megatron_selfdistill.engines.vllm import colocated, engine_memory, engine_weights
+from megatron_selfdistill.engines.vllm.engine_memory import (
     MARGIN_BYTES,
     DeviceMemory,
     memory_of_visible_gpus,
     why_no_room,
 )
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.rules import MegatronSlice, rows
 
 GIB = 2**30
 # (free, total) of a GPU on which recipe=qwen3_8b has built its trainer.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_selfdistill.engines.vllm.engine import engine_output
+from megatron_selfdistill.engines.vllm.engine_output import EngineRequest
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.engine import engine_output
-from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 
 REQUEST = EngineRequest([4, 5], {"max_tokens": 3, "stop_token_ids": [9]})
 

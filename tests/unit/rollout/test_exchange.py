@@ -13,14 +13,14 @@ import pytest
 from models import parallel
 
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.vllm.exchange import (
+from megatron_selfdistill.engines.vllm.exchange import (
     EngineShares,
     check_requests,
     gather_requests,
     return_responses,
 )
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 
 def requests_of(replica: int, count: int) -> list[Request]:

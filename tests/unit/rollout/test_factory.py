@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.engines.vllm import hf_directory
 from megatron_selfdistill.rollout import factory
-from megatron_selfdistill.rollout.vllm import hf_directory
 
 RUN_DATA: Any = SimpleNamespace(stop_token_ids=(1,), vocab_size=128, num_sampled_ids=97, max_length=64)
 
@@ -22,7 +22,7 @@ def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement
     monkeypatch.setattr(hf_directory, "engine_directory", lambda _, size, *__: sizes.update(directory=size) or ("", []))
     fake = SimpleNamespace(**{module: lambda *_, vocab_size, **__: sizes.update(sampler=vocab_size)})
     name = {"server": "server_sampler", "colocated": "colocated"}[placement]
-    monkeypatch.setitem(sys.modules, f"megatron_selfdistill.rollout.vllm.{name}", fake)
+    monkeypatch.setitem(sys.modules, f"megatron_selfdistill.engines.vllm.{name}", fake)
     own = ["rollout.placement=server", "rollout.num_servers=1"] if placement == "server" else []
     config = load(["rollout.engine=vllm", "run_dir=run", *own])
     factory.make_sampler(config, RUN_DATA, [], SimpleNamespace())

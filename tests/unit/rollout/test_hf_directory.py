@@ -22,7 +22,7 @@ MISTRAL = models.model_config("gqa")
 def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[str]] | str:
     """Return this rank's config.json and Hugging Face names of the tensors, or the error's message."""
     from megatron_selfdistill.distributed.ranks import initialize
-    from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
+    from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
 
     grid = initialize(ParallelConfig(), seed=1)
     try:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_selfdistill.engines.vllm import in_process, transfer_buckets
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.rollout.vllm import in_process, transfer_buckets
 
 EXPANDING, FIXED = "expandable_segments:True", "expandable_segments:False"
 NAME = "disable_custom_all_reduce"

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.vllm import transfer_buckets
-from megatron_selfdistill.rollout.vllm.transfer_buckets import SharedGpuMemory
+from megatron_selfdistill.engines.vllm import transfer_buckets
+from megatron_selfdistill.engines.vllm.transfer_buckets import SharedGpuMemory
 
 SERVER = """
 import hashlib, json, sys, torch
-from megatron_selfdistill.rollout.vllm.plugin.receivers import make_receiver
+from megatron_selfdistill.engines.vllm.plugin.receivers import make_receiver
 
 receiver = make_receiver("ipc", torch.device("cuda", 0), 0, {})
 for line in sys.stdin:

@@ -15,10 +15,10 @@ import pytest
 from fake_server_sampler import GREEDY, sampler
 from fake_vllm import fake_servers, generated
 
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import run
+from megatron_selfdistill.engines.vllm.engine_output import EngineRequest
 from megatron_selfdistill.rollout.base import Request
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import run
-from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 
 TIMEOUT = 120.0
 

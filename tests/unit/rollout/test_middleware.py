@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from fake_vllm import answer_to
 
-from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
-from megatron_selfdistill.rollout.vllm.plugin.middleware import CompactResponses, TokenRequired
-from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
+from megatron_selfdistill.engines.vllm.plugin.middleware import CompactResponses, TokenRequired
+from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 
 ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5".encode()
 ANSWER = answer_to({"token_ids": [4, 5], "sampling_params": {"max_tokens": 3}}, ("7", "8"))

@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.vllm.plugin.receivers import make_receiver
-from megatron_selfdistill.rollout.vllm.transfer_buckets import MappedFile
+from megatron_selfdistill.engines.vllm.plugin.receivers import make_receiver
+from megatron_selfdistill.engines.vllm.transfer_buckets import MappedFile
 
 CPU = torch.device("cpu")
 
 BLOCKED = """
 import sys
 sys.modules["vllm"] = None
-from megatron_selfdistill.rollout.vllm.plugin import receivers
+from megatron_selfdistill.engines.vllm.plugin import receivers
 sys.exit(0 if len(receivers._RECEIVERS) == 4 else 1)
 """
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from ports import neighbouring_ports
 
-from megatron_selfdistill.rollout.vllm.server import serve, server_nodes
-from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
-from megatron_selfdistill.rollout.vllm.server.server_nodes import (
+from megatron_selfdistill.engines.vllm.server import serve, server_nodes
+from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
+from megatron_selfdistill.engines.vllm.server.server_nodes import (
     ServerNode,
     meet,
     network_environment,
@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 # It leaves a child behind, as vLLM does, which must not keep anybody waiting.
 NODE = """
 import os, sys, time
-from megatron_selfdistill.rollout.vllm.server.server_nodes import ServerNode, meet
+from megatron_selfdistill.engines.vllm.server.server_nodes import ServerNode, meet
 
 def lost(why):
     print(why, flush=True)

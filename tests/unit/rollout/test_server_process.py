@@ -16,18 +16,18 @@ import torch
 
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.config.schema import adapter_config
-from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm import engine_adapter
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
-from megatron_selfdistill.rollout.vllm.server import serve, server_process
-from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE
-from megatron_selfdistill.rollout.vllm.server.server_process import (
+from megatron_selfdistill.engines.vllm import engine_adapter
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory
+from megatron_selfdistill.engines.vllm.server import serve, server_process
+from megatron_selfdistill.engines.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE
+from megatron_selfdistill.engines.vllm.server.server_process import (
     ServerProcess,
     server_environment,
     start_servers,
     wait_until_healthy,
 )
+from megatron_selfdistill.errors import ConfigError, EngineError
 
 GIB = 2**30
 ALONE = {"world_size": 1, "init_process_group": False}
@@ -81,7 +81,7 @@ def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, mo
     one.process.wait(20)
     command, *environment = one.log.read_text().splitlines()
     assert command == (
-        f"-m megatron_selfdistill.rollout.vllm.server.serve --port={one.address.rpartition(':')[2]} "
+        f"-m megatron_selfdistill.engines.vllm.server.serve --port={one.address.rpartition(':')[2]} "
         f"--hf-config={tmp_path} "
         "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 -- "
         '--max-num-seqs=8 --no-enable-prefix-caching --middleware a b --compilation-config={"level": 0}'
@@ -143,7 +143,7 @@ def test_a_setting_of_the_users_own_reaches_the_servers(at_start, kept):
 def test_a_process_knows_what_it_was_started_with():
     code = (
         "import os; os.environ['NCCL_DEBUG'] = 'INFO'; os.environ['NCCL_ALGO'] = 'Ring';"
-        "from megatron_selfdistill.rollout.vllm.server.server_process import environment_at_start, server_environment;"
+        "from megatron_selfdistill.engines.vllm.server.server_process import environment_at_start, server_environment;"
         "made = server_environment(os.environ, environment_at_start());"
         "print(made.get('NCCL_DEBUG'), made.get('NCCL_ALGO'))"
     )
@@ -318,9 +318,9 @@ def test_the_trainer_side_of_servers_imports_no_vllm(ranks):
     ranks.run(
         import_without,
         "vllm",
-        "megatron_selfdistill.rollout.vllm.server_sampler",
-        "megatron_selfdistill.rollout.vllm.server.serve",
-        "megatron_selfdistill.rollout.vllm.plugin.middleware",
+        "megatron_selfdistill.engines.vllm.server_sampler",
+        "megatron_selfdistill.engines.vllm.server.serve",
+        "megatron_selfdistill.engines.vllm.plugin.middleware",
         **ALONE,
     )
 
@@ -329,8 +329,8 @@ def test_the_servers_side_imports_no_megatron(ranks):
     ranks.run(
         import_without,
         "megatron",
-        "megatron_selfdistill.rollout.vllm.server.serve",
-        "megatron_selfdistill.rollout.vllm.plugin.middleware",
-        "megatron_selfdistill.rollout.vllm.protocol",
+        "megatron_selfdistill.engines.vllm.server.serve",
+        "megatron_selfdistill.engines.vllm.plugin.middleware",
+        "megatron_selfdistill.engines.vllm.protocol",
         **ALONE,
     )

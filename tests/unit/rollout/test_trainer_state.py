@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.vllm import in_process
-from megatron_selfdistill.rollout.vllm.in_process import trainer_state_kept
+from megatron_selfdistill.engines.vllm import in_process
+from megatron_selfdistill.engines.vllm.in_process import trainer_state_kept
 
 
 class Stream:

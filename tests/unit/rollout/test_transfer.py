@@ -17,13 +17,13 @@ import torch
 from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
+from megatron_selfdistill.engines.vllm import transfer as transfer_module
+from megatron_selfdistill.engines.vllm import transfer_buckets
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.protocol import Layout, digest, layout_of, pack, unpack
+from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer, make_transfer
+from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.rollout.vllm import transfer as transfer_module
-from megatron_selfdistill.rollout.vllm import transfer_buckets
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.protocol import Layout, digest, layout_of, pack, unpack
-from megatron_selfdistill.rollout.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer, make_transfer
-from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
 
@@ -236,7 +236,7 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from typing import Any
-from megatron_selfdistill.rollout.vllm.transfer_buckets import bucket_file
+from megatron_selfdistill.engines.vllm.transfer_buckets import bucket_file
 with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
 """

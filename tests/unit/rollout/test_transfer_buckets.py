@@ -15,11 +15,11 @@ import torch
 from fake_vllm import fake_servers
 from torch import Tensor
 
-from megatron_selfdistill.rollout.vllm import transfer_buckets
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.transfer import IpcTransfer
-from megatron_selfdistill.rollout.vllm.transfer_buckets import PrivateMemory, TwoBuffers, without_expandable_segments
-from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
+from megatron_selfdistill.engines.vllm import transfer_buckets
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.transfer import IpcTransfer
+from megatron_selfdistill.engines.vllm.transfer_buckets import PrivateMemory, TwoBuffers, without_expandable_segments
+from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
 
 
 class IpcStandIn:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from fake_vllm import FakeVllm, fake_servers
 
+from megatron_selfdistill.engines.vllm import transfer
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.protocol import boot_id
+from megatron_selfdistill.engines.vllm.transfer import choose_transfer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.rollout.vllm import transfer
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.protocol import boot_id
-from megatron_selfdistill.rollout.vllm.transfer import choose_transfer
 
 NCCL, GPU = "2.27.5", "GPU-11111111"
 HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU], "gpu": "GPU-0"}

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from fake_vllm import fake_servers
 
-from megatron_selfdistill.rollout.vllm import transfer_group
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.transfer import BroadcastTransfer
-from megatron_selfdistill.rollout.vllm.transfer_group import broadcast, open_group
+from megatron_selfdistill.engines.vllm import transfer_group
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer
+from megatron_selfdistill.engines.vllm.transfer_group import broadcast, open_group
 
 CPU = torch.device("cpu")
 LONG = 60.0
@@ -29,7 +29,7 @@ SOON = 15.0
 
 DIES_WHILE_FORMING = """
 import os, sys, torch
-from megatron_selfdistill.rollout.vllm import transfer_group
+from megatron_selfdistill.engines.vllm import transfer_group
 transfer_group._gloo = lambda *arguments: os._exit(7)
 transfer_group.open_group("gloo", "127.0.0.1", int(sys.argv[1]), 1, 3, torch.device("cpu"), 60.0)
 """

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.vllm import in_process
-from megatron_selfdistill.rollout.vllm.server import serve
-from megatron_selfdistill.rollout.vllm.server.server_names import as_arguments
+from megatron_selfdistill.engines.vllm import in_process
+from megatron_selfdistill.engines.vllm.server import serve
+from megatron_selfdistill.engines.vllm.server.server_names import as_arguments
 
 
 @pytest.mark.parametrize(("engine_args", "trusted"), [({}, False), ({"trust_remote_code": True}, True)])

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_selfdistill.rollout.vllm.server import serve
+from megatron_selfdistill.engines.vllm.server import serve
 
 COMMON = {
     "vllm.entrypoints.common.cli_args": ["make_arg_parser", "validate_parsed_serve_args"],

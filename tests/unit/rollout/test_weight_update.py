@@ -16,12 +16,12 @@ from fake_server_sampler import tell
 from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
+from megatron_selfdistill.engines.vllm import weight_update
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.protocol import layout_of
+from megatron_selfdistill.engines.vllm.transfer import Bucket, SharedMemoryTransfer
+from megatron_selfdistill.engines.vllm.weight_update import AGREEMENT_BUCKETS, WeightUpdate, send_buckets
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm import weight_update
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.protocol import layout_of
-from megatron_selfdistill.rollout.vllm.transfer import Bucket, SharedMemoryTransfer
-from megatron_selfdistill.rollout.vllm.weight_update import AGREEMENT_BUCKETS, WeightUpdate, send_buckets
 
 BUCKETS = 2 * AGREEMENT_BUCKETS + 5
 NUMBERS = 64  # of a bucket

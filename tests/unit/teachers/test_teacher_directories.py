@@ -17,14 +17,14 @@ import torch
 from letters import LETTERS, save_tokenizer
 from safetensors.torch import load_file, save_file
 
+from megatron_selfdistill.checkpoint.formats.manifest import NAME as MANIFEST
+from megatron_selfdistill.checkpoint.formats.stored_adapters import StoredAdapters
+from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.interop.formats.manifest import NAME as MANIFEST
-from megatron_selfdistill.interop.formats.stored_adapters import StoredAdapters
-from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.build import new_chunks
 from megatron_selfdistill.teachers.teacher_directories import (
     _digest,

@@ -15,9 +15,9 @@ from colocated import DRAWN, MODELS, TIMEOUT, requests, sampler, streamed
 from responses import own, tokens
 
 from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.engines.vllm.in_process import InProcessEngine
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request, SamplingParams
-from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 
 
 def refusals() -> list[str]:
@@ -129,7 +129,7 @@ def settings_refused() -> list[str]:
         messages.append(str(error.value))
     with pytest.MonkeyPatch.context() as patch:
         if grid.rank == 1:
-            patch.setattr("megatron_selfdistill.rollout.vllm.in_process.InProcessEngine.__init__", fails_to_start)
+            patch.setattr("megatron_selfdistill.engines.vllm.in_process.InProcessEngine.__init__", fails_to_start)
         with pytest.raises(EngineError) as failure, sampler(MODELS["gqa"], chunks, grid, engine_args={"seed": 1}):
             pass
         messages.append(str(failure.value))

@@ -8,7 +8,7 @@ from pathlib import Path
 import vllm
 from scripts import load_script
 
-from megatron_selfdistill.rollout.vllm.server import serve
+from megatron_selfdistill.engines.vllm.server import serve
 
 
 def test_every_name_that_is_used_is_there():

@@ -11,8 +11,8 @@ from vllm.utils.mem_utils import MemorySnapshot
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.utils import request_memory
 
-from megatron_selfdistill.rollout.vllm.colocated import _beside_trainer
-from megatron_selfdistill.rollout.vllm.engine_memory import MARGIN_BYTES, DeviceMemory
+from megatron_selfdistill.engines.vllm.colocated import _beside_trainer
+from megatron_selfdistill.engines.vllm.engine_memory import MARGIN_BYTES, DeviceMemory
 
 GIB = 2**30
 ARGUMENTS = {"kv_cache_memory_bytes": 16 * GIB}

@@ -12,7 +12,7 @@ import models
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, requests
 
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
 
 def main(run_dir: Path, hf_config: Path) -> None:

@@ -14,11 +14,11 @@ from responses import own, tokens
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
 from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 
 TIMEOUT = 600.0
 ADAPTER = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)

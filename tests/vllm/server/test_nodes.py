@@ -21,11 +21,11 @@ from real_servers import assert_session_ends, sampler
 from responses import tokens
 from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests, write_config
 
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import run
+from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import run
-from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 START_SECONDS, TIMEOUT = 900.0, 600.0
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -63,7 +63,7 @@ def server_of_two_nodes(directory: Path) -> Iterator[Server]:
     command = [
         os.environ["SELFDISTILL_VLLM_PYTHON"],
         "-m",
-        "megatron_selfdistill.rollout.vllm.server.serve",
+        "megatron_selfdistill.engines.vllm.server.serve",
         f"--hf-config={hf_config}",
         f"--port={port}",
         "--tensor-parallel-size=2",

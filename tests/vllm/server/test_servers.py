@@ -30,12 +30,12 @@ from real_servers import (
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MODEL, Reach, greedy_by_transformers, requests
 
+from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.coroutines import run
+from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
+from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response, SamplingParams
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import run
-from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
-from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 600.0
@@ -100,9 +100,9 @@ def interrupted(servers: Reach) -> tuple[str, list[Response]]:
 
     An earlier trainer has left other servers with half-loaded weights.
     """
+    from megatron_selfdistill.engines.vllm.transfer import SharedMemoryTransfer
+    from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
     from megatron_selfdistill.interop.export import export
-    from megatron_selfdistill.rollout.vllm.transfer import SharedMemoryTransfer
-    from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 
     chunks, grid = models.build(MODEL, models.parallel(), seed=1)
     clients = [VllmServer(address, servers.token, 60) for address in servers.addresses]
@@ -233,7 +233,7 @@ def test_without_the_token_nothing_but_health_is_answered(servers):
 def test_another_interface_than_loopback_needs_a_token(servers, more):
     environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     environment["PYTHONPATH"] = str(HERE.parents[2])
-    command = [os.environ["SELFDISTILL_VLLM_PYTHON"], "-m", "megatron_selfdistill.rollout.vllm.server.serve"]
+    command = [os.environ["SELFDISTILL_VLLM_PYTHON"], "-m", "megatron_selfdistill.engines.vllm.server.serve"]
     command += [f"--hf-config={servers.reach.hf_config}", *more]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert ended.returncode == 2

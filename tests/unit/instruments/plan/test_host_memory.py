@@ -29,7 +29,7 @@ def bytes_in_a_save(setup: Setup, run_dir) -> int:
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
     from megatron_selfdistill.checkpoint import state
-    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+    from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 
     run = checkpointed_run.start(setup, run_dir, steps=1)
     model = state.model_state(run.chunks, CONTENT)

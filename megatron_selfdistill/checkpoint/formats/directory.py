@@ -1,0 +1,396 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The directory of checkpoints: find the latest checkpoint, and publish a new one atomically.
+
+    begin -> all ranks fill ``.writing_iter_0000004_1f3a...`` -> publish -> ``iter_0000004``
+
+A directory under its final name is complete.  A killed save leaves a directory under its temporary name; the next
+`begin` removes that directory unless a live process holds its lock.  No function communicates; one rank calls the
+functions for all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.hf_files import download_advice
+from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.errors import CheckpointError
+
+LEGACY_FILE = "model_optim_rng.pt"
+"""The name of a rank's file in the legacy format."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The name of Megatron's tracker file, which names the latest checkpoint."""
+CHECKPOINTS = "checkpoints"
+"""The name, in a run directory, of the directory with the tracker file."""
+HF_ASSETS = "huggingface"
+"""The subdirectory of a Megatron checkpoint with the config.json, tokenizer and generation files of its source."""
+_TEMPORARY = ".writing_"
+_REPLACED = ".old"
+_ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
+
+
+def iteration_name(step: int) -> str:
+    """Return Megatron-LM's name for the directory of the checkpoint of ``step``."""
+    return f"iter_{step:07d}"
+
+
+def iteration_of(path: Path) -> int:
+    """Return the iteration in the name of a checkpoint; 0 for ``release`` and for any other name, as in Megatron-LM."""
+    match = _ITERATION.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def hf_assets_of(path: Path) -> Path | None:
+    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / HF_ASSETS / "config.json").is_file():
+            return parent / HF_ASSETS
+    return None
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the first complete checkpoint of `candidates`; None if there is no complete checkpoint."""
+    return next((path for path in candidates(directory) if incomplete(path) is None), None)
+
+
+def candidates(directory: Path) -> list[Path]:
+    """Return the checkpoints in ``directory``, complete or not: the tracked checkpoint, then the others, newest first.
+
+    The tracked checkpoint comes first because users of Megatron edit the tracker file to return to an older checkpoint.
+    """
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _ITERATION.fullmatch(path.name)]
+    # After a kill between two renames, the replaced directory comes after its replacement.
+    found.sort(key=lambda path: (iteration_of(path), path.suffix != _REPLACED), reverse=True)
+    named = tracked(directory)
+    return found if named is None else [named, *(path for path in found if path != named)]
+
+
+def resolve(path: Path) -> Path:
+    """Return the checkpoint at ``path``: the directory itself, or the checkpoint that Megatron's tracker file names.
+
+    A run directory stands for its directory with the tracker file.  After a crash in the middle of a replacement, the
+    function returns the replaced checkpoint.
+
+    Raises: CheckpointError where there is no complete torch_dist checkpoint.
+    """
+    path = of_run(Path(path))
+    chosen = tracked(path) or path
+    reason = incomplete(chosen)
+    if reason is not None:
+        replaced = chosen.parent / f"{chosen.name}{_REPLACED}"  # with_name() refuses "."
+        if replaced.is_dir() and incomplete(replaced) is None:
+            return replaced
+        raise CheckpointError(
+            f"expected a Megatron torch_dist checkpoint (an iter_ directory, the directory with {TRACKER}, or a run "
+            f"directory) at {path}, but {chosen} {reason}{download_advice(path)}"
+        )
+    return chosen
+
+
+def find(path: Path) -> tuple[Path, bool]:
+    """Return the directory of the checkpoint at ``path``, and whether the checkpoint has the legacy format.
+
+    Raises: CheckpointError where there is no checkpoint.
+    """
+    path = Path(path)
+    refuse_hugging_face(path)
+    chosen = tracked(path) or path
+    return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
+
+
+def of_run(path: Path) -> Path:
+    """Return the directory with the tracker file of the run directory ``path``; every other ``path`` as it is."""
+    held = path / CHECKPOINTS
+    return held if held.is_dir() and not (path / TRACKER).is_file() else path
+
+
+def of_iteration(path: Path, iteration: int | None) -> Path:
+    """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None."""
+    if iteration is None:
+        return path
+    return of_run(path) / iteration_name(iteration)
+
+
+def is_legacy(directory: Path) -> bool:
+    """Return whether ``directory`` is an ``iter_`` or ``release`` directory in the legacy ``torch`` format."""
+    return any(directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
+
+
+def refuse_hugging_face(path: Path) -> None:
+    """Raise CheckpointError, with the command for a conversion, where ``path`` is a Hugging Face directory."""
+    chosen = tracked(path) or path
+    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face directory, expected a Megatron checkpoint: convert it with "
+            f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_DIRECTORY`, and name NEW_DIRECTORY"
+        )
+
+
+def lacks(path: Path) -> str | None:
+    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
+
+    Of the contents of files, the function reads those of metadata.json.
+    """
+    if not path.is_dir():
+        return "does not exist" if not path.exists() else "is not a directory"
+    for name in ("metadata.json", ".metadata"):
+        if not (path / name).is_file():
+            return f"has no {name}"
+    try:
+        description = json.loads((path / "metadata.json").read_bytes())
+        written = f"{description['sharded_backend']} {description['sharded_backend_version']}"
+    except (ValueError, TypeError, KeyError) as error:
+        return f"has a corrupt metadata.json ({type(error).__name__}: {error})"
+    if written != "torch_dist 1":
+        return f"was written in the format {written} of another or a newer Megatron Core, expected torch_dist 1"
+    if not (
+        path / "common.pt"
+    ).is_file():  # since 0.19, Megatron Core stores the same state in the files of the tensors
+        return "has no common.pt" if "common_backend" in description else None
+    return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
+
+
+def incomplete(path: Path) -> str | None:
+    """Return why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is complete.
+
+    Every file must have the size of its entry in the manifest.  In a checkpoint of another program, which has no
+    manifest, every file must have at least the size that Megatron's ``.metadata`` implies.  The function reads no
+    contents of files.
+    """
+    if (fault := lacks(path)) is not None:
+        return fault
+    from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch, which takes seconds
+
+    try:
+        entries = manifest.read(path)
+        if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
+            return fault
+        storage = load_metadata(path).storage_data
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path} ")
+    ends: dict[str, int] = {}
+    for place in storage.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            return f"has {size} bytes of {name}, expected {end}"
+    return None
+
+
+def unverifiable(path: Path) -> str | None:
+    """Return why a complete checkpoint of this program cannot be verified; None if it can.
+
+    The answer for checkpoints of other programs, which write no manifest, is None.
+    """
+    from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint  # imports torch
+
+    if manifest.read(path) is not None or not is_selfdistill_checkpoint(path):
+        return None
+    return (
+        f"has no {manifest.NAME}, which this program saved with it, so that corruption cannot be found: "
+        "restore that file, or set checkpoint.verify=none to load the checkpoint without it"
+    )
+
+
+@dataclass
+class Temporary:
+    """A checkpoint that is being written; every rank, and each writer that a rank forks, shares its lock."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self._lock: int | None = None
+
+    def hold(self) -> Temporary:
+        """Share the lock, and return this object.
+
+        No other process removes the directory until this process and its forks have released the lock or ended.
+        """
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(OSError):  # without locks in the file system, `_remove_leftovers` removes nothing
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def release(self) -> None:
+        """Release the lock; a second call does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_abandoned(self) -> bool:
+        """Return whether no live process holds the lock."""
+        if not self._lock_path.exists():
+            return True
+        descriptor = os.open(self._lock_path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def remove(self) -> None:
+        """Delete the directory, then its lock: a directory without a lock is abandoned."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.lock")
+
+
+def begin(directory: Path, name: str, num_bytes: int) -> Temporary:
+    """Create an empty temporary directory for ``name``, locked by this process; first remove the leftovers of kills.
+
+    Raises: CheckpointError if the disk has less than ``num_bytes`` free.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(directory)
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{name} needs {num_bytes:,} bytes but {directory} has {free:,} free: make room; in a run, lower "
+            "checkpoint.keep_last"
+        )
+    temporary = Temporary(directory / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
+    temporary.path.mkdir()
+    return temporary
+
+
+def publish(temporary: Temporary, target: Path) -> None:
+    """Write the manifest of a completely written checkpoint, then rename its directory to ``target``.
+
+    A crash at any point leaves either the old or the new checkpoint under ``target``.
+    """
+    manifest.write(temporary.path)
+    for file in temporary.path.iterdir():
+        if file.suffix != ".distcp":  # Megatron's writers have synced the .distcp files
+            sync(file)
+    sync(temporary.path)
+    replaced = target.with_name(target.name + _REPLACED)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    temporary.path.rename(target)
+    sync(target.parent)
+    temporary.remove()  # removes the lock
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish_new(temporary: Temporary, target: Path) -> None:
+    """Rename a directory whose files are synced to ``target``, which must not exist.
+
+    Raises: CheckpointError where ``target`` exists; the function replaces nothing.
+    """
+    require_free(target)
+    sync(temporary.path)
+    temporary.path.rename(target)
+    sync(target.parent)
+    temporary.remove()  # removes the lock
+
+
+@contextlib.contextmanager
+def created(target: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error.
+
+    Raises: CheckpointError where ``target`` exists, or the disk has less than ``num_bytes`` and 1 MiB free.
+    """
+    target = target.absolute()
+    temporary = begin(target.parent, target.name, num_bytes + 2**20)
+    try:
+        yield temporary.path
+        publish_new(temporary, target)
+    except BaseException:
+        temporary.remove()
+        raise
+    finally:
+        temporary.release()
+
+
+def require_free(target: Path) -> None:
+    """Raise CheckpointError if ``target`` exists and is not an empty directory."""
+    if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
+        raise CheckpointError(f"{target} exists and is not overwritten: choose another name, or remove it")
+
+
+def set_latest(target: Path) -> None:
+    """Point Megatron's tracker file at ``target``, atomically."""
+    tracker = target.parent / TRACKER
+    new = tracker.with_name(f"{_TEMPORARY}{TRACKER}")
+    new.write_text(str(iteration_of(target)))
+    sync(new)
+    os.replace(new, tracker)
+    sync(target.parent)
+
+
+def prune(target: Path, keep_last: int | None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints up to and including ``target``; None keeps all."""
+    if keep_last is None:
+        return
+    older = [path for path in target.parent.iterdir() if _ITERATION.fullmatch(path.name)]
+    older = sorted((path for path in older if iteration_of(path) <= iteration_of(target)), key=iteration_of)
+    for path in older[:-keep_last]:
+        # Rename first, so that a kill leaves no half checkpoint under the name of a checkpoint.
+        doomed = Temporary(path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}"))
+        path.rename(doomed.path)
+        doomed.remove()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for path in list(directory.iterdir()):
+        if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
+            if path.is_file():
+                path.unlink()
+            elif (left := Temporary(path)).is_abandoned():
+                left.remove()
+        elif path.suffix == ".lock" and path.name.startswith(_TEMPORARY):
+            temporary = Temporary(path.with_suffix(""))
+            if not temporary.path.exists() and temporary.is_abandoned():
+                temporary.remove()
+        elif _ITERATION.fullmatch(path.name) and path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def tracked(directory: Path) -> Path | None:
+    """Return the directory that the tracker file names, existing or not; None if it names no directory.
+
+    ``directory``: the directory with the tracker file, or the run directory of it.
+    """
+    directory = of_run(directory)
+    text = _tracker_text(directory)
+    if text == "release":
+        return directory / "release"
+    return directory / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
+
+
+def tracker_fault(directory: Path) -> str | None:
+    """Return the fault of the tracker file in ``directory``; None if the file is valid or missing."""
+    text = _tracker_text(directory)
+    if text is None or text == "release" or _is_iteration(text):
+        return None
+    return f"has {text[:20]!r} in {TRACKER}, expected an iteration or release"
+
+
+def _tracker_text(directory: Path) -> str | None:
+    tracker = directory / TRACKER
+    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+
+
+def _is_iteration(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20

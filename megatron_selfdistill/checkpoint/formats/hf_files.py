@@ -1,0 +1,215 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The files of a Hugging Face directory: config.json, the files of weights, and the other files of the model.
+
+The directory may come from any source, and a user may publish what is made of it.  The functions therefore refuse names
+in an index file and symbolic links that lead out of the directory, such as ``notes.txt -> ~/.ssh/id_rsa``, except links
+into the ``blobs`` directory of the hub's cache and links for which the user vouches (`FOLLOW_LINKS`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.data.records import from_json, is_hub_name, kind_of
+from megatron_selfdistill.errors import CheckpointError
+
+CONFIG = "config.json"
+FOLLOW_LINKS = "SELFDISTILL_FOLLOW_LINKS"
+"""The environment variable with which a user vouches, by the value 1, for the links in Hugging Face directories."""
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp", ".npz"}
+_ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
+"""The descriptions of quantised weights, which are not copied: converted weights are not quantised."""
+_MAX_ASSET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold the weights of a Hugging Face directory."""
+
+    is_safetensors: bool
+    """Whether the files are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
+    tensors: dict[Path, set[str] | None]
+    """The names of the tensors that the index assigns to each file; None if there is no index."""
+    index: str | None = None
+    """The name of the index file; None if there is no index."""
+
+
+def weight_files(directory: Path) -> WeightFiles:
+    """Return the files of weights in ``directory``, searched in the order of transformers.
+
+    The order is ``model.safetensors``, its index, ``pytorch_model.bin``, its index, then any other safetensors files
+    except Mistral's ``consolidated`` copies.
+
+    Raises: CheckpointError where there are no weights, where a file is missing, and where a name leads out of the
+    directory.
+    """
+    for single in _SINGLE_FILES:
+        is_safetensors = single.endswith(".safetensors")
+        if _is_there(directory / single):
+            return WeightFiles(is_safetensors, {contained(directory, single): None})
+        index = directory / f"{single}.index.json"
+        if _is_there(index):
+            return WeightFiles(is_safetensors, _indexed(directory, index), index.name)
+    others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if not others:
+        raise CheckpointError(
+            f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
+        )
+    return WeightFiles(True, {contained(directory, name): None for name in others})
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_file() or file.is_symlink()  # a link that leads to no file is a mistake, not an absent file
+
+
+def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
+    try:
+        content: Any = from_json(contained(directory, index.name).read_bytes())
+        entries = [(str(name), file) for name, file in content["weight_map"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is corrupt ({type(error).__name__}: {error})") from error
+    files: dict[Path, set[str] | None] = {}
+    for name, file in entries:
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"{index} places {name} in {file!r}, expected the name of a file in the same directory"
+            )
+        names = files.setdefault(directory / file, set())
+        assert names is not None
+        names.add(name)
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{directory} lacks {path.name}, which {index.name} names")
+        contained(directory, path.name)
+    return files
+
+
+def contained(directory: Path, name: str) -> Path:
+    """Return ``directory / name``, unless it is no file, or a symbolic link that leads out of the directory.
+
+    Links into the cache of the hub (``snapshots/REVISION/file -> ../../blobs/HASH``) are followed, and all links where
+    the environment variable `FOLLOW_LINKS` is 1.
+    Raises: CheckpointError naming what is there, or the link and its target.
+    """
+    file = directory / name
+    if os.path.lexists(file) and not file.is_file():
+        raise CheckpointError(f"{file} is {kind_of(file)}, expected a file")
+    if not _is_inside(directory, file):
+        raise CheckpointError(
+            f"{file} is a symbolic link to {os.path.realpath(file)}, outside of its directory: put the file itself "
+            f"there, or set the environment variable {FOLLOW_LINKS}=1 if the links in {directory} are your own"
+        )
+    return file
+
+
+def _is_inside(directory: Path, file: Path) -> bool:
+    if os.environ.get(FOLLOW_LINKS) == "1":
+        return True
+    root, target = (Path(os.path.realpath(path)) for path in (directory, file))  # resolve() fails for loops
+    if target.is_relative_to(root):
+        return True
+    return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a Hugging Face directory.
+
+    Raises: CheckpointError where the file is missing or is not a JSON object.
+    """
+    file = contained(Path(directory), CONFIG)
+    try:
+        config = from_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read, expected the config.json of a model ({error}){download_advice(Path(directory))}"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def download_advice(path: Path) -> str:
+    """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
+
+    Such a name is ``organisation/model``, and there is no directory ``organisation`` here.
+    """
+    name = str(path)
+    if name.count("/") != 1 or path.parent.exists() or not is_hub_name(name):
+        return ""
+    return (
+        f"; if {name} is a model on the Hugging Face hub, download it with `hf download {name} --local-dir DIR`, and "
+        "name DIR"
+    )
+
+
+def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Copy all files that are neither weights nor config.json, with their subdirectories; return their names.
+
+    The files are tokenizers, chat templates, generation defaults, licences and the Python files of remote code.
+    The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``report``
+    receives one message for each skipped link and each skipped large file.
+    """
+    copied = []
+    for file in hf_assets(source):
+        name = str(file.relative_to(source))
+        if not _is_inside(source, file):
+            report(
+                f"{name} is not copied: it is a symbolic link to {os.path.realpath(file)}, outside of {source}; "
+                f"{FOLLOW_LINKS}=1 copies it"
+            )
+        elif file.stat().st_size > _MAX_ASSET_BYTES:
+            report(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code needs")
+        else:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
+            sync(target / name)
+            copied.append(name)
+    return copied
+
+
+def hf_assets(source: Path) -> Iterator[Path]:
+    """Yield the files that `copy_hf_assets` considers, sorted; skip directories that are symbolic links."""
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            if not path.is_symlink():
+                yield from hf_assets(path)
+        elif path.is_file() and not _is_about_weights(path):
+            yield path
+
+
+def _is_about_weights(file: Path) -> bool:
+    name = file.name
+    return name == CONFIG or file.suffix in _WEIGHTS or name.endswith(".index.json") or name in _ABOUT_OTHER_WEIGHTS
+
+
+def without_lost_code(config: dict[str, Any], directory: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Return ``config`` without the entries of ``auto_map`` whose Python file is not in ``directory``.
+
+    transformers would look for the file and fail, although transformers has its own class for the architecture.
+    """
+    found = config.get("auto_map")
+    if not isinstance(found, dict):
+        return config
+    kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
+    if lost := sorted(found.keys() - kept.keys()):
+        report(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
+    rest = {name: value for name, value in config.items() if name != "auto_map"}
+    return {**rest, "auto_map": kept} if kept else rest
+
+
+def _has_code(reference: Any, directory: Path) -> bool:
+    """Return whether the file of ``modeling_x.Model``, or of each entry of a list, is available.
+
+    A reference ``org/name--x.Model`` is available on the hub.
+    """
+    references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
+    return all("--" in r or (directory / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)

@@ -1,0 +1,272 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Read and write the weights of Hugging Face directories one tensor at a time, in shards of bounded size.
+
+The library writes a shard at once, so a conversion holds the tensors of one shard.  Weights in MXFP4 are read as
+bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_selfdistill.checkpoint.formats.hf_files import WeightFiles, weight_files
+from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+from megatron_selfdistill.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Of a weight in MXFP4: the ends of the names of its two tensors, the length of a block, the values of the codes.
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_BLOCK = 32
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The file, type and shape of a stored tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightsDirectory(Protocol):
+    """The weights of a Hugging Face directory."""
+
+    directory: Path
+    tensors: dict[str, Stored]
+    """The stored tensors by name."""
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``, mapped from its file where the format allows it."""
+        ...
+
+
+def open_weights_directory(directory: Path) -> WeightsDirectory:
+    """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
+
+    Raises: CheckpointError for files that are missing or corrupt, or that lead out of the directory.
+    """
+    files = weight_files(Path(directory))
+    return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
+
+
+class SafetensorsDirectory:
+    """The weights of a Hugging Face directory in safetensors.
+
+    Raises: CheckpointError for files that are missing or corrupt.
+    """
+
+    def __init__(self, directory: Path, files: WeightFiles) -> None:
+        self.directory = Path(directory)
+        self.tensors: dict[str, Stored] = {}
+        for file, names in files.tensors.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    held = set(opened.keys())
+                    for name in held if names is None else names & held:
+                        part = opened.get_slice(name)
+                        dtype = part.get_dtype()
+                        if dtype not in _DTYPES:
+                            raise CheckpointError(
+                                f"{name} in {file} is of type {dtype}, an unknown type: convert the weights"
+                            )
+                        self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is corrupt or cut off ({error})") from error
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``, mapped from its file: the system reads a page when the caller touches it."""
+        with safe_open(self.tensors[name].file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+
+class PickledDirectory:
+    """The weights in ``pytorch_model.bin`` or its shards, from the restricted unpickler, which runs no code."""
+
+    def __init__(self, directory: Path, files: WeightFiles) -> None:
+        self.directory = Path(directory)
+        self.tensors: dict[str, Stored] = {}
+        self._opened: tuple[Path, dict[str, Tensor]] | None = None
+        for file, names in files.tensors.items():
+            held = self._load(file)
+            for name in held if names is None else names & held.keys():
+                self.tensors[name] = Stored(file, held[name].dtype, tuple(held[name].shape))
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``, mapped from its file; read files of PyTorch before 1.6 completely."""
+        return self._load(self.tensors[name].file)[name]
+
+    def _load(self, file: Path) -> dict[str, Tensor]:
+        """Return the tensors of one file; keep the last file open."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = None
+            content = load_pickled(file, mmap=zipfile.is_zipfile(file))
+            self._opened = (file, {str(name): tensor.detach() for name, tensor in content.items()})
+        return self._opened[1]
+
+
+class SafetensorsWriter:
+    """A writer of safetensors shards of at most ``max_shard_bytes``, which accepts tensors in any order.
+
+    ``tensors``: the (name, dtype, shape) of all tensors, in the order of the shards.  The writer holds the tensors of a
+    shard until it has all of them, so tensors that come in this order need the memory of one shard.
+    A tensor that is larger than a shard has a shard of its own.
+    """
+
+    def __init__(
+        self, directory: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
+    ) -> None:
+        self._directory = directory
+        self._held: dict[str, Tensor] = {}
+        split = _split(tensors, max_shard_bytes)
+        self._left = {file: set(names) for file, names in split.filename_to_tensors.items()}
+        self._files = {name: file for file, names in split.filename_to_tensors.items() for name in names}
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+            (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            sync(directory / _INDEX)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Hold ``tensor``, and write its shard if it is the last tensor of the shard.
+
+        Raises: KeyError if ``name`` was given before; OSError where the disk does not take the shard.
+        """
+        file = self._files[name]
+        self._held[name] = tensor.contiguous()
+        self._left[file].remove(name)
+        if not self._left[file]:
+            held = {other: self._held.pop(other) for other in list(self._held) if self._files[other] == file}
+            _save_shard(self._directory / file, held)
+
+    def close(self) -> None:
+        """Raise CheckpointError if a tensor was not written."""
+        if left := {name for names in self._left.values() for name in names}:
+            raise CheckpointError(f"{len(left)} tensors were not written, first {min(left)}: report this error")
+
+
+def _save_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one shard to the disk, with the permissions of a new file.
+
+    Raises: OSError where the disk does not take the shard.
+    """
+    file.touch(exist_ok=False)
+    permissions = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error), str(file)) from error
+    file.chmod(permissions)  # the library gives a file to its owner alone
+    sync(file)
+
+
+def _split(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int) -> StateDictSplit:
+    """Return the shards of ``tensors``, of at most ``max_shard_bytes`` including headers."""
+    headers = 64
+    for name, _, _ in tensors:
+        headers += len(name) + 128  # an upper bound of the entry: name, type, shape and place
+    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in tensors}
+    split: StateDictSplit = split_torch_state_dict_into_shards(
+        described,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max(1, max_shard_bytes - headers),
+    )
+    return split
+
+
+_BYTES = [(low, high) for high in (*_VALUES, *(-v for v in _VALUES)) for low in (*_VALUES, *(-v for v in _VALUES))]
+
+
+def dequantised(directory: WeightsDirectory) -> WeightsDirectory:
+    """Return ``directory`` with a bf16 tensor ``name`` for each pair ``name_blocks`` and ``name_scales``.
+
+    A directory without such pairs is returned itself.
+
+    Raises: CheckpointError for a pair whose types or shapes are not those of MXFP4.
+    """
+    found = directory.tensors
+    names = [name.removesuffix(_BLOCKS) for name in found if name.endswith(_BLOCKS)]
+    return Mxfp4Directory(directory, names) if names else directory
+
+
+class Mxfp4Directory:
+    """The weights of a Hugging Face directory, some of them stored as MXFP4 and read as bf16."""
+
+    def __init__(self, stored: WeightsDirectory, names: list[str]) -> None:
+        """Show the tensors ``names`` of ``stored`` as bf16; the other tensors are as they are."""
+        self.directory = stored.directory
+        self._stored, self._names = stored, frozenset(names)
+        parts = {name + suffix for name in names for suffix in (_BLOCKS, _SCALES)}
+        self.tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}
+        for name in names:
+            self.tensors[name] = self._described(name)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor ``name``; [experts, in, out] bf16 where MXFP4 stores it."""
+        if name not in self._names:
+            return self._stored.read(name)
+        return dequantise_mxfp4(self._stored.read(name + _BLOCKS), self._stored.read(name + _SCALES))
+
+    def _described(self, name: str) -> Stored:
+        found = self._stored.tensors
+        blocks, scales = found[name + _BLOCKS], found[name + _SCALES]
+        fits = len(blocks.shape) == 4 and blocks.shape[3] == _BLOCK // 2 and scales.shape == blocks.shape[:3]
+        if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
+            raise CheckpointError(
+                f"{name} is not MXFP4: {_BLOCKS} is {blocks.dtype} {list(blocks.shape)} and {_SCALES} is "
+                f"{scales.dtype} {list(scales.shape)}, expected uint8 [experts, out, in / 32, 16] and uint8 "
+                "[experts, out, in / 32]"
+            )
+        experts, rows, groups, _ = blocks.shape
+        return Stored(blocks.file, torch.bfloat16, (experts, groups * _BLOCK, rows))
+
+
+def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return the numbers [experts, in, out] in bf16, which holds each of them exactly.
+
+    Shapes: ``blocks`` [experts, out, in / 32, 16] uint8, ``scales`` [experts, out, in / 32] uint8.  A number that is
+    too large for bf16 becomes infinite.
+    """
+    experts, rows, groups, _ = blocks.shape
+    result = torch.empty(experts, groups * _BLOCK, rows, dtype=torch.bfloat16)
+    table = torch.tensor(_BYTES, dtype=torch.float32)
+    for expert in range(experts):  # one expert at a time: indices need eight times the memory of bytes
+        numbers = table[blocks[expert].int()].flatten(2)  # [rows, groups, 32]
+        numbers = torch.ldexp(numbers, scales[expert].int()[..., None] - 127)
+        result[expert] = numbers.flatten(1).t().to(torch.bfloat16)
+    return result

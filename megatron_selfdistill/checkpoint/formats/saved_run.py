@@ -1,0 +1,110 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The state of a run in its checkpoint, as plain data, and the checkpoints that this program has saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
+from megatron_selfdistill.errors import CheckpointError
+
+SECTION = "selfdistill"
+"""The key under which a checkpoint keeps the state that Megatron-LM does not know."""
+
+CONFIGURATION = "configuration"
+"""The key of a trainer's state under which a checkpoint keeps the values of the configuration."""
+RUN_TEMPLATE = "chat_template.jinja"
+"""The file of a run directory, and of a Hugging Face directory, with the chat template behind which the run trains."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The contents of a run's checkpoint besides its tensors."""
+
+    path: Path
+    common: dict[str, Any]
+    """The state that is no tensor (`torch_dist.read_common`)."""
+    own: dict[str, Any]
+    """This program's section of that state (`SECTION`)."""
+    trainer_state: dict[str, Any]
+    """The state of the trainer, with the key ``step``: plain values that `encode` accepts."""
+
+
+def write_prompt_settings(checkpoint: Path, out: Path, report: Callable[[str], None]) -> None:
+    """Write the chat template behind which a run trained into ``out``, a Hugging Face directory.
+
+    ``report`` gets a line for the template, and one for the keys that shaped the run's prompts and have no place in
+    such a directory.  A checkpoint that no run has saved changes nothing.
+    """
+    template = checkpoint.parent.parent / RUN_TEMPLATE
+    try:
+        data = read_saved_run(checkpoint).trainer_state.get(CONFIGURATION, {}).get("data", {})
+    except CheckpointError:
+        return
+    if data.get("chat_template") is not None and template.is_file():
+        (out / RUN_TEMPLATE).write_bytes(template.read_bytes())
+        report(f"{RUN_TEMPLATE} is the chat template behind which the run trained (data.chat_template)")
+    elif data.get("chat_template") is not None:
+        report(f"warning: the run trained behind another chat template (data.chat_template), and {template} is missing")
+    view = data.get("views", {}).get("student", {})
+    wording = data.get("student_template")
+    shaped = {
+        "data.system_prompt": data.get("system_prompt"),
+        "data.chat_template_kwargs": data.get("chat_template_kwargs"),
+        "data.student_template": None if wording == "{problem}" else wording,
+        **{f"data.views.student.{name}": value for name, value in view.items()},
+    }
+    if named := [f"{key}={value}" for key, value in shaped.items() if value]:
+        report(
+            f"no file can hold what else shaped the prompts of the run; repeat it where you serve: {'; '.join(named)}"
+        )
+
+
+def encode(trainer_state: dict[str, Any]) -> str:
+    """Return the state of a trainer as JSON, which no reader can execute.
+
+    `read_saved_run` restores numbers exactly, and tuples as lists.
+
+    Raises: TypeError for a value that is not plain.
+    """
+    return json.dumps(trainer_state)
+
+
+def read_saved_run(path: Path) -> SavedRun:
+    """Return the state of the run in the checkpoint directory ``path``, without executing anything.
+
+    Raises: CheckpointError where the checkpoint is corrupt, or is not the checkpoint of a run of this program.
+    """
+    common = read_common(path)
+    own = common.get(SECTION) if isinstance(common, dict) else None
+    if not isinstance(own, dict):
+        raise CheckpointError(
+            f"{path} was not saved by a run of this program: to start from its weights, set checkpoint.load"
+        )
+    return SavedRun(path, common, own, _decode(own.get("trainer_state"), path))
+
+
+def is_selfdistill_checkpoint(path: Path) -> bool:
+    """Return whether this program saved the checkpoint in ``path``: of a run, a frozen teacher or a conversion.
+
+    The answer is False for state that cannot be read: another program saved it, or it is corrupt.
+    """
+    try:
+        common = read_common(path)
+    except CheckpointError:
+        return False
+    return isinstance(common, dict) and SECTION in common
+
+
+def _decode(stored: Any, path: Path) -> dict[str, Any]:
+    """Return the state of a trainer from the JSON of `encode`."""
+    try:
+        state: dict[str, Any] = json.loads(stored)
+        int(state["step"])
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a corrupt trainer_state: {error}") from None
+    return state

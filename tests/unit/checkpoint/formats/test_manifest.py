@@ -1,0 +1,311 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every checkpoint says what it must be; a torn one is named, and the newest whole one is taken or offered instead."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpointed_run
+import common_state
+import models
+import pytest
+import torch.distributed as dist
+from checkpointed_run import Setup
+from damage import flip_bit
+
+from megatron_selfdistill.checkpoint import sharded_io
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.compat import older_megatron
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.errors import CheckpointError
+
+PLAIN = Setup(teacher="current")
+
+
+def save_two(run_dir: Path, async_save: bool = False) -> None:
+    run = checkpointed_run.start(PLAIN.cut(tensor_model_parallel_size=2), run_dir, async_save=async_save)
+    for step in (1, 2):
+        run.step(step)
+        run.save(step)
+    run.checkpointer.finish()
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    ranks.run(save_two, run_dir, world_size=2)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(saved, tmp_path) -> Path:
+    """Return a run directory with the checkpoints of steps 1 and 2."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "iter_0000002"
+
+
+def distcp(path: Path) -> Path:
+    return max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+
+
+# What is in it
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_it_holds_every_file_as_it_is(ranks, saved, tmp_path, async_save):
+    if async_save:
+        ranks.run(save_two, tmp_path, async_save, world_size=2)
+    path = newest(tmp_path if async_save else saved)
+    entries = manifest.read(path)
+    assert entries is not None
+    assert set(entries) == {file.name for file in path.iterdir()} - {manifest.NAME}
+    assert {".metadata", "metadata.json"} < set(entries) and len(entries) > 3
+    assert all(manifest.checksum(path / name) == entry for name, entry in entries.items())
+
+
+def sums_on_rank_0(run_dir: Path) -> list[str]:
+    """Return the files that the publishing process reads again for their checksums."""
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
+    summed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        checksum = manifest.checksum
+
+        def noted(file: Path) -> manifest.Entry:
+            summed.append(file.name)
+            return checksum(file)
+
+        patch.setattr(manifest, "checksum", noted)
+        run.save(1)
+        run.checkpointer.finish()
+    return summed
+
+
+def test_the_background_writers_sum_up_their_own_files(ranks, tmp_path):
+    (summed,) = ranks.run(sums_on_rank_0, tmp_path, world_size=1)
+    in_a_file = older_megatron.stores_common_file()
+    assert sorted(summed) == [".metadata", *["common.pt"] * in_a_file, "metadata.json"]
+
+
+def test_shares_of_ranks_cover_each_file_once(saved, monkeypatch):
+    entries = manifest.read(newest(saved))
+    assert entries is not None
+    seen: list[str] = []
+    monkeypatch.setattr(manifest, "checksum", lambda file: seen.append(file.name) or entries[file.name])
+    for part in range(3):
+        assert manifest.wrong_contents(newest(saved), entries, part, 3) is None
+    assert sorted(seen) == sorted(entries)
+
+
+# What is found
+
+
+def cut_off(path: Path) -> str:
+    file = distcp(path)
+    file.write_bytes(file.read_bytes()[:-7])
+    return rf"bytes of {file.name}, expected"
+
+
+def flip(path: Path) -> str:
+    file = distcp(path)
+    flip_bit(file)
+    return f"has a corrupt {file.name}: its checksum is not the one in manifest.json"
+
+
+def flip_common(path: Path) -> str:
+    return f"has a corrupt {common_state.flip_bit_in(path)}"
+
+
+def lose_data(path: Path) -> str:
+    distcp(path).unlink()
+    return r"has no __\d_\d.distcp"
+
+
+def lose_metadata(path: Path) -> str:
+    (path / ".metadata").unlink()
+    return r"has no \.metadata"
+
+
+def damage_manifest(path: Path) -> str:
+    (path / manifest.NAME).write_text("{")
+    return "has a corrupt manifest.json"
+
+
+DAMAGES = [cut_off, flip, flip_common, lose_data, lose_metadata, damage_manifest]
+
+
+def resumed_step(run_dir: Path) -> int:
+    return checkpointed_run.start(PLAIN, run_dir).load_latest()["step"]
+
+
+def refusal_of(path: Path) -> str:
+    from megatron_selfdistill.checkpoint.external import load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(path, chunks)
+    return str(caught.value)
+
+
+def resumed_step_and_refusals(run_dir: Path) -> tuple[int, list[str]]:
+    """Return the step at which the run goes on, and the refusals of its newest checkpoint for another run."""
+    return resumed_step(run_dir), [refusal_of(path) for path in (newest(run_dir), newest(run_dir).parent)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_torn_checkpoint_is_named_and_a_run_takes_the_one_before(ranks, run_dir, damage: Callable[[Path], str]):
+    message = damage(newest(run_dir))
+    ((step, refusals),) = ranks.run(resumed_step_and_refusals, run_dir, world_size=1)
+    assert step == 1
+    for refusal in refusals:
+        assert re.search(message, refusal), refusal
+
+
+def faults_of_damaged_files(path: Path, names: list[str]) -> list[str | None]:
+    """Return what all ranks together find where one file after the other is damaged, and then where none is."""
+    found = []
+    for name in names:
+        if dist.get_rank() == 0:
+            flip_bit(path / name, 200, 1)
+        found.append(sharded_io.integrity_fault(path, "checksums"))
+        if dist.get_rank() == 0:
+            flip_bit(path / name, 200, 1)
+    return [*found, sharded_io.integrity_fault(path, "checksums")]
+
+
+def test_ranks_that_share_the_files_find_damage_in_each_of_them(ranks, run_dir):
+    path = newest(run_dir)
+    names = [*(file.name for file in path.glob("common.pt")), *sorted(file.name for file in path.glob("*.distcp"))]
+    expected = [f"has a corrupt {name}: its checksum is not the one in manifest.json" for name in names]
+    assert ranks.run(faults_of_damaged_files, path, names, world_size=2) == [[*expected, None]] * 2
+
+
+def test_a_whole_checkpoint_is_taken(ranks, run_dir):
+    assert ranks.run(resumed_step, run_dir, world_size=1) == [2]
+
+
+def take_without_checksums(run_dir: Path) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir)
+    run.checkpointer.verify = "sizes"
+    assert run.checkpointer.latest() == newest(run_dir)
+    run.checkpointer.verify = "checksums"
+    assert run.checkpointer.latest() != newest(run_dir)
+
+
+def test_sizes_alone_miss_flipped_bytes(ranks, run_dir):
+    flip(newest(run_dir))
+    ranks.run(take_without_checksums, run_dir, world_size=1)
+
+
+def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:
+    """Return the step at which the run goes on, the step without verification, and the refusal of the newest step."""
+    run = checkpointed_run.start(PLAIN, run_dir)
+    verified = run.load_latest()["step"]
+    run.checkpointer.verify = "none"
+    return verified, run.load_latest()["step"], refusal_of(newest(run_dir))
+
+
+def test_sizes_alone_find_a_file_that_is_cut_or_gone(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).write_bytes(b"12345")
+    manifest.write(tmp_path)
+    entries = manifest.read(tmp_path)
+    assert entries is not None and manifest.wrong_size(tmp_path, entries) is None
+    (tmp_path / "one").write_bytes(b"1234")
+    assert manifest.wrong_size(tmp_path, entries) == "has 4 bytes of one, expected 5"
+    (tmp_path / "one").unlink()
+    assert manifest.wrong_size(tmp_path, entries) == "has no one"
+
+
+@pytest.mark.parametrize("place", [0, 2**20 - 1, 2**20, 2 * 2**20 + 5])
+def test_a_flipped_bit_changes_the_checksum_in_every_block_of_a_file(tmp_path, place):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(2 * 2**20 + 6))
+    before = manifest.checksum(file)
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(b"\1")
+    after = manifest.checksum(file)
+    assert after.size == before.size == 2 * 2**20 + 6 and after.checksum != before.checksum
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_passed_over_unless_asked_for(ranks, run_dir):
+    (newest(run_dir) / manifest.NAME).unlink()
+    ((verified, unverified, refusal),) = ranks.run(steps_and_refusal, run_dir, world_size=1)
+    assert (verified, unverified) == (1, 2)
+    assert "has no manifest.json, which this program saved with it" in refusal and "checkpoint.verify=none" in refusal
+
+
+def start_from_another_programs(path: Path) -> None:
+    from megatron_selfdistill.checkpoint.external import load_weights
+
+    common = common_state.read(path)
+    del common["selfdistill"]
+    common_state.write(path, common)
+    (path / manifest.NAME).unlink()
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    assert load_weights(path, chunks) == 2
+    file = distcp(path)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # Megatron's own metadata tells this
+    with pytest.raises(CheckpointError, match=r"bytes of .*distcp, expected"):
+        load_weights(path, chunks)
+
+
+def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_dir):
+    ranks.run(start_from_another_programs, newest(run_dir), world_size=1)
+
+
+def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
+    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights, verify_checksums
+    from megatron_selfdistill.interop.describe import describe
+
+    (newest(run_dir) / manifest.NAME).unlink()
+    reports: list[str] = []
+    verify_checksums(open_weights(newest(run_dir)), reports.append)
+    assert reports == [
+        f"{newest(run_dir)} has no manifest.json, although this program saved one: its contents cannot be checked"
+    ]
+    assert describe(newest(run_dir))["manifest"] == "lost (this program wrote one)"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ".."])
+def test_a_manifest_may_not_name_files_of_other_directories(tmp_path, name):
+    entries = {name: {"size": 1, "checksum": ""}}
+    (tmp_path / manifest.NAME).write_text(json.dumps({"version": 1, "algorithm": "xxh3_128", "files": entries}))
+    with pytest.raises(CheckpointError, match=r"has a corrupt manifest.json .*expected one in its directory"):
+        manifest.read(tmp_path)
+
+
+def test_checksums_of_another_kind_are_not_compared(saved, tmp_path):
+    path = Path(shutil.copytree(newest(saved), tmp_path / "copy"))
+    content = json.loads((path / manifest.NAME).read_text())
+    (path / manifest.NAME).write_text(json.dumps(content | {"algorithm": "md5"}))
+    assert directory.incomplete(path) == "has checksums of md5 in its manifest.json, expected xxh3_128"
+
+
+# A disk that is full
+
+
+def fill_up(run_dir: Path, async_save: bool) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=async_save)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**40}))
+        with pytest.raises(CheckpointError, match="could not write"):
+            for step in range(1, 9):
+                run.save(step)
+                run.checkpointer.finish()
+    assert run.checkpointer.latest() == newest(run_dir).with_name(f"iter_{step - 1:07d}")
+
+
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
+def test_a_full_disk_stops_the_run_and_leaves_the_one_before(ranks, small_disk, async_save):
+    disk = small_disk("3m")
+    ranks.run(fill_up, disk, async_save, world_size=1)
+    names = [path.name for path in (disk / "checkpoints").iterdir() if path.name.startswith("iter_")]
+    assert names and all(directory.incomplete(disk / "checkpoints" / name) is None for name in names)

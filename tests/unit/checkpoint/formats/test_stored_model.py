@@ -1,0 +1,284 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A checkpoint states its model, and a configuration that contradicts it is refused with both values."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import checkpointed_run
+import common_state
+import hf_models
+import models
+import pytest
+from checkpointed_run import Setup
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args
+from megatron_selfdistill.checkpoint.formats.stored_model import (
+    _NOT_BUILT,
+    architecture_from_args,
+    reconcile,
+    stored_vocab_size,
+    true_vocab_size,
+    with_stored_architecture,
+)
+from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.hf.mapping import differences, family_of
+
+LLAMA = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "group_query_attention": True,
+    "kv_channels": 128,
+    "max_position_embeddings": 8192,
+    "position_embedding_type": "rope",
+    "rotary_base": 500000,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "padded_vocab_size": 128256,
+    "make_vocab_size_divisible_by": 128,
+    "tensor_model_parallel_size": 8,
+}
+
+
+def args(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**LLAMA, **changes})
+
+
+# The architecture
+
+
+@pytest.mark.parametrize("kind", hf_models.CONFIGS)
+def test_every_family_survives_the_arguments(kind):
+    config = hf_models.hf_config(kind).to_dict() | {"architectures": []}  # the model_type names the family
+    model = family_of(config).model_config(config)
+    stored = architecture_from_args(converted_args(model, "bf16"))
+    assert differences(stored, model) == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"gated_linear_unit": False, "activation": "silu"}],
+)
+@pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
+def test_activation_and_gate_survive_the_arguments(kind, changes):
+    model = models.model_config(kind, **changes)
+    assert differences(architecture_from_args(converted_args(model, "fp32")), model) == {}
+
+
+SINCE_0_18 = {"null_tokenizer_eod_id": None}
+"""An argument that every checkpoint of Megatron-LM has since 0.18."""
+YARN_0_19 = {**SINCE_0_18, "rotary_scaling_factor": 4.0, "mscale": 0.5, "mscale_all_dim": 0.0, "yarn_beta_fast": None}
+
+
+@pytest.mark.parametrize(
+    "stored, name, value",
+    [
+        ({"norm_epsilon": 3e-6}, "layernorm_epsilon", 3e-6),  # before it was renamed
+        ({"layernorm_epsilon": 1e-6, "norm_epsilon": 1e-5}, "layernorm_epsilon", 1e-6),
+        ({"qk_layernorm": True}, "qk_layernorm", True),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor", 32.0),
+        ({"use_rope_scaling": True}, "rope_scaling_factor", 8.0),
+        ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, "rope_scaling_factor", None),
+        ({"yarn_mscale": 0.5, "yarn_beta_fast": 2.0}, "yarn", YarnConfig(mscale=0.5, beta_fast=2.0)),
+        ({**YARN_0_19, "position_embedding_type": "yarn"}, "yarn", YarnConfig(rotary_scaling_factor=4.0, mscale=0.5)),
+        (YARN_0_19, "yarn", YarnConfig()),  # the scale of multi-latent attention
+        ({**SINCE_0_18, "rotary_seq_len_interpolation_factor": 4}, "seq_len_interpolation_factor", 4),
+        ({"rotary_seq_len_interpolation_factor": 4}, "seq_len_interpolation_factor", None),  # its models ignored it
+        ({"group_query_attention": False, "num_query_groups": 1}, "num_query_groups", 32),
+        ({"swiglu": False, "bias_gelu_fusion": False}, "activation", "gelu"),
+        ({"swiglu": False, "bias_gelu_fusion": True, "add_bias_linear": True}, "activation", "gelu_tanh"),
+        ({"position_embedding_type": None, "use_rotary_position_embeddings": True}, "position_embedding_type", "rope"),
+        ({"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 1024}, "num_moe_experts", 8),
+        ({"apply_layernorm_1p": True}, "transformer", {"layernorm_zero_centered_gamma": True}),
+        (
+            {"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 64, "rope_type": "rope"},
+            "transformer",
+            {"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 64, "rope_type": "rope"},
+        ),
+    ],
+)
+def test_what_megatron_lm_stores_is_understood(stored, name, value):
+    assert getattr(architecture_from_args(args(**stored)), name) == value
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ({"experimental_attention_variant": "gated_delta_net"}, "gated delta nets as Megatron-LM stores them"),
+        *(({name: 1}, f"the argument {name}=1, which is not built here") for name in _NOT_BUILT),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "router chooses experts by sinkhorn"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": ["quantile_balancing"]}, "by .'quantile_balancing'"),
+        ({"num_experts": 8, "moe_router_score_function": "sqrtsoftplus"}, "moe_router_score_function must be one of"),
+        ({"num_layers": None}, "arguments have no num_layers"),
+        ({"position_embedding_type": "mrope"}, "position_embedding_type must be one of"),
+    ],
+)
+def test_what_is_not_built_here_is_refused(stored, message):
+    with pytest.raises(CheckpointError, match=message):
+        architecture_from_args(args(**stored))
+
+
+# The vocabulary
+
+
+def test_the_null_tokenizer_has_a_token_more_than_it_says_until_megatron_lm_0_18():
+    null = args(tokenizer_type="NullTokenizer", vocab_size=999, padded_vocab_size=1024)
+    assert stored_vocab_size(null) == 1000 and true_vocab_size(null, None, 1024) == 1000
+    assert stored_vocab_size(args(tokenizer_type="NullTokenizer", vocab_size=1000, **SINCE_0_18)) == 1000
+
+
+@pytest.mark.parametrize(
+    "stored, tokenizer, rows, expected",
+    [
+        ({"vocab_size": 1000, "padded_vocab_size": 1024}, 990, 1024, 1000),  # rows that no token has
+        ({"vocab_size": None, "padded_vocab_size": 1024, "tensor_model_parallel_size": 1}, 1000, 1024, 1000),
+        ({"vocab_size": None, "padded_vocab_size": 2048, "tensor_model_parallel_size": 8}, 1100, 2048, 1100),
+        ({"vocab_size": None, "padded_vocab_size": None}, 1000, 1000, 1000),
+        ({"vocab_size": None, "padded_vocab_size": 1024}, None, 1024, 1024),
+    ],
+)
+def test_arguments_then_tokenizer_then_rows_decide(stored, tokenizer, rows, expected):
+    assert true_vocab_size(args(**stored), tokenizer, rows) == expected
+
+
+@pytest.mark.parametrize(
+    "stored, tokenizer, rows",
+    [
+        ({"vocab_size": 1000, "padded_vocab_size": 1024}, 1001, 1024),
+        ({"vocab_size": 1000, "padded_vocab_size": 1024}, None, 999),
+        ({"vocab_size": None, "padded_vocab_size": None}, 1000, 900),
+        ({"vocab_size": None, "padded_vocab_size": None, "tensor_model_parallel_size": 1}, 1000, 1536),
+    ],
+)
+def test_a_contradiction_shows_all_three(stored, tokenizer, rows):
+    stored_size = "nothing" if stored["vocab_size"] is None else stored["vocab_size"]
+    tokens = "nothing" if tokenizer is None else tokenizer
+    with pytest.raises(
+        CheckpointError, match=rf"say {stored_size} \(.*, the tokenizer has {tokens} tokens, {rows} rows are on"
+    ):
+        true_vocab_size(args(**stored), tokenizer, rows)
+
+
+# Together with a configuration
+
+
+def save(setup: Setup, run_dir: Path) -> None:
+    checkpointed_run.start(setup, run_dir, steps=1).save(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run")
+    ranks.run(
+        save, Setup(kind="moe", teacher="current", model_changes={"layernorm_epsilon": 1e-6}), run_dir, world_size=1
+    )
+    return run_dir / "checkpoints"
+
+
+def loaded(checkpoint: Path, *overrides: str) -> Config:
+    overrides = (f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *overrides)
+    return with_stored_architecture(configuration.load(overrides), configuration.given_keys(overrides))
+
+
+def test_the_checkpoint_gives_the_whole_architecture(checkpoint):
+    model = loaded(checkpoint).model
+    expected = models.model_config("moe", layernorm_epsilon=1e-6)
+    assert differences(model, expected) == {}
+    assert model.vocab_size == models.VOCAB_SIZE and model.make_vocab_size_divisible_by == 8
+
+
+def test_what_is_set_again_or_is_no_architecture_is_kept(checkpoint):
+    model = loaded(
+        checkpoint,
+        "model.num_layers=2",
+        "model.layernorm_epsilon=1e-6",
+        "model.transformer.moe_aux_loss_coeff=0.01",
+        "model.max_position_embeddings=64",
+        "+model.transformer.moe_permute_fusion=false",
+    ).model
+    assert (model.transformer["moe_aux_loss_coeff"], model.max_position_embeddings) == (0.01, 64)
+    assert model.transformer["moe_permute_fusion"] is False
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.layernorm_epsilon=1e-5", "layernorm_epsilon is 1e-05, but the checkpoint was saved with 1e-06"),
+        ("model.rotary_base=500000", "rotary_base is 500000, but the checkpoint was saved with 10000"),
+        ("model.num_layers=4", "num_layers is 4, but the checkpoint was saved with 2"),
+        ("model.vocab_size=100", "vocab_size is 100, but the checkpoint was saved with 61"),
+        ("model=tiny", "normalization is 'LayerNorm', but the checkpoint was saved with 'RMSNorm'"),
+        (
+            "+model.transformer.moe_router_pre_softmax=true",
+            "transformer.moe_router_pre_softmax is True, but the checkpoint was saved with False",
+        ),
+    ],
+)
+def test_a_contradiction_shows_both_also_where_it_is_the_default(checkpoint, override, message):
+    with pytest.raises(ConfigError, match=message):
+        loaded(checkpoint, override)
+
+
+def test_a_run_that_contradicts_its_checkpoint_ends_with_one_message(checkpoint, capfd):
+    from megatron_selfdistill.train import main
+
+    for override, message in (("model.layernorm_epsilon=1e-5", "1e-05, but"), ("checkpoint.load=/gone", "not exist")):
+        inputs = ["data.path=unread", "data.tokenizer=unread"]
+        assert main([f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *inputs, override]) == 2
+        error = capfd.readouterr().err.strip()
+        assert message in error and not error.startswith("[rank") and len(error.splitlines()) == 1
+
+
+def test_without_a_record_of_what_was_set_defaults_count_as_not_set(checkpoint):
+    config = Config(run_dir="/nowhere", checkpoint=CheckpointConfig(load=str(checkpoint)))
+    assert with_stored_architecture(config).model.num_moe_experts == 4
+    wrong = Config(
+        run_dir="/nowhere", checkpoint=CheckpointConfig(load=str(checkpoint)), model=ModelConfig(num_layers=3)
+    )
+    with pytest.raises(ConfigError, match="num_layers is 3"):
+        with_stored_architecture(wrong)
+
+
+def test_a_checkpoint_without_arguments_leaves_the_configuration_alone(checkpoint, tmp_path):
+
+    path = Path(shutil.copytree(checkpoint / "iter_0000001", tmp_path / "iter_0000001"))
+    common_state.write(path, {"iteration": 1})
+    (path / "manifest.json").unlink()
+    assert loaded(path, "model=tiny").model.normalization == "LayerNorm"
+
+
+def test_a_rank_of_its_own_resumes_what_it_wrote(checkpoint):
+    """The run directory's newest checkpoint says what the model is, not the one that it started from."""
+    config = configuration.load([f"run_dir={checkpoint.parent}", "checkpoint.load=/gone"])
+    assert with_stored_architecture(config).model.num_moe_experts == 4
+
+
+def test_each_entry_of_yarn_that_was_given_is_compared_with_the_checkpoint():
+    stored = ModelConfig(position_embedding_type="yarn", yarn=YarnConfig(mscale=0.5, beta_fast=2.0))
+    given = ModelConfig(yarn=YarnConfig(mscale=0.5, beta_fast=3.0))
+    assert reconcile(given, {"yarn.mscale"}, stored) == stored
+    with pytest.raises(ConfigError, match=r"^model\.yarn\.beta_fast is 3\.0, but .* with 2\.0: do not set"):
+        reconcile(given, {"yarn.mscale", "yarn.beta_fast"}, stored)
+    with pytest.raises(ConfigError, match=r"^model\.yarn\.mscale is 1\.0, but .* with 0\.5: do not set"):
+        reconcile(ModelConfig(), {"yarn.mscale"}, stored)
+
+
+def test_reconciling_keeps_what_the_checkpoint_does_not_know():
+    stored = architecture_from_args(args())
+    merged = reconcile(ModelConfig(vocab_size=128200), {"vocab_size"}, stored)
+    assert merged.vocab_size == 128200 and merged.num_layers == 32
+
+
+def test_keys_that_were_given_are_known_from_those_that_were_not():
+    given = configuration.given_keys(["model=tiny", "model.hidden_size=64", "+model.transformer.q_lora_rank=3"])
+    assert {"model.hidden_size", "model.num_layers", "model.transformer", "target.rule"} <= given
+    assert not {"model.vocab_size", "model.kv_channels", "num_steps"} & given
