@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
@@ -35,6 +36,7 @@ from megatron_selfdistill.data.contexts import (
 )
 from megatron_selfdistill.data.conversations import load_conversations
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
+from megatron_selfdistill.data.episode_reply import REPLY_ROLES
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
@@ -46,9 +48,7 @@ from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.thoughts import num_thoughts
 from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text, load_tokenizer
-from megatron_selfdistill.environments import REPLY_ROLES
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.tool_calls import schemas_of, tool_class
 
 
 @dataclass(frozen=True)
@@ -464,7 +464,7 @@ def _templates(config: Config) -> PromptTemplates:
 def _shown_tools(config: Config) -> dict[str, Any]:
     """Return the variable of the chat template with the tools of the environment; empty without such tools."""
     tools = config.environment.options.get("tools") if config.environment.name == "tools" else None
-    return {} if tools is None else {"tools": schemas_of(tool_class(tools))}
+    return {} if tools is None else {"tools": door("environments").schemas_of_tools(tools)}
 
 
 def _view(data: DataConfig, own: Mapping[str, Any], shown: Mapping[str, Any]) -> PromptView:

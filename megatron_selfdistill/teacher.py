@@ -50,7 +50,7 @@ class Teachers:
     @classmethod
     def of(cls, config: Config) -> type[Teachers]:
         """Return the class of the teachers of a run; nothing of the annex is imported without the key ``teachers``."""
-        found: type[Teachers] = door("teachers") if config.teachers else cls
+        found: type[Teachers] = door("teachers").ConfiguredTeachers if config.teachers else cls
         return found
 
     @classmethod

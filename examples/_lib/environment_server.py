@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import Environment, SessionLimits, has_sessions
-from megatron_selfdistill.session_processes import SessionProcesses
+from megatron_selfdistill.environments.protocol import Environment, SessionLimits, has_sessions
+from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 
 def server_of(environment: Environment | SessionProcesses, port: int) -> ThreadingHTTPServer:

@@ -13,7 +13,7 @@ import httpx
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.environments import Reply
-from megatron_selfdistill.tool_calls import PARSERS, Parser, ToolCall, ToolCallError
+from megatron_selfdistill.environments.tool_calls import PARSERS, Parser, ToolCall, ToolCallError
 
 CALL = 'Call a tool with <tool_call>{"name": .., "arguments": {..}}</tool_call>'
 FIELDS = {"id": "", "created_at": 0, "model": "", "object": "response", "tools": [], "tool_choice": "auto"}

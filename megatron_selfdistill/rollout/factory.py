@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -48,38 +48,8 @@ def make_sampler(
             progress,
             continues=config.environment.one_sequence,
         )
-    from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
-
-    num_ids = run_data.num_sampled_ids  # an engine has no rows for other ids, which it would sample
-    directory, rules = engine_directory(config, num_ids, Path(config.run_dir), grid)
-    if rollout.placement == "server":
-        from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
-
-        return ServerSampler(
-            chunks,
-            grid,
-            directory,
-            rules,
-            rollout,
-            vocab_size=num_ids,
-            max_length=run_data.max_length,
-            run_dir=Path(config.run_dir),
-            progress=progress,
-            adapter=config.adapter,
-        )
-    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
-
-    return ColocatedSampler(
-        chunks,
-        grid,
-        directory,
-        rules,
-        rollout,
-        vocab_size=num_ids,
-        max_length=run_data.max_length,
-        progress=progress,
-        adapter=config.adapter,
-    )
+    made: Sampler = door("vllm").vllm_sampler(config, run_data, chunks, grid, progress)
+    return made
 
 
 def engines_of(config: Config) -> str | None:

@@ -5,33 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from megatron_selfdistill.config import Config, function_named, method_class, user_code
+from megatron_selfdistill.annexes import door
+from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
 from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import ProblemSampler
-from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.environments import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
-from megatron_selfdistill.sources.episodes import (
-    Episodes,
-    EvaluationPlayer,
-    SessionEpisodes,
-    StatelessEpisodes,
-    TrainingPlayer,
-)
 from megatron_selfdistill.sources.given_responses import (
     LoggedResponses,
     LoggedTurns,
@@ -43,7 +33,7 @@ from megatron_selfdistill.sources.given_responses import (
 from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
-from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
@@ -75,7 +65,7 @@ def configured_source(
         judges=config.judges_responses,
         weight_cap=config.loss.rollout_correction_cap,
         samples_teacher=config.needs.samples == TEACHER,
-        player=_player(config, tools.given, grid, phases, recording) if config.environment.exists else None,
+        player=_player(config, tools, recording) if config.environment.exists else None,
         record=config.rollout.record,
         max_staleness=config.rollout.max_staleness,
     )
@@ -145,68 +135,25 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     return run_data
 
 
-def _player(
-    config: Config, given: GivenSolutions, grid: RankGrid, phases: Phases, recording: Recording | None
-) -> TrainingPlayer:
-    return TrainingPlayer(_episodes(config, given, grid), phases, recording)
-
-
-def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:
-    """Return the rules of the episodes, with the environment, or with the process that makes the sessions of this rank.
-
-    Raises: `ConfigError` on all ranks.
-    """
-    wanted = config.environment
-    limits = dict(wanted.limits)
-    rules: dict[str, Any] = {
-        "given": given,
-        "grid": grid,
-        "max_turns": wanted.max_turns,
-        "max_tokens": limits.pop("tokens", None),
-        "one_sequence": limits.pop("one_sequence", False),
-        "has_teacher": config.has_teacher,
-    }
-    with raise_on_all_ranks(ConfigError):
-        make = function_named("environment.name", wanted.name, BUILT_IN)
-        with user_code(f"environment.name={wanted.name}", ConfigError):
-            if has_sessions(make):
-                checked = SessionLimits(**limits)
-                sessions = SessionProcesses(wanted.name, wanted.options, checked)
-                return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
-            environment = make(**wanted.options)
-        if not callable(getattr(environment, "reply", None)):
-            raise ConfigError(
-                f"environment.name={wanted.name} must make an object with a method reply(problem, said), or be a class "
-                f"with the methods reset, step and close, got a {type(environment).__name__}"
-            )
-        if limits:
-            raise ConfigError(
-                f"environment.limits: {', '.join(sorted(limits))} limit a session, and {wanted.name} has none: it "
-                "replies without a state"
-            )
-    threads = environment.concurrency if isinstance(environment, HttpEnvironment) else 1
-    return StatelessEpisodes(**rules, environment=environment, threads=threads)
+def _player(config: Config, tools: MethodTools, recording: Recording | None) -> EpisodePlayer:
+    made: EpisodePlayer = door("environments").training_player(config, tools.given, tools.grid, tools.phases, recording)
+    return made
 
 
 @contextmanager
 def evaluation_player(
     config: Config, run_data: RunData, sampler: Sampler, step: int, grid: RankGrid
-) -> Iterator[EvaluationPlayer | None]:
-    """Yield what plays the episodes of an evaluation after ``step`` steps, with an environment of its own; else None.
+) -> Iterator[Player | None]:
+    """Yield what plays the episodes of an evaluation after ``step`` steps; None without an environment.
 
-    As many episodes are played at the same time as in a step of the training.
     Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
     """
     if not config.environment.exists:
         yield None
         return
-    episodes = _episodes(config, given_solutions(config, run_data), grid)
-    at_once = max(1, config.data.global_batch_size * config.rollout.num_samples // grid.dp_size)
-    try:
-        yield EvaluationPlayer(episodes, sampler, config.seed, step, at_once)
-    finally:
-        if isinstance(episodes, SessionEpisodes):
-            episodes.sessions.close()
+    player = door("environments").evaluation_player
+    with player(config, given_solutions(config, run_data), sampler, step, grid) as found:
+        yield found
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

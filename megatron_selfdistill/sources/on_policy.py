@@ -25,7 +25,7 @@ from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey, re
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.environments import Reply
+    from megatron_selfdistill.data.episode_reply import Reply
 
 Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
 """A function that samples one response per key after its prompts.  Collective over the world."""

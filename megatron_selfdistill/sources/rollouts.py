@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_selfdistill.data.contexts import EpisodeTurn, PromptPair
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
-from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.rollout.base import Response, sample_seed
 from megatron_selfdistill.run_log import json_object, shortened
 

@@ -10,8 +10,8 @@ import pytest
 from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import SessionLimits
-from megatron_selfdistill.session_processes import SessionProcesses
+from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 NAME = "environments.verifiers_sessions.Verifiers"
 NUMBER = 10

@@ -30,8 +30,8 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.environments import SessionLimits
-from megatron_selfdistill.session_processes import SessionProcesses
+from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.tool_calls import ToolCall
+from megatron_selfdistill.environments.tool_calls import ToolCall
 
 
 def guessed(response: str) -> list[ToolCall]:

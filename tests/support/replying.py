@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import Reply
 
 
 class Replying:

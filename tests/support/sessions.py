@@ -16,8 +16,8 @@ from pathlib import Path
 
 from replying import Replying
 
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import Reply
 
 
 class Session:

@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass, field
 
 from megatron_selfdistill.distributed import stop
+from megatron_selfdistill.distributed.timed_http import HttpAnswer, HttpError, LongAnswerError, exchange, new_client
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.timed_http import HttpAnswer, HttpError, LongAnswerError, exchange, new_client
 
 METRICS = "/metrics"
 """The path at which a server states its counts."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from megatron_selfdistill.distributed.timed_http import HttpAnswer
 from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest, possible_output
 from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, NOT_STATED, StatedResponse
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.timed_http import HttpAnswer
 
 ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
 """The forms of a response that `response_in` reads, for the header Accept."""

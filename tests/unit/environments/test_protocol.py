@@ -15,14 +15,15 @@ import pytest
 from characters import ONE_RANK, Characters
 from chat_server import chat_server, completion
 
-from megatron_selfdistill import environments
 from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-from megatron_selfdistill.environments import HttpEnvironment, Reply
+from megatron_selfdistill.environments import protocol as environments
+from megatron_selfdistill.environments.episodes import StatelessEpisodes
+from megatron_selfdistill.environments.protocol import HttpEnvironment
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.episodes import StatelessEpisodes
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEM = Problem("p7", ({"role": "user", "content": "3 - 4"},), "", "-1", "file:7")

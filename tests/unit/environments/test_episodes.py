@@ -18,18 +18,18 @@ from characters import ONE_RANK, STOP, Characters
 from made_methods import made
 
 from megatron_selfdistill.data.contexts import EpisodeTurn, GivenSolutions, build_contexts
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.packing import PackingRules, segments_of
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-from megatron_selfdistill.environments import Reply
-from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
-from megatron_selfdistill.sources.episodes import (
+from megatron_selfdistill.environments.episodes import (
     EvaluationPlayer,
     SessionEpisodes,
     StatelessEpisodes,
     episode_metrics,
 )
+from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]

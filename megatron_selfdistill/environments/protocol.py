@@ -13,53 +13,17 @@ from typing import Any, Protocol
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require_address, value_of_variable
 from megatron_selfdistill.data.acceptance import answer_text
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.records import NO_TEXT, finite_number, is_text, plain
-from megatron_selfdistill.tool_calls import PARSERS, Parser, ToolCall, ToolCallError, tool_class, tools_of, typed
-
-REPLY_ROLES = ("user", "tool")
-"""The roles of a message that shows a reply."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The reply of an environment to the last response of an episode.
-
-    Raises: ValueError for a field that has another type, a text with half of a surrogate pair, another role or a reward
-    that is not finite.
-    """
-
-    text: str | None = None
-    """The text that the next turn's prompt shows after the response; None shows nothing and ends the episode."""
-    role: str = "user"
-    """The role of the message that shows ``text``: user or tool."""
-    feedback: str | None = None
-    """A text about the last response for the teacher alone; None is no feedback."""
-    reward: float = 0.0
-    """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
-    done: bool = True
-    """Whether the episode ends with the last response, although ``text`` may be there."""
-    failure: str | None = None
-    """The reason for which the environment could not go on; None if nothing has failed.  A reply with a reason ends the
-    episode."""
-    hint: str | None = None
-    """The text that the teacher's prompt shows in place of the solution from the next turn on; None changes nothing."""
-
-    def __post_init__(self) -> None:
-        for name in ("text", "feedback", "hint", "failure"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
-            if not is_text(value):
-                raise ValueError(f"{name} of a reply: {NO_TEXT}")
-        _require(self.role in REPLY_ROLES, f"expected {' or '.join(REPLY_ROLES)} as role", self.role)
-        object.__setattr__(self, "reward", finite_number(self.reward, "reward of a reply"))
-        object.__setattr__(self, "done", plain(self.done))
-        _require(isinstance(self.done, bool), "expected a boolean as done", self.done)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether another turn can follow."""
-        return not self.done and self.text is not None and self.failure is None
+from megatron_selfdistill.environments.tool_calls import (
+    PARSERS,
+    Parser,
+    ToolCall,
+    ToolCallError,
+    tool_class,
+    tools_of,
+    typed,
+)
 
 
 class Environment(Protocol):
@@ -111,11 +75,6 @@ class SessionLimits:
     """Gigabytes of private memory of a session's process, and of each process that it starts; None is no limit."""
     concurrency: int = 16
     """Number of sessions of a rank that work at the same time."""
-
-
-def _require(condition: bool, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{expected} of a reply, got {value!r}")
 
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
@@ -179,7 +138,9 @@ class HttpEnvironment:
 
     def _answer(self, request: dict[str, Any]) -> str:
         """Return the body of the first answer with status 200."""
-        from megatron_selfdistill.timed_http import HttpError  # slow, and only a run with this environment needs it
+        from megatron_selfdistill.distributed.timed_http import (
+            HttpError,  # slow, and only a run with this environment needs it
+        )
 
         payload = json.dumps(request)
         for attempt in range(self.retries + 1):
@@ -320,7 +281,7 @@ def has_sessions(make: Callable[..., Any]) -> bool:
 
 
 def _posted(url: str, payload: str, api_key_env: str | None, timeout_s: float | None) -> tuple[int, str]:
-    from megatron_selfdistill.timed_http import post
+    from megatron_selfdistill.distributed.timed_http import post
 
     headers = {"Content-Type": "application/json"}
     api_key = value_of_variable("environment.options.api_key_env", api_key_env)

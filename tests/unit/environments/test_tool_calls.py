@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import Reply, SessionLimits, ToolEnvironment, has_sessions
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.session_processes import SessionProcesses
-from megatron_selfdistill.tool_calls import (
+from megatron_selfdistill.environments.protocol import SessionLimits, ToolEnvironment, has_sessions
+from megatron_selfdistill.environments.session_processes import SessionProcesses
+from megatron_selfdistill.environments.tool_calls import (
     PARSERS,
     ToolCall,
     ToolCallError,
@@ -25,6 +25,7 @@ from megatron_selfdistill.tool_calls import (
     tools_of,
     typed,
 )
+from megatron_selfdistill.errors import ConfigError
 
 PROBLEM = Problem("p", ({"role": "user", "content": "2 + 3"},), "hint", "5", "file:7")
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from sessions import pid_of
 
-from megatron_selfdistill import session_processes
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments import Reply, SessionLimits
-from megatron_selfdistill.session_processes import SessionProcesses, _variables
+from megatron_selfdistill.environments import session_processes
+from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.session_processes import SessionProcesses, _variables
 
 
 def problem(answer: str = "fine") -> Problem:

@@ -14,18 +14,19 @@ from typing import Protocol
 
 from megatron_selfdistill.config import user_code
 from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
+from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.environments import Environment, Reply
+from megatron_selfdistill.environments.protocol import Environment
+from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
-from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.on_policy import Generate
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, Sample, SampleKey

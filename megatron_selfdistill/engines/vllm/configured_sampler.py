@@ -1,0 +1,55 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sampler of rollout.engine=vllm: engines beside the trainer's ranks, or servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
+from megatron_selfdistill.rollout.base import Progress, Sampler
+from megatron_selfdistill.run_data import RunData
+
+
+def vllm_sampler(
+    config: Config, run_data: RunData, chunks: Sequence[torch.nn.Module], grid: RankGrid, progress: Progress
+) -> Sampler:
+    """Return the sampler of ``config.rollout``; the arguments are those of `make_sampler`.
+
+    Collectives: every rank of the world calls it.  Raises: `ConfigError`.
+    """
+    rollout = config.rollout
+    num_ids = run_data.num_sampled_ids  # an engine has no rows for other ids, which it would sample
+    directory, rules = engine_directory(config, num_ids, Path(config.run_dir), grid)
+    if rollout.placement == "server":
+        from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
+
+        return ServerSampler(
+            chunks,
+            grid,
+            directory,
+            rules,
+            rollout,
+            vocab_size=num_ids,
+            max_length=run_data.max_length,
+            run_dir=Path(config.run_dir),
+            progress=progress,
+            adapter=config.adapter,
+        )
+    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
+
+    return ColocatedSampler(
+        chunks,
+        grid,
+        directory,
+        rules,
+        rollout,
+        vocab_size=num_ids,
+        max_length=run_data.max_length,
+        progress=progress,
+        adapter=config.adapter,
+    )

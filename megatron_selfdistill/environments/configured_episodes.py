@@ -1,0 +1,97 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The environment that a configuration names, as players of the episodes of steps and of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_selfdistill.config import Config, function_named, user_code
+from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.environments.episodes import (
+    Episodes,
+    EvaluationPlayer,
+    SessionEpisodes,
+    StatelessEpisodes,
+    TrainingPlayer,
+)
+from megatron_selfdistill.environments.protocol import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
+from megatron_selfdistill.environments.session_processes import SessionProcesses
+from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import Sampler
+from megatron_selfdistill.sources.rollouts import Recording
+
+
+def schemas_of_tools(tools: str) -> list[dict[str, Any]]:
+    """Return the schemas of the tools that the class with the dotted path ``tools`` offers, for the chat template."""
+    return schemas_of(tool_class(tools))
+
+
+def training_player(
+    config: Config, given: GivenSolutions, grid: RankGrid, phases: Phases, recording: Recording | None
+) -> TrainingPlayer:
+    """Return what plays the episodes of the steps; ``recording``: has the replies, in place of the environment.
+
+    Raises: `ConfigError` on all ranks.
+    """
+    return TrainingPlayer(_episodes(config, given, grid), phases, recording)
+
+
+@contextmanager
+def evaluation_player(
+    config: Config, given: GivenSolutions, sampler: Sampler, step: int, grid: RankGrid
+) -> Iterator[EvaluationPlayer]:
+    """Yield what plays the episodes of an evaluation after ``step`` steps, with an environment of its own.
+
+    As many episodes are played at the same time as in a step of the training.
+    Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
+    """
+    episodes = _episodes(config, given, grid)
+    at_once = max(1, config.data.global_batch_size * config.rollout.num_samples // grid.dp_size)
+    try:
+        yield EvaluationPlayer(episodes, sampler, config.seed, step, at_once)
+    finally:
+        if isinstance(episodes, SessionEpisodes):
+            episodes.sessions.close()
+
+
+def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:
+    """Return the rules of the episodes, with the environment, or with the process that makes the sessions of this rank.
+
+    Raises: `ConfigError` on all ranks.
+    """
+    wanted = config.environment
+    limits = dict(wanted.limits)
+    rules: dict[str, Any] = {
+        "given": given,
+        "grid": grid,
+        "max_turns": wanted.max_turns,
+        "max_tokens": limits.pop("tokens", None),
+        "one_sequence": limits.pop("one_sequence", False),
+        "has_teacher": config.has_teacher,
+    }
+    with raise_on_all_ranks(ConfigError):
+        make = function_named("environment.name", wanted.name, BUILT_IN)
+        with user_code(f"environment.name={wanted.name}", ConfigError):
+            if has_sessions(make):
+                checked = SessionLimits(**limits)
+                sessions = SessionProcesses(wanted.name, wanted.options, checked)
+                return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
+            environment = make(**wanted.options)
+        if not callable(getattr(environment, "reply", None)):
+            raise ConfigError(
+                f"environment.name={wanted.name} must make an object with a method reply(problem, said), or be a class "
+                f"with the methods reset, step and close, got a {type(environment).__name__}"
+            )
+        if limits:
+            raise ConfigError(
+                f"environment.limits: {', '.join(sorted(limits))} limit a session, and {wanted.name} has none: it "
+                "replies without a state"
+            )
+    threads = environment.concurrency if isinstance(environment, HttpEnvironment) else 1
+    return StatelessEpisodes(**rules, environment=environment, threads=threads)
