@@ -20,11 +20,14 @@ from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GI
 from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.acceptance import load_rule
-from megatron_selfdistill.data.contexts import (
+from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
+from megatron_selfdistill.data.conversations import load_conversations
+from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
+from megatron_selfdistill.data.episode_reply import REPLY_ROLES
+from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
+from megatron_selfdistill.data.prompt_checks import (
     LOOKED_AT,
-    ContextCounts,
     HintCost,
-    PromptPair,
     about_date,
     about_prefix,
     about_unknown_tokens,
@@ -32,12 +35,7 @@ from megatron_selfdistill.data.contexts import (
     check_teacher_prompt,
     hint_cost,
     mean_cost,
-    plan_contexts,
 )
-from megatron_selfdistill.data.conversations import load_conversations
-from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
-from megatron_selfdistill.data.episode_reply import REPLY_ROLES
-from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
     PromptBuilder,

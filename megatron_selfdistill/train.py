@@ -24,7 +24,7 @@ from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
-from megatron_selfdistill.distributed import stop, watchdog
+from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.instruments.plan import plan_checks
@@ -184,7 +184,7 @@ def _train(
         with watchdog.watched(
             grid.rank, grid.world_size, stacks, config.stop.hang_timeout_s(config.parallel.distributed_timeout_minutes)
         ):
-            with watchdog.moving_files():
+            with signs_of_life.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
                 explore_run(trainer)
                 report = report_run(trainer)

@@ -33,19 +33,18 @@ from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
-from megatron_selfdistill.metrics.guards import (
-    Guards,
+from megatron_selfdistill.metrics.first_step import (
     check_identity,
     check_teacher_canary,
     first_step_warnings,
-    student_samples,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
+from megatron_selfdistill.metrics.first_step_lines import first_step_lines
+from megatron_selfdistill.metrics.guards import Guards, student_samples
 from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
-from megatron_selfdistill.metrics.step import first_step_lines
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch

@@ -214,10 +214,10 @@ REPLACED = {
     f"{_LAYERS}.ColumnParallelLinear.forward": Replacement(_DECODING, "_product", True),
     f"{_LAYERS}.RowParallelLinear.forward": Replacement("model/layers.py", "BiasedExpertOutput.forward", True),
     "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__": Replacement(
-        "model/layers.py", "CoreAttention.__init__", True, by_keyword=True
+        "model/local_attention.py", "CoreAttention.__init__", True, by_keyword=True
     ),
     "megatron.core.transformer.dot_product_attention.DotProductAttention.forward": Replacement(
-        "model/layers.py", "CoreAttention.forward", True
+        "model/local_attention.py", "CoreAttention.forward", True
     ),
     "megatron.core.transformer.module.MegatronModule.sharded_state_dict": Replacement(
         "model/adapters.py", "LowRankAdapter.sharded_state_dict", True

@@ -36,7 +36,7 @@ from megatron_selfdistill.checkpoint.frozen_weights import (
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.distributed.watchdog import moving_files
+from megatron_selfdistill.distributed.signs_of_life import moving_files
 from megatron_selfdistill.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from megatron_selfdistill.config.bound_keys import (
     refusal,
     stored_values,
 )
-from megatron_selfdistill.data.contexts import FIXED_DATE
+from megatron_selfdistill.data.prompt_checks import FIXED_DATE
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 

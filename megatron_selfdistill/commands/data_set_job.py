@@ -14,7 +14,8 @@ from megatron_selfdistill.checkpoint.formats.directory import find, iteration_of
 from megatron_selfdistill.commands.solution_journal import Journal, summarize
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.data.problem_sampler import shard
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -24,7 +25,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in
-from megatron_selfdistill.metrics.phases import Phases, phases_shown
+from megatron_selfdistill.metrics.phase_lines import phases_shown
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import learnabilities, with_reference
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData

@@ -117,7 +117,8 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-    from megatron_selfdistill.metrics.phases import Phases, phases_shown
+    from megatron_selfdistill.metrics.phase_lines import phases_shown
+    from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.run_data import RunData
 
     model = find_model(arguments.hf, arguments.megatron, arguments.iteration)

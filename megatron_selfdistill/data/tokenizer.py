@@ -8,44 +8,18 @@ or from nesting loops, which would take all memory or all time of a node.
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_selfdistill.data.records import is_hub_name
+from megatron_selfdistill.data.tried_template import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 _RARE_LETTERS = "\U00010380\U00012000"
 """Letters of Ugaritic and of cuneiform, which are in a vocabulary of bytes only."""
 _TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 _LONGEST = 4  # bytes, and thus tokens, of a character
-LIMIT_S = 60.0
-"""The time for a trial, in seconds, with the import of transformers from a slow file system."""
-LIMIT_BYTES = 2 << 30
-"""The memory that a trial may take beside the program's own, in bytes; only Linux limits it."""
-_OUT_OF_MEMORY = 3
-_CHILD = """
-import json, resource, sys
-from transformers.utils.chat_template_utils import render_jinja_template
-
-template, variables, limit, status = json.load(sys.stdin)
-if sys.platform == "linux":
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
-try:
-    conversation = [{"role": "user", "content": "What is 1 + 1?"}]
-    render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **variables)
-except MemoryError:
-    sys.exit(status)
-except Exception:
-    pass  # the template may refuse this conversation; the run renders its own and reports errors
-"""
 
 
 class Tokenizer(Protocol):
@@ -104,6 +78,8 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
     """
     path = tokenizer_place(path)
     if str(path).endswith(".model"):
+        from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
         return SentencePieceTokenizer(path, chat_template=chat_template)
     return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
 
@@ -210,93 +186,6 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, read by the ``sentencepiece`` library, with the chat templates of ``transformers``.
-
-    The classes of ``transformers`` for ``.model`` files convert or post-process the model, and then differ from the
-    encoding that the model was trained with (the prefix space, byte pieces).  Here the encoding of a text is exactly
-    ``sp.encode(text)``.  Only control pieces such as ``<s>``, which that call never yields, become their ids where the
-    text spells them; the parts between them are encoded one by one.
-    """
-
-    def __init__(self, path: str | Path, *, chat_template: str | None = None) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._sp = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"Tokenizer: expected a SentencePiece model, got {path}: {error}") from error
-        self.chat_template = chat_template
-        self.name = str(path)
-        self.vocab_size: int = self._sp.get_piece_size()
-        special = {
-            "bos": self._sp.bos_id(),
-            "eos": self._sp.eos_id(),
-            "unk": self._sp.unk_id(),
-            "pad": self._sp.pad_id(),
-        }
-        self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
-        self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
-        self.unknown_id = special["unk"] if special["unk"] in self._sp.encode(_RARE_LETTERS) else None
-        try_chat_template(self.name, chat_template, self._special_tokens)
-        self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
-        # Longest first: where one piece is the beginning of another, the longer piece is meant.
-        pieces = sorted(map(re.escape, self._control), key=len, reverse=True)
-        self._control_pattern = re.compile(f"({'|'.join(pieces)})" if pieces else "(?!)")
-
-    def tokens(self) -> dict[int, str]:
-        """Return id -> token of the whole vocabulary, added tokens included."""
-        return {index: self._sp.id_to_piece(index) for index in range(self.vocab_size)}
-
-    def special_tokens(self) -> Sequence[str]:
-        """Return the tokens that ``skip_special_tokens`` leaves out."""
-        return list(self._control)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
-        ids: list[int] = []
-        for part in self._control_pattern.split(text):
-            if part in self._control:
-                ids.append(self._control[part])
-            elif part:
-                ids.extend(self._sp.encode(part))
-        return ids
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``ids``, for people and verifiers."""
-        parts: list[str] = []
-        stretch: list[int] = []
-        for token in ids:
-            if self._sp.is_control(int(token)):
-                parts.append(self._sp.decode(stretch))
-                stretch = []
-                if not skip_special_tokens:
-                    parts.append(self._sp.id_to_piece(int(token)))
-            else:
-                stretch.append(int(token))
-        return "".join([*parts, self._sp.decode(stretch)])
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
-
-        Raises: MissingChatTemplateError if there is no chat template.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self.chat_template is None:
-            raise MissingChatTemplateError(self.name)
-        rendered, _ = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **{**self._special_tokens, **kwargs},
-        )
-        text: str = rendered[0]
-        return text
-
-
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text that each token adds; joined, the texts are ``tokenizer.decode(ids)`` where its bytes are text.
 
@@ -313,61 +202,3 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         texts.append(text[len(known) :])
         context, done = done, end
     return texts
-
-
-def try_chat_template(name: str, template: Any, variables: Mapping[str, Any]) -> None:
-    """Render a chat template once in a child process of limited memory and time.
-
-    ``name``: the tokenizer of the template, for the message; ``template``: Jinja, other values are not tried;
-    ``variables``: the special tokens that the template may write.  A template whose text cannot grow beyond that of the
-    conversation needs no trial.
-
-    Raises: ValueError if the template exceeds a limit.
-    """
-    if not isinstance(template, str) or _grows_with_the_messages_only(template):
-        return
-    texts = {key: value for key, value in variables.items() if isinstance(value, str)}
-    if exceeded := _exceeded_limit(template, json.dumps(texts)):
-        raise ValueError(
-            f"{name}: the chat template {exceeded} for a conversation of one short message; use another tokenizer, or "
-            "give a data.chat_template"
-        )
-
-
-@functools.cache
-def _exceeded_limit(template: str, variables: str) -> str | None:
-    """Return which limit the template exceeds, or None; ``variables`` are an object of JSON."""
-    given = json.dumps([template, json.loads(variables), LIMIT_BYTES, _OUT_OF_MEMORY])
-    child = [sys.executable, "-c", _CHILD]
-    try:
-        status = subprocess.run(child, input=given, text=True, capture_output=True, timeout=LIMIT_S).returncode
-    except subprocess.TimeoutExpired:
-        return f"did not end within {LIMIT_S:g} s"
-    if status != _OUT_OF_MEMORY and status >= 0:
-        return None
-    return f"took more than {LIMIT_BYTES >> 30} GiB of memory"
-
-
-def _grows_with_the_messages_only(template: str) -> bool:
-    """Return whether the template writes each message a bounded number of times: it has one level of loops."""
-    from jinja2 import Environment, TemplateSyntaxError, nodes
-
-    try:
-        parsed = Environment().parse(template)
-    except TemplateSyntaxError:  # extensions of transformers are not known here
-        return False
-    loops = list(parsed.find_all(nodes.For))
-    nested = any(loop is not other and other in loop.find_all(nodes.For) for loop in loops for other in loops)
-    bounded = (
-        *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.Getattr, nodes.Getitem),
-        *(nodes.For, nodes.If, nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not),
-        *(nodes.Add, nodes.Concat, nodes.Test, nodes.Slice),
-    )
-    return (
-        not nested
-        and all(
-            isinstance(node, bounded) or (isinstance(node, nodes.Filter) and node.name in ("trim", "upper", "lower"))
-            for node in parsed.find_all(nodes.Node)
-        )
-        and all(isinstance(loop.iter, nodes.Name) and not loop.recursive for loop in loops)
-    )

@@ -24,7 +24,7 @@ from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Sampler
-from megatron_selfdistill.sources.rollouts import Recording
+from megatron_selfdistill.sources.recordings import Recording
 
 
 def schemas_of_tools(tools: str) -> list[dict[str, Any]]:

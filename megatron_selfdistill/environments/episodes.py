@@ -19,7 +19,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.environments.protocol import Environment
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
@@ -29,7 +29,8 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.on_policy import Generate
-from megatron_selfdistill.sources.rollouts import Recording, Rollout, Sample, SampleKey
+from megatron_selfdistill.sources.recordings import Recording
+from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
 from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rule
 from megatron_selfdistill.loss.sharded.vocab_parallel import all_gather

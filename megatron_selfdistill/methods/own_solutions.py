@@ -43,7 +43,8 @@ from megatron_selfdistill.choices import SOLUTION_RANKINGS
 from megatron_selfdistill.config.schema.method_config import FOUND, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveInt
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import check_answers

@@ -71,7 +71,7 @@ from torch import Tensor
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import FUNCTION, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Text
-from megatron_selfdistill.data.problems import ProblemSampler
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_requests

@@ -56,7 +56,8 @@ from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Text
-from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import filled, last_user_text
 from megatron_selfdistill.data.records import text_or_none
 from megatron_selfdistill.data.thoughts import final_part

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 
-from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed import signs_of_life
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
@@ -29,8 +27,8 @@ class Phases:
     A phase lasts from the moment when the device (the current device, unless given) has finished the work queued before
     the phase until it has finished the work queued in the phase.  On a GPU, events mark both moments, so no phase makes
     the host wait; `metrics` waits once.  A phase that is entered again adds to its time.
-    The beginning and the end of a phase are signs of progress (distributed/watchdog.py).  A listener hears of both at
-    once, by the host's clock, and never waits for the device.
+    The beginning and the end of a phase are signs of progress (distributed/signs_of_life.py).  A listener hears of both
+    at once, by the host's clock, and never waits for the device.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -44,7 +42,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Time the phase ``name`` from the entry of this context to its end."""
         start = self._mark()
-        watchdog.entered(name)
+        signs_of_life.entered(name)
         listener = self.listener
         if listener is not None:
             listener.entered(name)
@@ -53,7 +51,7 @@ class Phases:
         finally:
             if listener is not None:
                 listener.left()
-        watchdog.left(name)
+        signs_of_life.left(name)
         self._spans.append((name, start, self._mark()))
 
     def counted(self, finished: int, total: int, whose: str) -> None:
@@ -110,9 +108,6 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 BETWEEN_STEPS = ("checkpoint", "evaluation")
 """The phases that belong to the steps done, and to no step under way."""
-LINE_SECONDS = 60.0
-"""The seconds that a phase lasts before its first plain line, and the seconds between two plain lines."""
-_FIRST_SECONDS, _TICK_SECONDS = 5.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class PhaseUnderWay:
     @property
     def text(self) -> str:
         """The phase, such as ``evaluation, 12 of 64 responses, 2:10`` or ``train, microbatch 3 of 8, 1:03``."""
-        microbatch, of = watchdog.microbatch()
+        microbatch, of = signs_of_life.microbatch()
         count = f"microbatch {microbatch} of {of}" if of else ""
         count = f"{self.finished} of {self.total} responses {self.whose}".rstrip() if self.total else count
         return ", ".join(filter(None, [self.name, count, duration(time.monotonic() - self.began)]))
@@ -179,96 +174,6 @@ class PhaseProgress:
         if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
             return f"after step {self.done}: "
         return f"step {self.done + 1}: "
-
-
-class SlowPhaseLines:
-    """The thread that shows a plain line about a phase that takes long, such as ``step 3: rollout, 12 of 64 ..``.
-
-    There is at most one line per `LINE_SECONDS`; with ``at_once`` a phase has a line when it begins, and lines at
-    distances that grow to `LINE_SECONDS`.
-    """
-
-    def __init__(self, progress: PhaseProgress, show: Callable[[str], None], *, at_once: bool = False) -> None:
-        """``show``: prints one line; the thread calls it, so it must be safe beside the main thread."""
-        self._progress, self._show, self._at_once = progress, show, at_once
-        self._last = 0.0  # clock of the last line
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._one_at_a_time = threading.Lock()
-
-    def start(self) -> None:
-        """Start the thread; a second call does nothing."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="slow phases", daemon=True)
-            self._thread.start()
-
-    def tick(self) -> None:
-        """Show a line where it is time for one."""
-        with self._one_at_a_time:
-            phase, now = self._progress.now, time.monotonic()
-            if phase is None:
-                return
-            distance, age = LINE_SECONDS, self._last - phase.began  # the age at the last line; below 0 without one
-            if self._at_once:
-                distance = 0.0 if age < 0 else min(distance, max(age, _FIRST_SECONDS))
-            if now - max(phase.began, self._last) >= distance:
-                self._last = now
-                self._show(f"{self._progress.place}{phase.text}")
-
-    def close(self) -> None:
-        """End the thread; a second call does nothing."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._closing.wait(_TICK_SECONDS):
-            try:
-                self.tick()
-            except OSError:  # standard output is gone, and the next line of the main thread raises the same error
-                return
-
-
-@contextlib.contextmanager
-def phases_shown(phases: Phases, *, enabled: bool) -> Iterator[None]:
-    """Show ``phases`` of a command by lines on standard error; ``enabled``: False if this rank shows nothing."""
-    if not enabled:
-        yield
-        return
-    phases.listener = progress = PhaseProgress()
-    lines = SlowPhaseLines(progress, lambda line: print(line, file=sys.stderr, flush=True), at_once=True)
-    lines.start()
-    try:
-        yield
-    finally:
-        lines.close()
-
-
-class Pace:
-    """The speed of a launch without its first step, which allocates memory and compiles."""
-
-    def __init__(self, num_steps: int) -> None:
-        """Start the clock for a run of ``num_steps`` steps in all."""
-        self.num_steps = num_steps
-        self._warm: tuple[int, float] | None = None  # (steps done, clock) after the first step of this launch
-        self._now = (0, 0.0)
-
-    def advance(self, done: int) -> None:
-        """Record that ``done`` steps of the run are complete."""
-        self._now = (done, time.monotonic())
-        self._warm = self._warm or self._now
-
-    @property
-    def left(self) -> str:
-        """Return the time until the last step, such as ``5:15 left`` or ``2:05:15 left``; empty before the third step.
-
-        The estimate is the mean of all steps of the launch except the first one.
-        """
-        done, now = self._now
-        if self._warm is None or done < self._warm[0] + 2:
-            return ""
-        seconds_per_step = (now - self._warm[1]) / (done - self._warm[0])
-        return f"{duration(seconds_per_step * (self.num_steps - done))} left"
 
 
 def duration(seconds: float) -> str:

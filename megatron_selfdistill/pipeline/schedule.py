@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron_selfdistill.choices import PAIR_ORDERS
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, TokenStats, VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
@@ -38,12 +38,12 @@ from megatron_selfdistill.model.forward import (
     FusedLoss,
     ModelInputs,
     hidden_states,
-    nonlinear,
     project,
     states_at,
     unwrapped,
     uses_local_attention,
 )
+from megatron_selfdistill.model.output_layer import nonlinear
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of, weights_unchanged
 from megatron_selfdistill.pipeline.token_losses import (

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
+from megatron_selfdistill.loss.sharded.target_measures import target_measures
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TokenStats,
     VocabShard,
     distillation_loss,
     solve_target,
-    target_measures,
     vocab_entropy,
 )
 from megatron_selfdistill.loss.target import Divergence, Target

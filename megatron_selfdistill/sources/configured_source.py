@@ -13,7 +13,7 @@ from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
 from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.contexts import GivenSolutions
-from megatron_selfdistill.data.problems import ProblemSampler
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
@@ -34,7 +34,7 @@ from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.rollouts import Recording
+from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
 

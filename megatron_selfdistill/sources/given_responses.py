@@ -20,10 +20,11 @@ import torch
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import build_contexts
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
+from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer
-from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed import signs_of_life
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -36,7 +37,8 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
+from megatron_selfdistill.sources.recordings import Recording
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.terminal import visible
 
@@ -279,7 +281,7 @@ def _read_by_chunks(
     for start in range(0, len(problems), _CHUNK):
         chunk = problems[start : start + _CHUNK]
         yield chunk, reader.read(chunk)
-        watchdog.beat()
+        signs_of_life.beat()
 
 
 def list_skipped(file: Path, messages: Iterable[str]) -> None:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # a method is imported with the configuration, before Megatro
 
     from megatron_selfdistill.config import Config, MethodSettings
     from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
-    from megatron_selfdistill.data.problems import Problem, ProblemSampler
+    from megatron_selfdistill.data.problem_sampler import ProblemSampler
+    from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.metrics import Phases
     from megatron_selfdistill.pipeline.token_losses import TokenCoefficients

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts
-from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.data.problem_sampler import shard
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics import Phases, step_metrics
@@ -21,7 +22,8 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method, prepared
-from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey, record
+from megatron_selfdistill.sources.recordings import record
+from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.guidance import Guidance

@@ -30,7 +30,7 @@ WAYS: dict[str, Callable[[], object]] = {
 def main(how: str, rank: str, arguments: list[str]) -> int:
     """Train with ``arguments``, and let one rank hang in the way ``how``; return the exit status."""
     from megatron_selfdistill import train
-    from megatron_selfdistill.distributed import watchdog
+    from megatron_selfdistill.distributed import signs_of_life, watchdog
     from megatron_selfdistill.learner import Learner
     from megatron_selfdistill.trainer import Trainer
 
@@ -47,7 +47,7 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
 
     def beat_until_the_third_step() -> None:
         while not third_step.wait(0.2):
-            watchdog.beat()
+            signs_of_life.beat()
 
     if not (at_once or in_the_start):
         threading.Thread(target=beat_until_the_third_step, daemon=True).start()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.metrics.log import LoggedRun
+from megatron_selfdistill.metrics.loggers import LoggedRun
 from megatron_selfdistill.metrics.samples import Sample
 
 CALLS = "calls.jsonl"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import operator
 import os
 import re
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,13 @@ from docs_site.configuration import escaped, shown
 from megatron_selfdistill.config.methods import method_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
 METHODS = "megatron_selfdistill.methods"
 DIRECTORY = REPOSITORY / "docs" / "recipes"
 """Where the pages would stand, if they were files: their links lead from here."""
@@ -141,19 +150,32 @@ def _stand_in(module: str, name: str) -> type[Any]:
     for node in body:
         if isinstance(node, ast.ImportFrom) and name in [one.name for one in node.names]:
             return _stand_in(str(node.module), name)
-        parts = getattr(node.value, "elts", [node.value]) if isinstance(node, ast.Assign) else []
-        if parts and all(isinstance(part, ast.Constant) for part in parts):
-            exec(ast.unparse(node), {"__builtins__": {}}, constants)
+        if not isinstance(node, ast.Assign):
+            continue
+        parts = getattr(node.value, "elts", [node.value])
+        if all(isinstance(part, ast.Constant) for part in parts):
+            target, value = node.targets[0], ast.literal_eval(node.value)
+            of_each = zip(target.elts, value, strict=True) if isinstance(target, ast.Tuple) else [(target, value)]
+            constants |= {ast.unparse(one): its for one, its in of_each}
     (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
     bases = tuple(_stand_in(module, base.id) for base in found.bases if isinstance(base, ast.Name))
     fields: list[tuple[str, Any, Any]] = []
     for node, after in pairwise([*found.body, ast.Pass()]):
         if isinstance(node, ast.AnnAssign) and node.value is not None:
-            default = eval(ast.unparse(node.value), {"__builtins__": {}}, constants)
+            default = _value(node.value, constants)
             comment = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
             field = dataclasses.field(default=default, metadata={"meaning": " ".join(comment.split())})
             fields.append((ast.unparse(node.target), Any, field))
     return dataclasses.make_dataclass(name, fields, bases=bases)
+
+
+def _value(node: ast.expr, constants: Mapping[str, Any]) -> Any:
+    """Return the value of an expression of literals, names of ``constants`` and arithmetic."""
+    if isinstance(node, ast.Name):
+        return constants[node.id]
+    if isinstance(node, ast.BinOp):
+        return _ARITHMETIC[type(node.op)](_value(node.left, constants), _value(node.right, constants))
+    return ast.literal_eval(node)
 
 
 @functools.cache

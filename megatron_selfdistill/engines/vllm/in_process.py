@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.engines.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest

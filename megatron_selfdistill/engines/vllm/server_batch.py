@@ -12,7 +12,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work, begin
 from megatron_selfdistill.engines.vllm.engine import engine_request, response_of

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack

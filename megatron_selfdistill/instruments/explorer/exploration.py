@@ -12,15 +12,9 @@ import torch
 
 from megatron_selfdistill.checkpoint.external import loaded_chunks
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import (
-    ContextPair,
-    PromptPair,
-    build_contexts,
-    check_student_prompt,
-    check_teacher_prompt,
-    fit_teacher_prompt,
-)
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompt_checks import check_student_prompt, check_teacher_prompt
 from megatron_selfdistill.distributed.collectives import broadcast_object
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -29,7 +23,8 @@ from megatron_selfdistill.instruments.explorer.explored import ExploredResponse,
 from megatron_selfdistill.instruments.explorer.target_page import write_target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for

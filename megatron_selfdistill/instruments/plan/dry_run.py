@@ -25,7 +25,7 @@ from megatron_selfdistill.instruments.plan.plan_checks import (
 from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
 from megatron_selfdistill.instruments.plan.step_time import Part, parts_of_step
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
-from megatron_selfdistill.model.forward import OutputLayer, choose_output_layer
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teachers.teacher_directories import (

@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.instruments.plan.stages import Stage
-from megatron_selfdistill.model.forward import choose_output_layer
 from megatron_selfdistill.model.layers import ALL_HEADS
+from megatron_selfdistill.model.output_layer import choose_output_layer
 
 CONTEXT_GIB = 3.0
 """The GiB of CUDA's context, the libraries' workspaces and fragmentation."""

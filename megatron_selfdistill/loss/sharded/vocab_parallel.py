@@ -25,13 +25,12 @@ A `Backend` is PyTorch, which defines the sharded loss, or the Triton kernels, w
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,11 +42,9 @@ from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     BetaGrid,
-    Chunk,
     LogProbGradient,
     Shard,
     TokenConstants,
-    mix_unit,
 )
 from megatron_selfdistill.loss.sharded.token_statistics import Softmax, TokenResults
 from megatron_selfdistill.loss.target import (
@@ -55,7 +52,6 @@ from megatron_selfdistill.loss.target import (
     Target,
     TokenDivergences,
     check_arguments,
-    mixed_logits,
     token_groups,
 )
 
@@ -475,10 +471,6 @@ def shares_of(forward_shares: Tensor | None, tokens: slice, divergence: Divergen
     return None if forward_shares is None or divergence.forward_above is None else forward_shares[tokens]
 
 
-RARE = 1e-3
-"""The probability below which a model counts a token as rare."""
-
-
 @dataclass(frozen=True)
 class TargetSolution:
     """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
@@ -538,93 +530,6 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
     sums, _ = backend_in_use.first_pass(shard, grid, None, vocab.start)
     parts = gather_parts(sums[..., _COLUMNS], vocab.group).double()
     return Softmax.merge(*parts.unbind(2)).entropy
-
-
-class TargetMeasures(NamedTuple):
-    """What a target q asks for, as seen from the models that it mixes, for T tokens; float64."""
-
-    mass_on_rare: Tensor
-    """The sum of q over the columns with p < `RARE`, and with a reference the same for its r in place of p; [T, 1] or
-    [T, 2]."""
-    kl_to_anchor: Tensor | None
-    """KL(q || a) and KL(t || a) in nats, [T, 2], where a is the reference, or without one the student, and t the
-    teacher alone; their ratio is the share of the teacher's news that the target lets through.  None if t is not
-    given."""
-
-
-@torch.no_grad()
-def target_measures(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    beta: Tensor,
-    *,
-    target: Target,
-    vocab: VocabShard,
-    reference_logits: Tensor | None = None,
-    own_teacher_logits: Tensor | None = None,
-    teacher_weights: Tensor | None = None,
-) -> TargetMeasures:
-    """Return the `TargetMeasures` of T tokens, equal on all ranks of ``vocab.group``.
-
-    Shapes: all logits [T, vocab.size], any float dtype; beta [T]: `TokenStats.beta` of the same tokens and target.
-    Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, and ``teacher_weights [T]`` the w
-    of each token, None the target's; as for `distillation_loss`.  ``own_teacher_logits``: those of the teacher alone.
-    -inf: a column with -inf in the student counts as rare; one with -inf in a, where q or t has mass, gives inf.
-    NaN: a token with NaN in its logits or beta gives NaN.
-    Collectives: two all-gathers over ``vocab.group``, none for T = 0.
-    Raises: ValueError if shapes do not fit.
-    """
-    check_arguments("target_measures", locals())
-    optional = [logits for logits in (reference_logits, own_teacher_logits) if logits is not None]
-    shard = make_shard(student_logits, teacher_logits, target, vocab)
-    models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
-    num_considered = 1 if reference_logits is None else 2
-    mix_beta = beta.double() * (mix_unit(target) if teacher_weights is None else 1 + teacher_weights.double())
-
-    def scaled(rows: Chunk) -> list[tuple[Tensor, Tensor]]:
-        """Return beta m and the logits of each model, as `_shifted` returns them."""
-        (y, y_top), (z, z_top) = (_shifted(logits[rows], shard.dtype) for logits in (shard.student, shard.teacher))
-        mix, top = mixed_logits(y, z, *shard.mix_weights), mixed_logits(y_top, z_top, *shard.mix_weights)
-        here = mix_beta[rows]
-        return [(here[:, None].to(shard.dtype) * mix, here * top), *(_shifted(m[rows], shard.dtype) for m in models)]
-
-    def log_sums(rows: Chunk) -> Tensor:
-        return torch.stack([values.logsumexp(1).double() + top for values, top in scaled(rows)], 1)
-
-    num_models = len(models)
-    parts = shard.over_rows(log_sums, 1 + num_models, empty=-math.inf, dtype=torch.float64)
-    log_normalisers = gather_parts(parts, vocab.group).logsumexp(0)
-
-    def measures(rows: Chunk) -> Tensor:
-        (log_q, *log_probs) = (
-            values + (top - log_normaliser)[:, None].to(values.dtype)
-            for (values, top), log_normaliser in zip(scaled(rows), log_normalisers[rows].unbind(1), strict=True)
-        )
-        q, considered = log_q.exp(), log_probs[:num_considered]
-        sums = [(q * (log_p < math.log(RARE))).sum(1) for log_p in considered]
-        if own_teacher_logits is not None:
-            sums += [_kl_summands(log_t, considered[-1]).sum(1) for log_t in (log_q, log_probs[-1])]
-        return torch.stack([column.double() for column in sums], 1)
-
-    num_columns = num_considered + (0 if own_teacher_logits is None else 2)
-    found = gather_parts(shard.over_rows(measures, num_columns, dtype=torch.float64), vocab.group).sum(0)
-    found = found.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
-    masses, divergences = found[:, :num_considered], found[:, num_considered:]
-    return TargetMeasures(masses, None if own_teacher_logits is None else divergences)
-
-
-def _kl_summands(log_p: Tensor, log_a: Tensor) -> Tensor:
-    """Return p (log p - log a) per column, 0 where p is 0."""
-    p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_a))
-
-
-def _shifted(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a chunk [n, columns] less the maximum of each row, and these maxima [n] float64; 0 for a row of -inf."""
-    values = logits.to(dtype)
-    top = values.amax(1)
-    top = torch.where(torch.isneginf(top), 0.0, top)
-    return values - top[:, None], top.double()
 
 
 def check_reference(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.data.problem_sampler import shard
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge, judged_text

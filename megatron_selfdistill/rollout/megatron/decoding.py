@@ -39,7 +39,7 @@ from megatron.core.utils import get_pg_size
 
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.attention_variants import has_sinks

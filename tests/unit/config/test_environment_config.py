@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.config.bound_keys import BOUND, FREE, rule_of
+from megatron_selfdistill.environments import configured_episodes
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.sources import configured_source
 
 OWN = "environment.name=replying.Replying"
 HTTP = ["environment.name=http", "environment.options.url=http://host:8000/v1"]
@@ -76,7 +76,7 @@ def test_what_is_possible_with_one_turn_is_not_refused():
 def refusal_of(overrides: list[str]) -> str:
     """Return the message with which a run refuses its environment, where the run makes it."""
     with pytest.raises(ConfigError) as caught:
-        configured_source._episodes(configured(*overrides), None, grid=None)
+        configured_episodes._episodes(configured(*overrides), None, grid=None)
     return str(caught.value)
 
 

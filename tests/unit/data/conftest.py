@@ -29,7 +29,7 @@ CORPUS = [
 def untried_templates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Load the chat templates of the tests without a trial in a child process, which test_tokenizer.py tests."""
     if request.path.name != "test_tokenizer.py":
-        monkeypatch.setattr("megatron_selfdistill.data.tokenizer._exceeded_limit", lambda template, variables: None)
+        monkeypatch.setattr("megatron_selfdistill.data.tried_template._exceeded_limit", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,19 @@ from megatron_selfdistill.data.contexts import (
     ContextCounts,
     ContextPair,
     GivenSolutions,
-    HintCost,
     PromptPair,
     build_contexts,
-    check_student_prompt,
-    check_teacher_prompt,
     fit_teacher_prompt,
-    hint_cost,
-    mean_cost,
     plan_contexts,
 )
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompt_checks import (
+    HintCost,
+    check_student_prompt,
+    check_teacher_prompt,
+    hint_cost,
+    mean_cost,
+)
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 

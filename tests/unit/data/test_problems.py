@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 from record_sources import load_problems, write_parquet
 
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
-from megatron_selfdistill.data.problems import (
-    Problem,
-    ProblemSampler,
-    ProblemSet,
-    about_visits,
-    shard,
-    with_solutions_from,
-)
+from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSet, about_visits, with_solutions_from
 from megatron_selfdistill.errors import ConfigError
 
 

@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 
-from megatron_selfdistill.data import tokenizer
-from megatron_selfdistill.data.tokenizer import load_tokenizer, pieces, try_chat_template
+from megatron_selfdistill.data import tried_template
+from megatron_selfdistill.data.tokenizer import load_tokenizer, pieces
+from megatron_selfdistill.data.tried_template import try_chat_template
 
 TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"
 
@@ -64,7 +65,7 @@ def test_a_template_that_takes_all_memory_is_refused(template):
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LIMIT_S", 1.5)
+    monkeypatch.setattr(tried_template, "LIMIT_S", 1.5)
     with pytest.raises(ValueError, match=r"^DIR: the chat template did not end within 1.5 s"):
         try_chat_template("DIR", SLOW, {})
 
@@ -80,7 +81,7 @@ def test_templates_that_models_publish_pass(monkeypatch):
 
 def test_a_template_that_writes_each_message_once_needs_no_trial(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
-    tokenizer._exceeded_limit.cache_clear()  # another test may have tried the same templates
+    tried_template._exceeded_limit.cache_clear()  # another test may have tried the same templates
     try_chat_template("DIR", PLAIN, {"eos_token": "</s>"})
     nested = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
     for template in (

@@ -15,9 +15,7 @@ from models import parallel
 
 from megatron_selfdistill.distributed import collectives
 from megatron_selfdistill.distributed.collectives import (
-    broadcast_in_replica,
     broadcast_object,
-    exchange_parcels,
     gather_items,
     gather_objects,
     max_over_ranks,
@@ -27,6 +25,7 @@ from megatron_selfdistill.distributed.collectives import (
     run_on_each_rank,
     run_on_rank_0,
 )
+from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 

@@ -20,7 +20,7 @@ from ranks import RankError
 from tiny_run import overrides, train
 
 from megatron_selfdistill.config import Config, load
-from megatron_selfdistill.distributed import watchdog
+from megatron_selfdistill.distributed import signs_of_life, watchdog
 from megatron_selfdistill.distributed.watchdog import Report, hanging
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -144,12 +144,12 @@ def test_files_that_move_are_signs_where_a_library_loads_or_saves_and_only_there
                     return verdict
         return None
 
-    with watchdog.moving_files():
+    with signs_of_life.moving_files():
         assert watch._verdict() is None
         assert verdict_after_copies() is None
     assert watch._verdict() is None
     assert "rank 0 on" in verdict_after_copies()
-    with watchdog.moving_files():
+    with signs_of_life.moving_files():
         assert watch._verdict() is None
         watch._clock += 10
         assert "rank 0 on" in watch._verdict()
@@ -163,7 +163,7 @@ def noted(arguments: list[str], path: Path) -> int:
     def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
             with path.open("a") as file:
-                print(name, *kwargs.values(), watchdog._signs.moving_files > 0, file=file)
+                print(name, *kwargs.values(), signs_of_life._signs.moving_files > 0, file=file)
             return original(*args, **kwargs)
 
         return note
@@ -219,7 +219,7 @@ def verdicts_while_a_rank_beats(directory: Path) -> list[list[str | None]]:
         for _ in range(10):
             watch._clock += 4.0  # the clock of the watch stands still otherwise: its thread does not run
             if rank == beating:
-                watchdog.beat()
+                signs_of_life.beat()
             verdicts[-1].append(watch._verdict())
             dist.barrier()
     del store
@@ -237,7 +237,7 @@ def test_slow_ranks_that_others_wait_for_are_no_hang(ranks, tmp_path):
 
 def slow(arguments: list[str], seconds: float) -> int:
     """Rollouts that take longer than the timeout of a hang, but get on: that of rank 0, then that of rank 1."""
-    from megatron_selfdistill.distributed.watchdog import beat
+    from megatron_selfdistill.distributed.signs_of_life import beat
     from megatron_selfdistill.trainer import Trainer
 
     batches = Trainer.batches

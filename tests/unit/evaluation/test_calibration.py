@@ -126,11 +126,11 @@ def test_a_pattern_of_ones_own_may_capture_what_is_no_number():
 
 @pytest.mark.parametrize("pattern", [r"sure(\d", "*"])
 def test_a_pattern_that_is_no_regular_expression_is_refused(pattern):
-    with pytest.raises(ConfigError, match=r"^evaluation\.confidence must be a regular expression, got "):
-        EvaluationConfig(confidence=pattern)
+    with pytest.raises(ConfigError, match=rf"^evaluation\.confidence={re.escape(pattern)}: "):
+        EvaluationConfig(confidence=pattern).check(None)
 
 
 def test_a_pattern_without_a_number_is_refused():
     with pytest.raises(ConfigError, match=r"^evaluation\.confidence must have a group .* got 'sure \(\?:\\\\d\)'"):
-        EvaluationConfig(confidence=r"sure (?:\d)")
+        EvaluationConfig(confidence=r"sure (?:\d)").check(None)
     assert EvaluationConfig(confidence=None).confidence_pattern is None

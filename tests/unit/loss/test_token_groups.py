@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, target_measures, vocab_entropy
+from megatron_selfdistill.loss.sharded.target_measures import RARE, target_measures
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 from megatron_selfdistill.loss.target import split_divergence, token_groups
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns

@@ -12,7 +12,8 @@ from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target
-from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, target_measures, vocab_entropy
+from megatron_selfdistill.loss.sharded.target_measures import RARE, target_measures
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, NUM_ROWS = 150, 192, 10  # over 4 ranks: 48, 48, 48 and 6 valid columns
 TARGETS = {

@@ -17,7 +17,7 @@ from megatron_selfdistill.loss import Divergence
 ALONE = {"target.rule": "teacher_alone", "teacher.weights": "frozen"}
 FORWARD = {"loss.divergence": "forward_kl"}
 MIXED = {"target.rule": "fixed", "target.k": None, "target.teacher_weight": 1.0}
-NO_NUMBERS = {"needs.rewards": False, "measures_log_probs": False}
+NO_NUMBERS = {"needs.rewards": False, "needs.log_probs": None}
 RLTF = {
     **{"has_teacher": False, "data.global_batch_size": 32, "rollout.num_samples": 8},
     **{"method.weight": 1.0, "method.credit": "turn", "method.discount": 0.1, "method.advantage_std": "none"},
@@ -26,7 +26,7 @@ RLTF = {
 }
 CONSTANTS: dict[str, dict[str, Any]] = {
     "beta_opsd": {**MIXED, "target.anchor": "reference", **NO_NUMBERS},
-    "dapd": {**ALONE, **FORWARD, "needs.contexts_per_sample": 6, "measures_log_probs": False},
+    "dapd": {**ALONE, **FORWARD, "needs.contexts_per_sample": 6, "needs.log_probs": None},
     "eopd": {**ALONE, **NO_NUMBERS},
     "openclaw": {
         **{"method.distill_weight": 1.0, "method.signal": "advantage", "method.weight": 1.0},
@@ -35,7 +35,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
         **{"teacher.weights": "current", "samples": True, "logged": True, "judges_responses": False},
         "method.teacher_template": "{problem}\n\n[user's hint / instruction]\n{solution}",
     },
-    "opsa": {"needs.teacher_prompt": None, **NO_NUMBERS},
+    "opsa": {"needs.teacher_prompt": None, "needs.rewards": False, "needs.log_probs": "sampled"},
     "ovd": {
         **{"method.threshold": 5.0, "method.use": "filter", "rollout.num_samples": 8, "teacher.weights": "frozen"},
         **{"keeps_teacher": True, "has_teacher": False, "method.ratio_cap": 2.0},
@@ -43,10 +43,10 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     },
     "past": {
         **{**ALONE, **FORWARD, "teacher.weights": "current", "needs.hint": "function", "needs.rewards": True},
-        **{"measures_log_probs": True, "needs.contexts_per_sample": 5, "method.teacher_steps": 25},
+        **{"needs.log_probs": "measured", "needs.contexts_per_sample": 5, "method.teacher_steps": 25},
     },
     "past method.weight=0": {
-        **{"needs.contexts_per_sample": 1, "measures_log_probs": False, "needs.asks_model": False},
+        **{"needs.contexts_per_sample": 1, "needs.log_probs": None, "needs.asks_model": False},
     },
     "rlcsd": {"keeps_teacher": True, "has_teacher": False, "needs.rewards": True},
     "rlt": {
@@ -71,13 +71,13 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "skill_sd": {
         **{"method.distill_weight": 0.001, "method.signal": "sampled", "teacher.weights": "current"},
         **{"method.keep": 8, "method.exploration": 1.0, "method.weight": 1.0, "method.summarizer": "model"},
-        **{"needs.samples": "student", "target.rule": "teacher_alone", "measures_log_probs": True},
+        **{"needs.samples": "student", "target.rule": "teacher_alone", "needs.log_probs": "measured"},
         "needs.asks_model": True,
     },
     "sr_opsd": {**MIXED, "target.anchor": "reference", **NO_NUMBERS},
     "tip": {
         **{**ALONE, "method.share": 0.5, "method.score": "soft_or", "optimizer.lr": 1e-6},
-        **{"loss.divergence": "reverse_kl", "needs.log_probs": "measured", "measures_log_probs": True},
+        **{"loss.divergence": "reverse_kl", "needs.log_probs": "measured"},
     },
     "u_opsd": NO_NUMBERS,
     "veto": {**MIXED, **FORWARD, **NO_NUMBERS, "target.anchor": "student", "teacher.weights": "frozen"},
@@ -135,8 +135,8 @@ def test_a_setting_of_a_method_changes_the_divergence_of_this_method_alone(overr
         ("rlcsd rollout.num_samples=1", "compares the responses to one problem"),
         ("rlcsd loss.normalize=sequences", "two means over tokens: loss.normalize is sequences"),
         ("rlcsd environment.name=a.B environment.max_turns=2", "compares responses to one prompt"),
-        ("rltf_sd", r"environment.name is none: set environment.name, or unset"),
-        ("rltf_fm", r"environment.name is none: set environment.name, or unset"),
+        ("rltf_sd", r"environment.name is none: set it"),
+        ("rltf_fm", r"environment.name is none: set it"),
         (f"rltf_sd {ENVIRONMENT} environment.max_turns=1", r"environment.max_turns of at least 2, got .* and 1$"),
         (f"rltf_fm {ENVIRONMENT} environment.max_turns=1", r"environment.max_turns of at least 2, got .* and 1$"),
         ("skald rollout.num_samples=1", "compares the responses to one problem"),

@@ -20,16 +20,14 @@ from megatron_selfdistill.config import (
     from_mapping,
     load,
 )
-from megatron_selfdistill.metrics.guards import (
-    Guards,
-    RunUnhealthy,
+from megatron_selfdistill.metrics.first_step import (
     check_identity,
     check_teacher_canary,
     first_step_warnings,
-    student_samples,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
+from megatron_selfdistill.metrics.guards import Guards, RunUnhealthy, student_samples
 from megatron_selfdistill.rollout.factory import engines_of
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics import MetricsLog, log, read_metrics
+from megatron_selfdistill.metrics import MetricsLog, loggers, read_metrics
 from tests.unit.metrics.test_samples import MARKED
 
 RECORDED, FAILING, LEAVING, NO_START = (
@@ -26,7 +26,7 @@ def log_of(run_dir: Path, *names: str) -> MetricsLog:
 
 
 def test_every_choice_is_built_in():
-    assert tuple(log.BUILT_IN) == LOGGERS
+    assert tuple(loggers.BUILT_IN) == LOGGERS
 
 
 def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):

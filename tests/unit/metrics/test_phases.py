@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.distributed import watchdog
-from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log
+from megatron_selfdistill.distributed import signs_of_life
+from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines
 from megatron_selfdistill.metrics import phases as metrics_phases
 from megatron_selfdistill.metrics.phases import duration
 
@@ -46,7 +46,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of the progress; what is returned moves it on."""
     now = [1000.0]
     monkeypatch.setattr(metrics_phases.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 1e6)  # the tests tick
+    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 1e6)  # the tests tick
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -80,7 +80,7 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
     output = console(terminal=False)
     with shown(tmp_path, output) as (log, phases):
         with phases("train"):
-            watchdog.beat(3, 8)
+            signs_of_life.beat(3, 8)
             wait(63)
             tick(log)
         with phases("rollout"):
@@ -92,7 +92,7 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
 def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
     shown_lines: list[str] = []
     progress = metrics_phases.PhaseProgress()
-    lines = metrics_phases.SlowPhaseLines(progress, shown_lines.append, at_once=True)
+    lines = phase_lines.SlowPhaseLines(progress, shown_lines.append, at_once=True)
     for name in ("loading the model", "evaluation"):
         progress.entered(name)
         for _ in range(200):
@@ -104,14 +104,14 @@ def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
 
 
 def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys):
-    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 0.001)
     phases = Phases(torch.device("cpu"))
-    with metrics_phases.phases_shown(phases, enabled=True), phases("evaluation"):
+    with phase_lines.phases_shown(phases, enabled=True), phases("evaluation"):
         phases.counted(1, 4, "")
         time.sleep(0.6)
     out, err = capsys.readouterr()
     assert out == "" and "evaluation, 1 of 4 responses, 0:0" in err
-    with metrics_phases.phases_shown(phases, enabled=False), phases("evaluation"):
+    with phase_lines.phases_shown(phases, enabled=False), phases("evaluation"):
         pass
     assert capsys.readouterr().err == ""
 
@@ -189,8 +189,8 @@ def test_ranks_that_do_not_report_show_nothing(tmp_path, capsys):
 
 
 def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 0.001)
-    monkeypatch.setattr(metrics_phases, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(phase_lines, "LINE_SECONDS", 0.0)
     printed = threading.Event()
     output = console(terminal=False)
     monkeypatch.setattr(output, "print", lambda *_, **__: printed.set())

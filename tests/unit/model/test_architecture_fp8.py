@@ -22,7 +22,7 @@ import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill import learner
+from megatron_selfdistill import teacher
 from megatron_selfdistill.compat.older_megatron import submodules_of, version
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -134,7 +134,7 @@ def test_packed_rows_have_lengths_of_that_multiple(ranks, multiple):
     assert length == math.ceil(56 / (multiple or 1)) * (multiple or 1)
 
 
-@pytest.mark.parametrize("module", ["learner", "score"])
+@pytest.mark.parametrize("module", ["teacher", "score"])
 def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch):
     """Each hands the multiple of its own chunks on."""
     seen: list[Any] = []
@@ -143,14 +143,13 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
         seen.append(packing.seq_multiple)
         raise InterruptedError
 
-    target = {"learner": learner, "score": score}[module]
+    target = {"teacher": teacher, "score": score}[module]
     monkeypatch.setattr(target, "pack_everywhere", recorded)
     monkeypatch.setattr(batch_module, "token_multiple", lambda config: ("multiple of", config.model))
-    monkeypatch.setattr(
-        target, "unwrapped", lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))
-    )
     with pytest.raises(InterruptedError):
         if module == "score":
+            model_of: Any = lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))  # noqa: E731
+            monkeypatch.setattr(score, "unwrapped", model_of)
             monkeypatch.setattr(score, "max_over_ranks", lambda values, group: values)
             pair = ContextPair("0", [1], [1], [2], truncated=False)
             chunks: dict[str, Any] = {
@@ -161,11 +160,14 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             }
             score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
-            sections = {"schedule": SimpleNamespace(max_tokens=8), "environment": SimpleNamespace(one_sequence=False)}
-            config = SimpleNamespace(**sections, is_anchored=False)
-            me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            packing = learner.Learner._packing_of(me, SimpleNamespace(model="student", hidden_size=8))
-            learner.Learner.pack(SimpleNamespace(packing=packing, grid=None, reads_apart=lambda teacher: False), [])
+            sections = {
+                "schedule": SimpleNamespace(max_tokens=8, pair_order=None),
+                "environment": SimpleNamespace(one_sequence=False),
+            }
+            config: Any = SimpleNamespace(**sections, is_anchored=False, has_teacher=True)
+            model: Any = SimpleNamespace(model="student", hidden_size=8)
+            packing = Packing.configured(config, SimpleNamespace(pp_size=1), model)  # type: ignore[arg-type]
+            teacher.Teachers.pack(SimpleNamespace(grid=None), [], packing, "")  # type: ignore[arg-type]
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 

@@ -23,7 +23,8 @@ from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.model import architecture, build, forward
-from megatron_selfdistill.model.forward import Fusion, MainGrad, decided_output_layer, unfusable, unwrapped
+from megatron_selfdistill.model.forward import Fusion, MainGrad, unwrapped
+from megatron_selfdistill.model.output_layer import decided_output_layer, unfusable
 
 MODES = ("keep_gradient", "low_memory")
 FUSIONS = {mode: Fusion(mode, 5) for mode in MODES}  # 5 tokens: of a microbatch's 1 to 50

@@ -17,7 +17,8 @@ from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.forward import Fusion, OutputLayer, choose_output_layer
+from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
 

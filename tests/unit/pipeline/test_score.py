@@ -21,7 +21,8 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.forward import MATERIALISED, Fusion, OutputLayer
+from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.model.output_layer import MATERIALISED, OutputLayer
 from megatron_selfdistill.pipeline.score import (
     Scores,
     ScoringModels,

@@ -19,7 +19,7 @@ import fake_vllm
 import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, generated, tokens_behind
 
-from megatron_selfdistill.distributed import stop, watchdog
+from megatron_selfdistill.distributed import signs_of_life, stop
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine import response_of
@@ -259,9 +259,9 @@ def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
 
 def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
     fake.seconds, fake.gets_on = 4.0, True
-    before = watchdog._signs.count
+    before = signs_of_life._signs.count
     assert len(generated(client(fake.address, timeout_s=3.0), [request_of(1), request_of(2)])) == 2
-    assert watchdog._signs.count > before
+    assert signs_of_life._signs.count > before
 
 
 def test_a_slow_server_is_waited_for_while_it_answers_others(fake):

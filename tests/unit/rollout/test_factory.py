@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.engines.vllm import hf_directory
+from megatron_selfdistill.engines.vllm import configured_sampler
 from megatron_selfdistill.rollout import factory
 
 RUN_DATA: Any = SimpleNamespace(stop_token_ids=(1,), vocab_size=128, num_sampled_ids=97, max_length=64)
@@ -19,7 +19,8 @@ RUN_DATA: Any = SimpleNamespace(stop_token_ids=(1,), vocab_size=128, num_sampled
 @pytest.mark.parametrize(("placement", "module"), [("server", "ServerSampler"), ("colocated", "ColocatedSampler")])
 def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement, module):
     sizes = {}
-    monkeypatch.setattr(hf_directory, "engine_directory", lambda _, size, *__: sizes.update(directory=size) or ("", []))
+    found = lambda _, size, *__: sizes.update(directory=size) or ("", [])  # noqa: E731
+    monkeypatch.setattr(configured_sampler, "engine_directory", found)
     fake = SimpleNamespace(**{module: lambda *_, vocab_size, **__: sizes.update(sampler=vocab_size)})
     name = {"server": "server_sampler", "colocated": "colocated"}[placement]
     monkeypatch.setitem(sys.modules, f"megatron_selfdistill.engines.vllm.{name}", fake)

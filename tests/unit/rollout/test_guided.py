@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
-from megatron_selfdistill.rollout import base
+from megatron_selfdistill.rollout import guided_tokens
 from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
 from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
 
@@ -170,7 +170,7 @@ def test_a_row_with_nan_corrupts_itself_only() -> None:
 def test_rows_are_drawn_alike_in_any_grouping(monkeypatch: pytest.MonkeyPatch, greedy: bool) -> None:
     student, teacher, uniforms = random_logits(23, 40)
     whole = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=greedy)
-    monkeypatch.setattr(base, "_MAX_MIXED_LOGITS", {"cpu": 7 * 40, "other": 7 * 40})
+    monkeypatch.setattr(guided_tokens, "_MAX_MIXED_LOGITS", {"cpu": 7 * 40, "other": 7 * 40})
     split = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=greedy)
     for field in dataclasses.fields(MixedTokens):
         assert torch.equal(getattr(whole, field.name), getattr(split, field.name))

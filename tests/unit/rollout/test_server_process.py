@@ -15,8 +15,6 @@ import pytest
 import torch
 
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.config.schema import adapter_config
-from megatron_selfdistill.engines.vllm import engine_adapter
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory
 from megatron_selfdistill.engines.vllm.server import serve, server_process
@@ -282,12 +280,6 @@ def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_w
         (tmp_path / "config.json").write_text(config)
         arguments = set(serve.engine_arguments(options, on_cpu=on_cpu))
         assert exact & arguments == (exact if on_cpu and config != "{}" else set())
-
-
-def test_the_schema_knows_what_the_engines_adapters_decide():
-    arguments = engine_adapter.EngineAdapter(8, 1.0, False, ("q_proj",)).engine_args(on_cpu=True)
-    assert set(adapter_config._ENGINE_ARGUMENTS) == arguments.keys()
-    assert engine_adapter.RANKS[-1] == adapter_config._MAX_ENGINE_RANK
 
 
 @pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])

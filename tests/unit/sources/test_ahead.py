@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.source import SourceState

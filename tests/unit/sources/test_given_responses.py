@@ -12,7 +12,8 @@ import models
 import pytest
 
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.replies import Turn, Unusable
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.sources import given_responses

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed

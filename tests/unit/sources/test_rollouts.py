@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_selfdistill.sources.rollouts import Recording
+from megatron_selfdistill.sources.recordings import Recording
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass, field
 
 from megatron_selfdistill.distributed import stop
+from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.distributed.timed_http import HttpAnswer, HttpError, LongAnswerError, exchange, new_client
-from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 
 METRICS = "/metrics"

@@ -13,7 +13,8 @@ from characters import ONE_RANK, Characters
 from sums import answered, sums, written
 
 from megatron_selfdistill.config.schema.run_config import CONFIDENCE
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Search, content_of, solve

@@ -1,0 +1,156 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the first step of a run is checked for, and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_selfdistill.config import Config, Needs
+from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
+
+SILENT_KL = 1e-6
+"""The KL in nats per token below which the teacher does not differ from the student."""
+
+
+WANDERING = 1.5
+"""The entropy and the mean negative log-prob, in nats per token, above both of which samples wander off."""
+
+
+MANY_CUT = 1 / 3
+"""The share of responses cut at the limit of tokens above which the ends of responses are hardly trained."""
+
+
+LITTLE_LET_THROUGH = 0.1
+"""The share of the hint that the target lets through below which a run learns little of the hint.
+
+At k = 1 + w and a small difference between teacher and anchor, the share is (w / (1 + w))^2, .18 for the default w."""
+
+
+def check_identity(loss: float, tolerance: float | None) -> None:
+    """Raise `RunUnhealthy` unless ``|loss| <= tolerance``, in nats per token; None checks nothing.
+
+    ``loss``: the mean divergence with the same weights and the same prompt for student and teacher.  The target is then
+    the student's own distribution, and every divergence from it is 0.
+    """
+    if tolerance is not None and not abs(loss) <= tolerance:
+        raise RunUnhealthy(
+            "identity check: the same weights and the same prompt for student and teacher must give a loss of at most "
+            f"{tolerance:g} nats per token, got {loss:g}; student and teacher do not compute the same "
+            "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and "
+            "compare with a run on one rank (guards.start.identity_tolerance=null turns this check off)"
+        )
+
+
+def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) -> None:
+    """Raise `RunUnhealthy` unless ``teacher_cross_entropy <= maximum``, in nats per token; None checks nothing.
+
+    ``teacher_cross_entropy``: the metric of this name (`metrics.step_metrics`) for the first responses.
+    """
+    if maximum is not None and not teacher_cross_entropy <= maximum:
+        raise RunUnhealthy(
+            "teacher canary: the teacher's cross-entropy on the first responses must be at most "
+            f"{maximum:g} nats per token, got {teacher_cross_entropy:g}; the teacher does not recognise the "
+            "responses of the student: look at checkpoint.load, the tokenizer, the chat template and "
+            "data.teacher_template (guards.start.max_teacher_cross_entropy=null turns this check off)"
+        )
+
+
+def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: float) -> str | None:
+    """Return a warning if the mean KL(student || target) of the first step is below `SILENT_KL`; else None.
+
+    At the first step teacher and student have the same weights, so the hint alone can make them differ.  There is no
+    warning without loss/reverse_kl (a baseline, or no tokens), and none if the target is the student by definition
+    (``teacher_weight`` 0).
+    """
+    kl = metrics.get("loss/reverse_kl")
+    if kl is None or teacher_weight == 0 or not kl < SILENT_KL:
+        return None
+    return (
+        f"warning: the mean KL of the first step is {kl:.1e} nats per token, so that there is nearly nothing to learn: "
+        "teacher and student predict the same; look at data.teacher_template, data.chat_template and the solutions"
+    )
+
+
+def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
+    """Return the `first_step_advice` of a run for the metrics of its first step, as warnings.
+
+    The responses are judged if `student_samples`.  The target is judged if the teacher differs from its
+    anchor, by more than `SILENT_KL`.
+    """
+    judged = student_samples(config)
+    differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.needs.reads_one_prompt
+    advice = first_step_advice(
+        config,
+        nll=metrics.get("student_nll") if judged else None,
+        entropy=metrics.get("entropy/student") if judged else None,
+        truncated_share=metrics.get("response/truncated_share") if judged else None,
+        loop_share=metrics.get(LOOPS) if judged else None,
+        let_through=metrics.get("target/let_through") if differs else None,
+    )
+    return [f"warning: {sentence}" for sentence in advice]
+
+
+def first_step_advice(
+    config: Config,
+    *,
+    nll: float | None,
+    entropy: float | None,
+    truncated_share: float | None,
+    loop_share: float | None,
+    let_through: float | None,
+) -> list[str]:
+    """Return a sentence, with keys to try, for each number of a first step with which a run learns little.
+
+    ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``,
+    ``loop_share``: of the responses, those that are cut and those that end in a loop.  ``let_through``: the metric
+    target/let_through, which bounds what a run learns only with a frozen reference: with target.anchor=student, every
+    step starts where the last one ended.  None is an unknown number.
+    """
+    rollout, target, found = config.rollout, config.target, []
+    if nll is not None and entropy is not None and min(nll, entropy) > WANDERING:
+        found.append(
+            f"the samples of the first step wander: expected an entropy or a mean -log p of at most {WANDERING:g} nats "
+            f"per token, got {entropy:.3g} and {nll:.3g}; try rollout.temperature={0.7 * rollout.temperature:.2g}"
+        )
+    shortens = config.guards.min_length_ratio is None
+    if truncated_share is not None and truncated_share > MANY_CUT and not shortens:
+        found.append(
+            f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
+            f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}, or "
+            "guards.min_length_ratio=null where the hint asks for shorter responses"
+        )
+    if loop_share is not None and loop_share > MANY_LOOPS:
+        found.append(
+            f"{loop_share:.0%} of the responses of the first step end in a loop, expected at most {MANY_LOOPS:.0%}; "
+            f"try a rollout.temperature above {rollout.temperature:g}, and compare the prompts in the samples with the "
+            "format that the model knows (data.chat_template)"
+        )
+    if config.is_anchored and let_through is not None and let_through < LITTLE_LET_THROUGH:
+        keys = [f"a target.teacher_weight above {target.teacher_weight:g}"]
+        keys += ["target.anchor=student (equal at the first step, then it follows the student)"]
+        keys += ["loss.divergence=forward_kl"] * (config.loss.divergence != "forward_kl")
+        found.append(
+            f"the target lets {let_through:.1%} of the hint through, expected at least {LITTLE_LET_THROUGH:.0%} if the "
+            f"hint tells what to do or what is true; then try {', '.join(keys)}"
+        )
+    return found
+
+
+def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
+    """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
+    without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
+    if "tokens/response" in metrics and not without_weight:
+        return None
+    loss, data, needs = config.loss, config.data, config.needs
+    rewards = " (equal rewards train nothing)" * needs.rewards
+    causes = {
+        f"loss.skip_first_tokens={loss.skip_first_tokens}": loss.skip_first_tokens > 0,
+        f"data.on_long_context={data.on_long_context}": data.on_long_context == "drop",
+        f"method.name={config.method.name}{rewards}": needs != Needs(),
+        f"evaluation.verifier={config.evaluation.verifier}": needs.rewards,
+    }
+    keys = ", ".join(key for key, is_set in causes.items() if is_set) or "the lengths of the responses in samples.jsonl"
+    return (
+        f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
+        f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
+    )
