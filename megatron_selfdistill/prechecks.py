@@ -22,7 +22,7 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
-from megatron_selfdistill.data.tokenizer import tokenizer_place
+from megatron_selfdistill.data.tokenizer_files import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.installation import RUN, about_missing
 

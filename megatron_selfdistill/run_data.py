@@ -45,7 +45,8 @@ from megatron_selfdistill.data.prompts import (
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.thoughts import num_thoughts
-from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text, load_tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 
 

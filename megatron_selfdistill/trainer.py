@@ -33,15 +33,8 @@ from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
-from megatron_selfdistill.metrics.first_step import (
-    check_identity,
-    check_teacher_canary,
-    first_step_warnings,
-    warning_of_a_silent_teacher,
-    warning_of_an_untrained_step,
-)
-from megatron_selfdistill.metrics.first_step_lines import first_step_lines
-from megatron_selfdistill.metrics.guards import Guards, student_samples
+from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary, step_warnings
+from megatron_selfdistill.metrics.guards import Guards
 from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
@@ -59,7 +52,6 @@ from megatron_selfdistill.sources.configured_source import (
     configured_source,
     evaluation_player,
 )
-from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -109,8 +101,7 @@ class Trainer:
         chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
-        falls, samples = config.needs.loss_should_fall, student_samples(config)
-        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
+        self.guards = Guards.configured(config, engines_of(config))
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
         """Optimizer steps done."""
@@ -329,8 +320,9 @@ class Trainer:
 
 def warn(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Log what the metrics of a step warn of."""
-    of_step = warnings_of(trainer.config, trainer.step, metrics, trainer.source.state.method)
-    for warning in (*of_step, *trainer.guards.warnings(metrics)):
+    of_step, method = step_warnings(trainer.config, trainer.step, metrics), trainer.source.state.method
+    of_method = method.warnings(metrics) if method.warnings is not None else []
+    for warning in (*of_step, *of_method, *trainer.guards.warnings(metrics)):
         trainer.log.message(warning)
 
 
@@ -366,20 +358,6 @@ def evaluation_options(
         leak_words=leak_words,
         confidence=config.evaluation.confidence_pattern,
     )
-
-
-def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method: Method) -> list[str]:
-    """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn.
-
-    ``method`` may have warnings of its own.  Where student and teacher read one prompt, equal weights say the same.
-    """
-    speaks = step == 1 and not config.needs.reads_one_prompt
-    silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
-    warnings = silent, warning_of_an_untrained_step(config, step, metrics)
-    of_method = method.warnings(metrics) if method.warnings is not None else []
-    first = first_step_warnings(config, metrics) if step == 1 else []
-    first += first_step_lines(config, metrics) if step == 1 else []
-    return [warning for warning in (*warnings, *first, *of_method) if warning is not None]
 
 
 def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:

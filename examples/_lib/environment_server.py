@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments.protocol import Environment, SessionLimits, has_sessions
+from megatron_selfdistill.environments.environment import Environment, SessionLimits, has_sessions
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.prechecks import tokenizer_directory
 

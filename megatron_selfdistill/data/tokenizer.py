@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.data.records import is_hub_name
+from megatron_selfdistill.data.tokenizer_files import _TOKENIZERS
 from megatron_selfdistill.data.tried_template import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 _RARE_LETTERS = "\U00010380\U00012000"
 """Letters of Ugaritic and of cuneiform, which are in a vocabulary of bytes only."""
-_TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 _LONGEST = 4  # bytes, and thus tokens, of a character
 
 
@@ -67,23 +66,6 @@ class Tokenizer(Protocol):
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs))
 
 
-def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """Load a Hugging Face tokenizer (directory or hub name), or a SentencePiece ``.model`` file or its directory.
-
-    ``chat_template`` is a Jinja template that replaces the tokenizer's; for base models, which know no roles,
-    ``{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}`` is plain text.  ``trust_remote_code`` lets
-    the tokenizer run the Python code in its directory (auto_map).
-
-    Raises: FileNotFoundError or ValueError if there is no tokenizer at ``path``.
-    """
-    path = tokenizer_place(path)
-    if str(path).endswith(".model"):
-        from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(path, chat_template=chat_template)
-    return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
-
-
 def chat_template_text(template: str | None) -> str | None:
     """Return the Jinja text of ``data.chat_template``, which is the text itself or names its file; None for None.
 
@@ -94,20 +76,6 @@ def chat_template_text(template: str | None) -> str | None:
     if not Path(template).is_file():
         raise ValueError(f"data.chat_template: expected a Jinja template or a file that holds one, got {template!r}")
     return Path(template).read_text(encoding="utf-8")
-
-
-def tokenizer_place(path: str | Path) -> str | Path:
-    """Return the place of the tokenizer at ``path``: a directory, a SentencePiece ``.model`` file, or a hub name.
-
-    Nothing is imported or read.  Raises: FileNotFoundError if there can be no tokenizer.
-    """
-    place = Path(path)
-    if is_hub_name(path) and not str(path).endswith(".model"):
-        return path
-    if not (place.is_dir() or (place.is_file() and place.suffix == ".model")):
-        raise FileNotFoundError(f"Tokenizer: expected {_TOKENIZERS}, got {path}; correct data.tokenizer.")
-    is_hf = any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return place if is_hf or not (place / "tokenizer.model").exists() else place / "tokenizer.model"
 
 
 class HuggingFaceTokenizer(Tokenizer):

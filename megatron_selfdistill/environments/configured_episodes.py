@@ -11,6 +11,7 @@ from megatron_selfdistill.config import Config, function_named, user_code
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.environments.environment import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
 from megatron_selfdistill.environments.episodes import (
     Episodes,
     EvaluationPlayer,
@@ -18,7 +19,6 @@ from megatron_selfdistill.environments.episodes import (
     StatelessEpisodes,
     TrainingPlayer,
 )
-from megatron_selfdistill.environments.protocol import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
 from megatron_selfdistill.errors import ConfigError

@@ -20,7 +20,7 @@ from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.environments.protocol import Environment
+from megatron_selfdistill.environments.environment import Environment
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played

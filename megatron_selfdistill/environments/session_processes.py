@@ -35,7 +35,7 @@ from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.stop import how_ended
-from megatron_selfdistill.environments.protocol import BUILT_IN, MAX_BYTES, SessionEnvironment, SessionLimits
+from megatron_selfdistill.environments.environment import BUILT_IN, MAX_BYTES, SessionEnvironment, SessionLimits
 
 _READY = b"ready"
 _MAX_CONTROL_BYTES = 10_000

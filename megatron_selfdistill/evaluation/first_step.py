@@ -34,7 +34,7 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics.first_step import MANY_CUT, SILENT_KL, first_step_advice
+from megatron_selfdistill.metrics.first_checks import MANY_CUT, SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.pipeline.score import Reading, Want, read
 from megatron_selfdistill.pipeline.token_losses import self_distillation

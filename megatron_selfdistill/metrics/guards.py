@@ -41,6 +41,12 @@ class Guards:
     `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
+    @classmethod
+    def configured(cls, config: Config, engines: str | None) -> Guards:
+        """Return the guards of a run; ``engines``: what samples its responses, as a message names them."""
+        falls = config.needs.loss_should_fall
+        return cls(config.guards, engines, loss_should_fall=falls, student_samples=student_samples(config))
+
     def __init__(
         self,
         config: GuardsConfig,

@@ -15,7 +15,7 @@ from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem, load_problems
 from megatron_selfdistill.data.records import RecordSource
-from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 PYTHON = Path(os.environ.get("SELFDISTILL_NEMO_GYM_PYTHON", "missing"))

@@ -15,7 +15,7 @@ from game_servers import serving
 from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 NAME = "environments.openenv_sessions.OpenEnv"

@@ -11,7 +11,7 @@ from _lib.checker import Checker, first_wrong_column
 from _lib.environment_server import server_of
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments.protocol import HttpEnvironment
+from megatron_selfdistill.environments.environment import HttpEnvironment
 
 PROBLEM = Problem("500-408", ({"role": "user", "content": "500-408:"},), "", "092", "file:1")
 RIGHT = "08=2b,00=9b,54=0.;092"

@@ -94,7 +94,7 @@ def test_additions_have_as_many_right_answers_as_they_should():
 
 
 def test_the_tokenizer_has_one_token_per_character(tmp_path):
-    from megatron_selfdistill.data.tokenizer import load_tokenizer
+    from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
     pretraining.write_tokenizer(tmp_path, subtraction.TASK.alphabet)
     tokenizer = load_tokenizer(str(tmp_path))

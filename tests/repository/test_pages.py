@@ -118,7 +118,8 @@ def unknown_keys(text: str) -> set[str]:
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
     of_methods = {key for name in method_names() for key in method_keys(name)}
     files = {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
-    return named - set(keys()) - of_methods - files - NOT_KEYS
+    of_sections = {key.rpartition(".")[0] for key in keys()}
+    return named - set(keys()) - of_sections - of_methods - files - NOT_KEYS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

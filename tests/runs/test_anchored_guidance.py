@@ -32,17 +32,7 @@ def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tm
         assert step == 0 or abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (["rollout.engine=vllm"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
-        (
-            ["rollout.engine=vllm", "adapter.rank=4"],
-            "guided rollouts are sampled in process: set rollout.engine=megatr",
-        ),
-        (["method.name=rft"], "which only a method with a teacher has: set method.name=default"),
-    ],
-)
-def test_samplers_without_the_weights_of_the_reference_are_refused(data, tmp_path, keys, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("keys", [["rollout.engine=vllm"], ["rollout.engine=vllm", "adapter.rank=4"]])
+def test_samplers_without_the_weights_of_the_reference_are_refused(data, tmp_path, keys):
+    with pytest.raises(ConfigError, match=r"in process: it needs rollout\.engine=megatron, .* got vllm"):
         load(overrides(data, tmp_path / "run", *OPTIONS, *keys))

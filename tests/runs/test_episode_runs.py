@@ -30,7 +30,7 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 LAYOUTS = {

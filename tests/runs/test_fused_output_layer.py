@@ -9,7 +9,6 @@ from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill import learner
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.train import main
 
 # 20 tokens of a microbatch's 100 or so; rounding has moved no sampled token in these few steps
 CHUNK_TOKENS = 20
@@ -84,9 +83,3 @@ def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutio
         assert status == fused_status == 0
         assert scored == fused_scored > 0 and projected > 0
         assert fused_projected == 0
-
-
-def test_a_baseline_cannot_be_asked_to_fuse(data, tmp_path, capfd):
-    assert main(overrides(data, tmp_path / "refused", "method.name=rft", *FUSED["low_memory"])) == 2
-    message = "loss.fused=low_memory fuses the output layer with the distillation loss, but method.name=rft"
-    assert message in capfd.readouterr().err

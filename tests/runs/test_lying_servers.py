@@ -13,7 +13,7 @@ from fake_vllm import FakeVllm, answer_to, fake_servers
 from served_runs import metrics_of, on
 from tiny_run import saved_step, start_and_listen
 
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT, EXIT_UNHEALTHY
 
 GUARDED = "guards.max_log_prob_distance=1.0"

@@ -157,10 +157,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["rollout.engine=megatron", "rollout.placement=colocated", "rollout.num_servers=0"],
         "rollout.ahead=1 trains while servers generate",
     ),
-    "younger responses than there are": (["rollout.max_staleness=0"], "needs rollout.max_staleness of at least 1"),
-    "own solutions": (["method.name=own_solutions"], "method.name=own_solutions changes the prompts of a step"),
-    "guidance": (["rollout.guidance=mixed"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
-    "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
+    "own solutions": (["method.name=own_solutions"], "no environment, rollout.guidance or method that needs all"),
+    "guidance": (["rollout.guidance=mixed"], "in process: it needs rollout.engine=megatron"),
 }
 
 

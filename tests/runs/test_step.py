@@ -19,7 +19,7 @@ READS = ("tolist ", "_local_scalar_dense ", "nonzero ", "masked_select ", "binco
 NOT_ON_THE_DEVICE = (
     "megatron_selfdistill/pipeline/batch.py",
     "megatron_selfdistill/data/packing.py",
-    "megatron_selfdistill/model/layers.py",
+    "megatron_selfdistill/model/local_attention.py",
     "megatron/core/optimizer/optimizer.py",
     "megatron/core/utils.py",
 )

@@ -32,7 +32,7 @@ from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.local_attention import SegmentBatches, segments_by_length
 from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline import partial_batches, schedule, token_losses
 from megatron_selfdistill.pipeline.batch import microbatch_multiple
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference
@@ -467,7 +467,7 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
         elif name == "earlier partial batches not scaled":
             patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
         elif name == "partial batches reduced twice":
-            patch.setattr(token_losses, "_finalise_nothing", finalize_model_grads)
+            patch.setattr(partial_batches, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "the segments of a gated delta net are one":

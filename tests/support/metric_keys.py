@@ -14,11 +14,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "megatron_selfdistill"
 PAGE = REPOSITORY / "docs" / "metrics.md"
 
+ROOMS = ("rollout", "engines", "sources", "environments", "methods")
 SOURCES = [
     PACKAGE / "trainer.py",
     *(PACKAGE / "evaluation" / name for name in ("held_out.py", "evaluation_result.py")),
     *(PACKAGE / "metrics" / name for name in ("step.py", "leakage.py", "phases.py")),
-    *(file for room in ("rollout", "sources", "methods") for file in sorted((PACKAGE / room).rglob("*.py"))),
+    *(file for room in ROOMS for file in sorted((PACKAGE / room).rglob("*.py"))),
 ]
 NO_KEYS = {"application/json"}
 

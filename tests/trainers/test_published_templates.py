@@ -16,7 +16,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.data.thoughts import final_part, num_thoughts, readable
 from megatron_selfdistill.data.tokenizer import Tokenizer as OwnTokenizer
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 SPEC = importlib.util.find_spec("trl")
 PLACE = Path(SPEC.submodule_search_locations[0]) / "chat_templates" if SPEC else Path()  # type: ignore[index]

@@ -18,7 +18,7 @@ PAGES = {
         "Methods",
         "config.schema.method_config config.methods sources.method methods.default methods.parts.settings "
         "methods.parts.terms sources.signals sources.step_terms sources.rollouts "
-        "sources.judge environments.protocol data.episode_reply",
+        "sources.judge environments.environment data.episode_reply",
     ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (

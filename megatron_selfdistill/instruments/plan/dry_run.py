@@ -23,7 +23,7 @@ from megatron_selfdistill.instruments.plan.plan_checks import (
     planned_gpus,
 )
 from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
-from megatron_selfdistill.instruments.plan.step_time import Part, parts_of_step
+from megatron_selfdistill.instruments.plan.step_time import StepPart, parts_of_step
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
@@ -73,7 +73,7 @@ class Plan:
     """The vLLM engines; None for another sampler, or without a sampler."""
     teachers: Mapping[str, PlannedModel]
     """The teachers of another architecture than the student's, by name."""
-    parts: Sequence[Part]
+    parts: Sequence[StepPart]
     """The arithmetic of a step; empty for a run that learns from a log, whose lengths no key states."""
 
     @property

@@ -25,7 +25,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     resting_teacher_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
-from megatron_selfdistill.instruments.plan.step_time import Part
+from megatron_selfdistill.instruments.plan.step_time import StepPart
 from megatron_selfdistill.terminal import visible
 
 NEEDED = {
@@ -269,7 +269,7 @@ def assumptions(plan: Plan) -> str:
     )
 
 
-def time_table(parts: Sequence[Part]) -> Table:
+def time_table(parts: Sequence[StepPart]) -> Table:
     """Return the table of the parts of a step, with their sum."""
     table = Table(box=box.SIMPLE)
     for name in _COLUMNS:
@@ -280,7 +280,7 @@ def time_table(parts: Sequence[Part]) -> Table:
     return table
 
 
-def cells(part: Part) -> tuple[str, ...]:
+def cells(part: StepPart) -> tuple[str, ...]:
     """Return the cells of a row of `time_table`."""
     work = rate = ""
     if part.unit == "FLOP":

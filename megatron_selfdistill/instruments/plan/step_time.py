@@ -43,7 +43,7 @@ from megatron_selfdistill.loss.target import Target
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """One line of the arithmetic of a step."""
 
     phase: str
@@ -71,7 +71,7 @@ def parts_of_step(
     engines: Engines | None,
     load: Load,
     bubble: float,
-) -> list[Part]:
+) -> list[StepPart]:
     """Return the lines of the arithmetic, in the order of a step in which generation and training take turns.
 
     ``teachers``: those of another architecture than the student's, by name.  ``engines``: the vLLM engines; None leaves
@@ -87,25 +87,27 @@ def _lengths(config: Config) -> tuple[float, float]:
     return MEAN * ((config.data.max_length or 2 * longest) - longest), MEAN * longest
 
 
-def _rollout(config: Config, student: PlannedModel, engines: Engines, load: Load) -> Iterator[Part]:
+def _rollout(config: Config, student: PlannedModel, engines: Engines, load: Load) -> Iterator[StepPart]:
     """Yield the reads of an engine; a response reads its prompt and what it has written, for each of its tokens."""
     copied, (prompt, response) = RATES[config.cluster.gpu].copied, _lengths(config)
     reads = config.rollout.max_new_tokens * max(1.0, engines.sequences / engines.full)
     weights = engine_weight_gib(config, load.model_parameters) * GIB
     of_layer = LAYER_SECONDS + (2 * ALL_REDUCE_SECONDS if config.rollout.engine_tp > 1 else 0)
-    yield Part("rollout", "weights", reads * weights, "B", copied, reads * student.transformer.num_layers * of_layer)
+    yield StepPart(
+        "rollout", "weights", reads * weights, "B", copied, reads * student.transformer.num_layers * of_layer
+    )
     read = engines.sequences * response * (prompt + response / 2)
-    yield Part("rollout", "keys and values", read * kv_cache_bytes(config, student.transformer), "B", copied)
+    yield StepPart("rollout", "keys and values", read * kv_cache_bytes(config, student.transformer), "B", copied)
 
 
-def _sync(config: Config, engines: Engines) -> Part:
+def _sync(config: Config, engines: Engines) -> StepPart:
     """Return the update of the engines: over the links of a replica, or from one GPU to all servers."""
     p, size = config.parallel, engines.update_bytes
     if config.rollout.placement == "server":
-        return Part("sync", "weights to servers", size, "B", NETWORK)
+        return StepPart("sync", "weights to servers", size, "B", NETWORK)
     apart = config.cluster.num_gpus or 1 if p.pipeline_model_parallel_size > 1 else p.tensor_model_parallel_size
     rate = _link(config, max(apart, p.expert_model_parallel_size))
-    return Part("sync", "weights to engines", size / config.rollout.engine_tp, "B", rate, WAKE_SECONDS)
+    return StepPart("sync", "weights to engines", size / config.rollout.engine_tp, "B", rate, WAKE_SECONDS)
 
 
 def _link(config: Config, span: int) -> float:
@@ -115,7 +117,7 @@ def _link(config: Config, span: int) -> float:
 
 def _train(
     config: Config, student: PlannedModel, teachers: Mapping[str, PlannedModel], load: Load, bubble: float
-) -> Iterator[Part]:
+) -> Iterator[StepPart]:
     """Yield the passes of all models, the projections, what the pipeline waits, and the sum of the gradients.
 
     Each of several teachers reads an equal share of the responses, and each teacher of a product reads all.  The
@@ -135,16 +137,16 @@ def _train(
     parts = []
     for name, (passes, model) in models.items():
         work = passes * responses * _forward_flops(model, prompt + response, load)
-        parts.append(Part("train", name, work, "FLOP", rate))
+        parts.append(StepPart("train", name, work, "FLOP", rate))
     passes = 2.0 if config.adapter.rank else 3.0
     passes += sum(share * _projection(model, load) / own for share, model in taught.values())
     if config.is_anchored:
         passes += config.projects_reference + Target.configured(config.target, None).needs_reference_entropy
-    parts.append(Part("train", "output layer", passes * responses * response * 2 * own, "FLOP", rate))
+    parts.append(StepPart("train", "output layer", passes * responses * response * 2 * own, "FLOP", rate))
     yield from parts
     if bubble:
         waited = sum(part.seconds for part in parts) * bubble / (1 - bubble)
-        yield Part("train", "pipeline bubble", 0.0, "B", 1.0, waited)
+        yield StepPart("train", "pipeline bubble", 0.0, "B", 1.0, waited)
     exchanged = 4 if config.optimizer.use_distributed_optimizer else 8  # an all-reduce also gathers the sums
     yield from _over_replicas(config, student, "train", "gradients over replicas", exchanged)
 
@@ -165,16 +167,18 @@ def _projection(model: PlannedModel, load: Load) -> float:
     return float(model.transformer.hidden_size) * load.vocab_size
 
 
-def _optimizer(config: Config, student: PlannedModel) -> Iterator[Part]:
+def _optimizer(config: Config, student: PlannedModel) -> Iterator[StepPart]:
     """Yield the optimizer's state, of which each value is read and written, and the exchange of the new weights."""
     fullest = max(student.stages, key=lambda stage: stage.parameters)
     state = 2 * parameter_bytes(config, fullest)["optimizer"]
-    yield Part("optimizer", "state", state, "B", RATES[config.cluster.gpu].copied)
+    yield StepPart("optimizer", "state", state, "B", RATES[config.cluster.gpu].copied)
     if config.optimizer.use_distributed_optimizer:
         yield from _over_replicas(config, student, "optimizer", "weights over replicas", element_size(config))
 
 
-def _over_replicas(config: Config, student: PlannedModel, phase: str, name: str, bytes_each: float) -> Sequence[Part]:
+def _over_replicas(
+    config: Config, student: PlannedModel, phase: str, name: str, bytes_each: float
+) -> Sequence[StepPart]:
     """Return the exchange of ``bytes_each`` per trained parameter between replicas; nothing if there is one."""
     stage = max(student.stages, key=lambda stage: stage.parameters)
     dense, experts = stage.dense_parameters, stage.expert_parameters
@@ -183,4 +187,4 @@ def _over_replicas(config: Config, student: PlannedModel, phase: str, name: str,
     sharers = ((dense, stage.dp_cp_size), (experts, stage.expert_dp_size))
     sent = sum(parameters * (size - 1) / size for parameters, size in sharers)
     rate = _link(config, stage.dp_cp_size * config.parallel.tensor_model_parallel_size)
-    return [Part(phase, name, bytes_each * sent, "B", rate)] if sent else []
+    return [StepPart(phase, name, bytes_each * sent, "B", rate)] if sent else []

@@ -27,7 +27,7 @@ _POLL_S, _WATCH_S = 0.05, 0.25
 
 
 @dataclass(frozen=True)
-class Report:
+class WorstError:
     """The worst error of a proof, over its cases or over the ranks."""
 
     error: float
@@ -41,7 +41,7 @@ class Report:
         return self.error <= 1
 
     @classmethod
-    def worst(cls, reports: list[Report]) -> Report:
+    def worst(cls, reports: list[WorstError]) -> WorstError:
         """Return the report with the largest error."""
         return max(reports, key=lambda report: report.error if report.error == report.error else float("inf"))
 
@@ -67,7 +67,7 @@ class Meeting:
         if self.rank == 0 and self.world_size > 1:
             time.sleep(4 * _WATCH_S)  # the other ranks read the store, which this process may keep
 
-    def hold(self, name: str, proof: Callable[[], Report]) -> Report:
+    def hold(self, name: str, proof: Callable[[], WorstError]) -> WorstError:
         """Run ``proof()`` on all ranks and end the process groups that it has opened; return the worst report.
 
         The report is equal on all ranks.  An exception on any rank ends the launch with the message of this rank.
@@ -87,7 +87,7 @@ class Meeting:
                 if self._store.add("failures", 1) == 1:  # the message of the first rank alone
                     self._store.set("failure", f"rank {self.rank}: {type(error).__name__}: {error}")
             threading.Event().wait()  # the watch ends this process
-        return Report.worst([Report(**json.loads(report)) for report in self._published("report").values()])
+        return WorstError.worst([WorstError(**json.loads(report)) for report in self._published("report").values()])
 
     def phase(self, name: str) -> None:
         """Publish the phase of the proof that this rank begins, for the message about ranks that do not return."""

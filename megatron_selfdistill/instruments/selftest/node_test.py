@@ -13,17 +13,17 @@ from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import roll_call
-from megatron_selfdistill.instruments.selftest.meeting import Meeting, Report
+from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
 from megatron_selfdistill.instruments.selftest.proofs import all_ranks_meet, sharded_loss, tiny_model, training_step
 
-PROOFS: dict[str, Callable[[Meeting, Config], Report]] = {
+PROOFS: dict[str, Callable[[Meeting, Config], WorstError]] = {
     "all ranks meet": all_ranks_meet,
     "the vocabulary-sharded loss equals the unsharded one": sharded_loss,
     "a training step in the layout equals the step of one rank": training_step,
 }
 
 
-def selftest(overrides: Sequence[str] = (), *, limit_s: float = 180.0) -> dict[str, Report]:
+def selftest(overrides: Sequence[str] = (), *, limit_s: float = 180.0) -> dict[str, WorstError]:
     """Compute every proof and return its report, equal on all ranks; rank 0 prints a line for each proof.
 
     ``overrides``: the layout, as keys of ``parallel``.  torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;

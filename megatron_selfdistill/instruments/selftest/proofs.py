@@ -24,7 +24,7 @@ from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.instruments.selftest.meeting import Meeting, Report
+from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
 from megatron_selfdistill.loss.divergence import divergence, divergence_gradient
 from megatron_selfdistill.loss.functional import self_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -63,7 +63,7 @@ def tiny_model(overrides: Sequence[str], world_size: int) -> Config:
     return configuration.load([*(f"model.{key}" for key in model), *(f"optimizer.{key}" for key in optimizer), *layout])
 
 
-def all_ranks_meet(meeting: Meeting, config: Config) -> Report:
+def all_ranks_meet(meeting: Meeting, config: Config) -> WorstError:
     """Let every rank add its number in the world and in each group of the layout."""
     grid = meeting.grid(config.parallel)
     groups = {"world": dist.group.WORLD, "tensor": grid.tp_group, "pipeline": grid.pp_group, "data": grid.dp_cp_group}
@@ -73,10 +73,10 @@ def all_ranks_meet(meeting: Meeting, config: Config) -> Report:
         found = torch.tensor([float(grid.rank)], device=grid.device)
         dist.all_reduce(found, group=group)
         wrong += [f"group '{name}'"] * (found.item() != sum(dist.get_process_group_ranks(group)))
-    return Report(2.0, wrong[0]) if wrong else Report(0.0, f"{len(groups)} groups")
+    return WorstError(2.0, wrong[0]) if wrong else WorstError(0.0, f"{len(groups)} groups")
 
 
-def sharded_loss(meeting: Meeting, config: Config) -> Report:
+def sharded_loss(meeting: Meeting, config: Config) -> WorstError:
     """Compare each divergence on vocabulary shards, and its gradient, with `loss.target` in float64 on full rows."""
     grid = meeting.grid(config.parallel)
     rules: dict[str, dict[str, Any]] = {
@@ -89,9 +89,9 @@ def sharded_loss(meeting: Meeting, config: Config) -> Report:
         case = f"{kind}, {rule}, {dtype}, TP {grid.tp_size}"
         meeting.phase(f"the loss {case} (its kernels are compiled the first time)")
         loss, gradient = _errors_of_loss(dtype, Target(anchor="student", **rules[rule]), Divergence(kind), grid)
-        reports.append(Report(loss / LOSS_BOUND, f"loss, {case}"))
-        reports.append(Report(gradient / GRADIENT_BOUNDS[dtype], f"gradient, {case}"))
-    return Report.worst(reports)
+        reports.append(WorstError(loss / LOSS_BOUND, f"loss, {case}"))
+        reports.append(WorstError(gradient / GRADIENT_BOUNDS[dtype], f"gradient, {case}"))
+    return WorstError.worst(reports)
 
 
 def _errors_of_loss(dtype: torch.dtype, target: Target, kind: Divergence, grid: RankGrid) -> tuple[float, float]:
@@ -117,7 +117,7 @@ def _errors_of_loss(dtype: torch.dtype, target: Target, kind: Divergence, grid: 
     return float(((loss - wanted).abs() / (1 + wanted)).max()), float(off.max())
 
 
-def training_step(meeting: Meeting, config: Config) -> Report:
+def training_step(meeting: Meeting, config: Config) -> WorstError:
     """Compare the loss and every gradient of a step in the layout with those of the same step on one rank."""
     rows = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
     model = replace(config.model, make_vocab_size_divisible_by=rows)  # as much padding as in the layout
@@ -132,12 +132,12 @@ def training_step(meeting: Meeting, config: Config) -> Report:
     student, loss = _step(config, grid, num_contexts, weights)
     # A gradient of less than a hundredth of all together is mostly rounding.
     total = float(sum(gradient.double().pow(2).sum() for gradient in expected.values()) ** 0.5)
-    reports = [Report(abs(loss - expected_loss) / expected_loss / STEP_BOUNDS["loss"], "loss")]
+    reports = [WorstError(abs(loss - expected_loss) / expected_loss / STEP_BOUNDS["loss"], "loss")]
     for shard, place in _shards(student):
         whole = expected[shard.key].double()
         off = (shard.data.double() - whole[place]).norm() / (whole.norm() + 0.01 * total)
-        reports.append(Report(float(off) / STEP_BOUNDS["gradients"], f"gradient of {shard.key}"))
-    return Report.worst(reports)
+        reports.append(WorstError(float(off) / STEP_BOUNDS["gradients"], f"gradient of {shard.key}"))
+    return WorstError.worst(reports)
 
 
 def _step(

@@ -33,7 +33,7 @@ from megatron_selfdistill.data.prompt_checks import (
     mean_cost,
 )
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 
 def problem(text: str, solution: str) -> Problem:

@@ -21,7 +21,7 @@ from megatron_selfdistill.data.prompts import (
     PromptView,
     last_user_text,
 )
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
 

@@ -17,7 +17,7 @@ import remote_code
 import transformers
 
 from megatron_selfdistill.config import from_mapping
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_data import RunData
 

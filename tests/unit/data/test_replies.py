@@ -15,7 +15,7 @@ from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 SUM = {"function": {"name": "add", "arguments": {"a": 3}}}
 TALK = (

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import FORMATS, final_part, num_thoughts, parts, readable
-from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.evaluation.verify import exact_match, judged_text, load_verifier, math_verify, mentions_answer
 from megatron_selfdistill.rollout.base import Response, response_text
 

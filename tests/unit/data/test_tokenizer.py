@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from megatron_selfdistill.data import tried_template
-from megatron_selfdistill.data.tokenizer import load_tokenizer, pieces
+from megatron_selfdistill.data.tokenizer import pieces
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.data.tried_template import try_chat_template
 
 TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"

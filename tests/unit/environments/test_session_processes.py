@@ -19,7 +19,7 @@ from sessions import pid_of
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import session_processes
-from megatron_selfdistill.environments.protocol import SessionLimits
+from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses, _variables
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments.protocol import SessionLimits, ToolEnvironment, has_sessions
+from megatron_selfdistill.environments.environment import SessionLimits, ToolEnvironment, has_sessions
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.environments.tool_calls import (
     PARSERS,

@@ -20,7 +20,7 @@ from megatron_selfdistill.config import (
     from_mapping,
     load,
 )
-from megatron_selfdistill.metrics.first_step import (
+from megatron_selfdistill.metrics.first_checks import (
     check_identity,
     check_teacher_canary,
     first_step_warnings,

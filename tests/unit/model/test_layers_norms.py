@@ -120,4 +120,4 @@ def test_the_weights_are_cut_like_the_heads_and_no_gradient_of_them_is_summed(ra
 
 def test_one_of_both_norms_may_be_set():
     with pytest.raises(ConfigError, match=r"model\.qk_layernorm normalises each head.* set one of them"):
-        ModelConfig(qk_layernorm=True, qk_layernorm_all_heads=True)
+        ModelConfig(qk_layernorm=True, qk_layernorm_all_heads=True).check(None)

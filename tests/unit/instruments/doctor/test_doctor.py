@@ -188,6 +188,7 @@ def test_packages_that_load_are_distinguished_from_those_that_do_not(monkeypatch
     assert found["megatron-core"][0] == "its import ended the process by SIGABRT"
 
 
+@pytest.mark.timing
 def test_an_import_that_never_returns_is_a_failure_and_ends():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=subprocess.PIPE, text=True)
     assert findings._result(child, time.monotonic()) == ("its import did not return in time", "")

@@ -13,7 +13,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.engines import MEAN
 from megatron_selfdistill.instruments.plan.gpus import MFU, RATES
-from megatron_selfdistill.instruments.plan.step_time import Part
+from megatron_selfdistill.instruments.plan.step_time import StepPart
 from megatron_selfdistill.instruments.report.run_record import PHASES
 from megatron_selfdistill.train import main
 
@@ -25,7 +25,7 @@ def plan_of(*overrides: str) -> Plan:
     return dry_run(load(overrides))
 
 
-def parts_of(*overrides: str) -> dict[str, Part]:
+def parts_of(*overrides: str) -> dict[str, StepPart]:
     return {part.name: part for part in plan_of(*overrides).parts}
 
 

@@ -18,7 +18,7 @@ from forks import in_a_fork
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.doctor import doctor_command as doctor
-from megatron_selfdistill.instruments.selftest.meeting import Meeting, Report
+from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 PATIENT_S = 1200.0
@@ -148,16 +148,16 @@ def meet(what: str, limit_s: float) -> None:
     """Hold a proof that holds, and one from which rank 1 never returns or in which it raises."""
     rank = int(os.environ["RANK"])
 
-    def deaf() -> Report:
+    def deaf() -> WorstError:
         meeting.phase("the second half")
         if rank == 1 and what == "raises":
             raise OSError("no space left")
         if rank == 1 or what == "raises":
             time.sleep(1000)  # longer than the test waits
-        return Report(0.0, "")
+        return WorstError(0.0, "")
 
     with Meeting(rank, 2, limit_s) as meeting:
-        print(meeting.hold("sound", lambda: Report(float(rank), "a case")))
+        print(meeting.hold("sound", lambda: WorstError(float(rank), "a case")))
         meeting.hold("deaf", deaf)
 
 
@@ -176,13 +176,13 @@ def meet(what: str, limit_s: float) -> None:
 def test_a_rank_that_never_returns_or_raises_is_named_and_all_processes_end(ranks, what, limit_s, message):
     ended = ranks.run(in_a_fork, meet, what, limit_s, world_size=2, init_process_group=False)
     assert [status for status, _ in ended] == [1, 1]
-    worst = "Report(error=1.0, case='a case')\n"
+    worst = "WorstError(error=1.0, case='a case')\n"
     assert [output for _, output in ended] == [f"{worst}FAILURE  deaf: {message}\n", worst], "the worst is known to all"
 
 
 def test_nan_is_the_worst_error_and_no_allowed_one():
-    reports = [Report(0.5, "a"), Report(float("nan"), "b"), Report(2.0, "c")]
-    assert Report.worst(reports).case == "b" and not Report.worst(reports).holds
+    reports = [WorstError(0.5, "a"), WorstError(float("nan"), "b"), WorstError(2.0, "c")]
+    assert WorstError.worst(reports).case == "b" and not WorstError.worst(reports).holds
     assert [report.holds for report in reports] == [True, False, False]
 
 

@@ -19,9 +19,9 @@ from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-from megatron_selfdistill.environments import protocol as environments
+from megatron_selfdistill.environments import environment as environments
+from megatron_selfdistill.environments.environment import HttpEnvironment
 from megatron_selfdistill.environments.episodes import StatelessEpisodes
-from megatron_selfdistill.environments.protocol import HttpEnvironment
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey

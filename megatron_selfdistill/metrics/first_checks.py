@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, Needs
+from megatron_selfdistill.metrics.first_step_lines import first_step_lines
 from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
 
 SILENT_KL = 1e-6
@@ -154,3 +155,17 @@ def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str
         f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
         f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
     )
+
+
+def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn.
+
+    If student and teacher read one prompt, equal weights say the same, so that a silent teacher is no warning.
+    """
+    untrained = warning_of_an_untrained_step(config, step, metrics)
+    if step > 1:
+        return [] if untrained is None else [untrained]
+    one_prompt = config.needs.reads_one_prompt
+    silent = None if one_prompt else warning_of_a_silent_teacher(metrics, config.target.teacher_weight)
+    first = [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
+    return [warning for warning in (silent, untrained, *first) if warning is not None]
