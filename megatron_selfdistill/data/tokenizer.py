@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.data.tokenizer_files import _TOKENIZERS
 from megatron_selfdistill.data.tried_template import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 _RARE_LETTERS = "\U00010380\U00012000"
 """Letters of Ugaritic and of cuneiform, which are in a vocabulary of bytes only."""
+TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 _LONGEST = 4  # bytes, and thus tokens, of a character
 
 
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
             elif not isinstance(path, Path):
                 reason = f"there is no such directory here, and it could not be loaded as a hub name ({reason})"
-            raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}: {reason}") from error
+            raise ValueError(f"Tokenizer: expected {TOKENIZERS}, got {path}: {reason}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self.chat_template = self._tokenizer.chat_template

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from megatron_selfdistill.data.records import is_hub_name
 from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_selfdistill.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-
-_TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
+from megatron_selfdistill.data.tokenizer import TOKENIZERS, HuggingFaceTokenizer, Tokenizer
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
@@ -36,6 +34,6 @@ def tokenizer_place(path: str | Path) -> str | Path:
     if is_hub_name(path) and not str(path).endswith(".model"):
         return path
     if not (place.is_dir() or (place.is_file() and place.suffix == ".model")):
-        raise FileNotFoundError(f"Tokenizer: expected {_TOKENIZERS}, got {path}; correct data.tokenizer.")
+        raise FileNotFoundError(f"Tokenizer: expected {TOKENIZERS}, got {path}; correct data.tokenizer.")
     is_hf = any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     return place if is_hf or not (place / "tokenizer.model").exists() else place / "tokenizer.model"
