@@ -159,7 +159,7 @@ format: venv ## let ruff format and fix what it can
 bench: venv ## time and memory of the two pair orders of the schedule
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/benchmarks/pair_order.py $(ARGS)
 
-bench-gpu: $(if $(PYTHON_GPU),,venv) ## write docs/benchmarks_gpu.md on a GPU, at most nine minutes (ARGS="--gpus 8": the 8B recipe, too)
+bench-gpu: $(if $(PYTHON_GPU),,venv) ## write tools/benchmarks/results_gpu.md on a GPU, at most nine minutes (ARGS="--gpus 8": the 8B recipe, too)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) tools/benchmarks/on_gpu.py $(ARGS)
 
 # Its own small environment: no torch.  Nothing is imported but the schema; a link that leads nowhere fails the build.

@@ -48,7 +48,7 @@ NUM_SHOWN = 4
 
 SETTINGS = (
     # A target that is anchored to the frozen base keeps a token rare that the base considers rare, such as an early
-    # end, even if the teacher wants it (docs/anchored.md).  The mix with the student follows the student: every step
+    # end, even if the teacher wants it (docs/method.md).  The mix with the student follows the student: every step
     # starts where the last one ended.
     "target.anchor=student",
     "optimizer=fp32",

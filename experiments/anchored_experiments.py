@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The experiments of the map of docs/anchored.md: tasks, arms, steps, and what a cell measures."""
+"""The experiments of the map of docs/results.md: tasks, arms, steps, and what a cell measures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the map of docs/anchored.md: where the anchored target holds, and where it breaks.
+"""Measure the map of docs/results.md: where the anchored target holds, and where it breaks.
 
 A cell is one experiment, one arm and one seed.  Its result is one line of results/anchored_map.jsonl.  A cell whose
 line is there is not run again, so that the script may stop at any time and go on later.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The pictures of docs/anchored.md: the leak over the steps, and the sweep against its closed forms."""
+"""The pictures of docs/results.md: the leak over the steps, and the sweep against its closed forms."""
 
 from __future__ import annotations
 

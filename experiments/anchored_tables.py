@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Write the tables and pictures of docs/anchored.md from the lines of anchored_map.py and clipped_opsd.py.
+"""Write the tables of docs/method.md and docs/results.md, and two pictures, from the lines of anchored_map.py.
 
     python experiments/anchored_tables.py              the tables and both pictures
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
-A table stands between <!-- table NAME --> and <!-- end NAME --> in the page; NAME is one of `TABLES`, sweep, flips or
-clipped.  The table controls stands in docs/results.md.
-A table shows the seeds that have a line for every arm in it.
+A table stands between <!-- table NAME --> and <!-- end NAME --> in a page; NAME is one of `TABLES`, controls, sweep,
+flips or clipped, whose lines are those of clipped_opsd.py.  A table shows the seeds that have a line for every arm of
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cell_lines import DOCS, Line, read_lines
 from leak_sweep import logit
 from page_tables import complete, seeds_of, short, spread, write_or_compare
 
-PAGES = (DOCS / "anchored.md", DOCS / "results.md")
+PAGES = (DOCS / "method.md", DOCS / "results.md")
 DEFAULT = "anchored_matched"
 NAMES = {
     "base": "before",
@@ -42,19 +42,10 @@ NAMES = {
     "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
     "anchored_matched_forward_w2_guided": "anchored, matched, forward KL, w = 2, guided rollouts",
     "anchored_matched_per_problem": "anchored, matched; unsolved problems: forward KL, w = 2, guided rollouts",
-    "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
     "anchored_matched_w025": "anchored, matched, w = .25",
-    "anchored_matched_refreshed": "matched, refreshed every 100 steps",
-    "anchored_fixed_refreshed": "k = 1 + w, refreshed every 100 steps",
-    "anchored_matched_averaged": "matched, average of the weights",
-    "anchored_fixed_averaged": "k = 1 + w, average of the weights",
     "student_matched_guided": "mix with the student, matched, guided rollouts",
     "student_matched_forward_guided": "mix with the student, matched, forward KL, guided rollouts",
     "rft": "RFT with a verifier",
-    "other_hint": "control: anchored, matched, another problem's hint",
-    "no_hint": "control: anchored, matched, no hint",
-    "guided_other_hint": "control: the guided row with w = 2, another problem's hint",
-    "guided_no_hint": "control: the guided row with w = 2, no hint",
 }
 """Name of an arm -> its label in a table."""
 HEADINGS = {
@@ -65,9 +56,12 @@ HEADINGS = {
     "within_3": "three attempts",
     "overlooked": "overlooked",
     "fork_entropy": "entropy on forks",
-    "best": "best sampled",
 }
-"""Figure of a line -> heading of its column; `best` is the highest sampled accuracy of the steps that were measured."""
+"""Figure of a line -> heading of its column."""
+
+
+HIDDEN = ("student_strict", "student_matched_guided")
+"""The arms of the recorded results that no table shows."""
 
 
 @dataclass(frozen=True)
@@ -79,41 +73,30 @@ class Part:
     figures: tuple[str, ...]
 
 
-THINKING = ("within_3", "overlooked", "fork_entropy")
 TABLES = {
     "leak": (
-        Part(("leak", "leak_controls"), "400 steps", ("greedy", "sampled", "shows_work", "best")),
-        Part(("leak_long",), "1000 steps", ("sampled", "shows_work")),
+        Part(("leak",), "400 steps", ("greedy", "sampled", "shows_work")),
+        Part(("leak_long",), "1000 steps", ("shows_work",)),
     ),
-    "leak_refreshed": (Part(("leak_refreshed",), "", ("greedy", "sampled", "shows_work", "best")),),
     "unsolved": (
-        Part(("unsolved", "unsolved_guided", "unsolved_controls"), "right hints", ("greedy", "sampled")),
-        Part(
-            ("unsolved_leaking", "unsolved_leaking_guided", "unsolved_leaking_controls"),
-            "leaking hints",
-            ("greedy", "shows_work"),
-        ),
-        Part(
-            ("unsolved_wrong", "unsolved_wrong_guided", "unsolved_wrong_controls"), "wrong hints", ("greedy", "sampled")
-        ),
+        Part(("unsolved", "unsolved_guided"), "right hints", ("greedy", "sampled")),
+        Part(("unsolved_leaking", "unsolved_leaking_guided"), "leaking hints", ("greedy", "shows_work")),
+        Part(("unsolved_wrong", "unsolved_wrong_guided"), "wrong hints", ("sampled",)),
     ),
     "choosing": (
-        Part(("choosing", "choosing_controls"), "H", THINKING),
-        Part(("choosing_surer", "choosing_surer_controls"), "K", THINKING),
+        Part(("choosing",), "H", ("within_3", "overlooked", "fork_entropy")),
+        Part(("choosing_surer",), "K", ("within_3", "overlooked")),
     ),
     "price": (
-        Part(("quickstart", "quickstart_controls"), "quickstart", ("sampled",)),
-        Part(("quickstart_long",), "quickstart, 1000 steps", ("sampled",)),
-        Part(("wrong_hints", "wrong_hints_controls"), "wrong hints", ("sampled",)),
-        Part(("wrong_hints_forward", "wrong_hints_forward_controls"), "wrong hints, forward KL", ("sampled",)),
-        Part(("hard", "hard_controls"), "hard problems", ("sampled",)),
-        Part(("many_answers", "many_answers_controls"), "many answers", ("sampled", "different")),
+        Part(("quickstart",), "quickstart", ("sampled",)),
+        Part(("wrong_hints",), "wrong hints", ("sampled",)),
+        Part(("wrong_hints_forward",), "wrong hints, forward KL", ("sampled",)),
+        Part(("hard",), "hard problems", ("sampled",)),
+        Part(("many_answers",), "many answers", ("sampled", "different")),
         Part(("chat_logs",), "chat logs", ("sampled",)),
     ),
 }
 """Name of a table of the page -> its columns."""
-SHOWN = "C"
-"""The classes of the sweep that its table has: the base leaks in a tenth of them without the hint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,8 +124,7 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
     if name == "controls":
         return controls(lines)
     if name == "sweep":
-        of_sweep = lines_of("sweep", lines)
-        return [*sweep_table(of_sweep), "", differences(of_sweep)]
+        return [differences(lines_of("sweep", lines))]
     return table(TABLES[name], lines)
 
 
@@ -178,8 +160,8 @@ def controls(lines: Sequence[Line]) -> list[str]:
                     )
                 ]
                 title = EXPERIMENTS[name].title + (": guided rollouts, w = 2, forward KL" if prefix else "")
-                rows.append([title, str(len(seeds)), *shown])
-    rows[:0] = [["task", "seeds", "before", "the hint", "another problem's hint", "no hint"], ["---"] * 6]
+                rows.append([title, *shown])
+    rows[:0] = [["task", "before", "the hint", "another problem's hint", "no hint"], ["---"] * 5]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -208,7 +190,7 @@ def table(parts: Sequence[Part], lines: Sequence[Line]) -> list[str]:
     ]
     every = [line for of_part in found for line in of_part]
     rows = [f"| {' | '.join([seeds_of(every), *headings])} |", "|---" * (len(headings) + 1) + "|"]
-    for arm in dict.fromkeys(line["arm"] for line in every):
+    for arm in dict.fromkeys(line["arm"] for line in every if line["arm"] not in HIDDEN):
         cells = []
         for part, of_part in zip(parts, found, strict=True):
             # One base for each seed: that of the first experiment.
@@ -218,36 +200,10 @@ def table(parts: Sequence[Part], lines: Sequence[Line]) -> list[str]:
     return rows
 
 
-def value_of(line: Line, figure: str) -> float | None:
-    """Return a figure of a line after the last step, or the highest sampled accuracy; None for the best of a base."""
-    if figure == "best":
-        return None if line["arm"] == "base" else max(line["sampled"])
+def value_of(line: Line, figure: str) -> float:
+    """Return a figure of a line after the last step."""
     value: float | list[float] = line[figure]
     return value[-1] if isinstance(value, list) else value
-
-
-def sweep_table(lines: Sequence[Line]) -> list[str]:
-    """Return a table of the share of responses without work: closed form, and measured after the last step.
-
-    A row is a class of problems: how often the base leaks without and with the hint.  A column is a rule and a w.
-    The table has the classes of `SHOWN`; the picture has all.
-    """
-    rules = list(dict.fromkeys(line["arm"].rpartition("_")[0] for line in lines))
-    titles = [heading(rule) for rule in rules]
-    rows = [
-        f"| base, hint ({seeds_of(lines)}) | {' | '.join(titles)} |",
-        "|---" * (len(rules) + 1) + "|",
-    ]
-    for name in sorted({name for line in lines for name in line["own"] if name.startswith(SHOWN)}):
-        here = [line for line in lines if name in line["own"]]
-        leaks = ", ".join(short(mean(line[kind][name] for line in here)) for kind in ("own", "hint"))
-        cells = []
-        for rule in rules:
-            of_rule = [line for line in here if line["arm"].startswith(f"{rule}_")]
-            predicted = mean(line["predicted"][name] for line in of_rule)
-            cells.append(f"{short(predicted)}: {spread([line['leak'][-1][name] for line in of_rule])}")
-        rows.append(f"| {leaks} | {' | '.join(cells)} |")
-    return rows
 
 
 def differences(lines: Sequence[Line]) -> str:
@@ -257,12 +213,6 @@ def differences(lines: Sequence[Line]) -> str:
         f"Over the {len(found)} pairs of a closed form and a measured share, the mean difference is "
         f"{short(mean(found))} and the largest {short(max(found))}."
     )
-
-
-def heading(rule: str) -> str:
-    """Return the heading of a rule of the sweep, such as matched_w0.75."""
-    name, _, weight = rule.partition("_w")
-    return f"{'k = 1 + w' if name == 'fixed' else 'matched'}, w = {weight.removeprefix('0')}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ answer whether a target keeps a thinking base whose teacher thinks, too.
 
 Responses may have twelve attempts, where the base makes three at most.  A cell is one arm and one seed; its result is
 one line of results/clipped_opsd.jsonl, and a cell whose line is there is not run again.  anchored_tables.py writes the
-table of docs/anchored.md from the lines.
+table of docs/results.md from the lines.
 
     python experiments/clipped_opsd.py             every missing cell
 """
@@ -149,9 +149,9 @@ def figures_of(samples: Sequence[Transcript]) -> Mapping[str, float]:
 def table_of(lines: Sequence[Line]) -> list[str]:
     """Return the rows of the table: a row for each arm, of the seeds that have a line for every arm."""
     found = complete(lines, ARMS)
-    headings = ("three attempts", "overlooked", "attempts", "end in a loop", "cut at twelve attempts")
-    rows = [[seeds_of(found) if found else "", *headings], ["---"] * 6]
-    figures = ("within_3", "overlooked", "attempts", "loops", "cut")
+    headings = ("three attempts", "overlooked", "attempts")
+    rows = [[seeds_of(found) if found else "", *headings], ["---"] * 4]
+    figures = ("within_3", "overlooked", "attempts")
     before = [line for line in found if line["arm"] == "default"]
     rows.append(["before", *(spread([line[figure][0] for line in before]) for figure in figures)])
     for arm, label in LABELS.items():

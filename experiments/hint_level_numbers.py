@@ -14,7 +14,7 @@ The gain is the derivative at e = 0 of the accuracy of the policy that follows p
 the derivative of a token's log-probability is log q - log p + KL(p || q), whose mean is 0, so that the derivative of
 E[R] is E[R G] = Cov(R, G).  This is the direction of the first steps of a distillation from q on the model's own
 samples.  It is exact for samples at temperature 1 without top-k and top-p.  A model that never solves a problem has
-gains of 0: its samples cannot show what to raise (docs/guided_rollouts.md).
+gains of 0: its samples cannot show what to raise (docs/rollouts.md).
 
 Source of utility, divergence and contrast as predictors: arXiv 2610.22512, whose contrast is that of steps which a
 judge finds wrong; here it is that of samples which the verifier finds wrong.

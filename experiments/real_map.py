@@ -13,8 +13,8 @@ problems of that split, and measure nothing else.
     python experiments/real_map.py --check                                   the status is 1 if the page has others
 
 A step takes 5 to 30 seconds of two cores, or 2 to 6 of a GPU that nine runs share.  The tables stand between
-<!-- table NAME --> and <!-- end NAME --> in the page: TASK has the figures of a task, rates compares learning rates,
-hints has the base with and without hints, and losses compares targets over all tasks.
+<!-- table NAME --> and <!-- end NAME --> in the page: TASK has the figures of a task, brief those of three tasks in few
+columns, hints has the base with and without hints, and losses compares targets over all tasks.
 """
 
 from __future__ import annotations
@@ -324,21 +324,21 @@ FIGURES = {
     "greedy": "greedy",
     "sampled": "sampled",
     "refers": "speak of the hint",
-    "tokens": "tokens",
     "kept_perplexity": "perplexity",
     "kept_length": "general answers: tokens",
-    "kept_repeated": "repeated",
-    "kept_log_prob": "log-prob under the base",
 }
 """Figure of a line -> heading of its column."""
+SHOWN = ("greedy", "sampled", "kept_perplexity", "kept_length")
+"""The figures of the table of a task."""
+BRIEF = ("sort_words", "word_problems", "multiplication")
+"""The tasks that share one table."""
+SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
 
 
 def table_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the rows of the table ``name`` of the page."""
-    if name == "rates":
-        return table_of_rates([line for line in lines if line["split"] == "validation"])
     reported = [line for line in lines if line["split"] == "held_out"]
-    over_tasks = {"losses": table_of_losses, "hints": table_of_hints}
+    over_tasks = {"losses": table_of_losses, "hints": table_of_hints, "brief": table_of_brief_tasks}
     return over_tasks[name](reported) if name in over_tasks else table_of_task(name, reported)
 
 
@@ -354,27 +354,29 @@ def table_of_hints(lines: Sequence[Line]) -> list[str]:
 
 def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of a task, a row for each arm that has a line, with the number of its seeds."""
-    rows = [["", "seeds", *FIGURES.values()], ["---"] * (len(FIGURES) + 2)]
+    rows = [["", "seeds", *(FIGURES[figure] for figure in SHOWN)], ["---"] * (len(SHOWN) + 2)]
+    rows += rows_of_task(task, SHOWN, lines)
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def table_of_brief_tasks(lines: Sequence[Line]) -> list[str]:
+    """Return one table of the tasks in `BRIEF`, with a row for each task and arm."""
+    rows = [["task", "", "seeds", *(FIGURES[figure] for figure in SHOWN_OF_BRIEF)], ["---"] * (len(SHOWN_OF_BRIEF) + 3)]
+    rows += [[f"`{task}`", *row] for task in BRIEF for row in rows_of_task(task, SHOWN_OF_BRIEF, lines)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def rows_of_task(task: str, figures: Sequence[str], lines: Sequence[Line]) -> list[list[str]]:
+    """Return the cells of a task: the label of each arm that has a line, the number of its seeds, and the figures."""
+    rows = []
     for arm, label in LABELS.items():
         of_arm = [line for line in lines if (line["task"], line["arm"]) == (task, arm)]
         if of_arm:
-            rows.append([label, str(len(of_arm)), *(spread([line[figure] for line in of_arm]) for figure in FIGURES)])
+            rows.append([label, str(len(of_arm)), *(spread([line[figure] for line in of_arm]) for figure in figures)])
         if of_arm and arm == BEFORE:
-            cells = [spread([line.get(f"hinted_{figure}") for line in of_arm]) for figure in FIGURES]
+            cells = [spread([line.get(f"hinted_{figure}") for line in of_arm]) for figure in figures]
             rows.append(["before, with the hint in the prompt", str(len(of_arm)), *cells])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def table_of_rates(lines: Sequence[Line]) -> list[str]:
-    """Return the table of greedy / sampled accuracies on the validation split, a column for each learning rate."""
-    rates = sorted({line["lr"] for line in lines})
-    rows = [["task", "arm", *(f"{rate:g}" for rate in rates)], ["---"] * (len(rates) + 2)]
-    for task, arm in product(TASKS, LABELS):
-        of_arm = {line["lr"]: line for line in lines if (line["task"], line["arm"]) == (task, arm)}
-        if of_arm:
-            cells = [accuracies(of_arm[rate]) if rate in of_arm else "" for rate in rates]
-            rows.append([task, LABELS[arm], *cells])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return rows
 
 
 SMALL_TASKS = (

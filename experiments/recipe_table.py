@@ -58,13 +58,13 @@ BLOCK_NAMES = {"unsolved": "never solved"}
 """Block -> its name in a heading, if it has another one there."""
 TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "answers": {
-        "subtraction": ("sampled", "sampled_at_half", "cpu_seconds"),
+        "subtraction": ("sampled",),
         "additions": ("sampled", "different"),
         "unsolved": ("sampled",),
     },
     "calculator": {"calculator": ("sampled", "sampled_at_quarter", "sampled_at_half")},
-    "stating": {"stating": ("greedy", "sampled", "ocg", "ece", "spr")},
-    "checked": {"checked": ("greedy", "sampled", "sampled_at_half")},
+    "stating": {"stating": ("greedy", "sampled", "ocg", "spr")},
+    "checked": {"checked": ("greedy", "sampled")},
 }
 """Name of a table of the page -> block -> the figures of its columns."""
 RATE = 3e-4
@@ -235,17 +235,17 @@ def results_table(figures: Mapping[str, Sequence[str]], lines: Sequence[Line]) -
         for figure in of_block
     ]
     corner = seeds_of([line for of_block in found.values() for line in of_block])
-    headings = [corner, "teacher sees", "responses", "learning rate", *headings]
+    headings = [corner, "learning rate", *headings]
     table = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name in rows_of_block(next(iter(figures))):
         row = example.ROWS.get(name)
-        about = ["", "", ""] if row is None else [row.sees, row.budget, tuned_on(name, figures, lines)]
         cells = [
             shown(figure, [line.get(figure) for line in found[block] if line["row"] == name])
             for block, of_block in figures.items()
             for figure in of_block
         ]
-        table.append(f"| {' | '.join([BEFORE if row is None else row.title, *about, *cells])} |")
+        about = [BEFORE, ""] if row is None else [row.title, tuned_on(name, figures, lines)]
+        table.append(f"| {' | '.join([*about, *cells])} |")
     return table
 
 
@@ -301,7 +301,7 @@ def tuned_on(row: str, blocks: Iterable[str], lines: Sequence[Line]) -> str:
         return f"{rate:.0e}" if rate == chosen_rate(block, row, lines) else "own"
 
     rates = [of_block(block) for block in blocks]
-    return "recipe's own rate" if {*rates} <= {"own", "none"} else " / ".join(rates)
+    return "recipe's own rate" if {*rates} <= {"own", "none"} else ", ".join(rates)
 
 
 def shown(figure: str, values: Sequence[float | None]) -> str:

@@ -45,7 +45,7 @@ OVERLAPPED = {time: round(time / max(GENERATION, 1 - GENERATION)) for time in TI
 """Time -> the number of overlapped steps that end by then."""
 STEPS = tuple(sorted({*TIMES, *OVERLAPPED.values()}))
 """The steps at which a run is measured; the last one is the length of the run."""
-SHOWN = (16, 32, 80)
+SHOWN = (32, 80)
 """The steps that the table of the page has."""
 TABLE = "staleness"
 """The name of the table of the page."""

@@ -11,7 +11,7 @@ attributes of modules and of annotated parameters, and calls.  The tables of `me
 prints a table with a column per version, then one line per fault; ``--faults`` prints the faults alone, and
 ``--changes`` prints the signatures that differ between the versions.  The exit status is 1 if there is a fault, and 2
 if a version cannot be read.  A name that exists may have changed its meaning: read Megatron's changes, too.
-docs/megatron_names.md lists the private names by risk.
+tools/megatron_names.md lists the private names by risk.
 """
 
 from __future__ import annotations

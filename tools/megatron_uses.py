@@ -350,7 +350,7 @@ class Use:
 
     @property
     def private_name(self) -> str | None:
-        """The owner and the name of what is private or replaced, as docs/megatron_names.md lists it; else None."""
+        """The owner and the name of what is private or replaced, as tools/megatron_names.md lists it; else None."""
         parts = self.name.split(".")
         private = [i for i, part in enumerate(parts) if part.startswith("_") and not part.startswith("__")]
         if not private and self.kind != "replaced":

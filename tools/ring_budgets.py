@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The lines of Python in each ring of the package beside the budget of the ring (tools/ring_budgets.toml).
+"""The lines of Python of the main house, of each annex, of the package and of the tests, beside their budgets.
 
-    python tools/ring_budgets.py    prints one line per ring, and exits with 1 if a budget is exceeded
+    python tools/ring_budgets.py    prints one line for each; exits with 1 if a budget is exceeded
 
-The rings methods, interop and instruments are the directories of the package with these names; everything else is core.
+An annex is the folder of one option or of one kind of tools; everything else of the package is the main house.
 Every line counts: comments, docstrings and empty lines, too.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,41 +18,44 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "megatron_selfdistill"
 BUDGETS = REPOSITORY / "tools" / "ring_budgets.toml"
-RINGS = ("core", "methods", "interop", "instruments")
+ANNEXES = ("engines", "environments", "instruments", "interop", "methods", "teachers")
 
 
 def ring_of(path: Path) -> str:
-    """Return the ring of a file, given by its path relative to the package."""
-    return path.parts[0] if len(path.parts) > 1 and path.parts[0] in RINGS[1:] else RINGS[0]
+    """Return the annex of a file, given by its path relative to the package, or the main house."""
+    return path.parts[0] if len(path.parts) > 1 and path.parts[0] in ANNEXES else "main house"
 
 
-def measured(package: Path) -> tuple[Counter[str], int]:
-    """Return the number of lines of each ring, and the number of Python files."""
-    files = sorted(package.rglob("*.py"))
-    lines: Counter[str] = Counter()
-    for file in files:
-        lines[ring_of(file.relative_to(package))] += len(file.read_text(encoding="utf-8").splitlines())
-    return lines, len(files)
+def lines_of(directory: Path) -> dict[Path, int]:
+    """Return the number of lines of each Python file, by its path relative to ``directory``."""
+    files = sorted(directory.rglob("*.py"))
+    return {file.relative_to(directory): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
 
 
-def exceeded(package: Path, budgets: Mapping[str, Any]) -> list[str]:
-    """Print the size of each ring and the number of files beside the budgets; return a sentence for each excess."""
-    lines, num_files = measured(package)
-    sizes = [(f"lines of {ring}", lines[ring], budgets["lines"][ring]) for ring in RINGS]
-    sizes.append(("Python files", num_files, budgets["files"]))
-    for name, size, budget in sizes:
-        print(f"{name:20} {size:6,} of {budget:6,}")
+def measured(repository: Path) -> dict[str, int]:
+    """Return the number of lines of the main house, of each annex, of the package and of the tests."""
+    package = lines_of(repository / PACKAGE.name)
+    found = dict.fromkeys(("main house", *ANNEXES), 0)
+    for path, number in package.items():
+        found[ring_of(path)] += number
+    return {**found, "package": sum(package.values()), "tests": sum(lines_of(repository / "tests").values())}
+
+
+def exceeded(found: Mapping[str, int], budgets: Mapping[str, Any]) -> list[str]:
+    """Print each number of lines beside its budget; return a sentence for each excess."""
+    for name, size in found.items():
+        print(f"lines of {name:15} {size:6,} of {budgets['lines'][name]:6,}")
     return [
-        f"{name}: {size:,} are above the budget of {budget:,}: delete something, or raise the budget in "
-        f"tools/{BUDGETS.name} with the reason in the same commit."
-        for name, size, budget in sizes
-        if size > budget
+        f"lines of {name}: {size:,} are above the budget of {budgets['lines'][name]:,}: delete something; only a commit "
+        f"that deletes at least as much may raise a budget of tools/{BUDGETS.name}."
+        for name, size in found.items()
+        if size > budgets["lines"][name]
     ]
 
 
 def main() -> int:
     """Compare the package with its budgets; return 1 if one is exceeded, else 0."""
-    found = exceeded(PACKAGE, tomllib.loads(BUDGETS.read_text(encoding="utf-8")))
+    found = exceeded(measured(REPOSITORY), tomllib.loads(BUDGETS.read_text(encoding="utf-8")))
     for sentence in found:
         print(sentence, file=sys.stderr)
     return 1 if found else 0

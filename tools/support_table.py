@@ -10,7 +10,7 @@ its two markers (`STATUS`).
 docs/support.json has the groups and the rows.  A row names its group, its claim, the result on a CPU, the test files
 that are the evidence of this result, and levels of checks of ``make test-gpu``, weakest first.  A row is green if the
 last run of each check of one of its levels has passed, and the row names what this level covers.  A row is red if the
-last run of one of its checks has failed.  docs/support.md has every row with its evidence.  README has one line per
+last run of one of its checks has failed.  docs/support.md has every row.  README has one line per
 group with the number of its rows that have passed.  The cell of a GPU is always computed and never written by hand.
 """
 
@@ -54,9 +54,10 @@ SHORT_NOTE = "*2 of 4*: two of the four [claims](docs/support.md) of this line"
 PAGE_INTRODUCTION = """\
 # What runs where
 
-Every row is one claim. The evidence for a CPU is a list of test files; continuous integration runs these tests unless
-the row states an exception. The evidence for a GPU is a list of checks of [`make test-gpu`](gpu.md). The cell of a GPU
-is computed from the results of the last runs of these checks. `python tools/support_table.py` writes this page."""
+Every row is one claim. `docs/support.json` has the evidence of each row: for a CPU a list of test files, which
+continuous integration runs unless the row states an exception, and for a GPU a list of checks of
+[`make test-gpu`](gpu.md). The cell of a GPU is computed from the results of the last runs of these checks.
+`python tools/support_table.py` writes this page."""
 
 Row = Mapping[str, Any]
 LastRuns = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -164,27 +165,12 @@ def short_cell(cells: Sequence[str], passed: str) -> str:
 
 
 def page(support: Mapping[str, Any], last: LastRuns) -> str:
-    """Return the text of docs/support.md: for each group a table of its rows, then the evidence of each row."""
+    """Return the text of docs/support.md: for each group a table of its rows."""
     lines = [PAGE_INTRODUCTION, "", LEGEND]
     for group, rows in grouped(support):
         lines += ["", f"## {capitalised(group['claim'])}", "", "| | CPU | GPU |", "|---|---|---|"]
         lines += [f"| {row['claim']} | {row['cpu']} | {gpu_cell(row, last)} |" for row in rows]
-        for row in rows:
-            lines += ["", f"**{capitalised(row['claim'])}**", "", *evidence(row)]
     return "\n".join(lines) + "\n"
-
-
-def evidence(row: Row) -> list[str]:
-    """Return the evidence of a row as a Markdown list: the test files for a CPU, the checks of each level for a GPU."""
-    files = ", ".join(f"`{name}`" for name in row["evidence"]) or "no test"
-    lines, above = [f"- CPU: {files}"], set[str]()
-    for level in row["levels"]:
-        covers = f" ({level['covers']})" if level["covers"] else ""
-        weaker = above and above <= set(level["checks"])
-        checks = [check for check in level["checks"] if not weaker or check not in above]
-        lines.append(f"- GPU{covers}: {'the checks above; ' if weaker else ''}{'; '.join(checks)}")
-        above = set(level["checks"])
-    return lines if row["levels"] else [*lines, "- GPU: no check"]
 
 
 def grouped(support: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:

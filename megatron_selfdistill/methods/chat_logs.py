@@ -3,7 +3,7 @@ r"""Training on chat logs without generation: the logged replies, with the accep
 
 Algorithm: A step samples nothing. It is forward and backward over logged replies, and the teacher reads each reply
 with the accepted answer of its conversation in the prompt. method.min_log_prob drops replies that have become unlikely
-under the student, or weighs them less. docs/chat_logs.md describes the records and the rules.
+under the student, or weighs them less. docs/data.md describes the records and the rules.
 
 Equation:
 

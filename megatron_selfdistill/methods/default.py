@@ -46,7 +46,7 @@ Known failure:
 - Under forward KL with 30 % wrong hints, the teacher alone ends below the mix with the student and the default: .034,
   .109, .080 against .186, .412, .232 and .675, .703, .730.
 - The student cannot learn a token to which it gives almost no probability: its rollouts do not contain the token, and
-  the reference holds the token back (docs/guided_rollouts.md).
+  the reference holds the token back (docs/rollouts.md).
 """
 
 from __future__ import annotations

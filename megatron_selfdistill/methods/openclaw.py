@@ -5,7 +5,7 @@ Algorithm: Every logged reply that a message follows is a turn; the next message
 calls, are its next state. With method.live=true the turns are sampled, and the next state of a turn is the reply of the
 environment. The model itself, or method.judge, turns the next state into a hint, and again into a reward
 of 1, -1 or 0, by the majority of method.votes. The teacher sees the conversation, whose last user message ends in
-"[user's hint / instruction]" and the hint. No accepted answer is needed (docs/chat_logs.md).
+"[user's hint / instruction]" and the hint. No accepted answer is needed (docs/data.md).
 
 Equation:
 

@@ -4,7 +4,7 @@ r"""Own solutions: the teacher sees an earlier response of the model whose answe
 Algorithm: Every method.refresh_every steps the current weights solve the problems of the coming steps anew, with
 method.num_samples responses each. The verifier keeps up to method.keep right responses per problem, the best by
 method.pick. The best one that is not the response itself is the hint of the default method. The records need answers
-and no solutions. docs/own_solutions.md describes the rules, and the command that writes a file of solutions beforehand.
+and no solutions. docs/data.md describes the rules, and the command that writes a file of solutions beforehand.
 
 Equation: For the tokens of a response, method.pick=learnable keeps the responses with the greatest score, in which l is
 the student's log-prob and D its divergence from the teacher that sees the answer:
@@ -27,7 +27,7 @@ Cost: A refresh samples method.num_samples responses to each problem of the next
 pass of student and teacher over the right responses.
 
 Known failure: Where the model solves almost no problem, there are few solutions: look at `solutions/available_share`,
-and use given solutions or docs/guided_rollouts.md.
+and use given solutions or docs/rollouts.md.
 """
 
 from __future__ import annotations

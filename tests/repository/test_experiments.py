@@ -20,7 +20,7 @@ SCRIPTS = [
 ]
 PAGES = {
     "adapter_map.py": "adapters.md",
-    "anchored_tables.py": "anchored.md",
+    "anchored_tables.py": "results.md",
     "false_alarms.py": "report.md",
     "hint_levels.py": "evaluation.md",
     "quests.py": "environments.md",

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_selfdistill.model import architecture, attention_variants, flash_sinks, fused_kernels
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGE = (REPOSITORY / "docs" / "megatron_faults.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs" / "megatron.md").read_text(encoding="utf-8")
 
 
 def functions_of(path: str) -> set[str]:

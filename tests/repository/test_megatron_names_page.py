@@ -9,7 +9,7 @@ from pathlib import Path
 from scripts import load_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGE = (REPOSITORY / "docs" / "megatron_names.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "tools" / "megatron_names.md").read_text(encoding="utf-8")
 USES = load_script(REPOSITORY / "tools" / "megatron_names.py").uses()
 
 

@@ -16,14 +16,15 @@ import pytest
 import tiny_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGE = REPOSITORY / "docs" / "own_method.md"
+PAGE = REPOSITORY / "docs" / "your_model.md"
 OWN = ["method.name=my_method.WrongFirst", "method.right_weight=0.5"]
 
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    """Write the code blocks of the page into a directory."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    """Write the code blocks of the section about an own method into a directory."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Your own method\n")[2]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     for name, text in zip(("my_method.py", "test_my_method.py"), blocks, strict=True):
         (tmp_path / name).write_text(text)
     return tmp_path

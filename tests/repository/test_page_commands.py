@@ -55,7 +55,7 @@ def shown_on(page: str) -> list[list[str]]:
 
 def own_method_in(directory: Path) -> Path:
     """Write the module that the page about an own method shows, and return the directory."""
-    page = (DOCS / "own_method.md").read_text(encoding="utf-8")
+    page = (DOCS / "your_model.md").read_text(encoding="utf-8")
     block = page.partition("Write this file as `my_method.py`:\n\n```python\n")[2]
     (directory / "my_method.py").write_text(block.partition("\n```\n")[0])
     return directory
@@ -111,7 +111,7 @@ def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_pack
     assert config.cluster.num_gpus is None and config.rollout.engine == "megatron"
 
 
-@pytest.mark.parametrize("page", ["own_method", "teachers", "environments"])
+@pytest.mark.parametrize("page", ["your_model", "teachers", "environments"])
 def test_a_page_about_an_extension_has_a_whole_command_on_the_files_of_the_quickstart(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(own_method_in(tmp_path))
     found = [words[1:] for words in shown_on(f"docs/{page}.md") if "--config-name=quickstart" in words]

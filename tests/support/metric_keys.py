@@ -28,7 +28,7 @@ NO_KEYS = {"application/json"}
 def documented() -> tuple[str, ...]:
     """Return the keys in the first column of the page's last table; N and K stand for numbers, NAME for a teacher's."""
     table = PAGE.read_text().partition("## Every key of metrics.jsonl")[2]
-    return tuple(re.findall(r"^\| `([a-z0-9_/]+(?:NAME|[NK])?)` \| [^|]+ \| [^|]*\|$", table, re.MULTILINE))
+    return tuple(re.findall(r"^\| `([a-z0-9_/]+(?:NAME|[NK])?)` \| [^|]+ \|$", table, re.MULTILINE))
 
 
 def undocumented(keys: Iterable[str]) -> set[str]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the loss, training steps and sampling on a GPU, and write docs/benchmarks_gpu.md: ``make bench-gpu``.
+"""Measure the loss, training steps and sampling on a GPU, and write results_gpu.md beside it: ``make bench-gpu``.
 
     python tools/benchmarks/on_gpu.py                           one GPU, at most nine minutes
     python tools/benchmarks/on_gpu.py --gpus 8                  also five steps of the recipe qwen3_8b, on eight GPUs
@@ -29,12 +29,12 @@ import hidden_gpus  # noqa: E402
 
 from tests.gpu import command, runner  # noqa: E402
 
-PAGE = REPOSITORY / "docs" / "benchmarks_gpu.md"
+PAGE = REPOSITORY / "tools" / "benchmarks" / "results_gpu.md"
 _CPU_PATIENCE = 6
 NOTHING_YET = "Nothing has been measured on a GPU yet."
 INTRODUCTION = """# Benchmarks on GPUs
 
-`make bench-gpu` writes this page.  [benchmarks.md](benchmarks.md) explains the columns and has the figures of a CPU.
+`make bench-gpu` writes this page.  [benchmarks.md](../../docs/benchmarks.md) has the figures of a CPU.
 The floor of the loss is the time of its seven reads and writes of all logits at the speed of a copy in the same run.
 """
 

@@ -212,7 +212,7 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    """Yield the properties with which Megatron-LM computes other numbers; docs/megatron_lm.md has the reasons."""
+    """Yield the properties with which Megatron-LM computes other numbers; docs/conversion.md has the reasons."""
     activation, gated, divisor = arch["activation"], arch["gated_linear_unit"], arch["seq_len_interpolation_factor"]
     has_flags = older_megatron.has_flags_of_positions()
     of_latents = {**TRANSFORMER_DEFAULTS, "latent_layernorm_epsilon": arch["layernorm_epsilon"]}
