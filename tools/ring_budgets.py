@@ -46,8 +46,8 @@ def exceeded(found: Mapping[str, int], budgets: Mapping[str, Any]) -> list[str]:
     for name, size in found.items():
         print(f"lines of {name:15} {size:6,} of {budgets['lines'][name]:6,}")
     return [
-        f"lines of {name}: {size:,} are above the budget of {budgets['lines'][name]:,}: delete something; only a commit "
-        f"that deletes at least as much may raise a budget of tools/{BUDGETS.name}."
+        f"lines of {name}: {size:,} are above the budget of {budgets['lines'][name]:,}: delete something; only a "
+        f"commit that deletes at least as much may raise a budget of tools/{BUDGETS.name}."
         for name, size in found.items()
         if size > budgets["lines"][name]
     ]

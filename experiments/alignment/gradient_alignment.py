@@ -96,13 +96,13 @@ def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) ->
     from alignment_job import AlignmentJob
 
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import GivenModels
+    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.run_data import RunData
 
-    models = GivenModels.of(arguments, given)
+    models = ModelPlaces.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)
     check_world(config, world_size())

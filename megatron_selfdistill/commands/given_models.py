@@ -35,7 +35,7 @@ SETTINGS = {
 """The keys that `with_settings_of` takes from a run, by section."""
 
 
-class PlacedModels(NamedTuple):
+class ModelCheckpoints(NamedTuple):
     """The Megatron checkpoints of the models, as `AllModels.load` takes them."""
 
     student: str
@@ -44,7 +44,7 @@ class PlacedModels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GivenModels:
+class ModelPlaces:
     """The places of the models: Megatron checkpoints or Hugging Face directories."""
 
     student: Path
@@ -56,7 +56,7 @@ class GivenModels:
     """The reference; None for a target without a reference, and where the reference has the student's weights."""
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, config: Config) -> GivenModels:
+    def of(cls, arguments: argparse.Namespace, config: Config) -> ModelPlaces:
         """Return the models of a command line (checkpoint, iteration, teacher).
 
         A run directory stands for its latest checkpoint; the weights that the run has started from are its reference
@@ -90,7 +90,7 @@ class GivenModels:
         hf, megatron = (self.student, None) if prechecks.is_hugging_face(self.student) else (None, self.student)
         return find_model(hf, megatron, self.iteration)
 
-    def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> PlacedModels:
+    def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> ModelCheckpoints:
         """Return the Megatron checkpoints of student, teacher and reference.
 
         ``student``: the result of `found_student`.  ``directory``: holds the converted Hugging Face directories until
@@ -103,7 +103,7 @@ class GivenModels:
             return str(stack.enter_context(converted(model, directory / name)) if is_hf else model)
 
         has_own_reference = self.reference is not None and self.reference != self.teacher
-        return PlacedModels(
+        return ModelCheckpoints(
             place(Path(student["path"]), "student"),
             None if self.teacher is None else place(self.teacher, "teacher"),
             place(self.reference, "reference") if self.reference and has_own_reference else None,
@@ -135,12 +135,12 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
         )
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    GivenModels.of(arguments, config).check(config)
+    ModelPlaces.of(arguments, config).check(config)
     prechecks.require_data(config)
     check_ranks(config, world_size())
 
 
-class GivenConfig(NamedTuple):
+class CommandConfig(NamedTuple):
     """The configuration before the model is known, and what the user has set."""
 
     config: Config
@@ -152,7 +152,7 @@ class GivenConfig(NamedTuple):
 
 def given_config(
     arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
-) -> GivenConfig:
+) -> CommandConfig:
     """Return the configuration of ``arguments`` (overrides, config_name, config_dir).
 
     ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values of that section.
@@ -169,7 +169,7 @@ def given_config(
         data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
         evaluation=dataclasses.replace(config.evaluation, **evaluation),
     )
-    return GivenConfig(config, keys, overridden)
+    return CommandConfig(config, keys, overridden)
 
 
 def is_run(path: Path) -> bool:

@@ -16,7 +16,7 @@ EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 2, 4, 130
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the models, as `GivenModels.of` takes them."""
+    """Add the options that name the models, as `ModelPlaces.of` takes them."""
     parser.add_argument(
         "checkpoint",
         type=Path,

@@ -304,3 +304,11 @@ class MainGrad:
             return dummy
         make = torch.zeros if zeros else torch.empty
         return make(weight.main_grad.shape, dtype=weight.dtype, device=weight.device)
+
+
+def nonlinear(model: GPTModel) -> str | None:
+    """Return why the logits of a last stage may be no linear function of its hidden states; None if they are one."""
+    layer = model.output_layer
+    if type(layer).forward is not layers.ColumnParallelLinear.forward or "forward" in vars(layer):
+        return f"its {type(layer).__name__} does more than multiply by its weight"
+    return "it has hooks that expect its logits" if layer._forward_hooks else None

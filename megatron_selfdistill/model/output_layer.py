@@ -10,27 +10,18 @@ import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import layers
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.forward import Fusion, unwrapped
+from megatron_selfdistill.model.forward import Fusion, nonlinear, unwrapped
 
 MATERIALISED = "materialised"
 
 
 DEFAULT_LOGITS_SHARE = 1 / 20
 """The share of ``cluster.gpu_memory_gb`` for materialised logits where ``loss.max_logits_gb`` is null."""
-
-
-def nonlinear(model: GPTModel) -> str | None:
-    """Return why the logits of a last stage may be no linear function of its hidden states; None if they are one."""
-    layer = model.output_layer
-    if type(layer).forward is not layers.ColumnParallelLinear.forward or "forward" in vars(layer):
-        return f"its {type(layer).__name__} does more than multiply by its weight"
-    return "it has hooks that expect its logits" if layer._forward_hooks else None
 
 
 def unfusable(model: GPTModel) -> str | None:

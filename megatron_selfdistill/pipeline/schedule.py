@@ -38,12 +38,12 @@ from megatron_selfdistill.model.forward import (
     FusedLoss,
     ModelInputs,
     hidden_states,
+    nonlinear,
     project,
     states_at,
     unwrapped,
     uses_local_attention,
 )
-from megatron_selfdistill.model.output_layer import nonlinear
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of, weights_unchanged
 from megatron_selfdistill.pipeline.token_losses import (
@@ -342,7 +342,7 @@ def run(
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
     guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
-    the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
+    the place of ``batch`` in a step of several partial batches (pipeline/partial_batches.py): only the last one
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.

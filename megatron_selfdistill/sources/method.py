@@ -95,7 +95,11 @@ class Method(Protocol):
 
     @property
     def prepare(self) -> Callable[[int, SamplingParams, ProblemSampler], tuple[Method, Metrics]] | None:
-        """The hook ``prepare(step, sampling, problem_sampler)`` before a step, or None; see `prepared`."""
+        """The hook ``prepare(step, sampling, problem_sampler)`` before a step, or None.
+
+        It returns the method for the step that ``step`` optimizer steps precede, and metrics.  ``problem_sampler``
+        samples the problems that come next; the caller's step begins with its first batch.  Collective.
+        """
         ...
 
     @property
@@ -182,13 +186,3 @@ class Method(Protocol):
     def restored(self, state: Mapping[str, Any]) -> Method:
         """Return this method with what `state_dict` returned."""
         ...
-
-
-def prepared(
-    method: Method, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
-) -> tuple[Method, Metrics]:
-    """Return the method for the step that ``step`` optimizer steps precede, and metrics of its preparation.
-
-    ``problem_sampler`` samples the problems that come next; the caller's step begins with its first batch.  Collective.
-    """
-    return (method, {}) if method.prepare is None else method.prepare(step, sampling, problem_sampler)

@@ -21,7 +21,7 @@ from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.judge import reward_metrics
-from megatron_selfdistill.sources.method import Method, prepared
+from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.recordings import record
 from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
@@ -110,7 +110,10 @@ class OnPolicy(CommittedState):
 
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """
-        method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
+        method: Method = self.state.method
+        found: Mapping[str, float] = {}
+        if method.prepare is not None:
+            method, found = method.prepare(step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), method)
         options, guidance = self._options, self.state.guidance

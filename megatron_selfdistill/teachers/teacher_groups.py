@@ -2,7 +2,7 @@
 """The batch of a step as several partial batches, one for each teacher that its contexts name.
 
 The frozen copy on the device has the weights of one teacher at a time, so the schedule runs once per teacher, and the
-gradients add up (pipeline/token_losses.py).  The order is that of the names.
+gradients add up (pipeline/partial_batches.py).  The order is that of the names.
 
 A response with several teachers is in the batch of each of them.  The loss of its tokens is the sum of the divergences
 from their targets, weighted by the shares s, which add up to 1::

@@ -85,12 +85,12 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     ``given``, ``keys``: the result of `checked`.
     """
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import GivenModels
+    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.instruments.explorer.exploration import Exploration
 
-    models = GivenModels.of(arguments, given)
+    models = ModelPlaces.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)
     check_world(config, world_size())

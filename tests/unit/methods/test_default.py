@@ -16,7 +16,6 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError, VerifierError
-from megatron_selfdistill.sources.method import prepared
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
@@ -29,7 +28,7 @@ def test_given_solutions_are_shown_to_the_teacher_and_all_responses_are_trained_
     assert "".join(map(chr, rollouts[0].prompts.teacher_prompt)) == "1+7|given:"
     assert method.select(0, rollouts) == method.texts(rollouts, rollouts) == (rollouts, {})
     assert (method.prepare, method.record, method.warnings) == (None, None, None)
-    assert prepared(method, 3, None, None) == (method, {})
+    assert method.prepare is None
     assert method.coefficients(0, rollouts, []) is None and not method.weighs_tokens
     assert method.terms(0, rollouts, signals([0, 0], hinted=[True, False])).divergence.tolist() == [1.0, 0.0]
     assert method.state_dict() == {} and method.restored({"own": None}) is method
