@@ -18,7 +18,7 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.packing import PackingRules, pack
-from megatron_selfdistill.loss.sharded import vocab_parallel
+from megatron_selfdistill.loss.sharded import target_measures
 from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
@@ -146,7 +146,7 @@ def measured_masses(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     models.fill_from_names(teacher, seed=1)
     student = wrap_for_training(chunks, case.optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocab_parallel, "RARE", 0.02)
+        patch.setattr(target_measures, "RARE", 0.02)
         output = schedule.run(
             student,
             schedule.ScheduledTeacher(teacher),
