@@ -45,7 +45,7 @@ NO_CHECKPOINT = "expected a Megatron torch_dist checkpoint"
 CASES: dict[str, tuple[list[str], str]] = {
     "train, a missing file": ([TRAIN, *RUNNABLE, "data.path=nope.jsonl"], "got nope.jsonl, which matches none"),
     "train, missing problems to evaluate": ([TRAIN, *RUNNABLE, "evaluation.path=nope.jsonl"], "got nope.jsonl"),
-    "train, a missing tokenizer": ([TRAIN, *RUNNABLE, "data.tokenizer=./nope"], "got ./nope, which does not exist"),
+    "train, a missing tokenizer": ([TRAIN, *RUNNABLE, "data.tokenizer=./nope"], "got ./nope; correct data.tokenizer"),
     "train, no data": ([TRAIN, "run_dir=here", "data.path="], "data.path is not set"),
     "train, no tokenizer": ([TRAIN, "run_dir=here", "data.path=data.jsonl"], "data.tokenizer is not set"),
     "train, no directory": ([TRAIN, *RUNNABLE[1:]], "run_dir is not set"),
