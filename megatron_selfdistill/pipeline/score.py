@@ -106,10 +106,6 @@ class ScoringModels:
     """As for `schedule.run`."""
     pair_order: str = "alternating"
     """As for `schedule.run`; alternating keeps the teacher's states of one packed sequence, for any number of texts."""
-    guided: token_losses.GuidedTokens | None = None
-    """As for `schedule.run`."""
-    teacher_store_bytes: float = float("inf")
-    """As for `schedule.run`."""
     joins_turns: bool = False
     """As in `Packing`."""
 
@@ -191,10 +187,8 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
         models.grid,
         models.vocab,
         reference=models.reference,
-        guided=models.guided,
         measurement=want.measurement,
         pair_order=models.pair_order,
-        teacher_store_bytes=models.teacher_store_bytes,
         forward_only=True,
     )
     return Reading(batch, output, models.grid)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -18,26 +17,6 @@ PACKAGE = REPOSITORY / "megatron_selfdistill"
 ANNEXES = sorted({place.split(".")[0] for place in DOORS.values()})
 MAY_NAME = {"instruments", "methods"}
 """Annexes of other options, which know what they describe."""
-
-
-def importers_of(annex: str) -> list[str]:
-    """Return the files outside of ``annex`` that import it."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).parts
-        if parts[0] == annex or parts[0] in MAY_NAME:
-            continue
-        names = [
-            *(f"{node.module}." for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)),
-        ]
-        if any(name.startswith(f"megatron_selfdistill.{annex}.") for name in names):
-            found.append(str(path.relative_to(PACKAGE)))
-    return found
-
-
-@pytest.mark.parametrize("annex", ANNEXES)
-def test_no_file_of_the_main_house_imports_an_annex(annex):
-    assert importers_of(annex) == []
 
 
 @pytest.mark.parametrize("option", DOORS)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_selfdistill.annexes import DOORS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_selfdistill"
 
@@ -201,6 +203,10 @@ def mentioned_methods(source: str) -> set[str]:
 
 def test_the_on_policy_source_mentions_no_method_and_no_setting_of_one():
     assert mentioned_methods((REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()) == set()
+
+
+def test_the_core_knows_no_annex_that_has_a_door():
+    assert {place.partition(".")[0] for place in DOORS.values()} <= set(NEVER_BY_CORE)
 
 
 def test_no_modules_import_each_other_in_a_circle():
