@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
@@ -95,7 +95,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
             inner = single_state.get("optimizer", single_state).setdefault("state", {})
             if _is_torch_adam(single) and any(isinstance(key, int) for key in inner):
                 inner["common_step"] = torch.tensor(float(num_steps))
-    with one_owner_per_parameter(_single_optimizers(optimizer)):
+    # Megatron copies state that data-parallel ranks cut (``dp_reshardable``) into the weights under autograd.
+    with torch.no_grad(), one_owner_per_parameter(_single_optimizers(optimizer)):
         optimizer.load_state_dict(complete)
     for single in _single_optimizers(optimizer):
         for state in single.optimizer.state.values():
@@ -148,7 +149,7 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
 RNG_STATE = "rng_state"
 """Megatron-LM's key of random states: one object per (pipeline, tensor) rank.
 
-With expert parallelism there is one object per (pipeline, tensor, data x context) rank.
+Until Megatron-LM 0.17 there is with expert parallelism one object per (pipeline, tensor, data x context) rank.
 """
 OWN_RNG_STATE = "selfdistill_rng_state"
 """The key of the random states of all ranks, which a bit-for-bit resume needs.
@@ -165,7 +166,7 @@ def random_states(grid: RankGrid) -> dict[str, ShardedObject]:
     ``megatron/training/checkpointing.py``.
     """
     own = _random_state(OWN_RNG_STATE, grid)
-    if grid.ep_size > 1:
+    if older_megatron.cuts_random_states_by_data(grid.ep_size):
         return {OWN_RNG_STATE: own, RNG_STATE: _random_state(RNG_STATE, grid)}
     sizes, place = (grid.pp_size, grid.tp_size), (grid.pp_rank, grid.tp_rank)
     theirs = ShardedObject(RNG_STATE, own.data, sizes, place, replica_id=grid.dp_cp_group.rank())

@@ -43,6 +43,14 @@ def stores_common_file() -> bool:
     return version() < (0, 19)
 
 
+def cuts_random_states_by_data(ep_size: int) -> bool:
+    """Return whether Megatron-LM looks for the random states of each data-parallel rank; until 0.17.
+
+    It did with expert parallelism, ``ep_size > 1``.
+    """
+    return ep_size > 1 and version() < (0, 17)
+
+
 def save_options() -> dict[str, Any]:
     """Return the options of ``dist_checkpointing.save`` that choose Megatron's own writer; until 0.17."""
     return {} if version() < (0, 17) else {"async_strategy": "mcore"}

@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from checkpointed_run import Setup
+from held_state import held
 from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats import torch_dist
@@ -161,6 +162,27 @@ def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimi
     )
     expected = layouts.join([rank["parameters"] for rank in ended])
     assert layouts.worst_difference(layouts.join(taken), expected)[0] < 1e-6
+
+
+def state_as_megatron_lm_cuts_it_by_default(run_dir: Path) -> None:
+    """Save the optimizer as Megatron-LM does without flags, and take it over; one of 2 data-parallel ranks."""
+    from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
+
+    torch_dist.CONTENT["distrib_optim_sharding_type"] = "dp_reshardable"
+    setup = Setup(teacher="current")
+    run = checkpointed_run.start(setup, run_dir, steps=2)
+    run.save(2)
+    other = checkpointed_run.start(dataclasses.replace(setup, seed=5), run_dir / "other", steps=1)
+    assert load_weights_and_optimizer(run_dir / "checkpoints", other.chunks, other.optimizer) == 2
+    found, expected = held(other.chunks, other.optimizer), held(run.chunks, run.optimizer)
+    assert set(found["adam_steps"]) == {2}
+    for part in ("weights", "moments"):
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.equal(found[part][name], value) for name, value in expected[part].items()), part
+
+
+def test_optimizer_state_that_data_parallel_ranks_cut_is_taken_over(ranks, tmp_path):
+    ranks.run(state_as_megatron_lm_cuts_it_by_default, tmp_path, world_size=2)
 
 
 def refuse_optimizer(setup: Setup, path: Path, out: Path, message: str) -> None:

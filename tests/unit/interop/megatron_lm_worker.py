@@ -6,7 +6,7 @@
 ``pretrain_gpt.py`` comes from the directory MEGATRON_LM and runs as it is.  So do ``megatron.training`` and
 ``gpt_builders.py``, except that the wheel of Megatron Core brings ``megatron.training`` since 0.19.  The process
 provides only what the machine lacks: CUDA's names (`megatron_selfdistill.compat.cpu`), the repairs of Megatron Core
-without Transformer Engine, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
+without Transformer Engine, its FusedAdam, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
 """
 
 from __future__ import annotations
@@ -68,6 +68,37 @@ def name_layers_as_transformer_engine_does() -> None:
         return spec
 
     gpt_layer_specs.get_gpt_layer_local_spec = named_spec
+
+
+def load_into_torch_adam() -> None:
+    """Let Megatron's distributed optimizer load its state into torch's AdamW, which stands in for FusedAdam.
+
+    Megatron's code fits the state of FusedAdam alone, which has no ``step`` and exists when a checkpoint is described.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Optimizer
+
+    sharded_state_dict, load_state_dict = Optimizer.sharded_state_dict, Optimizer.load_state_dict
+
+    def with_state(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model, is_loading=is_loading, **kwargs)
+
+    @torch.no_grad()
+    def copy_without_step(self: Any, model_param: Any, tensors: Any) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        param = self.optimizer.param_groups[group]["params"][place]
+        for key, value in {"param": param, **self.optimizer.state[param]}.items():
+            if key in tensors and key != "step":
+                value.copy_(tensors[key])
+
+    def with_own_steps(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()  # Megatron gives all parameters one tensor, which each increments
+
+    Optimizer.sharded_state_dict, Optimizer.load_state_dict = with_state, with_own_steps
+    Optimizer._set_main_param_and_optimizer_states = copy_without_step
 
 
 def build() -> tuple[Any, Any, Any]:
@@ -152,6 +183,7 @@ def main() -> None:
     megatron_lm, what, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     expose(megatron_lm)
     name_layers_as_transformer_engine_does()
+    load_into_torch_adam()
     sys.argv = [str(megatron_lm / "pretrain_gpt.py"), *sys.argv[4:]]
     if what in ("logits", "parsed"):
         result = {"logits": logits, "parsed": parsed}[what](torch.load(out))
