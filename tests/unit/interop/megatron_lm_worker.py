@@ -45,6 +45,8 @@ def expose(megatron_lm: Path) -> None:
 def name_layers_as_transformer_engine_does() -> None:
     """Let Megatron-LM's local layer spec use the keys of Transformer Engine's, which no CPU runs."""
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.training import get_args
 
     from megatron_selfdistill.model.local_attention import CoreAttention
 
@@ -62,6 +64,8 @@ def name_layers_as_transformer_engine_does() -> None:
                 "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
             }
             layer.self_attention.submodules.core_attention = CoreAttention  # Megatron's wants values as wide as keys
+            if get_args().q_lora_rank is None:  # 0.19 refuses the norm of its own spec, which has no effect
+                layer.self_attention.submodules.q_layernorm = IdentityOp
         if not hasattr(submodules_of(layer.mlp), "experts"):
             keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         layer.sharded_state_dict_keys_map = keys

@@ -95,7 +95,7 @@ def flags_of(hf: Path) -> list[str]:
 
 # Flags
 
-WITHOUT_FLAGS = ("llama_linear", "moonlight", "minimax", "qwen3_next", "qwen3_5")
+WITHOUT_FLAGS = ("llama_linear", "moonlight", "minimax", "qwen3_next", "qwen3_5", "olmoe")
 WITHOUT_FLAGS += () if older_megatron.has_flags_of_positions() else ("qwen3_yarn", "gpt_oss", "ministral3")
 WITH_FLAGS = [kind for kind in hf_models.CONFIGS if not kind.startswith(WITHOUT_FLAGS)]
 """The kinds of models that flags express."""
