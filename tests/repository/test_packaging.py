@@ -247,19 +247,3 @@ def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_trai
 def test_whatever_decides_results_has_an_upper_bound():
     unbounded = {name for name, wanted in allowed().items() if not any(one.operator == "<" for one in wanted)}
     assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
-
-
-def test_the_environment_installs_what_the_lock_names():
-    """The script cuts the section out of the lock, comments and continued lines included."""
-    [function] = re.findall(r"^tested\(\) {.*}$", (REPOSITORY / "tools" / "venv.sh").read_text(), re.MULTILINE)
-    for environment in ("project", "vllm", "vllm wheel", "docs", "environments"):
-        command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert pinned(printed) == locked(environment) and pinned(printed)
-
-
-def test_the_environment_with_vllm_has_versions_that_an_install_takes():
-    versions = locked("vllm")
-    shared = versions.keys() & allowed().keys()
-    assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
-    assert [name for name in shared if versions[name] not in allowed()[name]] == []
