@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 from tiny_run import assert_resumes_equal, bytes_of, overrides, train
 
-from megatron_selfdistill.config import load
-from megatron_selfdistill.errors import ConfigError
-
 OPTIONS = ["target.anchor=reference", "metrics.teacher_every=3", "metrics.show_samples=0"]
 TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
 RARE = {"target/mass_on_rare_student", "target/mass_on_rare_reference", "target/let_through"}
@@ -54,15 +51,3 @@ def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path)
     first, second = metrics(tmp_path / "run")
     assert first["k/mean"] == pytest.approx(1.75), "no step has solved k yet"
     assert second["k/mean"] != pytest.approx(1.75, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("target.rule=teacher_alone", "set target=teacher_alone"),
-        ("target.match=teacher", "target.match must be one of student, reference, or null, got 'teacher'"),
-    ],
-)
-def test_keys_that_do_not_fit_are_refused(data, tmp_path, key, message):
-    with pytest.raises(ConfigError, match=message):
-        load(overrides(data, tmp_path / "run", *OPTIONS, key))

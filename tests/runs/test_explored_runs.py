@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
+from tiny_run import overrides, train, train_each
 
 from megatron_selfdistill.instruments.explorer.target_page import (
     explored_files,
@@ -33,10 +33,9 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(ranks, data, tmp_path_factory) -> Path:
-    """Return a directory with a run per target, and one that saves nothing for the explorer."""
+    """Return a directory with a run per target."""
     directory = tmp_path_factory.mktemp("explored")
-    each = [arguments(data, directory / name, *options) for name, options in TARGETS.items()]
-    train_each(ranks, [*each, arguments(data, directory / "none", *TARGETS["reference"], "metrics.explore_samples=0")])
+    train_each(ranks, [arguments(data, directory / name, *options) for name, options in TARGETS.items()])
     return directory
 
 
@@ -63,14 +62,6 @@ def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(r
             assert tokens[key] == pytest.approx(sample["tokens"][key], rel=2e-4, abs=2e-6), key
         for key in ("problem_id", "prompt", "solution", "truncated"):
             assert record[key] == sample[key]
-
-
-def test_saving_changes_nothing_of_the_run(runs):
-    def numbers(name: str) -> list[dict[str, float]]:
-        lines = read_metrics(runs / name)
-        return [{key: v for key, v in line.items() if not key.startswith(NOT_REPRODUCIBLE)} for line in lines]
-
-    assert numbers("none") == numbers("reference") and not (runs / "none" / "explored").exists()
 
 
 def test_a_resumed_run_forgets_what_it_repeats(ranks, data, runs, tmp_path):

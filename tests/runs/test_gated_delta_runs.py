@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start_and_listen, train
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
 
 GATED_DELTA = (
     "model.qk_layernorm=true",
@@ -36,10 +36,3 @@ def test_a_run_trains(whole):
 @pytest.mark.full
 def test_a_run_resumes_bit_for_bit(ranks, data, whole):
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
-
-
-def test_context_parallelism_is_refused(ranks, data, tmp_path):
-    refused = arguments(data, tmp_path / "run", "parallel.context_parallel_size=2")
-    found = ranks.run(start_and_listen, refused, world_size=2, init_process_group=False)
-    assert [status for status, _ in found] == [2, 2]
-    assert "Gated delta net does not support context parallel" in "".join(output for _, output in found)

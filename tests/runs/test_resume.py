@@ -10,6 +10,7 @@ import pytest
 from ranks import RankError
 from tiers import combinations
 from tiny_run import (
+    TWO_RANKS,
     assert_equal_runs,
     assert_resumes_equal,
     go_back_to_step,
@@ -77,14 +78,7 @@ def test_a_run_killed_in_the_middle_of(place, ranks, data, finished, tmp_path):
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "nothing of the killed save may stay behind"
 
 
-OTHER_LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "DP2": ["optimizer.overlap_grad_reduce=true"],
-    "CP2": ["parallel.context_parallel_size=2"],
-}
-
-
+OTHER_LAYOUTS = TWO_RANKS | {"DP2": ["optimizer.overlap_grad_reduce=true"]}
 OPTIONS = ["teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"]
 OPTIONS.append("metrics.teacher_every=1")
 

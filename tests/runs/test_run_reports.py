@@ -1,16 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A whole run leaves its events, its held-out responses and its report, and numbers do not depend on the report."""
+"""A whole run leaves its events, its held-out responses and its report, and numbers depend on no page and no sample."""
 
 from __future__ import annotations
 
 import json
 
 from reported_runs import blocks_of
-from tiny_run import overrides, train, train_each
+from tiny_run import overrides, reproducible_metrics, train, train_each
 
-from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics
-
-NOISY = ("seconds/", "tokens_per_second/", "memory/")
+from megatron_selfdistill.run_log import read_evaluation_samples, read_events
 
 
 def evaluated(data):
@@ -26,18 +24,18 @@ def evaluated(data):
     ]
 
 
-def numbers(run_dir):
-    return [{k: v for k, v in line.items() if not k.startswith(NOISY)} for line in read_metrics(run_dir)]
-
-
 def test_a_run_writes_its_report_and_trains_as_without_one(ranks, data, tmp_path):
     with_report, without = tmp_path / "with", tmp_path / "without"
     shared = evaluated(data)
     train_each(
         ranks,
-        [overrides(data, with_report, *shared, "report.every=1"), overrides(data, without, *shared, "report.every=0")],
+        [
+            overrides(data, with_report, *shared, "report.every=1", "metrics.explore_samples=2"),
+            overrides(data, without, *shared, "report.every=0", "metrics.explore_samples=0", "metrics.show_samples=0"),
+        ],
     )
-    assert numbers(with_report) == numbers(without)
+    assert reproducible_metrics(with_report) == reproducible_metrics(without)
+    assert (with_report / "explored").exists() and not (without / "explored").exists()
     assert not (without / "report.html").exists()
     assert [event["event"] for event in read_events(with_report)] == ["started", "saved", "saved", "finished"]
     blocks = blocks_of((with_report / "report.html").read_text())

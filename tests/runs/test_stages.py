@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -241,18 +240,3 @@ def test_the_measured_signals_are_those_of_sampler_and_loss_and_train_nothing(ra
     assert found[-1]["loss"].keys() == set(MEASURED_SIGNALS)
     for name, values in found[-1]["loss"].items():
         assert found[-1]["signals"][name] == pytest.approx(values, abs=1e-5) and len(set(values)) > 1, name
-
-
-def test_the_trainer_fits_on_a_few_screens_and_the_loop_on_one():
-    from megatron_selfdistill.train import loop
-    from megatron_selfdistill.trainer import Trainer
-
-    assert len(inspect.getsource(Trainer).splitlines()) <= 250
-    assert len(inspect.getsource(loop).splitlines()) <= 25
-
-
-def test_trainer_and_loop_ask_no_source_what_kind_it_is():
-    from megatron_selfdistill import train, trainer
-
-    text = inspect.getsource(trainer) + inspect.getsource(train.loop)
-    assert not any(word in text for word in ("config.logged", "config.needs", "isinstance(self.source", "data.kind"))

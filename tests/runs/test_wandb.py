@@ -79,12 +79,6 @@ def test_a_step_that_a_resumed_launch_repeats_is_there_once_per_launch_with_the_
         assert (before["step"], before["loss/mean"]) == (again["step"], again["loss/mean"])
 
 
-def test_every_curve_is_drawn_over_the_steps(run):
-    for launched in wandb_files.launches(run):
-        metrics = [record.metric for record in wandb_files.records(launched) if record.HasField("metric")]
-        assert [(m.name, m.glob_name, m.step_metric) for m in metrics[:2]] == [("step", "", ""), ("", "*", "step")]
-
-
 def test_the_configuration_is_that_of_each_launch_and_no_file_of_wandb_holds_a_secret(run):
     files = [run / "config.until_step_3.yaml", run / "config.yaml"]
     for launched, file in zip(wandb_files.launches(run), files, strict=True):
