@@ -52,6 +52,7 @@ def wheel(sdist, tmp_path_factory):
     return next(directory.glob("*.whl"))
 
 
+@pytest.mark.full
 def test_the_sdist_holds_the_configs_and_the_licence(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -59,6 +60,7 @@ def test_the_sdist_holds_the_configs_and_the_licence(sdist):
     assert {f"configs/{name}" for name in CONFIGS} | {"LICENSE", "setup.py", "pyproject.toml"} <= names
 
 
+@pytest.mark.full
 def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -136,6 +138,7 @@ def test_every_tested_version_is_one_that_an_install_takes(python):
     assert not unpinned, "the environments of the tests have versions that the lock does not name"
 
 
+@pytest.mark.full
 def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
@@ -148,6 +151,7 @@ def metadata(wheel: Path) -> list[Requirement]:
     return [Requirement(line.partition(":")[2]) for line in lines if line.startswith("Requires-Dist:")]
 
 
+@pytest.mark.full
 def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_train(wheel):
     declared = metadata(wheel)
 

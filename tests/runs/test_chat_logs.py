@@ -223,6 +223,7 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
         shutdown()
 
 
+@pytest.mark.full
 def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model_is_built(ranks, logs, mixed, tmp_path):
     arguments = chats(logs, tmp_path / "run", mixed, "data.on_long_context=error")
     messages = ranks.run(refused_before_the_first_step, arguments, world_size=2, init_process_group=False)
@@ -230,6 +231,7 @@ def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model
     assert f"mixed.jsonl:{NUM_GOOD + 1}, message 1: " in messages[0] and "raise data.max_length" in messages[0]
 
 
+@pytest.mark.full
 def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, logs, mixed, tmp_path):
     train(ranks, chats(logs, tmp_path / "run", mixed, "dry_run=true"), 2)
     unusable = NUM_LONG + NUM_BROKEN

@@ -228,6 +228,7 @@ def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_sessi
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
+@pytest.mark.full
 def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_path):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     failing = ["environment.name=sessions.Failing", f"rollout.record={record}", "environment.limits.seconds=2"]

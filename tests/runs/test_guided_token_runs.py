@@ -59,6 +59,7 @@ def test_a_resumed_run_guides_the_same_problems(ranks, arguments, whole):
     assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
 
 
+@pytest.mark.full
 def test_one_k_per_step_is_in_proportion_to_1_plus_w_of_the_guided_tokens(ranks, data, tmp_path):
     """All problems are guided; the first step has k = 1 + w, and the second a k that was solved."""
     train(ranks, overrides(data, tmp_path / "run", *OPTIONS, "target.rule=batch", "num_steps=2"))

@@ -41,6 +41,7 @@ def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, da
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
 
 
+@pytest.mark.full
 def test_a_kept_base_that_is_missing_is_named(ranks, data, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     shutil.rmtree(run / "base")

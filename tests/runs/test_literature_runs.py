@@ -64,7 +64,7 @@ def run_of(ranks, data, start, tmp_path_factory):
     return finished
 
 
-@combinations(recipe=RECIPES, quick={"recipe": ["opsa", "rlcsd"]}, strength=1)
+@combinations(recipe=RECIPES, quick={"recipe": ["rlcsd"]}, strength=1)
 def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
     whole = run_of(recipe)
     for step in reproducible_metrics(whole):

@@ -216,12 +216,13 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
         ["teacher.offload=cpu"],
-        pytest.param(["target.anchor=student"], marks=FULL),
-        pytest.param(["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"], marks=FULL),
+        ["target.anchor=student"],
+        ["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"],
     ],
     ids=str,
 )

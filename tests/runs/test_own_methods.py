@@ -39,6 +39,7 @@ def test_the_test_of_the_page_passes(written, monkeypatch):
     test()
 
 
+@pytest.mark.full
 def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks, data, written):
     options: dict[str, Any] = {"start": start_with_path, "directory": str(written)}
 

@@ -53,6 +53,15 @@ LAYOUTS = {
             "model.moe_router_score_function=sigmoid",
         ],
     ),
+    "gated delta nets": (
+        1,
+        [
+            *("model.qk_layernorm=true", "model.rotary_percent=0.5"),
+            "+model.transformer={experimental_attention_variant: gated_delta_net, linear_attention_freq: [1, 0], "
+            "linear_num_key_heads: 2, linear_num_value_heads: 4, linear_key_head_dim: 8, linear_value_head_dim: 8, "
+            "attention_output_gate: true, layernorm_zero_centered_gamma: true}",
+        ],
+    ),
 }
 
 

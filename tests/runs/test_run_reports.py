@@ -71,6 +71,7 @@ def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(r
             assert record[key] == sample[key]
 
 
+@pytest.mark.full
 def test_a_resumed_run_forgets_what_it_repeats(ranks, data, runs, tmp_path):
     shutil.copytree(runs / "student", tmp_path / "run")
     before = {path.name: path.read_bytes() for path in explored_files(tmp_path / "run")}

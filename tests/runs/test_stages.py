@@ -32,7 +32,7 @@ SOURCES = {
         *("method.min_log_prob=-4", "method.unlikely=down_weight"),
     ],
 }
-SELDOM = ("sft", "rft, on problems alone", "on-policy, mixed with the student, one k per batch")
+QUICK = ("on-policy, one k per batch", "own solutions", "chat logs with weights")
 # What a stage may change, by "object.attribute": everything else must be as it was.
 CHANGES = {
     "next_batch": {"sampler.version"},
@@ -165,7 +165,7 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] if name in SELDOM else []) for name in SOURCES]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in SOURCES]
 )
 def test_no_stage_keeps_anything_for_the_next_one(ranks, data, tmp_path, name):
     [steps] = ranks.run(

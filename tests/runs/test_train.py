@@ -54,6 +54,7 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
     assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
 
 
+@pytest.mark.full
 def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ranks, data, tmp_path):
     """A response is 8 tokens of the teacher's prompt that the student's prompt has not, or 7 of them."""
     recording, replayed = tmp_path / "recording.jsonl", tmp_path / "replayed.jsonl"
