@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A self-contained page in a real Chromium: blocks, text that is no markup, no network, dark and light."""
+"""A self-contained page in a real Chromium: blocks, text that is no markup, and no network."""
 
 from __future__ import annotations
 
@@ -46,28 +46,6 @@ def test_the_policy_stops_code_in_markup_and_the_network(browser, page):
     assert any("Content Security Policy" in problem for problem in tab.problems)
 
 
-def test_a_tab_hears_warnings_errors_and_exceptions_of_its_page(browser, page):
-    tab = browser.open(page(scripts=[SHOW, "console.warn('one'); console.info('none'); console.error('two');"]))
-    assert tab.problems == ["one", "two"]
-    tab.value("void setTimeout(() => { window.late = true; throw new Error('three'); })")
-    tab.wait_for("window.late")
-    assert [problem.removeprefix("Error: ") for problem in tab.problems] == ["one", "two", "three"]
-    with pytest.raises(Exception, match=r"not true within 0\.1 s: 1 > 2"):
-        tab.wait_for("1 > 2", 0.1)
-
-
 def test_an_error_of_the_script_is_shown_on_the_page(browser, page):
     tab = browser.open(page(data={}))
     assert 'data block "value"' in tab.text("#problem")
-
-
-def test_the_switch_changes_the_colours_and_calls_the_listeners(browser, page):
-    tab = browser.open(page(), dark=True)
-    dark = tab.value("getComputedStyle(document.body).backgroundColor")
-    tab.value("void onThemeChange(() => { window.colour = themeColour('--paper'); })")
-    tab.click(".theme-switch")
-    light = tab.value("getComputedStyle(document.body).backgroundColor")
-    assert light == "rgb(255, 255, 255)" != dark
-    assert tab.value("window.colour") == light
-    tab.click(".theme-switch")
-    assert tab.value("window.colour") == dark

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A report in a real Chromium: figures, zoom, smoothing, keys, responses, themes, widths, paper, and its speed."""
+"""A report in a real Chromium: figures, zoom, smoothing, keys, responses, widths, and its speed."""
 
 from __future__ import annotations
 
@@ -58,54 +58,6 @@ def test_a_page_loads_without_errors_and_fits_its_window(browser, two, width, da
     tab.close()
 
 
-CLIPPED = """[...document.querySelectorAll("table, table *, .legend, .legend *, .scroll, .panel")].filter((part) => {
-    const end = part.closest(".panel, main").getBoundingClientRect().right + 0.5;
-    const isClipped = part.scrollWidth > part.clientWidth || part.getBoundingClientRect().right > end;
-    return part.checkVisibility() && part.clientWidth > 0 && isClipped;
-}).map((part) => `${part.tagName}: ${part.textContent}`)"""
-
-
-@pytest.mark.parametrize("count", [1, 3, 6])
-def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
-    names = [f"self-distillation_{number}{'_of_a_model_with_a_long_name' * number}" for number in range(count)]
-    runs = [
-        write_run(tmp_path / name, 1000 if number == 0 else 10, changes={(7, "loss/mean"): -1.23e-10 * number})
-        for number, name in enumerate(names)
-    ]
-    tab = browser.open(write_report(runs))
-    tab.value("void document.querySelectorAll('details').forEach((part) => { part.open = true; })")
-    tab.wait_for("document.querySelector('#pairs .pair') && document.querySelector('#samples .token')")
-    for width in (420, 700, 1280, 1920):
-        tab.resize(width)
-        tab.value("void figures.forEach((figure) => figure.point(990))")
-        assert tab.value(CLIPPED) == [], width
-        tab.value("void figures.forEach((figure) => figure.leave())")
-        assert tab.value(CLIPPED) == [], width
-    tab.close()
-
-
-def test_a_short_table_beside_a_long_one_keeps_the_height_of_its_rows(browser, two):
-    tab = browser.open(two)
-    first = "document.querySelector('.compared tbody')"
-    tab.value(f"void {first}.replaceChildren({first}.firstElementChild)")
-    heights = "[...document.querySelectorAll('.compared tbody tr')].map((row) => row.offsetHeight)"
-    assert max(tab.value(heights)) < 2 * min(tab.value(heights))
-    tab.close()
-
-
-def test_every_figure_names_its_axis_of_steps(browser, one):
-    tab = browser.open(one)
-    tab.value("void figures.forEach((figure) => figure.draw())")
-    assert tab.value("figures.map((figure) => figure.plot.axes[0].label)") == ["step"] * tab.value("figures.length")
-    tab.close()
-
-
-def test_several_runs_begin_with_their_differences_also_in_the_menu(browser, one, two):
-    first = "[...document.querySelectorAll('#sections a')].slice(0, 2).map((link) => link.textContent)"
-    assert browser.open(one).value(first) == ["What ran", "Results"]
-    assert browser.open(two).value(first) == ["Differences between the runs", "What ran"]
-
-
 def test_the_first_screen_says_whether_each_run_learns_and_is_healthy(browser, one, two):
     labels = "[...document.querySelectorAll('#summaries dt')].map((term) => [term.textContent, term.className])"
     tab = browser.open(two)
@@ -115,47 +67,6 @@ def test_the_first_screen_says_whether_each_run_learns_and_is_healthy(browser, o
     tab = browser.open(one)
     assert tab.value(labels) == three and tab.text("#summaries dd") == "accuracy (greedy) 0.300 → 0.900, steps 0 to 30"
     assert tab.value("byId('summaries').getBoundingClientRect().bottom < byId('top').getBoundingClientRect().top")
-
-
-def test_only_the_sentence_that_holds_is_coloured(browser, one):
-    held = "[...new Set([...document.querySelectorAll('figcaption .holds')].map((line) => line.className))]"
-    assert browser.open(one).value(held) == ["healthy holds"]
-
-
-def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
-    """Count the pixels of the canvas that have the colour of the line, in both themes."""
-    tab = browser.open(one)
-    count = f"""(async () => {{
-        const figure = {LOSS}; figure.draw();
-        await new Promise(requestAnimationFrame);  // uPlot draws after the present task
-        const canvas = figure.holder.querySelector("canvas");
-        const [r, g, b] = themeColour("--series-1").match(/\\d+/g).map(Number);
-        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-        let found = 0;
-        for (let i = 0; i < data.length; i += 4)
-          if (data[i] === r && data[i + 1] === g && data[i + 2] === b && data[i + 3] === 255) found++;
-        return found;
-    }})()"""
-    assert tab.value(count) > 100
-    tab.click(".theme-switch")
-    tab.click(".theme-switch")
-    assert tab.value("document.documentElement.dataset.theme") == "dark" and tab.value(count) > 100
-    tab.close()
-
-
-def test_hovering_shows_the_values_of_the_step_under_the_mouse(browser, one, runs):
-    tab = browser.open(one)
-    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
-    tab.hover("#loss .u-over")
-    at = "document.querySelector('#loss .legend li').textContent"
-    tab.wait_for(f"{at} !== 'last values'")
-    step = int(tab.value(at).removeprefix("step "))
-    assert abs(step - 15) <= 1
-    assert float(tab.text("#loss .value")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=5e-3)
-    tab.hover("h1")
-    tab.wait_for(f"{at} === 'last values'")
-    assert float(tab.text("#loss .value")) == pytest.approx(logged(runs[0], "loss/mean")[30], rel=5e-3)
-    tab.close()
 
 
 def test_dragging_zooms_every_figure_and_the_button_shows_all_steps_again(browser, one):
@@ -214,18 +125,6 @@ def test_a_constant_curve_whose_means_differ_by_rounding_has_an_axis(browser, on
     means = tab.value(f"{rate}.drawn()[1].values")
     low, high = tab.value(f"{rate}.range({min(means)!r}, {max(means)!r})")
     assert min(means) < max(means) and low < 1e-5 < high and high - low > 1e-7
-    tab.close()
-
-
-def test_the_legend_hides_a_curve_and_names_the_runs(browser, two):
-    tab = browser.open(two)
-    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
-    assert tab.text("#loss .legend li:nth-child(2) button") == "first"
-    assert tab.text("#loss .legend li:nth-child(3) button") == "second"
-    assert tab.value(f"{LOSS}.plot.series.length") == 3
-    tab.click("#loss .legend li:nth-child(3) button")
-    assert tab.value(f"{LOSS}.plot.series.length") == 2
-    assert tab.text("#differences tbody th") == "checkpoint.load"
     tab.close()
 
 
@@ -304,38 +203,6 @@ def test_the_turns_of_an_episode_are_one_conversation_with_reward_and_hint_besid
     assert tab.value("document.documentElement.scrollWidth") <= 420 and not tab.value(beside)
     assert tab.value("document.images.length") == 0 and tab.value("document.title") == "run · report"
     assert tab.problems == []
-    tab.close()
-
-
-def test_guards_resumptions_events_and_the_time_of_a_step_are_there(browser, one):
-    tab = browser.open(one)
-    guard = "figures.find((figure) => figure.data.guarded === 'entropy/student')"
-    assert tab.value(f"{guard}.limits.map(([name]) => name)") == [
-        "guards.entropy.min_ratio",
-        "guards.entropy.max_ratio",
-    ]
-    assert "stopped\tSIGTERM" in tab.text("#events") and "resumed" in tab.text("#events")
-    assert "sampling: 1.2 s, 60.0 %" in tab.text("#shares")
-    low, high = tab.value(f"{guard}.range(0.5, 0.8)")
-    assert low < 0.1 and high > 2
-    tab.close()
-
-
-def test_on_paper_every_figure_is_drawn_on_white_with_its_names(browser, one, tmp_path):
-    tab = browser.open(one, dark=True)
-    tab.page.emulate_media(media="print")
-    assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    tab.page.emulate_media(media="screen")
-    assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
-    tab.value("void dispatchEvent(new Event('beforeprint'))")
-    assert tab.value("themeColour('--paper')") == "rgb(255, 255, 255)", "figures are drawn before the medium changes"
-    tab.page.emulate_media(media="print")
-    assert tab.value("figures.every((figure) => figure.plot !== null)")
-    assert tab.value("getComputedStyle(document.querySelector('.legend button')).display") != "none"
-    assert tab.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
-    tab.page.emulate_media(media="screen")
-    tab.value("void dispatchEvent(new Event('afterprint'))")
-    assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
     tab.close()
 
 

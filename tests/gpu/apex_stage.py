@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.gpu import cases
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
+from tests.gpu.results import Figure, Outcome, held
 
 MODULE = "fused_weight_gradient_mlp_cuda"
 SOURCES = (

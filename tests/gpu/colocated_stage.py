@@ -19,8 +19,7 @@ from pathlib import Path
 import tiny_run
 import torch
 
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
+from tests.gpu.results import Figure, Outcome, all_held
 
 ON_GPU = torch.cuda.is_available()
 CHECKS = {"megatron": "colocated engine: the trainer's own sampler", "vllm": "colocated engine: vLLM"}
@@ -38,8 +37,7 @@ LARGEST_DIFFERENCE = 0.1 if ON_GPU else 1e-3
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="selfdistill_colocated_", ignore_cleanup_errors=True) as path:
         tiny_run.write_data(Path(path))
-        sound = [held(name, partial(trained, Path(path), engine)) for engine, name in CHECKS.items()]
-    return 0 if all(sound) else 1
+        return all_held({name: partial(trained, Path(path), engine) for engine, name in CHECKS.items()})
 
 
 def trained(directory: Path, engine: str) -> Outcome:

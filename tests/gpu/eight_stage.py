@@ -13,16 +13,15 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import tiny_run
 
 from tests.gpu.colocated_stage import agreement
-from tests.gpu.launch import launched
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
-from tests.gpu.runner import REPOSITORY
+from tests.gpu.results import Figure, Outcome, all_held
+from tests.gpu.runner import REPOSITORY, launched
 
 NUM_STEPS = 3
 HANG_MINUTES = 0.25
@@ -38,13 +37,12 @@ def main(what: str, python: str | None) -> int:
     with tempfile.TemporaryDirectory(prefix="selfdistill_eight_", ignore_cleanup_errors=True) as path:
         directory = Path(path)
         tiny_run.write_data(directory)
-        checks = {
+        checks: dict[str, dict[str, Callable[[], Outcome]]] = {
             "hang": {"a rank that stops": partial(hang, directory)},
             "colocated": {f"vLLM colocated, engines of {tp}": partial(colocated, directory, tp) for tp in (1, 2)},
             "servers": {f"vLLM servers over {way}": partial(servers, directory, way, python) for way in WAYS},
-        }[what]
-        sound = [held(name, check) for name, check in checks.items()]
-    return 0 if all(sound) else 1
+        }
+        return all_held(checks[what])
 
 
 def hang(directory: Path) -> Outcome:

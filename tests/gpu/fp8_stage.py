@@ -14,15 +14,14 @@ from pathlib import Path
 
 import tiny_run
 
-from tests.gpu.launch import launched
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
+from tests.gpu.results import Figure, Outcome, all_held
+from tests.gpu.runner import launched
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="selfdistill_fp8_", ignore_cleanup_errors=True) as directory:
         tiny_run.write_data(Path(directory))
-        return 0 if held("fp8 through Transformer Engine", partial(fp8, Path(directory))) else 1
+        return all_held({"fp8 through Transformer Engine": partial(fp8, Path(directory))})
 
 
 def fp8(directory: Path) -> Outcome:

@@ -17,8 +17,7 @@ from fused_layer import DIVERGENCES, TARGETS, VOCAB_SIZE, WIDTH, Example, relati
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target
-from tests.gpu.outcome import Outcome, largest
-from tests.gpu.results import held
+from tests.gpu.results import Outcome, all_held, largest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32_ERROR = 2 * WIDTH * 2.0**-24 * WIDTH * 2 / math.pi
@@ -30,8 +29,7 @@ NUM_TOKENS_BF16, CHUNK_BF16 = 200, 64
 
 
 def main() -> int:
-    sound = [held(f"fused {mode} against float64", partial(compared, mode)) for mode in FUSED_MODES]
-    return 0 if all(sound) else 1
+    return all_held({f"fused {mode} against float64": partial(compared, mode) for mode in FUSED_MODES})
 
 
 def compared(mode: str) -> Outcome:

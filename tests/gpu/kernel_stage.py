@@ -20,8 +20,7 @@ from pathlib import Path
 
 import hidden_gpus
 
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
+from tests.gpu.results import Figure, Outcome, held
 from tests.gpu.runner import REPOSITORY
 
 LOSS = REPOSITORY / "tests" / "unit" / "loss"

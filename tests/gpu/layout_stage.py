@@ -23,8 +23,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.installation import is_installed
 from tests.gpu import cases
 from tests.gpu.layout_rank import file_name
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held, report, seconds_left
+from tests.gpu.results import Figure, Outcome, held, report, seconds_left
 
 # Another device sums float32 values in another order, and the last bits of its exponentials differ.
 ON_GPU = os.environ.get("CUDA_VISIBLE_DEVICES") != ""

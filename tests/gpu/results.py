@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A stage reports one line of JSON per figure, in the file that SELFDISTILL_GPU_RESULTS names, and a table row.
+"""The outcomes of checks, which a stage prints, and appends to the file that SELFDISTILL_GPU_RESULTS names as JSON.
 
 SELFDISTILL_GPU_DEADLINE is the time at which the stage is killed, in seconds of ``time.time``.
 """
@@ -7,21 +7,65 @@ SELFDISTILL_GPU_DEADLINE is the time at which the stage is killed, in seconds of
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from tests.gpu.outcome import Outcome, lines
 
 VARIABLE = "SELFDISTILL_GPU_RESULTS"
 DEADLINE = "SELFDISTILL_GPU_DEADLINE"
 TO_REPORT_S = 5.0
 """Seconds that a stage keeps for the report of what it has not finished."""
 OK, FAILED, SKIPPED = "ok", "FAILURE", "skipped"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number that a check has measured, with the bound that it must keep."""
+
+    name: str
+    value: float | None
+    """The measured number; None if nothing was measured."""
+    bound: float
+    at_least: bool = False
+    """Whether the bound is a lower bound: without so large a difference the check could not have failed."""
+    where: str = ""
+    """The case with the worst number."""
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the number keeps its bound; NaN and a number that was not measured do not."""
+        if self.value is None:
+            return False
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one check."""
+
+    figures: tuple[Figure, ...] = ()
+    not_done: str = ""
+    """The reason why the check cannot run here; empty where it ran."""
+    error: str = ""
+    """The error that broke the check off; empty for none."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check has not failed; a check that cannot run here has not failed."""
+        if self.error:
+            return False
+        return bool(self.not_done) or (bool(self.figures) and all(figure.passed for figure in self.figures))
+
+
+def largest(name: str, values: dict[str, float], bound: float) -> Figure:
+    """Return the largest value with the name of its case; NaN counts as the largest."""
+    where = max(values, key=lambda case: math.inf if math.isnan(values[case]) else values[case])
+    return Figure(name, values[where], bound, where=where)
 
 
 @dataclass(frozen=True)
@@ -61,10 +105,11 @@ def results_of(check: str, outcome: Outcome) -> list[Result]:
 
 
 def report(check: str, outcome: Outcome) -> bool:
-    """Print the check's rows and append them to the file of results; return whether the check has not failed."""
-    for line in lines(replace(outcome, name=check)):
-        print(line, flush=True)
+    """Print the check's figures and append them to the file of results; return whether the check has not failed."""
     found = results_of(check, outcome)
+    for one in found:
+        value = "" if one.value is None else f"{one.value:.1e} {one.bound}"
+        print(f"{check}: {' '.join(filter(None, (one.figure, value, one.verdict, one.note)))}", flush=True)
     if path := os.environ.get(VARIABLE):
         with Path(path).open("a") as file:
             file.writelines(json.dumps(asdict(result)) + "\n" for result in found)
@@ -79,6 +124,12 @@ def held(check: str, work: Callable[[], Outcome]) -> bool:
         traceback.print_exc(file=sys.stdout)
         outcome = Outcome(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return report(check, outcome)
+
+
+def all_held(checks: Mapping[str, Callable[[], Outcome]]) -> int:
+    """Run all checks, also after a failure; return the exit status of their stage, which is 1 if a check has failed."""
+    sound = [held(name, check) for name, check in checks.items()]
+    return 0 if all(sound) else 1
 
 
 def seconds_left(without_deadline: float = 100.0) -> float:

@@ -24,11 +24,9 @@ from taught import write_records_of_teachers  # noqa: E402
 
 from tests.gpu.determinism import deterministic, set_environment  # noqa: E402
 from tests.gpu.leaving import leave  # noqa: E402
-from tests.gpu.outcome import Figure, Outcome, largest  # noqa: E402
-from tests.gpu.results import held  # noqa: E402
+from tests.gpu.results import Figure, Outcome, all_held, largest  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def main() -> int:
@@ -44,8 +42,7 @@ def main() -> int:
             "guided sampling in process": guided_sampling,
             "memory against the plan": partial(planned_memory, directory),
         }
-        sound = [held(name, check) for name, check in checks.items()]
-    return 0 if all(sound) else 1
+        return all_held(checks)
 
 
 def run(arguments: list[str]) -> None:
@@ -121,33 +118,21 @@ def background_saves(directory: Path) -> Outcome:
 
 def guided_sampling() -> Outcome:
     """Compare greedy guided tokens with the argmax of the mixed logits of two whole forward passes."""
+    import decoding
     import models
     import torch.distributed as dist
-
-    from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
-        sampler = MegatronSampler(chunks, grid, models.VOCAB_SIZE, 64)
-        generator = torch.Generator().manual_seed(3)
-        requests = []
-        for number, (student, teacher) in enumerate(((2, 31), (9, 12), (5, 1), (12, 12), (7, 40))):
-            prompts = [torch.randint(models.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (student, teacher)]
-            requests.append(Request(prompts[0], sample_seed(0, 0, str(number), 0), teacher_prompt=prompts[1]))
+        sampler, requests = decoding.sampler_of(chunks, grid), decoding.make_pairs()
         sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
-        for request, response in zip(
-            requests, sampler.generate(requests, SamplingParams(14, temperature=0)), strict=True
-        ):
-            student, teacher = (
-                logits(model, [*p, *response.token_ids], len(p)) for p in (request.prompt, request.teacher_prompt)
-            )
-            ids = torch.tensor(response.token_ids)[:, None]
-            mix = 0.75 * teacher + student
+        for request, response in zip(requests, sampler.generate(requests, decoding.GREEDY_PAIRS), strict=True):
+            student, teacher = decoding.both_logits(partial(decoding.logits_of, model), request, response.token_ids)
+            mix, ids = 0.75 * teacher + student, torch.tensor(response.token_ids)[:, None]
             below = max(below, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))
             stated = torch.tensor(response.log_probs, dtype=torch.float64)
             difference = max(difference, float((student.log_softmax(-1).gather(1, ids)[:, 0] - stated).abs().max()))
@@ -161,16 +146,6 @@ def guided_sampling() -> Outcome:
             Figure("tokens", float(count), 50, at_least=True),
         )
     )
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, tokens: list[int], prompt_length: int) -> torch.Tensor:
-    """Return the response's logits [response tokens, valid vocabulary], float64 on the CPU, made without a cache."""
-    import models
-
-    ids = torch.tensor([tokens], device=DEVICE)
-    found = model(ids, torch.arange(len(tokens), device=DEVICE)[None], None)
-    return found[0, prompt_length - 1 : -1, : models.VOCAB_SIZE].double().cpu()
 
 
 PLANNED = (

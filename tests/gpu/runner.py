@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -121,6 +122,24 @@ def import_paths(*others: Path) -> str:
     """Return PYTHONPATH with the repository, the modules of its tests and ``others`` before the caller's paths."""
     paths = [REPOSITORY / "tests" / "support", REPOSITORY, *others, os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(filter(None, map(str, paths)))
+
+
+def launched(
+    script: list[str], num_ranks: int, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run torchrun on this node; keep its output, and print it where it ends with another status than 0."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": import_paths(REPOSITORY / "examples")} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        print(done.stdout[-6000:], flush=True)
+    return done
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -12,8 +12,7 @@ import subprocess
 import sys
 
 from megatron_selfdistill.instruments.selftest.node_test import PROOFS, selftest
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import report, seconds_left
+from tests.gpu.results import Figure, Outcome, report, seconds_left
 from tests.gpu.runner import REPOSITORY
 
 

@@ -21,8 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
-from tests.gpu.outcome import Figure, Outcome
-from tests.gpu.results import held
+from tests.gpu.results import Figure, Outcome, all_held
 from tests.support import flash_attention
 
 GPT_OSS = 64, 8, 64
@@ -36,10 +35,8 @@ SINK_BOUND = 0.05
 
 
 def main() -> int:
-    sound = [
-        held(f"attention sinks: {name}", partial(compared, left)) for name, left in (("full", None), ("window", LEFT))
-    ]
-    return 0 if all(sound) else 1
+    windows = {"full": None, "window": LEFT}
+    return all_held({f"attention sinks: {name}": partial(compared, left) for name, left in windows.items()})
 
 
 def compared(left: int | None) -> Outcome:
@@ -91,20 +88,10 @@ def by_flash_attention(inputs: list[Tensor], sinks: Tensor, lengths: list[int], 
 
 
 def exact(inputs: list[Tensor], sinks: Tensor, lengths: list[int], left: int | None) -> list[Tensor]:
-    """Return what `by_flash_attention` returns, in float64: the sink is a further column of the scores."""
+    """Return what `by_flash_attention` returns, by the definition in float64."""
     *leaves, dy = (x.double().requires_grad_() for x in inputs)
     offset = sinks.double().requires_grad_()
-    parts = []
-    for q, k, v in zip(*(x.split(lengths) for x in leaves), strict=True):
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        scores = torch.einsum("ind,jnd->nij", q, k) / q.size(-1) ** 0.5
-        places = torch.arange(q.size(0), device=q.device)
-        distance = places[:, None] - places
-        hidden = (distance < 0) if left is None else (distance < 0) | (distance > left)
-        column = offset[:, None, None].expand(-1, q.size(0), 1)
-        weights = torch.cat([scores.masked_fill(hidden, -torch.inf), column], dim=-1).softmax(-1)[..., :-1]
-        parts.append(torch.einsum("nij,jnd->ind", weights, v).flatten(1))
-    out = torch.cat(parts)
+    out = flash_attention.softmax_with_sinks(*leaves, offset, lengths, left)
     out.backward(dy)
     return [out.detach(), *(leaf.grad for leaf in leaves), offset.grad]
 

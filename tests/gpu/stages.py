@@ -47,7 +47,7 @@ def chosen(options: argparse.Namespace) -> list[Stage]:
 def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     """Return the stages of one device, those first whose answers matter most.
 
-    On a GPU the first five take five minutes at most, and all of them less than ten; a CPU that others want too gets
+    On a GPU the first four take four minutes at most, and all of them less than ten; a CPU that others want too gets
     more.  The last ones need most of their time only with software that few environments have.
     """
     slower = 1 if on_gpu else CPU_PATIENCE
@@ -65,22 +65,19 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
 
     claims = () if on_gpu else CPU_CLAIMS
     fused = [f"fused {mode} against float64" for mode in FUSED_MODES]
-    speeds = ["copy and product", "speed of the loss", "torch.compile"]
     self_test = [f"self-test: {name}" for name in SELF_TEST]
-    ipc = ["CUDA IPC between two processes", "weights over CUDA IPC"]
     kernel = ["apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)]
     return [
         stage("kernels", "kernel_stage", "claims", *claims, limit_s=80, checks=["kernels of the loss"]),
         stage("fused-layer", "fused_stage", limit_s=20, checks=fused),
         steps("step", "step", limit_s=45),
         stage("colocated", "colocated_stage", limit_s=70, checks=list(COLOCATED)),
-        stage("speed", "speed_stage", limit_s=30, checks=speeds),
         stage("self-test", "selftest_stage", limit_s=115, checks=self_test),
         steps("model", "one", limit_s=45),
         stage("runs", "run_stage", limit_s=55, checks=list(RUNS)),
         steps("ranks", "several", limit_s=60),
         stage("sinks", "sinks_stage", limit_s=10, checks=["attention sinks: full", "attention sinks: window"]),
-        stage("ipc", "ipc_stage", limit_s=20, checks=ipc),
+        stage("ipc", "ipc_stage", limit_s=20, checks=["weights over CUDA IPC"]),
         stage("sanitizer", "kernel_stage", "sanitizer", limit_s=15, checks=["kernels under compute-sanitizer"]),
         stage("apex", "apex_stage", *apex, limit_s=45, checks=kernel),
         stage("fp8", "fp8_stage", limit_s=50, checks=["fp8 through Transformer Engine"]),
@@ -90,38 +87,18 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
 def _eight(options: argparse.Namespace) -> list[Stage]:
     """Return what eight GPUs add: at most fifteen minutes more."""
     python = [options.vllm_python] if options.vllm_python else []
+    layouts = [f"eight: {name}" for name in cases.EIGHT_GPUS]
+    self_test = [f"self-test of 8 ranks: {name}" for name in SELF_TEST]
+    colocated = [f"vLLM colocated, engines of {tp}" for tp in (1, 2)]
+    servers = [f"vLLM servers over {way}" for way in ("nccl", "gloo", "ipc")]
 
     def stage(name: str, module: str, *arguments: str, limit_s: float, checks: list[str]) -> Stage:
         return Stage(name, [sys.executable, "-m", f"tests.gpu.{module}", *arguments], limit_s, checks)
 
     return [
-        stage(
-            "nccl",
-            "layout_stage",
-            *("eight", "nccl"),
-            limit_s=80,
-            checks=[f"eight: {name}" for name in cases.EIGHT_GPUS],
-        ),
-        stage(
-            "self-test of 8",
-            "selftest_stage",
-            *("--ranks", "8"),
-            limit_s=60,
-            checks=[f"self-test of 8 ranks: {name}" for name in SELF_TEST],
-        ),
+        stage("nccl", "layout_stage", "eight", "nccl", limit_s=80, checks=layouts),
+        stage("self-test of 8", "selftest_stage", "--ranks", "8", limit_s=60, checks=self_test),
         stage("hang", "eight_stage", "hang", limit_s=110, checks=["a rank that stops"]),
-        stage(
-            "colocated of 8",
-            "eight_stage",
-            "colocated",
-            limit_s=240,
-            checks=[f"vLLM colocated, engines of {tp}" for tp in (1, 2)],
-        ),
-        stage(
-            "servers",
-            "eight_stage",
-            *("servers", *python),
-            limit_s=350,
-            checks=[f"vLLM servers over {way}" for way in ("nccl", "gloo", "ipc")],
-        ),
+        stage("colocated of 8", "eight_stage", "colocated", limit_s=240, checks=colocated),
+        stage("servers", "eight_stage", "servers", *python, limit_s=350, checks=servers),
     ]

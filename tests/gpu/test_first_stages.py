@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The first stages of ``make test-gpu`` can fail: a wrong gradient, a stale engine and a slow loss are failures."""
+"""The first stages of ``make test-gpu`` can fail: a wrong gradient and a stale engine are failures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import fused_layer
 import pytest
 
-from tests.gpu import colocated_stage, fused_stage, speed_stage
+from tests.gpu import colocated_stage, fused_stage
 
 
-@pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
-@pytest.mark.parametrize(("changed", "failed"), [(None, []), (1, ["dgrad"]), (2, ["wgrad"])])
+@pytest.mark.parametrize("mode", ["keep_gradient", pytest.param("low_memory", marks=pytest.mark.full)])
+@pytest.mark.parametrize(("changed", "failed"), [(1, ["dgrad"]), pytest.param(None, [], marks=pytest.mark.full)])
 def test_a_gradient_of_the_fused_layer_that_is_off_by_a_hundredth_fails(monkeypatch, mode, changed, failed):
     exact = fused_layer.fused
 
@@ -42,12 +42,3 @@ def test_an_engine_without_the_new_weights_or_a_run_that_stops_early_fails(tmp_p
     assert not agreement(0.01, 0.02, 0.4)
     assert not agreement(0.01, 0.02)
     assert not agreement()
-
-
-def test_a_loss_that_is_slower_than_a_small_multiple_of_its_reads_fails(monkeypatch):
-    monkeypatch.setattr(speed_stage, "LOSS_SHAPE", (2, 64))
-    monkeypatch.setattr(speed_stage, "MOST_OF_FLOOR", 8.0)
-    monkeypatch.setattr(speed_stage, "copied_per_second", lambda: 7 * 2 * 64 * 2 / 1.0)
-    for seconds, passes in ((7.9, True), (8.1, False)):
-        monkeypatch.setattr(speed_stage, "seconds", lambda work, seconds=seconds: work() or seconds)
-        assert speed_stage.speed_of_loss().passed is passes

@@ -36,27 +36,6 @@ def test_ranks_that_died_are_an_error_of_their_case(tmp_path):
     assert not outcome.passed and outcome.error == "failed: out of memory"
 
 
-def test_after_a_case_that_fails_the_ranks_start_anew_with_the_next_ones(tmp_path, monkeypatch):
-    started: list[list[str]] = []
-
-    def start(group: str, backend: str, size: int, directory: Path, names: list[str]) -> list[str]:
-        started.append(list(names))
-        (directory / "log staged 1 0").write_text("Traceback\nValueError: this one is wrong\n")
-        for name in names:
-            if name == "second":
-                break
-            write(directory, name, GRADIENT)
-        return names
-
-    monkeypatch.setattr(layout_stage, "start", start)
-    monkeypatch.setattr(
-        layout_stage, "wait", lambda processes, deadline: ("failed" if "second" in processes else "", 0)
-    )
-    failures = layout_stage.run_all("one", "staged", 1, tmp_path, ["first", "second", "third"], float("inf"))
-    assert started == [["first", "second", "third"], ["third"]]
-    assert failures == {"second": "failed: ValueError: this one is wrong"}
-
-
 def test_every_case_is_compared_with_one_uncut_rank_in_float32():
     for group in cases.GROUPS.values():
         for one in group.values():

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from _lib.checker import Checker, first_wrong_column
-from _lib.environment_server import server_of
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.environments.environment import HttpEnvironment
 
 PROBLEM = Problem("500-408", ({"role": "user", "content": "500-408:"},), "", "092", "file:1")
 RIGHT = "08=2b,00=9b,54=0.;092"
@@ -41,17 +37,3 @@ def test_an_episode_ends_with_a_right_answer_or_with_the_second_response():
     second = Checker().reply(PROBLEM, ["", "X1", "08=2b"])
     assert second.done and second.text == "X2" and second.reward == 0.0
     assert Checker().reply(PROBLEM, ["", "X1", RIGHT]).reward == 1.0
-
-
-def test_the_server_of_the_example_gives_the_replies_of_the_class():
-    server = server_of(Checker(), port=0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        environment = HttpEnvironment(f"http://127.0.0.1:{server.server_port}/v1")
-        for said in ([RIGHT], ["08=2b"], ["08=2b", "X2", ""], ["08=2b", "X2", RIGHT]):
-            assert environment.reply(PROBLEM, said) == Checker().reply(PROBLEM, said)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

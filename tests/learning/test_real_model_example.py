@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import hf_models
 import pytest
-import torch
 import yaml
 
 from _lib import pretraining, real_model, retention
@@ -31,26 +31,11 @@ SETTINGS = ["rollout.max_new_tokens=6", "data.global_batch_size=2", "evaluation.
 
 
 def write_stand_in(directory: Path) -> None:
-    """Write a random Llama of 0.1 million parameters with one token per character as a Hugging Face directory."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
+    """Write a random Llama with one token per character as a Hugging Face directory."""
     alphabet = string.ascii_letters + string.digits + " \n.,?!:;'-" + "$_"  # the last two: the end, the padding
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=len(alphabet) - 2,
-        pad_token_id=len(alphabet) - 1,
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(directory)
+    size, changes = len(alphabet), {"tie_word_embeddings": True, "max_position_embeddings": 4096}
+    ids = {"bos_token_id": None, "eos_token_id": size - 2, "pad_token_id": size - 1}
+    hf_models.write("llama2", directory, vocab_size=size, **changes, **ids)
     pretraining.write_tokenizer(directory, alphabet)
 
 

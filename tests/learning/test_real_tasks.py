@@ -12,7 +12,6 @@ import torch
 
 from _lib import retention
 from _lib.real_tasks import SPLITS, TASKS
-from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import load_verifier
 
@@ -58,14 +57,6 @@ def test_splits_share_no_noun_no_word_and_no_pair_of_numbers():
 
 
 @EVERY_TASK
-def test_the_settings_of_a_task_are_settings_of_a_run(task):
-    config = configuration.load([*task.overrides, "run_dir=runs/none"])
-    assert config.rollout.max_new_tokens == task.max_new_tokens
-    assert config.data.teacher_template == task.teacher_template
-    assert config.evaluation.verifier == task.verifier
-
-
-@EVERY_TASK
 def test_the_solution_alone_is_right_where_it_states_an_answer(task):
     if task.name == "one_sentence":  # whose solution is an instruction
         return
@@ -74,68 +65,47 @@ def test_the_solution_alone_is_right_where_it_states_an_answer(task):
         assert not verdict(task.name, record["problem"], record["answer"]), "the problem is no answer to itself"
 
 
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "A volcano is a mountain that throws out molten rock.",
-        "  A volcano is hot inside!\n",
-        'It is what people call a "mountain of fire."',
-        "The U.S. dollar is worth 1.5 times as much, e.g. in Dr. Brown's shop.",
-        " ".join(["word"] * 26 + ["of", "the", "last", "sentence."]),
-    ],
-)
-def test_one_short_sentence_is_right(sentence):
-    assert verdict("one_sentence", sentence)
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "nothing"),
-        (".", "no word"),
-        ("A mountain.", "two words"),
-        ("Hot hot hot hot hot.", "one word, five times"),
-        ("A volcano is a mountain that throws out molten rock", "no end"),
-        ("A volcano is hot. It can erupt.", "two sentences"),
-        ("What is that? It is a mountain of fire.", "two sentences"),
-        ("A volcano is one of these:\n- a mountain\n- an opening.", "a list"),
-        ("Bananas have vitamin C. It is good for you.", "the single letter is no abbreviation"),
-        (" ".join(["word"] * 27 + ["of", "the", "last", "sentence."]), "31 words"),
-    ],
-)
-def test_other_texts_are_not_one_short_sentence(text, why):
-    assert not verdict("one_sentence", text), why
-
-
-def test_a_name_is_found_as_whole_words():
-    assert verdict("facts", "The mayor is\nOrla  Vinter, of course.", "Orla Vinter")
-    for wrong in ("", "Orla", "Orla Vinterson", "Vinter Orla"):
-        assert not verdict("facts", wrong, "Orla Vinter"), wrong
-
-
-def test_the_last_mentions_of_the_words_count():
-    answer = "apple, fig, pear"
-    for right in (answer, "1. Apple\n2. Fig\n3. Pear", "pear, apple, fig become: apple, fig, pear."):
-        assert verdict("sort_words", right, answer), right
-    for wrong in (
+VERDICTS = {
+    "one_sentence": (
         "",
-        "apple, fig",
-        "fig, apple, pear",
-        "apple, fig, pear. Or: pear, fig, apple",
-        "apples, figs, pears",
-    ):
-        assert not verdict("sort_words", wrong, answer), wrong
+        [
+            "A volcano is a mountain that throws out molten rock.",
+            'It is what people call a "mountain of fire."',
+            "The U.S. dollar is worth 1.5 times as much, e.g. in Dr. Brown's shop.",
+            " ".join(["word"] * 26 + ["of", "the", "last", "sentence."]),
+        ],
+        [
+            *("", ".", "A mountain.", "Hot hot hot hot hot.", "A volcano is a mountain that throws out molten rock"),
+            *("A volcano is hot. It can erupt.", "What is that? It is a mountain of fire."),
+            *("A volcano is one of these:\n- a mountain\n- an opening.", "Bananas have vitamin C. It is good for you."),
+            " ".join(["word"] * 27 + ["of", "the", "last", "sentence."]),
+        ],
+    ),
+    "facts": (
+        "Orla Vinter",
+        ["The mayor is\nOrla  Vinter, of course."],
+        ["", "Orla", "Orla Vinterson", "Vinter Orla"],
+    ),
+    "sort_words": (
+        "apple, fig, pear",
+        ["apple, fig, pear", "1. Apple\n2. Fig\n3. Pear", "pear, apple, fig become: apple, fig, pear."],
+        ["", "apple, fig", "fig, apple, pear", "apple, fig, pear. Or: pear, fig, apple", "apples, figs, pears"],
+    ),
+    "word_problems": (
+        "56",
+        ["56", "7 x 8 = 56.", "It is 56.00", "5 and 6, so 56 pencils"],
+        ["", "fifty-six", "56 = 7 x 8", "156", "56.5", "-56"],
+    ),
+    "multiplication": ("1056", ["The product is 1,056."], ["1,055"]),
+}
+"""Task -> an answer, the responses that its verifier finds right, and others."""
 
 
-def test_the_last_number_counts():
-    for right in ("56", "7 x 8 = 56.", "It is 56.00", "5 and 6, so 56 pencils"):
-        assert verdict("word_problems", right, "56"), right
-    assert verdict("multiplication", "The product is 1,056.", "1056")
-    for wrong in ("", "fifty-six", "56 = 7 x 8", "156", "56.5", "-56"):
-        assert not verdict("word_problems", wrong, "56"), wrong
-
-
-# -- what must stay -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_verifier_judges_texts_as_documented(name):
+    answer, right, wrong = VERDICTS[name]
+    assert [text for text in right if not verdict(name, text, answer)] == []
+    assert [text for text in wrong if verdict(name, text, answer)] == []
 
 
 class Counting(torch.nn.Module):

@@ -187,70 +187,31 @@ def test_the_program_finds_every_command(programs, light, tmp_path):
         assert done.status == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
 
 
-def test_report_finds_the_files_of_its_page(use, directory):
-    done = use("report")
-    assert done.status == 0, done.stderr
-    assert "uPlot" in (directory / "logged" / "report.html").read_text()
+def attempts(path: Path) -> int:
+    return len(path.read_text().splitlines())
 
 
-@pytest.mark.full
-def test_train_trains(use, directory):
-    done = use("train")
-    assert done.status == 0, done.stderr
-    assert (directory / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
+WORKS: dict[str, Callable[[str, Path], bool]] = {
+    "report": lambda shown, at: "uPlot" in (at / "logged" / "report.html").read_text(),
+    "train": lambda shown, at: (at / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file(),
+    "plan": lambda shown, at: (
+        "torchrun --standalone" in shown and " recipe=qwen3_8b data.global_batch_size=64 " in shown
+    ),
+    "convert": lambda shown, at: "load it with checkpoint.load=megatron" in shown,
+    "evaluate": lambda _, at: json.loads((at / "results" / "summary.json").read_text())["data"]["num_problems"] == 4,
+    "explore": lambda shown, at: "function targetOf(" in (at / "target.html").read_text(encoding="utf-8"),
+    "solutions": lambda shown, at: (at / "own.jsonl").is_file() and attempts(at / "own.attempts.jsonl") == 1 + 4,
+    "explanations": lambda shown, at: attempts(at / "explained.attempts.jsonl") == 1 + 4,
+    "doctor": lambda shown, at: ": ok; python 3." in shown and "megatron-core " in shown,
+}
+"""Command -> whether its small use has worked, from what it has printed and the directory of its files."""
 
 
-@pytest.mark.full
-def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
-    done = use("plan")
-    assert done.status == 0, done.stderr
-    assert "torchrun --standalone" in done.stdout and " recipe=qwen3_8b data.global_batch_size=64 " in done.stdout
-
-
-@pytest.mark.full
-def test_convert_converts_and_inspects(use, heavy, programs, directory):
-    done = use("convert")
-    assert done.status == 0, done.stderr
-    assert "load it with checkpoint.load=megatron" in done.stdout
-    inspected = heavy.run(programs / "selfdistill", "convert", "inspect", "megatron", cwd=directory)
-    assert inspected.status == 0 and "Qwen3ForCausalLM" in inspected.stdout, inspected.stderr
-
-
-@pytest.mark.full
-def test_evaluate_evaluates(use, directory):
-    done = use("evaluate")
-    assert done.status == 0, done.stderr
-    assert json.loads((directory / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
-
-
-@pytest.mark.full
-def test_explore_writes_a_page_with_the_scripts_of_the_wheel(use, directory):
-    done = use("explore")
-    assert done.status == 0, done.stderr
-    page = (directory / "target.html").read_text(encoding="utf-8")
-    assert "written to target.html" in done.stdout and "function targetOf(" in page
-
-
-@pytest.mark.full
-def test_solutions_samples_for_every_problem(use, directory):
-    done = use("solutions")
-    assert done.status == 0, done.stderr
-    assert len((directory / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
-    assert (directory / "own.jsonl").is_file()
-
-
-@pytest.mark.full
-def test_explanations_samples_for_every_problem(use, directory):
-    done = use("explanations")
-    assert done.status == 0, done.stderr
-    assert len((directory / "explained.attempts.jsonl").read_text().splitlines()) == 1 + 4
-
-
-@pytest.mark.full
-def test_doctor_knows_the_versions_that_are_needed(use):
-    done = use("doctor")
+@pytest.mark.parametrize("name", WORKS)
+def test_a_command_works_as_installed(use, directory, name):
+    done = use(name)
     assert done.status == 0, done.stdout + done.stderr
-    assert ": ok; python 3." in done.stdout and "megatron-core " in done.stdout
+    assert WORKS[name](done.stdout, directory), done
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here: the server would start")

@@ -1,17 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The configs and the version are found from a wheel, an editable install and a checkout, from any directory."""
+"""What the sdist and the wheel hold, and which versions an install takes."""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -20,82 +18,41 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from megatron_selfdistill import __version__
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK = REPOSITORY / "tools" / "tested_versions.txt"
 SHIPPED = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md configs megatron_selfdistill".split()
 CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 
-WHAT_IS_FOUND = """
-import importlib.metadata, json, sys
-import megatron_selfdistill
-installed = list(importlib.metadata.distributions(name="megatron_selfdistill"))
-sys.path += DEPENDENCIES
-from megatron_selfdistill.config.key_list import config_dir
-directory = config_dir()
-print(json.dumps({
-    "package": megatron_selfdistill.__file__,
-    "version": megatron_selfdistill.__version__,
-    "config_dir": str(directory),
-    "configs": sorted(str(path.relative_to(directory)) for path in directory.rglob("*.yaml")),
-    "scripts": [f"{script.name} = {script.value}" for it in installed for script in it.entry_points],
-}))
-""".replace("DEPENDENCIES", repr([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
-
-
-def pip(*arguments: str, cwd: Path) -> None:
-    """Run pip without a network: the builds here need only installed packages."""
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    environment = {**os.environ, "PIP_NO_INDEX": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def found(cwd: Path, *, path: Path | None = None, site: Path | None = None) -> dict:
-    """Return the output of `WHAT_IS_FOUND` in a fresh Python, in another directory and without site-packages.
-
-    It sees the directory ``path`` on its path, or ``site`` as its only site-packages.
-    """
-    start = f"import sys; sys.path.append('{path}')" if path else f"import site; site.addsitedir('{site}')"
-    command = [sys.executable, "-I", "-S", "-c", f"{start}\n{WHAT_IS_FOUND}"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 @pytest.fixture(scope="module")
-def source_tree(tmp_path_factory):
-    """Copy the files of the distribution, since a build leaves files in its source tree."""
-    tree = tmp_path_factory.mktemp("source")
+def sdist(tmp_path_factory):
+    """Build from a copy of the files of the distribution, since a build leaves files in its source tree."""
+    tree, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     leftovers = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in SHIPPED:
-        path = REPOSITORY / name
-        if path.is_dir():
-            shutil.copytree(path, tree / name, ignore=leftovers)
-        elif path.exists():
-            shutil.copy(path, tree / name)
+        if (REPOSITORY / name).is_dir():
+            shutil.copytree(REPOSITORY / name, tree / name, ignore=leftovers)
+        else:
+            shutil.copy(REPOSITORY / name, tree / name)
     (tree / "tools").mkdir()
     shutil.copy(LOCK, tree / "tools")
-    return tree
-
-
-@pytest.fixture(scope="module")
-def sdist(source_tree, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sdist")
     code = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(directory)], cwd=source_tree, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, str(directory)], cwd=tree, check=True, capture_output=True)
     return next(directory.glob("*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, so a file that the sdist lacks is missed here."""
+    """Built from the sdist, so a file that the sdist lacks is missed here; without a network."""
     directory = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(sdist), cwd=directory)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(sdist)]
+    done = subprocess.run(command, env=os.environ | {"PIP_NO_INDEX": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return next(directory.glob("*.whl"))
 
 
+@pytest.mark.full
 def test_the_sdist_holds_the_configs_and_the_licence(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -103,6 +60,7 @@ def test_the_sdist_holds_the_configs_and_the_licence(sdist):
     assert {f"configs/{name}" for name in CONFIGS} | {"LICENSE", "setup.py", "pyproject.toml"} <= names
 
 
+@pytest.mark.full
 def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -111,44 +69,6 @@ def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
     assert "megatron_selfdistill/data/acceptance_words.yaml" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"megatron_selfdistill"}
     assert all(f"megatron_selfdistill/configs/{name}," in records for name in CONFIGS)
-
-
-def test_a_wheel_beside_a_labs_stack_finds_its_own_configs(wheel, tmp_path):
-    """``pip install --no-deps`` changes none of the packages that are there."""
-    target = tmp_path / "lab"
-    pip("install", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
-    result = found(tmp_path, path=target)
-    assert result == {
-        "package": str(target / "megatron_selfdistill/__init__.py"),
-        "version": __version__,
-        "config_dir": str(target / "megatron_selfdistill/configs"),
-        "configs": CONFIGS,
-        "scripts": ["selfdistill = megatron_selfdistill.cli:main"],
-    }
-    installed = {path.name for path in target.iterdir() if path.name != "bin"}
-    assert {name.partition("-")[0] for name in installed} == {"megatron_selfdistill"}
-
-
-@pytest.mark.full
-def test_an_editable_install_finds_the_configs_of_the_checkout(source_tree, tmp_path):
-    # --ignore-installed: pip must not touch the installation that these tests run from.
-    pip(
-        *["install", "--no-deps", "--no-build-isolation", "--ignore-installed"],
-        *["--prefix", str(tmp_path / "prefix"), "--editable", str(source_tree)],
-        cwd=tmp_path,
-    )
-    site_packages = next((tmp_path / "prefix").rglob("site-packages"))
-    result = found(tmp_path, site=site_packages)
-    assert result["package"] == str(source_tree / "megatron_selfdistill/__init__.py")
-    assert result["config_dir"] == str(source_tree / "configs")
-    assert result["configs"] == CONFIGS
-    assert not (source_tree / "megatron_selfdistill/configs").exists()
-
-
-def test_a_checkout_finds_its_configs_from_any_directory(tmp_path):
-    result = found(tmp_path, path=REPOSITORY)
-    assert result["config_dir"] == str(REPOSITORY / "configs")
-    assert result["version"] == __version__
 
 
 def constants_of_setup() -> dict:
@@ -218,6 +138,7 @@ def test_every_tested_version_is_one_that_an_install_takes(python):
     assert not unpinned, "the environments of the tests have versions that the lock does not name"
 
 
+@pytest.mark.full
 def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
@@ -230,6 +151,7 @@ def metadata(wheel: Path) -> list[Requirement]:
     return [Requirement(line.partition(":")[2]) for line in lines if line.startswith("Requires-Dist:")]
 
 
+@pytest.mark.full
 def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_train(wheel):
     declared = metadata(wheel)
 
@@ -247,19 +169,3 @@ def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_trai
 def test_whatever_decides_results_has_an_upper_bound():
     unbounded = {name for name, wanted in allowed().items() if not any(one.operator == "<" for one in wanted)}
     assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
-
-
-def test_the_environment_installs_what_the_lock_names():
-    """The script cuts the section out of the lock, comments and continued lines included."""
-    [function] = re.findall(r"^tested\(\) {.*}$", (REPOSITORY / "tools" / "venv.sh").read_text(), re.MULTILINE)
-    for environment in ("project", "vllm", "vllm wheel", "docs", "environments"):
-        command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert pinned(printed) == locked(environment) and pinned(printed)
-
-
-def test_the_environment_with_vllm_has_versions_that_an_install_takes():
-    versions = locked("vllm")
-    shared = versions.keys() & allowed().keys()
-    assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
-    assert [name for name in shared if versions[name] not in allowed()[name]] == []

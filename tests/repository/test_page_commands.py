@@ -97,30 +97,6 @@ def test_every_command_that_the_page_of_a_method_shows_can_be_read(name):
         read(words)
 
 
-@pytest.mark.parametrize("page", FIRST)
-def test_a_first_page_shows_how_to_convert_to_train_and_to_measure(page):
-    assert {words[0] for words in shown_on(page)} >= {"convert", "evaluate", "train"}
-
-
-@pytest.mark.parametrize("page", FIRST)
-def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_packages(page):
-    first = next(words for words in shown_on(page) if words[0] == "train")
-    config = load(first[1:])
-    parallel = config.parallel
-    assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1
-    assert config.cluster.num_gpus is None and config.rollout.engine == "megatron"
-
-
-@pytest.mark.parametrize("page", ["your_model", "teachers", "environments"])
-def test_a_page_about_an_extension_has_a_whole_command_on_the_files_of_the_quickstart(page, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(own_method_in(tmp_path))
-    found = [words[1:] for words in shown_on(f"docs/{page}.md") if "--config-name=quickstart" in words]
-    (words,) = found
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    assert given.keys() >= {"checkpoint.load", "data.tokenizer", "data.path", "evaluation.path", "num_steps", "run_dir"}
-    load([word for word in words if not word.startswith("--")], "quickstart")
-
-
 @pytest.mark.parametrize("line", ["selfdistill train data.pth=a", "selfdistill evaluate --hf a --data b --oout c"])
 def test_a_mistyped_command_is_found(line):
     (words,) = commands(f"```\n{line}   # a comment\n```\n")

@@ -31,13 +31,6 @@ def sleep_on(rank: int, seconds: float) -> None:
         time.sleep(seconds)
 
 
-def fail_on_rank_0_while_others_sleep() -> None:
-    dist.barrier()  # a rank that is still joining the group would notice
-    if dist.get_rank() == 0:
-        raise KeyError("nobody will hear")
-    time.sleep(60)
-
-
 def die_on(rank: int) -> None:
     if dist.get_rank() == rank:
         print("last words", flush=True)
@@ -91,13 +84,6 @@ def test_a_failure_names_the_rank_and_shows_its_values(ranks):
     with pytest.raises(RankError, match=r"(?s)on rank 1 of 3.*the sum is wrong\nassert 6 == 7"):
         ranks.run(fail_on, 1, world_size=3)
     assert ranks.run(sum_of_ranks, 0, world_size=3) == [3, 3, 3]
-
-
-def test_ranks_that_do_not_notice_a_failure_are_killed(ranks, monkeypatch):
-    monkeypatch.setattr("ranks._GRACE_SECONDS", 0.2)
-    with pytest.raises(RankError, match=r"(?s)rank 0 of 2.*nobody will hear.*rank 1: still waiting, killed"):
-        ranks.run(fail_on_rank_0_while_others_sleep, world_size=2)
-    assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
 
 
 def test_a_hang_is_reported_with_the_stack_of_the_rank_that_hangs(ranks):

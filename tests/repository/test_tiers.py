@@ -10,10 +10,6 @@ from hypothesis import strategies as st
 from tiers import cover_of
 
 
-def pairs(cases):
-    return {frozenset(pair) for case in cases for pair in itertools.combinations(enumerate(case), 2)}
-
-
 @given(st.sets(st.tuples(*[st.sampled_from("abc")] * 4)), st.integers(1, 5))
 def test_what_occurs_together_in_any_cases_occurs_together_in_their_cover(cases, strength):
     def parts(cases):

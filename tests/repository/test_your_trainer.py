@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_trainer.md"
@@ -20,6 +21,7 @@ class Letters:
         return {"input_ids": [*(ord(character) % 61 for character in messages[0]["content"]), 62]}
 
 
+@pytest.mark.full
 def test_the_step_of_the_page_moves_the_student_towards_its_hinted_self():
     from transformers import LlamaConfig, LlamaForCausalLM  # which takes a second in each process that collects tests
 

@@ -7,10 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_resumes_equal, bytes_of, overrides, train
-
-from megatron_selfdistill.config import load
-from megatron_selfdistill.errors import ConfigError
+from tiny_run import assert_guided_by_the_teacher_of_the_loss, assert_resumes_equal, bytes_of, overrides, train
 
 OPTIONS = ["target.anchor=reference", "metrics.teacher_every=3", "metrics.show_samples=0"]
 TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
@@ -49,6 +46,7 @@ def test_a_resumed_run_has_the_same_reference_beside_a_teacher_that_moves(ranks,
     assert bytes_of(halves / "teacher") == bytes_of(whole / "teacher") != {}
 
 
+@pytest.mark.full
 def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "run", *OPTIONS, "target.rule=batch", "num_steps=2"))
     first, second = metrics(tmp_path / "run")
@@ -57,12 +55,12 @@ def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("target.rule=teacher_alone", "set target=teacher_alone"),
-        ("target.match=teacher", "target.match must be one of student, reference, or null, got 'teacher'"),
-    ],
+    "teacher", ["ema", *(pytest.param(other, marks=pytest.mark.full) for other in ("frozen", "current"))]
 )
-def test_keys_that_do_not_fit_are_refused(data, tmp_path, key, message):
-    with pytest.raises(ConfigError, match=message):
-        load(overrides(data, tmp_path / "run", *OPTIONS, key))
+def test_the_sampler_of_guided_responses_has_the_teacher_and_the_student_of_the_loss(ranks, data, tmp_path, teacher):
+    recorded = tmp_path / "recorded.jsonl"
+    options = [f"teacher.weights={teacher}", "teacher.ema_decay=0.5", "teacher.offload=cpu", "target.match=student"]
+    options += ["num_steps=3", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", "metrics.teacher_every=1"]
+    options += ["rollout.guidance=mixed", f"rollout.record={recorded}"]
+    train(ranks, overrides(data, tmp_path / "run", *OPTIONS, *options))
+    assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)

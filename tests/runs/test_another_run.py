@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,13 +50,6 @@ def test_what_has_another_form_on_disk_is_refused_even_by_force(ranks, run, data
     assert "teacher.weights: 'frozen' in the checkpoint, now 'ema'" in message
     assert "optimizer.use_distributed_optimizer, teacher.weights cannot change within a run" in message
     assert "checkpoint.load=" in message and "checkpoint.resume=force" not in message
-
-
-def test_another_architecture_names_both_and_the_directory(run, data, capfd):
-    assert main(overrides(data, run, "model.num_layers=4")) == 2
-    message = capfd.readouterr().err
-    assert "iter_0000006: model.num_layers is 4, but the checkpoint was saved with 2" in message
-    assert "another run_dir" in message
 
 
 def test_what_may_change_is_logged_line_by_line_once_and_the_run_goes_on(ranks, data, finished, run, tmp_path):
@@ -126,39 +117,3 @@ def trainer_state(path: Path) -> dict:
     from megatron_selfdistill.checkpoint.formats.saved_run import read_saved_run
 
     return read_saved_run(path).trainer_state
-
-
-def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained():
-    from megatron_selfdistill.config import load
-    from megatron_selfdistill.config.bound_keys import differences, stored_values
-
-    def rule(*overrides: str) -> str:
-        config = load(overrides)
-        one, other = (
-            stored_values(replace(config, evaluation=replace(config.evaluation, verifier=name)))
-            for name in ("exact_match", "math_verify")
-        )
-        (found,) = differences(one, other)
-        return found.rule
-
-    assert rule() == "free"
-    for training in ("method.name=rft", "method.name=own_solutions", "rollout.guide_below=0.2"):
-        assert rule(training, *(["rollout.guidance=mixed"] if "guide" in training else [])) == "bound"
-
-
-def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(finished):
-    from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
-
-    own = read_common(finished / "checkpoints" / "iter_0000006")["selfdistill"]
-    assert isinstance(own["trainer_state"], str)
-    state = json.loads(own["trainer_state"])
-    assert state["step"] == 6 and state["configuration"]["rollout"]["max_new_tokens"] == 14
-
-
-def test_a_run_needs_a_directory_and_a_look_at_the_configuration_does_not(data, capfd):
-    arguments = [argument for argument in overrides(data, Path("unused")) if not argument.startswith("run_dir=")]
-    assert main(arguments) == 2
-    assert capfd.readouterr().err.strip().startswith("run_dir is not set: name a directory")
-    assert not Path("checkpoints").exists()
-    assert main([*arguments, "--print"]) == 0
-    assert "run_dir: ''" in capfd.readouterr().out

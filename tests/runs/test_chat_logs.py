@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import tiny_run
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train, train_each
+from tiny_run import (
+    TWO_RANKS,
+    assert_resumes_equal,
+    overrides,
+    reproducible_metrics,
+    train,
+    train_each,
+    write_chats,
+    write_conversations,
+)
 
 from megatron_selfdistill.metrics import read_samples
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 SECRET = "314-159:2653"  # of characters that the tokenizer knows
 
 
@@ -21,28 +29,16 @@ SECRET = "314-159:2653"  # of characters that the tokenizer knows
 def logs(own_data) -> Path:
     """Return ``own_data`` with 40 conversations of two assistant turns, and three bad ones."""
     from _lib import subtraction
-    from _lib.pretraining import write_records
 
-    (own_data / "template.jinja").write_text(TEMPLATE)
-    records: list[dict[str, Any]] = []
-    for number, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1)):
-        turns = [
-            subtraction.problem_text(a, b),
-            f"{number:03d};{b:03d}",
-            "X",
-            f"{SECRET};{subtraction.answer(a, b)}",
-            "thanks",
-        ]
-        records.append(
-            {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}
-        )
-    bad = [{"messages": records[0]["messages"][:4]}, {"messages": [{"role": SECRET, "content": SECRET}]}]
-    too_long = [
-        {"role": "user", "content": SECRET},
-        {"role": "assistant", "content": "1" * 300},
-        records[0]["messages"][4],
+    chats = [
+        (subtraction.problem_text(a, b), f"{i:03d};{b:03d}", "X", f"{SECRET};{subtraction.answer(a, b)}", "thanks")
+        for i, (a, b) in enumerate(subtraction.distinct(40, "train", seed=1))
     ]
-    write_records(own_data / "chats.jsonl", [*records, *bad, {"messages": too_long}])
+    write_conversations(own_data, [*chats, chats[0][:4], (SECRET, "1" * 300, "thanks")])
+    file = own_data / "chats.jsonl"
+    *lines, too_long = file.read_text().splitlines(keepends=True)
+    bad = json.dumps({"messages": [{"role": SECRET, "content": SECRET}]})
+    file.write_text("".join([*lines, f"{bad}\n", too_long]))
     return own_data
 
 
@@ -114,17 +110,10 @@ def test_turns_are_shown_where_the_user_asks_for_it(runs):
     assert all(sample["response"].endswith("$") and sample["tokens"]["teacher_log_prob"] for sample in samples)
 
 
-LAYOUTS = {
-    "DP2": [],
-    "CP2": ["parallel.context_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-}
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["DP2", "CP2", "PP2"])
 def test_unlikely_turns_are_the_same_in_every_layout(ranks, logs, start, runs, tmp_path, layout):
-    train(ranks, chats(logs, tmp_path / "many", start, *WEIGHTS, *LAYOUTS[layout]), 2)
+    train(ranks, chats(logs, tmp_path / "many", start, *WEIGHTS, *TWO_RANKS[layout]), 2)
     for one, many in zip(reproducible_metrics(runs / "weighted"), reproducible_metrics(tmp_path / "many"), strict=True):
         assert 0 < one["turns/unlikely_share"] < 1, "the threshold divides the turns"
         for key in (key for key in one if key.startswith(("turns/", "gradient_norm", "loss/"))):
@@ -167,13 +156,8 @@ def mixed(logs) -> str:
 
     Some replies are good, some are too long, and some contain the token that ends a turn.
     """
-    from _lib.pretraining import write_records
-
-    replies = [f"{number:03d}" * (1 + number % 3) for number in range(NUM_GOOD)] + ["1" * 300] * NUM_LONG
-    replies += ["1$1"] * NUM_BROKEN
-    turns = [[("user", f"{number:03d}-0="), ("assistant", reply)] for number, reply in enumerate(replies)]
-    chats = [[{"role": role, "content": text} for role, text in [*turn, ("user", "thanks")]] for turn in turns]
-    write_records(logs / "mixed.jsonl", [{"messages": messages} for messages in chats])
+    good = [f"{number:03d}" * (1 + number % 3) for number in range(NUM_GOOD)]
+    write_chats(logs, [*good, *["1" * 300] * NUM_LONG, *["1$1"] * NUM_BROKEN], "mixed.jsonl")
     return f"data.path={logs}/mixed.jsonl"
 
 
@@ -215,19 +199,6 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, logs
             assert line[key] == pytest.approx(one_line[key], rel=2e-4), key
 
 
-@pytest.mark.full
-def test_shortened_solutions_are_counted(ranks, logs, tmp_path):
-    from _lib.pretraining import write_records
-
-    conversation = [{"role": "user", "content": "1-0="}, {"role": "assistant", "content": "0"}]
-    hint = {"role": "user", "content": "1" * 200, "accepted": True}
-    write_records(logs / "hints.jsonl", [{"messages": [*conversation, hint]}] * 8)
-    more = [f"data.path={logs}/hints.jsonl", "data.on_long_context=truncate_end", "num_steps=1"]
-    train(ranks, chats(logs, tmp_path / "run", *more), 2)
-    [line] = reproducible_metrics(tmp_path / "run")
-    assert (line["turns/shortened"], line["turns/count"], line["turns/skipped_long"]) == (8, 8, 0)
-
-
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """Return the message of a run that saw only good turns before its ranks met."""
     from megatron_selfdistill import run_data, trainer
@@ -252,34 +223,16 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
         shutdown()
 
 
-@pytest.mark.parametrize(
-    ("policy", "line", "words"),
-    [
-        ("data.on_long_context=error", NUM_GOOD + 1, "raise data.max_length"),
-        pytest.param(
-            "data.on_bad_record=error", NUM_GOOD + NUM_LONG + 1, "data.on_bad_record=skip", marks=pytest.mark.full
-        ),
-    ],
-)
-def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model_is_built(
-    ranks, logs, mixed, tmp_path, policy, line, words
-):
-    arguments = chats(logs, tmp_path / "run", mixed, policy)
+@pytest.mark.full
+def test_a_turn_that_may_not_be_skipped_ends_the_run_on_all_ranks_before_a_model_is_built(ranks, logs, mixed, tmp_path):
+    arguments = chats(logs, tmp_path / "run", mixed, "data.on_long_context=error")
     messages = ranks.run(refused_before_the_first_step, arguments, world_size=2, init_process_group=False)
     assert messages[0] == messages[1] and "\n" not in messages[0]
-    assert f"mixed.jsonl:{line}, message 1: " in messages[0] and words in messages[0]
+    assert f"mixed.jsonl:{NUM_GOOD + 1}, message 1: " in messages[0] and "raise data.max_length" in messages[0]
 
 
+@pytest.mark.full
 def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, logs, mixed, tmp_path):
     train(ranks, chats(logs, tmp_path / "run", mixed, "dry_run=true"), 2)
     unusable = NUM_LONG + NUM_BROKEN
     assert lines_listed(tmp_path / "run") == list(range(NUM_GOOD + 1, NUM_GOOD + unusable + 1))
-
-
-def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(logs, tmp_path):
-    from megatron_selfdistill.config import load
-    from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.run_data import RunData
-
-    with pytest.raises(ConfigError, match=r"none of 64 turns that were read can be used; the first: .*chats.jsonl:"):
-        RunData.load(load(chats(logs, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))

@@ -50,7 +50,11 @@ def lose(path: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("damages", [(cut_metadata, flip), (lose_manifest, lose), (lose, lose)])
+@combinations(
+    damages={"cut": (cut_metadata, flip), "lost manifest": (lose_manifest, lose), "lost": (lose, lose)},
+    quick={"damages": ["cut"]},
+    strength=1,
+)
 def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritten(
     ranks, data, run, damages: tuple[Callable[[Path], str], ...]
 ):

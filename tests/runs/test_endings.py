@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -10,59 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
-from tiny_run import overrides, saved_step, train
+from tiny_run import overrides, saved_step, start_and_listen, train
 
 from megatron_selfdistill import announcement
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
-from megatron_selfdistill.metrics import MetricsLog
 from megatron_selfdistill.run_log import read_events
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+
+def lines_of(ranks: Any, arguments: list[str], world_size: int = 1, start: Any = start_and_listen) -> list[str]:
+    """Start a run that must end with status 0; return the lines that rank 0 prints."""
+    shown = [*arguments, "metrics.console_every=1"]
+    ends = ranks.run(start, shown, world_size=world_size, init_process_group=False)
+    assert {status for status, _ in ends} == {0}, ends
+    return list(ends[0][1].strip().splitlines())
 
 
-def run_with_messages(arguments: list[str], path: Path, built: Path | None = None, press: bool = False) -> int:
-    """Run and write the messages to ``path``, and a line to ``built`` when the model is built; return the exit status.
-
-    ``press`` asks the run to stop in its second step.
-    """
-    import builtins
-    import os
-
-    from megatron_selfdistill.learner import Learner
+def start_and_press(arguments: list[str]) -> tuple[int, str]:
+    """Call `start_and_listen`; the run is asked to stop in its second step."""
     from megatron_selfdistill.trainer import Trainer
 
-    message, build, update, show = MetricsLog.message, Learner.__init__, Trainer.update, builtins.print
-
-    def note(self: Any, text: str) -> None:
-        if self.enabled:
-            with path.open("a") as file:
-                file.write(text + "\n")
-        message(self, text)
-
-    def note_build(self: Any, *args: Any, **options: Any) -> None:
-        if built is not None:
-            built.touch()
-        build(self, *args, **options)
+    update = Trainer.update
 
     def pressed(self: Any, step: Any) -> Any:
-        if press and self.step == 1:
+        if self.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return update(self, step)
 
-    def note_print(*parts: Any, **options: Any) -> None:
-        if "file" not in options:
-            with path.open("a") as file:
-                show(*parts, file=file)
-        show(*parts, **options)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsLog, "message", note)
-        patch.setattr(Learner, "__init__", note_build)
         patch.setattr(Trainer, "update", pressed)
-        patch.setattr(builtins, "print", note_print)
-        return tiny_run.start(arguments)
+        return start_and_listen(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +48,13 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
     """Return the directory of a run of 2 steps on 2 ranks, and its messages."""
     directory = tmp_path_factory.mktemp("ended")
     arguments = overrides(data, directory / "run", "num_steps=2", "checkpoint.async_save=true")
-    train(ranks, arguments, world_size=2, start=run_with_messages, path=directory / "messages")
-    return directory / "run", (directory / "messages").read_text().splitlines()
+    return directory / "run", lines_of(ranks, arguments, 2)
 
 
 def test_a_run_ends_with_its_checkpoint(ended):
     run, messages = ended
     checkpoint = run / "checkpoints" / "iter_0000002"
-    done, train_on = messages[-2:]
+    done, train_on = (line for line in messages if line.startswith(("done: ", "next: ")))
     assert re.fullmatch(rf"done: 2 steps in \d+:\d\d; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
     assert train_on == "next: the same command with a larger num_steps trains on from there"
@@ -92,41 +69,35 @@ def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path)
     assert convert._parser().parse_args(words).megatron == run
 
 
-def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
+def start_where_no_model_can_be_built(arguments: list[str]) -> tuple[int, str]:
+    from megatron_selfdistill.learner import Learner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "__init__", None)
+        return start_and_listen(arguments)
+
+
+def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended):
     run, _ = ended
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     arguments = overrides(data, run, "num_steps=2", "checkpoint.async_save=true")
-    train(ranks, arguments, world_size=2, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
-    messages = (tmp_path / "messages").read_text().splitlines()
-    assert messages[0] == (
-        f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
-    )
-    assert not (tmp_path / "built").exists()
+    lines = lines_of(ranks, arguments, 2, start_where_no_model_can_be_built)
+    complete = "complete: all 2 steps were done before, nothing is trained"
+    assert f"{complete}; checkpoint: {run}/checkpoints/iter_0000002" in lines
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-def test_a_complete_run_with_another_configuration_is_judged_as_any_other_and_reports_that_nothing_is_trained(
-    ranks, data, ended, tmp_path
-):
-    run, _ = ended
-    options = ["num_steps=2", "checkpoint.async_save=true", "metrics.console_every=2"]
-    arguments = overrides(data, run, *options)
-    train(ranks, arguments, start=run_with_messages, path=tmp_path / "messages", built=tmp_path / "built")
-    assert (tmp_path / "built").exists()
-    assert "\ncomplete: all 2 steps were done before, nothing is trained" in (tmp_path / "messages").read_text()
 
 
 def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
     run = tmp_path / "run"
     arguments = overrides(data, run, "num_steps=3")
-    train(ranks, arguments, start=run_with_messages, path=tmp_path / "first", press=True)
+    lines = lines_of(ranks, arguments, start=start_and_press)
     assert saved_step(run) == 2
-    assert (tmp_path / "first").read_text().splitlines()[-1] == (
+    (stopped,) = [line for line in lines if line.startswith("stopped ")]
+    assert stopped == (
         f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
         f"{run}/checkpoints/iter_0000002"
     )
-    train(ranks, arguments, start=run_with_messages, path=tmp_path / "second")
-    assert "\ndone: 3 steps (1 of them in this launch) in " in (tmp_path / "second").read_text()
+    assert any(line.startswith("done: 3 steps (1 of them in this launch) in ") for line in lines_of(ranks, arguments))
 
 
 def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):

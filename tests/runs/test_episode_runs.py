@@ -18,14 +18,13 @@ from ranks import RankError
 from replying import Replying
 from tiers import combinations
 from tiny_run import (
+    TWO_RANKS,
     assert_equal_runs,
     assert_resumes_equal,
     assert_steps_equal,
     overrides,
-    refusal,
     reproducible_metrics,
     saved_step,
-    start_and_listen,
     start_with,
     train,
 )
@@ -33,12 +32,6 @@ from tiny_run import (
 from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 
-LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "CP2": ["parallel.context_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "DP2": [],
-}
 ENVIRONMENT = ["environment.name=replying.Replying", "environment.max_turns=3"]
 RECIPES = {
     "default": ["method.name=opsd_rl", *ENVIRONMENT],
@@ -137,15 +130,6 @@ def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
         assert step["sampler/log_prob_max_abs_diff"] < 1e-4, "only responses are compared with the sampler"
 
 
-def test_a_chat_template_that_drops_thoughts_is_refused_before_a_model_is_built(ranks, data, early, tmp_path):
-    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-    (tmp_path / "template.jinja").write_text(template)
-    dropping = [f"data.chat_template={tmp_path}/template.jinja", "data.teacher_template='{problem}H{solution}|'"]
-    message = refusal(ranks, arguments(data, tmp_path / "run", "one_sequence", early, *dropping))
-    assert "problems.jsonl:1: the chat template rewrites a response once a message of the role user follows" in message
-    assert "set environment.limits.one_sequence=false" in message and not (tmp_path / "run" / "checkpoints").exists()
-
-
 @pytest.mark.full
 def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data, early, run_of, tmp_path):
     whole, killed = run_of("one_sequence"), arguments(data, tmp_path / "run", "one_sequence", early)
@@ -165,12 +149,13 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, early, run_of, rec
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("recipe", "layout"), [(recipe, one) for recipe in ("default", "sessions", "one_sequence") for one in LAYOUTS]
+    ("recipe", "layout"),
+    [(recipe, one) for recipe in ("default", "sessions", "one_sequence") for one in TWO_RANKS],
 )
 def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, early, run_of, tmp_path, recipe, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     one = run_of(recipe)
-    train(ranks, arguments(data, run, recipe, early, f"rollout.record={record}", *LAYOUTS[layout]), 2)
+    train(ranks, arguments(data, run, recipe, early, f"rollout.record={record}", *TWO_RANKS[layout]), 2)
     assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
     assert_steps_equal(one, run, COMPARED, num_steps=1)
 
@@ -182,7 +167,7 @@ def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, ear
 def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, early, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
     replay = f"rollout.replay={one}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "run", recipe, early, replay, *LAYOUTS[layout]), 2)
+    train(ranks, arguments(data, tmp_path / "run", recipe, early, replay, *TWO_RANKS[layout]), 2)
     assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 
@@ -225,18 +210,6 @@ def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(r
     assert "the environment failed with RuntimeError: environment.options.url=" in events and "no more" in events
 
 
-@pytest.mark.full
-def test_a_recording_without_replies_is_refused_in_one_sentence(ranks, data, early, tmp_path):
-    record = tmp_path / "plain.jsonl"
-    arguments_with = arguments(data, tmp_path / "plain", "default", early)
-    plain = [argument for argument in arguments_with if argument not in ENVIRONMENT]
-    verified = "evaluation.verifier=tiny_run.starts_with_an_even_token"
-    train(ranks, [*plain, verified, f"rollout.record={record}"])
-    with pytest.raises(AssertionError, match="no reply of an environment to the response of step 0"):
-        replayed = arguments(data, tmp_path / "replayed", "default", early, f"rollout.replay={record}")
-        train(ranks, replayed, start=start_and_listen, expected=(0, ""))
-
-
 def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, early, run_of, tmp_path):
     train(ranks, arguments(data, tmp_path / "run", "default", early, "environment.name=sessions.Session"))
     assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
@@ -255,6 +228,7 @@ def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_sessi
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
+@pytest.mark.full
 def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_path):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     failing = ["environment.name=sessions.Failing", f"rollout.record={record}", "environment.limits.seconds=2"]

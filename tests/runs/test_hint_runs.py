@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiers import combinations
-from tiny_run import assert_resumes_equal, assert_steps_equal, overrides, reproducible_metrics, train
+from tiny_run import (
+    TWO_RANKS,
+    assert_resumes_equal,
+    assert_steps_equal,
+    overrides,
+    reproducible_metrics,
+    train,
+    write_conversations,
+)
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 FUNCTIONS = "hint_functions"
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 ON_POLICY = ["data.global_batch_size=4", "rollout.num_samples=4", "rollout.max_new_tokens=10", VERIFIED]
@@ -39,12 +45,6 @@ RUNS = {
     ],
     "asked": ["recipe=openclaw", *LOGGED, "method.judge_template='{role}{response}{next_state}'"],
 }
-LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "CP2": ["parallel.context_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "DP2": [],
-}
 LAYOUTS_OF = {
     "function": ["PP2"],
     "skill_sd": ["DP2", "TP2"],
@@ -58,15 +58,12 @@ NUM_STEPS = 4
 def logs(own_data) -> Path:
     """Return ``own_data`` with 30 conversations of two assistant turns, a correction and thanks."""
     from _lib import subtraction
-    from _lib.pretraining import write_records
 
-    (own_data / "template.jinja").write_text(TEMPLATE)
-    records: list[dict[str, Any]] = []
-    for number, (a, b) in enumerate(subtraction.distinct(30, "train", seed=1)):
-        texts = [subtraction.problem_text(a, b), f"{number:03d};", "X", subtraction.answer(a, b), "thanks"]
-        roles = ("user", "assistant")
-        records.append({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]})
-    write_records(own_data / "hindsight.jsonl", [*records, {"messages": records[0]["messages"][:2]}])
+    chats = [
+        (subtraction.problem_text(a, b), f"{number:03d};", "X", subtraction.answer(a, b), "thanks")
+        for number, (a, b) in enumerate(subtraction.distinct(30, "train", seed=1))
+    ]
+    write_conversations(own_data, [*chats, chats[0][:2]], "hindsight.jsonl")
     return own_data
 
 
@@ -121,7 +118,7 @@ def test_a_run_trains_and_resumes_bit_for_bit(ranks, logs, start, run_of, name):
 
 @combinations(
     name=list(LAYOUTS_OF),
-    layout=list(LAYOUTS),
+    layout=list(TWO_RANKS),
     quick={"name": ["skill_sd"], "layout": ["DP2"]},
     strength=1,
     valid=lambda name, layout: layout in LAYOUTS_OF[name],
@@ -130,5 +127,5 @@ def test_hints_and_terms_are_equal_in_every_layout(ranks, logs, start, run_of, t
     one = run_of(name)
     is_logged = RUNS[name][0] == "recipe=openclaw"
     replay = [] if is_logged else [f"rollout.replay={one}/responses.jsonl"]
-    train(ranks, arguments(logs, tmp_path / "run", name, start, *replay, *LAYOUTS[layout]), 2)
+    train(ranks, arguments(logs, tmp_path / "run", name, start, *replay, *TWO_RANKS[layout]), 2)
     assert_steps_equal(one, tmp_path / "run", ("terms/", "rewards/", "hints/", "skills/", "loss/"))

@@ -10,9 +10,7 @@ import pytest
 import torch
 from tiny_run import assert_equal_runs, assert_resumes_equal, go_back_to_step, overrides, refusal, train
 
-from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.commands.given_models import initial_weights
-from megatron_selfdistill.instruments.explorer import explore_command as explore
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 
@@ -43,6 +41,7 @@ def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, da
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
 
 
+@pytest.mark.full
 def test_a_kept_base_that_is_missing_is_named(ranks, data, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     shutil.rmtree(run / "base")
@@ -83,19 +82,3 @@ def test_a_base_that_virtual_stages_kept_serves_one_rank(ranks, data, tmp_path):
     }
     for name in factors:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.full
-def test_a_kept_base_is_the_teacher_of_the_explorer(ranks, data, tmp_path):
-    whole, out = tmp_path / "run", tmp_path / "explored.html"
-    train(ranks, overrides(data, whole, *ADAPTED, "num_steps=1"))
-    texts = ["--problem", "500-408:", "--solution", "092", "--response", "92", "-o", str(out), "optimizer=fp32"]
-    assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
-    moved = whole.rename(tmp_path / "moved")
-    base = moved.joinpath("base").rename(tmp_path / "base_elsewhere")
-    data_of = ["--data", str(data / "problems.jsonl"), "--num-samples", "1", f"data.tokenizer={data}/tokenizer"]
-    settings = ["optimizer=fp32", "rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.1", "data.limit=1"]
-    evaluated = ["--megatron", str(moved / "checkpoints"), "--out", str(tmp_path / "evaluated"), *data_of, *settings]
-    assert evaluate.main(evaluated) == 2
-    found = ranks.run(evaluate.main, [*evaluated, f"adapter.base={base}"], world_size=1, init_process_group=False)
-    assert found == [0]

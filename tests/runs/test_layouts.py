@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 from tiers import combinations
-from tiny_run import overrides, recorded, reproducible_metrics, train
+from tiny_run import TWO_RANKS, overrides, recorded, reproducible_metrics, train
 
-LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "DP2": [],
-    "CP2": ["parallel.context_parallel_size=2"],
+LAYOUTS = TWO_RANKS | {
     "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
 }
 FOUR_LAYERS = "model.num_layers=4"  # for the four chunks of PP2xVPP2

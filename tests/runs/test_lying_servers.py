@@ -64,6 +64,7 @@ def test_a_run_ends_before_it_trains_on_an_answer_that_cannot_be_true(ranks, fak
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "run")
 
 
+@pytest.mark.full
 def test_a_token_that_only_pads_the_output_layer_is_refused_and_the_last_token_is_not(ranks, fakes, data, tmp_path):
     vocab_size = load_tokenizer(str(data / "tokenizer")).vocab_size
     assert vocab_size % 8, "the output layer is padded to a multiple of 8"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,12 @@ from taught import (
 )
 from tiers import combinations
 from tiny_run import (
+    TWO_RANKS,
     assert_equal_runs,
+    assert_guided_by_the_teacher_of_the_loss,
     assert_resumes_equal,
     assert_steps_equal,
     bytes_of,
-    mean_log_probs,
     overrides,
     refusal,
     reproducible_metrics,
@@ -38,11 +40,8 @@ from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.merged_weights import merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
 
-LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+LAYOUTS = TWO_RANKS | {
     "DP2": ["schedule.max_tokens=64"],
-    "CP2": ["parallel.context_parallel_size=2"],
     "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
 }
 FOUR_LAYERS = "model.num_layers=4"
@@ -138,114 +137,59 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
     return with_trainer(arguments, use)
 
 
-def test_a_step_has_the_gradient_of_the_definition_for_each_records_teacher(ranks, places, tmp_path):
-    """Each teacher with its weights, its prompt and its w, over the tokens of all."""
-    options = arguments(places, tmp_path / "run", "schedule.max_tokens=32")  # a microbatch for each context
-    [(names, error)] = ranks.run(step_and_definition, options, places, world_size=1, init_process_group=False)
-    assert names == {"math", "code", "default"}
-    assert error < 1e-5
-
-
-def noted(method: Any, calls: list[str]) -> Any:
-    """Return ``method``, which adds its name to ``calls``, `NamedTeachers.fetch` with the name of the teacher."""
-
-    def called(self: Any, *args: Any) -> Any:
-        calls.append(f"fetch {args[0]}" if method.__name__ == "fetch" else method.__name__)
-        return method(self, *args)
-
-    return called
-
-
-def calls_of_a_step(arguments: list[str]) -> list[str]:
-    """Return the passes of a step's microbatches and what moves the weights of teachers, in the order of the calls."""
-
-    def use(trainer: Any) -> list[str]:
-        from megatron_selfdistill.pipeline.schedule import _Step
-        from megatron_selfdistill.teachers.teacher_copies import NamedTeachers
-
-        calls: list[str] = []
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((_Step, "_teacher"), (_Step, "_student"), (NamedTeachers, "fetch")):
-                patch.setattr(owner, name, noted(getattr(owner, name), calls))
-            trained_gradients(trainer)
-        return calls
-
-    return with_trainer(arguments, use)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("joined", [False, True])
-def test_the_next_teachers_weights_are_fetched_before_the_students_last_passes(ranks, places, tmp_path, joined):
-    """A teacher that reads apart leaves the device to the next one before any pass of the student."""
-    options = ["schedule.max_tokens=32", "schedule.pair_order=teacher_first", "guards.start.identity_tolerance=null"]
-    if joined:
-        file = write_records_of_teachers(places["data"], [{"code": 1, "math": 1}], "both.jsonl")
-        options += [f"data.path={file}", "teachers.join=product"]
-    named = arguments(places, tmp_path / "run", *options)
-    [calls] = ranks.run(calls_of_a_step, named, world_size=1, init_process_group=False)
-    found = [call for before, call in zip(["", *calls], calls, strict=False) if call != before]
-    if joined:
-        assert found == ["_teacher", "fetch math", "_teacher", "fetch code", "_student"]
-    else:
-        waves = [["_teacher", f"fetch {name}", "_student"] for name in ("default", "math", "code")]
-        assert found == [call for wave in waves for call in wave]
-
-
 SHARED = [{"math": 3, "code": 1}, "default", {"default": 1, "math": 1, "code": 2}]
+SHARED_FILE = "data.path=DATA/shared.jsonl"
+PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]
+WIDE_TEACHER = "teachers.math={load: WIDE_TEACHER, weight: 0.5}"
+LOW_MEMORY = ["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"]
+KEPT_GRADIENT = ["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7"]
+QUICK_STEPS: dict[str, list[str]] = {
+    "a teacher per record": ["schedule.max_tokens=32"],  # a microbatch for each context
+    "several": [SHARED_FILE],
+    "another architecture": [WIDE_TEACHER],
+    "product": [SHARED_FILE, *PRODUCT],
+}
+STEPS = QUICK_STEPS | {
+    # one response per step has the mean over its tokens in either normalisation; a weight of 1 changes nothing
+    "several, by sequences": [
+        *(SHARED_FILE, "loss.normalize=sequences", "loss.rollout_correction=truncated", "data.global_batch_size=1"),
+    ],
+    "another architecture, low memory": [WIDE_TEACHER, *LOW_MEMORY],
+    "another architecture, kept gradient": [WIDE_TEACHER, *KEPT_GRADIENT, "teacher.offload=cpu"],
+    "another architecture, fixed k": [WIDE_TEACHER, "target.rule=fixed", "schedule.pair_order=teacher_first"],
+    "product of two architectures": [WIDE_TEACHER, SHARED_FILE, *PRODUCT],
+    "product, mixed with the student": [SHARED_FILE, *PRODUCT, "target.anchor=student"],
+    "product, low memory": [SHARED_FILE, *PRODUCT, *LOW_MEMORY],
+    "product, kept gradient": [SHARED_FILE, *PRODUCT, *KEPT_GRADIENT, "target.rule=fixed"],
+    "product, own weights": [SHARED_FILE, *PRODUCT, "teachers.math.weight=0.5", "teachers.code.weight=3"],
+    "product, a weight of 0": [
+        *(SHARED_FILE, *PRODUCT, "teachers.math.weight=0", "teachers.code.weight=3", "loss.fused=low_memory"),
+    ],
+    "product, one weight": [
+        *(SHARED_FILE, *PRODUCT, "teachers.code.weight=2", "target.rule=fixed", "schedule.teacher_store_gb=0"),
+    ],
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [[], pytest.param(["loss.normalize=sequences", "loss.rollout_correction=truncated"], marks=FULL)],
-    ids=str,
-)
-def test_a_record_with_several_teachers_has_the_weighted_sum_of_their_divergences(ranks, places, tmp_path, options):
-    """Each response counts once, however many teachers it has; an importance weight of 1 changes nothing."""
-    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
-    if options:  # one response per step has the mean over its tokens in either normalisation
-        options = [*options, "data.global_batch_size=1"]
-    [(names, error)] = ranks.run(
-        step_and_definition,
-        arguments(places, tmp_path / "run", f"data.path={file}", *options),
-        places,
-        world_size=1,
-        init_process_group=False,
-    )
-    assert names == {"math", "code", "default"} or options
+@pytest.mark.parametrize("name", [*QUICK_STEPS, *(pytest.param(n, marks=FULL) for n in STEPS if n not in QUICK_STEPS)])
+def test_a_step_has_the_gradient_of_the_definition(ranks, places, tmp_path, name):
+    """Each teacher with its weights, its prompt and its w; each response counts once, however many teachers it has.
+
+    A teacher of another architecture differs in layers, width, heads, norms, ties and the padding of its vocabulary.
+    """
+    write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    own = {"WIDE_TEACHER": str(places["wide"]), "DATA": str(places["data"])}
+    options = [re.sub("|".join(own), lambda found: own[found[0]], option) for option in STEPS[name]]
+    of_step = arguments(places, tmp_path / "run", *options)
+    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
+    wanted = {"code+math", "code+default+math"} if name.startswith("product") else {"math", "code", "default"}
+    assert wanted <= names or name == "several, by sequences"
     assert error < 1e-5
 
 
 def of_wide(places: dict[str, Path], run_dir: Path, *options: str) -> list[str]:
     """Return the arguments of a run with a wide teacher, one of the student's architecture and the start."""
-    named = f"teachers.math={{load: {places['wide']}, weight: 0.5}}"
-    return arguments(places, run_dir, named, *options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
-        pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "teacher.offload=cpu"], marks=FULL),
-        pytest.param(["target.rule=fixed", "schedule.pair_order=teacher_first"], marks=FULL),
-    ],
-    ids=str,
-)
-def test_a_teacher_of_another_architecture_has_the_gradient_of_the_definition(ranks, places, tmp_path, options):
-    """It differs in layers, width, heads, norms, ties and the padding of its vocabulary."""
-    of_step = of_wide(places, tmp_path / "run", *options)
-    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
-    assert names == {"math", "code", "default"}
-    assert error < 1e-5
-
-
-@pytest.mark.full
-def test_a_product_of_teachers_of_two_architectures_is_the_weighted_mean_of_their_log_probs(ranks, places, tmp_path):
-    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
-    of_step = of_wide(places, tmp_path / "run", f"data.path={file}", *PRODUCT)
-    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
-    assert len(names & {"code+math", "code+default+math"}) == 2
-    assert error < 1e-5
+    return arguments(places, run_dir, WIDE_TEACHER.replace("WIDE_TEACHER", str(places["wide"])), *options)
 
 
 FUSED_TP2 = [*LAYOUTS["TP2"], "parallel.sequence_parallel=true", "loss.fused=low_memory"]
@@ -272,12 +216,13 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
         ["teacher.offload=cpu"],
-        pytest.param(["target.anchor=student"], marks=FULL),
-        pytest.param(["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"], marks=FULL),
+        ["target.anchor=student"],
+        ["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"],
     ],
     ids=str,
 )
@@ -286,12 +231,7 @@ def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(rank
     recorded, file = tmp_path / "recorded.jsonl", write_records_of_teachers(places["data"], ["code"], "code.jsonl")
     guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"rollout.record={recorded}"]
     train(ranks, arguments(places, tmp_path / "run", "num_steps=2", f"data.path={file}", *guides, *options))
-    records = [json.loads(line) for line in recorded.read_text().splitlines()]
-    for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
-        assert line["guided/share"] == 1
-        means = mean_log_probs(records, step)
-        assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
-        assert abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-2
+    assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)
 
 
 @pytest.mark.full
@@ -305,33 +245,6 @@ def test_no_problem_of_another_teacher_is_guided(ranks, places, tmp_path):
         guided = [record for record in of_step if record["teacher_log_probs"]]
         assert 0 < line["guided/share"] == len(guided) / len(of_step) < 1
         assert line["teacher_tokens/default"] == sum(len(record["log_probs"]) for record in guided)
-
-
-PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        pytest.param(["target.anchor=student"], marks=FULL),
-        pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
-        pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"], marks=FULL),
-        pytest.param(["teachers.math.weight=0.5", "teachers.code.weight=3"], marks=FULL),
-        pytest.param(["teachers.math.weight=0", "teachers.code.weight=3", "loss.fused=low_memory"], marks=FULL),
-        pytest.param(["teachers.code.weight=2", "target.rule=fixed", "schedule.teacher_store_gb=0"], marks=FULL),
-    ],
-    ids=str,
-)
-def test_the_product_of_teachers_is_the_weighted_mean_of_their_log_probs(ranks, places, tmp_path, options):
-    """A step has responses of one teacher and of two products; each counts once."""
-    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
-    of_step = arguments(places, tmp_path / "run", f"data.path={file}", *PRODUCT, *options)
-    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
-    assert len(names & {"code+math", "code+default+math"}) == 2 and names <= {
-        *("code+math", "code+default+math", "default")
-    }
-    assert error < 1e-5
 
 
 def measured_and_trained(arguments: list[str]) -> list[tuple[str, float, float]]:
@@ -402,16 +315,6 @@ def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, na
     options = ["num_steps=3", "checkpoint.save_every=0", replay, *LAYOUTS[name]]
     train(ranks, arguments(places, tmp_path / "run", *options), 2)
     assert_steps_equal(one, tmp_path / "run", EQUAL)
-
-
-@pytest.mark.full
-def test_the_order_of_the_teachers_and_the_place_of_their_weights_change_no_bit(ranks, places, one, tmp_path):
-    """The other order, and weights that leave the device between the steps."""
-    named = arguments(places, tmp_path / "run", "num_steps=3", "checkpoint.save_every=2")
-    others = [option for option in named if not option.startswith("teachers.")]
-    others += [option for option in reversed(named) if option.startswith("teachers.")]
-    train(ranks, [*others, "teacher.offload=cpu"])
-    assert_equal_runs(ranks, one, tmp_path / "run", 3)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, places, one):
@@ -493,53 +396,6 @@ def test_adapters_of_other_weights_or_without_a_base_are_refused_before_anything
     assert "set checkpoint.load to the present place" in refusal(ranks, other)
     from_nothing = of_adapters(places, tmp_path / "run", adapted["peft"], "checkpoint.load=null")
     assert "teachers.math.load" in (message := refusal(ranks, from_nothing)) and "set checkpoint.load to" in message
-    assert not (tmp_path / "run" / "teacher").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["teachers.math.load=/nowhere"], "teachers.math.load=/nowhere does not exist"),
-        (["teachers.math={hint: given}", "teachers.unused={load: /nowhere}"], "teachers.unused.load=/nowhere does not"),
-        (["data.path={data}/unknown.jsonl"], "unknown.jsonl:2: field 'teacher': expected the name of one of the teach"),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_built(ranks, places, tmp_path, options, message):
-    write_records_of_teachers(places["data"], ["math", "physics"], "unknown.jsonl")
-    own = [option.replace("{data}", str(places["data"])) for option in options]
-    assert message in refusal(ranks, arguments(places, tmp_path / "run", *own))
-    assert not (tmp_path / "run" / "teacher").exists()
-
-
-@pytest.mark.full
-def test_a_teacher_with_fewer_layers_than_stages_is_refused_with_both_numbers(ranks, places, tmp_path):
-    shallow = overrides(places["data"], tmp_path / "shallow", "model.num_layers=1", "num_steps=1")
-    train(ranks, shallow)
-    named = f"teachers.code.load={tmp_path}/shallow/checkpoints"
-    message = refusal(ranks, arguments(places, tmp_path / "run", named, *LAYOUTS["PP2"]), 2)
-    assert f"the architecture of {named} does not fit the run: model.num_layers (1) must be a multiple of PP" in message
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        pytest.param(
-            ["parallel.tensor_model_parallel_size=4"],
-            "does not fit the run: model.num_attention_heads (6) must be a",
-            marks=FULL,
-        ),
-        (["teachers.math.transformer={no_such: 1}"], "fit the run: model.transformer.no_such: Megatron"),
-        pytest.param(
-            ["teachers.code.transformer={no_such: 1}"],
-            "fit the run: model.transformer.no_such: Megatron",
-            marks=FULL,
-        ),
-    ],
-)
-def test_another_architecture_that_does_not_fit_is_refused_by_its_name(ranks, places, tmp_path, options, message):
-    world = 4 if "parallel" in options[0] else 1
-    found = refusal(ranks, of_wide(places, tmp_path / "run", *options), world)
-    assert "the architecture of teachers." in found and message in found
     assert not (tmp_path / "run" / "teacher").exists()
 
 

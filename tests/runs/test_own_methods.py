@@ -1,38 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A method of the user trains and resumes."""
+"""The method of the user that docs/your_model.md shows: its test passes as it stands, and its runs train and resume."""
 
 from __future__ import annotations
 
+import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start, train
+from tiny_run import REPOSITORY, assert_resumes_equal, overrides, reproducible_metrics, start, train
 
-MODULE = '''
-from dataclasses import dataclass
-
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-from megatron_selfdistill.methods.parts.terms import uniform
-
-
-@dataclass(frozen=True)
-class MySettings(DefaultSettings):
-    """The settings of my method."""
-
-    share: float = 1.0
-    """Weight of the divergence."""
-
-
-class MyMethod(SelfDistillation):
-    """The divergence with a weight of its own."""
-
-    Settings = MySettings
-    weighs_tokens = True
-
-    def terms(self, step, rollouts, signals):
-        return uniform(signals, weight=self.settings.share, signal="full")
-'''
+PAGE = REPOSITORY / "docs" / "your_model.md"
 
 
 def start_with_path(arguments: list[str], directory: str) -> int:
@@ -42,16 +22,35 @@ def start_with_path(arguments: list[str], directory: str) -> int:
         return start(arguments)
 
 
-def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks, data, tmp_path):
-    (tmp_path / "my_module.py").write_text(MODULE)
-    options: dict[str, Any] = {"start": start_with_path, "directory": str(tmp_path)}
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """Write the method and its test, the two code blocks of the page's section, into a directory."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Your own method\n")[2]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    for name, text in zip(("my_method.py", "test_my_method.py"), blocks, strict=True):
+        (tmp_path / name).write_text(text)
+    return tmp_path
 
-    def arguments(run_dir: Path, share: float = 0.5) -> list[str]:
-        own = ["method.name=my_module.MyMethod", f"method.share={share}", "num_steps=2", "checkpoint.save_every=1"]
-        return overrides(data, run_dir, *own, "optimizer.clip_grad=0")
 
-    train(ranks, arguments(tmp_path / "one", 1.0), **options)
-    train(ranks, arguments(tmp_path / "half"), **options)
-    one, half = (reproducible_metrics(tmp_path / name)[0] for name in ("one", "half"))
-    assert half["gradient_norm"] == pytest.approx(one["gradient_norm"] / 2, rel=1e-4) != 0
-    assert_resumes_equal(ranks, tmp_path / "half", arguments, step=1, num_steps=2, **options)
+def test_the_test_of_the_page_passes(written, monkeypatch):
+    monkeypatch.syspath_prepend(written)
+    monkeypatch.delitem(sys.modules, "my_method", raising=False)
+    [test] = [run for name, run in runpy.run_path(str(written / "test_my_method.py")).items() if name[:5] == "test_"]
+    test()
+
+
+@pytest.mark.full
+def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks, data, written):
+    options: dict[str, Any] = {"start": start_with_path, "directory": str(written)}
+
+    def arguments(run_dir: Path, weight: float = 0.0) -> list[str]:
+        own = ["method.name=my_method.WrongFirst", f"method.right_weight={weight}", "num_steps=2"]
+        own += ["checkpoint.save_every=1", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
+        return overrides(data, run_dir, *own)
+
+    train(ranks, arguments(written / "one", 1.0), **options)
+    train(ranks, arguments(written / "none"), **options)
+    one, none = (reproducible_metrics(written / name)[0] for name in ("one", "none"))
+    assert 0 < one["rewards/mean"] == none["rewards/mean"] < 1
+    assert 0 < none["gradient_norm"] != pytest.approx(one["gradient_norm"], rel=1e-2)
+    assert_resumes_equal(ranks, written / "none", arguments, step=1, num_steps=2, **options)

@@ -10,6 +10,7 @@ import pytest
 from ranks import RankError
 from tiers import combinations
 from tiny_run import (
+    TWO_RANKS,
     assert_equal_runs,
     assert_resumes_equal,
     go_back_to_step,
@@ -52,6 +53,15 @@ LAYOUTS = {
             "model.moe_router_score_function=sigmoid",
         ],
     ),
+    "gated delta nets": (
+        1,
+        [
+            *("model.qk_layernorm=true", "model.rotary_percent=0.5"),
+            "+model.transformer={experimental_attention_variant: gated_delta_net, linear_attention_freq: [1, 0], "
+            "linear_num_key_heads: 2, linear_num_value_heads: 4, linear_key_head_dim: 8, linear_value_head_dim: 8, "
+            "attention_output_gate: true, layernorm_zero_centered_gamma: true}",
+        ],
+    ),
 }
 
 
@@ -77,14 +87,7 @@ def test_a_run_killed_in_the_middle_of(place, ranks, data, finished, tmp_path):
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "nothing of the killed save may stay behind"
 
 
-OTHER_LAYOUTS = {
-    "TP2": ["parallel.tensor_model_parallel_size=2"],
-    "PP2": ["parallel.pipeline_model_parallel_size=2"],
-    "DP2": ["optimizer.overlap_grad_reduce=true"],
-    "CP2": ["parallel.context_parallel_size=2"],
-}
-
-
+OTHER_LAYOUTS = TWO_RANKS | {"DP2": ["optimizer.overlap_grad_reduce=true"]}
 OPTIONS = ["teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"]
 OPTIONS.append("metrics.teacher_every=1")
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from fake_vllm import FakeVllm, fake_servers
 from served_runs import assert_same_steps, be_slow, is_slow, metrics_of, on
-from tiny_run import overrides, refusal, saved_step, train
+from tiny_run import saved_step, train
 
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT
 
@@ -150,20 +150,3 @@ def test_a_server_that_dies_with_a_batch_ahead_leaves_its_requests_to_the_others
     train(ranks, on(fakes, data, tmp_path / "ahead", *mode))
     assert_same_steps(tmp_path / "turns", tmp_path / "ahead")
     assert metrics_of(tmp_path / "ahead")[-1]["rollout/servers_alive"] == 1
-
-
-REFUSED: dict[str, tuple[list[str], str]] = {
-    "an engine of the trainer": (
-        ["rollout.engine=megatron", "rollout.placement=colocated", "rollout.num_servers=0"],
-        "rollout.ahead=1 trains while servers generate",
-    ),
-    "own solutions": (["method.name=own_solutions"], "no environment, rollout.guidance or method that needs all"),
-    "guidance": (["rollout.guidance=mixed"], "in process: it needs rollout.engine=megatron"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_generated_ahead_is_refused(ranks, data, tmp_path, name):
-    more, message = REFUSED[name]
-    served = ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.num_samples=2"]
-    assert message in refusal(ranks, overrides(data, tmp_path / "run", *served, *AHEAD, *more))

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from reported_runs import blocks_of
-from tiers import combinations
 from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
@@ -28,7 +27,6 @@ RUNS = {
         *("environment.name=replying.Replying", "environment.max_turns=3"),
         "environment.limits={one_sequence: true}",
     ],
-    "single": ["environment.name=replying.Replying", "environment.max_turns=1"],
     "unseen": ["environment.name=sessions.Guiding", "environment.max_turns=3", "metrics.show_samples=0"],
 }
 EPISODES = ("by_turn", "one_sequence")
@@ -111,16 +109,7 @@ def test_the_explorer_has_the_first_turns_with_the_numbers_of_the_samples(run_of
     assert [link["turn"] for link in links] == [record["turn"] + 1 for record in explored]
 
 
-@pytest.mark.full
-def test_a_run_with_one_turn_per_episode_has_records_of_responses_alone(run_of):
-    samples = read_samples(run_of("single"))
-    (links,) = blocks_of((run_of("single") / "report.html").read_text())["overview"]["explored"]
-    assert len(samples) == 3 and len(links) == 3
-    for record in (*samples, *links, *(read_explored(path) for path in explored_files(run_of("single")))):
-        assert not record.keys() & {*TURN}
-
-
-@combinations(name=list(RUNS), quick={"name": EPISODES}, strength=1)
+@pytest.mark.parametrize("name", EPISODES)
 def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(run_of, name):
     (measured,) = [line for line in read_metrics(run_of(name)) if "evaluation/greedy_mean_reward" in line]
     said = [record for record in read_evaluation_samples(run_of(name)) if record["sample"] is None]
@@ -132,7 +121,7 @@ def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(run_
         rewards.append(sum(sum(map(ord, text)) % 2 == 0 for text in texts[: len(parts) - record["truncated"]]))
     assert measured["evaluation/greedy_mean_turns"] == sum(turns) / 2 and len(said) == 2
     assert measured["evaluation/greedy_mean_reward"] == sum(rewards) / 2
-    assert max(turns) <= (1 if name == "single" else 3) and "evaluation/sampled_mean_reward" in measured
+    assert max(turns) <= 3 and "evaluation/sampled_mean_reward" in measured
 
 
 @pytest.mark.full

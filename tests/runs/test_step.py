@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,30 +22,6 @@ NOT_ON_THE_DEVICE = (
     "megatron/core/optimizer/optimizer.py",
     "megatron/core/utils.py",
 )
-
-
-def start_counting(arguments: Sequence[str], module: str, name: str, expected: int) -> int:
-    """`tiny_run.start`, during which the function ``module.name`` must be called ``expected`` times."""
-    owner, calls = importlib.import_module(module), []
-    original = getattr(owner, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, counted)
-        status = tiny_run.start(arguments)
-    assert len(calls) == expected
-    return status
-
-
-@pytest.mark.parametrize("clip", [1.0, 0.0])
-def test_the_norm_of_the_gradient_is_taken_once_per_step(ranks, data, tmp_path, clip):
-    more = ["num_steps=2", "checkpoint.save_every=0", f"optimizer.clip_grad={clip}"]
-    counted = ("megatron.core.optimizer.optimizer", "get_grad_norm_fp32", 2)
-    arguments = overrides(data, tmp_path / "run", *more)
-    assert ranks.run(start_counting, arguments, *counted, world_size=1, init_process_group=False) == [0]
 
 
 def start_recording(arguments: Sequence[str], path: Path) -> int:

@@ -59,10 +59,11 @@ def sampler_of(chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: f
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
-    """Return the logits ``[len(tokens), vocabulary]`` in float64 of a whole model, without a cache."""
-    ids = torch.tensor([list(tokens)])
-    logits: Tensor = model(ids, torch.arange(len(tokens))[None], None)
-    return logits[0, :, :VOCAB_SIZE].double()
+    """Return the logits ``[len(tokens), vocabulary]`` in float64 on the CPU of a whole model, without a cache."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(tokens)], device=device)
+    logits: Tensor = model(ids, torch.arange(len(tokens), device=device)[None], None)
+    return logits[0, :, :VOCAB_SIZE].double().cpu()
 
 
 def log_softmax_after(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:

@@ -26,6 +26,26 @@ def on_cpu() -> Iterator[None]:
         library._destroy()
 
 
+def softmax_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: list[int], left: int | None) -> Tensor:
+    """Return the definition, [t, n * d], in the dtype of its arguments: the sink is a further column of the scores.
+
+    ``q [t, n, d]``, ``k`` and ``v [t, groups, d]``, ``sinks [n]``: packed sequences of these lengths; ``left``: how
+    many earlier tokens a token sees, or None for all.
+    """
+    parts = []
+    heads = q.size(1) // k.size(1)
+    for queries, *of_groups in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        keys, values = (x.repeat_interleave(heads, dim=1) for x in of_groups)
+        scores = torch.einsum("ind,jnd->nij", queries, keys) / q.size(-1) ** 0.5
+        places = torch.arange(len(queries), device=q.device)
+        distance = places[:, None] - places
+        hidden = (distance < 0) if left is None else (distance < 0) | (distance > left)
+        column = sinks[:, None, None].expand(-1, len(queries), 1)
+        weights = torch.cat([scores.masked_fill(hidden, -torch.inf), column], dim=-1).softmax(-1)[..., :-1]
+        parts.append(torch.einsum("nij,jnd->ind", weights, values).flatten(1))
+    return torch.cat(parts)
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int) -> None:
     """Raise RuntimeError where the CUDA kernel would; float64, which CUDA lacks, is here for exact comparisons."""
     expected = [

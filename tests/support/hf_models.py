@@ -47,8 +47,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_WITHOUT_HEAD_DIM = {name: size for name, size in _SIZES.items() if name != "head_dim"}
 _LATENT = {
-    **{name: size for name, size in _SIZES.items() if name != "head_dim"},
+    **_WITHOUT_HEAD_DIM,
     "num_key_value_heads": 4,
     "moe_intermediate_size": 28,
     "n_routed_experts": 8,
@@ -96,12 +97,10 @@ _GATED_DELTA = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 3,
 }
-_SHARED_EXPERT = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 28,
-    "shared_expert_intermediate_size": 20,
-}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+_SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 20}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_mtp_layers": 0}
+"""Experts of DeepSeek without groups and without multi-token prediction."""
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": (
@@ -133,21 +132,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True},
-    ),
-    "qwen3_moe_mixed": (
-        "Qwen3MoeConfig",
-        {
-            **_SIZES,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 28,
-            "norm_topk_prob": False,
-            "mlp_only_layers": [1],
-        },
-    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "qwen3_moe_mixed": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]}),
     "gpt_oss": (
         "GptOssConfig",
         {
@@ -183,15 +169,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3_plain": (
         "DeepseekV3Config",
-        {
-            **_LATENT,
-            "q_lora_rank": None,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 0,
-            "num_mtp_layers": 0,
-        },
+        {**_LATENT, **_ONE_GROUP, "q_lora_rank": None, "first_k_dense_replace": 0},
     ),
     "seed_oss": ("SeedOssConfig", {**_SIZES, "attention_bias": True}),
     "smollm3": (
@@ -208,16 +186,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
     "moonlight": (  # a large epsilon, so that the norms of the latents show their own
         "DeepseekV3Config",
-        {
-            **_LATENT,
-            "rms_norm_eps": 1e-2,
-            "q_lora_rank": 24,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "num_mtp_layers": 0,
-        },
+        {**_LATENT, **_ONE_GROUP, "rms_norm_eps": 1e-2, "q_lora_rank": 24, "first_k_dense_replace": 1},
     ),
     "glm4_moe": (
         "Glm4MoeConfig",
@@ -242,16 +211,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {
-            **_SIZES,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 28,
-            "shared_expert_intermediate_size": 26,
-        },
-    ),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 26}),
     "ministral3": (
         "Ministral3Config",
         {**_SIZES, "rope_parameters": {**_YARN, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},
@@ -269,13 +229,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": (
         "OlmoeConfig",
-        {
-            **{name: size for name, size in _SIZES.items() if name != "head_dim"},
-            "hidden_size": 40,
-            "num_experts": 4,
-            "num_experts_per_tok": 3,
-            "pad_token_id": None,
-        },
+        {**_WITHOUT_HEAD_DIM, "hidden_size": 40, "num_experts": 4, "num_experts_per_tok": 3, "pad_token_id": None},
     ),
     "qwen3_next": ("Qwen3NextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "mlp_only_layers": [1]}),
     "qwen3_next_unnormalised": (

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from interpreted_kernels import replace_language_once
 from logit_pairs import divergence
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext
@@ -27,6 +27,30 @@ from megatron_selfdistill.loss import (
     mixed_target,
 )
 from megatron_selfdistill.loss.triton import pass_launches
+
+
+def replace_language_once() -> None:
+    """Let Triton's interpreter replace the functions of triton.language once in this process.
+
+    The interpreter does so in every call of a function by a kernel, which takes half of the interpreter's time, and
+    undoes the replacement after every launch.  A kernel that is compiled cannot follow in the same process.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace: Callable[[Any], Any] = interpreter._patch_lang
+    replaced: set[frozenset[int]] = set()
+
+    def replace_once(function: Any) -> SimpleNamespace:
+        modules = [value for value in function.__globals__.values() if isinstance(value, ModuleType)]
+        visible = frozenset(id(module) for module in modules if module in (language, language.core))
+        if visible not in replaced:
+            replace(function)
+            replaced.add(visible)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,12 @@ NOT_REPRODUCIBLE = (
     *("rollout/generation_seconds", "rollout/waited_seconds", "rollout/servers_waited_seconds"),
 )
 TRACKER = "latest_checkpointed_iteration.txt"
+TWO_RANKS: dict[str, list[str]] = {
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "CP2": ["parallel.context_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "DP2": [],
+}
 
 
 def write_data(directory: Path, num_problems: int = 40) -> None:
@@ -42,16 +48,20 @@ def write_data(directory: Path, num_problems: int = 40) -> None:
     write_records(directory / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
 
 
-def write_chats(directory: Path, replies: Sequence[str]) -> None:
-    """Write logged conversations of one turn each into chats.jsonl of ``directory``, and their template."""
+def write_chats(directory: Path, replies: Sequence[str], file: str = "chats.jsonl") -> None:
+    """Write logged conversations of one turn each, and their template."""
+    write_conversations(directory, [(f"{i:03d}-0=", reply, "thanks") for i, reply in enumerate(replies)], file)
+
+
+def write_conversations(directory: Path, chats: Sequence[Sequence[str]], file: str = "chats.jsonl") -> None:
+    """Write logged conversations, whose texts are in turn those of a user and an assistant, and their template."""
     from _lib.pretraining import write_records
 
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
     (directory / "template.jinja").write_text(template)
-    turns = [(f"{number:03d}-0=", reply, "thanks") for number, reply in enumerate(replies)]
-    roles = ("user", "assistant", "user")
-    records = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]} for texts in turns]
-    write_records(directory / "chats.jsonl", records)
+    roles = ("user", "assistant")
+    records = [{"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]} for texts in chats]
+    write_records(directory / file, records)
 
 
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -310,10 +320,18 @@ def starts_with_an_even_token(text: str, problem: Any) -> bool:
     return text[:1] in set("02468-b,:H~")
 
 
-def mean_log_probs(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Return the mean log_probs and teacher_log_probs of the recorded responses of a step, all of them guided."""
-    means = {}
-    for name in ("log_probs", "teacher_log_probs"):
-        values = [value for record in records if record["step"] == step for value in record[name]]
-        means[name] = sum(values) / len(values)
-    return means
+def assert_guided_by_the_teacher_of_the_loss(run_dir: Path, recorded: Path) -> None:
+    """Assert that all responses are guided, and that their mean log-probs are those that the loss computes.
+
+    The weights of student and teacher differ from the second step on.
+    """
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for step, line in enumerate(reproducible_metrics(run_dir)):
+        means = {}
+        for name in ("log_probs", "teacher_log_probs"):
+            values = [value for record in records if record["step"] == step for value in record[name]]
+            means[name] = sum(values) / len(values)
+        assert line["guided/share"] == 1
+        assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-3
+        assert step == 0 or abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-3

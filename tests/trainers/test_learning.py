@@ -31,10 +31,3 @@ def test_a_model_learns_subtraction_from_answers(trainer, root, capsys):
     (run,) = read_runs([root / "your_trainer" / f"{trainer}-seed5"])
     assert run.last_step == 100 and sum(run.values("loss/mean")[-10:]) < 0.5 * sum(run.values("loss/mean")[:10])
     assert len(run.values("gradient_norm")) == 100
-
-
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_trainer", "megatron_lm"])
-def test_a_file_to_copy_has_at_most_110_lines_and_the_page_leads_to_it(name):
-    assert (REPOSITORY / "examples" / "trainers" / f"{name}.py").read_text(encoding="utf-8").count("\n") <= 110
-    page = (REPOSITORY / "docs" / "your_trainer.md").read_text(encoding="utf-8")
-    assert f"](../examples/trainers/{name}.py)" in page

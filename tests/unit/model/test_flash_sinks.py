@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,26 +85,12 @@ def inputs(size: float, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return (size * q).to(dtype), k.to(dtype), v.to(dtype), dy.flatten(1).to(dtype)
 
 
-def softmax_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: list[int], left: int | None) -> Tensor:
-    """Return the definition, [t, n * d], in the dtype of its arguments: the sink is a further column of the scores."""
-    out = []
-    for start, end in pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]):
-        own_k, own_v = (x[start:end].repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
-        scores = torch.einsum("ind,jnd->nij", q[start:end], own_k) / CHANNELS**0.5
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        hidden = (distance < 0) if left is None else (distance < 0) | (distance > left)
-        column = sinks[:, None, None].expand(-1, end - start, 1)
-        scores = torch.cat([scores.masked_fill(hidden, -torch.inf), column], dim=-1)
-        out.append(torch.einsum("nij,jnd->ind", scores.softmax(-1)[..., :-1], own_v).flatten(1))
-    return torch.cat(out)
-
-
 def exact(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
     """Return the definition's output and gradients of queries, keys, values and sinks in float64."""
     size, sinks, lengths = ROWS[row]
     *qkv, dy = (x.double() for x in inputs(size, sum(lengths), dtype))
     leaves = [x.requires_grad_() for x in (*qkv, torch.tensor(sinks, dtype=dtype).double())]
-    out = softmax_with_sinks(*leaves, lengths, *VARIANTS[variant].get("window_size", [None])[:1])
+    out = flash_attention.softmax_with_sinks(*leaves, lengths, *VARIANTS[variant].get("window_size", [None])[:1])
     out.backward(dy)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -173,7 +158,7 @@ def test_sinks_that_are_off_by_one_are_zeros_without_a_gradient():
     one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     changed = config(softmax_type="off-by-one")
     layer = FlashSinkAttention(changed, 1, None, "self", pg_collection=SimpleNamespace(cp=one))
-    expected = softmax_with_sinks(*qkv, torch.zeros(HEADS, dtype=torch.float64), LENGTHS, None)
+    expected = flash_attention.softmax_with_sinks(*qkv, torch.zeros(HEADS, dtype=torch.float64), LENGTHS, None)
     torch.testing.assert_close(layer(*qkv, packed_seq_params=segments(LENGTHS)), expected)
     assert not list(layer.parameters())
 
@@ -203,7 +188,7 @@ def test_context_parallel_ranks_compute_their_part_of_the_definition(ranks, vari
     leaves = [x.requires_grad_() for x in (*inputs(3.0, sum(CP_LENGTHS), torch.float64)[:3],)]
     sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
     left = VARIANTS[variant].get("window_size", [None])[0]
-    out = softmax_with_sinks(*leaves, sinks, CP_LENGTHS, left)
+    out = flash_attention.softmax_with_sinks(*leaves, sinks, CP_LENGTHS, left)
     out.backward(inputs(3.0, sum(CP_LENGTHS), torch.float64)[3])
     per_rank = ranks.run(of_cp_rank, variant, world_size=cp_size)
     for held, *parts, _ in per_rank:
@@ -244,7 +229,7 @@ def test_the_operators_of_this_pytorch_take_the_arguments_and_return_the_shapes(
 def test_the_stand_in_has_the_gradients_of_attention_without_sinks():
     *qkv, dy = inputs(3.0, sum(LENGTHS), torch.float64)
     leaves = [x.requires_grad_() for x in qkv]
-    expected = softmax_with_sinks(*leaves, torch.full((HEADS,), -torch.inf).double(), LENGTHS, 5)
+    expected = flash_attention.softmax_with_sinks(*leaves, torch.full((HEADS,), -torch.inf).double(), LENGTHS, 5)
     expected.backward(dy)
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     window = {"scale": CHANNELS**-0.5, "window_size_left": 5, "window_size_right": 0}
