@@ -26,7 +26,7 @@ from megatron_selfdistill.loss import (
     distillation_loss,
     mixed_target,
 )
-from megatron_selfdistill.loss.triton import pass_launches
+from megatron_selfdistill.kernels import pass_launches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:

@@ -636,7 +636,7 @@ def _triton_version() -> str:
 @cache
 def _triton() -> Backend:
     # Imported here because the import takes a second, and because torch for CPUs comes without triton.
-    from megatron_selfdistill.loss.triton import pass_launches, solver_launches
+    from megatron_selfdistill.kernels import pass_launches, solver_launches
 
     return Backend(
         name="triton",

@@ -16,7 +16,7 @@ from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded import shard_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
-from megatron_selfdistill.loss.triton import pass_launches
+from megatron_selfdistill.kernels import pass_launches
 from megatron_selfdistill.loss.weighting import Coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

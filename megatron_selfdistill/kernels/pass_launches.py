@@ -29,7 +29,7 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     TokenConstants,
 )
 from megatron_selfdistill.loss.target import Divergence
-from megatron_selfdistill.loss.triton.pass_kernels import (
+from megatron_selfdistill.kernels.pass_kernels import (
     BOTH,
     RENYI,
     STUDENT_ONLY,

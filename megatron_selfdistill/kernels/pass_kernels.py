@@ -38,7 +38,7 @@ import triton.language as tl
 from megatron_selfdistill.choices import DIVERGENCES
 from megatron_selfdistill.loss.divergence import FLOOR
 from megatron_selfdistill.loss.target import Status
-from megatron_selfdistill.loss.triton.kernel_math import (
+from megatron_selfdistill.kernels.kernel_math import (
     LOG2_E,
     columns_of,
     exp_minus_one,

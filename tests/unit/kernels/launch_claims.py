@@ -43,7 +43,7 @@ from megatron_selfdistill.loss import (
 )
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
-from megatron_selfdistill.loss.triton import pass_launches, solver_launches
+from megatron_selfdistill.kernels import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
