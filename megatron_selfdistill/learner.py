@@ -34,9 +34,8 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.batch_k import solve_batch_k
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
@@ -413,13 +412,3 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-
-
-def loss_backend(config: Config, grid: RankGrid) -> str:
-    """Return the backend of the loss and the reason for it, for the log.  Raises: `ConfigError` where it cannot run."""
-    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
-    try:
-        name, why = in_use(config.loss.backend, grid.device, dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return f"{'Triton kernels' if name == 'triton' else 'PyTorch'} ({why})"

@@ -19,9 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.sharded import token_statistics
-from megatron_selfdistill.loss.target import MATCH_TOLERANCE, MIN_ENTROPY, Status
 from megatron_selfdistill.kernels.kernel_math import (
     as_float32,
     at_least,
@@ -32,6 +29,9 @@ from megatron_selfdistill.kernels.kernel_math import (
     log_one_plus_64,
 )
 from megatron_selfdistill.kernels.pass_kernels import BOTH, STUDENT_ONLY
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.sharded import token_statistics
+from megatron_selfdistill.loss.target import MATCH_TOLERANCE, MIN_ENTROPY, Status
 
 _LEAST_ENTROPY = tl.constexpr(token_statistics.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(token_statistics.LEAST_DEFICIT)

@@ -4,8 +4,8 @@
 `target` and `divergence` are the definitions on full rows of logits, to be read.
 `sharded.vocab_parallel` computes the same on vocabulary shards, and `sharded.fused_linear` the same from hidden states:
 both are to be used.  `functional` has both in one call with the conventions of trainers.
-README.md in this directory has the formula, the passes and the table of PyTorch files and their Triton twins.
-The loss imports torch, triton and the package's lists of choices only.
+README.md in this directory has the formula, the passes and the table of PyTorch files and their twins in kernels.
+The loss imports torch, the package's lists of choices and the doors of its annexes only.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Shard:
     mix_weights: (weight of t, weight of s) in m.
     dtype: the dtype of the sums, float32 or float64.
     num_parts: the number of parts into which a pass cuts each row; the sums of parts are merged as the sums of ranks
-    are.  PyTorch has 1; the Triton kernels cut a row into more parts if there are fewer rows.
+    are.  PyTorch has 1; another backend may cut a row into more parts if there are fewer rows.
     """
 
     student: Tensor

@@ -19,23 +19,20 @@ softmax, comes from the first pass alone.  The training passes do not compute th
 which the student or the reference gives almost no probability: two passes over the logits of their own take it in
 `target_measures`, in PyTorch on every device, on the steps that measure it.
 
-A `Backend` is PyTorch, which defines the sharded loss, or the Triton kernels, which are faster.
+A `Backend` is PyTorch, which defines the sharded loss, or the kernels of the annex ``kernels``, which are faster.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.choices import LOSS_BACKENDS
 from megatron_selfdistill.loss.divergence import forward_share, renyi_value
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
@@ -551,10 +548,6 @@ def check_reference(
         target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
 
 
-OLDEST_TRITON = (3, 3)
-"""The first version of triton whose kernels can pass tuples to functions."""
-
-
 @dataclass(frozen=True)
 class Backend:
     """The passes over the logits, and the solving between them.
@@ -581,11 +574,13 @@ class Backend:
 def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> Backend:
     """Return the backend for these logits.
 
-    name: "torch" or "triton"; None is triton where nothing prevents it, see `in_use`, else torch.
+    name: "torch" or "triton"; None is triton on GPUs where nothing prevents it, see `in_use`, else torch.
     Raises: ValueError for another name, and for "triton" where it cannot run.
     """
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    return _TORCH if in_use(name, student_logits.device, dtype)[0] == "torch" else _triton()
+    is_torch = in_use(name, student_logits.device, dtype)[0] == "torch"
+    found: Backend = _TORCH if is_torch else door("kernels").backend()
+    return found
 
 
 def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -595,60 +590,16 @@ def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
     """
     if name is not None and name not in LOSS_BACKENDS:
         raise ValueError(f"loss.backend must be null, {' or '.join(LOSS_BACKENDS)}; got {name!r}.")
+    if name is None and device.type == "cpu":
+        return "torch", "the logits lie on cpu"
     if name == "torch":
         return "torch", "as configured"
-    against = _against_triton(device, dtype)
-    if name == "triton" and against:
-        raise ValueError(f"loss.backend=triton cannot be used: {against}. Set loss.backend to torch or null.")
+    against = door("kernels").reason_against(device, dtype)
+    if name is None:
+        return ("torch", against) if against else ("triton", f"logits on {device.type}")
     if against:
-        return "torch", against
-    return "triton", "as configured" if name == "triton" else f"logits on {device.type}"
-
-
-def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return the reason why the Triton kernels cannot run on such logits; None if they can."""
-    if not _has_triton():
-        return "the package triton is not installed"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernels take bfloat16, float16 and float32, and the logits are {str(dtype).removeprefix('torch.')}"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the logits lie on {device.type}, not on cuda"
-    version = _triton_version()
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
-        return f"triton {version} is installed, and {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    """Look once for triton: every call of the loss asks, in guided rollouts at every token."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _triton_version() -> str:
-    # The module knows its version; the distribution has several names.
-    import triton
-
-    return str(triton.__version__)
-
-
-@cache
-def _triton() -> Backend:
-    # Imported here because the import takes a second, and because torch for CPUs comes without triton.
-    from megatron_selfdistill.kernels import pass_launches, solver_launches
-
-    return Backend(
-        name="triton",
-        num_parts=pass_launches.num_parts,
-        first_pass=pass_launches.first_pass,
-        solve_tokens=solver_launches.solve_tokens,
-        second_pass=pass_launches.second_pass,
-        finish_tokens=solver_launches.finish_tokens,
-        jsd_pass=pass_launches.jsd_pass,
-        renyi_pass=pass_launches.renyi_pass,
-        write_gradient=pass_launches.write_gradient,
-    )
+        raise ValueError(f"loss.backend={name} cannot be used: {against}. Set loss.backend to torch or null.")
+    return name, "as configured"
 
 
 def _one_part(num_rows: int, num_columns: int) -> int:

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_selfdistill.kernels import triton_backend
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import vocab_parallel
 from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 
 HERE = Path(__file__).resolve().parent
@@ -237,11 +237,10 @@ def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_tor
     if HAS_TRITON:
         assert in_use(None, CUDA, torch.bfloat16) == ("triton", "logits on cuda")
         assert in_use("triton", CUDA, torch.float32) == ("triton", "as configured")
-        assert in_use(None, CPU, torch.float32) == ("torch", "the logits lie on cpu, not on cuda")
+        assert in_use(None, CPU, torch.float32) == ("torch", "the logits lie on cpu")
         assert in_use(None, CUDA, torch.float64)[0] == "torch"
-    monkeypatch.setattr(
-        vocab_parallel, "_has_triton", vocab_parallel._has_triton.__wrapped__
-    )  # without its cached answer
+    without_cache = triton_backend._has_triton.__wrapped__
+    monkeypatch.setattr(triton_backend, "_has_triton", without_cache)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", "the package triton is not installed")
 
@@ -249,14 +248,14 @@ def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_tor
 @needs_triton
 def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     too_old = "triton 3.2.0 is installed, and 3.3 or later is needed"
-    monkeypatch.setattr(vocab_parallel, "_triton_version", lambda: "3.2.0")
+    monkeypatch.setattr(triton_backend, "_triton_version", lambda: "3.2.0")
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", too_old)
     with pytest.raises(
         ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Set loss\.backend to torch"
     ):
         in_use("triton", CUDA, torch.bfloat16)
     for version in ("3.3.1", "3.10.0+git8b3c7d2", "4.0"):
-        monkeypatch.setattr(vocab_parallel, "_triton_version", lambda version=version: version)
+        monkeypatch.setattr(triton_backend, "_triton_version", lambda version=version: version)
         assert in_use(None, CUDA, torch.bfloat16) == ("triton", "logits on cuda")
 
 
