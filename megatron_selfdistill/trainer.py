@@ -40,8 +40,8 @@ from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.model.output_layer import loss_backend
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
+from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params

@@ -11,8 +11,6 @@ Therefore a step takes the cheapest of several budgets between half of ``max_tok
     plan = cheapest(budgets, counts, raised)
     packed = pack(contexts, replace(rules, max_tokens=plan.budget), ...)
 
-`placed` chooses the replica that trains on each context, so that all data-parallel replicas compute equally much.
-
 All microbatches of a step are known before the step.  Therefore the tensors of a `DeviceBatch`, which are all tensors
 besides weights and activations, travel to the device in one copy, and the schedule never waits for the device.
 """
@@ -43,9 +41,8 @@ from megatron_selfdistill.data.packing import (
     padded_lengths,
     planned_sequences,
     required_seq_length,
-    segments_of,
 )
-from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
+from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
@@ -139,30 +136,6 @@ class Packing:
         """Return the `length_quantum` of a GPU; None on a CPU."""
         return length_quantum(self.max_tokens) if grid.device.type == "cuda" else None
 
-    def attention(self, student_length: int, teacher_length: int) -> int:
-        """Return the time of a context's attention, in forward passes of one token without attention."""
-        student, teacher = self.passes
-        squares = student * student_length**2 + teacher * teacher_length**2
-        return squares // self.attention_tokens if self.attention_tokens else 0
-
-    def costs(self, student_length: int, teacher_length: int) -> tuple[int, ...]:
-        """Return the costs of a context for `placed`: the tokens of each role, then its whole time."""
-        student, teacher = self.passes
-        time = student * student_length + teacher * teacher_length + self.attention(student_length, teacher_length)
-        return student_length, teacher_length * self.with_teacher, time
-
-    def needs(self, lengths: Sequence[tuple[int, int]], budgets: Sequence[int], rules: PackingRules) -> list[int]:
-        """Return the numbers of a replica with contexts of these ``lengths`` from which `step_time` takes the maxima.
-
-        ``lengths``: those of the student's and the teacher's context, padded.
-        """
-        counts = counts_by_budget([s for s, _ in lengths], [t for _, t in lengths], rules, budgets)
-        return [*counts, sum(self.attention(*pair) for pair in lengths)]
-
-    def step_time(self, needs: Sequence[int], budgets: Sequence[int], grid: RankGrid) -> float:
-        """Return the time of a step, in any unit; ``needs``: the maxima of `needs` over the replicas."""
-        return self.cheapest(budgets, needs[:-1], grid).cost + needs[-1]
-
     def cheapest(self, budgets: Sequence[int], counts: Sequence[int], grid: RankGrid) -> StepPlan:
         """Return the cheapest budget for the ``counts`` of all replicas, with the microbatches that the schedule runs.
 
@@ -200,35 +173,6 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
     (seq_length,) = max_over_ranks([required_seq_length(contexts, rules, seq_quantum=quantum)], grid.dp_group)
     batch = pack(contexts, rules, seq_length=seq_length)
     return pad_to_count(batch, plan.num_student, plan.num_teacher if packing.with_teacher else len(batch.teacher))
-
-
-def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> list[list[int]] | None:
-    """Return the replica that shall train on each context, ``placement[r][i]`` for context i of replica r.
-
-    All ranks get the same result (`placed`), in which the contexts of a segment stay together.  It is None if all
-    contexts should stay where they are, because there is one replica or the step would not become shorter.
-    Collectives: over the data-parallel ranks, one `gather_integers` of the lengths and one maximum.  Raises: ValueError
-    where one context alone exceeds ``max_tokens``.
-    """
-    if grid.dp_size == 1:
-        return None
-    rules = packing.rules(grid)
-    own = zip(*padded_lengths(contexts, rules), map(len, segments_of(contexts, rules)), strict=True)
-    gathered = gather_integers([number for segment in own for number in segment], grid.dp_group)
-    by_replica = [list(zip(numbers[::3], numbers[1::3], strict=True)) for numbers in gathered]
-    lengths = [pair for part in by_replica for pair in part]
-    homes = [replica for replica, part in enumerate(by_replica) for _ in part]
-    replicas = placed([packing.costs(*pair) for pair in lengths], homes, grid.dp_size)
-    given = [pair for pair, replica in zip(lengths, replicas, strict=True) if replica == grid.dp_rank]
-    budgets = budgets_of(rules, packing.quantum(grid))
-    needs = [packing.needs(pairs, budgets, rules) for pairs in (by_replica[grid.dp_rank], given)]
-    maxima = max_over_ranks([*needs[0], *needs[1]], grid.dp_group)
-    present, proposed = maxima[: len(needs[0])], maxima[len(needs[0]) :]
-    if packing.step_time(proposed, budgets, grid) >= packing.step_time(present, budgets, grid):
-        return None
-    remaining = iter(replicas)
-    sizes = [numbers[2::3] for numbers in gathered]
-    return [[replica for size in part for replica in [next(remaining)] * size] for part in sizes]
 
 
 def microbatch_multiple(grid: RankGrid) -> int:
@@ -334,35 +278,6 @@ def cheapest(
         time = passes[0] * num_student + passes[1] * num_teacher
         plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
     return min(plans, key=lambda plan: plan.cost)
-
-
-def placed(costs: Sequence[Sequence[int]], homes: Sequence[int], num_replicas: int) -> list[int]:
-    """Return the replica of each context: its home where possible, so that few contexts travel.
-
-    ``costs[i]``: the costs of context i in one or several units, of which the last one is its whole cost.
-    ``homes[i]``: the replica that has context i.  The dearest context is placed first.  A context stays at home as long
-    as no cost of its home exceeds an equal share of the global batch and the cost of the dearest context, which no
-    placement can avoid.  Otherwise the context goes to the replica where the greatest share of the replica in the costs
-    of the global batch is then least.  The result is deterministic.  Collectives: none.
-    """
-    totals = [sum(column) for column in zip(*costs, strict=True)]
-    dearest = [max(column) for column in zip(*costs, strict=True)]
-    bounds = [max(total, num_replicas * most) for total, most in zip(totals, dearest, strict=True)]
-    loads = [[0] * len(totals) for _ in range(num_replicas)]
-    replicas = list(homes)
-
-    def with_cost(replica: int, cost: Sequence[int]) -> list[int]:
-        return [load + more for load, more in zip(loads[replica], cost, strict=True)]
-
-    def largest_share(replica: int, cost: Sequence[int]) -> float:
-        return max(load / (total or 1) for load, total in zip(with_cost(replica, cost), totals, strict=True))
-
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i][-1]):
-        cost, replica = costs[index], homes[index]
-        if any(num_replicas * load > bound for load, bound in zip(with_cost(replica, cost), bounds, strict=True)):
-            replica = min(range(num_replicas), key=lambda other: largest_share(other, cost))
-        replicas[index], loads[replica] = replica, with_cost(replica, cost)
-    return replicas
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from megatron_selfdistill.pipeline.batch import (
     cheapest,
     counts_by_budget,
     pack_everywhere,
-    placed,
-    placement_everywhere,
 )
+from megatron_selfdistill.pipeline.placement import placed, placement_everywhere
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
