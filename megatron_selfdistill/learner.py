@@ -43,7 +43,8 @@ from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_f
 from megatron_selfdistill.model.forward import FusedLoss, unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import configured_packing
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher, StepTeacher
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, candidate_log_probs, learnabilities, log_probs
@@ -105,7 +106,7 @@ class Learner:
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
         self.teachers = Teachers.of(config)(config, grid, self.vocab, self.chunks, initial_chunks, saved)
-        self.packing = Packing.configured(config, grid, last.config)
+        self.packing = configured_packing(config, grid, last.config)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()

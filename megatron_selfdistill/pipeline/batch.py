@@ -22,13 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
     Microbatch,
@@ -50,12 +47,6 @@ from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
 STUDENT_PASSES = 3
 """The time of the student's microbatch in forward passes: the backward pass takes two."""
 _MOST_BUDGETS = 33
-_ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
-"""The number of tokens, by recipe, of which a rank's share must be a multiple.
-
-Both layouts of an operand, [tokens, h] and its transpose, are cut into blocks of this size, and matrix products need
-multiples of 16.
-"""
 _OVERHEAD = 1 / 64  # the time of a microbatch beside its tokens, as a share of the time of one with max_tokens tokens
 _IMPOSSIBLE = 2**31  # microbatches of a budget that is shorter than a context
 
@@ -78,44 +69,6 @@ class Packing:
     """The length of a context whose attention takes as long as everything else; None leaves attention out."""
     joins_turns: bool = False
     """Whether the turns of an episode share a segment (`PackingRules.joins_turns`)."""
-
-    @classmethod
-    def of_model(
-        cls,
-        config: TransformerConfig,
-        *,
-        max_tokens: int,
-        pair_order: str,
-        with_teacher: bool,
-        with_reference: bool = False,
-        joins_turns: bool = False,
-    ) -> Packing:
-        """Return the packing for the layers of a model.
-
-        ``attention_tokens`` is 12 h: a layer of width h takes 24 h^2 FLOPs per token, and its causal attention 2 h L
-        per token of a context of L tokens (Narayanan et al. 2021, arXiv 2104.04473, appendix, where no mask is causal).
-        """
-        return cls(
-            max_tokens,
-            pair_order,
-            with_teacher,
-            with_reference,
-            seq_multiple=token_multiple(config),
-            attention_tokens=12 * config.hidden_size,
-            joins_turns=joins_turns,
-        )
-
-    @classmethod
-    def configured(cls, config: Config, grid: RankGrid, model: TransformerConfig) -> Packing:
-        """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
-        return cls.of_model(
-            model,
-            max_tokens=config.schedule.max_tokens,
-            pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
-            with_teacher=config.has_teacher,
-            with_reference=config.is_anchored,
-            joins_turns=config.environment.one_sequence,
-        )
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -180,18 +133,6 @@ def microbatch_multiple(grid: RankGrid) -> int:
     return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
 
 
-def token_multiple(config: TransformerConfig) -> int | None:
-    """Return the number of tokens of which the length of a packed sequence must be a multiple; None without FP8.
-
-    With FP8 each rank's share of a sequence, over TP and CP, is a multiple of the block size of the recipe.
-    """
-    if not config.fp8:
-        return None
-    block = _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
-    tp, cp = int(config.tensor_model_parallel_size), int(config.context_parallel_size)
-    return block * tp * (2 * cp if cp > 1 else 1)
-
-
 def raised_to_multiple(
     num_student: int, num_teacher: int, multiple: int, *, paired: bool, with_reference: bool
 ) -> tuple[int, int]:
@@ -204,19 +145,6 @@ def raised_to_multiple(
         num_student += paired or not with_reference
         num_teacher += paired or with_reference
     return num_student, num_teacher
-
-
-def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
-    """Sum ``values`` in place over context-parallel ranks, give all TP ranks the bits of TP rank 0, and return them.
-
-    The ranks of one replica's last stage call it; each context-parallel rank holds a part of the values and zeros
-    elsewhere. Collectives: a sum over CP, a broadcast over TP.
-    """
-    if grid.cp_size > 1:
-        dist.all_reduce(values, group=grid.cp_group)
-    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
-        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
-    return values
 
 
 @dataclass(frozen=True)
@@ -339,8 +267,8 @@ class DeviceBatch:
 
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = _teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
+        held = [held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        teacher = teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
                 StudentMicrobatch(
@@ -357,20 +285,8 @@ class DeviceBatch:
         )
         return to_device_in_one_copy(on_host, grid.device)
 
-    @classmethod
-    def of_reader(
-        cls, batch: PackedBatch, reading: PackedBatch, grid: RankGrid, *, local_attention: bool
-    ) -> DeviceBatch:
-        """Copy the student's microbatches of ``reading`` to this rank's device as those of a teacher of ``batch``.
 
-        Both hold the same responses in the same order.  The result has no microbatches of a student.
-        """
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = _teacher_microbatches(batch, replace(reading, teacher=reading.student), grid, local_attention)
-        return to_device_in_one_copy(cls([], teacher, [len(ids) for _, ids in held]), grid.device)
-
-
-def _teacher_microbatches(
+def teacher_microbatches(
     batch: PackedBatch, reading: PackedBatch, grid: RankGrid, local_attention: bool
 ) -> list[TeacherMicrobatch]:
     """Return the teacher's microbatches of ``reading`` as host tensors, with the route of each state to the student.
@@ -384,13 +300,13 @@ def _teacher_microbatches(
     sizes = []  # states of each student microbatch on this rank
     for index, microbatch in enumerate(batch.student):
         for rank in range(grid.cp_size):
-            _, ids = _held_by(microbatch, batch.guided, grid.cp_size, rank)
+            _, ids = held_by(microbatch, batch.guided, grid.cp_size, rank)
             owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
             if rank == grid.cp_rank:
                 sizes.append(len(ids))
     microbatches = []
     for microbatch in reading.teacher:
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        held = [held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
         positions, ids = held[grid.cp_rank]
         received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
         microbatches.append(
@@ -423,7 +339,7 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
     return routes
 
 
-def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+def held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
     """Return the position in the rank's share and the response id of each response token whose state the rank holds.
 
     Tokens of guided problems come after the others, and otherwise positions rise.

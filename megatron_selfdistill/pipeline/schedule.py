@@ -45,13 +45,12 @@ from megatron_selfdistill.model.forward import (
     uses_local_attention,
 )
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
-from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of, weights_unchanged
+from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of
 from megatron_selfdistill.pipeline.token_losses import (
     GuidedTokens,
     StepOutput,
     TokenCoefficients,
     TokenLoss,
-    next_token,
 )
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
@@ -359,7 +358,7 @@ def run(
     order = _order(batch, pair_order, with_teacher=reads, with_reference=reference is not None)
     on_device = DeviceBatch.of(batch, grid, with_teacher=reads, local_attention=uses_local_attention(student))
     hidden_size = unwrapped(student[0]).config.hidden_size
-    step = _Step(
+    step = ScheduledStep(
         student=list(student),
         teacher=teacher,
         batch=on_device,
@@ -382,44 +381,6 @@ def run(
             stack.enter_context(gradients_of(partial_batch, accumulated, student))
         step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)
-
-
-def read_states(
-    student: Sequence[torch.nn.Module],
-    teacher: Sequence[torch.nn.Module],
-    batch: PackedBatch,
-    reading: PackedBatch,
-    grid: RankGrid,
-    vocab: VocabShard,
-    *,
-    store_bytes: float = float("inf"),
-) -> TeacherHiddenStates:
-    """Return the final hidden states of ``teacher`` at the response tokens of ``batch``, on the last stage.
-
-    ``reading``: the same responses after the teacher's prompts, as the microbatches of a student.  Nothing is trained,
-    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows, whose states
-    have the shapes of those of ``teacher``.
-    Collectives: those of the schedule.
-    """
-    on_device = DeviceBatch.of_reader(batch, reading, grid, local_attention=uses_local_attention(student))
-    states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
-    step = _Step(
-        student=list(student),
-        teacher=ScheduledTeacher(teacher),
-        batch=on_device,
-        token_loss=next_token,
-        reference=None,
-        guided=GuidedTokens(),
-        measurement=None,
-        token_coefficients=None,
-        grid=grid,
-        vocab=vocab,
-        loss_scale=1.0,
-        states=states,
-    )
-    with weights_unchanged(student):
-        step.run([("teacher", i) for i in range(len(on_device.teacher))], reading.seq_length, forward_only=True)
-    return states
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -458,7 +419,7 @@ def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_refe
 
 
 @dataclass
-class _Step:
+class ScheduledStep:
     """The forward step of one call of the schedule, and the results that its last stage collects."""
 
     student: list[torch.nn.Module]

@@ -53,7 +53,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOp
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositions, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import packing_of_model
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
@@ -155,6 +156,19 @@ class Reading:
         return values.cpu()
 
 
+def over_last_stage(values: Tensor, grid: RankGrid) -> Tensor:
+    """Sum ``values`` in place over context-parallel ranks, give all TP ranks the bits of TP rank 0, and return them.
+
+    The ranks of one replica's last stage call it; each context-parallel rank holds a part of the values and zeros
+    elsewhere. Collectives: a sum over CP, a broadcast over TP.
+    """
+    if grid.cp_size > 1:
+        dist.all_reduce(values, group=grid.cp_group)
+    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
+        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+    return values
+
+
 def sequence_for(num_tokens: int, grid: RankGrid) -> int:
     """Return the smallest length of packed sequences that holds ``num_tokens`` and that the layout can cut."""
     multiple = 16 * grid.tp_size * 2 * grid.cp_size
@@ -170,7 +184,7 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
     Raises: `NoResponseTokens` on all ranks where no replica has a response token; ValueError for a context that is
     longer than a packed sequence, or a backend that cannot run.
     """
-    packing = Packing.of_model(
+    packing = packing_of_model(
         unwrapped(models.student[0]).config,
         max_tokens=models.max_tokens,
         pair_order=models.pair_order,
