@@ -325,7 +325,7 @@ def test_a_batch_without_response_tokens_is_refused(ranks):
 def left_in_autograd(case: Case) -> dict[str, int]:
     """Return the numbers that autograd saves for the backward pass in the microbatches of each role."""
     saved = {"teacher": 0, "student": 0} | ({"reference": 0} if case.target.is_anchored else {})
-    forward = {role: getattr(schedule._Step, f"_{role}") for role in saved}
+    forward = {role: getattr(schedule.ScheduledStep, f"_{role}") for role in saved}
 
     def counted(role: str) -> Any:
         def add(tensor: torch.Tensor) -> torch.Tensor:
@@ -340,7 +340,7 @@ def left_in_autograd(case: Case) -> dict[str, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         for role in saved:
-            patch.setattr(schedule._Step, f"_{role}", counted(role))
+            patch.setattr(schedule.ScheduledStep, f"_{role}", counted(role))
         layouts.run(case)
     return saved
 

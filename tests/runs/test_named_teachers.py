@@ -160,12 +160,12 @@ def calls_of_a_step(arguments: list[str]) -> list[str]:
     """Return the passes of a step's microbatches and what moves the weights of teachers, in the order of the calls."""
 
     def use(trainer: Any) -> list[str]:
-        from megatron_selfdistill.pipeline.schedule import _Step
+        from megatron_selfdistill.pipeline.schedule import ScheduledStep
         from megatron_selfdistill.teachers.teacher_copies import NamedTeachers
 
         calls: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((_Step, "_teacher"), (_Step, "_student"), (NamedTeachers, "fetch")):
+            for owner, name in ((ScheduledStep, "_teacher"), (ScheduledStep, "_student"), (NamedTeachers, "fetch")):
                 patch.setattr(owner, name, noted(getattr(owner, name), calls))
             trained_gradients(trainer)
         return calls

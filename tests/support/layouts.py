@@ -456,14 +456,14 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
                 lambda hidden, tensor_parallel_output_grad, group: gather(hidden, True, group),
             )
         elif name in ("gradient x CP", "gradient x num_microbatches"):
-            original = schedule._Step.__init__
+            original = schedule.ScheduledStep.__init__
 
             def scaled(self: Any, *args: Any, **kwargs: Any) -> None:
                 original(self, *args, **kwargs)
                 count = len(self.batch.student) + len(self.batch.teacher)
                 self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
 
-            patch.setattr(schedule._Step, "__init__", scaled)
+            patch.setattr(schedule.ScheduledStep, "__init__", scaled)
         elif name == "earlier partial batches not scaled":
             patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
         elif name == "partial batches reduced twice":
