@@ -45,6 +45,7 @@ from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.configured_packing import configured_packing
+from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher, StepTeacher
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, candidate_log_probs, learnabilities, log_probs
@@ -162,7 +163,7 @@ class Learner:
             self.optimizer.zero_grad()
         try:
             if not self.has_teacher:
-                loss = token_losses.next_token
+                loss = next_token
                 coefficients, part = token_coefficients, partial_batch
                 return self._schedule(packed, None, loss, token_coefficients=coefficients, partial_batch=part)
             return self._self_distillation(

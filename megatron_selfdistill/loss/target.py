@@ -1,20 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target of a response token, which is the method.
+"""What a target and a divergence are chosen by, the mix of logits, and the check of the loss's arguments.
 
-    p = softmax(s)               the student; s: the student's logits of the token
-    m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
-    q = softmax(m / k)           the target, a constant: no gradient flows through it
-    k : H(q) = H(softmax(a))     one k per token, k <= k_max; H: the entropy in nats
-
-The anchor a is the logits r of frozen weights that read the student's own context, or with anchor=student s.  While
-the student learns, a mix with s follows the student, and a mix with r stands still.  With match=student k gives q the
-entropy H(p) instead of that of softmax(r).
-
-k is the temperature of the mix, and beta = 1 / k is its inverse, for which the code solves.  H(softmax(beta m)) falls
-monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root.
-
-This file is the definition, on full rows and by bisection.  `loss/sharded` computes the same on vocabulary shards.
-`Status` tells how the beta of a token came about.
+`definition` says what the choices mean.  `Status` tells how the beta of a token came about.
 """
 
 from __future__ import annotations
@@ -208,49 +195,6 @@ class Target:
         return lowest, 1 / self.geometric_k * RANGE
 
 
-@dataclass(frozen=True)
-class TargetDistribution:
-    """log q [..., V] and beta [...] in the dtype of the logits, at least float32; status [...] int64, see `Status`."""
-
-    log_q: Tensor
-    beta: Tensor
-    status: Tensor
-
-
-@torch.no_grad()
-def mixed_target(
-    student_logits: Tensor, teacher_logits: Tensor, target: Target | None = None, reference_logits: Tensor | None = None
-) -> TargetDistribution:
-    """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
-
-    Shapes: all logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
-    than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
-    target: None is `Target()`, as for `self_distillation_loss`.
-    ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
-    Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
-    """
-    target = Target() if target is None else target
-    check_arguments("mixed_target", locals())
-    if target.is_anchored != (reference_logits is not None):
-        raise ValueError(
-            f"mixed_target: reference_logits must be given with anchor=reference only; "
-            f"got {'none' if reference_logits is None else 'some'} with {target}."
-        )
-    anchor_logits = student_logits if reference_logits is None else reference_logits
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
-    mix = mixed_logits(anchor, teacher, *target.mix_weights)
-    wanted = entropy((anchor if target.matches_reference else student).log_softmax(-1))
-    if target.given_beta is not None:
-        beta = torch.full_like(wanted, target.given_beta)
-        return TargetDistribution((beta[..., None] * mix).log_softmax(-1), beta, status_given(beta))
-    low, high = target.beta_range
-    beta = _matching_beta(mix, wanted.clamp(min=MIN_ENTROPY), low, high)
-    log_q = (beta[..., None] * mix).log_softmax(-1)
-    status = token_status(wanted, entropy(log_q), beta, low, high, target.lowest_is_bound)
-    return TargetDistribution(log_q, beta, status)
-
-
 def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_weight: float) -> Tensor:
     """Return m = w t + a, or t or a alone where the other weight is 0, because 0 * (-inf) is NaN."""
     if anchor_weight == 0:
@@ -267,29 +211,6 @@ def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor) ->
         return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(1 + teacher_weight)
     weight = teacher_weight.float()[:, None]
     return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    """Return H in nats over the last axis; a column whose log-probability is -inf adds nothing."""
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
-
-
-def _matching_beta(mix: Tensor, wanted: Tensor, low: float, high: float) -> Tensor:
-    """Return the beta in [low, high] with H(softmax(beta mix)) = wanted, or the nearer end; NaN for rows with NaN."""
-
-    def too_soft(beta: Tensor) -> Tensor:
-        return entropy((beta[..., None] * mix).log_softmax(-1)) > wanted
-
-    lowest, highest = torch.full_like(wanted, low), torch.full_like(wanted, high)
-    below, above = ~too_soft(lowest), too_soft(highest)
-    left, right = lowest.log(), highest.log()
-    for _ in range(60):  # log(high / low) <= 5.6, so 60 halvings reach 5e-18
-        middle = (left + right) / 2
-        soft = too_soft(middle.exp())
-        left, right = torch.where(soft, middle, left), torch.where(soft, right, middle)
-    beta = torch.where(below, lowest, torch.where(above, highest, ((left + right) / 2).exp()))
-    # Comparisons with NaN are false and would turn NaN into an ordinary number.
-    return torch.where(torch.isfinite(wanted + mix.amax(-1)), beta, torch.nan)
 
 
 @dataclass(frozen=True)

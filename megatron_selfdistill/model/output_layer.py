@@ -98,7 +98,7 @@ class OutputLayer:
 
 
 def next_token_copies(element_size: int) -> float:
-    """Return the number of copies of logits of ``element_size`` bytes that `token_losses.next_token` needs.
+    """Return the number of copies of logits of ``element_size`` bytes that `next_token` needs.
 
     Megatron's cross entropy overwrites float32 logits, or a float32 copy of other logits; in the backward pass the
     gradient exists beside that copy.

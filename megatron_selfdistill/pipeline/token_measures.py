@@ -17,13 +17,8 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    solve_target,
-    vocab_entropy,
-)
+from megatron_selfdistill.loss.sharded.target_solution import solve_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.target import Divergence, Target
 
 CHUNK_TOKENS = 512

@@ -14,7 +14,8 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
-from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses

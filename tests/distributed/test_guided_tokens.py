@@ -18,8 +18,9 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.sharded import target_measures
-from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses

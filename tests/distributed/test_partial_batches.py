@@ -33,7 +33,8 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 
 NUM_PARTIAL_BATCHES = 3
@@ -160,7 +161,7 @@ def after_an_error_in_a_partial_batch() -> tuple[bool, bool]:
     def gradients() -> list[Any]:
         for chunk in student:
             chunk.zero_grad_buffer()
-        call(token_losses.next_token)
+        call(next_token)
         return [parameter.main_grad.clone() for parameter in student[0].parameters()]
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -192,7 +193,7 @@ def partial_batches_without_tokens() -> tuple[bool, bool]:
     empty = layouts.packed_partial_batch(case, grid, layouts.contexts(), [])
 
     def call(some: Any, partial_batch: PartialBatch) -> Any:
-        return schedule.run(student, None, some, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
+        return schedule.run(student, None, some, next_token, grid, vocab, partial_batch=partial_batch)
 
     def gradients() -> list[Any]:
         return [parameter.main_grad.clone() for parameter in student[0].parameters()]
@@ -270,7 +271,7 @@ def partial_batches_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list
 
     def call(partial_batch: PartialBatch) -> Any:
         before = len(layers[0].microbatches)
-        output = schedule.run(student, None, batch, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
+        output = schedule.run(student, None, batch, next_token, grid, vocab, partial_batch=partial_batch)
         marks.append(layers[0].microbatches[before:])
         return output.accumulated
 

@@ -24,6 +24,7 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.next_token import next_token
 
 
 def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) -> torch.Tensor:
@@ -146,7 +147,7 @@ def next_token_gradient() -> tuple[float, float, dict, dict]:
     student = wrapped(chunks)
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     shard = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, None, batch, token_losses.next_token, grid, shard)
+    output = schedule.run(student, None, batch, next_token, grid, shard)
     return float(loss), float(output.stats.loss.mean()), plain, main_grads(student)
 
 

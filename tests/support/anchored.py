@@ -13,7 +13,8 @@ from models import parallel
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion
 

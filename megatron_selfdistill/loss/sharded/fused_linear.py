@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size, reduce_scatter
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Backend,
@@ -36,12 +37,9 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Observer,
     TokenStats,
     VocabShard,
-    all_gather,
     check_reference,
     chosen,
-    group_size,
     make_shard,
-    reduce_scatter,
     run_forward,
     shares_of,
 )

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import (
-    FAR,
     FLOOR,
     forward_kl_terms,
+    q_minus_p,
+    reverse_kl_gradient,
+    reverse_kl_terms,
+)
+from megatron_selfdistill.loss.jsd_and_renyi import (
+    FAR,
     jsd_gradient,
     jsd_terms,
     log_mixture_over_p,
-    q_minus_p,
     renyi_gradient,
     renyi_sums,
-    reverse_kl_gradient,
-    reverse_kl_terms,
 )
 from megatron_selfdistill.loss.target import RANGE, Divergence, Status, Target, mixed_logits
 

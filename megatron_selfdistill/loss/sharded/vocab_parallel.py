@@ -14,10 +14,7 @@ The host waits for nothing here, so the third gather is made whether a token nee
 forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
 Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
 
-`solve_target` returns the target alone, for those who sample from it.  `vocab_entropy`, the entropy of a model's own
-softmax, comes from the first pass alone.  The training passes do not compute the mass that the target puts on tokens to
-which the student or the reference gives almost no probability: two passes over the logits of their own take it in
-`target_measures`, in PyTorch on every device, on the steps that measure it.
+`vocab_entropy`, the entropy of a model's own softmax, comes from the first pass alone.
 
 A `Backend` is PyTorch, which defines the sharded loss, or the kernels of the annex ``kernels``, which are faster.
 """
@@ -34,8 +31,10 @@ from torch import Tensor
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.choices import LOSS_BACKENDS
-from megatron_selfdistill.loss.divergence import forward_share, renyi_value
+from megatron_selfdistill.loss.divergence import forward_share
+from megatron_selfdistill.loss.jsd_and_renyi import renyi_value
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded.group_collectives import all_gather
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     BetaGrid,
@@ -393,29 +392,6 @@ def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False) -> Any:
-    """Gather ``part`` of every rank into ``out`` along dimension 0; return a handle if ``async_op``.
-
-    torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at every call of the old name.
-    """
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, part, group=group, async_op=async_op)
-
-
-def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> Any:
-    """Start to sum ``parts`` over the ranks into the ``out`` of each rank; return a handle.
-
-    torch 2.13 renames reduce_scatter_tensor to reduce_scatter_single, see `all_gather`.
-    """
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return reduce(out, parts, group=group, async_op=True)
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks of the group; 1 for None."""
-    return 1 if group is None else dist.get_world_size(group)
-
-
 class _HandWrittenBackward(torch.autograd.Function):
     """The autograd function that returns the loss and log p, and writes the gradient of the student's logits."""
 
@@ -466,46 +442,6 @@ class _HandWrittenBackward(torch.autograd.Function):
 def shares_of(forward_shares: Tensor | None, tokens: slice, divergence: Divergence) -> Tensor | None:
     """Return the weights of forward KL of a group of tokens for `write_gradient`, from those of all tokens."""
     return None if forward_shares is None or divergence.forward_above is None else forward_shares[tokens]
-
-
-@dataclass(frozen=True)
-class TargetSolution:
-    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
-
-    Both are float64 and equal on all ranks of the group.
-    """
-
-    beta: Tensor
-    """[T] 1 / k; 1 under teacher_alone."""
-    log_normaliser: Tensor
-    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
-
-
-def solve_target(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Target,
-    vocab: VocabShard,
-    *,
-    reference_entropy: Tensor | None = None,
-    backend: str | None = None,
-) -> TargetSolution:
-    """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
-
-    Shapes, ranks, reference, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence
-    and no gradient.
-    Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
-    """
-    check_arguments("solve_target", locals())
-    check_reference("solve_target", target, reference_entropy)
-    with torch.no_grad():
-        shard = make_shard(student_logits, teacher_logits, target, vocab)
-        chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
-        _, results = solve_shard(
-            shard, None, grid, vocab, chosen_backend, forward_kl=False, reference_entropy=reference_entropy
-        )
-        return TargetSolution(results.beta / grid.unit, results.log_normaliser)
 
 
 _COLUMNS = [FIRST_PASS.index(f"student_{name}") for name in ("max", "tail", "first", "argmax")]
