@@ -53,6 +53,7 @@ from megatron_selfdistill.sources.configured_source import (
     configured_source,
     evaluation_player,
 )
+from megatron_selfdistill.sources.learner_readings import LearnerReadings, identity_loss
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -101,7 +102,8 @@ class Trainer:
         self.learner = Learner(with_warmup(config, found), self.run_data, grid, saved=saved, base=base)
         chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
-        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
+        readings = LearnerReadings(self.learner)
+        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, readings)
         self.guards = Guards.configured(config, engines_of(config))
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
@@ -176,7 +178,7 @@ class Trainer:
             self.sampler.sleep()
             is_first = not self.checked and part.earlier is None
             if is_first and self.learner.has_teacher and tolerance is not None:
-                check_identity(self.learner.identity_loss(batch.contexts), tolerance)
+                check_identity(identity_loss(self.learner, batch.contexts), tolerance)
             output = self.learner.forward_backward(
                 packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_teacher=due, partial_batch=part
             )
