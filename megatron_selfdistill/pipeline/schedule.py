@@ -27,7 +27,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_selfdistill.choices import PAIR_ORDERS
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
@@ -119,26 +118,24 @@ class TeacherHiddenStates:
         entropy: Tensor | None,
         *,
         mix_weight: float | Tensor | None,
-        keep_teacher: bool,
-        keep_reference: bool = False,
+        keeps_both: bool = False,
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
         ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
         teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
-        take the place of both models' states; ``keep_teacher`` and ``keep_reference`` keep a model's own states beside
-        the mix.  None keeps both models' states.
+        take the place of both models' states, unless ``keeps_both``.  None keeps both models' states.
         """
         theirs = self._slice(states)
         if entropy is not None:
             self.reference_entropies[index] = entropy
-        if mix_weight is None or keep_reference:
+        if mix_weight is None or keeps_both:
             self._keep(index, "reference", theirs)
         if mix_weight is None:
             return
         teacher = self.take_field(index, "teacher", theirs.dtype)
         self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))
-        if keep_teacher:
+        if keeps_both:
             self._keep(index, "teacher", teacher)
 
     def take(self, index: int, dtype: torch.dtype) -> KeptStates:
@@ -345,9 +342,8 @@ def run(
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
-    Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
-    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0, and in a partial batch without
-    tokens that the step does not end with.
+    Raises: ValueError for a policy term of a token loss whose ``student_log_prob`` has no gradient; `NoResponseTokens`
+    on all ranks where N is 0, and in a partial batch without tokens that the step does not end with.
     """
     partial_batch = partial_batch or PartialBatch()
     num_response_tokens, num_weighted = _global_counts(batch, grid)
@@ -407,15 +403,8 @@ def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_refe
     references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
     if pair_order == "teacher_first":
         return teachers + references + students
-    if pair_order != "alternating":
-        raise ValueError(f"pair_order must be one of {', '.join(PAIR_ORDERS)}, got {pair_order!r}")
-    if with_teacher and len(students) != len(teachers):
-        raise ValueError(
-            f"pair_order=alternating needs as many teacher as student microbatches (pack with paired=True), "
-            f"got {len(teachers)} and {len(students)}"
-        )
     streams = [stream for stream in (teachers, references, students) if stream]
-    return [item for items in zip(*streams, strict=True) for item in items]
+    return [item for items in zip(*streams, strict=True) for item in items]  # packed with paired=True
 
 
 @dataclass
@@ -504,8 +493,7 @@ class ScheduledStep:
         )
         states, apart = kept.of_teacher_logits, kept.unmixed_reference
         if isinstance(self.token_loss, FusedLoss):
-            if states is None:
-                raise ValueError("a fused distillation loss needs a teacher, got none")
+            assert states is not None, "a fused distillation loss has a teacher"
             reference = None if apart is None else (self._reference_model, apart)
             models, place = (model, self._teacher_output), (self.vocab, self.grid)
             stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, options)
@@ -582,8 +570,7 @@ class ScheduledStep:
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
                 mix_weight=weight if reference.mixes_states(self._teacher_output) else None,
-                keep_teacher=self.measurement is not None,
-                keep_reference=self.measurement is not None,
+                keeps_both=self.measurement is not None,
             )
 
         return self._without_gradient(reference.chunks, microbatch.inputs, chunk, keep)

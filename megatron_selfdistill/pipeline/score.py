@@ -31,7 +31,6 @@ the logits of a microbatch or, where the output layer is fused with the loss, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -112,16 +111,6 @@ class ScoringModels:
 
 
 @dataclass(frozen=True)
-class Want:
-    """The values that a pass without gradients reads."""
-
-    loss: token_losses.TokenLoss | FusedLoss
-    """The loss whose statistics are read."""
-    measurement: TokenMeasurement | None = None
-    """The measures beside the statistics."""
-
-
-@dataclass(frozen=True)
 class Reading:
     """The contexts of a pass without gradients as microbatches, and what this rank read in them."""
 
@@ -175,9 +164,15 @@ def sequence_for(num_tokens: int, grid: RankGrid) -> int:
     return -(-num_tokens // multiple) * multiple
 
 
-def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> Reading:
+def read(
+    contexts: Sequence[ContextPair],
+    models: ScoringModels,
+    loss: token_losses.TokenLoss | FusedLoss,
+    measurement: TokenMeasurement | None = None,
+) -> Reading:
     """Pack the ``contexts`` of this replica, and return what ``models`` read in them without gradients.
 
+    ``loss``: its statistics are read.  ``measurement``: the measures beside them.
     ``contexts``: the same on each rank of the replica; replicas may have different numbers of contexts, also none.
     Every rank of the world calls the function.  Collectives: those of `pack_everywhere` and `schedule.run`.
 
@@ -197,11 +192,11 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
         models.student,
         None if models.teacher is None else ScheduledTeacher(models.teacher),
         batch,
-        want.loss,
+        loss,
         models.grid,
         models.vocab,
         reference=models.reference,
-        measurement=want.measurement,
+        measurement=measurement,
         pair_order=models.pair_order,
         forward_only=True,
     )
@@ -248,11 +243,8 @@ def log_probs(
     `pack_everywhere` and `schedule.run`, and of ``[3, R]`` numbers in float64 one sum over CP and one broadcast each
     over TP and PP.
 
-    Raises: ValueError for a temperature that is not above 0, a context that is longer than a packed sequence, or a
-    backend that cannot run.
+    Raises: ValueError for a context that is longer than a packed sequence, or a backend that cannot run.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"log_probs: expected a temperature above 0, got {temperature}.")
     student, teacher, _ = read_tokens(pairs, models, temperature)
     return student, teacher
 
@@ -261,7 +253,7 @@ def read_tokens(pairs: Sequence[ContextPair], models: ScoringModels, temperature
     """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64; see `log_probs`."""
     if not max_over_ranks([sum(len(pair.response) for pair in pairs)], models.grid.dp_group)[0]:
         return torch.empty(3, 0, dtype=torch.float64)
-    reading = read(pairs, models, Want(_reading_loss(models.fusion, models.backend, temperature)))
+    reading = read(pairs, models, _reading_loss(models.fusion, models.backend, temperature))
     return reading.numbers("student_log_prob", "teacher_log_prob", "reverse_kl")
 
 
@@ -420,7 +412,7 @@ def candidate_log_probs(
     pairs = [ContextPair("", list(prompt), list(prompt), [token_ids[0]], truncated=False) for prompt in prompts]
     models = ScoringModels(chunks, None, grid, vocab, max_tokens, pair_order="teacher_first")
     candidates = _Candidates(torch.tensor(token_ids, device=grid.device))
-    reading = read(pairs, models, Want(candidates))
+    reading = read(pairs, models, candidates)
     values = torch.cat(candidates.found).T if candidates.found else None
     return reading.on_whole_replica(values, len(token_ids)).T
 

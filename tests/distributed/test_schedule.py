@@ -301,13 +301,6 @@ def test_teachers_and_weightless_microbatches_leave_the_expert_counts_alone(rank
         assert int(layer[0].sum()) == 4 * 24 * 2  # sequences x tokens x experts per token
 
 
-def test_alternating_needs_paired_microbatches():
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
-    assert len(batch.student) != len(batch.teacher)
-    with pytest.raises(ValueError, match="paired=True"):
-        schedule._order(batch, "alternating", with_teacher=True, with_reference=False)
-
-
 def nothing_to_learn() -> None:
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     student = wrapped(chunks)

@@ -27,7 +27,7 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for
+from megatron_selfdistill.pipeline.score import ScoringModels, read, sequence_for
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
@@ -203,7 +203,7 @@ def read_by_all_models(
         reference=reference,
     )
     measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True)
-    output = read(contexts, readers, Want(loss, measurement)).output
+    output = read(contexts, readers, loss, measurement).output
     if not contexts:
         return []
     return explored_responses(output, contexts, solutions, [settings] * len(contexts), run_data.vocab_size, grid)

@@ -101,8 +101,8 @@ def fused_distillation_loss(
     Raises: ValueError if shapes or dtypes do not fit.
     """
     reference_hidden, reference_weight = (None, None) if reference is None else reference
-    wide = {"teacher_hidden": "state T t", "teacher_weight": "state? V w", "reference_hidden": "state? T r"}
-    rows = {} if gather_indices is None else {"student_hidden": "state n h"}
+    wide = {"teacher_hidden": "T t", "teacher_weight": "V w", "reference_hidden": "T r"}
+    rows = {} if gather_indices is None else {"student_hidden": "n h"}
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
     check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
     placement = HiddenPlacement(vocab.group, gather_indices)

@@ -327,6 +327,3 @@ def test_what_cannot_be_scored_is_refused():
     nobody = ScoringModels([], [], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None)
     with pytest.raises(ValueError, match=r"^Problem p0: expected a text of at least one token"):
         score_texts([context], nobody)
-    for temperature in (0.0, -0.7, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"^log_probs: expected a temperature above 0, got "):
-            log_probs([context], nobody, temperature=temperature)
