@@ -13,11 +13,12 @@ The step of the optimizer has two halves, so that a run can check the norm of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.optimizer import MegatronOptimizer
@@ -168,14 +169,16 @@ class Learner:
                 self.release_gradients()
             raise
 
-    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False, teacher: str = "") -> StepOutput:
+    def measure(
+        self, contexts: Sequence[ContextPair], *, summarise: Callable[..., Tensor] | None = None, teacher: str = ""
+    ) -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
 
-        ``summarises``: whether the measures include the summaries of the logits of all models.  ``teacher``: the name
+        ``summarise``: that of `TokenMeasurement`, for the logits of all models.  ``teacher``: the name
         of the teacher of all contexts.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        return self.read(contexts, self._measurement(teacher, summarises), teacher).output
+        return self.read(contexts, self._measurement(teacher, summarise), teacher).output
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients, unclipped, and prepare them for `apply_gradients`.  Collective."""
@@ -256,9 +259,9 @@ class Learner:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
         return self.teachers.target(self.target, teacher) if teacher else self.target
 
-    def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
+    def _measurement(self, teacher: str, summarise: Callable[..., Tensor] | None = None) -> TokenMeasurement:
         loss = self.config.loss
-        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarises)
+        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise)
 
     def run_schedule(
         self,

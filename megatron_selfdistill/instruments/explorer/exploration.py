@@ -20,6 +20,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
 from megatron_selfdistill.instruments.explorer.target_page import write_target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -202,7 +203,7 @@ def read_by_all_models(
         max_tokens=sequence_for(run_data.max_length, grid),
         reference=reference,
     )
-    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True)
+    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarise=flat_summaries)
     output = read(contexts, readers, loss, measurement).output
     if not contexts:
         return []
