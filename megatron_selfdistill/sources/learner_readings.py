@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.schedule import NoResponseTokens, ScheduledTeacher
-from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, learnabilities, log_probs
-from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, read_tokens
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
 
 IDENTITY_CONTEXTS = 8
@@ -30,13 +27,6 @@ class LearnerReadings:
     """The models of a learner as `ReadingModels`; every method is collective over the world."""
 
     learner: Learner
-
-    def learnabilities(
-        self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
-    ) -> list[float]:
-        """Return the learnability of each response for the student (pipeline/score.py)."""
-        with self._scoring_models() as models:
-            return learnabilities(candidates, models, self.learner.config, self.learner.run_data, alpha, ratio_weight)
 
     def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
         """Return the `MEASURED_SIGNALS` of every response token by name, [R] float64 each, in nats, on the host.
@@ -52,25 +42,14 @@ class LearnerReadings:
         statistics = ("loss" if name == "divergence" else name for name in MEASURED_SIGNALS)
         return dict(zip(MEASURED_SIGNALS, reading.numbers(*statistics), strict=True))
 
-    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the log-probs of every response token under student and teacher (pipeline/score.py)."""
-        with self._scoring_models() as models:
-            return log_probs(contexts, models, temperature=temperature)
+    def read_tokens(self, contexts: Sequence[ContextPair], temperature: float = 1.0) -> Tensor:
+        """Return log p, log p_teacher and KL(p || p_teacher) of every response token (pipeline/score.py).
 
-    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
-        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/score.py)."""
+        An offloaded teacher leaves the device at the end.
+        """
         learner = self.learner
         with learner.teachers.start.on_device() as teacher:
-            return candidate_log_probs(
-                prompts, token_ids, teacher, learner.grid, learner.vocab, max_tokens=learner.config.schedule.max_tokens
-            )
-
-    @contextlib.contextmanager
-    def _scoring_models(self) -> Iterator[ScoringModels]:
-        """Yield student and teacher as models that score texts; an offloaded teacher leaves the device at the end."""
-        learner = self.learner
-        with learner.teachers.start.on_device() as teacher:
-            yield ScoringModels(
+            models = ScoringModels(
                 student=learner.chunks,
                 teacher=teacher,
                 grid=learner.grid,
@@ -79,6 +58,15 @@ class LearnerReadings:
                 fusion=learner.output_layer.fusion,
                 backend=learner.config.loss.backend,
                 joins_turns=learner.packing.joins_turns,
+            )
+            return read_tokens(contexts, models, temperature)
+
+    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/score.py)."""
+        learner = self.learner
+        with learner.teachers.start.on_device() as teacher:
+            return candidate_log_probs(
+                prompts, token_ids, teacher, learner.grid, learner.vocab, max_tokens=learner.config.schedule.max_tokens
             )
 
 

@@ -43,7 +43,7 @@ EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments
     "commands.solutions": {"methods.own_solutions"},  # the command writes the solutions that this method searches
     "commands.explanations": {"methods.rlt"},  # the command writes the explanations of this method's teacher
-    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts.solution_search"},  # both commands
+    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts"},  # both commands
 }
 """Module of the core -> the packages and modules of `NEVER_BY_CORE` that it imports nevertheless."""
 REGISTRY = "config.methods"

@@ -159,7 +159,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
                 "grid": SimpleNamespace(dp_group=None),
                 "vocab": None,
             }
-            score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
+            score.read_tokens([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
             sections = {
                 "schedule": SimpleNamespace(max_tokens=8, pair_order=None),
