@@ -77,7 +77,7 @@ class OwnSolutionsSettings(DistillAndRewardSettings):
     """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
     pick: Annotated[str, OneOf(SOLUTION_RANKINGS)] = "shortest"
     """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
-    learnable (the score of pipeline/score.py)."""
+    learnable (the score of methods/parts/learnability.py)."""
     alpha: NonNegativeFloat = 0.01
     """Weight of the least likely token and of the largest divergence from the teacher under pick=learnable."""
     ratio_weight: NonNegativeFloat = 1.0

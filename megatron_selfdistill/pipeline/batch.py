@@ -8,7 +8,7 @@ Therefore a step takes the cheapest of several budgets between half of ``max_tok
 
     budgets = budgets_of(rules)
     counts = all_reduce_max(counts_by_budget(student_lengths, teacher_lengths, rules, budgets))
-    plan = cheapest(budgets, counts, raised)
+    plan = packing.cheapest(budgets, counts, grid)
     packed = pack(contexts, replace(rules, max_tokens=plan.budget), ...)
 
 All microbatches of a step are known before the step.  Therefore the tensors of a `DeviceBatch`, which are all tensors
@@ -18,7 +18,7 @@ besides weights and activations, travel to the device in one copy, and the sched
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,9 +90,9 @@ class Packing:
         return length_quantum(self.max_tokens) if grid.device.type == "cuda" else None
 
     def cheapest(self, budgets: Sequence[int], counts: Sequence[int], grid: RankGrid) -> StepPlan:
-        """Return the cheapest budget for the ``counts`` of all replicas, with the microbatches that the schedule runs.
+        """Return the budget with the least time of the step, of equally cheap ones the greatest, and its microbatches.
 
-        Without a teacher, ``num_teacher`` is 0.
+        ``counts``: the maximum of `counts_by_budget` over the replicas.  Without a teacher, ``num_teacher`` is 0.
         """
 
         def raised(num_student: int, num_teacher: int) -> tuple[int, int]:
@@ -104,7 +104,12 @@ class Packing:
                 with_reference=self.with_reference,
             )
 
-        return cheapest(budgets, counts, raised, self.passes)
+        overhead, plans = _OVERHEAD * budgets[0], []
+        for budget, needed in zip(budgets, zip(counts[::2], counts[1::2], strict=True), strict=True):
+            num_student, num_teacher = raised(*needed)
+            time = self.passes[0] * num_student + self.passes[1] * num_teacher
+            plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
+        return min(plans, key=lambda plan: plan.cost)
 
 
 def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> PackedBatch:
@@ -185,27 +190,6 @@ def counts_by_budget(student: list[int], teacher: list[int], rules: PackingRules
         else:
             counts += map(len, planned_sequences(student, teacher, budget, paired=rules.paired))
     return counts
-
-
-def cheapest(
-    budgets: Sequence[int],
-    counts: Sequence[int],
-    raised: Callable[[int, int], tuple[int, int]],
-    passes: tuple[int, int],
-) -> StepPlan:
-    """Return the budget with the least time of the step; of equally cheap ones the greatest.
-
-    ``counts``: the maximum of `counts_by_budget` over the replicas.  ``raised``: returns the numbers of microbatches
-    that the schedule runs for the numbers that are needed.  ``passes``: the times of a student's and of a teacher's
-    microbatch, in forward passes.
-    """
-    overhead = _OVERHEAD * budgets[0]
-    plans = []
-    for budget, needed in zip(budgets, zip(counts[::2], counts[1::2], strict=True), strict=True):
-        num_student, num_teacher = raised(*needed)
-        time = passes[0] * num_student + passes[1] * num_teacher
-        plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
-    return min(plans, key=lambda plan: plan.cost)
 
 
 @dataclass(frozen=True)

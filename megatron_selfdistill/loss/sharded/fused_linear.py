@@ -156,18 +156,6 @@ class _Layer:
             for start in range(group.start, max(group.stop, 1), self.chunk_tokens):
                 yield slice(start, min(start + self.chunk_tokens, group.stop)), divergence
 
-    def shard(self, student_logits: Tensor, teacher_logits: Tensor) -> Shard:
-        """Return the shard of a chunk's logits, see `make_shard`."""
-        return make_shard(student_logits, teacher_logits, self.target, self.vocab)
-
-    def gradients(
-        self, student_hidden: Callable[[], Tensor] | None, hidden: Tensor, weight: Tensor, needs_hidden: bool
-    ) -> ProjectionGradients:
-        """Return the gradients of one backward, which are still to be added, see `ProjectionGradients`."""
-        return ProjectionGradients(
-            self.num_tokens, self.placement, self.weight_gradient, student_hidden, hidden, weight, needs_hidden
-        )
-
     def write_gradient(
         self,
         shard: Shard,
@@ -264,7 +252,7 @@ def _forward_chunks(
     parts = []
     for tokens, divergence in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
-        shard = layer.shard(student_logits, teacher_logits)
+        shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
         forward = run_forward(
             shard,
             tokens,
@@ -323,16 +311,17 @@ class _Backward(torch.autograd.Function):
             if grad_log_prob is not None:
                 raise ValueError(_NO_LOG_PROB)
             wait = layer.placement.start_gather(hidden) if needs_weight else None
-            grads = layer.gradients(wait, hidden, weight, needs_hidden)
+            grads = ProjectionGradients(layer, wait, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
             return grads.of_hidden(), grads.of_weight(), *no_gradient
         all_hidden = layer.placement.start_gather(hidden)()
-        grads = layer.gradients((lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
+        read = (lambda: all_hidden) if needs_weight else None
+        grads = ProjectionGradients(layer, read, hidden, weight, needs_hidden)
         logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
         log_prob = LogProbGradient.of(grad_log_prob, response_tokens, layer.vocab.start, layer.vocab.vocab_size)
         for tokens, divergence in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
-            shard = layer.shard(student_logits, teacher_logits)
+            shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
             chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
             of_log_prob = None if log_prob is None else log_prob.of_tokens(tokens)
             options = scale, student_logits, of_log_prob, shares_of(shares, tokens, divergence)
@@ -383,17 +372,15 @@ class ProjectionGradients:
 
     def __init__(
         self,
-        num_tokens: int,
-        placement: HiddenPlacement,
-        weight_gradient: WeightGradient | None,
+        layer: _Layer,
         student_hidden: Callable[[], Tensor] | None,
         hidden: Tensor,
         weight: Tensor,
         needs_hidden: bool,
     ) -> None:
-        self.placement, self.weight_gradient = placement, weight_gradient
+        self.placement, self.weight_gradient = layer.placement, layer.weight_gradient
         self.student_hidden, self.hidden, self.weight = student_hidden, hidden, weight
-        self.dgrad = hidden.new_empty(num_tokens, hidden.shape[1]) if needs_hidden else None
+        self.dgrad = hidden.new_empty(layer.num_tokens, hidden.shape[1]) if needs_hidden else None
         self.wgrad: Tensor | None = None
         self.reduced: Callable[[], Tensor] | None = None
 

@@ -1,19 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The self-distillation loss of logits whose vocabulary is split over a tensor-parallel group.
 
-Forward and backward are written by hand.  Each call makes three small all-gathers (four for JSD; one less where the
-rule gives beta), and backward makes none, whatever the number of tokens:
-
-    first pass over the logits -> gather -> solve for beta, with the same bits on every rank
-    second pass, at that beta  -> gather -> move beta to the root, divergences
-    third pass, over the tokens whose root is not yet reached -> gather -> the same for these tokens
-    (JSD: one more pass and gather)
-    backward: one pass, which writes the gradient of the loss and, where it is used, of the log-probs
-
-The host waits for nothing here, so the third gather is made whether a token needs it or not: 24 bytes per token (44 for
-forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
-Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
-
+Forward and backward are written by hand; README.md in `loss` has the passes over the logits and the gathers after each
+pass.  Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
 `vocab_entropy`, the entropy of a model's own softmax, comes from the first pass alone.
 
 A `Backend` is PyTorch, which defines the sharded loss, or the kernels of the annex ``kernels``, which are faster.
