@@ -116,13 +116,6 @@ def test_on_the_gpu(claim: str, on_the_gpu: Outcomes) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Return the reports of tools/benchmarks/kernel_report.py, each kernel for the next architecture."""
-    kernels = ["*bf16", "*fp32", "* 1 parts", "finish, forward KL, 128 parts"]
-    return measured(tmp_path_factory.mktemp("compiled"), "--third", "--kernel", *kernels)
-
-
-@pytest.fixture(scope="module")
 def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return measured(tmp_path_factory.mktemp("compiled"))
 
@@ -197,27 +190,6 @@ def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_i
     assert load_distance(code.replace("{middle}", "MOV R12, R7")) == 1  # its last register, past the branch
     assert load_distance(code.replace("{middle}", "IMAD.MOV.U32 R4, RZ, RZ, R9")) is None  # never read: overwritten
     assert load_distance(code.replace("{middle}", "NOP").replace("BRA 0x30", "BRA 0x90")) is None  # no load in the loop
-
-
-@needs_triton
-@pytest.mark.full
-def test_no_kernel_spills_registers_or_waits_at_a_barrier(compiled: list[dict]) -> None:
-    for entry in compiled:
-        assert_nothing_spills_or_waits(entry)
-
-
-@needs_triton
-@pytest.mark.full
-def test_logits_are_read_and_written_16_bytes_at_a_time(compiled: list[dict]) -> None:
-    for entry in compiled:
-        assert_wide_accesses(entry)
-
-
-@needs_triton
-@pytest.mark.full
-def test_a_pass_works_on_a_block_while_the_next_one_is_under_way(compiled: list[dict]) -> None:
-    for entry in compiled:
-        assert_reading_ahead(entry)
 
 
 @needs_triton
