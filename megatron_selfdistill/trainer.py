@@ -40,6 +40,7 @@ from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.model.output_layer import loss_backend
 from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
@@ -408,7 +409,9 @@ def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | No
     used = [(one.output, len(one.packed.response_tokens)) for one in step if one.output is not None]
     if not used:
         return batch, None
-    return batch, StepOutput.joined([output for output, _ in used], [num_tokens for _, num_tokens in used])
+    if len(used) == 1:
+        return batch, used[0][0]
+    return batch, joined_output([output for output, _ in used], [num_tokens for _, num_tokens in used])
 
 
 def _num_shown(config: Config) -> int:

@@ -44,7 +44,8 @@ from megatron_selfdistill.model.forward import (
     uses_local_attention,
 )
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
-from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of
+from megatron_selfdistill.pipeline.joined_batches import gradients_of
+from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 from megatron_selfdistill.pipeline.token_losses import (
     GuidedTokens,
     StepOutput,
@@ -373,7 +374,7 @@ def run(
     router_factor = len(order) * grid.dp_size * accumulated.first_tokens / weighted
     with contextlib.ExitStack() as stack:
         stack.enter_context(router_losses_per_weighted_microbatch(student, router_factor))
-        if not forward_only:
+        if not (forward_only or partial_batch.is_whole):
             stack.enter_context(gradients_of(partial_batch, accumulated, student))
         step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)

@@ -193,7 +193,8 @@ def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float
     target, divergence = Target("teacher_alone", anchor="student"), Divergence()
     if fusion is not None:
         return _FusedAtTemperature(target, divergence, fusion, backend, temperature)
-    loss = token_losses.self_distillation_of_logits(target, divergence, backend)
+    loss = token_losses.self_distillation(target, divergence, backend)
+    assert not isinstance(loss, FusedLoss), "without fusion the loss takes logits"
 
     def at_temperature(
         student: Tensor,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,9 +47,7 @@ class TokenLoss(Protocol):
 TokenCoefficients = Callable[[Tensor, Tensor], Coefficients]
 """(student_log_prob [R], response_ids [R]), both on the device -> the `Coefficients` of a microbatch's tokens.
 
-The log-probs are detached, and the coefficients carry no gradient.
-
-loss/weighting.py has such functions.
+The log-probs are detached, and the coefficients carry no gradient.  loss/weighting.py has such functions.
 """
 
 
@@ -89,11 +87,6 @@ def self_distillation(
     """
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
-    return self_distillation_of_logits(target, divergence, backend)
-
-
-def self_distillation_of_logits(target: Target, divergence: Divergence, backend: str | None) -> TokenLoss:
-    """Return the distillation loss that takes logits; the arguments are those of `self_distillation`."""
 
     def loss(
         student: Tensor,
@@ -146,28 +139,3 @@ class StepOutput:
     """Entropy [R] in nats of the target's anchor, student or reference; None if it is unknown."""
     accumulated: Accumulated | None = None
     """The gradients of the step up to this output; None if the output is not that of a call of the schedule."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[StepOutput], lengths: Sequence[int]) -> StepOutput:
-        """Return the results of all ``parts``, the partial batches of a step, as those of one batch, in order.
-
-        ``lengths``: the number of response tokens of this replica in each partial batch, by which ``response_ids``
-        count on.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        starts = [sum(lengths[:i]) for i in range(len(parts))]
-        stats = [part.stats for part in parts if part.stats is not None]
-        coefficients = [part.coefficients for part in parts if part.coefficients is not None]
-        measures = [part.measures for part in parts if part.measures is not None]
-        entropies = [part.anchor_entropy for part in parts if part.anchor_entropy is not None]
-        return cls(
-            num_response_tokens=sum(part.num_response_tokens for part in parts),
-            response_ids=torch.cat([part.response_ids + start for part, start in zip(parts, starts, strict=True)]),
-            stats=TokenStats.concatenate(stats) if stats else None,
-            coefficients=Coefficients.concatenate(coefficients) if coefficients else None,
-            measures_teacher=all(part.measures_teacher for part in parts),
-            measures=TokenMeasures.concatenate(measures) if measures else None,
-            anchor_entropy=torch.cat(entropies) if entropies else None,
-            accumulated=parts[-1].accumulated,
-        )

@@ -17,8 +17,8 @@ from megatron_selfdistill.model.forward import (
     uses_local_attention,
 )
 from megatron_selfdistill.pipeline.batch import DeviceBatch, held_by, teacher_microbatches
+from megatron_selfdistill.pipeline.joined_batches import weights_unchanged
 from megatron_selfdistill.pipeline.next_token import next_token
-from megatron_selfdistill.pipeline.partial_batches import weights_unchanged
 from megatron_selfdistill.pipeline.schedule import ScheduledStep, ScheduledTeacher, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
