@@ -36,7 +36,8 @@ def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid
     needs = [_needs(packing, pairs, rules, budgets) for pairs in (by_replica[grid.dp_rank], given)]
     maxima = max_over_ranks([*needs[0], *needs[1]], grid.dp_group)
     present, proposed = maxima[: len(needs[0])], maxima[len(needs[0]) :]
-    if _step_time(packing, proposed, budgets, grid) >= _step_time(packing, present, budgets, grid):
+    before, after = (packing.cheapest(budgets, most[:-1], grid).cost + most[-1] for most in (present, proposed))
+    if after >= before:
         return None
     remaining = iter(replicas)
     sizes = [numbers[2::3] for numbers in gathered]
@@ -90,14 +91,9 @@ def _costs(packing: Packing, student_length: int, teacher_length: int) -> tuple[
 def _needs(
     packing: Packing, lengths: Sequence[tuple[int, int]], rules: PackingRules, budgets: Sequence[int]
 ) -> list[int]:
-    """Return the numbers of a replica with contexts of these ``lengths`` from which `_step_time` takes the maxima.
+    """Return the numbers of a replica with contexts of these ``lengths`` whose maxima give the time of a step.
 
     ``lengths``: those of the student's and the teacher's context, padded.
     """
     counts = counts_by_budget([s for s, _ in lengths], [t for _, t in lengths], rules, budgets)
     return [*counts, sum(_attention(packing, *pair) for pair in lengths)]
-
-
-def _step_time(packing: Packing, needs: Sequence[int], budgets: Sequence[int], grid: RankGrid) -> float:
-    """Return the time of a step, in any unit; ``needs``: the maxima of `_needs` over the replicas."""
-    return packing.cheapest(budgets, needs[:-1], grid).cost + needs[-1]

@@ -105,6 +105,8 @@ def fused_distillation_loss(
     rows = {} if gather_indices is None else {"student_hidden": "n h"}
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
     check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
+    if reference is not None and not target.is_anchored:
+        raise ValueError(f"fused_distillation_loss: reference must be None without anchor=reference; got {target}.")
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
@@ -118,7 +120,6 @@ def fused_distillation_loss(
         weight_gradient,
     )
     others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
-    _check_widths(layer, student_weight, others)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
@@ -328,25 +329,6 @@ class _Backward(torch.autograd.Function):
             layer.write_gradient(shard, chunk, kl_value[tokens], divergence, *options)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
-
-
-def _check_widths(layer: _Layer, student_weight: Tensor, others: _Others) -> None:
-    """Raise ValueError for states of teacher or reference that are neither of the width of their weight nor cut."""
-    if others.reference_hidden is not None and not layer.target.is_anchored:
-        raise ValueError(
-            f"fused_distillation_loss: reference must be None without anchor=reference; got {layer.target}."
-        )
-    of_teacher = student_weight if others.teacher_weight is None else others.teacher_weight
-    for what, hidden, weight in (
-        ("teacher_hidden", others.teacher_hidden, of_teacher),
-        ("the reference's states", others.reference_hidden, others.reference_weight),
-    ):
-        whole = 0 if weight is None else weight.shape[1]
-        if hidden is not None and hidden.shape[1] not in (whole, whole // layer.placement.size):
-            raise ValueError(
-                f"fused_distillation_loss: {what} must be of the width {whole} of their weight, or this rank's part "
-                f"of it; got {hidden.shape[1]}."
-            )
 
 
 class WeightGradient(Protocol):
