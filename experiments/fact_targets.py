@@ -69,7 +69,8 @@ def first_tokens(model: Any, tokenizer: Any, fact: dict[str, Any]) -> list[list[
 
     The order of a row is that of the columns: the base, the teacher, and the target of each weight.
     """
-    from megatron_selfdistill.loss.target import Target, mixed_target
+    from megatron_selfdistill.loss.definition import mixed_target
+    from megatron_selfdistill.loss.target import Target
 
     before = fact["solution"].removesuffix(f" {fact['answer']}.")
     token = tokenizer.encode(f" {fact['answer']}")[0]

@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from _lib.command_line import CONFIG_NAME, prepare_process
 from _lib.pretraining import Base, prepared_base, write_records
 
 if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need them, so that --help answers at once
-    from megatron_selfdistill.pipeline.score import Scores
+    from megatron_selfdistill.methods.parts.learnability import Scores
 
 ALPHA = 0.01
 
@@ -95,7 +96,8 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.pipeline.score import ScoringModels, candidate_contexts, log_probs, score_texts
+    from megatron_selfdistill.methods.parts.learnability import candidate_contexts, score_texts
+    from megatron_selfdistill.pipeline.score import ScoringModels, read_tokens
     from megatron_selfdistill.rollout.base import Request, response_text, sample_seed
     from megatron_selfdistill.run_data import RunData
 
@@ -124,7 +126,8 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
                 max_new_tokens=config.rollout.max_new_tokens,
                 policy="error",
             )
-            scores, (student, teacher) = score_texts(pairs, models), log_probs(pairs, models)
+            scores = score_texts(pairs, partial(read_tokens, models=models))
+            student, teacher, _ = read_tokens(pairs, models)
     finally:
         ranks.shutdown()
     ratios = (teacher - student).split([len(pair.response) for pair in pairs])

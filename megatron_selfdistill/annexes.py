@@ -11,6 +11,7 @@ from typing import Any
 
 DOORS = {
     "environments": "environments.configured_episodes",
+    "kernels": "kernels.triton_backend",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

@@ -12,10 +12,8 @@ The step of the optimizer has two halves, so that a run can check the norm of th
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +30,25 @@ from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.batch_k import solve_batch_k
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics import batch_entropies, step_metrics
+from megatron_selfdistill.metrics import batch_entropies
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import configured_packing
+from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
-from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher, StepTeacher
-from megatron_selfdistill.pipeline.score import Reading, ScoringModels, candidate_log_probs, learnabilities, log_probs
+from megatron_selfdistill.pipeline.schedule import Reference, StepTeacher
+from megatron_selfdistill.pipeline.score import Reading
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
 from megatron_selfdistill.teacher import Teachers
-
-IDENTITY_CONTEXTS = 8
-"""Contexts per replica that `Learner.identity_loss` reads."""
 
 
 class Learner:
@@ -106,7 +98,7 @@ class Learner:
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
         self.teachers = Teachers.of(config)(config, grid, self.vocab, self.chunks, initial_chunks, saved)
-        self.packing = Packing.configured(config, grid, last.config)
+        self.packing = configured_packing(config, grid, last.config)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
@@ -162,9 +154,8 @@ class Learner:
             self.optimizer.zero_grad()
         try:
             if not self.has_teacher:
-                loss = token_losses.next_token
                 coefficients, part = token_coefficients, partial_batch
-                return self._schedule(packed, None, loss, token_coefficients=coefficients, partial_batch=part)
+                return self.run_schedule(packed, None, next_token, token_coefficients=coefficients, partial_batch=part)
             return self._self_distillation(
                 packed,
                 contexts,
@@ -178,31 +169,16 @@ class Learner:
                 self.release_gradients()
             raise
 
-    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False, teacher: str = "") -> StepOutput:
+    def measure(
+        self, contexts: Sequence[ContextPair], *, summarise: Callable[..., Tensor] | None = None, teacher: str = ""
+    ) -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
 
-        ``summarises``: whether the measures include the summaries of the logits of all models.  ``teacher``: the name
+        ``summarise``: that of `TokenMeasurement`, for the logits of all models.  ``teacher``: the name
         of the teacher of all contexts.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        return self._read(contexts, self._measurement(teacher, summarises), teacher).output
-
-    def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
-        """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
-
-        With a reference the student is its own reference, too.  The loss is 0 where sharding, packing and exchange work
-        in this layout.  Collective.
-
-        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
-        """
-        answered = [context for context in contexts if context.response][:IDENTITY_CONTEXTS]
-        same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
-        anchor = "reference" if self.config.is_anchored else "student"
-        target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
-        packed, loss = pack_everywhere(same, self.packing, self.grid), self._distillation_loss(target)
-        reference = self._reference(target, self.chunks)
-        output = self._schedule(packed, ScheduledTeacher(self.chunks), loss, reference=reference, forward_only=True)
-        return step_metrics(output, None, self.grid)["loss/mean"]
+        return self.read(contexts, self._measurement(teacher, summarise), teacher).output
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients, unclipped, and prepare them for `apply_gradients`.  Collective."""
@@ -240,63 +216,15 @@ class Learner:
         """Set what the next steps train towards; ``k``: that of target.rule=batch, None before the first step."""
         self.batch_k = k
         self.target = Target.configured(self.config.target, k)
-        self.distillation_loss = self._distillation_loss(self.target)
+        self.distillation_loss = self.loss_towards(self.target)
 
-    def learnabilities(
-        self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
-    ) -> list[float]:
-        """Return the learnability of each response for the student (pipeline/score.py).  Collective."""
-        with self._scoring_models() as models:
-            return learnabilities(candidates, models, self.config, self.run_data, alpha, ratio_weight)
-
-    def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
-        """Return the `MEASURED_SIGNALS` of every response token by name, [R] float64 each, in nats, on the host.
-
-        The tokens have the order of ``contexts``.  The weights are the present ones, and nothing is trained.  All are
-        empty where no replica has a response token.
-        Collectives over the world: those of a step's forward pass, and those of `Reading.numbers`.
-        """
-        try:
-            reading = self._read(contexts)
-        except schedule.NoResponseTokens:
-            return {name: torch.empty(0, dtype=torch.float64) for name in MEASURED_SIGNALS}
-        statistics = ("loss" if name == "divergence" else name for name in MEASURED_SIGNALS)
-        return dict(zip(MEASURED_SIGNALS, reading.numbers(*statistics), strict=True))
-
-    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the log-probs of every response token under student and teacher (pipeline/score.py).  Collective."""
-        with self._scoring_models() as models:
-            return log_probs(contexts, models, temperature=temperature)
-
-    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
-        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/score.py).
-
-        Collective over the world.
-        """
-        with self.teachers.start.on_device() as teacher:
-            return candidate_log_probs(
-                prompts, token_ids, teacher, self.grid, self.vocab, max_tokens=self.config.schedule.max_tokens
-            )
-
-    @contextlib.contextmanager
-    def _scoring_models(self) -> Iterator[ScoringModels]:
-        """Yield student and teacher as models that score texts; an offloaded teacher leaves the device at the end."""
-        with self.teachers.start.on_device() as teacher:
-            yield ScoringModels(
-                student=self.chunks,
-                teacher=teacher,
-                grid=self.grid,
-                vocab=self.vocab,
-                max_tokens=self.config.schedule.max_tokens,
-                fusion=self.output_layer.fusion,
-                backend=self.config.loss.backend,
-                joins_turns=self.packing.joins_turns,
-            )
-
-    def _read(
+    def read(
         self, contexts: Sequence[ContextPair], measurement: TokenMeasurement | None = None, teacher: str = ""
     ) -> Reading:
-        """Return what the models of a step read in ``contexts``, by the loss of a step."""
+        """Return what the models of a step read in ``contexts``, by the loss of a step, without training.  Collective.
+
+        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        """
         packed = self.pack(contexts, teacher)
         output = self._self_distillation(packed, contexts, teacher, measurement=measurement, forward_only=True)
         return Reading(packed, output, self.grid)
@@ -314,13 +242,13 @@ class Learner:
     ) -> StepOutput:
         """Run the schedule of one batch with its teacher and, if the target has one, the reference."""
         target, following = self.target_of(teacher), "" if partial_batch is None else partial_batch.next_teacher
-        loss = self.distillation_loss if target is self.target else self._distillation_loss(target)
+        loss = self.distillation_loss if target is self.target else self.loss_towards(target)
         with self.teachers.models(packed, contexts, teacher, following) as models:
-            return self._schedule(
+            return self.run_schedule(
                 packed,
                 models.teacher,
                 loss,
-                reference=self._reference(target, models.reference),
+                reference=self.reference_of(target, models.reference),
                 measurement=measurement,
                 token_coefficients=token_coefficients,
                 partial_batch=partial_batch,
@@ -331,11 +259,11 @@ class Learner:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
         return self.teachers.target(self.target, teacher) if teacher else self.target
 
-    def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
+    def _measurement(self, teacher: str, summarise: Callable[..., Tensor] | None = None) -> TokenMeasurement:
         loss = self.config.loss
-        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarises)
+        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise)
 
-    def _schedule(
+    def run_schedule(
         self,
         packed: PackedBatch,
         teacher: StepTeacher | None,
@@ -347,6 +275,7 @@ class Learner:
         partial_batch: PartialBatch | None = None,
         forward_only: bool = False,
     ) -> StepOutput:
+        """Return the result of `schedule.run` with the student, the packing and the guided tokens of the run."""
         return schedule.run(
             self.chunks,
             teacher,
@@ -371,13 +300,15 @@ class Learner:
         kind = loss.guided_divergence
         return token_losses.GuidedTokens(weight, None if kind is None else Divergence(kind, loss.jsd_lambda))
 
-    def _reference(self, target: Target, chunks: Sequence[torch.nn.Module] | None) -> Reference | None:
+    def reference_of(self, target: Target, chunks: Sequence[torch.nn.Module] | None) -> Reference | None:
+        """Return the reference of a target with these ``chunks``; None if the target has none."""
         if not self.config.is_anchored:
             return None
         assert chunks is not None
         return Reference(target, chunks, self.config.loss.fused_chunk_tokens, self.config.loss.backend)
 
-    def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
+    def loss_towards(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
+        """Return the distillation loss of the run with this target."""
         loss = self.config.loss
         divergence = Divergence.configured(loss, self.config.method)
         return token_losses.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
@@ -413,13 +344,3 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
-
-
-def loss_backend(config: Config, grid: RankGrid) -> str:
-    """Return the backend of the loss and the reason for it, for the log.  Raises: `ConfigError` where it cannot run."""
-    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
-    try:
-        name, why = in_use(config.loss.backend, grid.device, dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return f"{'Triton kernels' if name == 'triton' else 'PyTorch'} ({why})"

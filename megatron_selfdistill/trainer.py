@@ -31,16 +31,18 @@ from megatron_selfdistill.distributed.stop import Stop
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
-from megatron_selfdistill.learner import Learner, loss_backend
+from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary, step_warnings
 from megatron_selfdistill.metrics.guards import Guards
 from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
+from megatron_selfdistill.model.output_layer import loss_backend
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.pipeline.batch import placement_everywhere
+from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
+from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
@@ -52,6 +54,7 @@ from megatron_selfdistill.sources.configured_source import (
     configured_source,
     evaluation_player,
 )
+from megatron_selfdistill.sources.learner_readings import LearnerReadings, identity_loss
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -100,7 +103,8 @@ class Trainer:
         self.learner = Learner(with_warmup(config, found), self.run_data, grid, saved=saved, base=base)
         chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
-        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
+        readings = LearnerReadings(self.learner)
+        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, readings)
         self.guards = Guards.configured(config, engines_of(config))
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
@@ -175,7 +179,7 @@ class Trainer:
             self.sampler.sleep()
             is_first = not self.checked and part.earlier is None
             if is_first and self.learner.has_teacher and tolerance is not None:
-                check_identity(self.learner.identity_loss(batch.contexts), tolerance)
+                check_identity(identity_loss(self.learner, batch.contexts), tolerance)
             output = self.learner.forward_backward(
                 packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_teacher=due, partial_batch=part
             )
@@ -405,7 +409,9 @@ def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | No
     used = [(one.output, len(one.packed.response_tokens)) for one in step if one.output is not None]
     if not used:
         return batch, None
-    return batch, StepOutput.joined([output for output, _ in used], [num_tokens for _, num_tokens in used])
+    if len(used) == 1:
+        return batch, used[0][0]
+    return batch, joined_output([output for output, _ in used], [num_tokens for _, num_tokens in used])
 
 
 def _num_shown(config: Config) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_selfdistill.loss.sharded.logit_summary import shapes
+from megatron_selfdistill.instruments.explorer.logit_summary import shapes
 
 TEACHER = 1  # among the models of a record: student, teacher, reference
 

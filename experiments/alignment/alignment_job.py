@@ -20,7 +20,7 @@ from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.evaluation.verify import judged_by_all, judged_text, load_verifier, verdict_of
 from megatron_selfdistill.instruments.explorer.exploration import AllModels, read_by_all_models
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, cut
-from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,11 +24,12 @@ from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
+from megatron_selfdistill.methods.parts.learnability import learnabilities, with_reference
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in
 from megatron_selfdistill.metrics.phase_lines import phases_shown
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.pipeline.score import learnabilities, with_reference
+from megatron_selfdistill.pipeline.score import read_tokens
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
@@ -196,7 +198,12 @@ class SolutionWork:
         models = inference.as_both_models(self.config, [[]], self.grid)
         models = replace(models, max_tokens=self.config.schedule.max_tokens)
         return lambda candidates: learnabilities(
-            candidates, models, self.config, self.run_data, self.settings.alpha, self.settings.ratio_weight
+            candidates,
+            partial(read_tokens, models=models),
+            self.config,
+            self.run_data,
+            self.settings.alpha,
+            self.settings.ratio_weight,
         )
 
     def _line(self, attempt: Attempt) -> dict[str, Any]:

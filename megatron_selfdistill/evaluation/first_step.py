@@ -36,7 +36,7 @@ from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, righ
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.first_checks import MANY_CUT, SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
-from megatron_selfdistill.pipeline.score import Reading, Want, read
+from megatron_selfdistill.pipeline.score import Reading, read
 from megatron_selfdistill.pipeline.token_losses import self_distillation
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.run_data import RunData
@@ -225,7 +225,7 @@ def measure_first_step(
     configured, *others = targets.values()
     loss = self_distillation(configured, Divergence(), models.backend, fusion=models.fusion)
     measurement = TokenMeasurement(configured, config.loss.fused_chunk_tokens, models.backend, other_targets=others)
-    rows = _rows(read(build_contexts(own, responses), models, Want(loss, measurement)), len(others))
+    rows = _rows(read(build_contexts(own, responses), models, loss, measurement), len(others))
 
     is_right = right_response(verifier, run_data.tokenizer, config.evaluation.confidence_pattern)
     asked = zip(problems[grid.dp_rank :: grid.dp_size], responses, strict=True)

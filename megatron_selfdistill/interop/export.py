@@ -30,7 +30,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rule
-from megatron_selfdistill.loss.sharded.vocab_parallel import all_gather
+from megatron_selfdistill.loss.sharded.group_collectives import all_gather
 from megatron_selfdistill.model.forward import unwrapped
 
 _ALIGNMENT = 16  # bytes: a suitable start for a tensor of any dtype

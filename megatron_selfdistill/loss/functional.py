@@ -84,9 +84,8 @@ def self_distillation_loss(
     torch.compile: the loss runs uncompiled and breaks the graph, which ``fullgraph=True`` refuses.  torch.func: its
     transforms raise RuntimeError.  Second derivatives: none, since the gradient is a constant for autograd.  Autocast
     changes nothing inside.
-    Raises: ValueError, which names the argument: for shapes that disagree, values of another type, labels outside of
-    the vocabulary or a mask of integers, no position with a loss, a reference that is missing or not asked for, and
-    losses that are not finite as above.
+    Raises: ValueError, which names the argument: for shapes that disagree, labels outside of the vocabulary or a mask
+    of integers, no position with a loss, a reference that is missing or not asked for, and losses that are not finite.
     """
     target, divergence = Target() if target is None else target, _divergence(divergence)
     what = "self_distillation_loss"
@@ -189,6 +188,8 @@ def _check(what: str, name: str, is_given: bool, target: Target, reduction: str,
         )
     if target.rule == "batch" and target.k is None:
         raise ValueError(f"{what}: the rule batch solves one k for a whole step: give k (`solve_batch_k`); got None.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{what}: reduction must be mean, sum or none; got {reduction!r}.")
     if is_counted and reduction != "mean":
         raise ValueError(f"{what}: num_items_in_batch divides a mean; got it with reduction={reduction!r}.")
 

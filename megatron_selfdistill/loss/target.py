@@ -1,36 +1,23 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target of a response token, which is the method.
+"""What a target and a divergence are chosen by, the mix of logits, and the check of the loss's arguments.
 
-    p = softmax(s)               the student; s: the student's logits of the token
-    m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
-    q = softmax(m / k)           the target, a constant: no gradient flows through it
-    k : H(q) = H(softmax(a))     one k per token, k <= k_max; H: the entropy in nats
-
-The anchor a is the logits r of frozen weights that read the student's own context, or with anchor=student s.  While
-the student learns, a mix with s follows the student, and a mix with r stands still.  With match=student k gives q the
-entropy H(p) instead of that of softmax(r).
-
-k is the temperature of the mix, and beta = 1 / k is its inverse, for which the code solves.  H(softmax(beta m)) falls
-monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root.
-
-This file is the definition, on full rows and by bisection.  `loss/sharded` computes the same on vocabulary shards.
-`Status` tells how the beta of a token came about.
+`definition` says what the choices mean.  `Status` tells how the beta of a token came about.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import accumulate
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, FUSED_MODES, MAX_RENYI_ORDER, TARGET_RULES
+from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, MAX_RENYI_ORDER, TARGET_RULES
 
 MIN_ENTROPY = 1e-6
 """The smallest entropy, in nats, that determines a beta.  A smaller H(p) is rounding noise: this value is matched."""
@@ -133,7 +120,9 @@ class Target:
                 f"Target.k_max must be above (1 + w) / {RANGE:g} = {smallest:g}, or no k is left; "
                 f"got {self.k_bound:g}. Use a larger k_max, or None for no bound."
             )
-        if self.k is not None and not (self.rule in ("fixed", "batch") and _is_above_0(self.k, Real)):
+        if self.k is not None and not (
+            self.rule in ("fixed", "batch") and isinstance(self.k, Real) and 0 < self.k < math.inf
+        ):
             raise ValueError(f"Target.k must be a finite number > 0 of fixed or batch; got {self.k} with {self.rule}.")
         if self.anchor not in ANCHORS or self.match not in (None, "student", self.anchor):
             raise ValueError(
@@ -208,49 +197,6 @@ class Target:
         return lowest, 1 / self.geometric_k * RANGE
 
 
-@dataclass(frozen=True)
-class TargetDistribution:
-    """log q [..., V] and beta [...] in the dtype of the logits, at least float32; status [...] int64, see `Status`."""
-
-    log_q: Tensor
-    beta: Tensor
-    status: Tensor
-
-
-@torch.no_grad()
-def mixed_target(
-    student_logits: Tensor, teacher_logits: Tensor, target: Target | None = None, reference_logits: Tensor | None = None
-) -> TargetDistribution:
-    """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
-
-    Shapes: all logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
-    than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
-    target: None is `Target()`, as for `self_distillation_loss`.
-    ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
-    Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
-    """
-    target = Target() if target is None else target
-    check_arguments("mixed_target", locals())
-    if target.is_anchored != (reference_logits is not None):
-        raise ValueError(
-            f"mixed_target: reference_logits must be given with anchor=reference only; "
-            f"got {'none' if reference_logits is None else 'some'} with {target}."
-        )
-    anchor_logits = student_logits if reference_logits is None else reference_logits
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
-    mix = mixed_logits(anchor, teacher, *target.mix_weights)
-    wanted = entropy((anchor if target.matches_reference else student).log_softmax(-1))
-    if target.given_beta is not None:
-        beta = torch.full_like(wanted, target.given_beta)
-        return TargetDistribution((beta[..., None] * mix).log_softmax(-1), beta, status_given(beta))
-    low, high = target.beta_range
-    beta = _matching_beta(mix, wanted.clamp(min=MIN_ENTROPY), low, high)
-    log_q = (beta[..., None] * mix).log_softmax(-1)
-    status = token_status(wanted, entropy(log_q), beta, low, high, target.lowest_is_bound)
-    return TargetDistribution(log_q, beta, status)
-
-
 def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_weight: float) -> Tensor:
     """Return m = w t + a, or t or a alone where the other weight is 0, because 0 * (-inf) is NaN."""
     if anchor_weight == 0:
@@ -267,29 +213,6 @@ def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor) ->
         return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(1 + teacher_weight)
     weight = teacher_weight.float()[:, None]
     return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    """Return H in nats over the last axis; a column whose log-probability is -inf adds nothing."""
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
-
-
-def _matching_beta(mix: Tensor, wanted: Tensor, low: float, high: float) -> Tensor:
-    """Return the beta in [low, high] with H(softmax(beta mix)) = wanted, or the nearer end; NaN for rows with NaN."""
-
-    def too_soft(beta: Tensor) -> Tensor:
-        return entropy((beta[..., None] * mix).log_softmax(-1)) > wanted
-
-    lowest, highest = torch.full_like(wanted, low), torch.full_like(wanted, high)
-    below, above = ~too_soft(lowest), too_soft(highest)
-    left, right = lowest.log(), highest.log()
-    for _ in range(60):  # log(high / low) <= 5.6, so 60 halvings reach 5e-18
-        middle = (left + right) / 2
-        soft = too_soft(middle.exp())
-        left, right = torch.where(soft, middle, left), torch.where(soft, right, middle)
-    beta = torch.where(below, lowest, torch.where(above, highest, ((left + right) / 2).exp()))
-    # Comparisons with NaN are false and would turn NaN into an ordinary number.
-    return torch.where(torch.isfinite(wanted + mix.amax(-1)), beta, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -379,106 +302,38 @@ def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[sl
     return slices or [(slice(0, 0), groups[0][1])]
 
 
-def _is_above_0(value: Any, kind: type = Integral) -> bool:
-    """Return whether the value is a finite number above 0; True for a number on a GPU, which nobody reads."""
-    if kind is Real and _is_dense(value) and value.numel() == 1:
-        if value.device.type != "cpu":
-            return True
-        value = value.item()
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(0 < value < math.inf)  # type: ignore[operator]
-
-
-def _is_dense(value: Any) -> bool:
-    """Return whether the value is a tensor of one process, all of whose elements are in memory."""
-    is_local = isinstance(value, Tensor) and not hasattr(value, "to_local")
-    return is_local and value.layout == torch.strided and value.device.type != "meta"
-
-
-def _has_divergences(value: Any) -> bool:
-    pairs = value if isinstance(value, list | tuple) else [(0, value)]
-    return all(isinstance(pair, list | tuple) and [*map(type, pair)] == [int, Divergence] for pair in pairs)
-
-
-REDUCTIONS = ("mean", "sum", "none")
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "target": ("a Target", lambda it: isinstance(it, Target)),
-    "divergence": ("a Divergence", _has_divergences),
-    "vocab": ("a VocabShard", lambda it: type(it).__name__ == "VocabShard"),
-    "reduction": (f"one of {', '.join(REDUCTIONS)}", lambda it: isinstance(it, str) and it in REDUCTIONS),
-    "num_items_in_batch": ("one finite number above 0", lambda it: it is None or _is_above_0(it, Real)),
-    "vocab_size": ("an integer above 0", lambda it: it is None or _is_above_0(it)),
-    "process_group": ("a ProcessGroup", lambda it: it is None or isinstance(it, torch.distributed.ProcessGroup)),
-    "check_nan": ("a bool", lambda it: it is None or isinstance(it, bool)),
-    "inplace_backward": ("a bool", lambda it: isinstance(it, bool)),
-    "chunk_tokens": ("an integer, at least 1", _is_above_0),
-    "mode": (f"one of {', '.join(FUSED_MODES)}", lambda it: isinstance(it, str) and it in FUSED_MODES),
-}
-"""Argument -> what it must be, and the function that tells whether a value is."""
-_KINDS: dict[str, tuple[str, Callable[[Tensor], bool]]] = {
-    "float": ("floating-point numbers", Tensor.is_floating_point),
-    "state": ("floating-point numbers, of one dtype in states and weights", Tensor.is_floating_point),
-    "id": ("int64", lambda it: it.dtype == torch.int64),
-    "label": ("integer labels or bool", lambda it: not it.is_floating_point() and not it.is_complex()),
-}
-_TENSORS = {
-    name: spec
-    for names, spec in {
-        "student_logits teacher_logits logits log_p log_q": "float ... V",
-        "reference_logits own_teacher_logits": "float? ... V",
-        "student_hidden teacher_hidden": "state ... h",
-        "student_weight": "state V h",
-        "reference_hidden": "state? ... h",
-        "teacher_weight reference_weight": "state? V h",
-        "labels_or_mask": "label? ...",
-        "response_tokens": "id ...",
-        "gather_indices": "id? ...",
-        "beta": "float ...",
-        "reference_entropy teacher_weights": "float? ...",
+_AXES = {
+    name: axes
+    for names, axes in {
+        "student_logits teacher_logits reference_logits own_teacher_logits logits log_p log_q": "... V",
+        "student_hidden teacher_hidden reference_hidden": "... h",
+        "student_weight teacher_weight reference_weight": "V h",
+        "labels_or_mask response_tokens gather_indices beta reference_entropy teacher_weights": "...",
     }.items()
     for name in names.split()
 }
-"""Argument -> the kind of tensor, with ? where None will do, and its axes, of which one name has one size in a call;
-``...`` are any leading axes, or with a VocabShard one axis of tokens."""
+"""Argument -> its axes, of which one name has one size in a call; ``...`` are any leading axes, or the axis of tokens
+where the call has a VocabShard."""
 
 
-def check_arguments(caller: str, given: Mapping[str, Any], **other_tensors: str) -> None:
-    """Raise ValueError, which names the argument, if an argument of the public function ``caller`` cannot be used.
+def check_arguments(caller: str, given: Mapping[str, Any], **other_axes: str) -> None:
+    """Raise ValueError, which names the argument, for a tensor of other axes, which torch might broadcast.
 
-    given: the arguments by name: ``locals()`` where a function begins.
-    other_tensors: entries that this function has in place of those of `_TENSORS`.
+    caller: the public function.  given: its arguments by name: ``locals()`` where the function begins; None is none.
+    other_axes: entries that this function has in place of those of `_AXES`.
     """
-    for name, (words, fits) in _RULES.items():
-        if name in given and not fits(given[name]):
-            raise ValueError(f"{caller}: {name} must be {words}; got {_described(given[name])}.")
     known: dict[str, Any] = {"V": given["vocab"].size} if "vocab" in given else {}
     for name, value in given.items():
-        kind, *axes = (other_tensors.get(name) or _TENSORS.get(name, "?")).split()
-        if not kind.endswith("?") or (value is not None and kind != "?"):
-            of_tokens = ["T" if axis == "..." and "vocab" in given else axis for axis in axes]
-            _check_tensor(f"{caller}: {name}", value, kind.rstrip("?"), of_tokens, known)
-
-
-def _check_tensor(what: str, value: Any, kind: str, axes: list[str], known: dict[str, Any]) -> None:
-    """Raise ValueError for another kind or other axes; ``known``: the dtype of states and the sizes of axes so far."""
-    words, fits = _KINDS[kind]
-    fitting = _is_dense(value) and fits(value)
-    if not fitting or (kind == "state" and known.setdefault(kind, value.dtype) != value.dtype):
-        raise ValueError(f"{what} must be a dense tensor of {words}; got {_described(value)}.")
-    sizes: list[Any] = list(value.shape)
-    if axes[0] == "...":
-        free = max(0, len(sizes) - len(axes) + 1)
-        sizes = [tuple(sizes[:free]), *sizes[free:]]
-    if len(sizes) != len(axes) or not all(
-        (size != 0 or axis in ("...", "T", "n")) and known.setdefault(axis, size) == size
-        for axis, size in zip(axes, sizes, strict=True)
-    ):
-        wanted = ", ".join(str(known.get(axis, axis)).strip("(),") for axis in axes)
-        raise ValueError(f"{what} must be [{wanted}], row by row for the same tokens; got {list(value.shape)}.")
-
-
-def _described(value: Any) -> str:
-    if hasattr(value, "to_local"):
-        return "a DTensor: pass its to_local()"
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return f"{value.dtype} {list(value.shape)}, {value.layout} on {value.device}"
-    return f"{type(value).__name__} {' '.join(repr(value).split())[:60]}"
+        if value is None or not (axes := (other_axes.get(name) or _AXES.get(name, "")).split()):
+            continue
+        if hasattr(value, "to_local"):
+            raise ValueError(f"{caller}: {name} must be the tensor of one process; got a DTensor: pass its to_local().")
+        axes, sizes = ["T" if axis == "..." and "vocab" in given else axis for axis in axes], list(value.shape)
+        if axes[0] == "...":
+            free = max(0, len(sizes) - len(axes) + 1)
+            sizes = [tuple(sizes[:free]), *sizes[free:]]
+        fits = (known.setdefault(axis, size) == size for axis, size in zip(axes, sizes, strict=False))
+        if len(sizes) != len(axes) or not all(fits):
+            wanted = ", ".join(str(known.get(axis, axis)).strip("(),") for axis in axes)
+            found = list(value.shape)
+            raise ValueError(f"{caller}: {name} must be [{wanted}], row by row for the same tokens; got {found}.")

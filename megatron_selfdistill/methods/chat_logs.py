@@ -92,7 +92,7 @@ class ChatLogs(SelfDistillation):
             return super().coefficients(step, rollouts, contexts)
         from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
         from megatron_selfdistill.loss.weighting import LikelyTurns, TokenOwners, down_weighted, dropped
-        from megatron_selfdistill.pipeline.batch import over_last_stage
+        from megatron_selfdistill.pipeline.score import over_last_stage
 
         weight = {"drop": dropped, "down_weight": down_weighted}[own.unlikely]
         owners = TokenOwners.of([len(context.response) for context in contexts], partial(over_last_stage, grid=grid))

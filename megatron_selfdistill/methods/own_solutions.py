@@ -50,6 +50,7 @@ from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import check_answers
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
+from megatron_selfdistill.methods.parts.learnability import learnabilities
 from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings, require_problems
 from megatron_selfdistill.methods.parts.solution_search import Search, content_of, solve
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
@@ -76,7 +77,7 @@ class OwnSolutionsSettings(DistillAndRewardSettings):
     """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
     pick: Annotated[str, OneOf(SOLUTION_RANKINGS)] = "shortest"
     """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
-    learnable (the score of pipeline/score.py)."""
+    learnable (the score of methods/parts/learnability.py)."""
     alpha: NonNegativeFloat = 0.01
     """Weight of the least likely token and of the largest divergence from the teacher under pick=learnable."""
     ratio_weight: NonNegativeFloat = 1.0
@@ -241,7 +242,9 @@ class OwnSolutionHints(OpsdRl):
                 builder=tools.given.builder,
                 verifier=tools.judge.verifier,
                 confidence=tools.judge.confidence,
-                score=lambda found: tools.models.learnabilities(found, settings.alpha, settings.ratio_weight),
+                score=lambda found: learnabilities(
+                    found, tools.models.read_tokens, tools.config, tools.run_data, settings.alpha, settings.ratio_weight
+                ),
                 fits=lambda problem, text: tools.given.pair_with(problem, text) is not None,
             )
         return replace(self, own=own), metrics

@@ -150,7 +150,7 @@ class Rlcsd(HintedLater):
             for one, found in zip(rollouts, prompts, strict=True)
             for prompt in found
         ]
-        _, teacher = self.tools.models.log_probs(contexts, 1.0)
+        _, teacher, _ = self.tools.models.read_tokens(contexts)
         rows = iter(teacher.split([len(context.response) for context in contexts]) if contexts else ())
         parts = []
         for one, found in zip(rollouts, prompts, strict=True):

@@ -152,7 +152,7 @@ class Rlt(Grpo):
             *(self._explaining(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
             *(self._solving(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
         ]
-        policy, student = self.tools.models.log_probs(pairs, self.settings.temperature)
+        policy, student, _ = self.tools.models.read_tokens(pairs, self.settings.temperature)
         lengths = [len(pair.response) for pair in pairs]
         of_policy, of_student = policy.split(lengths), student.split(lengths)
         found = [

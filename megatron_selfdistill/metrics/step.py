@@ -100,7 +100,7 @@ def step_metrics(
     tenths.
     ``weight_cap``: the weight at which correction/capped counts a token.  docs/metrics.md defines all keys.
 
-    A loss without a target (`token_losses.next_token`) has only the first line.  With a reference, entropy/teacher and
+    A loss without a target (`next_token`) has only the first line.  With a reference, entropy/teacher and
     the two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
     ``sampler_log_probs``.  The correction's keys need coefficients without a policy term, and the keys of the terms
     need a policy term.  A token with NaN makes each mean that includes

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whether the output layer is fused with the loss, and in which mode."""
+"""How a run computes the output layer and the loss: fused or not, in which mode, by which backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import gather_objects
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.model.forward import Fusion, nonlinear, unwrapped
 
 MATERIALISED = "materialised"
@@ -96,7 +98,7 @@ class OutputLayer:
 
 
 def next_token_copies(element_size: int) -> float:
-    """Return the number of copies of logits of ``element_size`` bytes that `token_losses.next_token` needs.
+    """Return the number of copies of logits of ``element_size`` bytes that `next_token` needs.
 
     Megatron's cross entropy overwrites float32 logits, or a float32 copy of other logits; in the backward pass the
     gradient exists beside that copy.
@@ -159,3 +161,13 @@ def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> O
     last = unwrapped(chunks[-1])
     reasons = gather_objects(unfusable(last) if last.post_process else None)
     return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))
+
+
+def loss_backend(config: Config, grid: RankGrid) -> str:
+    """Return the backend of the loss and the reason for it, for the log.  Raises: `ConfigError` where it cannot run."""
+    dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+    try:
+        name, why = in_use(config.loss.backend, grid.device, dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return f"{name} ({why})"

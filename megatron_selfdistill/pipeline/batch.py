@@ -8,10 +8,8 @@ Therefore a step takes the cheapest of several budgets between half of ``max_tok
 
     budgets = budgets_of(rules)
     counts = all_reduce_max(counts_by_budget(student_lengths, teacher_lengths, rules, budgets))
-    plan = cheapest(budgets, counts, raised)
+    plan = packing.cheapest(budgets, counts, grid)
     packed = pack(contexts, replace(rules, max_tokens=plan.budget), ...)
-
-`placed` chooses the replica that trains on each context, so that all data-parallel replicas compute equally much.
 
 All microbatches of a step are known before the step.  Therefore the tensors of a `DeviceBatch`, which are all tensors
 besides weights and activations, travel to the device in one copy, and the schedule never waits for the device.
@@ -20,17 +18,14 @@ besides weights and activations, travel to the device in one copy, and the sched
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
     Microbatch,
@@ -43,9 +38,8 @@ from megatron_selfdistill.data.packing import (
     padded_lengths,
     planned_sequences,
     required_seq_length,
-    segments_of,
 )
-from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
+from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
@@ -53,12 +47,6 @@ from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
 STUDENT_PASSES = 3
 """The time of the student's microbatch in forward passes: the backward pass takes two."""
 _MOST_BUDGETS = 33
-_ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
-"""The number of tokens, by recipe, of which a rank's share must be a multiple.
-
-Both layouts of an operand, [tokens, h] and its transpose, are cut into blocks of this size, and matrix products need
-multiples of 16.
-"""
 _OVERHEAD = 1 / 64  # the time of a microbatch beside its tokens, as a share of the time of one with max_tokens tokens
 _IMPOSSIBLE = 2**31  # microbatches of a budget that is shorter than a context
 
@@ -82,44 +70,6 @@ class Packing:
     joins_turns: bool = False
     """Whether the turns of an episode share a segment (`PackingRules.joins_turns`)."""
 
-    @classmethod
-    def of_model(
-        cls,
-        config: TransformerConfig,
-        *,
-        max_tokens: int,
-        pair_order: str,
-        with_teacher: bool,
-        with_reference: bool = False,
-        joins_turns: bool = False,
-    ) -> Packing:
-        """Return the packing for the layers of a model.
-
-        ``attention_tokens`` is 12 h: a layer of width h takes 24 h^2 FLOPs per token, and its causal attention 2 h L
-        per token of a context of L tokens (Narayanan et al. 2021, arXiv 2104.04473, appendix, where no mask is causal).
-        """
-        return cls(
-            max_tokens,
-            pair_order,
-            with_teacher,
-            with_reference,
-            seq_multiple=token_multiple(config),
-            attention_tokens=12 * config.hidden_size,
-            joins_turns=joins_turns,
-        )
-
-    @classmethod
-    def configured(cls, config: Config, grid: RankGrid, model: TransformerConfig) -> Packing:
-        """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
-        return cls.of_model(
-            model,
-            max_tokens=config.schedule.max_tokens,
-            pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
-            with_teacher=config.has_teacher,
-            with_reference=config.is_anchored,
-            joins_turns=config.environment.one_sequence,
-        )
-
     @property
     def passes(self) -> tuple[int, int]:
         """The times that a token takes in the student's microbatches and in the teacher's, in forward passes."""
@@ -139,34 +89,10 @@ class Packing:
         """Return the `length_quantum` of a GPU; None on a CPU."""
         return length_quantum(self.max_tokens) if grid.device.type == "cuda" else None
 
-    def attention(self, student_length: int, teacher_length: int) -> int:
-        """Return the time of a context's attention, in forward passes of one token without attention."""
-        student, teacher = self.passes
-        squares = student * student_length**2 + teacher * teacher_length**2
-        return squares // self.attention_tokens if self.attention_tokens else 0
-
-    def costs(self, student_length: int, teacher_length: int) -> tuple[int, ...]:
-        """Return the costs of a context for `placed`: the tokens of each role, then its whole time."""
-        student, teacher = self.passes
-        time = student * student_length + teacher * teacher_length + self.attention(student_length, teacher_length)
-        return student_length, teacher_length * self.with_teacher, time
-
-    def needs(self, lengths: Sequence[tuple[int, int]], budgets: Sequence[int], rules: PackingRules) -> list[int]:
-        """Return the numbers of a replica with contexts of these ``lengths`` from which `step_time` takes the maxima.
-
-        ``lengths``: those of the student's and the teacher's context, padded.
-        """
-        counts = counts_by_budget([s for s, _ in lengths], [t for _, t in lengths], rules, budgets)
-        return [*counts, sum(self.attention(*pair) for pair in lengths)]
-
-    def step_time(self, needs: Sequence[int], budgets: Sequence[int], grid: RankGrid) -> float:
-        """Return the time of a step, in any unit; ``needs``: the maxima of `needs` over the replicas."""
-        return self.cheapest(budgets, needs[:-1], grid).cost + needs[-1]
-
     def cheapest(self, budgets: Sequence[int], counts: Sequence[int], grid: RankGrid) -> StepPlan:
-        """Return the cheapest budget for the ``counts`` of all replicas, with the microbatches that the schedule runs.
+        """Return the budget with the least time of the step, of equally cheap ones the greatest, and its microbatches.
 
-        Without a teacher, ``num_teacher`` is 0.
+        ``counts``: the maximum of `counts_by_budget` over the replicas.  Without a teacher, ``num_teacher`` is 0.
         """
 
         def raised(num_student: int, num_teacher: int) -> tuple[int, int]:
@@ -178,7 +104,12 @@ class Packing:
                 with_reference=self.with_reference,
             )
 
-        return cheapest(budgets, counts, raised, self.passes)
+        overhead, plans = _OVERHEAD * budgets[0], []
+        for budget, needed in zip(budgets, zip(counts[::2], counts[1::2], strict=True), strict=True):
+            num_student, num_teacher = raised(*needed)
+            time = self.passes[0] * num_student + self.passes[1] * num_teacher
+            plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
+        return min(plans, key=lambda plan: plan.cost)
 
 
 def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> PackedBatch:
@@ -202,50 +133,9 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
     return pad_to_count(batch, plan.num_student, plan.num_teacher if packing.with_teacher else len(batch.teacher))
 
 
-def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> list[list[int]] | None:
-    """Return the replica that shall train on each context, ``placement[r][i]`` for context i of replica r.
-
-    All ranks get the same result (`placed`), in which the contexts of a segment stay together.  It is None if all
-    contexts should stay where they are, because there is one replica or the step would not become shorter.
-    Collectives: over the data-parallel ranks, one `gather_integers` of the lengths and one maximum.  Raises: ValueError
-    where one context alone exceeds ``max_tokens``.
-    """
-    if grid.dp_size == 1:
-        return None
-    rules = packing.rules(grid)
-    own = zip(*padded_lengths(contexts, rules), map(len, segments_of(contexts, rules)), strict=True)
-    gathered = gather_integers([number for segment in own for number in segment], grid.dp_group)
-    by_replica = [list(zip(numbers[::3], numbers[1::3], strict=True)) for numbers in gathered]
-    lengths = [pair for part in by_replica for pair in part]
-    homes = [replica for replica, part in enumerate(by_replica) for _ in part]
-    replicas = placed([packing.costs(*pair) for pair in lengths], homes, grid.dp_size)
-    given = [pair for pair, replica in zip(lengths, replicas, strict=True) if replica == grid.dp_rank]
-    budgets = budgets_of(rules, packing.quantum(grid))
-    needs = [packing.needs(pairs, budgets, rules) for pairs in (by_replica[grid.dp_rank], given)]
-    maxima = max_over_ranks([*needs[0], *needs[1]], grid.dp_group)
-    present, proposed = maxima[: len(needs[0])], maxima[len(needs[0]) :]
-    if packing.step_time(proposed, budgets, grid) >= packing.step_time(present, budgets, grid):
-        return None
-    remaining = iter(replicas)
-    sizes = [numbers[2::3] for numbers in gathered]
-    return [[replica for size in part for replica in [next(remaining)] * size] for part in sizes]
-
-
 def microbatch_multiple(grid: RankGrid) -> int:
     """Return the divisor of the number of microbatches in a step: PP for the interleaved schedule, else 1."""
     return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
-
-
-def token_multiple(config: TransformerConfig) -> int | None:
-    """Return the number of tokens of which the length of a packed sequence must be a multiple; None without FP8.
-
-    With FP8 each rank's share of a sequence, over TP and CP, is a multiple of the block size of the recipe.
-    """
-    if not config.fp8:
-        return None
-    block = _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
-    tp, cp = int(config.tensor_model_parallel_size), int(config.context_parallel_size)
-    return block * tp * (2 * cp if cp > 1 else 1)
 
 
 def raised_to_multiple(
@@ -260,19 +150,6 @@ def raised_to_multiple(
         num_student += paired or not with_reference
         num_teacher += paired or with_reference
     return num_student, num_teacher
-
-
-def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
-    """Sum ``values`` in place over context-parallel ranks, give all TP ranks the bits of TP rank 0, and return them.
-
-    The ranks of one replica's last stage call it; each context-parallel rank holds a part of the values and zeros
-    elsewhere. Collectives: a sum over CP, a broadcast over TP.
-    """
-    if grid.cp_size > 1:
-        dist.all_reduce(values, group=grid.cp_group)
-    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
-        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
-    return values
 
 
 @dataclass(frozen=True)
@@ -313,56 +190,6 @@ def counts_by_budget(student: list[int], teacher: list[int], rules: PackingRules
         else:
             counts += map(len, planned_sequences(student, teacher, budget, paired=rules.paired))
     return counts
-
-
-def cheapest(
-    budgets: Sequence[int],
-    counts: Sequence[int],
-    raised: Callable[[int, int], tuple[int, int]],
-    passes: tuple[int, int],
-) -> StepPlan:
-    """Return the budget with the least time of the step; of equally cheap ones the greatest.
-
-    ``counts``: the maximum of `counts_by_budget` over the replicas.  ``raised``: returns the numbers of microbatches
-    that the schedule runs for the numbers that are needed.  ``passes``: the times of a student's and of a teacher's
-    microbatch, in forward passes.
-    """
-    overhead = _OVERHEAD * budgets[0]
-    plans = []
-    for budget, needed in zip(budgets, zip(counts[::2], counts[1::2], strict=True), strict=True):
-        num_student, num_teacher = raised(*needed)
-        time = passes[0] * num_student + passes[1] * num_teacher
-        plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
-    return min(plans, key=lambda plan: plan.cost)
-
-
-def placed(costs: Sequence[Sequence[int]], homes: Sequence[int], num_replicas: int) -> list[int]:
-    """Return the replica of each context: its home where possible, so that few contexts travel.
-
-    ``costs[i]``: the costs of context i in one or several units, of which the last one is its whole cost.
-    ``homes[i]``: the replica that has context i.  The dearest context is placed first.  A context stays at home as long
-    as no cost of its home exceeds an equal share of the global batch and the cost of the dearest context, which no
-    placement can avoid.  Otherwise the context goes to the replica where the greatest share of the replica in the costs
-    of the global batch is then least.  The result is deterministic.  Collectives: none.
-    """
-    totals = [sum(column) for column in zip(*costs, strict=True)]
-    dearest = [max(column) for column in zip(*costs, strict=True)]
-    bounds = [max(total, num_replicas * most) for total, most in zip(totals, dearest, strict=True)]
-    loads = [[0] * len(totals) for _ in range(num_replicas)]
-    replicas = list(homes)
-
-    def with_cost(replica: int, cost: Sequence[int]) -> list[int]:
-        return [load + more for load, more in zip(loads[replica], cost, strict=True)]
-
-    def largest_share(replica: int, cost: Sequence[int]) -> float:
-        return max(load / (total or 1) for load, total in zip(with_cost(replica, cost), totals, strict=True))
-
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i][-1]):
-        cost, replica = costs[index], homes[index]
-        if any(num_replicas * load > bound for load, bound in zip(with_cost(replica, cost), bounds, strict=True)):
-            replica = min(range(num_replicas), key=lambda other: largest_share(other, cost))
-        replicas[index], loads[replica] = replica, with_cost(replica, cost)
-    return replicas
 
 
 @dataclass(frozen=True)
@@ -424,8 +251,8 @@ class DeviceBatch:
 
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = _teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
+        held = [held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        teacher = teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
                 StudentMicrobatch(
@@ -442,20 +269,8 @@ class DeviceBatch:
         )
         return to_device_in_one_copy(on_host, grid.device)
 
-    @classmethod
-    def of_reader(
-        cls, batch: PackedBatch, reading: PackedBatch, grid: RankGrid, *, local_attention: bool
-    ) -> DeviceBatch:
-        """Copy the student's microbatches of ``reading`` to this rank's device as those of a teacher of ``batch``.
 
-        Both hold the same responses in the same order.  The result has no microbatches of a student.
-        """
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = _teacher_microbatches(batch, replace(reading, teacher=reading.student), grid, local_attention)
-        return to_device_in_one_copy(cls([], teacher, [len(ids) for _, ids in held]), grid.device)
-
-
-def _teacher_microbatches(
+def teacher_microbatches(
     batch: PackedBatch, reading: PackedBatch, grid: RankGrid, local_attention: bool
 ) -> list[TeacherMicrobatch]:
     """Return the teacher's microbatches of ``reading`` as host tensors, with the route of each state to the student.
@@ -469,13 +284,13 @@ def _teacher_microbatches(
     sizes = []  # states of each student microbatch on this rank
     for index, microbatch in enumerate(batch.student):
         for rank in range(grid.cp_size):
-            _, ids = _held_by(microbatch, batch.guided, grid.cp_size, rank)
+            _, ids = held_by(microbatch, batch.guided, grid.cp_size, rank)
             owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
             if rank == grid.cp_rank:
                 sizes.append(len(ids))
     microbatches = []
     for microbatch in reading.teacher:
-        held = [_held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        held = [held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
         positions, ids = held[grid.cp_rank]
         received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
         microbatches.append(
@@ -508,7 +323,7 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
     return routes
 
 
-def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+def held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
     """Return the position in the rank's share and the response id of each response token whose state the rank holds.
 
     Tokens of guided problems come after the others, and otherwise positions rise.

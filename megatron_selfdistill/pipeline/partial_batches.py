@@ -10,12 +10,7 @@ divides by N, and Megatron Core then reduces and finalises all gradients at once
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from megatron_selfdistill.model.forward import unwrapped
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,11 @@ class PartialBatch:
     next_teacher: str = ""
     """The name of the teacher whose weights the next partial batch probably needs; "" if none is known."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the step has no other partial batch."""
+        return self.earlier is None and self.is_last
+
     def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
         """Return the gradients of the step up to this partial batch, whose numbers are counted before it runs.
 
@@ -57,57 +57,3 @@ class PartialBatch:
         estimate = earlier.divisor or max(1, round(num_response_tokens / self.share))
         divisor = total if self.is_last else estimate
         return Accumulated(total, divisor, earlier.first_tokens, earlier.first_microbatches)
-
-
-@contextlib.contextmanager
-def gradients_of(partial_batch: PartialBatch, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
-    """Let a call of the schedule add the gradients of ``partial_batch``; leave the schedule's configuration as it was.
-
-    ``chunks``: this rank's chunks of the student, in Megatron's DDP.
-    The first microbatch of a later partial batch is not the first one after a change of the weights: with FP8,
-    Transformer Engine would overwrite the earlier gradients with those of that microbatch.
-    In the last partial batch, the earlier gradients are first divided by the same number as those of this one.
-    In another partial batch, nothing is reduced over data-parallel ranks and nothing is finalised.
-    """
-    with contextlib.ExitStack() as stack:
-        if partial_batch.earlier is not None:
-            stack.enter_context(weights_unchanged(chunks))
-        if partial_batch.is_last:
-            if partial_batch.earlier is not None and partial_batch.earlier.divisor != accumulated.divisor:
-                for chunk in chunks:
-                    chunk.scale_gradients(partial_batch.earlier.divisor / accumulated.divisor)
-            yield
-            return
-        config = unwrapped(chunks[0]).config
-        before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
-        for chunk in chunks:  # once around the whole call: the exit of DDP's context switches the reduction on
-            stack.enter_context(chunk.no_sync())
-        # The schedule drains deferred gradients of the output layer only where it has a function that finalises.
-        config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = None, None, _finalise_nothing
-        try:
-            yield
-        finally:
-            config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = before
-
-
-@contextlib.contextmanager
-def weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
-    """Keep a call of the schedule from marking its first microbatch, as Megatron Core's schedules do in every call.
-
-    Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.
-    """
-    for chunk in chunks:
-        chunk.set_is_first_microbatch = _mark_nothing
-    try:
-        yield
-    finally:
-        for chunk in chunks:
-            del chunk.set_is_first_microbatch
-
-
-def _mark_nothing() -> None:
-    """Leave the marks of first microbatches as they are."""
-
-
-def _finalise_nothing(*args: object, **kwargs: object) -> None:
-    """Leave the gradients as they are."""

@@ -27,7 +27,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_selfdistill.choices import PAIR_ORDERS
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
@@ -45,13 +44,13 @@ from megatron_selfdistill.model.forward import (
     uses_local_attention,
 )
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
-from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch, gradients_of, weights_unchanged
+from megatron_selfdistill.pipeline.joined_batches import gradients_of
+from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 from megatron_selfdistill.pipeline.token_losses import (
     GuidedTokens,
     StepOutput,
     TokenCoefficients,
     TokenLoss,
-    next_token,
 )
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
@@ -120,26 +119,24 @@ class TeacherHiddenStates:
         entropy: Tensor | None,
         *,
         mix_weight: float | Tensor | None,
-        keep_teacher: bool,
-        keep_reference: bool = False,
+        keeps_both: bool = False,
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
         ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
         teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
-        take the place of both models' states; ``keep_teacher`` and ``keep_reference`` keep a model's own states beside
-        the mix.  None keeps both models' states.
+        take the place of both models' states, unless ``keeps_both``.  None keeps both models' states.
         """
         theirs = self._slice(states)
         if entropy is not None:
             self.reference_entropies[index] = entropy
-        if mix_weight is None or keep_reference:
+        if mix_weight is None or keeps_both:
             self._keep(index, "reference", theirs)
         if mix_weight is None:
             return
         teacher = self.take_field(index, "teacher", theirs.dtype)
         self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))
-        if keep_teacher:
+        if keeps_both:
             self._keep(index, "teacher", teacher)
 
     def take(self, index: int, dtype: torch.dtype) -> KeptStates:
@@ -346,9 +343,8 @@ def run(
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
-    Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
-    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0, and in a partial batch without
-    tokens that the step does not end with.
+    Raises: ValueError for a policy term of a token loss whose ``student_log_prob`` has no gradient; `NoResponseTokens`
+    on all ranks where N is 0, and in a partial batch without tokens that the step does not end with.
     """
     partial_batch = partial_batch or PartialBatch()
     num_response_tokens, num_weighted = _global_counts(batch, grid)
@@ -359,7 +355,7 @@ def run(
     order = _order(batch, pair_order, with_teacher=reads, with_reference=reference is not None)
     on_device = DeviceBatch.of(batch, grid, with_teacher=reads, local_attention=uses_local_attention(student))
     hidden_size = unwrapped(student[0]).config.hidden_size
-    step = _Step(
+    step = ScheduledStep(
         student=list(student),
         teacher=teacher,
         batch=on_device,
@@ -378,48 +374,10 @@ def run(
     router_factor = len(order) * grid.dp_size * accumulated.first_tokens / weighted
     with contextlib.ExitStack() as stack:
         stack.enter_context(router_losses_per_weighted_microbatch(student, router_factor))
-        if not forward_only:
+        if not (forward_only or partial_batch.is_whole):
             stack.enter_context(gradients_of(partial_batch, accumulated, student))
         step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)
-
-
-def read_states(
-    student: Sequence[torch.nn.Module],
-    teacher: Sequence[torch.nn.Module],
-    batch: PackedBatch,
-    reading: PackedBatch,
-    grid: RankGrid,
-    vocab: VocabShard,
-    *,
-    store_bytes: float = float("inf"),
-) -> TeacherHiddenStates:
-    """Return the final hidden states of ``teacher`` at the response tokens of ``batch``, on the last stage.
-
-    ``reading``: the same responses after the teacher's prompts, as the microbatches of a student.  Nothing is trained,
-    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows, whose states
-    have the shapes of those of ``teacher``.
-    Collectives: those of the schedule.
-    """
-    on_device = DeviceBatch.of_reader(batch, reading, grid, local_attention=uses_local_attention(student))
-    states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
-    step = _Step(
-        student=list(student),
-        teacher=ScheduledTeacher(teacher),
-        batch=on_device,
-        token_loss=next_token,
-        reference=None,
-        guided=GuidedTokens(),
-        measurement=None,
-        token_coefficients=None,
-        grid=grid,
-        vocab=vocab,
-        loss_scale=1.0,
-        states=states,
-    )
-    with weights_unchanged(student):
-        step.run([("teacher", i) for i in range(len(on_device.teacher))], reading.seq_length, forward_only=True)
-    return states
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -446,19 +404,12 @@ def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_refe
     references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
     if pair_order == "teacher_first":
         return teachers + references + students
-    if pair_order != "alternating":
-        raise ValueError(f"pair_order must be one of {', '.join(PAIR_ORDERS)}, got {pair_order!r}")
-    if with_teacher and len(students) != len(teachers):
-        raise ValueError(
-            f"pair_order=alternating needs as many teacher as student microbatches (pack with paired=True), "
-            f"got {len(teachers)} and {len(students)}"
-        )
     streams = [stream for stream in (teachers, references, students) if stream]
-    return [item for items in zip(*streams, strict=True) for item in items]
+    return [item for items in zip(*streams, strict=True) for item in items]  # packed with paired=True
 
 
 @dataclass
-class _Step:
+class ScheduledStep:
     """The forward step of one call of the schedule, and the results that its last stage collects."""
 
     student: list[torch.nn.Module]
@@ -543,8 +494,7 @@ class _Step:
         )
         states, apart = kept.of_teacher_logits, kept.unmixed_reference
         if isinstance(self.token_loss, FusedLoss):
-            if states is None:
-                raise ValueError("a fused distillation loss needs a teacher, got none")
+            assert states is not None, "a fused distillation loss has a teacher"
             reference = None if apart is None else (self._reference_model, apart)
             models, place = (model, self._teacher_output), (self.vocab, self.grid)
             stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, options)
@@ -621,8 +571,7 @@ class _Step:
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
                 mix_weight=weight if reference.mixes_states(self._teacher_output) else None,
-                keep_teacher=self.measurement is not None,
-                keep_reference=self.measurement is not None,
+                keeps_both=self.measurement is not None,
             )
 
         return self._without_gradient(reference.chunks, microbatch.inputs, chunk, keep)

@@ -1,28 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The measuring pass, which returns log-probs of given texts, and the learnability of a text after Sakana's RLT.
+"""The measuring pass, which returns numbers of every token of given texts, without gradients.
 
-`log_probs` runs student and teacher without gradients and returns the log-prob of every token.  `score_texts` reduces
-the same pass to one learnability per text.  For a text y of n tokens that the student sampled for the problem x, and a
-teacher's prompt x' that shows the reference as well:
-
-    l_t = log p(y_t | x, y_<t)                    D_t = KL(p(. | x, y_<t) || p_teacher(. | x', y_<t))
-    r_SS = mean_t l_t + alpha min_t l_t           high if the student could generate every token itself
-    r_KL = mean_t D_t + alpha max_t D_t           low if the student foresees the teacher without the reference
-    learnability = r_SS - ratio_weight r_KL
-
-Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.py`), whose reward is r_SS - 3 r_KL with
-alpha = 0.01; methods/rlt.py has this reward itself.  There a trained teacher generates an explanation;
-r_SS scores the given *solution* conditioned on question and explanation, and r_KL scores the *explanation*.  Here the
-candidate is both, since a model's own solution holds its reasoning and its answer: the student scores it conditioned on
-the problem alone (r_SS), and both models score it conditioned on their prompts (r_KL).  RLT takes the sampled log-ratio
-log p_teacher(y_t) - log p(y_t) for D_t, which estimates KL(teacher || student) for tokens that the teacher sampled.
-For tokens that the student sampled the log-ratio estimates -KL(student || teacher), and the score would rise as the
-teacher finds the text less likely.  Therefore D_t is the divergence over the whole vocabulary.
-
-The reference in the teacher's prompt is the solution of the data or, where the data have no solution, the answer.  The
-reference is never the candidate, which the teacher would only copy.  The score takes log-probs at temperature 1
-(RLT: 0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
-
+`read_tokens` runs student and teacher and returns both log-probs of every token, and the divergence of both models.
 The distillation loss takes log-probs and divergence as statistics anyway, so the pass computes logits as training does:
 the logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
 
@@ -31,9 +10,8 @@ the logits of a microbatch or, where the output layer is fused with the loss, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -42,45 +20,19 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositions, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import packing_of_model
 from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_data import RunData
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Statistics of log-probs and divergences of one text over its tokens, in nats per token."""
-
-    mean_log_prob: float
-    """Mean over t of l_t."""
-    min_log_prob: float
-    """Minimum over t of l_t."""
-    mean_kl: float
-    """Mean over t of D_t."""
-    max_kl: float
-    """Maximum over t of D_t."""
-
-    def learnability(self, alpha: float, ratio_weight: float) -> float:
-        """Return ``(mean l + alpha min l) - ratio_weight (mean D + alpha max D)``.
-
-        A text with a greater value is easier to learn from.
-        """
-        solution = self.mean_log_prob + alpha * self.min_log_prob
-        return solution - ratio_weight * (self.mean_kl + alpha * self.max_kl)
 
 
 @dataclass(frozen=True)
@@ -108,16 +60,6 @@ class ScoringModels:
     """As for `schedule.run`; alternating keeps the teacher's states of one packed sequence, for any number of texts."""
     joins_turns: bool = False
     """As in `Packing`."""
-
-
-@dataclass(frozen=True)
-class Want:
-    """The values that a pass without gradients reads."""
-
-    loss: token_losses.TokenLoss | FusedLoss
-    """The loss whose statistics are read."""
-    measurement: TokenMeasurement | None = None
-    """The measures beside the statistics."""
 
 
 @dataclass(frozen=True)
@@ -155,22 +97,41 @@ class Reading:
         return values.cpu()
 
 
+def over_last_stage(values: Tensor, grid: RankGrid) -> Tensor:
+    """Sum ``values`` in place over context-parallel ranks, give all TP ranks the bits of TP rank 0, and return them.
+
+    The ranks of one replica's last stage call it; each context-parallel rank holds a part of the values and zeros
+    elsewhere. Collectives: a sum over CP, a broadcast over TP.
+    """
+    if grid.cp_size > 1:
+        dist.all_reduce(values, group=grid.cp_group)
+    if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
+        dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
+    return values
+
+
 def sequence_for(num_tokens: int, grid: RankGrid) -> int:
     """Return the smallest length of packed sequences that holds ``num_tokens`` and that the layout can cut."""
     multiple = 16 * grid.tp_size * 2 * grid.cp_size
     return -(-num_tokens // multiple) * multiple
 
 
-def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> Reading:
+def read(
+    contexts: Sequence[ContextPair],
+    models: ScoringModels,
+    loss: token_losses.TokenLoss | FusedLoss,
+    measurement: TokenMeasurement | None = None,
+) -> Reading:
     """Pack the ``contexts`` of this replica, and return what ``models`` read in them without gradients.
 
+    ``loss``: its statistics are read.  ``measurement``: the measures beside them.
     ``contexts``: the same on each rank of the replica; replicas may have different numbers of contexts, also none.
     Every rank of the world calls the function.  Collectives: those of `pack_everywhere` and `schedule.run`.
 
     Raises: `NoResponseTokens` on all ranks where no replica has a response token; ValueError for a context that is
     longer than a packed sequence, or a backend that cannot run.
     """
-    packing = Packing.of_model(
+    packing = packing_of_model(
         unwrapped(models.student[0]).config,
         max_tokens=models.max_tokens,
         pair_order=models.pair_order,
@@ -183,37 +144,19 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
         models.student,
         None if models.teacher is None else ScheduledTeacher(models.teacher),
         batch,
-        want.loss,
+        loss,
         models.grid,
         models.vocab,
         reference=models.reference,
-        measurement=want.measurement,
+        measurement=measurement,
         pair_order=models.pair_order,
         forward_only=True,
     )
     return Reading(batch, output, models.grid)
 
 
-def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Scores]:
-    """Return the `Scores` of each pair's response, its stop token included, one per pair.
-
-    ``pairs``, memory, collectives and the bits of the result: as for `log_probs`.
-
-    Raises: ValueError for a response without tokens, a context that is longer than a packed sequence, or a backend that
-    cannot run.
-    """
-    empty = [pair.problem_id for pair in pairs if not pair.response]
-    if empty:
-        raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
-    values = read_tokens(pairs, models)
-    lengths = [len(pair.response) for pair in pairs]
-    return [_scores(own[0], own[2]) for own in values.split(lengths, dim=1)] if pairs else []
-
-
-def log_probs(
-    pairs: Sequence[ContextPair], models: ScoringModels, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probs of every response token under student and teacher, [R] float64 each, in nats, on the host.
+def read_tokens(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float = 1.0) -> Tensor:
+    """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64, in nats, on the host.
 
     The student reads the token after its own prompt, and the teacher after the teacher's prompt.  The tokens have the
     order of ``PackedBatch.response_tokens``: response after response, in the order of ``pairs``.  A response without
@@ -234,88 +177,12 @@ def log_probs(
     `pack_everywhere` and `schedule.run`, and of ``[3, R]`` numbers in float64 one sum over CP and one broadcast each
     over TP and PP.
 
-    Raises: ValueError for a temperature that is not above 0, a context that is longer than a packed sequence, or a
-    backend that cannot run.
+    Raises: ValueError for a context that is longer than a packed sequence, or a backend that cannot run.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"log_probs: expected a temperature above 0, got {temperature}.")
-    student, teacher, _ = read_tokens(pairs, models, temperature)
-    return student, teacher
-
-
-def read_tokens(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float = 1.0) -> Tensor:
-    """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64; see `log_probs`."""
     if not max_over_ranks([sum(len(pair.response) for pair in pairs)], models.grid.dp_group)[0]:
         return torch.empty(3, 0, dtype=torch.float64)
-    reading = read(pairs, models, Want(_reading_loss(models.fusion, models.backend, temperature)))
+    reading = read(pairs, models, _reading_loss(models.fusion, models.backend, temperature))
     return reading.numbers("student_log_prob", "teacher_log_prob", "reverse_kl")
-
-
-def learnabilities(
-    candidates: Sequence[tuple[Problem, Response]],
-    models: ScoringModels,
-    config: Config,
-    run_data: RunData,
-    alpha: float,
-    ratio_weight: float,
-) -> list[float]:
-    """Return the `Scores.learnability` of each response to its problem, in the contexts of `candidate_contexts`.
-
-    ``alpha``, ``ratio_weight``: the arguments of `Scores.learnability`.
-
-    Collectives and errors: as for `score_texts` and `candidate_contexts`.
-    """
-    pairs = candidate_contexts(
-        run_data.builder,
-        candidates,
-        max_length=run_data.max_length,
-        max_new_tokens=config.rollout.max_new_tokens,
-        policy=config.data.on_long_context,
-    )
-    return [scores.learnability(alpha, ratio_weight) for scores in score_texts(pairs, models)]
-
-
-def candidate_contexts(
-    builder: PromptBuilder,
-    candidates: Sequence[tuple[Problem, Response]],
-    *,
-    max_length: int,
-    max_new_tokens: int,
-    policy: str,
-) -> list[ContextPair]:
-    """Return each candidate conditioned on its problem, and on the teacher's prompt with the problem's reference.
-
-    The reference is the given solution, or the answer where the solution is empty.  ``max_length`` .. ``policy``: as
-    `fit_teacher_prompt` takes them, and as the problems were chosen.
-
-    Raises: ValueError for a problem with neither solution nor answer, or one whose prompts leave no room.
-    """
-    prompts = []
-    for problem, _ in candidates:
-        pair = fit_teacher_prompt(
-            builder, with_reference(problem), max_length=max_length, max_new_tokens=max_new_tokens, policy=policy
-        )
-        if pair is None:
-            raise ValueError(
-                f"{problem.location}: expected prompts of at most {max_length - max_new_tokens} tokens, to which a "
-                "candidate can be appended, got longer prompts; remove the problem."
-            )
-        prompts.append(pair)
-    return build_contexts(prompts, [response for _, response in candidates])
-
-
-def with_reference(problem: Problem) -> Problem:
-    """Return ``problem`` with its reference, the text in the scoring teacher's prompt, as the solution.
-
-    Raises: ValueError where the problem has neither solution nor answer.
-    """
-    reference = problem.solution or problem.answer
-    if not reference:
-        raise ValueError(
-            f"{problem.location}: expected a solution or an answer, from which the teacher can foresee a text, got "
-            "neither of them; choose method.pick=shortest, most_likely or random."
-        )
-    return replace(problem, solution=reference)
 
 
 def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float) -> token_losses.TokenLoss | FusedLoss:
@@ -326,7 +193,8 @@ def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float
     target, divergence = Target("teacher_alone", anchor="student"), Divergence()
     if fusion is not None:
         return _FusedAtTemperature(target, divergence, fusion, backend, temperature)
-    loss = token_losses.self_distillation_of_logits(target, divergence, backend)
+    loss = token_losses.self_distillation(target, divergence, backend)
+    assert not isinstance(loss, FusedLoss), "without fusion the loss takes logits"
 
     def at_temperature(
         student: Tensor,
@@ -369,10 +237,6 @@ class _FusedAtTemperature(FusedLoss):
         return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest)
 
 
-def _scores(log_probs: Tensor, divergences: Tensor) -> Scores:
-    return Scores(log_probs.mean().item(), log_probs.min().item(), divergences.mean().item(), divergences.max().item())
-
-
 def candidate_log_probs(
     prompts: Sequence[Sequence[int]],
     token_ids: Sequence[int],
@@ -406,7 +270,7 @@ def candidate_log_probs(
     pairs = [ContextPair("", list(prompt), list(prompt), [token_ids[0]], truncated=False) for prompt in prompts]
     models = ScoringModels(chunks, None, grid, vocab, max_tokens, pair_order="teacher_first")
     candidates = _Candidates(torch.tensor(token_ids, device=grid.device))
-    reading = read(pairs, models, Want(candidates))
+    reading = read(pairs, models, candidates)
     values = torch.cat(candidates.found).T if candidates.found else None
     return reading.on_whole_replica(values, len(token_ids)).T
 

@@ -1,20 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The losses of response tokens that a step trains on, and the results of a step.
-
-A loss is that of self-distillation, or of the next token for the baselines.
-"""
+"""The loss of response tokens that a step trains on, and the results of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     NO_OPTIONS,
@@ -53,9 +47,7 @@ class TokenLoss(Protocol):
 TokenCoefficients = Callable[[Tensor, Tensor], Coefficients]
 """(student_log_prob [R], response_ids [R]), both on the device -> the `Coefficients` of a microbatch's tokens.
 
-The log-probs are detached, and the coefficients carry no gradient.
-
-loss/weighting.py has such functions.
+The log-probs are detached, and the coefficients carry no gradient.  loss/weighting.py has such functions.
 """
 
 
@@ -95,11 +87,6 @@ def self_distillation(
     """
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
-    return self_distillation_of_logits(target, divergence, backend)
-
-
-def self_distillation_of_logits(target: Target, divergence: Divergence, backend: str | None) -> TokenLoss:
-    """Return the distillation loss that takes logits; the arguments are those of `self_distillation`."""
 
     def loss(
         student: Tensor,
@@ -128,30 +115,6 @@ def self_distillation_of_logits(target: Target, divergence: Divergence, backend:
     return loss
 
 
-def next_token(
-    student: Tensor,
-    teacher: Tensor | None,
-    response_tokens: Tensor,
-    vocab: VocabShard,
-    options: TokenOptions = NO_OPTIONS,
-) -> TokenStats:
-    """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
-
-    ``loss`` and ``student_log_prob``, the same number with the other sign, are differentiable.
-    The function overwrites ``student``: the padding becomes -inf, and in float32 the logits become the softmax and then
-    the gradient.  In bf16 the softmax and the gradient take the place of a float32 copy
-    (`model.forward.next_token_copies`).
-    """
-    with torch.no_grad():
-        student[:, vocab.num_valid :] = float("-inf")
-    loss = vocab_parallel_cross_entropy(student.float().unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
-    unknown = torch.full_like(loss.detach(), float("nan"))
-    values = {f.name: unknown for f in fields(TokenStats)}
-    values |= {"loss": loss, "student_log_prob": -loss, "status": torch.zeros_like(response_tokens)}
-    values |= {"grid_betas": unknown[:0], "grid_entropies": unknown.new_empty(len(loss), 0)}
-    return TokenStats(**values)
-
-
 @dataclass
 class StepOutput:
     """The results of one step on this rank, for the R response tokens that this rank's student held.
@@ -176,28 +139,3 @@ class StepOutput:
     """Entropy [R] in nats of the target's anchor, student or reference; None if it is unknown."""
     accumulated: Accumulated | None = None
     """The gradients of the step up to this output; None if the output is not that of a call of the schedule."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[StepOutput], lengths: Sequence[int]) -> StepOutput:
-        """Return the results of all ``parts``, the partial batches of a step, as those of one batch, in order.
-
-        ``lengths``: the number of response tokens of this replica in each partial batch, by which ``response_ids``
-        count on.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        starts = [sum(lengths[:i]) for i in range(len(parts))]
-        stats = [part.stats for part in parts if part.stats is not None]
-        coefficients = [part.coefficients for part in parts if part.coefficients is not None]
-        measures = [part.measures for part in parts if part.measures is not None]
-        entropies = [part.anchor_entropy for part in parts if part.anchor_entropy is not None]
-        return cls(
-            num_response_tokens=sum(part.num_response_tokens for part in parts),
-            response_ids=torch.cat([part.response_ids + start for part, start in zip(parts, starts, strict=True)]),
-            stats=TokenStats.concatenate(stats) if stats else None,
-            coefficients=Coefficients.concatenate(coefficients) if coefficients else None,
-            measures_teacher=all(part.measures_teacher for part in parts),
-            measures=TokenMeasures.concatenate(measures) if measures else None,
-            anchor_entropy=torch.cat(entropies) if entropies else None,
-            accumulated=parts[-1].accumulated,
-        )

@@ -15,15 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    solve_target,
-    vocab_entropy,
-)
+from megatron_selfdistill.loss.sharded.target_solution import solve_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.target import Divergence, Target
 
 CHUNK_TOKENS = 512
@@ -62,18 +56,15 @@ class TokenMeasures:
     """The teacher's log-prob of the response token in nats; None if ``teacher_entropy`` is None."""
     top1_agreement: Tensor | None = None
     """Whether student and teacher have the same argmax, bool; None if ``teacher_entropy`` is None."""
-    summary: LogitSummary | None = None
-    """The summaries of the logits of student, teacher and, where there is one, reference; None unless asked for."""
+    summary: Tensor | None = None
+    """The rows [R, F] of `TokenMeasurement.summarise`; None without it."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
         """Return the measures of the tokens of all parts, at least one, in their order."""
-        joined: dict[str, Any] = {}
-        for field_name in (f.name for f in fields(cls)):
-            values = [getattr(part, field_name) for part in parts]
-            join = LogitSummary.concatenate if field_name == "summary" else torch.cat
-            joined[field_name] = None if values[0] is None else join(values)
-        return cls(**joined)
+        columns = ([getattr(part, f.name) for part in parts] for f in fields(cls))
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return cls(*joined)
 
     @property
     def has_teacher(self) -> bool:
@@ -97,8 +88,8 @@ class TokenMeasurement:
     """The largest number of tokens whose logits of teacher and reference exist at a time."""
     backend: str | None = None
     """The backend that computes the entropy of the reference and the numbers of the teacher."""
-    summarises: bool = False
-    """Whether the measures include the summaries of the logits."""
+    summarise: Callable[[Sequence[Tensor], VocabShard], Tensor] | None = None
+    """The function that returns rows [n, F] from the logits of student, teacher and, where there is one, reference."""
     other_targets: Sequence[Target] = ()
     """Targets that are measured beside ``target``; all of them, ``target`` too, mix the teacher with the student."""
 
@@ -125,7 +116,7 @@ class MeasuringObserver:
         """Measure the tokens of a chunk.
 
         Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `target_measures`,
-        `vocab_entropy`, `distillation_loss` and `summarise_logits`.
+        `vocab_entropy`, `distillation_loss` and `TokenMeasurement.summarise`.
         """
         length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
         start = tokens.start
@@ -167,7 +158,7 @@ class MeasuringObserver:
             )
             of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
         models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
-        summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
+        summarise = self.measurement.summarise
         others = [self._kl_to_student(it, student_logits, teacher_logits) for it in self.measurement.other_targets]
         return TokenMeasures(
             mass_on_rare_student=masses[:, 0],
@@ -176,7 +167,7 @@ class MeasuringObserver:
             kl_of_others=torch.stack(others, 1) if others else None,
             reference_entropy=entropy,
             **of_teacher,
-            summary=summary,
+            summary=None if summarise is None else summarise(models, self.vocab),
         )
 
     def _kl_to_student(self, target: Target, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

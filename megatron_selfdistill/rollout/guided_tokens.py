@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
-from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target, vocab_entropy
+from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.weighting import LikelyTurns
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import over_all_ranks
-from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.score import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader

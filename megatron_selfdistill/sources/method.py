@@ -29,18 +29,12 @@ Metrics = Mapping[str, float]
 class ReadingModels(Protocol):
     """The models of a run as readers of given responses.  Every method is collective over the world."""
 
-    def learnabilities(
-        self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
-    ) -> list[float]:
-        """Return how learnable each response is for the student (pipeline/score.py)."""
-        ...
-
     def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
         """Return the `MEASURED_SIGNALS` of every response token, [R] float64 each, on the host."""
         ...
 
-    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the log-probs of every response token under student and teacher, [R] float64 each, on the host."""
+    def read_tokens(self, contexts: Sequence[ContextPair], temperature: float = 1.0) -> Tensor:
+        """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64, on the host."""
         ...
 
     def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:

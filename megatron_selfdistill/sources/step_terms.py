@@ -16,7 +16,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import Coefficients, SequenceImportance, TokenOwners, TruncatedImportance
-from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.score import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import Method, MethodTools

@@ -37,12 +37,14 @@ from megatron_selfdistill.model.forward import output_weight, unwrapped
 from megatron_selfdistill.model.output_layer import unfusable
 from megatron_selfdistill.model.teacher_weights import Chunks
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
-from megatron_selfdistill.pipeline.schedule import ScheduledTeacher, TeacherHiddenStates, read_states
+from megatron_selfdistill.pipeline.configured_packing import configured_packing
+from megatron_selfdistill.pipeline.schedule import ScheduledTeacher, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import RoleWeights
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teacher import TargetModels, Teachers, in_roles
 from megatron_selfdistill.teachers.joined import JoinedTeachers
+from megatron_selfdistill.teachers.state_reading import read_states
 from megatron_selfdistill.teachers.teacher_copies import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.teachers.teacher_directories import (
     DIGESTS,
@@ -282,7 +284,7 @@ class ConfiguredTeachers(Teachers):
         num_teachers: int,
     ) -> TeacherHiddenStates:
         """Return the states of one of the teachers at the response tokens.  Collective."""
-        packing = Packing.configured(self.config, self.grid, unwrapped(chunks[-1]).config)
+        packing = configured_packing(self.config, self.grid, unwrapped(chunks[-1]).config)
         reading = self._pack_alone(prompts, contexts, replace(packing, with_teacher=False, with_reference=False))
         known = chunks if name in self._other_widths else self.student
         store_bytes = self.config.schedule.teacher_store_gb * 2**30 / num_teachers

@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_selfdistill.instruments.explorer.target_page import target_page, write_explored, write_target_page
 from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.loss import Divergence, Target, mixed_target
-from megatron_selfdistill.loss.divergence import divergence as divergence_of_rows
-from megatron_selfdistill.loss.target import entropy
+from megatron_selfdistill.loss.definition import divergence as divergence_of_rows
+from megatron_selfdistill.loss.definition import entropy
 
 NUM_TOKENS, VOCAB_SIZE = 150, 3000
 SAVED = Target(anchor="reference", teacher_weight=1.0)

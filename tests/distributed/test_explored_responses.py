@@ -14,7 +14,9 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
-from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
@@ -50,7 +52,7 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
         grid,
         vocab_shard(student, grid),
         reference=reference(case, filled(2) if apart else teacher),
-        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarises=True),
+        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarise=flat_summaries),
         pair_order=case.pair_order,
         forward_only=True,
     )

@@ -20,7 +20,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import gated_delta_net
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.gated_delta_net import GatedDeltaKernels
-from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, log_probs
+from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, read_tokens
 
 CANDIDATES = [0, 7, VOCAB_SIZE - 1]
 LAYOUTS = {
@@ -122,7 +122,7 @@ def measured(cuts: ParallelConfig) -> tuple[list[float], list[float], list[list[
     chunks, grid = build(model_config("gated_delta"), cuts)
     vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, VOCAB_SIZE, grid.tp_group)
     reading = ScoringModels(chunks, chunks, grid, vocab, max_tokens=56, fusion=None, backend=None)
-    student, teacher = log_probs(contexts(), reading)
+    student, teacher, _ = read_tokens(contexts(), reading)
     prompts = [pair.student_prompt for pair in contexts()]
     found = candidate_log_probs(prompts, CANDIDATES, chunks, grid, vocab, max_tokens=56)
     return student.tolist(), teacher.tolist(), found.tolist()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Case, Outcomes, joined
 from models import parallel
-from parity import LAYOUTS, case_of, compare, compare_parameters, reference_of
+from parity import LAYOUTS, case_of, compare, compare_parameters
 from tiers import combinations
 from torch import Tensor
 
@@ -33,7 +33,8 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 
 NUM_PARTIAL_BATCHES = 3
@@ -67,13 +68,6 @@ def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_p
     )
     divided, replayed = outcomes.of(in_partial_batches(case), world_size)
     record_property("worst relative difference", compare(divided, replayed))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["PP2xVPP2", "CP2xPP2", "DP2"])
-def test_partial_batches_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, name):
-    case, world_size = case_of(name)
-    compare(outcomes(in_partial_batches(case)[0], world_size), outcomes(reference_of(case)))
 
 
 @pytest.mark.full
@@ -160,7 +154,7 @@ def after_an_error_in_a_partial_batch() -> tuple[bool, bool]:
     def gradients() -> list[Any]:
         for chunk in student:
             chunk.zero_grad_buffer()
-        call(token_losses.next_token)
+        call(next_token)
         return [parameter.main_grad.clone() for parameter in student[0].parameters()]
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -192,7 +186,7 @@ def partial_batches_without_tokens() -> tuple[bool, bool]:
     empty = layouts.packed_partial_batch(case, grid, layouts.contexts(), [])
 
     def call(some: Any, partial_batch: PartialBatch) -> Any:
-        return schedule.run(student, None, some, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
+        return schedule.run(student, None, some, next_token, grid, vocab, partial_batch=partial_batch)
 
     def gradients() -> list[Any]:
         return [parameter.main_grad.clone() for parameter in student[0].parameters()]
@@ -270,7 +264,7 @@ def partial_batches_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list
 
     def call(partial_batch: PartialBatch) -> Any:
         before = len(layers[0].microbatches)
-        output = schedule.run(student, None, batch, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
+        output = schedule.run(student, None, batch, next_token, grid, vocab, partial_batch=partial_batch)
         marks.append(layers[0].microbatches[before:])
         return output.accumulated
 

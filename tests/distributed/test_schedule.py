@@ -24,6 +24,7 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.next_token import next_token
 
 
 def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) -> torch.Tensor:
@@ -146,7 +147,7 @@ def next_token_gradient() -> tuple[float, float, dict, dict]:
     student = wrapped(chunks)
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     shard = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, None, batch, token_losses.next_token, grid, shard)
+    output = schedule.run(student, None, batch, next_token, grid, shard)
     return float(loss), float(output.stats.loss.mean()), plain, main_grads(student)
 
 
@@ -300,13 +301,6 @@ def test_teachers_and_weightless_microbatches_leave_the_expert_counts_alone(rank
         assert int(layer[0].sum()) == 4 * 24 * 2  # sequences x tokens x experts per token
 
 
-def test_alternating_needs_paired_microbatches():
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
-    assert len(batch.student) != len(batch.teacher)
-    with pytest.raises(ValueError, match="paired=True"):
-        schedule._order(batch, "alternating", with_teacher=True, with_reference=False)
-
-
 def nothing_to_learn() -> None:
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     student = wrapped(chunks)
@@ -325,7 +319,7 @@ def test_a_batch_without_response_tokens_is_refused(ranks):
 def left_in_autograd(case: Case) -> dict[str, int]:
     """Return the numbers that autograd saves for the backward pass in the microbatches of each role."""
     saved = {"teacher": 0, "student": 0} | ({"reference": 0} if case.target.is_anchored else {})
-    forward = {role: getattr(schedule._Step, f"_{role}") for role in saved}
+    forward = {role: getattr(schedule.ScheduledStep, f"_{role}") for role in saved}
 
     def counted(role: str) -> Any:
         def add(tensor: torch.Tensor) -> torch.Tensor:
@@ -340,7 +334,7 @@ def left_in_autograd(case: Case) -> dict[str, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         for role in saved:
-            patch.setattr(schedule._Step, f"_{role}", counted(role))
+            patch.setattr(schedule.ScheduledStep, f"_{role}", counted(role))
         layouts.run(case)
     return saved
 

@@ -25,7 +25,7 @@ CPU_CLAIMS = (
     "test_solve_target_finds_what_the_loss_finds_bit_for_bit",
     "test_no_rows_and_rows_of_one_column_have_no_loss",
 )
-"""A few that Triton's interpreter runs in seconds; tests/unit/loss/test_kernels.py runs all of them."""
+"""A few that Triton's interpreter runs in seconds; tests/unit/kernels/test_kernels.py runs all of them."""
 CPU_PATIENCE = 6
 """How many times as long a stage may take on a CPU: it takes a minute on two idle cores, and CI's are not idle."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -20,24 +20,35 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
+    *(
+        "config",
+        "compat",
+        "distributed",
+        "loss",
+        "kernels",
+        "data",
+        "model",
+        "interop.hf",
+        "checkpoint.formats",
+        "interop",
+    ),
     *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines")
+NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "kernels")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments
     "commands.solutions": {"methods.own_solutions"},  # the command writes the solutions that this method searches
     "commands.explanations": {"methods.rlt"},  # the command writes the explanations of this method's teacher
-    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts.solution_search"},  # both commands
+    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts"},  # both commands
 }
 """Module of the core -> the packages and modules of `NEVER_BY_CORE` that it imports nevertheless."""
 REGISTRY = "config.methods"
 """The one module of the core that imports methods by their names."""
-LOSS_MAY_IMPORT = {"torch", "triton"}
+LOSS_MAY_IMPORT = {"torch"}
 # One file may use apex's kernel for weight gradients, where it is installed.
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
 DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "jinja2", "sentencepiece", "yaml"}
@@ -215,18 +226,20 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles(graph) == []
 
 
-def test_loss_imports_torch_and_triton_only():
+def test_loss_imports_torch_only():
     for name, found in foreign_imports("loss").items():
         allowed = FUSED_LINEAR_MAY_IMPORT if name == "fused_linear.py" else LOSS_MAY_IMPORT
         assert found <= allowed, name
 
 
-def test_loss_imports_only_the_choices_of_the_rest_of_the_package():
+def test_loss_imports_only_the_choices_and_the_doors_of_the_rest_of_the_package():
     for path in sorted((REPOSITORY / PACKAGE / "loss").rglob("*.py")):
         names = imported_names(path.read_text(), module_of(path))
-        assert {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} <= {"loss", "choices"}, (
-            path.name
-        )
+        assert {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} <= {
+            "loss",
+            "choices",
+            "annexes",
+        }, path.name
 
 
 def test_data_knows_nothing_of_megatron():

@@ -7,8 +7,8 @@ import pytest
 import tiny_run
 from tiny_run import overrides
 
-from megatron_selfdistill import learner
 from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.sources import learner_readings
 
 # 20 tokens of a microbatch's 100 or so; rounding has moved no sampled token in these few steps
 CHUNK_TOKENS = 20
@@ -22,10 +22,11 @@ def start_counting(arguments: list[str]) -> tuple[int, int, int]:
     """Return the exit status, the number of projections of more than a chunk, and the number of scored responses."""
     projected: list[int] = []
     scored: list[int] = []
-    project, learnabilities = schedule.project, learner.learnabilities
+    project, read_tokens = schedule.project, learner_readings.read_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "project", lambda *a: (projected.append(len(a[1])), project(*a))[1])
-        patch.setattr(learner, "learnabilities", lambda a, *b: (scored.append(len(a)), learnabilities(a, *b))[1])
+        counted = lambda a, *b: (scored.append(len(a)), read_tokens(a, *b))[1]  # noqa: E731
+        patch.setattr(learner_readings, "read_tokens", counted)
         status = tiny_run.start(arguments)
     return status, sum(num_tokens > CHUNK_TOKENS for num_tokens in projected), sum(scored)
 

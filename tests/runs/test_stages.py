@@ -185,13 +185,14 @@ def one_step(trainer: Any) -> None:
 
 def signals_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the measured signals of a batch after a step, those of two independent ways, and what they change."""
+    from megatron_selfdistill.sources.learner_readings import LearnerReadings
 
     def use(trainer: Any) -> dict[str, Any]:
         trainer.run_directory.write()
         one_step(trainer)
-        batch = trainer.next_batch()
+        batch, readings = trainer.next_batch(), LearnerReadings(trainer.learner)
         contexts, before = batch.contexts, gradients(trainer, batch)
-        measured = {name: values.tolist() for name, values in trainer.learner.token_signals(contexts).items()}
+        measured = {name: values.tolist() for name, values in readings.token_signals(contexts).items()}
         found = {"contexts": [context.response for context in contexts], "sampler": batch.sampler_log_probs}
         found |= {"signals": measured, "loss": {}}
         output = trainer.learner.measure(contexts)
@@ -201,7 +202,7 @@ def signals_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
                 values[output.response_ids] = getattr(output.stats, "loss" if name == "divergence" else name)
                 found["loss"][name] = values.tolist()
         same = dataclasses.replace(contexts[0], teacher_prompt=contexts[0].student_prompt)
-        found["with one prompt"] = {name: x.tolist() for name, x in trainer.learner.token_signals([same]).items()}
+        found["with one prompt"] = {name: x.tolist() for name, x in readings.token_signals([same]).items()}
         found["gradients"] = gradients(trainer, batch).equal(before)
         return found
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import models
 import torch
-from layouts import Case, contexts, soft_capped
+from layouts import Case, contexts_of, soft_capped
+from logit_pairs import divergence
 from models import parallel
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 ANCHORED = Case(kind="shallow", target=Target(anchor="reference", teacher_weight=0.5))
 APART = {
@@ -38,7 +41,7 @@ ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "pai
 OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
 
 
-def chunks_of(case: Case) -> list[torch.nn.Module]:
+def chunks_of(case: Case) -> list[Any]:
     """Return whole models on one rank: student, teacher and reference of the case."""
     model = models.model_config(case.kind)
     (student,), grid = models.build(model, ParallelConfig())
@@ -69,13 +72,23 @@ def rows_of(
     return rows
 
 
-def loss_by_definition(case: Case) -> float:
-    """Return the mean reverse KL from whole rows of logits in float64, one context after the other."""
+def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
+    """Return the mean divergence from whole rows of logits in float64, one context after the other.
+
+    The second result is its gradient to the weights of the final norm, which all tokens share.
+    """
     student, teacher, reference = chunks_of(case)
-    losses = []
-    for context in contexts():
-        with torch.no_grad():
-            s, t, r = rows_of(context, student, teacher, reference)
-        log_p, log_q = s.log_softmax(-1), mixed_target(s, t, case.target, r).log_q
-        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return float(torch.cat(losses).mean())
+    losses, guided = [], case.guided or GuidedTokens()
+    for context in contexts_of(case):
+        s, t, r = rows_of(context, student, teacher, reference)
+        target, kind = case.target, Divergence(case.divergence)
+        if context.guided:
+            if guided.teacher_weight is not None:
+                target = dataclasses.replace(target, teacher_weight=guided.teacher_weight)
+            kind = guided.divergence or kind
+        anchor = r.detach() if target.is_anchored else None
+        log_q = mixed_target(s.detach(), t.detach(), target, anchor).log_q
+        losses.append(divergence(s.log_softmax(-1), log_q, kind))
+    loss = torch.cat(losses).mean()
+    (gradient,) = torch.autograd.grad(loss, student.decoder.final_layernorm.weight)
+    return float(loss), gradient

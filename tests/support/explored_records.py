@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, shapes, summarise_logits
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, shapes, summarise_logits
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 
 

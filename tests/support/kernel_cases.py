@@ -18,6 +18,7 @@ from logit_pairs import divergence
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext
 
+from megatron_selfdistill.kernels import pass_launches
 from megatron_selfdistill.loss import (
     Divergence,
     Target,
@@ -26,7 +27,6 @@ from megatron_selfdistill.loss import (
     distillation_loss,
     mixed_target,
 )
-from megatron_selfdistill.loss.triton import pass_launches
 
 
 def replace_language_once() -> None:

@@ -32,8 +32,9 @@ from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.local_attention import SegmentBatches, segments_by_length
 from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline import partial_batches, schedule, token_losses
+from megatron_selfdistill.pipeline import joined_batches, schedule, token_losses
 from megatron_selfdistill.pipeline.batch import microbatch_multiple
+from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference
 from megatron_selfdistill.pipeline.token_losses import StepOutput
@@ -200,7 +201,7 @@ def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutp
     for i, (batch, own) in enumerate(zip(packs, partial_batches, strict=True)):
         earlier = outputs[-1].accumulated if outputs else None
         outputs.append(call(batch, own, partial_batch=PartialBatch(earlier, share=0.4, is_last=i == len(packs) - 1)))
-    return StepOutput.joined(outputs, [len(batch.response_tokens) for batch in packs])
+    return joined_output(outputs, [len(batch.response_tokens) for batch in packs])
 
 
 def one_batch(packs: Sequence[PackedBatch]) -> PackedBatch:
@@ -456,18 +457,18 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
                 lambda hidden, tensor_parallel_output_grad, group: gather(hidden, True, group),
             )
         elif name in ("gradient x CP", "gradient x num_microbatches"):
-            original = schedule._Step.__init__
+            original = schedule.ScheduledStep.__init__
 
             def scaled(self: Any, *args: Any, **kwargs: Any) -> None:
                 original(self, *args, **kwargs)
                 count = len(self.batch.student) + len(self.batch.teacher)
                 self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
 
-            patch.setattr(schedule._Step, "__init__", scaled)
+            patch.setattr(schedule.ScheduledStep, "__init__", scaled)
         elif name == "earlier partial batches not scaled":
             patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
         elif name == "partial batches reduced twice":
-            patch.setattr(partial_batches, "_finalise_nothing", finalize_model_grads)
+            patch.setattr(joined_batches, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "the segments of a gated delta net are one":

@@ -22,7 +22,17 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
-    """Return the divergence of the student's p and the target's q over the last axis, by its definition."""
+    """Return the divergence of the student's p and the target's q over the last axis, by its definition.
+
+    No H(q) may lie near `Divergence.forward_above`.
+    """
+    if kind.is_renyi:
+        first, other = (log_p, log_q) if kind.kind == "reverse_kl" else (log_q, log_p)
+        return (kind.order * first + (1 - kind.order) * other).logsumexp(-1) / (kind.order - 1)
+    if kind.forward_above is not None:
+        above = entropy(log_q) - kind.forward_above
+        assert above.abs().min() > 1e-3, "a row lies near the threshold"
+        return kl(log_p, log_q) + torch.where(above > 0, kl(log_q, log_p), 0.0)
     if kind.kind != "jsd":
         return kl(log_p, log_q) if kind.kind == "reverse_kl" else kl(log_q, log_p)
     lam = kind.jsd_lambda

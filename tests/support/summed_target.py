@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.loss import Target
-from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import MIN_ENTROPY
 
 
@@ -64,7 +64,7 @@ def matching_beta(summary: LogitSummary, row: int, wanted: float, target: Target
 
 def of_rows(rows: list[Tensor], vocab_size: int) -> LogitSummary:
     """Return the summary of whole rows of logits."""
+    from megatron_selfdistill.instruments.explorer.logit_summary import summarise_logits
     from megatron_selfdistill.loss import VocabShard
-    from megatron_selfdistill.loss.sharded.logit_summary import summarise_logits
 
     return summarise_logits(rows, VocabShard(0, vocab_size, vocab_size))

@@ -14,7 +14,8 @@ from anchored import rows_of
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.target import Target
 
 
 def write_records_of_teachers(

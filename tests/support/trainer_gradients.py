@@ -29,7 +29,8 @@ from megatron_selfdistill.loss import Divergence, Target, VocabShard
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import packing_of_model
 from megatron_selfdistill.pipeline.schedule import Reference
 
 PROMPTS = [[5, 9, 2, 40], [7, 7, 31], [90, 12, 3, 3, 8]]
@@ -65,7 +66,7 @@ def by_the_pipeline(directory: Path) -> dict[str, Tensor]:
         for i, texts in enumerate(zip(PROMPTS, HINTED, RESPONSES, strict=True))
     ]
     config = unwrapped(frozen[0]).config
-    packing = Packing.of_model(config, max_tokens=64, pair_order="alternating", with_teacher=True, with_reference=True)
+    packing = packing_of_model(config, max_tokens=64, pair_order="alternating", with_teacher=True, with_reference=True)
     vocab = VocabShard.from_group(unwrapped(student[-1]).vocab_size, hf_models.VOCAB_SIZE, grid.tp_group)
     loss = token_losses.self_distillation(Target(), Divergence())
     batch = pack_everywhere(contexts, packing, grid)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.definition import entropy, mixed_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
-from megatron_selfdistill.loss.target import Divergence, Target, entropy, mixed_target, unit_mix
+from megatron_selfdistill.loss.target import Divergence, Target, unit_mix
 
 ROUNDED = torch.bfloat16
 FOLDED, TWO, EXACT = "one projection", "two projections", "float64"

@@ -85,9 +85,9 @@ def cases() -> Iterator[Case]:
     import torch
 
     from megatron_selfdistill.choices import DIVERGENCES
+    from megatron_selfdistill.kernels import pass_kernels, pass_launches
     from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.loss.triton import pass_kernels, pass_launches
 
     reading = {**pass_launches.COMPILED, "num_warps": 1}
     targets = Target(anchor="student"), Target(k_max=None, anchor="student"), Target("teacher_alone", anchor="student")
@@ -128,8 +128,8 @@ def cases() -> Iterator[Case]:
 
 def solving_cases() -> Iterator[Case]:
     """Yield the kernels between and after the passes, for whole rows and for rows in as many parts as ranks have."""
+    from megatron_selfdistill.kernels import pass_kernels, solver_launches, statistics_kernels
     from megatron_selfdistill.loss.sharded.shard_sums import SECOND_PASS, SECOND_PASS_FORWARD
-    from megatron_selfdistill.loss.triton import pass_kernels, solver_launches, statistics_kernels
 
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_selfdistill.loss import mixed_target
-from megatron_selfdistill.loss.divergence import divergence, divergence_gradient
+from megatron_selfdistill.loss.definition import divergence, divergence_gradient
 
 CHECKED_ROWS, FAILURE_CHARACTERS = 32, 100
 _Result = TypeVar("_Result")

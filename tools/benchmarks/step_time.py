@@ -195,13 +195,14 @@ class _Bench:
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Run forward, backward and the optimizer's step."""
         from megatron_selfdistill.learner import apply_gradients, gradient_norm
-        from megatron_selfdistill.pipeline import schedule, token_losses
+        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.pipeline.next_token import next_token
 
         clock = clock or Clock()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        token_loss = self.token_loss if distil else token_losses.next_token
+        token_loss = self.token_loss if distil else next_token
         schedule.run(
             self.chunks,
             schedule.ScheduledTeacher(self.teacher.chunks) if distil else None,

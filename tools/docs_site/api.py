@@ -7,7 +7,7 @@ PACKAGE = "megatron_selfdistill"
 PAGES = {
     "loss": (
         "Loss",
-        "loss.target loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
+        "loss.definition loss.target loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
     ),
     "pipeline": (
         "A step through the pipeline",

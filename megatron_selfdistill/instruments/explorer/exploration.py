@@ -20,6 +20,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
 from megatron_selfdistill.instruments.explorer.target_page import write_target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -27,7 +28,7 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for
+from megatron_selfdistill.pipeline.score import ScoringModels, read, sequence_for
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
@@ -202,8 +203,8 @@ def read_by_all_models(
         max_tokens=sequence_for(run_data.max_length, grid),
         reference=reference,
     )
-    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True)
-    output = read(contexts, readers, Want(loss, measurement)).output
+    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarise=flat_summaries)
+    output = read(contexts, readers, loss, measurement).output
     if not contexts:
         return []
     return explored_responses(output, contexts, solutions, [settings] * len(contexts), run_data.vocab_size, grid)

@@ -18,9 +18,9 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, flat_summaries
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
-from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Divergence, Status, Target
 from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint, turn_record
 from megatron_selfdistill.pipeline import schedule
@@ -182,7 +182,7 @@ def _rows(output: StepOutput) -> Tensor | None:
     unknown = torch.full_like(measures.mass_on_rare_student, math.nan)
     columns = [getattr(stats, name).double() for name in _STATS]
     columns += [measures.mass_on_rare_student, unknown if entropy is None else entropy.double()]
-    return torch.cat([torch.stack(columns, 1), measures.summary.flat()], 1)
+    return torch.cat([torch.stack(columns, 1), measures.summary], 1)
 
 
 def _base64(values: Tensor, dtype: torch.dtype) -> str:
@@ -249,7 +249,7 @@ def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[Explored
     contexts = batch.contexts
     first = chosen(contexts, count)[:count] if learner.grid.dp_rank == 0 else []
     shown = [cut(context) for context, _ in first]
-    output = learner.measure(shown, summarises=True, teacher=batch.teacher)
+    output = learner.measure(shown, summarise=flat_summaries, teacher=batch.teacher)
     if not shown:
         return []
     solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}

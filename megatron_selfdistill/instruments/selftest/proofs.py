@@ -25,10 +25,10 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
-from megatron_selfdistill.loss.divergence import divergence, divergence_gradient
+from megatron_selfdistill.loss.definition import divergence, divergence_gradient, mixed_target
 from megatron_selfdistill.loss.functional import self_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size, reduce_scatter
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Backend,
@@ -36,12 +37,9 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Observer,
     TokenStats,
     VocabShard,
-    all_gather,
     check_reference,
     chosen,
-    group_size,
     make_shard,
-    reduce_scatter,
     run_forward,
     shares_of,
 )
@@ -103,10 +101,12 @@ def fused_distillation_loss(
     Raises: ValueError if shapes or dtypes do not fit.
     """
     reference_hidden, reference_weight = (None, None) if reference is None else reference
-    wide = {"teacher_hidden": "state T t", "teacher_weight": "state? V w", "reference_hidden": "state? T r"}
-    rows = {} if gather_indices is None else {"student_hidden": "state n h"}
+    wide = {"teacher_hidden": "T t", "teacher_weight": "V w", "reference_hidden": "T r"}
+    rows = {} if gather_indices is None else {"student_hidden": "n h"}
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
     check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
+    if reference is not None and not target.is_anchored:
+        raise ValueError(f"fused_distillation_loss: reference must be None without anchor=reference; got {target}.")
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
@@ -120,7 +120,6 @@ def fused_distillation_loss(
         weight_gradient,
     )
     others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
-    _check_widths(layer, student_weight, others)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
@@ -157,18 +156,6 @@ class _Layer:
         for group, divergence in self.groups:
             for start in range(group.start, max(group.stop, 1), self.chunk_tokens):
                 yield slice(start, min(start + self.chunk_tokens, group.stop)), divergence
-
-    def shard(self, student_logits: Tensor, teacher_logits: Tensor) -> Shard:
-        """Return the shard of a chunk's logits, see `make_shard`."""
-        return make_shard(student_logits, teacher_logits, self.target, self.vocab)
-
-    def gradients(
-        self, student_hidden: Callable[[], Tensor] | None, hidden: Tensor, weight: Tensor, needs_hidden: bool
-    ) -> ProjectionGradients:
-        """Return the gradients of one backward, which are still to be added, see `ProjectionGradients`."""
-        return ProjectionGradients(
-            self.num_tokens, self.placement, self.weight_gradient, student_hidden, hidden, weight, needs_hidden
-        )
 
     def write_gradient(
         self,
@@ -266,7 +253,7 @@ def _forward_chunks(
     parts = []
     for tokens, divergence in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
-        shard = layer.shard(student_logits, teacher_logits)
+        shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
         forward = run_forward(
             shard,
             tokens,
@@ -325,41 +312,23 @@ class _Backward(torch.autograd.Function):
             if grad_log_prob is not None:
                 raise ValueError(_NO_LOG_PROB)
             wait = layer.placement.start_gather(hidden) if needs_weight else None
-            grads = layer.gradients(wait, hidden, weight, needs_hidden)
+            grads = ProjectionGradients(layer, wait, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
             return grads.of_hidden(), grads.of_weight(), *no_gradient
         all_hidden = layer.placement.start_gather(hidden)()
-        grads = layer.gradients((lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
+        read = (lambda: all_hidden) if needs_weight else None
+        grads = ProjectionGradients(layer, read, hidden, weight, needs_hidden)
         logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
         log_prob = LogProbGradient.of(grad_log_prob, response_tokens, layer.vocab.start, layer.vocab.vocab_size)
         for tokens, divergence in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
-            shard = layer.shard(student_logits, teacher_logits)
+            shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
             chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
             of_log_prob = None if log_prob is None else log_prob.of_tokens(tokens)
             options = scale, student_logits, of_log_prob, shares_of(shares, tokens, divergence)
             layer.write_gradient(shard, chunk, kl_value[tokens], divergence, *options)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
-
-
-def _check_widths(layer: _Layer, student_weight: Tensor, others: _Others) -> None:
-    """Raise ValueError for states of teacher or reference that are neither of the width of their weight nor cut."""
-    if others.reference_hidden is not None and not layer.target.is_anchored:
-        raise ValueError(
-            f"fused_distillation_loss: reference must be None without anchor=reference; got {layer.target}."
-        )
-    of_teacher = student_weight if others.teacher_weight is None else others.teacher_weight
-    for what, hidden, weight in (
-        ("teacher_hidden", others.teacher_hidden, of_teacher),
-        ("the reference's states", others.reference_hidden, others.reference_weight),
-    ):
-        whole = 0 if weight is None else weight.shape[1]
-        if hidden is not None and hidden.shape[1] not in (whole, whole // layer.placement.size):
-            raise ValueError(
-                f"fused_distillation_loss: {what} must be of the width {whole} of their weight, or this rank's part "
-                f"of it; got {hidden.shape[1]}."
-            )
 
 
 class WeightGradient(Protocol):
@@ -385,17 +354,15 @@ class ProjectionGradients:
 
     def __init__(
         self,
-        num_tokens: int,
-        placement: HiddenPlacement,
-        weight_gradient: WeightGradient | None,
+        layer: _Layer,
         student_hidden: Callable[[], Tensor] | None,
         hidden: Tensor,
         weight: Tensor,
         needs_hidden: bool,
     ) -> None:
-        self.placement, self.weight_gradient = placement, weight_gradient
+        self.placement, self.weight_gradient = layer.placement, layer.weight_gradient
         self.student_hidden, self.hidden, self.weight = student_hidden, hidden, weight
-        self.dgrad = hidden.new_empty(num_tokens, hidden.shape[1]) if needs_hidden else None
+        self.dgrad = hidden.new_empty(layer.num_tokens, hidden.shape[1]) if needs_hidden else None
         self.wgrad: Tensor | None = None
         self.reduced: Callable[[], Tensor] | None = None
 

@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import (
-    FAR,
     FLOOR,
     forward_kl_terms,
+    q_minus_p,
+    reverse_kl_gradient,
+    reverse_kl_terms,
+)
+from megatron_selfdistill.loss.jsd_and_renyi import (
+    FAR,
     jsd_gradient,
     jsd_terms,
     log_mixture_over_p,
-    q_minus_p,
     renyi_gradient,
     renyi_sums,
-    reverse_kl_gradient,
-    reverse_kl_terms,
 )
 from megatron_selfdistill.loss.target import RANGE, Divergence, Status, Target, mixed_logits
 
@@ -164,7 +166,7 @@ class Shard:
     mix_weights: (weight of t, weight of s) in m.
     dtype: the dtype of the sums, float32 or float64.
     num_parts: the number of parts into which a pass cuts each row; the sums of parts are merged as the sums of ranks
-    are.  PyTorch has 1; the Triton kernels cut a row into more parts if there are fewer rows.
+    are.  PyTorch has 1; another backend may cut a row into more parts if there are fewer rows.
     """
 
     student: Tensor

@@ -1,44 +1,29 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The self-distillation loss of logits whose vocabulary is split over a tensor-parallel group.
 
-Forward and backward are written by hand.  Each call makes three small all-gathers (four for JSD; one less where the
-rule gives beta), and backward makes none, whatever the number of tokens:
+Forward and backward are written by hand; README.md in `loss` has the passes over the logits and the gathers after each
+pass.  Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
+`vocab_entropy`, the entropy of a model's own softmax, comes from the first pass alone.
 
-    first pass over the logits -> gather -> solve for beta, with the same bits on every rank
-    second pass, at that beta  -> gather -> move beta to the root, divergences
-    third pass, over the tokens whose root is not yet reached -> gather -> the same for these tokens
-    (JSD: one more pass and gather)
-    backward: one pass, which writes the gradient of the loss and, where it is used, of the log-probs
-
-The host waits for nothing here, so the third gather is made whether a token needs it or not: 24 bytes per token (44 for
-forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
-Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
-
-`solve_target` returns the target alone, for those who sample from it.  `vocab_entropy`, the entropy of a model's own
-softmax, comes from the first pass alone.  The training passes do not compute the mass that the target puts on tokens to
-which the student or the reference gives almost no probability: two passes over the logits of their own take it in
-`target_measures`, in PyTorch on every device, on the steps that measure it.
-
-A `Backend` is PyTorch, which defines the sharded loss, or the Triton kernels, which are faster.
+A `Backend` is PyTorch, which defines the sharded loss, or the kernels of the annex ``kernels``, which are faster.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.choices import LOSS_BACKENDS
-from megatron_selfdistill.loss.divergence import forward_share, renyi_value
+from megatron_selfdistill.loss.divergence import forward_share
+from megatron_selfdistill.loss.jsd_and_renyi import renyi_value
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded.group_collectives import all_gather
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     BetaGrid,
@@ -396,29 +381,6 @@ def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False) -> Any:
-    """Gather ``part`` of every rank into ``out`` along dimension 0; return a handle if ``async_op``.
-
-    torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at every call of the old name.
-    """
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, part, group=group, async_op=async_op)
-
-
-def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> Any:
-    """Start to sum ``parts`` over the ranks into the ``out`` of each rank; return a handle.
-
-    torch 2.13 renames reduce_scatter_tensor to reduce_scatter_single, see `all_gather`.
-    """
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return reduce(out, parts, group=group, async_op=True)
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks of the group; 1 for None."""
-    return 1 if group is None else dist.get_world_size(group)
-
-
 class _HandWrittenBackward(torch.autograd.Function):
     """The autograd function that returns the loss and log p, and writes the gradient of the student's logits."""
 
@@ -471,46 +433,6 @@ def shares_of(forward_shares: Tensor | None, tokens: slice, divergence: Divergen
     return None if forward_shares is None or divergence.forward_above is None else forward_shares[tokens]
 
 
-@dataclass(frozen=True)
-class TargetSolution:
-    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
-
-    Both are float64 and equal on all ranks of the group.
-    """
-
-    beta: Tensor
-    """[T] 1 / k; 1 under teacher_alone."""
-    log_normaliser: Tensor
-    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
-
-
-def solve_target(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Target,
-    vocab: VocabShard,
-    *,
-    reference_entropy: Tensor | None = None,
-    backend: str | None = None,
-) -> TargetSolution:
-    """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
-
-    Shapes, ranks, reference, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence
-    and no gradient.
-    Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
-    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
-    """
-    check_arguments("solve_target", locals())
-    check_reference("solve_target", target, reference_entropy)
-    with torch.no_grad():
-        shard = make_shard(student_logits, teacher_logits, target, vocab)
-        chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
-        _, results = solve_shard(
-            shard, None, grid, vocab, chosen_backend, forward_kl=False, reference_entropy=reference_entropy
-        )
-        return TargetSolution(results.beta / grid.unit, results.log_normaliser)
-
-
 _COLUMNS = [FIRST_PASS.index(f"student_{name}") for name in ("max", "tail", "first", "argmax")]
 
 
@@ -551,10 +473,6 @@ def check_reference(
         target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
 
 
-OLDEST_TRITON = (3, 3)
-"""The first version of triton whose kernels can pass tuples to functions."""
-
-
 @dataclass(frozen=True)
 class Backend:
     """The passes over the logits, and the solving between them.
@@ -581,11 +499,13 @@ class Backend:
 def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> Backend:
     """Return the backend for these logits.
 
-    name: "torch" or "triton"; None is triton where nothing prevents it, see `in_use`, else torch.
+    name: "torch" or "triton"; None is triton on GPUs where nothing prevents it, see `in_use`, else torch.
     Raises: ValueError for another name, and for "triton" where it cannot run.
     """
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    return _TORCH if in_use(name, student_logits.device, dtype)[0] == "torch" else _triton()
+    is_torch = in_use(name, student_logits.device, dtype)[0] == "torch"
+    found: Backend = _TORCH if is_torch else door("kernels").backend()
+    return found
 
 
 def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -595,60 +515,16 @@ def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
     """
     if name is not None and name not in LOSS_BACKENDS:
         raise ValueError(f"loss.backend must be null, {' or '.join(LOSS_BACKENDS)}; got {name!r}.")
+    if name is None and device.type == "cpu":
+        return "torch", "the logits lie on cpu"
     if name == "torch":
         return "torch", "as configured"
-    against = _against_triton(device, dtype)
-    if name == "triton" and against:
-        raise ValueError(f"loss.backend=triton cannot be used: {against}. Set loss.backend to torch or null.")
+    against = door("kernels").reason_against(device, dtype)
+    if name is None:
+        return ("torch", against) if against else ("triton", f"logits on {device.type}")
     if against:
-        return "torch", against
-    return "triton", "as configured" if name == "triton" else f"logits on {device.type}"
-
-
-def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return the reason why the Triton kernels cannot run on such logits; None if they can."""
-    if not _has_triton():
-        return "the package triton is not installed"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its kernels take bfloat16, float16 and float32, and the logits are {str(dtype).removeprefix('torch.')}"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the logits lie on {device.type}, not on cuda"
-    version = _triton_version()
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
-        return f"triton {version} is installed, and {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    """Look once for triton: every call of the loss asks, in guided rollouts at every token."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _triton_version() -> str:
-    # The module knows its version; the distribution has several names.
-    import triton
-
-    return str(triton.__version__)
-
-
-@cache
-def _triton() -> Backend:
-    # Imported here because the import takes a second, and because torch for CPUs comes without triton.
-    from megatron_selfdistill.loss.triton import pass_launches, solver_launches
-
-    return Backend(
-        name="triton",
-        num_parts=pass_launches.num_parts,
-        first_pass=pass_launches.first_pass,
-        solve_tokens=solver_launches.solve_tokens,
-        second_pass=pass_launches.second_pass,
-        finish_tokens=solver_launches.finish_tokens,
-        jsd_pass=pass_launches.jsd_pass,
-        renyi_pass=pass_launches.renyi_pass,
-        write_gradient=pass_launches.write_gradient,
-    )
+        raise ValueError(f"loss.backend={name} cannot be used: {against}. Set loss.backend to torch or null.")
+    return name, "as configured"
 
 
 def _one_part(num_rows: int, num_columns: int) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.loss import mixed_target
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -37,31 +38,14 @@ def rows() -> dict[str, Tensor]:
 
 def definition(given: dict[str, Tensor], anchored: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return KL(p || q) [R], its gradient for the student's logits, and k [R], from the distributions themselves."""
-    log_p, log_r = (given[name].log_softmax(1) for name in ("student", "reference"))
+    log_p = given["student"].log_softmax(1)
     teachers = torch.stack([given[name].log_softmax(1) for name in "abc"])
     log_t = (given["shares"].t()[:, :, None] * teachers).sum(0).log_softmax(1)
-    anchor = log_r if anchored else log_p
-    losses, gradients, found = [], [], []
-    for t, r, p in zip(log_t, anchor, log_p, strict=True):
-        low, high, wanted = 1e-3, 1 + W, float(-(r.exp() * r).sum())
-
-        def at(k: float, t: Tensor = t, r: Tensor = r) -> Tensor:
-            return ((W * t + r) / k).log_softmax(0)
-
-        if entropy(at(high)) > wanted:
-            for _ in range(100):
-                middle = (low + high) / 2
-                low, high = (middle, high) if entropy(at(middle)) < wanted else (low, middle)
-        q = at(high)
-        loss = (p.exp() * (p - q)).sum()
-        losses.append(loss)
-        gradients.append(p.exp() * (p - q - loss))
-        found.append(high)
-    return torch.stack(losses), torch.stack(gradients), torch.tensor(found, dtype=torch.float64)
-
-
-def entropy(log_q: Tensor) -> float:
-    return float(-(log_q.exp() * log_q).sum())
+    target = Target(teacher_weight=W, anchor="reference" if anchored else "student")
+    found = mixed_target(given["student"], log_t, target, given["reference"] if anchored else None)
+    surprise = log_p - found.log_q
+    losses = (log_p.exp() * surprise).sum(1)
+    return losses, log_p.exp() * (surprise - losses[:, None]), 1 / found.beta
 
 
 def padded(logits: Tensor) -> Tensor:

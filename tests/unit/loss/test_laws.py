@@ -22,6 +22,7 @@ TARGETS = [
     Target("teacher_alone", anchor="student"),
 ]
 DIVERGENCES = [Divergence("reverse_kl"), Divergence("forward_kl"), Divergence("jsd", 0.5)]
+RENYI = [Divergence(order=2.0), Divergence("forward_kl", order=0.5)]
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.rule}-{t.k_max}")
 every_divergence = pytest.mark.parametrize("kind", DIVERGENCES, ids=lambda d: d.kind)
 
@@ -106,7 +107,7 @@ def test_permuting_the_vocabulary_permutes_the_gradient(target: Target, kind: Di
 
 @combinations(
     target={f"{it.rule}-{it.k_max}": it for it in TARGETS},
-    kind={it.kind: it for it in DIVERGENCES},
+    kind={f"{it.kind}-{it.order}": it for it in [*DIVERGENCES, *RENYI]},
     side=["student", "teacher"],
     value=[torch.nan, torch.inf],
 )
@@ -124,7 +125,7 @@ def test_nan_and_infinity_stay_in_their_row(target: Target, kind: Divergence, si
 
 
 @every_target
-@every_divergence
+@pytest.mark.parametrize("kind", [*DIVERGENCES, *RENYI], ids=str)
 def test_columns_of_minus_infinity_equal_removed_columns(target: Target, kind: Divergence) -> None:
     student, teacher = pair(4)
     kept = torch.rand(257, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -132,8 +133,8 @@ def test_columns_of_minus_infinity_equal_removed_columns(target: Target, kind: D
     masked = run(student.masked_fill(~kept, -torch.inf), teacher.masked_fill(~kept, -torch.inf), target, kind)
     removed = run(student[:, kept], teacher[:, kept], target, kind)
     for name in ("loss", "reverse_kl", "beta", "teacher_entropy", "target_entropy", "target_log_prob"):
-        torch.testing.assert_close(getattr(masked[0], name), getattr(removed[0], name), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(masked[1][:, kept], removed[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(getattr(masked[0], name), getattr(removed[0], name), rtol=4e-6, atol=2e-6)
+    torch.testing.assert_close(masked[1][:, kept], removed[1], rtol=1e-5, atol=1e-6)
     assert (masked[1][:, ~kept] == 0).all()
 
 

@@ -80,10 +80,10 @@ class Reading:
             "": (tensor(), tensor()),
         }
 
-    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> Any:
+    def read_tokens(self, contexts: Sequence[ContextPair], temperature: float) -> Any:
         self.calls.append((list(contexts), temperature))
         found = [self.known["".join(map(chr, context.response))] for context in contexts]
-        return tuple(torch.cat([one[i] for one in found] or [tensor()]) for i in (0, 1))
+        return *(torch.cat([one[i] for one in found] or [tensor()]) for i in (0, 1)), None
 
 
 def rollouts(*texts: str) -> list[Rollout]:

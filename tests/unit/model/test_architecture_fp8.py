@@ -32,9 +32,10 @@ from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline import batch as batch_module
+from megatron_selfdistill.pipeline import configured_packing as packing_module
 from megatron_selfdistill.pipeline import score
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, token_multiple
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.configured_packing import configured_packing, token_multiple
 
 UNCUT = ParallelConfig()
 MODEL = ModelConfig()
@@ -145,7 +146,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
 
     target = {"teacher": teacher, "score": score}[module]
     monkeypatch.setattr(target, "pack_everywhere", recorded)
-    monkeypatch.setattr(batch_module, "token_multiple", lambda config: ("multiple of", config.model))
+    monkeypatch.setattr(packing_module, "token_multiple", lambda config: ("multiple of", config.model))
     with pytest.raises(InterruptedError):
         if module == "score":
             model_of: Any = lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))  # noqa: E731
@@ -158,7 +159,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
                 "grid": SimpleNamespace(dp_group=None),
                 "vocab": None,
             }
-            score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
+            score.read_tokens([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
             sections = {
                 "schedule": SimpleNamespace(max_tokens=8, pair_order=None),
@@ -166,10 +167,9 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             }
             config: Any = SimpleNamespace(**sections, is_anchored=False, has_teacher=True)
             model: Any = SimpleNamespace(model="student", hidden_size=8)
-            packing = Packing.configured(config, SimpleNamespace(pp_size=1), model)  # type: ignore[arg-type]
+            packing = configured_packing(config, SimpleNamespace(pp_size=1), model)  # type: ignore[arg-type]
             teacher.Teachers.pack(SimpleNamespace(grid=None), [], packing, "")  # type: ignore[arg-type]
     assert seen == [("multiple of", "student")]
-    assert batch_module.pack_everywhere is pack_everywhere
 
 
 # -- the teacher's weights -----

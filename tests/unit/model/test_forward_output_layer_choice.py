@@ -19,7 +19,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
-from megatron_selfdistill.pipeline import token_losses
+from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.schedule import Reference
 
 GIB = 2**30
@@ -97,7 +97,7 @@ def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[in
     tokens = torch.arange(NEXT_TOKEN_ROWS)
 
     def train() -> None:
-        stats = token_losses.next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
+        stats = next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
         stats.loss.sum().backward()
 
     return peak_of(train), weight.nbytes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import layouts
 import models
@@ -18,15 +19,16 @@ from megatron_selfdistill.pipeline.batch import (
     Packing,
     StepPlan,
     budgets_of,
-    cheapest,
     counts_by_budget,
     pack_everywhere,
-    placed,
-    placement_everywhere,
 )
+from megatron_selfdistill.pipeline.placement import placed, placement_everywhere
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
+
+
+ONE_STAGE = SimpleNamespace(virtual_pipeline_model_parallel_size=None, pp_size=1)
 
 
 def packed_share(
@@ -126,7 +128,8 @@ def costs_per_real_token(num_replicas: int, num_each: int, seed: int = 0) -> tup
     by_replica = shares(lengths, placed([(length,) for length in lengths], homes, num_replicas), num_replicas)
     budgets = budgets_of(RULES, 256)
     counts = [counts_by_budget(own, [], RULES, budgets) for own in by_replica]
-    plan = cheapest(budgets, [max(column) for column in zip(*counts, strict=True)], lambda *n: n, (3, 0))
+    packing, most = Packing(RULES.max_tokens, "teacher_first", False), [max(each) for each in zip(*counts, strict=True)]
+    plan = packing.cheapest(budgets, most, ONE_STAGE)
     real = sum(lengths) / num_replicas
     return before / real, computed(by_replica, plan.budget) / real
 
@@ -193,11 +196,12 @@ def test_budgets_go_down_to_half_of_the_longest_in_few_steps():
 
 
 def plan(student: list[int], teacher: list[int], max_tokens: int, multiple: int = 1) -> StepPlan:
-    """Return the plan of one replica, whose schedule takes multiples of student microbatches."""
+    """Return the plan of one replica, whose schedule takes multiples of microbatches."""
     rules = PackingRules(max_tokens, 1, 1, paired=False)
     budgets = budgets_of(rules)
     counts = counts_by_budget(student, teacher, rules, budgets)
-    return cheapest(budgets, counts, lambda s, t: (-(-s // multiple) * multiple, t), (3, 1))
+    grid = SimpleNamespace(virtual_pipeline_model_parallel_size=multiple, pp_size=multiple)
+    return Packing(max_tokens, "teacher_first", bool(teacher)).cheapest(budgets, counts, grid)
 
 
 def test_a_step_takes_the_budget_with_the_least_padding():
@@ -206,11 +210,11 @@ def test_a_step_takes_the_budget_with_the_least_padding():
 
 
 def test_microbatches_that_the_schedule_needs_anyway_share_the_tokens():
-    found = plan([10] * 8, [10] * 8, 80, multiple=2)
+    found = plan([10] * 8, [], 80, multiple=2)
     assert (found.num_student, found.budget // 10) == (2, 4)
 
 
 def test_a_budget_holds_the_longest_context():
     found = plan([60, 10, 10], [60, 10, 10], 64)
     assert found.budget >= 60 and (found.num_student, found.num_teacher) == (2, 2)
-    assert plan([], [], 64).num_student == 0
+    assert plan([], [], 64).num_student == 1

@@ -63,10 +63,10 @@ def reference_of(batch: PackedBatch, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("store_bytes", [float("inf"), 500, 0])
 @pytest.mark.parametrize(
-    ("mix_weight", "keep_teacher"), [(None, True), (3.0, True), (3.0, False)], ids=["apart", "mix and teacher", "mix"]
+    ("mix_weight", "keeps_both"), [(None, True), (3.0, True), (3.0, False)], ids=["apart", "mix and both", "mix"]
 )
-def test_the_student_finds_the_states_of_the_reference_or_of_the_mix(mix_weight, keep_teacher, store_bytes):
-    """The states of the mix with w = 3 are 25 more than the teacher's, and the teacher's own exist where asked for."""
+def test_the_student_finds_the_states_of_the_reference_or_of_the_mix(mix_weight, keeps_both, store_bytes):
+    """The states of the mix with w = 3 are 25 more than the teacher's, and both models' own exist where asked for."""
     batch = pack(contexts(), PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=False))
     bank = bank_of(batch, store_bytes)
     with host_traffic() as found:
@@ -75,15 +75,13 @@ def test_the_student_finds_the_states_of_the_reference_or_of_the_mix(mix_weight,
         for index, microbatch in enumerate(batch.student):
             entropy = microbatch.response_ids.double()
             states = reference_of(batch, index)
-            bank.add_reference(index, states, entropy, mix_weight=mix_weight, keep_teacher=keep_teacher)
+            bank.add_reference(index, states, entropy, mix_weight=mix_weight, keeps_both=keeps_both)
             assert bank.bytes_on_device <= store_bytes
         taken = [bank.take(index, torch.float32) for index in range(len(batch.student))]
     for kept, microbatch in zip(taken, batch.student, strict=True):
         ids = microbatch.response_ids[:, None].float().expand(-1, WIDTH)
-        expected = {"teacher": ids if keep_teacher else None}
-        expected |= (
-            {"reference": 100 + ids, "mix": None} if mix_weight is None else {"reference": None, "mix": ids + 25}
-        )
+        expected = {"teacher": ids if keeps_both else None, "reference": 100 + ids if keeps_both else None}
+        expected["mix"] = None if mix_weight is None else ids + 25
         for name, states in expected.items():
             got = getattr(kept, name)
             assert (got is None) == (states is None)

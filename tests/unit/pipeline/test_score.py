@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import layouts
@@ -20,19 +21,17 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.forward import Fusion
-from megatron_selfdistill.model.output_layer import MATERIALISED, OutputLayer
-from megatron_selfdistill.pipeline.score import (
+from megatron_selfdistill.methods.parts.learnability import (
     Scores,
-    ScoringModels,
-    _reading_loss,
     _scores,
     candidate_contexts,
-    log_probs,
     score_texts,
     with_reference,
 )
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.model.output_layer import MATERIALISED, OutputLayer
+from megatron_selfdistill.pipeline.score import ScoringModels, _reading_loss, read_tokens
 from megatron_selfdistill.rollout.base import Response
 
 LAYOUTS = {
@@ -69,7 +68,7 @@ def scores_in_layout(cuts: dict, fusions: list[Fusion | None], count: int = 7) -
     mine = list(range(count))[grid.dp_rank :: grid.dp_size]
     by_other = [scored(mine, student, teacher, grid, fusion) for fusion in fusions]
     by_itself = [scored(mine, student, student, grid, fusion) for fusion in fusions]
-    measured = [log_probs(measured_contexts(mine), scoring(student, teacher, grid, fusion)) for fusion in fusions]
+    measured = [read_tokens(measured_contexts(mine), scoring(student, teacher, grid, fusion))[:2] for fusion in fusions]
     assert all(values.dtype == torch.float64 for both in measured for values in both)
     models.fill_from_names(teacher, seed=0)
     by_copy = scored(mine, student, teacher, grid, None)
@@ -86,7 +85,7 @@ def scored(
     indices: list[int], student: list, teacher: list, grid: RankGrid, fusion: Fusion | None, max_tokens: int = 56
 ) -> list[Scores]:
     contexts = [layouts.contexts()[i] for i in indices]
-    return score_texts(contexts, scoring(student, teacher, grid, fusion, max_tokens))
+    return score_texts(contexts, partial(read_tokens, models=scoring(student, teacher, grid, fusion, max_tokens)))
 
 
 def scoring(student: list, teacher: list, grid: RankGrid, fusion: Fusion | None, max_tokens: int = 56) -> ScoringModels:
@@ -225,9 +224,9 @@ def scores_of_few(counts: list[int]) -> tuple[list[list[Scores]], list[list[list
     """Return scores and log-probs of this replica's contexts of the first ``count``, for each count."""
     student, teacher, grid = student_and_teacher({}, num_layers=2)
     few = [list(range(count))[grid.dp_rank :: 2] for count in counts]
-    by_tokens = [log_probs(measured_contexts(mine), scoring(student, teacher, grid, None)) for mine in few]
+    by_tokens = [read_tokens(measured_contexts(mine), scoring(student, teacher, grid, None))[:2] for mine in few]
     nothing = [dataclasses.replace(layouts.contexts()[0], response=[])]
-    by_tokens.append(log_probs(nothing, scoring(student, teacher, grid, None)))
+    by_tokens.append(read_tokens(nothing, scoring(student, teacher, grid, None))[:2])
     scores = [scored(mine, student, teacher, grid, None) for mine in few]
     return scores, [[values.tolist() for values in both] for both in by_tokens]
 
@@ -245,8 +244,8 @@ def log_probs_at(temperature: float) -> list[list[list[float]]]:
     """Return the log-probs of both models at a temperature, without fusion and fused, and last those at 1."""
     student, teacher, grid = student_and_teacher({}, num_layers=2)
     contexts = layouts.contexts()
-    found = [log_probs(contexts, scoring(student, teacher, grid, f), temperature=temperature) for f in FUSIONS[:2]]
-    found.append(log_probs(contexts, scoring(student, teacher, grid, None)))
+    found = [read_tokens(contexts, scoring(student, teacher, grid, f), temperature)[:2] for f in FUSIONS[:2]]
+    found.append(read_tokens(contexts, scoring(student, teacher, grid, None))[:2])
     return [[values.tolist() for values in both] for both in found]
 
 
@@ -324,9 +323,5 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match=r"^file.jsonl:7: expected prompts of at most 6 tokens"):
         contexts_of(problem("it is 7", None), max_length=10, policy="drop")
     context = dataclasses.replace(layouts.contexts()[0], response=[])
-    nobody = ScoringModels([], [], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None)
     with pytest.raises(ValueError, match=r"^Problem p0: expected a text of at least one token"):
-        score_texts([context], nobody)
-    for temperature in (0.0, -0.7, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"^log_probs: expected a temperature above 0, got "):
-            log_probs([context], nobody, temperature=temperature)
+        score_texts([context], lambda pairs: torch.zeros(3, 0))

@@ -11,8 +11,8 @@ from host_traffic import host_traffic
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.definition import entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.loss.target import entropy
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
 NUM_TOKENS, VOCAB = 23, VocabShard(0, 96, 90)

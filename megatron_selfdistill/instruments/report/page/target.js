@@ -9,7 +9,7 @@ const RARE = 1e-3;
 const FAR_SHARE = 1e-4; // the largest share of the bin of far columns in a sum that counts as known
 
 /**
- * The summary of a token's logits (loss/sharded/logit_summary.py), the models in the order student, teacher, reference.
+ * The summary of a token's logits (instruments/explorer/logit_summary.py), the models in the order student, teacher, reference.
  * @typedef {object} Summary
  * @property {ArrayLike<number>} ids ids of the candidates; -1 marks a slot without a candidate
  * @property {ArrayLike<number>[]} logits of each model, the logits of the candidates

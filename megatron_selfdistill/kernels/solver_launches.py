@@ -17,10 +17,10 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_selfdistill.kernels.pass_launches import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
+from megatron_selfdistill.kernels.statistics_kernels import NUM_STATE, finish_kernel, solve_kernel
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, TokenConstants
 from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
-from megatron_selfdistill.loss.triton.pass_launches import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
-from megatron_selfdistill.loss.triton.statistics_kernels import NUM_STATE, finish_kernel, solve_kernel
 
 NUMBERS = 32
 """Parts times tokens of a program: one number per thread of a warp while parts are merged."""

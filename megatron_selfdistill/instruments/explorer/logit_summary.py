@@ -118,6 +118,11 @@ def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard) -> LogitSummar
     return LogitSummary.concatenate(parts)
 
 
+def flat_summaries(logits: Sequence[Tensor], vocab: VocabShard) -> Tensor:
+    """Return `LogitSummary.flat` of `summarise_logits`, for a measurement of a step."""
+    return summarise_logits(logits, vocab).flat()
+
+
 def _summary(x: Tensor, vocab: VocabShard) -> LogitSummary:
     """Return the summaries of the logits ``x [n, M, v]``, the valid columns of this rank."""
     ids, logits = _candidates(x, vocab)

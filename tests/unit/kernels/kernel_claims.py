@@ -28,6 +28,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+from megatron_selfdistill.kernels import pass_launches, solver_launches
 from megatron_selfdistill.loss import (
     Divergence,
     Status,
@@ -41,7 +42,6 @@ from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
 from megatron_selfdistill.loss.sharded.token_statistics import BetaSolution, MergedSums
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

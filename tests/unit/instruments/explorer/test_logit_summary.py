@@ -13,11 +13,11 @@ from scripts import load_script
 from summed_target import log_sum, matching_beta, of_rows, weights_of
 from torch import Tensor
 
+from megatron_selfdistill.instruments.explorer.logit_summary import NUM_BINS, TOP, LogitSummary, summarise_logits
 from megatron_selfdistill.loss import Target, VocabShard, mixed_target
-from megatron_selfdistill.loss.sharded.logit_summary import NUM_BINS, TOP, LogitSummary, summarise_logits
-from megatron_selfdistill.loss.target import entropy
+from megatron_selfdistill.loss.definition import entropy
 
-tool = load_script(Path(__file__).resolve().parents[3] / "tools" / "benchmarks" / "solver_accuracy.py")
+tool = load_script(Path(__file__).resolve().parents[4] / "tools" / "benchmarks" / "solver_accuracy.py")
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 2300, 3200  # over 4 ranks: 800, 800, 700 and no valid columns
 TARGETS = [
     Target(teacher_weight=w, k_max=k_max, anchor="student") for w in (0.25, 0.75, 3.0) for k_max in ("1 + w", None)

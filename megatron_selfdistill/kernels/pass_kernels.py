@@ -36,9 +36,7 @@ import triton
 import triton.language as tl
 
 from megatron_selfdistill.choices import DIVERGENCES
-from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.target import Status
-from megatron_selfdistill.loss.triton.kernel_math import (
+from megatron_selfdistill.kernels.kernel_math import (
     LOG2_E,
     columns_of,
     exp_minus_one,
@@ -47,6 +45,8 @@ from megatron_selfdistill.loss.triton.kernel_math import (
     sum_of,
     sum_of_products,
 )
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.target import Status
 
 BOTH, STUDENT_ONLY, TEACHER_ONLY = 0, 1, 2
 """The logits that the mix is made of: w t + s, s alone (w = 0), or t alone (teacher_alone)."""

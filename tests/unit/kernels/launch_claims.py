@@ -34,6 +34,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.kernels import pass_launches, solver_launches
 from megatron_selfdistill.loss import (
     Divergence,
     Target,
@@ -43,7 +44,6 @@ from megatron_selfdistill.loss import (
 )
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
-from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

@@ -12,11 +12,11 @@ from kernel_cases import DEVICE, cases, cut_rows, full, logits
 from torch import Tensor
 from two_terms import DIVERGENCES, TARGETS, as_teacher, coefficients, token_losses
 
+from megatron_selfdistill.kernels import pass_launches
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.sharded import shard_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
-from megatron_selfdistill.loss.triton import pass_launches
 from megatron_selfdistill.loss.weighting import Coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -19,17 +19,7 @@ import triton
 from torch import Tensor
 
 from megatron_selfdistill.choices import DIVERGENCES
-from megatron_selfdistill.loss.sharded.shard_sums import (
-    FIRST_PASS,
-    SECOND_PASS,
-    SECOND_PASS_FORWARD,
-    BetaGrid,
-    LogProbGradient,
-    Shard,
-    TokenConstants,
-)
-from megatron_selfdistill.loss.target import Divergence
-from megatron_selfdistill.loss.triton.pass_kernels import (
+from megatron_selfdistill.kernels.pass_kernels import (
     BOTH,
     RENYI,
     STUDENT_ONLY,
@@ -40,6 +30,16 @@ from megatron_selfdistill.loss.triton.pass_kernels import (
     renyi_pass_kernel,
     second_pass_kernel,
 )
+from megatron_selfdistill.loss.sharded.shard_sums import (
+    FIRST_PASS,
+    SECOND_PASS,
+    SECOND_PASS_FORWARD,
+    BetaGrid,
+    LogProbGradient,
+    Shard,
+    TokenConstants,
+)
+from megatron_selfdistill.loss.target import Divergence
 
 LANES = 32
 """The threads of a program that sums: one warp, so that nothing waits at a barrier.

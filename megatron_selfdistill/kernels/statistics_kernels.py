@@ -19,10 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_selfdistill.loss.divergence import FLOOR
-from megatron_selfdistill.loss.sharded import token_statistics
-from megatron_selfdistill.loss.target import MATCH_TOLERANCE, MIN_ENTROPY, Status
-from megatron_selfdistill.loss.triton.kernel_math import (
+from megatron_selfdistill.kernels.kernel_math import (
     as_float32,
     at_least,
     at_most,
@@ -31,7 +28,10 @@ from megatron_selfdistill.loss.triton.kernel_math import (
     is_finite,
     log_one_plus_64,
 )
-from megatron_selfdistill.loss.triton.pass_kernels import BOTH, STUDENT_ONLY
+from megatron_selfdistill.kernels.pass_kernels import BOTH, STUDENT_ONLY
+from megatron_selfdistill.loss.divergence import FLOOR
+from megatron_selfdistill.loss.sharded import token_statistics
+from megatron_selfdistill.loss.target import MATCH_TOLERANCE, MIN_ENTROPY, Status
 
 _LEAST_ENTROPY = tl.constexpr(token_statistics.LEAST_ENTROPY)
 _LEAST_DEFICIT = tl.constexpr(token_statistics.LEAST_DEFICIT)

@@ -1,0 +1,68 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The packing of a run: how its layers, its precision and its layout cut the contexts of a step."""
+
+from __future__ import annotations
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.pipeline.batch import Packing
+
+
+def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig) -> Packing:
+    """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
+    return packing_of_model(
+        model,
+        max_tokens=config.schedule.max_tokens,
+        pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
+        with_teacher=config.has_teacher,
+        with_reference=config.is_anchored,
+        joins_turns=config.environment.one_sequence,
+    )
+
+
+def packing_of_model(
+    model: TransformerConfig,
+    *,
+    max_tokens: int,
+    pair_order: str,
+    with_teacher: bool,
+    with_reference: bool = False,
+    joins_turns: bool = False,
+) -> Packing:
+    """Return the packing for the layers of a model.
+
+    ``attention_tokens`` is 12 h: a layer of width h takes 24 h^2 FLOPs per token, and its causal attention 2 h L
+    per token of a context of L tokens (Narayanan et al. 2021, arXiv 2104.04473, appendix, where no mask is causal).
+    """
+    return Packing(
+        max_tokens,
+        pair_order,
+        with_teacher,
+        with_reference,
+        seq_multiple=token_multiple(model),
+        attention_tokens=12 * model.hidden_size,
+        joins_turns=joins_turns,
+    )
+
+
+_ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
+"""The number of tokens, by recipe, of which a rank's share must be a multiple.
+
+Both layouts of an operand, [tokens, h] and its transpose, are cut into blocks of this size, and matrix products need
+multiples of 16.
+"""
+
+
+def token_multiple(config: TransformerConfig) -> int | None:
+    """Return the number of tokens of which the length of a packed sequence must be a multiple; None without FP8.
+
+    With FP8 each rank's share of a sequence, over TP and CP, is a multiple of the block size of the recipe.
+    """
+    if not config.fp8:
+        return None
+    block = _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
+    tp, cp = int(config.tensor_model_parallel_size), int(config.context_parallel_size)
+    return block * tp * (2 * cp if cp > 1 else 1)

@@ -1,0 +1,328 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every target and divergence that a token may have, against float64: of logits and of hidden states, on any shards."""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from logit_pairs import divergence, entropy
+from ranks import RankPool
+from torch import Tensor
+
+from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.loss import (
+    Divergence,
+    Status,
+    Target,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    mixed_target,
+)
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
+from megatron_selfdistill.loss.target import split_divergence, token_groups
+
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
+NUM_TOKENS, WIDTH = 12, 16
+TIED = 4
+"""The row of teacher and reference without differences, for which every beta gives the same target."""
+WEIGHTS = torch.tensor([0.75, 2.0, 0.25, 0.75, 2.0, 0.3] * 2, dtype=torch.float64)
+REVERSE, FORWARD, JSD = Divergence("reverse_kl"), Divergence("forward_kl"), Divergence("jsd", 0.3)
+
+
+class Case(NamedTuple):
+    """The target, the divergences of consecutive groups of tokens, and whether each token has its own w."""
+
+    target: Target
+    groups: list[tuple[int, Divergence]]
+    has_weights: bool = False
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether the log-probs of the response tokens have a gradient, too."""
+        return len(self.groups) > 1
+
+    @property
+    def tolerance(self) -> float:
+        """The factor by which a Renyi divergence multiplies errors of log-probabilities."""
+        orders = [kind.order for _, kind in self.groups if kind.is_renyi and abs(kind.order - 1) > 1e-3]
+        return max([1.0, *(order / abs(1 - order) for order in orders)])
+
+
+STUDENT_ALONE, MATCHED, GEOMETRIC = (
+    Target("teacher_alone", anchor="student"),
+    Target(anchor="student"),
+    Target("fixed", anchor="reference"),
+)
+RENYI = [(k, a) for k in ("reverse_kl", "forward_kl") for a in (0.05, 0.5, 0.95, 0.9999, 1.0001, 1.5, 2.0, 4.0)]
+CASES = {
+    "reference's entropy": Case(Target(), [(12, REVERSE)]),
+    "reference's entropy, strict": Case(Target(k_max=None), [(12, FORWARD)]),
+    "student's entropy": Case(Target(match="student", teacher_weight=2.0), [(12, JSD)]),
+    "student's entropy, strict": Case(Target(match="student", k_max=None), [(12, REVERSE)]),
+    "geometric mean": Case(GEOMETRIC, [(12, FORWARD)]),
+    "k 1.3": Case(Target("fixed", k=1.3), [(12, JSD)]),
+    "batch": Case(Target("batch", k=1.9, k_max=None), [(12, REVERSE)]),
+    "own weights": Case(Target(), [(5, REVERSE), (7, FORWARD)], True),
+    "own weights, strict": Case(Target(match="student", k_max=None), [(3, JSD), (9, REVERSE)], True),
+    "own weights, geometric mean": Case(GEOMETRIC, [(8, FORWARD), (4, JSD)], True),
+    "own weights, batch": Case(Target("batch", k=1.9), [(0, JSD), (6, REVERSE), (6, FORWARD)], True),
+    **{
+        f"forward KL above {above} of {name}": Case(target, [(3, FORWARD), (9, Divergence(forward_above=above))])
+        for name, target in (("the teacher", STUDENT_ALONE), ("a mix", MATCHED), ("a mean", GEOMETRIC))
+        for above in (0.8, -1.0, float("inf"))
+    },
+    **{
+        f"order {order} of {kind}": Case(target, [(3, REVERSE), (9, Divergence(kind, order=order))])
+        for (kind, order), target in zip(RENYI, cycle((STUDENT_ALONE, MATCHED, GEOMETRIC)), strict=False)
+    },
+}
+Found = tuple[TokenStats, Tensor]
+"""The statistics, and the gradient of this rank's columns."""
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return float32 logits [NUM_TOKENS, VOCAB_SIZE] of student, teacher and reference, and response tokens.
+
+    Among the rows are equal and nearly equal models, forks, ties at every column, far models and huge logits.
+    """
+    generator = torch.Generator().manual_seed(11)
+    scale = torch.linspace(0.3, 5.0, NUM_TOKENS)[:, None]
+    reference = scale * torch.randn(NUM_TOKENS, VOCAB_SIZE, generator=generator)
+    teacher = reference + torch.randn(reference.shape, generator=generator)
+    student = reference + 0.5 * torch.randn(reference.shape, generator=generator)
+    student[0] = teacher[0] = reference[0]
+    student[1], teacher[1] = reference[1] + 1e-3 * student[1], reference[1] - 1e-3 * teacher[1]
+    teacher[2] = 12 * reference[2]
+    reference[3, :2] = teacher[3, 60:62] = 20.0  # two forks, with other columns
+    reference[TIED] = teacher[TIED] = 0.0
+    student[5] += 8192.0
+    return student, teacher, reference, torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator)
+
+
+def total(loss: Tensor, log_prob: Tensor, case: Case, mode: str = "low_memory") -> Tensor:
+    """Return the number that backward starts from: each token has other coefficients of both terms."""
+    divergences = loss * torch.linspace(-0.5, 2.0, NUM_TOKENS, dtype=loss.dtype)
+    if not case.has_policy or mode == "keep_gradient":
+        return divergences.sum()
+    return (divergences + log_prob * torch.linspace(1.5, -1.0, NUM_TOKENS, dtype=loss.dtype)).sum()
+
+
+def of_tokens(logits: Tensor) -> Tensor:
+    """Return log p of the response tokens."""
+    return logits.log_softmax(-1).gather(1, rows()[3][:, None])[:, 0]
+
+
+def by_definition(case: Case, s: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss [NUM_TOKENS], log q and beta of float64 logits; the loss has a gradient to the student's."""
+    target, is_anchored = case.target, case.target.is_anchored
+    if case.has_weights:
+        tokens = zip(s.detach(), t, r, WEIGHTS.tolist(), strict=True)
+        found = [mixed_target(a, b, target.with_teacher_weight(w), c) for a, b, c, w in tokens]
+        log_q, beta = (torch.stack([getattr(one, name) for one in found]) for name in ("log_q", "beta"))
+    else:
+        whole = mixed_target(s.detach(), t, target, r if is_anchored else None)
+        log_q, beta = whole.log_q, whole.beta
+    counts = [count for count, _ in case.groups]
+    parts = zip(case.groups, s.log_softmax(-1).split(counts), log_q.split(counts), strict=True)
+    return torch.cat([divergence(*logs, kind) for (_, kind), *logs in parts]), log_q, beta
+
+
+def mixed(case: Case, teacher: Tensor, reference: Tensor) -> Tensor:
+    """Return the logits or states that the loss takes as the teacher's: with a reference (w t + r) / (1 + w)."""
+    if not case.target.is_anchored:
+        return teacher
+    w = WEIGHTS[:, None] if case.has_weights else torch.tensor(case.target.teacher_weight, dtype=torch.float64)
+    return ((w * teacher.double() + reference.double()) / (1 + w)).to(teacher.dtype)
+
+
+def shard() -> tuple[VocabShard, slice]:
+    """Return the shard of this rank, and its columns."""
+    group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
+    return vocab, slice(vocab.start, vocab.start + vocab.size)
+
+
+def of_logits(case: Case) -> Found:
+    """Return the loss of this rank's columns, with garbage in the padding, overwritten by their gradient."""
+    (vocab, columns), (student, teacher, reference, tokens) = shard(), rows()
+    padding = torch.full((NUM_TOKENS, PADDED_VOCAB_SIZE - VOCAB_SIZE), 77.0)
+    s, m, r = (
+        torch.cat([logits, padding], 1)[:, columns].clone()
+        for logits in (student, mixed(case, teacher, reference), reference)
+    )
+    s.requires_grad_()
+    stats = distillation_loss(
+        s * 1,
+        m,
+        tokens,
+        target=case.target,
+        divergence=case.groups,
+        vocab=vocab,
+        reference_entropy=vocab_entropy(r, vocab) if case.target.needs_reference_entropy else None,
+        teacher_weights=WEIGHTS if case.has_weights else None,
+        inplace_backward=True,
+    )
+    total(stats.loss, stats.student_log_prob, case).backward()
+    assert s.grad is not None and stats.teacher_entropy.isnan().all() == case.target.is_anchored
+    return stats.detached(), s.grad
+
+
+def of_all_logits() -> list[Found]:
+    return [of_logits(case) for case in CASES.values()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
+def test_loss_gradient_and_k_of_logits_equal_float64(ranks: RankPool, world_size: int) -> None:
+    student, teacher, reference, _ = (logits.double() for logits in rows())
+    for (name, case), *shards in zip(CASES.items(), *ranks.run(of_all_logits, world_size=world_size), strict=True):
+        s = student.clone().requires_grad_()
+        expected, log_q, beta = by_definition(case, s, teacher, reference)
+        (gradient,) = torch.autograd.grad(total(expected, of_tokens(s), case), s)
+        stats, more = shards[0][0], case.tolerance
+        assert all(torch.equal(other.loss, stats.loss) for other, _ in shards), f"{name}: ranks differ"
+        known = stats.status != Status.UNDETERMINED
+        matters = known & (torch.arange(NUM_TOKENS) != TIED)
+        assert matters.sum() >= 8, name
+        ours, rtol = torch.cat([shard[1] for shard in shards], 1), 2e-5 if more == 1 else 1e-4
+        for got, wanted, rows_, of_got, least in (
+            (stats.beta, beta, matters, 2e-4, 0.0),
+            (stats.loss, expected.detach(), known, rtol, 2e-5 * more),
+            (ours[:, :VOCAB_SIZE], gradient, known, 10 * rtol, 4e-5 * more),
+            (stats.student_entropy, entropy(s.detach().log_softmax(-1)), known, 1e-5, 2e-5),
+            (stats.target_entropy, entropy(log_q), known, 1e-5, 2e-5),
+        ):
+            error = {"rtol": of_got, "atol": least, "msg": lambda text, n=name: f"{n}: {text}"}
+            torch.testing.assert_close(got.double()[rows_], wanted[rows_], **error)
+        assert (ours[:, VOCAB_SIZE:] == 0).all(), name
+
+
+def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Return, for each case, loss and gradients of the fused layer, and those of float64.
+
+    ``shared``: whether teacher and reference have one output weight, so that their states are mixed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, reference = (torch.randn(NUM_TOKENS, WIDTH, generator=generator) for _ in range(3))
+    weights = [0.5 * torch.randn(PADDED_VOCAB_SIZE, WIDTH, generator=generator) for _ in range(3)]
+    of_reference = weights[1] if shared else weights[2]
+    (vocab, columns), tokens = shard(), rows()[3]
+    size = PADDED_VOCAB_SIZE // vocab.size
+    cut = slice(WIDTH // size * (columns.start // vocab.size), WIDTH // size * (columns.start // vocab.size + 1))
+    found = []
+    for name, case in CASES.items():
+        if not shared and not case.target.is_anchored:
+            continue
+        hidden, weight = student.double().requires_grad_(), weights[0].double().requires_grad_()
+        s, t, r = (
+            states.double() @ matrix.double()[:VOCAB_SIZE].t()
+            for states, matrix in ((hidden, weight), (teacher, weights[1]), (reference, of_reference))
+        )
+        expected, *_ = by_definition(case, s, t, r)
+        total(expected, of_tokens(s), case, mode).backward()
+        ours, own = student.clone().requires_grad_(), [it[columns].clone() for it in (*weights[:2], of_reference)]
+        stats = fused_distillation_loss(
+            ours,
+            (mixed(case, teacher, reference) if shared else teacher)[:, cut],
+            own[0].requires_grad_(),
+            own[1],
+            tokens,
+            target=case.target,
+            divergence=case.groups,
+            vocab=vocab,
+            reference_entropy=entropy(r.log_softmax(-1)) if case.target.needs_reference_entropy else None,
+            reference=None if shared else (reference[:, cut], own[2]),
+            teacher_weights=WEIGHTS.float() if case.has_weights else None,
+            chunk_tokens=4,
+            mode=mode,
+        )
+        total(stats.loss, stats.student_log_prob, case, mode).backward()
+        assert ours.grad is not None and own[0].grad is not None
+        assert hidden.grad is not None and weight.grad is not None
+        of_float64 = expected.detach(), hidden.grad, weight.grad[columns]
+        found.append((name, stats.loss.detach(), ours.grad, own[0].grad, *of_float64))
+    return found
+
+
+@pytest.mark.parametrize(
+    "world_size", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)]
+)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("mode", FUSED_MODES)
+def test_the_loss_of_hidden_states_and_its_gradients_equal_float64(
+    ranks: RankPool, mode: str, shared: bool, world_size: int
+) -> None:
+    for of_rank in ranks.run(of_hidden_states, mode, shared, world_size=world_size):
+        for name, *values in of_rank:
+            for ours, expected in zip(values[:3], values[3:], strict=True):
+                error = {"rtol": 1e-3, "atol": 2e-5 * CASES[name].tolerance}
+                torch.testing.assert_close(ours.double(), expected, **error, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_an_entropy_of_exactly_the_threshold_adds_nothing() -> None:
+    """The target has two tied columns and nothing else, so that H(q) is exactly log 2."""
+    student, teacher = torch.zeros(1, 8), torch.full((1, 8), -200.0)
+    student[0, 1] = 1.0
+    teacher[0, 2:7:4] = 0.0
+    arguments = {"target": STUDENT_ALONE, "vocab": VocabShard(0, 8, 8)}
+    tokens = torch.zeros(1, dtype=torch.int64)
+    at, below = (
+        distillation_loss(student, teacher, tokens, divergence=Divergence(forward_above=above), **arguments)
+        for above in (math.log(2), math.log(2) - 1e-6)
+    )
+    assert at.target_entropy == torch.tensor(math.log(2)) and at.loss == at.reverse_kl
+    assert below.loss > at.loss + 0.05
+
+
+def test_the_grid_of_a_token_is_in_proportion_to_its_weight() -> None:
+    """The entropies of the grid are those of the mix at the betas of the token's own w."""
+    case = Case(Target("batch", k_max=None), [(NUM_TOKENS, REVERSE)], True)
+    _, teacher, reference, _ = rows()
+    stats, _ = of_logits(case)
+    w = WEIGHTS[:, None]
+    betas = stats.grid_betas.double() * (1 + case.target.teacher_weight) / (1 + w)
+    mix = w * teacher.double() + reference.double()
+    expected = entropy((betas[:, :, None] * mix[:, None]).log_softmax(-1))
+    torch.testing.assert_close(stats.grid_entropies.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.beta.double(), 1 / (1 + WEIGHTS), rtol=1e-6, atol=0)
+
+
+def test_groups_are_consecutive_slices_and_without_tokens_one_slice_is_left() -> None:
+    assert token_groups(FORWARD, 3) == [(slice(0, 3), FORWARD)]
+    assert token_groups([(2, JSD), (0, REVERSE), (3, FORWARD)], 5) == [(slice(0, 2), JSD), (slice(2, 5), FORWARD)]
+    assert token_groups([(0, JSD), (0, FORWARD)], 0) == [(slice(0, 0), JSD)]
+    for wrong in ([(2, JSD)], [], [(6, JSD), (-1, FORWARD)]):
+        with pytest.raises(ValueError, match=r"must have 5 tokens together, got \["):
+            token_groups(wrong, 5)
+
+
+@pytest.mark.parametrize("num_last", [0, 1, 5])
+def test_the_last_tokens_have_the_other_divergence_and_the_first_ones_the_divergence_of_all(num_last: int) -> None:
+    """A microbatch has its plain tokens first and the tokens of guided problems last."""
+    found = token_groups(split_divergence(REVERSE, 5, (num_last, FORWARD)), 5)
+    kinds = [kind for tokens, kind in found for _ in range(5)[tokens]]
+    assert kinds == [REVERSE] * (5 - num_last) + [FORWARD] * num_last
+    assert token_groups(split_divergence(REVERSE, 5, None), 5) == [(slice(0, 5), REVERSE)]
+
+
+@pytest.mark.parametrize(
+    ("target", "weights", "message"),
+    [
+        (Target(anchor="student"), WEIGHTS, "teacher_weights per token need a target with anchor=reference"),
+        (Target("fixed", k=1.3), WEIGHTS, "Target.k must not be a number.*got 1.3. Use None"),
+        (Target(k_max=1.5), WEIGHTS, r"Target.k_max must not be a number.*Use '1 \+ w' or None"),
+        (Target(), None, "reference_entropy must be"),
+    ],
+)
+def test_numbers_that_the_target_cannot_use_are_refused(target: Target, weights: Tensor | None, message: str) -> None:
+    (student, teacher, _, tokens), vocab = rows(), VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
+    wanted = torch.ones(NUM_TOKENS) if target.needs_reference_entropy and weights is not None else None
+    options = {"divergence": REVERSE, "reference_entropy": wanted, "teacher_weights": weights}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(student, teacher, tokens, target=target, vocab=vocab, **options)
