@@ -42,13 +42,20 @@ from megatron_selfdistill.interop.hf.mapping import (
     check_counts,
     check_names,
     check_shapes,
-    dequantise_blocks,
     family_of,
     family_of_model,
     text_config,
     tied_output_layer,
 )
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rows, Rule, passthrough_layer, rows
+from megatron_selfdistill.interop.hf.rules import (
+    PASSTHROUGH,
+    MegatronSlice,
+    Rows,
+    Rule,
+    dequantise_blocks,
+    passthrough_layer,
+    rows,
+)
 from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.model.architecture import padded_vocab_size

@@ -23,7 +23,9 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, S
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import check_counts, family_of, family_of_model
+from megatron_selfdistill.model.model_values import architecture
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""

@@ -41,7 +41,8 @@ from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
-from megatron_selfdistill.interop.hf.mapping import Rule, family_of, family_of_model
+from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
 from megatron_selfdistill.model import ADAPTER_SUFFIX
 

@@ -35,11 +35,11 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
+from megatron_selfdistill.model.model_values import differences
 from megatron_selfdistill.prechecks import (
     is_hugging_face,
     require_checkpoint,

@@ -27,8 +27,7 @@ from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_che
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.hf.mapping import PASSTHROUGH, Rule
-from megatron_selfdistill.interop.hf.rules import passthrough_layer
+from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, Rule, passthrough_layer
 from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")

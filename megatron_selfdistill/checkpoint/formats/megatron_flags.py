@@ -28,11 +28,11 @@ from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  i
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig
-from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
 from megatron_selfdistill.model.layers import ALL_HEADS
+from megatron_selfdistill.model.model_values import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
 
 MEGATRON_LM = f"core_v{older_megatron.version_text()}"
 """The release of Megatron-LM whose flags are listed here: that of the installed Megatron Core."""

@@ -21,7 +21,7 @@ from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.config import Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.hf.family import LATENT_ONLY, ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
+from megatron_selfdistill.model.model_values import LATENT_ONLY, ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
 
 
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:

@@ -18,28 +18,9 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.interop.hf import dense, experts, gpt_oss, minimax, ministral, qwen_next, sigmoid_router
 from megatron_selfdistill.interop.hf.config_fields import checked
-from megatron_selfdistill.interop.hf.family import Family, architecture, describe_differences, differences
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
-
-__all__ = [
-    "FAMILIES",
-    "PASSTHROUGH",
-    "TIED",
-    "Family",
-    "MegatronSlice",
-    "Rule",
-    "architecture",
-    "check_counts",
-    "check_names",
-    "check_shapes",
-    "dequantise_blocks",
-    "differences",
-    "family_of",
-    "family_of_model",
-    "text_config",
-    "tied_output_layer",
-    "without_absent_layers",
-]
+from megatron_selfdistill.interop.hf.family import Family, describe_differences
+from megatron_selfdistill.interop.hf.rules import Rule, passthrough_layer
+from megatron_selfdistill.model.model_values import differences
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family

@@ -14,10 +14,11 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.config_fields import checked
 from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
-from megatron_selfdistill.interop.hf.family import Family, HFConfig, differences
+from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.interop.hf.rules import Rule, prefixed
 from megatron_selfdistill.interop.hf.sliding_windows import every_layer, window_keys, write_window
+from megatron_selfdistill.model.model_values import differences
 
 _BETA, _ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.family import HFConfig, architecture
+from megatron_selfdistill.interop.hf.family import HFConfig
+from megatron_selfdistill.model.model_values import architecture
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """The values of ``layer_types``."""

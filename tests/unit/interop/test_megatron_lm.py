@@ -33,8 +33,8 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import DTYPES, hf_to_megatron, megatron_to_hf
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.model.model_values import differences
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.describe import describe
-from megatron_selfdistill.interop.hf.mapping import differences
+from megatron_selfdistill.model.model_values import differences
 
 ONE = ParallelConfig()
 TP2 = ParallelConfig(tensor_model_parallel_size=2)

@@ -21,8 +21,8 @@ from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.describe import describe, megatron_lm_usage
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.model.model_values import differences
 
 INEXPRESSIBLE = ("llama_linear", "deepseek_v3", "moonlight", "olmoe", "minimax_m2")
 if not older_megatron.has_flags_of_positions():

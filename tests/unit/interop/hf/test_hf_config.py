@@ -16,15 +16,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.family import TRANSFORMER_DEFAULTS
-from megatron_selfdistill.interop.hf.mapping import (
-    FAMILIES,
-    Family,
-    architecture,
-    differences,
-    family_of,
-    family_of_model,
-)
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import FAMILIES, family_of, family_of_model
+from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture, differences
 
 KINDS = list(hf_models.CONFIGS)
 

@@ -26,7 +26,7 @@ from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.export import export
-from megatron_selfdistill.interop.hf.mapping import Rule
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture
 
 KINDS = list(hf_models.CONFIGS)

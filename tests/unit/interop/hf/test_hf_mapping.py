@@ -22,12 +22,12 @@ from megatron_selfdistill.interop.hf import decoder
 from megatron_selfdistill.interop.hf import rules as rules_module
 from megatron_selfdistill.interop.hf.mapping import (
     FAMILIES,
-    PASSTHROUGH,
     check_names,
     check_shapes,
     family_of,
     without_absent_layers,
 )
+from megatron_selfdistill.interop.hf.rules import PASSTHROUGH
 
 KINDS = list(hf_models.CONFIGS)
 ALIKE = {"deepseek_v3_plain", "glm4_moe_plain", "moonlight", "olmoe", "qwen2_moe"}

@@ -10,7 +10,8 @@ import torch
 from tiers import combinations
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.mapping import dequantise_blocks, family_of
+from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.hf.rules import dequantise_blocks
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-2-7b": (

@@ -22,9 +22,10 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.family import HFConfig
-from megatron_selfdistill.interop.hf.mapping import FAMILIES, differences
+from megatron_selfdistill.interop.hf.mapping import FAMILIES
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.model_values import differences
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DEFAULT = {"rope_type": "default", "rope_theta": 1000000.0}
