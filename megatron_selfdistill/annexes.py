@@ -11,6 +11,8 @@ from typing import Any
 
 DOORS = {
     "environments": "environments.configured_episodes",
+    "hugging_face": "interop.hf_files",
+    "interop": "interop.foreign_models",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

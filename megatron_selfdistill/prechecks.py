@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     refuse_adapters,
@@ -105,12 +104,6 @@ def require_model(config: Config, path: Path, iteration: int | None = None) -> N
     adapters = read_stored_adapters(directory.of_iteration(Path(path), iteration))
     if adapters is not None:
         require_checkpoint(adapters.base_place(config.adapter.base))
-
-
-def require_hugging_face(path: Path) -> None:
-    """Raise `CheckpointError` if ``path`` is no directory with a config.json and files of weights."""
-    read_config(path)
-    weight_files(Path(path))
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
@@ -79,7 +80,7 @@ class ModelPlaces:
             if prechecks.is_hugging_face(path):
                 if iteration is not None:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
-                prechecks.require_hugging_face(path)
+                door("hugging_face").require_hugging_face(path)
             else:
                 prechecks.require_model(config, path, iteration)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +19,15 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights
-from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code
-from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
-    SafetensorsWriter,
-    WeightsDirectory,
-    dequantised,
-    open_weights_directory,
-)
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.checkpoint.formats.saved_run import write_prompt_settings
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, read_ahead
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.interop.describe import FORMATS, num_tokens
+from megatron_selfdistill.interop.full_weights import Weights
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import (
     check_counts,
@@ -47,17 +38,18 @@ from megatron_selfdistill.interop.hf.mapping import (
     text_config,
     tied_output_layer,
 )
-from megatron_selfdistill.interop.hf.rules import (
-    PASSTHROUGH,
-    MegatronSlice,
-    Rows,
-    Rule,
-    dequantise_blocks,
-    passthrough_layer,
-    rows,
-)
+from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, dequantise_blocks, passthrough_layer, rows
+from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config, without_lost_code
+from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
+from megatron_selfdistill.interop.safetensors_directory import (
+    SafetensorsWriter,
+    WeightsDirectory,
+    dequantised,
+    open_weights_directory,
+)
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, read_ahead
 from megatron_selfdistill.model.architecture import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,19 +166,6 @@ def _write_weights(
             writer.write(name, parts[0])
             progress.advance(parts.pop(0).numel() * dtypes[rule].itemsize)
     writer.close()
-
-
-def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
-    """Copy the Hugging Face files of ``checkpoint`` into ``run_dir``, so that its checkpoints can be converted back.
-
-    The function does nothing for a checkpoint without such files.
-    """
-    assets = hf_assets_of(directory.tracked(checkpoint) or checkpoint)
-    target = run_dir / HF_ASSETS
-    if assets is not None and assets.absolute() != target.absolute():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(assets / "config.json", target / "config.json")
-        copy_hf_assets(assets, target)
 
 
 def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,19 @@ import torch
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.full_weights import Weights, open_weights
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import check_counts, family_of, family_of_model
+from megatron_selfdistill.interop.hf_files import read_config
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.interop.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.model.model_values import architecture
+from megatron_selfdistill.prechecks import is_hugging_face
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""
@@ -34,7 +36,7 @@ FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per mod
 def describe(path: Path) -> dict[str, str]:
     """Return the properties of a checkpoint by name: family, sizes, layout, iteration, parameters, vocabulary."""
     path = Path(path)
-    if (path / "config.json").is_file() and directory.tracked(path) is None:
+    if is_hugging_face(path):
         return _describe_hf(path)
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
@@ -136,13 +138,19 @@ _LAYOUT = {
 def _describe_hf(path: Path) -> dict[str, str]:
     config = read_config(path)
     family = family_of(config)
-    tensors = dequantised(open_weights_directory(path)).tensors
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    check_counts(family, config, tensors)
-    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes)}
+    check_counts(family, config, dequantised(open_weights_directory(path)).tensors)
+    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes_of(path))}
     return lines | _describe_model(family.model_config(config), family)
+
+
+def sizes_of(path: Path) -> Mapping[torch.dtype, int]:
+    """Return the number of elements of the weights in a checkpoint or a Hugging Face directory by type."""
+    if not is_hugging_face(path):
+        return open_weights(path).sizes()
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in dequantised(open_weights_directory(path)).tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    return sizes
 
 
 def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:

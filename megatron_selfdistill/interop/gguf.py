@@ -55,8 +55,8 @@ def gguf_to_hf(
     """
     import torch
 
-    from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
     from megatron_selfdistill.interop.release import FiniteCheck, Progress
+    from megatron_selfdistill.interop.safetensors_directory import SafetensorsWriter
 
     file, out, progress, dtype = Path(file), Path(out), progress or Progress(), dtype or torch.float32
     directory.require_free(out)

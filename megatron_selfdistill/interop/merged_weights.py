@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import (
-    Weights,
-    open_weights,
-    raise_misfit,
-    require_rank_of_factors,
-    verify_checksums,
-    weight_shapes,
-)
+from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, require_rank_of_factors, weight_shapes
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     StoredAdapters,
     base_digest,
@@ -32,11 +25,12 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
 
 class Merge:
@@ -171,7 +165,7 @@ def merge_adapters(
             "hf-to-megatron"
         )
     source, factors = TorchDistReader(opened.path), TorchDistReader(weights.path)
-    require_rank_of_factors(weights.path, weight_shapes(factors), adapters.settings.rank)
+    require_rank_of_factors(weights.path, weight_shapes(factors.shapes), adapters.settings.rank)
     merge = Merge(adapters.settings.scale)
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     pieces = _merged_pieces(source, factors, merge, finite)
@@ -193,9 +187,9 @@ def _opened_base(adapters: StoredAdapters, base: Path | None, report: Callable[[
 
 def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge, finite: FiniteCheck) -> list[Piece]:
     """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
-    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors).items() if is_adapter_key(key)}
+    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors.shapes).items() if is_adapter_key(key)}
     pieces = []
-    for key, shape in weight_shapes(source).items():
+    for key, shape in weight_shapes(source.shapes).items():
         leading = shape[:-2] if len(shape) > 2 else ()
         for index in itertools.product(*map(range, leading)):
             read: Callable[[], Tensor] = functools.partial(source.read, key, index)

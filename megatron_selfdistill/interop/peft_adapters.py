@@ -24,8 +24,6 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
     PEFT_CONFIG,
@@ -36,14 +34,16 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
+from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
 from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
 from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf_files import contained, read_config
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece
 from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 CONFIG, WEIGHTS = PEFT_CONFIG, "adapter_model.safetensors"

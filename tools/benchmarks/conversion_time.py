@@ -114,8 +114,8 @@ def make_model(directory: Path, gigabytes: float) -> tuple[int, int]:
     """Write a random Llama into ``directory``; return the bytes of its largest tensor and of all tensors."""
     import torch
 
-    from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
     from megatron_selfdistill.interop.hf.mapping import family_of
+    from megatron_selfdistill.interop.safetensors_directory import SafetensorsWriter
 
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -161,7 +161,7 @@ def compare(before: Path, after: Path) -> list[str]:
     """Return the names of the tensors that are not bitwise equal in both directories."""
     import torch
 
-    from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
+    from megatron_selfdistill.interop.safetensors_directory import open_weights_directory
 
     one, two = open_weights_directory(before), open_weights_directory(after)
     if one.tensors.keys() != two.tensors.keys():

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.hf_files import download_advice
 from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.data.records import is_hub_name
 from megatron_selfdistill.errors import CheckpointError
 
 LEGACY_FILE = "model_optim_rng.pt"
@@ -109,6 +109,20 @@ def find(path: Path) -> tuple[Path, bool]:
     refuse_hugging_face(path)
     chosen = tracked(path) or path
     return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
+
+
+def download_advice(path: Path) -> str:
+    """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
+
+    Such a name is ``organisation/model``, and there is no directory ``organisation`` here.
+    """
+    name = str(path)
+    if name.count("/") != 1 or path.parent.exists() or not is_hub_name(name):
+        return ""
+    return (
+        f"; if {name} is a model on the Hugging Face hub, download it with `hf download {name} --local-dir DIR`, and "
+        "name DIR"
+    )
 
 
 def of_run(path: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.formats import directory, legacy
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
 from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
@@ -52,7 +52,11 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
 def stored_args(path: Path) -> argparse.Namespace | None:
     """Return the arguments that the checkpoint at ``path`` stores; None if it stores no arguments."""
     found, is_legacy = find(path)
-    state = load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True) if is_legacy else read_common(found)
+    state = (
+        load_pickled(min(found.glob(f"mp_rank_*/{directory.LEGACY_FILE}")), mmap=True)
+        if is_legacy
+        else read_common(found)
+    )
     args: argparse.Namespace | None = state.get("args")
     return args
 

@@ -14,16 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.rules import (
-    PASSTHROUGH,
-    FusedExperts,
-    MegatronSlice,
-    QueryGroups,
-    Rule,
-    query_groups,
-    rows,
-)
+from megatron_selfdistill.interop.hf.rules import FusedExperts, MegatronSlice, QueryGroups, Rule, query_groups, rows
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]

@@ -11,13 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.errors import ConfigError
-
-PASSTHROUGH = "hf_passthrough."
-"""The prefix of our keys in a Megatron checkpoint for tensors that Megatron neither builds nor trains.
-
-A checkpoint keeps such tensors for the conversion back.
-"""
 
 
 def passthrough_layer(name: str) -> str:

@@ -18,13 +18,13 @@ import torch
 from checkpointed_run import Setup
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint, read_saved_run
 from megatron_selfdistill.checkpoint.formats.stored_model import stored_args
 from megatron_selfdistill.checkpoint.formats.torch_dist import WRITTEN_WITH, read_common
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop.full_weights import open_weights
 
 SETUP = Setup(teacher="frozen", reference=True)
 FORMATS = {"common.pt": True, "an object": False}

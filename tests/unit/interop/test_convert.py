@@ -24,8 +24,6 @@ from torch import Tensor
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
-from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.commands.given_model import find_model
 from megatron_selfdistill.config import ParallelConfig, load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -33,7 +31,9 @@ from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.interop.peft_adapters import weight_rules
 from megatron_selfdistill.interop.release import Progress
 

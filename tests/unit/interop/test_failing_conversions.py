@@ -18,8 +18,8 @@ from ranks import RankError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megatron_selfdistill.checkpoint.formats import safetensors_directory
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop import safetensors_directory
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.release import Progress

@@ -262,8 +262,8 @@ def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_di
 
 
 def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
-    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights, verify_checksums
     from megatron_selfdistill.interop.describe import describe
+    from megatron_selfdistill.interop.full_weights import open_weights, verify_checksums
 
     (newest(run_dir) / manifest.NAME).unlink()
     reports: list[str] = []

@@ -15,7 +15,6 @@ import pytest
 from checkpointed_run import Setup
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args
 from megatron_selfdistill.checkpoint.formats.stored_model import (
     _NOT_BUILT,
     architecture_from_args,
@@ -27,6 +26,7 @@ from megatron_selfdistill.checkpoint.formats.stored_model import (
 from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.model.model_values import differences
 
 LLAMA = {

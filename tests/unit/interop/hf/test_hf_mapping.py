@@ -15,6 +15,7 @@ from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.convert_command import main
@@ -27,7 +28,6 @@ from megatron_selfdistill.interop.hf.mapping import (
     family_of,
     without_absent_layers,
 )
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH
 
 KINDS = list(hf_models.CONFIGS)
 ALIKE = {"deepseek_v3_plain", "glm4_moe_plain", "moonlight", "olmoe", "qwen2_moe"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,19 +22,13 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, raise_misfit, weight_shapes
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
-from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, Rule, passthrough_layer
-from megatron_selfdistill.model import ADAPTER_SUFFIX
-
-NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
-"""The prefixes of keys in a checkpoint that do not belong to the model."""
-
-NOT_BUILT = ("mtp.", PASSTHROUGH)
-"""The prefixes of multi-token-prediction layers, which some checkpoints have and no model of this program has."""
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.hf.rules import Rule, passthrough_layer
+from megatron_selfdistill.interop.legacy import LegacyReader
+from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -114,26 +108,6 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     return _LegacyWeights(found) if legacy else _TorchDistWeights(found)
 
 
-def weight_shapes(source: TorchDistReader) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors in a torch_dist checkpoint by key, without the state of the optimizer.
-
-    The state of a parameter has a key that ends like the key of the parameter itself.
-    """
-    return {key: shape for key, shape in source.shapes.items() if not key.startswith(NOT_WEIGHTS)}
-
-
-def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
-    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
-
-    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
-    """
-    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
-    if held != {rank}:
-        raise CheckpointError(
-            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
-        )
-
-
 class _StoredWeights(Weights, Protocol):
     def place(self, rule: Rule) -> Place | None: ...
 
@@ -175,7 +149,7 @@ class _TorchDistWeights(_StoredWeights):
             shape = self._source.shapes[key]
             used.setdefault(key, []).append(len(index))
             faults += _shape_faults(rule, shape[len(index) :])
-        for key, shape in weight_shapes(self._source).items():
+        for key, shape in weight_shapes(self._source.shapes).items():
             if key not in used:
                 faults.append(f"{key} is unexpected")
             elif (count := math.prod(shape[: used[key][0]])) != len(used[key]):
@@ -191,7 +165,7 @@ class _TorchDistWeights(_StoredWeights):
 
     def sizes(self) -> dict[torch.dtype, int]:
         sizes: dict[torch.dtype, int] = {}
-        for key, shape in weight_shapes(self._source).items():
+        for key, shape in weight_shapes(self._source.shapes).items():
             dtype = self._source.dtype(key)
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
         return sizes
@@ -266,32 +240,3 @@ def _num_passthrough_layers(names: Iterable[str]) -> int:
 
 def _shown(rule: Rule) -> str:
     return shown(rule.megatron.key, rule.megatron.index)
-
-
-def raise_misfit(path: Path, faults: Sequence[str]) -> None:
-    """Raise CheckpointError with the first of ``faults``, the differences to the model, if there are any."""
-    if faults:
-        raise CheckpointError(f"{path} does not fit this model: {first_few(faults)}")
-
-
-def is_finite(tensor: Tensor) -> Tensor:
-    """Return whether all elements are finite, as a boolean scalar on the tensor's device; True for integers.
-
-    The function makes one pass without a temporary tensor: NaN propagates through the minimum and the maximum, and an
-    infinity is the minimum or the maximum.
-    """
-    if not tensor.numel() or not tensor.is_floating_point():
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    low, high = torch.aminmax(tensor.detach())
-    return torch.isfinite(low) & torch.isfinite(high)
-
-
-def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of the tensors that hold a NaN or an infinity; wait for the device once."""
-    names, flags = [], []
-    for name, tensor in named:
-        names.append(name)
-        flags.append(is_finite(tensor))
-    if not flags:
-        return []
-    return [name for name, finite in zip(names, torch.stack(flags).tolist(), strict=True) if not finite]

@@ -13,12 +13,12 @@ import models
 import pytest
 import torch
 
-from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.model.model_values import differences
 
 ONE = ParallelConfig()

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.hf_files import WeightFiles, weight_files
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.hf_files import WeightFiles, weight_files
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {

@@ -15,13 +15,13 @@ import hf_models
 import pytest
 import torch
 
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.describe import describe, megatron_lm_usage
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.model.model_values import differences
 
 INEXPRESSIBLE = ("llama_linear", "deepseek_v3", "moonlight", "olmoe", "minimax_m2")

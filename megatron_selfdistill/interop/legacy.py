@@ -25,9 +25,6 @@ from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, 
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
 
-FILE = LEGACY_FILE
-"""The name of a rank's file."""
-
 
 @dataclass(frozen=True)
 class _Rank:
@@ -55,9 +52,9 @@ class LegacyReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        files = {file.parent.name: file for file in sorted(self.directory.glob(f"mp_rank_*/{FILE}"))}
+        files = {file.parent.name: file for file in sorted(self.directory.glob(f"mp_rank_*/{LEGACY_FILE}"))}
         if not files:
-            raise CheckpointError(f"{directory} has no mp_rank_*/{FILE}")
+            raise CheckpointError(f"{directory} has no mp_rank_*/{LEGACY_FILE}")
         first = load_pickled(next(iter(files.values())), mmap=True)
         self.args = _arguments(first, self.directory)
         self.iteration = int(first.get("iteration") or 0)
