@@ -233,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.checkpoint.formats.directory import require_free
     from megatron_selfdistill.interop.hf_files import require_hugging_face
+    from megatron_selfdistill.interop.new_directory import require_free
 
     named = vars(arguments)
     if "out" in named:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -17,7 +18,7 @@ from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
-from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.full_weights import Weights, open_weights
@@ -110,6 +111,32 @@ def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[st
     if flags.not_expressible:
         lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
     return lines
+
+
+def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
+    """Return the number of rows of embedding and output layer without padding.
+
+    The number comes from the stored arguments, else from the tokenizer of the checkpoint, else from the rows on disk.
+    A model may have more rows than its tokenizer has tokens, but neither fewer rows nor more rows than are on disk.
+
+    Raises: CheckpointError with all three numbers where they contradict each other, or where the function cannot decide
+    whether rows are padding.
+    """
+    stored = stored_vocab_size(args) if args is not None else None
+    padded = getattr(args, "padded_vocab_size", None) if args is not None else None
+    shown = (
+        f"the arguments say {stored} ({padded} with padding), the tokenizer has {tokenizer_size} tokens, {num_rows} "
+        "rows are on disk"
+    )
+    chosen = next((size for size in (stored, tokenizer_size) if size is not None), num_rows)
+    if chosen > num_rows or (tokenizer_size or 0) > chosen or (stored is not None and (padded or num_rows) < stored):
+        raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    if stored is None and tokenizer_size is not None and num_rows != tokenizer_size:
+        divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
+        tp_size = getattr(args, "tensor_model_parallel_size", None) or 1
+        if num_rows != math.ceil(tokenizer_size / (divisor * tp_size)) * divisor * tp_size:
+            raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    return chosen
 
 
 def num_tokens(assets: Path | None) -> int | None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
@@ -42,6 +42,7 @@ from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_r
 from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.hf_files import contained, read_config
+from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
 from megatron_selfdistill.interop.torch_dist_tensors import Piece
 from megatron_selfdistill.model import ADAPTER_SUFFIX
@@ -69,7 +70,7 @@ def megatron_to_peft(
     Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
     """
     out, progress = Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     weights = open_weights(megatron, iteration)
     adapters = require_adapters(weights.path)
     verify_checksums(weights, progress.report)
@@ -78,7 +79,7 @@ def megatron_to_peft(
     weights.check_shapes(rules)
     num_bytes = sum(math.prod(s) for rule in rules for s in rule.hf_shapes) * 4
     finite = FiniteCheck(str(weights.path), None, progress)
-    with directory.created(out, num_bytes) as temporary:
+    with created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         tensors: dict[str, Tensor] = {}
         for rule in rules:
@@ -108,7 +109,7 @@ def peft_to_megatron(
     Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
     """
     peft, out, progress = Path(peft), Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     config, tensors = read_peft(peft, progress)
     if read_stored_adapters(base) is not None:
         raise CheckpointError(f"{base} holds adapters alone, expected the full weights below the adapters of {peft}")

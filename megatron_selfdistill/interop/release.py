@@ -21,6 +21,7 @@ from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop import torch_dist_tensors
 from megatron_selfdistill.interop.hf_files import copy_description, hf_assets
+from megatron_selfdistill.interop.new_directory import created
 from megatron_selfdistill.interop.torch_dist_tensors import Piece
 
 
@@ -81,7 +82,7 @@ def write_release(
         SECTION: {"kind": "conversion"},
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
-    with directory.created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
+    with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
         torch_dist_tensors.write(release, pieces, common, empty_objects=empty_objects, progress=progress.advance)

@@ -18,7 +18,6 @@ import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,42 +304,6 @@ def publish(temporary: Temporary, target: Path) -> None:
     sync(target.parent)
     temporary.remove()  # removes the lock
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def publish_new(temporary: Temporary, target: Path) -> None:
-    """Rename a directory whose files are synced to ``target``, which must not exist.
-
-    Raises: CheckpointError where ``target`` exists; the function replaces nothing.
-    """
-    require_free(target)
-    sync(temporary.path)
-    temporary.path.rename(target)
-    sync(target.parent)
-    temporary.remove()  # removes the lock
-
-
-@contextlib.contextmanager
-def created(target: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error.
-
-    Raises: CheckpointError where ``target`` exists, or the disk has less than ``num_bytes`` and 1 MiB free.
-    """
-    target = target.absolute()
-    temporary = begin(target.parent, target.name, num_bytes + 2**20)
-    try:
-        yield temporary.path
-        publish_new(temporary, target)
-    except BaseException:
-        temporary.remove()
-        raise
-    finally:
-        temporary.release()
-
-
-def require_free(target: Path) -> None:
-    """Raise CheckpointError if ``target`` exists and is not an empty directory."""
-    if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
-        raise CheckpointError(f"{target} exists and is not overwritten: choose another name, or remove it")
 
 
 def set_latest(target: Path) -> None:

@@ -27,7 +27,6 @@ from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.commands.given_model import find_model
 from megatron_selfdistill.config import ParallelConfig, load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.describe import describe
@@ -74,7 +73,7 @@ def test_without_the_original_config_transformers_computes_the_same(hf_directory
 
     hf = hf_directory(kind)
     release = hf_to_megatron(hf, tmp_path / "megatron")
-    shutil.rmtree(release / conversion.HF_ASSETS)
+    shutil.rmtree(release / HF_ASSETS)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     if kind not in NAMED_OTHERWISE:
         assert_same_tensors(hf, tmp_path / "back")

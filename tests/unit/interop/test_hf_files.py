@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.release import Progress
 
@@ -397,4 +397,4 @@ def test_a_hugging_face_directory_as_checkpoint_is_refused_with_the_command_that
     directory = hf_directory(KIND)
     with pytest.raises(CheckpointError, match=rf"is a Hugging Face directory.*hf-to-megatron --hf {directory} --out"):
         stored_args(directory)
-    assert conversion.HF_ASSETS not in {path.name for path in directory.iterdir()}
+    assert HF_ASSETS not in {path.name for path in directory.iterdir()}

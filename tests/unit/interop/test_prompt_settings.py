@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.checkpoint.formats import saved_run
-from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun, write_prompt_settings
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop import conversion
+from megatron_selfdistill.interop.conversion import write_prompt_settings
 
 TEMPLATE = "{% for m in messages %}<U>{{ m.content }}</U>{% endfor %}"
 
@@ -28,7 +29,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, An
             raise CheckpointError("no run")
         return SavedRun(path, {}, {}, {"configuration": {"data": data}})
 
-    monkeypatch.setattr(saved_run, "read_saved_run", read)
+    monkeypatch.setattr(conversion, "read_saved_run", read)
     lines: list[str] = []
     write_prompt_settings(checkpoint, out, lines.append)
     return (out / "chat_template.jinja").read_text(), lines

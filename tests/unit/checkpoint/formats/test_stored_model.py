@@ -20,11 +20,11 @@ from megatron_selfdistill.checkpoint.formats.stored_model import (
     architecture_from_args,
     reconcile,
     stored_vocab_size,
-    true_vocab_size,
     with_stored_architecture,
 )
 from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.describe import true_vocab_size
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.model.model_values import differences
