@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import multiprocessing
-import os
 import pickle
 import queue
 import re
@@ -121,10 +119,7 @@ def unwritten(what: str, error: BaseException) -> CheckpointError:
         first = min(error.failures.items(), default=None)
         error = first[1][0] if first is not None else RuntimeError("Worker failure: rank 0 says why")
     reason = error_message(error).removeprefix("RuntimeError: Worker failure: ")
-    signs = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "unexpected pos")  # the last one is torch's
-    full = any(sign in reason for sign in signs)
-    remedy = ": make room on the disk, lower checkpoint.keep_last, or raise the limit of `ulimit -f`" if full else ""
-    return CheckpointError(f"could not write {what}: {reason}{remedy}")
+    return CheckpointError(f"could not write {what}: {reason}")
 
 
 def report_death(code: int) -> None:

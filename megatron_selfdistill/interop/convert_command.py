@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
     from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
     from megatron_selfdistill.interop.hf_files import require_hugging_face
     from megatron_selfdistill.interop.new_directory import require_free
 
@@ -243,7 +244,7 @@ def _check(arguments: argparse.Namespace) -> None:
         require_hugging_face(arguments.hf)
     if "megatron" in named:
         prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
-    if "checkpoint" in named and not prechecks.is_hugging_face(arguments.checkpoint):
+    if "checkpoint" in named and not is_hugging_face(arguments.checkpoint):
         prechecks.require_checkpoint(arguments.checkpoint)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_hugging_face
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
@@ -28,7 +28,6 @@ from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.interop.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.model.model_values import architecture
-from megatron_selfdistill.prechecks import is_hugging_face
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
@@ -40,11 +41,7 @@ from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.model_values import differences
-from megatron_selfdistill.prechecks import (
-    is_hugging_face,
-    require_checkpoint,
-    tokenizer_directory,
-)
+from megatron_selfdistill.prechecks import require_checkpoint, tokenizer_directory
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""

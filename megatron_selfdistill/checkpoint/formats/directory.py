@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
 import uuid
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,10 +140,15 @@ def is_legacy(directory: Path) -> bool:
     return any(directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Return whether ``path`` is a Hugging Face directory and no Megatron checkpoint."""
+    chosen = tracked(path) or path
+    return (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file()
+
+
 def refuse_hugging_face(path: Path) -> None:
     """Raise CheckpointError, with the command for a conversion, where ``path`` is a Hugging Face directory."""
-    chosen = tracked(path) or path
-    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+    if is_hugging_face(path):
         raise CheckpointError(
             f"{path} is a Hugging Face directory, expected a Megatron checkpoint: convert it with "
             f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_DIRECTORY`, and name NEW_DIRECTORY"
@@ -153,56 +156,25 @@ def refuse_hugging_face(path: Path) -> None:
 
 
 def lacks(path: Path) -> str | None:
-    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
-
-    Of the contents of files, the function reads those of metadata.json.
-    """
+    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None."""
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a directory"
-    for name in ("metadata.json", ".metadata"):
-        if not (path / name).is_file():
-            return f"has no {name}"
-    try:
-        description = json.loads((path / "metadata.json").read_bytes())
-        written = f"{description['sharded_backend']} {description['sharded_backend_version']}"
-    except (ValueError, TypeError, KeyError) as error:
-        return f"has a corrupt metadata.json ({type(error).__name__}: {error})"
-    if written != "torch_dist 1":
-        return f"was written in the format {written} of another or a newer Megatron Core, expected torch_dist 1"
-    if not (
-        path / "common.pt"
-    ).is_file():  # since 0.19, Megatron Core stores the same state in the files of the tensors
-        return "has no common.pt" if "common_backend" in description else None
-    return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
+    return next((f"has no {name}" for name in ("metadata.json", ".metadata") if not (path / name).is_file()), None)
 
 
 def incomplete(path: Path) -> str | None:
     """Return why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is complete.
 
-    Every file must have the size of its entry in the manifest.  In a checkpoint of another program, which has no
-    manifest, every file must have at least the size that Megatron's ``.metadata`` implies.  The function reads no
-    contents of files.
+    Every file must have the size of its entry in the manifest; other programs write no manifest.  The function reads
+    no contents of files.
     """
     if (fault := lacks(path)) is not None:
         return fault
-    from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch, which takes seconds
-
     try:
         entries = manifest.read(path)
-        if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
-            return fault
-        storage = load_metadata(path).storage_data
     except CheckpointError as error:
         return str(error).removeprefix(f"{path} ")
-    ends: dict[str, int] = {}
-    for place in storage.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in ends.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else 0
-        if size < end:
-            return f"has {size} bytes of {name}, expected {end}"
-    return None
+    return None if entries is None else manifest.wrong_size(path, entries)
 
 
 def unverifiable(path: Path) -> str | None:
