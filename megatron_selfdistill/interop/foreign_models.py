@@ -76,7 +76,7 @@ def load_legacy(path: Path, chunks: Sequence[torch.nn.Module], vocab_size: int |
             key, index, expected = sharded_io.place_of(shard)
             place = source.place(key, index)
             assert place is not None
-            _copy(source.read(place, expected), shard)
+            _copy(source.read_at(place, expected), shard)
 
     with state.gathered_parameters(chunks):
         run_on_each_rank(fill)

@@ -12,19 +12,17 @@ Layer specs, stacking and padding make no difference to the caller.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, raise_misfit, weight_shapes
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, raise_misfit
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf.rules import Rule, passthrough_layer
 from megatron_selfdistill.interop.legacy import LegacyReader
@@ -33,51 +31,88 @@ from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-class Weights(Protocol):
+class Weights:
     """The weights of a complete Megatron checkpoint."""
 
-    path: Path
-    format: str
-    """The format: ``torch_dist``, or ``torch`` for legacy."""
-    args: argparse.Namespace | None
-    """The stored arguments; None if the checkpoint stores no arguments."""
-    iteration: int
-    """The iteration of the checkpoint; 0 for ``release``."""
+    def __init__(
+        self,
+        path: Path,
+        checkpoint_format: str,
+        source: TorchDistReader | LegacyReader,
+        args: argparse.Namespace | None,
+        iteration: int,
+    ) -> None:
+        """Read from ``source``, the tensors of the checkpoint ``path``.
+
+        ``checkpoint_format``: ``torch_dist``, or ``torch`` for legacy.  ``args``: the stored arguments; None if the
+        checkpoint stores none.  ``iteration``: that of the checkpoint; 0 for ``release``.
+        """
+        self.path, self.format, self.source, self.args, self.iteration = (
+            path,
+            checkpoint_format,
+            source,
+            args,
+            iteration,
+        )
 
     @property
     def num_rows(self) -> int:
         """The number of rows of the stored embedding, including padding."""
-        ...
+        place = self.source.place(_EMBEDDING, ())
+        if place is None:
+            raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
+        return self.source.full_shape(place, ())[0]
 
     @property
     def num_passthrough_layers(self) -> int:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        return _num_passthrough_layers(self.passthrough)
+        return len({passthrough_layer(name) for name in self.passthrough if name.startswith(("model.layers.", "mtp."))})
 
     @property
     def passthrough(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
-        return {}
+        shapes = self.source.shapes if isinstance(self.source, TorchDistReader) else {}
+        return {key.removeprefix(PASSTHROUGH): shapes[key] for key in shapes if key.startswith(PASSTHROUGH)}
 
     def holds(self, rule: Rule) -> bool:
         """Return whether the checkpoint holds the tensor of ``rule``."""
-        ...
+        return self._place(rule) is not None
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
-        ...
+        faults, used = [], set[Place]()
+        for rule in rules:
+            place = self._place(rule)
+            if place is None:
+                faults.append(f"{_shown(rule)} is missing")
+                continue
+            used.add(place)
+            found = self.source.full_shape(place, rule.shape)
+            padded = rule.vocabulary and len(found) == len(rule.shape) and found[0] >= rule.shape[0]
+            if found != rule.shape and not (padded and found[1:] == rule.shape[1:]):
+                faults.append(f"{_shown(rule)} has shape {list(found)}, expected {list(rule.shape)}")
+        raise_misfit(self.path, [*faults, *self.source.unused(used)])
 
     def dtype(self, rule: Rule) -> torch.dtype:
         """Return the type of the stored tensor of ``rule``."""
-        ...
+        return self.source.dtype_at(self._known_place(rule))
 
     def read(self, rule: Rule) -> Tensor:
         """Return the tensor of ``rule``, without padding."""
-        ...
+        return self.source.read_at(self._known_place(rule), rule.shape, rule.shape[0] if rule.vocabulary else None)
 
     def sizes(self) -> dict[torch.dtype, int]:
         """Return the number of elements of the model's tensors by type, including padding."""
-        ...
+        return self.source.sizes()
+
+    def _place(self, rule: Rule) -> Place | None:
+        return self.source.place(rule.megatron.key, rule.megatron.index)
+
+    def _known_place(self, rule: Rule) -> Place:
+        place = self._place(rule)
+        if place is None:
+            raise CheckpointError(f"{self.path} does not fit this model: {_shown(rule)} is missing")
+        return place
 
 
 def verify_checksums(weights: Weights, report: Callable[[str], None] = lambda _: None) -> None:
@@ -100,142 +135,16 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file.  ``iteration``: the
     iteration to open instead of the tracked iteration.
 
-    Raises: CheckpointError for a missing or corrupt checkpoint; the message names the newest complete checkpoint
-    nearby.
+    Raises: CheckpointError for a missing or corrupt checkpoint.
     """
-    path = Path(path)
-    found, legacy = find(directory.of_iteration(path, iteration))
-    return _LegacyWeights(found) if legacy else _TorchDistWeights(found)
-
-
-class _StoredWeights(Weights, Protocol):
-    def place(self, rule: Rule) -> Place | None: ...
-
-    def holds(self, rule: Rule) -> bool:
-        return self.place(rule) is not None
-
-
-class _TorchDistWeights(_StoredWeights):
-    """The `Weights` of a torch_dist checkpoint."""
-
-    format = "torch_dist"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._source = TorchDistReader(path)
-        common = self._source.common
-        self.args = common.get("args")
-        self.iteration = int(common.get("iteration") or directory.iteration_of(path))
-
-    @property
-    def num_rows(self) -> int:
-        if _EMBEDDING not in self._source.shapes:
-            raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
-        return self._source.shapes[_EMBEDDING][0]
-
-    @property
-    def passthrough(self) -> dict[str, tuple[int, ...]]:
-        shapes = self._source.shapes
-        return {key.removeprefix(PASSTHROUGH): shapes[key] for key in shapes if key.startswith(PASSTHROUGH)}
-
-    def check_shapes(self, rules: Sequence[Rule]) -> None:
-        faults, used = [], dict[str, list[int]]()
-        for rule in rules:
-            place = self.place(rule)
-            if place is None:
-                faults.append(f"{_shown(rule)} is missing")
-                continue
-            key, index = place
-            shape = self._source.shapes[key]
-            used.setdefault(key, []).append(len(index))
-            faults += _shape_faults(rule, shape[len(index) :])
-        for key, shape in weight_shapes(self._source.shapes).items():
-            if key not in used:
-                faults.append(f"{key} is unexpected")
-            elif (count := math.prod(shape[: used[key][0]])) != len(used[key]):
-                faults.append(f"{key} holds {count} tensors, expected {len(used[key])}")
-        raise_misfit(self.path, faults)
-
-    def dtype(self, rule: Rule) -> torch.dtype:
-        return self._source.dtype(_known(self, rule)[0])
-
-    def read(self, rule: Rule) -> Tensor:
-        key, index = _known(self, rule)
-        return self._source.read(key, index, rule.shape[0] if rule.vocabulary else None)
-
-    def sizes(self) -> dict[torch.dtype, int]:
-        sizes: dict[torch.dtype, int] = {}
-        for key, shape in weight_shapes(self._source.shapes).items():
-            dtype = self._source.dtype(key)
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-        return sizes
-
-    def place(self, rule: Rule) -> Place | None:
-        found = (place for place in places(rule.megatron.key, rule.megatron.index) if place[0] in self._source.shapes)
-        return next(found, None)
-
-
-class _LegacyWeights(_StoredWeights):
-    """The `Weights` of a legacy checkpoint."""
-
-    format = "torch"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._source = LegacyReader(path)
-        self.args: argparse.Namespace | None = self._source.args
-        self.iteration = self._source.iteration
-
-    @property
-    def num_rows(self) -> int:
-        place = self._source.place(_EMBEDDING, ())
-        if place is None:
-            raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
-        return self._source.full_shape(place, ())[0]
-
-    def check_shapes(self, rules: Sequence[Rule]) -> None:
-        faults, used = [], set()
-        for rule in rules:
-            place = self.place(rule)
-            if place is None:
-                faults.append(f"{_shown(rule)} is missing")
-                continue
-            used.add(place)
-            faults += _shape_faults(rule, self._source.full_shape(place, rule.shape))
-        faults += [f"{shown(key, index)} is unexpected" for key, index in sorted(self._source.tensors - used)]
-        raise_misfit(self.path, faults)
-
-    def dtype(self, rule: Rule) -> torch.dtype:
-        return self._source.dtype(_known(self, rule))
-
-    def read(self, rule: Rule) -> Tensor:
-        tensor = self._source.read(_known(self, rule), rule.shape)
-        return tensor[: rule.shape[0]] if rule.vocabulary else tensor
-
-    def sizes(self) -> dict[torch.dtype, int]:
-        return self._source.sizes()
-
-    def place(self, rule: Rule) -> Place | None:
-        return self._source.place(rule.megatron.key, rule.megatron.index)
-
-
-def _known(weights: _StoredWeights, rule: Rule) -> Place:
-    place = weights.place(rule)
-    if place is None:
-        raise CheckpointError(f"{weights.path} does not fit this model: {_shown(rule)} is missing")
-    return place
-
-
-def _shape_faults(rule: Rule, found: tuple[int, ...]) -> list[str]:
-    padded = rule.vocabulary and len(found) == len(rule.shape) and found[0] >= rule.shape[0]
-    if found == rule.shape or (padded and found[1:] == rule.shape[1:]):
-        return []
-    return [f"{_shown(rule)} has shape {list(found)}, expected {list(rule.shape)}"]
-
-
-def _num_passthrough_layers(names: Iterable[str]) -> int:
-    """Return the number of multi-token-prediction layers in names such as ``model.layers.61.eh_proj.weight``."""
-    return len({passthrough_layer(name) for name in names if name.startswith(("model.layers.", "mtp."))})
+    found, is_legacy = find(directory.of_iteration(Path(path), iteration))
+    if is_legacy:
+        legacy = LegacyReader(found)
+        return Weights(found, "torch", legacy, legacy.args, legacy.iteration)
+    source = TorchDistReader(found)
+    common = source.common
+    stored = int(common.get("iteration") or directory.iteration_of(found))
+    return Weights(found, "torch_dist", source, common.get("args"), stored)
 
 
 def _shown(rule: Rule) -> str:

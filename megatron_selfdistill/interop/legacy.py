@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class LegacyReader:
         """Return the place of a tensor in this checkpoint, under any of its names; None if the tensor is missing."""
         return next((place for place in places(key, index) if place in self._shards), None)
 
-    def dtype(self, place: Place) -> torch.dtype:
+    def dtype_at(self, place: Place) -> torch.dtype:
         """Return the type of the tensor at ``place``."""
         return self._load(self._shards[place][0]).dtype
 
@@ -89,8 +90,12 @@ class LegacyReader:
             full[axis] = sum(shape[axis] for shape in shapes)
         return tuple(full)
 
-    def read(self, place: Place, expected: tuple[int, ...]) -> Tensor:
-        """Return the full tensor, in the shape of `full_shape`."""
+    def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
+        """Return the full tensor, in the shape of `full_shape`, or its first ``num_rows`` rows."""
+        tensor = self._joined(place, expected)
+        return tensor if num_rows is None else tensor[:num_rows]
+
+    def _joined(self, place: Place, expected: tuple[int, ...]) -> Tensor:
         parts = [self._load(shard) for shard in self._tensor_parallel(place)]
         axis = _cut_axis(place[0], [tuple(part.shape) for part in parts], expected)
         if axis is None:
@@ -110,6 +115,10 @@ class LegacyReader:
             count = parts[0].numel() if is_replicated else sum(part.numel() for part in parts)
             sizes[parts[0].dtype] = sizes.get(parts[0].dtype, 0) + count
         return sizes
+
+    def unused(self, used: Collection[Place]) -> list[str]:
+        """Return a fault for each tensor that has no place in ``used``."""
+        return [f"{shown(*place)} is unexpected" for place in sorted(self.tensors - set(used))]
 
     def _tensor_parallel(self, place: Place) -> list[_Shard]:
         """Return one shard per tensor-parallel rank, in order, without replicas."""

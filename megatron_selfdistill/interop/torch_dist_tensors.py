@@ -20,8 +20,8 @@ import math
 import mmap
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,8 @@ from torch.futures import Future
 
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.manifest import Entry, sync
-from megatron_selfdistill.checkpoint.formats.tensor_names import shown
+from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import COMMON_STATE, WRITTEN_WITH, read_common
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.compat import older_megatron
@@ -304,6 +305,40 @@ class TorchDistReader:
     def objects(self) -> list[str]:
         """The keys of the stored objects that are no tensors."""
         return [key for key in self._metadata.state_dict_metadata if key not in self._tensors]
+
+    def place(self, key: str, index: tuple[int, ...]) -> Place | None:
+        """Return the place of a tensor in this checkpoint, under any of its names; None if the tensor is missing."""
+        return next((place for place in places(key, index) if place[0] in self.shapes), None)
+
+    def full_shape(self, place: Place, expected: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the tensor at ``place``, which does not depend on ``expected`` here."""
+        return self.shapes[place[0]][len(place[1]) :]
+
+    def dtype_at(self, place: Place) -> torch.dtype:
+        """Return the type of the tensor at ``place``."""
+        return self.dtype(place[0])
+
+    def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
+        """Return the tensor at ``place``, or its first ``num_rows`` rows; see `read`."""
+        return self.read(*place, num_rows)
+
+    def sizes(self) -> dict[torch.dtype, int]:
+        """Return the number of elements of the model's tensors by type, including padding."""
+        sizes: Counter[torch.dtype] = Counter()
+        for key, shape in weight_shapes(self.shapes).items():
+            sizes[self.dtype(key)] += math.prod(shape)
+        return sizes
+
+    def unused(self, used: Collection[Place]) -> list[str]:
+        """Return a fault for each tensor of the model that has no place in ``used``, or some of whose places lack."""
+        counts, depths = Counter(key for key, _ in used), {key: len(index) for key, index in used}
+        faults = []
+        for key, shape in weight_shapes(self.shapes).items():
+            if key not in counts:
+                faults.append(f"{key} is unexpected")
+            elif (count := math.prod(shape[: depths[key]])) != counts[key]:
+                faults.append(f"{key} holds {count} tensors, expected {counts[key]}")
+        return faults
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of the tensor that is stored under ``key``."""
