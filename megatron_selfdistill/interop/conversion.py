@@ -39,7 +39,7 @@ from megatron_selfdistill.interop.hf.mapping import (
     tied_output_layer,
 )
 from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, dequantise_blocks, passthrough_layer, rows
-from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config, without_lost_code
+from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
 from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
 from megatron_selfdistill.interop.new_directory import created, require_free
@@ -135,7 +135,6 @@ def megatron_to_hf(
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         write_prompt_settings(weights.path, temporary, progress.report)
-        config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
     if isinstance(weights, MergedWeights):

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_hugging_face
-from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
@@ -72,15 +71,9 @@ def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
 
 
 def _origin(weights: Weights) -> dict[str, str]:
-    """Return the layout that wrote the checkpoint, and the state of its manifest."""
+    """Return the layout that wrote the checkpoint."""
     sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
-    if (weights.path / manifest.NAME).is_file():
-        found = "sizes agree"
-    else:
-        found = (
-            "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
-        )
-    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items()), "manifest": found}
+    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())}
 
 
 def megatron_lm_usage(path: Path) -> dict[str, str]:

@@ -191,27 +191,3 @@ def hf_assets(source: Path) -> Iterator[Path]:
 def _is_about_weights(file: Path) -> bool:
     name = file.name
     return name == CONFIG or file.suffix in _WEIGHTS or name.endswith(".index.json") or name in _ABOUT_OTHER_WEIGHTS
-
-
-def without_lost_code(config: dict[str, Any], directory: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """Return ``config`` without the entries of ``auto_map`` whose Python file is not in ``directory``.
-
-    transformers would look for the file and fail, although transformers has its own class for the architecture.
-    """
-    found = config.get("auto_map")
-    if not isinstance(found, dict):
-        return config
-    kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
-    if lost := sorted(found.keys() - kept.keys()):
-        report(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
-    rest = {name: value for name, value in config.items() if name != "auto_map"}
-    return {**rest, "auto_map": kept} if kept else rest
-
-
-def _has_code(reference: Any, directory: Path) -> bool:
-    """Return whether the file of ``modeling_x.Model``, or of each entry of a list, is available.
-
-    A reference ``org/name--x.Model`` is available on the hub.
-    """
-    references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
-    return all("--" in r or (directory / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)
