@@ -71,6 +71,15 @@ def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
     return model
 
 
+def expert_fields(config: HFConfig, count: str = "num_experts", width: str = "moe_intermediate_size") -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for the number of experts, the chosen ones and their width."""
+    return {
+        "num_moe_experts": config[count],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config[width],
+    }
+
+
 def write_common(arch: dict[str, Any]) -> dict[str, Any]:
     """Return the shared fields of config.json for ``arch``: the inverse of `read_common`."""
     return {
@@ -166,8 +175,8 @@ QWEN3 = Family(
 def _read_phi(config: HFConfig) -> ModelConfig:
     rope = read_rope(config)
     if rope.kind != "default":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default is known here, since the "
+        raise config.error(
+            f"has rope_type={rope.kind!r}: only default is known here, since the "
             "factors of longrope depend on the length of the sequence"
         )
     return read_common(config, transformer=window_keys(config, every_layer(config)), **llama3_fields(rope, config))
@@ -246,9 +255,8 @@ def _layers_with_rope_smollm(config: HFConfig) -> list[int]:
         interval = config["no_rope_layer_interval"]
         return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if len(given) != num_layers:
-        raise ConfigError(
-            f"config.json of {config.architecture} has {len(given)} entries in no_rope_layers, expected one for each "
-            f"of the {num_layers} layers"
+        raise config.error(
+            f"has {len(given)} entries in no_rope_layers, expected one for each of the {num_layers} layers"
         )
     return [int(bool(rope)) for rope in given]
 

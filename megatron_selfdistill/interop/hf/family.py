@@ -34,6 +34,10 @@ class HFConfig:
         """Return the value of ``key`` in the config.json itself; None if it has none."""
         return self[key] if key in self.values else None
 
+    def error(self, fault: str) -> ConfigError:
+        """Return the error of a config.json that ``fault``, such as "has no layer with experts"."""
+        return ConfigError(f"{self.owner} {fault}")
+
     def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
         """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
         if self[key] not in allowed:

@@ -39,13 +39,12 @@ def _refuse_growing_queries(config: HFConfig, rope: dict[str, Any]) -> None:
     """
     beta, original, longest = rope.get(_BETA), rope.get(_ORIGINAL), config["max_position_embeddings"]
     if beta is None or original is None:
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_parameters without {_BETA if beta is None else _ORIGINAL}, "
-            "which transformers needs"
+        raise config.error(
+            f"has rope_parameters without {_BETA if beta is None else _ORIGINAL}, which transformers needs"
         )
     if beta and longest > original:
-        raise ConfigError(
-            f"config.json of {config.architecture} has {_BETA}={beta}, by which queries grow from position {original} "
+        raise config.error(
+            f"has {_BETA}={beta}, by which queries grow from position {original} "
             "on, but Megatron has no such factor; if no sequence is longer, set max_position_embeddings to "
             f"{original}"
         )
@@ -119,8 +118,8 @@ def _read_mistral3(config: HFConfig) -> ModelConfig:
     family = next(family for family in _TEXT_FAMILIES.values() if family.architecture == architecture)
     model = family.model_config(text)
     if differences(model, family.model_config(text | {"layer_types": None})):
-        raise ConfigError(
-            f"{config.owner} has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
+        raise config.error(
+            f"has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
             "this model: remove layer_types"
         )
     return model

@@ -50,17 +50,15 @@ def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     """
     rope = _rope(config)
     if rope.partial != 1 and not partial:
-        raise ConfigError(
-            f"config.json of {config.architecture} has partial_rotary_factor={rope.partial}: only 1 is known here"
-        )
+        raise config.error(f"has partial_rotary_factor={rope.partial}: only 1 is known here")
     return rope
 
 
 def _rope(config: HFConfig) -> Rope:
     scaling, parameters = config.given("rope_scaling"), config.given("rope_parameters")
     if scaling and parameters and _read(config, "rope_scaling") != _read(config, "rope_parameters"):
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_scaling={scaling} and rope_parameters={parameters}, which "
+        raise config.error(
+            f"has rope_scaling={scaling} and rope_parameters={parameters}, which "
             "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
         )
     return _read(config, "rope_scaling" if scaling else "rope_parameters")
@@ -87,7 +85,7 @@ def _checked(config: HFConfig, entry: str, given: Mapping[str, Any]) -> dict[str
         if name in FIELDS:
             checked(name, value, config.owner, entry)
         elif isinstance(value, dict):
-            raise ConfigError(f"{config.owner} has another rope per kind of layer in {entry}, which Megatron lacks")
+            raise config.error(f"has another rope per kind of layer in {entry}, which Megatron lacks")
     return dict(given)
 
 
@@ -106,10 +104,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     elif rope.kind in ("default", "llama3"):
         fields = llama3_fields(rope, config)
     else:
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default, linear, llama3 and yarn "
-            "are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default, linear, llama3 and yarn are known here")
     if rope.kind == "yarn" and rope.partial != 1:
         raise ConfigError(
             f"config.json has yarn rope with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all "
@@ -134,7 +129,7 @@ def write_rotary(arch: dict[str, Any]) -> dict[str, Any]:
 def _required(rope: Rope, name: str, config: HFConfig) -> Any:
     value = rope.parameters.get(name)
     if value is None:
-        raise ConfigError(f"config.json of {config.architecture} has {rope.kind} rope without {name}")
+        raise config.error(f"has {rope.kind} rope without {name}")
     return value
 
 
@@ -144,9 +139,7 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     if rope.kind == "default":
         return fields
     if rope.kind != "llama3":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default and llama3 are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default and llama3 are known here")
     for name, expected in _LLAMA3.items():
         got = rope.parameters.get(name)
         if got is None and name == "original_max_position_embeddings":
@@ -229,9 +222,7 @@ def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     if rope.kind == "default":
         return {"rope_type": "rope"}
     if rope.kind != "yarn":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default and yarn are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default and yarn are known here")
     given = rope.parameters
     if given.get("attention_factor") is not None:
         raise ConfigError("config.json has yarn rope with attention_factor, which Megatron derives from mscale alone")
