@@ -12,14 +12,10 @@ Memory of the writer: one piece, and the next one where the next one is small.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import errno
 import io
 import json
 import math
-import mmap
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,8 +54,6 @@ MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
 T = TypeVar("T")
 R = TypeVar("R")
-_POPULATE_READ = 22
-"""Linux's MADV_POPULATE_READ: read all pages now, and report an error of the disk instead of a SIGBUS later."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +339,7 @@ class TorchDistReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
-        """Return ``stored[key][index]``, or its first ``num_rows`` rows; the tensor may be mapped from the file."""
+        """Return ``stored[key][index]``, or its first ``num_rows`` rows."""
         shape = self.shapes[key][len(index) :]
         sizes = shape if num_rows is None else (num_rows, *shape[1:])
         start, end = (*index, *(0 for _ in sizes)), (*(i + 1 for i in index), *sizes)
@@ -359,7 +353,7 @@ class TorchDistReader:
             if target is None and part.numel() == math.prod(sizes):
                 return part.reshape(sizes)
             if target is None:
-                target = _in_large_pages([b - a for a, b in zip(start, end, strict=True)], part.dtype)
+                target = torch.empty([b - a for a, b in zip(start, end, strict=True)], dtype=part.dtype)
             target[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))] = part
             covered += part.numel()
             del part
@@ -380,7 +374,8 @@ class TorchDistReader:
         self._kept = None  # frees the memory before the next chunk needs it
         place = self._metadata.storage_data[index]
         try:
-            tensor = _mapped(self.directory / place.relative_path, place.offset, place.length)
+            with _Window(self.directory / place.relative_path, place.offset, place.length) as window:
+                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
@@ -392,53 +387,6 @@ class TorchDistReader:
         if max(chunk.sizes[:-2], default=1) > 1:  # the caller reads its layers or experts in turn
             self._kept = (index, tensor)
         return tensor
-
-
-def _in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor, in pages of 2 MiB where the system has them.
-
-    The allocation of small pages would cost more time than the copy into the pages.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if not num_bytes or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _mapped(path: Path, offset: int, length: int) -> Tensor:
-    """Return the tensor that ``torch.save`` wrote to ``length`` bytes of a file, mapped from the file.
-
-    The function reads all pages of the mapping: a copy into new memory would cost more than the reading.
-
-    Raises: OSError where the file ends too early or cannot be read; the exceptions of ``torch.load`` where the bytes
-    are not a file of ``torch.save``.
-    """
-    with _Window(path, offset, length) as window:
-        with torch.serialization.skip_data():  # the layout of the tensor, in memory that is never touched
-            tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-        num_bytes = tensor.untyped_storage().nbytes()
-        if not num_bytes:
-            return tensor
-        window.seek(0)
-        archive = torch._C.PyTorchFileReader(window)  # type: ignore[call-overload]
-        if archive.has_record("byteorder") and archive.get_record("byteorder") != sys.byteorder.encode():
-            raise ValueError(f"expected numbers of byte order {sys.byteorder}")
-        start = offset + archive.get_record_offset("data/0")
-    before = start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        if start + num_bytes > offset + length:
-            raise OSError(f"expected {num_bytes:,} bytes at {start:,}, got {offset + length - start:,}")
-        pages = mmap.mmap(file.fileno(), before + num_bytes, access=mmap.ACCESS_COPY, offset=start - before)
-    try:
-        pages.madvise(_POPULATE_READ)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Linux before 5.14 lacks the advice, and reads page by page
-            raise
-    stored = torch.frombuffer(memoryview(pages)[before:], dtype=torch.uint8).view(tensor.dtype)
-    return stored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 class _ChunkTable:
