@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.config.schema.model_config import MAX_LAYERS
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import checked, shown
 from megatron_selfdistill.interop.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.model_values import architecture, differences
@@ -25,7 +25,7 @@ class HFConfig:
 
     def __getitem__(self, key: str) -> Any:
         if key in self.values:
-            return checked(key, self.values[key], self.owner)
+            return self.values[key]
         if key in self.defaults:
             return self.defaults[key]
         raise ConfigError(f"{self.owner} has no {key}")
@@ -41,7 +41,7 @@ class HFConfig:
     def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
         """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
         if self[key] not in allowed:
-            raise ConfigError(f"{self.owner} has {key}={shown(self[key])}: {otherwise}")
+            raise self.error(f"has {key}={self[key]!r}: {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,18 @@ class Family:
         Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
         config = HFConfig(self.architecture, hf_config, {**_OF_EVERY_FAMILY, **self.defaults})
-        _require_known_quantization(config, self)
-        config.require("is_causal", (True, None), "Megatron's attention is causal")
-        config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
-        return self.read(config)
+        num_layers = hf_config.get("num_hidden_layers")
+        if isinstance(num_layers, int) and num_layers > MAX_LAYERS:  # families make lists with one value per layer
+            raise config.error(f"has num_hidden_layers={num_layers}: expected at most {MAX_LAYERS}")
+        try:
+            _require_known_quantization(config, self)
+            config.require("is_causal", (True, None), "Megatron's attention is causal")
+            config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
+            return self.read(config)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise config.error(f"has a value of another type ({type(error).__name__}: {error})") from error
 
     def hf_config(
         self, model: ModelConfig, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
@@ -133,10 +141,7 @@ def _require_known_quantization(config: HFConfig, family: Family) -> None:
     quantization = config["quantization_config"]
     if quantization is None:
         return
-    method, block = (
-        checked(name, quantization.get(name), config.owner, "quantization_config")
-        for name in ("quant_method", "weight_block_size")
-    )
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     known = method in family.quantizations
     if known and method == "mxfp4":
         return

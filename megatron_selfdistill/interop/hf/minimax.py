@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import checked
 from megatron_selfdistill.interop.hf.decoder import TensorNames
 from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.experts import require_experts
@@ -52,8 +51,7 @@ def _with_share(config: HFConfig) -> HFConfig:
     width, channels = config["rotary_dim"], config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     if width is None:
         return config
-    within = (config["rope_parameters"] or {}).get("partial_rotary_factor")
-    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters")
+    given = (config["rope_parameters"] or {}).get("partial_rotary_factor")
     if given is None and "partial_rotary_factor" in config.values:
         given = config["partial_rotary_factor"] or 1.0  # transformers takes null for all channels
     if given is not None and int(channels * given) != width:

@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import checked
 from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
@@ -100,8 +99,8 @@ def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: ConfigError for a text model of another type.
     """
-    text = dict(checked("text_config", hf_config.get("text_config")) or {})
-    kind = checked("model_type", text.get("model_type", MISTRAL.model_type), within="text_config")
+    text = dict(hf_config.get("text_config") or {})
+    kind = text.get("model_type", MISTRAL.model_type)
     family = _TEXT_FAMILIES.get(kind)
     if family is None:
         raise ConfigError(

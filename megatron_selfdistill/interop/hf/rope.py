@@ -7,13 +7,11 @@ The older spelling has ``rope_theta`` and ``rope_scaling``; transformers 5 has `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.config import YarnConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import FIELDS, checked
 from megatron_selfdistill.interop.hf.family import HFConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -67,7 +65,9 @@ def _rope(config: HFConfig) -> Rope:
 def _read(config: HFConfig, entry: str) -> Rope:
     """Return the positions of ``rope_scaling`` or ``rope_parameters``; null is the family's default."""
     given = config.given(entry)
-    parameters = _checked(config, entry, config.defaults[entry] or {} if given is None else given)
+    parameters = dict(config.defaults[entry] or {} if given is None else given)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise config.error(f"has another rope per kind of layer in {entry}, which Megatron lacks")
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
     partial = parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"]
     older = parameters.pop("type", "default")
@@ -77,16 +77,6 @@ def _read(config: HFConfig, entry: str) -> Rope:
     if int(theta) != theta:
         raise ConfigError(f"config.json has rope_theta={theta}, but Megatron's rotary_base is a whole number")
     return Rope(int(theta), kind, parameters, 1.0 if partial is None else float(partial))
-
-
-def _checked(config: HFConfig, entry: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``given``, the object ``entry`` of a config.json, whose fields have their types."""
-    for name, value in given.items():
-        if name in FIELDS:
-            checked(name, value, config.owner, entry)
-        elif isinstance(value, dict):
-            raise config.error(f"has another rope per kind of layer in {entry}, which Megatron lacks")
-    return dict(given)
 
 
 def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
