@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.interop.peft_adapters import weight_rules
 from megatron_selfdistill.interop.release import Progress
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
 REBUILT = ("llama3", "qwen3_window", "gpt_oss", "deepseek_v3", "phi3", "qwen3_next")
 """The kinds whose config.json `make test` rebuilds, one of each kind of rotary base, attention and expert."""
@@ -175,27 +172,6 @@ def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, hand
         assert part in description
 
 
-def refusal_of_the_tool(*arguments: str | Path) -> str:
-    """Return the only line of `tools/convert.py` on standard error, and assert that its exit status is 2."""
-    command = [sys.executable, REPOSITORY / "tools" / "convert.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    *before, last = done.stderr.splitlines()  # torch may have warned of the nvcc on the path
-    assert "convert: " not in "".join(before) and "Traceback" not in done.stderr, done.stderr
-    return last
-
-
-def test_the_tool_refuses_a_checkpoint_that_does_not_exist(tmp_path):
-    refusal = refusal_of_the_tool("megatron-to-hf", "--megatron", tmp_path / "nothing", "--out", tmp_path / "back")
-    assert refusal.startswith("convert: ")
-
-
-@pytest.mark.full
-def test_the_tool_refuses_a_target_that_cannot_be_written(hf_directory):
-    refusal = refusal_of_the_tool("hf-to-megatron", "--hf", hf_directory("llama2"), "--out", "/proc/megatron")
-    assert refusal.startswith("convert: ")
-
-
 VISION = {
     "model_type": "pixtral",
     "hidden_size": 16,
@@ -284,31 +260,6 @@ def test_adapters_alone_have_no_names_that_every_transformers_knows(tmp_path):
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     with pytest.raises(ConfigError, match="PEFT's names of the modules of Mistral3ForConditionalGeneration depend on"):
         weight_rules(open_weights(tmp_path / "megatron"))
-
-
-def test_a_text_model_of_another_type_is_refused(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    config["text_config"]["model_type"] = "llama"
-    with pytest.raises(ConfigError, match="model_type='llama': only mistral and ministral3 are known here"):
-        family_of(config).model_config(config)
-
-
-def test_a_text_model_that_is_refused_alone_is_refused_with_a_vision_tower(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    config["text_config"]["max_position_embeddings"] = 128
-    with pytest.raises(ConfigError, match="by which queries grow from position 64"):
-        family_of(config).model_config(config)
-
-
-def test_the_text_model_has_a_config_json_of_its_own_and_others_are_text_already(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    text = text_config(config)
-    assert text["architectures"] == ["Ministral3ForCausalLM"] and text["hidden_size"] == 36
-    assert family_of(text).model_config(text) == family_of(config).model_config(config)
-    assert text_config(text) is text
 
 
 def test_a_tensor_of_neither_part_is_refused(tmp_path):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -384,9 +383,3 @@ def test_a_file_that_is_cut_off_is_refused(file, tmp_path, kept):
     with pytest.raises(CheckpointError, match=r"a.gguf cannot be converted"):
         gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_package_is_named_with_the_extra(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert main(["gguf-to-hf", "--gguf", str(file), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install -e '.[gguf]' in a clone" in capsys.readouterr().err

@@ -44,13 +44,6 @@ def test_the_template_of_the_run_goes_before_that_of_the_model(tmp_path, monkeyp
     ]
 
 
-def test_a_template_that_is_gone_is_a_warning_and_no_template_changes_nothing(tmp_path, monkeypatch):
-    found, lines = exported(tmp_path, monkeypatch, {"chat_template": TEMPLATE})
-    assert found == "that of the model" and "is missing" in lines[0] and lines[0].startswith("warning: ")
-    for data in ({"chat_template": None, "student_template": "{problem}", "system_prompt": None}, None):
-        assert exported(tmp_path, monkeypatch, data) == ("that of the model", [])
-
-
 def test_what_no_file_can_hold_is_named_with_its_value(tmp_path, monkeypatch):
     data = {
         "system_prompt": "Be brief.",

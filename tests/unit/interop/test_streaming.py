@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import gc
-import io
-import sys
 import time
 import weakref
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,46 +72,6 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
     assert entries is not None and len([name for name in entries if name.endswith(".distcp")]) > 2
     assert manifest.wrong_size(tmp_path, entries) is None and manifest.wrong_contents(tmp_path, entries) is None
     assert torch.equal(TorchDistReader(tmp_path).read("key"), full)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn], ids=str)
-def test_a_stored_tensor_of_any_layout_is_mapped_from_its_place_in_the_file(tmp_path, dtype):
-    file = tmp_path / "chunk"
-    rows = torch.arange(60_000).reshape(300, 200).to(torch.float32).to(dtype)
-    for stored in (rows, rows.t(), rows[17:250, 3:], rows[:0], rows[:0].clone(), rows[5, 7]):
-        with file.open("wb") as stream:
-            stream.write(b"before this tensor " * 301)  # no multiple of a page, nor of an element
-            start = stream.tell()
-            saved = io.BytesIO()
-            torch.save(stored, saved)
-            stream.write(saved.getvalue() + b"behind it")
-        read = torch_dist_tensors._mapped(file, start, len(saved.getvalue()))
-        assert read.dtype == dtype and read.stride() == stored.stride()
-        assert torch.equal(read.to(torch.float32), stored.to(torch.float32))
-        if sys.platform == "linux":
-            assert (str(file) in Path("/proc/self/maps").read_text()) == bool(stored.untyped_storage().nbytes())
-            del read
-            assert str(file) not in Path("/proc/self/maps").read_text()
-
-
-def test_numbers_of_another_byte_order_are_refused(tmp_path):
-    saved, file = io.BytesIO(), tmp_path / "chunk"
-    torch.save(torch.ones(3), saved)
-    with zipfile.ZipFile(saved) as native, zipfile.ZipFile(file, "w") as swapped:
-        for name in native.namelist():
-            content = native.read(name)
-            other = b"big" if sys.byteorder == "little" else b"little"
-            swapped.writestr(name, other if name.endswith("/byteorder") else content)
-    with pytest.raises(ValueError, match=f"expected numbers of byte order {sys.byteorder}"):
-        torch_dist_tensors._mapped(file, 0, file.stat().st_size)
-
-
-def test_a_piece_that_is_not_what_was_announced_is_refused(tmp_path):
-    wrong = Piece("key", (2, 3), (0, 0), (2, 3), torch.float32, lambda: torch.zeros(3, 2))
-    with pytest.raises(
-        CheckpointError, match=r"key at \[0, 0\] has the shape \[3, 2\] and type torch.float32, expected \[2, 3\]"
-    ):
-        torch_dist_tensors.write(tmp_path, [wrong], {})
 
 
 def test_what_is_not_covered_is_reported(tmp_path):

@@ -93,16 +93,6 @@ def test_the_background_writers_sum_up_their_own_files(ranks, tmp_path):
     assert sorted(summed) == [".metadata", *["common.pt"] * in_a_file, "metadata.json"]
 
 
-def test_shares_of_ranks_cover_each_file_once(saved, monkeypatch):
-    entries = manifest.read(newest(saved))
-    assert entries is not None
-    seen: list[str] = []
-    monkeypatch.setattr(manifest, "checksum", lambda file: seen.append(file.name) or entries[file.name])
-    for part in range(3):
-        assert manifest.wrong_contents(newest(saved), entries, part, 3) is None
-    assert sorted(seen) == sorted(entries)
-
-
 # What is found
 
 
@@ -186,10 +176,6 @@ def test_ranks_that_share_the_files_find_damage_in_each_of_them(ranks, run_dir):
     assert ranks.run(faults_of_damaged_files, path, names, world_size=2) == [[*expected, None]] * 2
 
 
-def test_a_whole_checkpoint_is_taken(ranks, run_dir):
-    assert ranks.run(resumed_step, run_dir, world_size=1) == [2]
-
-
 def take_without_checksums(run_dir: Path) -> None:
     run = checkpointed_run.start(PLAIN, run_dir)
     run.checkpointer.verify = "sizes"
@@ -209,18 +195,6 @@ def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:
     verified = run.load_latest()["step"]
     run.checkpointer.verify = "none"
     return verified, run.load_latest()["step"], refusal_of(newest(run_dir))
-
-
-def test_sizes_alone_find_a_file_that_is_cut_or_gone(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name).write_bytes(b"12345")
-    manifest.write(tmp_path)
-    entries = manifest.read(tmp_path)
-    assert entries is not None and manifest.wrong_size(tmp_path, entries) is None
-    (tmp_path / "one").write_bytes(b"1234")
-    assert manifest.wrong_size(tmp_path, entries) == "has 4 bytes of one, expected 5"
-    (tmp_path / "one").unlink()
-    assert manifest.wrong_size(tmp_path, entries) == "has no one"
 
 
 @pytest.mark.parametrize("place", [0, 2**20 - 1, 2**20, 2 * 2**20 + 5])
@@ -259,19 +233,6 @@ def start_from_another_programs(path: Path) -> None:
 
 def test_a_checkpoint_without_manifest_of_another_program_is_taken(ranks, run_dir):
     ranks.run(start_from_another_programs, newest(run_dir), world_size=1)
-
-
-def test_converting_and_inspecting_say_that_a_manifest_is_lost(run_dir):
-    from megatron_selfdistill.interop.describe import describe
-    from megatron_selfdistill.interop.full_weights import open_weights, verify_checksums
-
-    (newest(run_dir) / manifest.NAME).unlink()
-    reports: list[str] = []
-    verify_checksums(open_weights(newest(run_dir)), reports.append)
-    assert reports == [
-        f"{newest(run_dir)} has no manifest.json, although this program saved one: its contents cannot be checked"
-    ]
-    assert describe(newest(run_dir))["manifest"] == "lost (this program wrote one)"
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ".."])

@@ -18,11 +18,9 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.hf import decoder
 from megatron_selfdistill.interop.hf import rules as rules_module
 from megatron_selfdistill.interop.hf.mapping import (
-    FAMILIES,
     check_names,
     check_shapes,
     family_of,
@@ -312,18 +310,6 @@ def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
         assert back[name].view(torch.uint8).equal(tensor.to(dtype).view(torch.uint8)), name
 
 
-@combinations(kind=KINDS, quick={"kind": QUICK}, strength=1)
-def test_each_place_in_megatron_is_filled_once(written, kind):
-    _, _, rules, _ = hf_models.read(written(kind)[0])
-    places = [rule.megatron for rule in rules]
-    assert len(set(places)) == len(places)
-    assert {rule.megatron.key for rule in rules if rule.vocabulary} <= {
-        "embedding.word_embeddings.weight",
-        "output_layer.weight",
-    }
-    assert {rule.megatron.key.rpartition(".")[2] for rule in rules if rule.float32} <= {"expert_bias"}
-
-
 def test_linear_qkv_holds_each_groups_queries_then_its_key_then_its_value():
     arrangement = rules_module.QueryGroups(num_attention_heads=4, num_query_groups=2, kv_channels=1)
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])
@@ -456,21 +442,3 @@ def test_carried_layers_are_in_no_model(ranks, written):
 def parameter_names(model: ModelConfig) -> list[str]:
     chunks, _ = models.build(model, ParallelConfig())
     return [name for name, _ in chunks[0].named_parameters()]
-
-
-REPOSITORY = Path(__file__).resolve().parents[4]
-
-
-def test_the_page_and_the_command_list_what_converts(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-    page = (REPOSITORY / "docs" / "conversion.md").read_text(encoding="utf-8")
-    table = page.partition("| architectures in config.json | models | what is required |\n|---|---|---|\n")[2]
-    rows = [f"| `{family.architecture}` | {family.models} | {family.limits} |" for family in FAMILIES.values()]
-    assert table.partition("\n\n")[0].splitlines() == rows
-    with pytest.raises(SystemExit, match="0"):
-        main(["--list"])
-    heading, *listed = capsys.readouterr().out.splitlines()
-    assert heading.split() == "architectures in config.json models what is required".split()
-    for line, family in zip(listed, FAMILIES.values(), strict=True):
-        assert line.split() == f"{family.architecture} {family.models} {family.limits}".replace("`", "").split()
-        assert family.models and family.limits
