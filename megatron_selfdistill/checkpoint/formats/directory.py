@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -156,10 +157,21 @@ def refuse_hugging_face(path: Path) -> None:
 
 
 def lacks(path: Path) -> str | None:
-    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None."""
+    """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
+
+    Of the contents of files, the function reads those of metadata.json.
+    """
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a directory"
-    return next((f"has no {name}" for name in ("metadata.json", ".metadata") if not (path / name).is_file()), None)
+    for name in ("metadata.json", ".metadata"):
+        if not (path / name).is_file():
+            return f"has no {name}"
+    try:
+        description = json.loads((path / "metadata.json").read_bytes())
+        written = f"{description['sharded_backend']} {description['sharded_backend_version']}"
+    except (ValueError, TypeError, KeyError) as error:
+        return f"has a corrupt metadata.json ({type(error).__name__}: {error})"
+    return None if written == "torch_dist 1" else f"was written in the format {written}, expected torch_dist 1"
 
 
 def incomplete(path: Path) -> str | None:

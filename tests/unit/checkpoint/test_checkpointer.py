@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import checkpointed_run
 import layouts
@@ -129,17 +128,6 @@ def test_random_states_are_stored_as_megatron_lm_reads_them_and_for_every_rank(r
     stored = load_metadata(tmp_path / "checkpoints" / "iter_0000001").state_dict_metadata
     for key, shards in expected.items():
         assert sorted(name for name in stored if name.startswith(key)) == [f"{key}/shard_{shard}" for shard in shards]
-
-
-SIZES = ("tp_size", "pp_size", "virtual_pipeline_model_parallel_size", "cp_size", "ep_size", "dp_size")
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_every_size_tells_one_layout_from_another(name):
-    from megatron_selfdistill.checkpoint import state
-
-    one = dict.fromkeys(SIZES, 2)
-    assert state.layout(SimpleNamespace(**one)) != state.layout(SimpleNamespace(**(one | {name: 4})))
 
 
 def load_with_another_kind(run_dir: Path) -> None:

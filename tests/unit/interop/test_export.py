@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 EVERYTHING = 2**30
@@ -330,3 +331,23 @@ def test_after_an_optimizer_step_the_new_weights_leave_also_where_their_gatherin
     for _, after, their_logits in ranks.run(after_a_step, overlapped, world_size=2):
         assert_equal(after, expected)
         assert torch.equal(their_logits, logits)
+
+
+def refusals(parallel: ParallelConfig) -> list[str]:
+    """Return the message for a lost rule, and for a model of another width."""
+    from megatron_selfdistill.interop.export import Exporter
+
+    model = models.model_config("gqa")
+    chunks, grid = models.build(model, parallel)
+    lost = [rule for rule in rules_of(model) if rule.megatron.key != "decoder.final_layernorm.weight"]
+    messages = []
+    for rules in (lost, rules_of(dataclasses.replace(model, ffn_hidden_size=72))):
+        with pytest.raises(ConfigError) as caught:
+            Exporter(chunks, grid, rules, bucket_bytes=SOME)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_rules_that_do_not_fit_are_refused_on_every_rank(ranks):
+    first, second = ranks.run(refusals, sizes(pipeline=2), world_size=2)
+    assert first == second and "final_layernorm.weight has no rule" in first[0] and "has shape" in first[1]

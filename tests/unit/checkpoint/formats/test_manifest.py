@@ -19,7 +19,6 @@ from damage import flip_bit
 
 from megatron_selfdistill.checkpoint import sharded_io
 from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 
@@ -68,29 +67,6 @@ def test_it_holds_every_file_as_it_is(ranks, saved, tmp_path, async_save):
     assert set(entries) == {file.name for file in path.iterdir()} - {manifest.NAME}
     assert {".metadata", "metadata.json"} < set(entries) and len(entries) > 3
     assert all(manifest.checksum(path / name) == entry for name, entry in entries.items())
-
-
-def sums_on_rank_0(run_dir: Path) -> list[str]:
-    """Return the files that the publishing process reads again for their checksums."""
-    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
-    summed: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        checksum = manifest.checksum
-
-        def noted(file: Path) -> manifest.Entry:
-            summed.append(file.name)
-            return checksum(file)
-
-        patch.setattr(manifest, "checksum", noted)
-        run.save(1)
-        run.checkpointer.finish()
-    return summed
-
-
-def test_the_background_writers_sum_up_their_own_files(ranks, tmp_path):
-    (summed,) = ranks.run(sums_on_rank_0, tmp_path, world_size=1)
-    in_a_file = older_megatron.stores_common_file()
-    assert sorted(summed) == [".metadata", *["common.pt"] * in_a_file, "metadata.json"]
 
 
 # What is found
@@ -174,19 +150,6 @@ def test_ranks_that_share_the_files_find_damage_in_each_of_them(ranks, run_dir):
     names = [*(file.name for file in path.glob("common.pt")), *sorted(file.name for file in path.glob("*.distcp"))]
     expected = [f"has a corrupt {name}: its checksum is not the one in manifest.json" for name in names]
     assert ranks.run(faults_of_damaged_files, path, names, world_size=2) == [[*expected, None]] * 2
-
-
-def take_without_checksums(run_dir: Path) -> None:
-    run = checkpointed_run.start(PLAIN, run_dir)
-    run.checkpointer.verify = "sizes"
-    assert run.checkpointer.latest() == newest(run_dir)
-    run.checkpointer.verify = "checksums"
-    assert run.checkpointer.latest() != newest(run_dir)
-
-
-def test_sizes_alone_miss_flipped_bytes(ranks, run_dir):
-    flip(newest(run_dir))
-    ranks.run(take_without_checksums, run_dir, world_size=1)
 
 
 def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:

@@ -2,8 +2,6 @@
 """Compare the logits of a converted Hugging Face model in any layout with transformers', in float32 and bf16.
 
 The tensors of an export from the layout equal the original tensors.
-
-python tests/unit/interop/hf/test_hf_layouts.py        prints the largest difference of each family in each layout
 """
 
 from __future__ import annotations
@@ -73,7 +71,6 @@ LAYOUTS = {
     "TP2xEP2": (Layout(tensor=2, expert=2), 4, EXPERTS),
     "TP2xEP2, ETP1": (Layout(tensor=2, expert=2, expert_tensor=1), 2, EXPERTS),
 }
-CASES = [(layout, kind) for layout, (_, _, kinds) in LAYOUTS.items() for kind in kinds]
 PRECISIONS = ("fp32", "bf16")
 FORMS = (
     *("llama2", "qwen2", "qwen3_yarn", "mistral_window", "phi3", "deepseek_v3", "glm4_moe", "qwen2_moe", "olmoe"),
@@ -309,29 +306,3 @@ def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(com
 def test_layers_that_are_swapped_across_stages_are_seen(comparison):
     for kind in SWAPPABLE:
         assert comparison.difference("PP2xVPP2", kind, "swapped") > 0.1
-
-
-def main() -> None:
-    import tempfile
-
-    from ranks import RankPool
-
-    pool = RankPool()
-    with tempfile.TemporaryDirectory() as directory:
-        chosen = {(*case, precision, "by rules") for case in CASES for precision in PRECISIONS}
-        comparison = Comparison(Path(directory), pool, chosen)
-        print("| family |", " | ".join(LAYOUTS), "|")
-        for kind in KINDS:
-            cells = []
-            for layout in LAYOUTS:
-                if (layout, kind) in CASES:
-                    mine, theirs = comparison.bf16_errors(layout, kind)
-                    cells.append(f"{comparison.difference(layout, kind):.1e} ({mine / theirs:.2f})")
-                else:
-                    cells.append("")
-            print("|", kind, "|", " | ".join(cells), "|")
-    pool.close()
-
-
-if __name__ == "__main__":
-    main()
