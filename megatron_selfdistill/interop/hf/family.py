@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.config.schema.field_checks import kinds_of
 from megatron_selfdistill.config.schema.model_config import MAX_LAYERS
+from megatron_selfdistill.config.schema.ranges import taken_apart
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.interop.hf.rules import Rule
@@ -88,7 +90,9 @@ class Family:
             _require_known_quantization(config, self)
             config.require("is_causal", (True, None), "Megatron's attention is causal")
             config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
-            return self.read(config)
+            model = self.read(config)
+            _require_types(config, model)
+            return model
         except ConfigError:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -135,6 +139,17 @@ _OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": No
 def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
     """Return the `differences` of a config.json to a model, for a message."""
     return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
+
+
+def _require_types(config: HFConfig, model: ModelConfig) -> None:
+    """Raise ConfigError for a field of the model with a value of another type, which JSON can hold."""
+    for name, kind in kinds_of(ModelConfig).items():
+        plain, value = taken_apart(kind)[0], getattr(model, name)
+        if value is None or not isinstance(plain, type):
+            continue
+        known = (int, float) if plain is float else plain
+        if not isinstance(value, known) or (type(value) is bool and plain is not bool):
+            raise config.error(f"makes model.{name} {value!r}: expected a value of the type {plain.__name__}")
 
 
 def _require_known_quantization(config: HFConfig, family: Family) -> None:

@@ -47,10 +47,14 @@ CHANGES = {
     "more layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "model.layers.3.* is unexpected"),
     "shape": ({"tensors": {DOWN: torch.zeros(36, 45)}}, rf"{DOWN} has shape \[36, 45\], expected \[36, 44\]"),
     "activation": ({"config": {"hidden_act": "gelu"}}, "hidden_act"),
-    "type": ({"config": {"hidden_size": "36"}}, "hidden_size='36': expected a whole number of at least 1"),
+    "type": ({"config": {"hidden_size": "36"}}, "makes model.hidden_size '36': expected a value of the type int"),
+    "a text for false": (
+        {"config": {"tie_word_embeddings": "false"}},
+        "makes model.share_embeddings_and_output_weights 'false': expected a value of the type bool",
+    ),
     "contradiction": ({"config": {"model_type": "llama"}}, "model_type='llama', by which transformers chooses another"),
     "9000 layers": ({"config": {"num_hidden_layers": 9000}}, "num_hidden_layers=9000, but only 47 tensors"),
-    "a billion layers": ({"config": {"num_hidden_layers": 10**9}}, "expected a whole number from 1 to 10000"),
+    "a billion layers": ({"config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000, but only"),
 }
 
 
