@@ -14,7 +14,7 @@ from megatron_selfdistill.config.schema.ranges import taken_apart
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.model.model_values import architecture, differences
+from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture, differences
 
 
 class HFConfig:
@@ -142,7 +142,7 @@ def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _require_types(config: HFConfig, model: ModelConfig) -> None:
-    """Raise ConfigError for a field of the model with a value of another type, which JSON can hold."""
+    """Raise ConfigError for a value of the model that JSON can hold and that the model cannot have."""
     for name, kind in kinds_of(ModelConfig).items():
         plain, value = taken_apart(kind)[0], getattr(model, name)
         if value is None or not isinstance(plain, type):
@@ -150,6 +150,11 @@ def _require_types(config: HFConfig, model: ModelConfig) -> None:
         known = (int, float) if plain is float else plain
         if not isinstance(value, known) or (type(value) is bool and plain is not bool):
             raise config.error(f"makes model.{name} {value!r}: expected a value of the type {plain.__name__}")
+    for name, default in TRANSFORMER_DEFAULTS.items():
+        value = model.transformer.get(name, default)
+        is_zero = type(value) in (int, float) and not value  # which Megatron takes for an absent part
+        if (is_zero and value != default) or (isinstance(value, str) and isinstance(default, int | float)):
+            raise config.error(f"makes model.transformer.{name} {value!r}: expected a number above 0")
 
 
 def _require_known_quantization(config: HFConfig, family: Family) -> None:
