@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 from checkpointed_run import ADAM, Setup
-from saved_checkpoints import checkpoint_names, raises, tensor_keys
+from saved_checkpoints import raises, tensor_keys
 from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
@@ -22,23 +22,6 @@ PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 
 
 # What lies on disk
-
-
-def save_three(run_dir: Path, async_save: bool) -> None:
-    run = checkpointed_run.start(PLAIN, run_dir, keep_last=2, async_save=async_save)
-    for step in (1, 2, 3):
-        run.step(step)
-        run.save(step)
-    run.checkpointer.finish()
-    assert run.checkpointer.latest() == run_dir / "checkpoints" / "iter_0000003"
-    run.checkpointer.finish()  # nothing left to do
-
-
-@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
-def test_the_last_two_are_kept_and_nothing_else_is_left(ranks, tmp_path, async_save):
-    ranks.run(save_three, tmp_path, async_save, world_size=2)
-    expected = ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
-    assert checkpoint_names(tmp_path) == expected
 
 
 def read_as_megatron(run_dir: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import hf_models
 import pytest
-import remote_code
 import sentencepiece
 from letters import LETTERS, save_tokenizer
 from tokenizers import decoders
@@ -106,31 +105,6 @@ def test_a_run_that_resumes_compares_with_what_its_own_directory_carries(checkpo
     data = {"data": {"tokenizer": str(tmp_path / "other")}, "run_dir": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=f"checkpoint's tokenizer in {tmp_path / 'run' / 'huggingface'}"):
         require_same_tokenizer(from_mapping(data))
-
-
-TOKENIZATION = """
-from transformers import PreTrainedTokenizerFast
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-def test_tokenizers_that_are_code_are_compared_where_that_code_may_run(tmp_path, monkeypatch):
-    remote_code.keep_in(tmp_path / "modules", monkeypatch)
-    hf_models.write("llama2", tmp_path / "hf")
-    for directory, letters in ((tmp_path / "hf", LETTERS), (tmp_path / "other", "_$xyz")):
-        save_tokenizer(directory, letters)
-        (directory / "tokenization_own.py").write_text(TOKENIZATION)
-        written = json.loads((directory / "tokenizer_config.json").read_text())
-        written["tokenizer_class"] = "OwnTokenizer"
-        written["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
-        (directory / "tokenizer_config.json").write_text(json.dumps(written))
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf", trust_remote_code=True))
-    with pytest.raises(ConfigError, match="token 2 is 'x' here and 'a' there"):
-        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "other", trust_remote_code=True))
-    with pytest.raises(ConfigError, match="trust_remote_code"):
-        require_same_tokenizer(config_of(tmp_path / "megatron", tmp_path / "hf"))
 
 
 # SentencePiece

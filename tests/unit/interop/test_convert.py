@@ -31,7 +31,6 @@ from megatron_selfdistill.interop.describe import describe
 from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
 from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM
-from megatron_selfdistill.interop.peft_adapters import weight_rules
 from megatron_selfdistill.interop.release import Progress
 
 KINDS = list(hf_models.CONFIGS)
@@ -253,13 +252,6 @@ def test_the_checkpoint_of_a_run_takes_the_vision_tower_from_the_original_direct
         megatron_to_hf(trained, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert open_weights(trained).passthrough == {}
-
-
-def test_adapters_alone_have_no_names_that_every_transformers_knows(tmp_path):
-    write(tmp_path / "hf")
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    with pytest.raises(ConfigError, match="PEFT's names of the modules of Mistral3ForConditionalGeneration depend on"):
-        weight_rules(open_weights(tmp_path / "megatron"))
 
 
 def test_a_tensor_of_neither_part_is_refused(tmp_path):

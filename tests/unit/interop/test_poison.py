@@ -172,20 +172,6 @@ def test_a_poisoned_legacy_checkpoint_is_refused_and_nothing_runs(ranks, tmp_pat
     assert not mark.exists()
 
 
-def resume_well(run_dir: Path) -> None:
-    assert checkpointed_run.start(FROZEN, run_dir).load_latest()["step"] == 1
-
-
-def test_objects_in_files_of_their_own_are_never_opened(ranks, run_dir, mark):
-    """Older versions of Megatron kept each of them in a file ``<key>/shard_*.pt``."""
-    for name in ("rng_state/shard_0.0.0_1.1.1.pt", "rng_state/shard_0_1.pt", "extra_state/shard_0_4.pt"):
-        file = checkpoint(run_dir) / name
-        file.parent.mkdir(exist_ok=True)
-        torch.save([Payload(mark)], file)
-    ranks.run(resume_well, run_dir, world_size=1)
-    assert not mark.exists()
-
-
 def read_by_others(run_dir: Path) -> None:
     """Check that a read restores PyTorch's readers, also after a failure."""
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader

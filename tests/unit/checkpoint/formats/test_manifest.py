@@ -206,13 +206,6 @@ def test_a_manifest_may_not_name_files_of_other_directories(tmp_path, name):
         manifest.read(tmp_path)
 
 
-def test_checksums_of_another_kind_are_not_compared(saved, tmp_path):
-    path = Path(shutil.copytree(newest(saved), tmp_path / "copy"))
-    content = json.loads((path / manifest.NAME).read_text())
-    (path / manifest.NAME).write_text(json.dumps(content | {"algorithm": "md5"}))
-    assert directory.incomplete(path) == "has checksums of md5 in its manifest.json, expected xxh3_128"
-
-
 # A disk that is full
 
 

@@ -32,7 +32,6 @@ EXPERTS = tuple(kind for kind, (_, arguments) in hf_models.CONFIGS.items() if "n
 ROTATED = ("qwen3", "llama_linear", "qwen3_yarn", "glm4_moe")
 UNCUT_EXPERTS = ("gpt_oss",)  # with biases
 """One kind for each form of the rotary positions, which context parallelism cuts."""
-SWAPPABLE = ("llama2", "qwen3", "mixtral")
 # Each a multiple of 4 for CP2, so that their total is even for sequence parallelism; longer than YaRN's first length.
 SEQUENCES = [
     torch.randint(hf_models.VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (24, 40)
@@ -125,7 +124,7 @@ def load(
 ) -> dict[tuple[str, str], Loaded]:
     """Load the families of the directories below ``root``, each in a precision.
 
-    ``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it).
+    ``how``: ``by rules`` or ``from checkpoint`` (as `hf_to_megatron` wrote it).
     """
     from megatron_selfdistill.checkpoint.external import load_weights
 
@@ -133,9 +132,6 @@ def load(
     for kind, precision in models_to_load:
         directory = root / kind
         _, model, rules, tensors = hf_models.read(directory)
-        if how == "swapped":
-            names = {"model.layers.1.": "model.layers.2.", "model.layers.2.": "model.layers.1."}
-            tensors = {names.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
         with pytest.MonkeyPatch.context() as patch:
             # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
             patch.setattr(architecture, "refuse_known_faults", lambda config: None)
@@ -191,7 +187,7 @@ class Comparison:
         """
         found = {}
         in_bf16 = {kind for _, kind, precision, _ in self.chosen if precision == "bf16"}
-        for kind in sorted({kind for _, kind, _, _ in self.chosen} | set(SWAPPABLE)):
+        for kind in sorted({kind for _, kind, _, _ in self.chosen}):
             model = hf_models.write(kind, self.root / kind)
             found[kind] = {"fp32": hf_models.hf_logits(model, SEQUENCES)}
             if kind not in in_bf16:
@@ -205,11 +201,8 @@ class Comparison:
         """Return what every rank holds of each (kind, precision)."""
         assert self.expected
         cut, world_size, kinds = LAYOUTS[layout]
-        if how == "swapped":
-            wanted = [(kind, "fp32") for kind in SWAPPABLE]
-        else:
-            pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
-            wanted = [pair for pair in pairs if (layout, *pair, how) in self.chosen]
+        pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
+        wanted = [pair for pair in pairs if (layout, *pair, how) in self.chosen]
         if how == "from checkpoint":
             for kind, _ in wanted:
                 if not (self.root / kind / "megatron").exists():
@@ -301,8 +294,3 @@ def test_the_live_model_is_exported_as_it_came(comparison, layout, kind, precisi
 def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(comparison, layout, kind):
     assert comparison.difference(layout, kind, "from checkpoint") <= hf_models.logits_bound(kind)
     assert comparison.changed(layout, kind, how="from checkpoint") == []
-
-
-def test_layers_that_are_swapped_across_stages_are_seen(comparison):
-    for kind in SWAPPABLE:
-        assert comparison.difference("PP2xVPP2", kind, "swapped") > 0.1
