@@ -175,10 +175,3 @@ def test_a_run_that_has_lost_its_directory_ends_on_all_ranks_without_writing(ran
     assert [line["step"] for line in reproducible_metrics(run_dir)] == [1]
     assert saved_step(run_dir) == 1
     assert "token=somebody" in (run_dir / LOCK).read_text()
-
-
-def test_a_run_that_ends_in_any_way_gives_its_lock_back(ranks, data, run_dir):
-    train(ranks, overrides(data, run_dir, "num_steps=1", "guards.start.max_teacher_cross_entropy=1e-6"), expected=3)
-    assert not (run_dir / LOCK).exists()
-    train(ranks, overrides(data, run_dir, "data.path=nowhere.jsonl"), expected=2)
-    assert run_dir.exists() and not (run_dir / LOCK).exists()
