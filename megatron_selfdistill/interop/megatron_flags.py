@@ -237,12 +237,9 @@ def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace
     args = model_args(
         config,
         model,
+        model,
         max_position_embeddings=model.max_position_embeddings,
         padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_base=model.rotary_base,
-        rotary_percent=model.rotary_percent,
         rope_scaling=model.rope_scaling_factor is not None,
         seq_len_interpolation_factor=model.seq_len_interpolation_factor,
     )

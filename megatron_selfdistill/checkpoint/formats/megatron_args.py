@@ -44,12 +44,9 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
     return model_args(
         gpt.config,
         model,
+        gpt,
         max_position_embeddings=gpt.max_sequence_length,
         padded_vocab_size=gpt.vocab_size,
-        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
-        position_embedding_type=gpt.position_embedding_type,
-        rotary_base=gpt.rotary_base,
-        rotary_percent=gpt.rotary_percent,
         rope_scaling=gpt.rotary_scaling,
         seq_len_interpolation_factor=getattr(
             getattr(gpt, "rotary_pos_emb", None), "seq_len_interpolation_factor", None
@@ -60,17 +57,17 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
 def model_args(
     config: TransformerConfig,
     model: ModelConfig,
+    described: Any,
     *,
     max_position_embeddings: int,
     padded_vocab_size: int,
-    share_embeddings_and_output_weights: bool,
-    position_embedding_type: str,
-    rotary_base: float,
-    rotary_percent: float,
     rope_scaling: bool,
     seq_len_interpolation_factor: float | None,
 ) -> argparse.Namespace:
-    """Return the arguments that describe the model of ``config``; the other values as for `megatron_args`."""
+    """Return the arguments that describe the model of ``config``; the other values as for `megatron_args`.
+
+    ``described``: the ``GPTModel``, or ``model`` itself, which have the same names for embeddings and positions.
+    """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values = {name: value for name, value in values.items() if _is_plain(value)}
     values |= {
@@ -79,13 +76,13 @@ def model_args(
         "vocab_size": model.vocab_size,
         "padded_vocab_size": padded_vocab_size,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
-        "position_embedding_type": position_embedding_type,
+        "untie_embeddings_and_output_weights": not described.share_embeddings_and_output_weights,
+        "position_embedding_type": described.position_embedding_type,
         # Megatron-LM's default.  Core models do not read it, but pretrain_gpt.py compares it with its flags.
         "add_position_embedding": True,
-        "use_rotary_position_embeddings": position_embedding_type == "rope",
-        "rotary_base": rotary_base,
-        "rotary_percent": rotary_percent,
+        "use_rotary_position_embeddings": described.position_embedding_type == "rope",
+        "rotary_base": described.rotary_base,
+        "rotary_percent": described.rotary_percent,
         "use_rope_scaling": rope_scaling,
         "rope_scaling_factor": model.rope_scaling_factor or ROPE_FACTOR,
         # Ours: Megatron-LM stores an argument of this meaning, but its models do not read it until 0.18.
