@@ -177,16 +177,26 @@ def lacks(path: Path) -> str | None:
 def incomplete(path: Path) -> str | None:
     """Return why ``path`` is not a complete torch_dist checkpoint ("has no metadata.json"), or None if it is complete.
 
-    Every file must have the size of its entry in the manifest; other programs write no manifest.  The function reads
-    no contents of files.
+    Every file must have the size of its entry in the manifest.  In a checkpoint of another program, which has no
+    manifest, every file must have at least the size that Megatron's ``.metadata`` implies.  The function reads no
+    contents of files.
     """
     if (fault := lacks(path)) is not None:
         return fault
     try:
         entries = manifest.read(path)
+        if entries is not None:
+            return manifest.wrong_size(path, entries)
+        from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch: seconds
+
+        storage = load_metadata(path).storage_data
     except CheckpointError as error:
         return str(error).removeprefix(f"{path} ")
-    return None if entries is None else manifest.wrong_size(path, entries)
+    ends: dict[str, int] = {}
+    for place in storage.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    torn = (name for name, end in ends.items() if not (path / name).is_file() or (path / name).stat().st_size < end)
+    return next((f"has only a part of {name}" for name in torn), None)
 
 
 def unverifiable(path: Path) -> str | None:

@@ -112,14 +112,13 @@ def resume(run_dir: Path) -> str:
 
 
 REFUSED = ".*its pickle asks for posix.system"
-UNUSABLE = "none of the checkpoints in .* can be used: iter_0000001 has a .metadata that"
 POISONED = {
     "the state that is no tensor": (poison_common, REFUSED),
     "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state"),  # it is no pickle
     "the trainer's state, nested deep": (nest_trainer_state, "has a corrupt trainer_state"),
     "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
     "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
-    ".metadata": (poison_metadata, f"{UNUSABLE}{REFUSED}"),
+    ".metadata": (poison_metadata, f"has a .metadata that{REFUSED}"),
 }
 
 
