@@ -65,7 +65,7 @@ def test_the_converted_model_has_transformers_logits_and_mistakes_are_seen(ranks
 
 
 def qkv_not_interleaved(patch, model, tensors):
-    patch.setattr(rules_module.QueryGroups, "join", lambda self, qkv: torch.cat(qkv))
+    patch.setattr(decoder.HeadGroups, "join", lambda self, qkv: torch.cat(qkv))
     return model, tensors
 
 
@@ -266,7 +266,7 @@ def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
 
 
 def test_linear_qkv_holds_each_groups_queries_then_its_key_then_its_value():
-    arrangement = rules_module.QueryGroups(num_attention_heads=4, num_query_groups=2, kv_channels=1)
+    arrangement = decoder.HeadGroups(2, ((2,), (1,), (1,)))
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])
     assert arrangement.join((q, k, v)).tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
 
