@@ -22,7 +22,6 @@ from megatron_selfdistill.interop.hf.sliding_windows import (
     qwen_layers,
     require_layer_types,
     window_keys,
-    write_layer_types,
     write_qwen_windows,
     write_window,
 )
@@ -276,17 +275,11 @@ def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],
-        **_write_windows(arch),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        **write_qwen_windows(arch),
         "pad_token_id": None,  # transformers' default lies outside of a small vocabulary
     }
-
-
-def _write_windows(arch: dict[str, Any]) -> dict[str, Any]:
-    window = write_window(arch)
-    if window is None:
-        return {"use_sliding_window": False, "sliding_window": None}
-    layer_types = write_layer_types(arch["window_attn_skip_freq"])
-    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types}
 
 
 SMOLLM3 = Family(
