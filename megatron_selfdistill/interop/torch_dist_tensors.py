@@ -314,7 +314,7 @@ class TorchDistReader:
 
     def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
         """Return the tensor at ``place``, or its first ``num_rows`` rows; see `read`."""
-        return self.read(*place, num_rows)
+        return self.read(place[0], place[1], num_rows)
 
     def sizes(self) -> dict[torch.dtype, int]:
         """Return the number of elements of the model's tensors by type, including padding."""
