@@ -12,6 +12,8 @@ from typing import Any
 DOORS = {
     "environments": "environments.configured_episodes",
     "kernels": "kernels.triton_backend",
+    "hugging_face": "interop.hf_files",
+    "interop": "interop.foreign_models",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

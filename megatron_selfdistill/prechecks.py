@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     refuse_adapters,
@@ -23,7 +22,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer_files import tokenizer_place
-from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.installation import RUN, about_missing
 
 _TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
@@ -107,24 +106,9 @@ def require_model(config: Config, path: Path, iteration: int | None = None) -> N
         require_checkpoint(adapters.base_place(config.adapter.base))
 
 
-def require_hugging_face(path: Path) -> None:
-    """Raise `CheckpointError` if ``path`` is no directory with a config.json and files of weights."""
-    read_config(path)
-    weight_files(Path(path))
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Return whether ``path`` is a Hugging Face directory and no Megatron checkpoint."""
-    try:
-        directory.refuse_hugging_face(Path(path))
-    except CheckpointError:
-        return True
-    return False
-
-
 def tokenizer_directory(path: Path) -> Path | None:
     """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
-    assets = path if is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
+    assets = path if directory.is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
     return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _TOKENIZERS) else None
 
 

@@ -15,7 +15,7 @@ require_extra(__name__, "train")  # before the imports that need these packages
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.formats.directory import iteration_name
-from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup

@@ -22,12 +22,12 @@ from _lib.command_line import CONFIG_NAME
 from _lib.hugging_face import load
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.checkpoint.external import loaded_chunks
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.export import export
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 
 Prompts = tuple[list[int], list[int]]

@@ -21,17 +21,15 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.full_weights import (
-    NOT_BUILT,
+from megatron_selfdistill.checkpoint.formats.model_tensors import (
     non_finite,
-    raise_misfit,
     require_rank_of_factors,
     weight_shapes,
 )
-from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     SETTINGS,
     StoredAdapters,
@@ -39,8 +37,8 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     refuse_adapters,
     require_adapters,
 )
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, TorchDistReader, read_common
+from megatron_selfdistill.checkpoint.formats.tensor_names import has_numbered_layers, names, shown
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common, stored_shapes
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase, shared_base_digest
 from megatron_selfdistill.config import AdapterConfig, Config
 from megatron_selfdistill.config.schema.adapter_config import require_engine
@@ -138,11 +136,11 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     run_on_rank_0(lambda: refuse_adapters(path))
     found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
-        _load_legacy(found, chunks, vocab_size)
+        door("interop").load_legacy(found, chunks, vocab_size)
         _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
         return directory.iteration_of(found)
     sharded_io.verify_integrity(found, verify)
-    wanted = _wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes)))
+    wanted = _wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found))))
     sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, sharded_io.read(wanted, found))
@@ -158,7 +156,7 @@ def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
     sharded_io.verify_integrity(found, verify)
-    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes))))
+    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found)))))
     sharded_io.check_shapes(wanted, found, only_weights=True)
     with state.gathered_parameters(chunks):
         state.load_factors(chunks, sharded_io.read(wanted, found))
@@ -171,7 +169,7 @@ def require_stored_rank(path: Path, rank: int) -> None:
     Call this function before `add_adapters`, which takes memory for ``rank``: a description may say anything.
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
-    shapes = run_on_rank_0(lambda: weight_shapes(TorchDistReader(found)))
+    shapes = run_on_rank_0(lambda: weight_shapes(stored_shapes(found)))
     require_rank_of_factors(found, shapes, rank)
 
 
@@ -193,7 +191,7 @@ def load_weights_and_optimizer(
     common = run_on_each_rank(lambda: read_common(found))
     content = common.get("content_metadata") or _content_before_core_0_13(common)
     with state.gathered_parameters(chunks):
-        model = _wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes)), content)
+        model = _wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found))), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
         wanted = {**model, "optimizer": optimizer_state}
         sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
@@ -214,7 +212,7 @@ def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = 
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
         for shard in sharded_io.tensors(model):
-            key, index, _ = _full(shard)
+            key, index, _ = sharded_io.place_of(shard)
             data = shard.data
             if shard.allow_shape_mismatch and vocab_size is not None:
                 data = data[: max(vocab_size - shard.global_offset[shard.prepend_axis_num], 0)]
@@ -269,62 +267,3 @@ def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = CONTENT)
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key not in stored:
             value.key = next((name for name in names(value.key) if name in stored), value.key)
     return wanted
-
-
-@torch.no_grad()
-def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
-    source = run_on_each_rank(lambda: LegacyReader(path))
-    shards = sharded_io.tensors(state.model_state(chunks, CONTENT))
-    faults: dict[str, None] = {}
-    used: set[Place] = set()
-
-    def compare() -> None:
-        for shard in shards:
-            key, index, expected = _full(shard)
-            place = source.place(key, index)
-            if place is None:
-                faults[f"{shown(key, index)} is missing"] = None
-                continue
-            used.add(place)
-            found = source.full_shape(place, expected)
-            if shard.allow_shape_mismatch and found[1:] == expected[1:]:
-                if vocab_size is not None and found[0] < vocab_size:
-                    faults[f"{key} has {found[0]} rows, expected at least {vocab_size}"] = None
-            elif found != expected:
-                faults[f"{shown(key, index)} has shape {list(found)}, expected {list(expected)}"] = None
-
-    run_on_each_rank(compare)
-    everyone = gather_objects((list(faults), used))
-    unexpected = source.tensors.difference(*(places for _, places in everyone))
-    extra = [f"{shown(key, index)} is unexpected" for key, index in sorted(unexpected) if not key.startswith(NOT_BUILT)]
-    raise_misfit(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
-
-    def fill() -> None:
-        for shard in shards:
-            key, index, expected = _full(shard)
-            place = source.place(key, index)
-            assert place is not None
-            _copy(source.read(place, expected), shard)
-
-    with state.gathered_parameters(chunks):
-        run_on_each_rank(fill)
-
-
-def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Return the key, the index over layers and experts, and the shape of the full tensor of ``shard``."""
-    stacked = shard.prepend_axis_num
-    return shard.key, tuple(shard.global_offset[:stacked]), tuple(shard.global_shape[stacked:])
-
-
-def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
-    """Copy the shard's part of the full tensor into the shard; set rows beyond the end, which are padding, to zero."""
-    part, target = full, shard.data
-    assert target is not None
-    offsets = shard.global_offset[shard.prepend_axis_num :]
-    for dim, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
-        start = min(offset, part.shape[dim])
-        part = part.narrow(dim, start, min(length, part.shape[dim] - start))
-    if part.shape[0] < target.shape[0]:
-        target[part.shape[0] :] = 0
-        target = target[: part.shape[0]]
-    target.copy_(part)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.annexes import door
+from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of, tracked
 from megatron_selfdistill.checkpoint.formats.saved_run import RUN_TEMPLATE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import chat_template_text
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,10 @@ class RunDirectory:
         template = chat_template_text(self._config.data.chat_template)
         if template is not None:
             (self.path / RUN_TEMPLATE).write_text(template, encoding="utf-8")
-        if self._config.checkpoint.load:
-            copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
+        load = self._config.checkpoint.load
+        assets = hf_assets_of(tracked(Path(load)) or Path(load)) if load else None
+        if assets is not None and assets.absolute() != (self.path / HF_ASSETS).absolute():
+            door("hugging_face").copy_description(assets, self.path / HF_ASSETS)  # for conversions of its checkpoints
 
     def restore(self) -> None:
         """Write the files of `write` again if the run directory was removed since the launch."""

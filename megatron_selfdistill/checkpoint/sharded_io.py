@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import multiprocessing
-import os
 import pickle
 import queue
 import re
@@ -39,8 +37,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_a
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import Temporary
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
-from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, WRITTEN_WITH, TorchDistReader
+from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, NOT_WEIGHTS, raise_misfit
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, WRITTEN_WITH, stored_shapes
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
 from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.stop import how_ended
@@ -121,10 +119,7 @@ def unwritten(what: str, error: BaseException) -> CheckpointError:
         first = min(error.failures.items(), default=None)
         error = first[1][0] if first is not None else RuntimeError("Worker failure: rank 0 says why")
     reason = error_message(error).removeprefix("RuntimeError: Worker failure: ")
-    signs = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "unexpected pos")  # the last one is torch's
-    full = any(sign in reason for sign in signs)
-    remedy = ": make room on the disk, lower checkpoint.keep_last, or raise the limit of `ulimit -f`" if full else ""
-    return CheckpointError(f"could not write {what}: {reason}{remedy}")
+    return CheckpointError(f"could not write {what}: {reason}")
 
 
 def report_death(code: int) -> None:
@@ -179,7 +174,7 @@ def check_shapes(
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
     for theirs in gather_objects({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
         expected |= theirs
-    stored = run_on_rank_0(lambda: TorchDistReader(path).shapes)
+    stored = run_on_rank_0(lambda: stored_shapes(path))
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
     if only_weights:
         extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
@@ -198,6 +193,12 @@ def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
     """Return the sharded tensors as a checkpoint stores them, including the tensors of Megatron's factories."""
     plain, _, _ = load_preprocess(contents)
     return [value for value in nested_values(plain) if isinstance(value, ShardedTensor)]
+
+
+def place_of(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Return the key, the index over layers and experts, and the shape of the full tensor of ``shard``."""
+    stacked = shard.prepend_axis_num
+    return shard.key, tuple(shard.global_offset[:stacked]), tuple(shard.global_shape[stacked:])
 
 
 def integrity_fault(path: Path, verify: str) -> str | None:

@@ -49,6 +49,7 @@ def run_command(
 def check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
+    from megatron_selfdistill.annexes import door
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.prechecks import require_packages
@@ -56,7 +57,7 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
     if arguments.hf is not None:
-        prechecks.require_hugging_face(arguments.hf)
+        door("hugging_face").require_hugging_face(arguments.hf)
     prechecks.require_data(config)
     require_packages(config)
     if config.checkpoint.load is not None:

@@ -85,6 +85,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
     from megatron_selfdistill import prechecks
+    from megatron_selfdistill.annexes import door
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
@@ -96,7 +97,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     config, keys = loaded(arguments)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
-        prechecks.require_hugging_face(arguments.hf)
+        door("hugging_face").require_hugging_face(arguments.hf)
     else:
         prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)

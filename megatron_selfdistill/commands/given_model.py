@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron_selfdistill.annexes import door
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 from megatron_selfdistill.checkpoint.formats.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
@@ -27,8 +22,9 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.conversion import DTYPES
-from megatron_selfdistill.interop.hf.mapping import family_of
+
+_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+"""A value of optimizer.precision -> torch's name of the type."""
 
 
 def find_model(hf: Path | None, megatron: Path | None, iteration: int | None) -> dict[str, Any]:
@@ -39,8 +35,8 @@ def find_model(hf: Path | None, megatron: Path | None, iteration: int | None) ->
     if hf is not None:
         return {"format": "hugging_face", "path": str(hf), "iteration": None}
     assert megatron is not None
-    weights = open_weights(megatron, iteration)
-    return {"format": "megatron", "path": str(weights.path), "iteration": weights.iteration}
+    found, _ = directory.find(directory.of_iteration(megatron, iteration))
+    return {"format": "megatron", "path": str(found), "iteration": directory.iteration_of(found)}
 
 
 def configured(config: Config, given: frozenset[str], model: dict[str, Any]) -> Config:
@@ -65,30 +61,18 @@ def computed_in(config: Config, model: dict[str, Any]) -> str:
 
     ``model``: a result of `find_model`; the base counts for adapters.  Raises: `CheckpointError`.
     """
-    computed = str(DTYPES[config.optimizer.precision]).removeprefix("torch.")
-    stored = str(_main_dtype(config, model)).removeprefix("torch.")
+    path = Path(model["path"])
+    adapters = read_stored_adapters(path)
+    computed = _NAMES[config.optimizer.precision]
+    weights = path if adapters is None else adapters.base_place(config.adapter.base)
+    stored = str(door("interop").main_dtype(weights)).removeprefix("torch.")
     if stored == computed:
         return f"computed in {computed}, the type of the weights"
     other = next(name for name in PRECISIONS if name != config.optimizer.precision)
     return (
         f"computed in {computed} (optimizer.precision={config.optimizer.precision}), and the weights are {stored}: "
-        f"optimizer.precision={other} computes in {str(DTYPES[other]).removeprefix('torch.')}"
+        f"optimizer.precision={other} computes in {_NAMES[other]}"
     )
-
-
-def _main_dtype(config: Config, model: dict[str, Any]) -> torch.dtype:
-    path = Path(model["path"])
-    if model["format"] == "hugging_face":
-        sizes: Counter[torch.dtype] = Counter()
-        for tensor in open_weights_directory(path).tensors.values():
-            sizes[tensor.dtype] += math.prod(tensor.shape)
-        return max(sizes, key=lambda dtype: sizes[dtype])
-    weights = open_weights(path)
-    adapters = read_stored_adapters(weights.path)
-    if adapters is not None:
-        weights = open_weights(adapters.base_place(config.adapter.base))
-    held = weights.sizes()
-    return max(held, key=lambda dtype: held[dtype])
 
 
 @contextmanager
@@ -109,10 +93,8 @@ def temporary_directory(parent: Path, grid: RankGrid) -> Iterator[Path]:
 
 def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
     """Return ``config`` with the architecture that the checkpoint converted from ``hf`` will have."""
-    description = read_config(hf)
     fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
-    stored = family_of(description).model_config(description)
-    return dataclasses.replace(config, model=reconcile(config.model, fields, stored))
+    return dataclasses.replace(config, model=reconcile(config.model, fields, door("interop").hf_model(hf)))
 
 
 def _tokenizer_of(path: Path, model_format: str) -> str:

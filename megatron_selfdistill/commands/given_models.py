@@ -15,6 +15,8 @@ import yaml
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
+from megatron_selfdistill.annexes import door
+from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
@@ -76,10 +78,10 @@ class ModelPlaces:
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
                 continue
-            if prechecks.is_hugging_face(path):
+            if is_hugging_face(path):
                 if iteration is not None:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
-                prechecks.require_hugging_face(path)
+                door("hugging_face").require_hugging_face(path)
             else:
                 prechecks.require_model(config, path, iteration)
 
@@ -87,7 +89,7 @@ class ModelPlaces:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
         from megatron_selfdistill.commands.given_model import find_model
 
-        hf, megatron = (self.student, None) if prechecks.is_hugging_face(self.student) else (None, self.student)
+        hf, megatron = (self.student, None) if is_hugging_face(self.student) else (None, self.student)
         return find_model(hf, megatron, self.iteration)
 
     def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> ModelCheckpoints:
@@ -99,7 +101,7 @@ class ModelPlaces:
         from megatron_selfdistill.evaluation.inference import converted
 
         def place(model: Path, name: str) -> str:
-            is_hf = prechecks.is_hugging_face(model)
+            is_hf = is_hugging_face(model)
             return str(stack.enter_context(converted(model, directory / name)) if is_hf else model)
 
         has_own_reference = self.reference is not None and self.reference != self.teacher

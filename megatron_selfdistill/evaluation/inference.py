@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.external import loaded_chunks, with_stored_adapters
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.model.forward import unwrapped
@@ -98,7 +98,7 @@ def converted(hf: Path, out: Path) -> Iterator[Path]:
 
     def convert() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        hf_to_megatron(hf, out)
+        door("interop").hf_to_megatron(hf, out)
 
     try:
         run_on_rank_0(convert)

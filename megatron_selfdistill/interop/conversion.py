@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,38 +18,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights
-from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code
-from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
-    SafetensorsWriter,
-    WeightsDirectory,
-    dequantised,
-    open_weights_directory,
-)
-from megatron_selfdistill.checkpoint.formats.saved_run import write_prompt_settings
-from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
+from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, read_saved_run
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, read_ahead
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.describe import FORMATS, num_tokens
+from megatron_selfdistill.interop.describe import FORMATS, num_tokens, true_vocab_size
+from megatron_selfdistill.interop.full_weights import Weights
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import (
     check_counts,
     check_names,
     check_shapes,
-    dequantise_blocks,
     family_of,
     family_of_model,
     text_config,
     tied_output_layer,
 )
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rows, Rule, passthrough_layer, rows
+from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, dequantise_blocks, passthrough_layer, rows
+from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
+from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
+from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
+from megatron_selfdistill.interop.safetensors_directory import (
+    SafetensorsWriter,
+    WeightsDirectory,
+    dequantised,
+    open_weights_directory,
+)
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, read_ahead
 from megatron_selfdistill.model.architecture import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ def hf_to_megatron(
     finite, and OSError, while the function writes.  After an error the function removes its output.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     model, rules, tensors = _read_hf(hf)
     finite = FiniteCheck(str(hf), allow_non_finite, progress)
     pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
@@ -112,7 +112,7 @@ def megatron_to_hf(
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
     """
     out, progress = Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     weights = open_merged_weights(megatron, iteration, base=base, dtype=dtype, report=progress.report)
     assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
@@ -129,13 +129,12 @@ def megatron_to_hf(
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
-    with directory.created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
+    with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, finite, progress)
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         write_prompt_settings(weights.path, temporary, progress.report)
-        config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
     if isinstance(weights, MergedWeights):
@@ -169,17 +168,34 @@ def _write_weights(
     writer.close()
 
 
-def copy_hf_assets_to_run_dir(checkpoint: Path, run_dir: Path) -> None:
-    """Copy the Hugging Face files of ``checkpoint`` into ``run_dir``, so that its checkpoints can be converted back.
+def write_prompt_settings(checkpoint: Path, out: Path, report: Callable[[str], None]) -> None:
+    """Write the chat template behind which a run trained into ``out``, a Hugging Face directory.
 
-    The function does nothing for a checkpoint without such files.
+    ``report`` gets a line for the template, and one for the keys that shaped the run's prompts and have no place in
+    such a directory.  A checkpoint that no run has saved changes nothing.
     """
-    assets = hf_assets_of(directory.tracked(checkpoint) or checkpoint)
-    target = run_dir / HF_ASSETS
-    if assets is not None and assets.absolute() != target.absolute():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(assets / "config.json", target / "config.json")
-        copy_hf_assets(assets, target)
+    template = checkpoint.parent.parent / RUN_TEMPLATE
+    try:
+        data = read_saved_run(checkpoint).trainer_state.get(CONFIGURATION, {}).get("data", {})
+    except CheckpointError:
+        return
+    if data.get("chat_template") is not None and template.is_file():
+        (out / RUN_TEMPLATE).write_bytes(template.read_bytes())
+        report(f"{RUN_TEMPLATE} is the chat template behind which the run trained (data.chat_template)")
+    elif data.get("chat_template") is not None:
+        report(f"warning: the run trained behind another chat template (data.chat_template), and {template} is missing")
+    view = data.get("views", {}).get("student", {})
+    wording = data.get("student_template")
+    shaped = {
+        "data.system_prompt": data.get("system_prompt"),
+        "data.chat_template_kwargs": data.get("chat_template_kwargs"),
+        "data.student_template": None if wording == "{problem}" else wording,
+        **{f"data.views.student.{name}": value for name, value in view.items()},
+    }
+    if named := [f"{key}={value}" for key, value in shaped.items() if value]:
+        report(
+            f"no file can hold what else shaped the prompts of the run; repeat it where you serve: {'; '.join(named)}"
+        )
 
 
 def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
-from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_hugging_face
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
-from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model
+from megatron_selfdistill.interop.full_weights import Weights, open_weights
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import check_counts, family_of, family_of_model
+from megatron_selfdistill.interop.hf_files import read_config
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.interop.safetensors_directory import dequantised, open_weights_directory
+from megatron_selfdistill.model.model_values import architecture
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""
@@ -32,7 +35,7 @@ FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per mod
 def describe(path: Path) -> dict[str, str]:
     """Return the properties of a checkpoint by name: family, sizes, layout, iteration, parameters, vocabulary."""
     path = Path(path)
-    if (path / "config.json").is_file() and directory.tracked(path) is None:
+    if is_hugging_face(path):
         return _describe_hf(path)
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
@@ -68,15 +71,9 @@ def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
 
 
 def _origin(weights: Weights) -> dict[str, str]:
-    """Return the layout that wrote the checkpoint, and the state of its manifest."""
+    """Return the layout that wrote the checkpoint."""
     sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
-    if (weights.path / manifest.NAME).is_file():
-        found = "sizes agree"
-    else:
-        found = (
-            "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
-        )
-    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items()), "manifest": found}
+    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())}
 
 
 def megatron_lm_usage(path: Path) -> dict[str, str]:
@@ -108,6 +105,32 @@ def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[st
     return lines
 
 
+def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
+    """Return the number of rows of embedding and output layer without padding.
+
+    The number comes from the stored arguments, else from the tokenizer of the checkpoint, else from the rows on disk.
+    A model may have more rows than its tokenizer has tokens, but neither fewer rows nor more rows than are on disk.
+
+    Raises: CheckpointError with all three numbers where they contradict each other, or where the function cannot decide
+    whether rows are padding.
+    """
+    stored = stored_vocab_size(args) if args is not None else None
+    padded = getattr(args, "padded_vocab_size", None) if args is not None else None
+    shown = (
+        f"the arguments say {stored} ({padded} with padding), the tokenizer has {tokenizer_size} tokens, {num_rows} "
+        "rows are on disk"
+    )
+    chosen = next((size for size in (stored, tokenizer_size) if size is not None), num_rows)
+    if chosen > num_rows or (tokenizer_size or 0) > chosen or (stored is not None and (padded or num_rows) < stored):
+        raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    if stored is None and tokenizer_size is not None and num_rows != tokenizer_size:
+        divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
+        tp_size = getattr(args, "tensor_model_parallel_size", None) or 1
+        if num_rows != math.ceil(tokenizer_size / (divisor * tp_size)) * divisor * tp_size:
+            raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    return chosen
+
+
 def num_tokens(assets: Path | None) -> int | None:
     """Return the number of tokens of the tokenizer in ``assets``; None if there is no tokenizer."""
     if assets is None or not any((assets / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -134,13 +157,19 @@ _LAYOUT = {
 def _describe_hf(path: Path) -> dict[str, str]:
     config = read_config(path)
     family = family_of(config)
-    tensors = dequantised(open_weights_directory(path)).tensors
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    check_counts(family, config, tensors)
-    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes)}
+    check_counts(family, config, dequantised(open_weights_directory(path)).tensors)
+    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes_of(path))}
     return lines | _describe_model(family.model_config(config), family)
+
+
+def sizes_of(path: Path) -> Mapping[torch.dtype, int]:
+    """Return the number of elements of the weights in a checkpoint or a Hugging Face directory by type."""
+    if not is_hugging_face(path):
+        return open_weights(path).sizes()
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in dequantised(open_weights_directory(path)).tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    return sizes
 
 
 def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:

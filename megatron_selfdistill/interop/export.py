@@ -76,8 +76,6 @@ class Exporter:
         on_ranks: Collection[int] | None = None,
         part: Callable[[str], bool] | None = None,
     ) -> None:
-        if bucket_bytes < 1:
-            raise ConfigError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
         self._chunks, self._grid = list(chunks), grid
         on_ranks = None if on_ranks is None else frozenset(on_ranks)
         self._wanted_here = on_ranks is None or grid.rank in on_ranks

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
+from megatron_selfdistill.interop.new_directory import created, require_free
 
 if TYPE_CHECKING:  # the command line is checked before torch and numpy are imported
     import torch
@@ -55,11 +56,11 @@ def gguf_to_hf(
     """
     import torch
 
-    from megatron_selfdistill.checkpoint.formats.safetensors_directory import SafetensorsWriter
     from megatron_selfdistill.interop.release import FiniteCheck, Progress
+    from megatron_selfdistill.interop.safetensors_directory import SafetensorsWriter
 
     file, out, progress, dtype = Path(file), Path(out), progress or Progress(), dtype or torch.float32
-    directory.require_free(out)
+    require_free(out)
     with _alone(file) as place:
         header = _Header(file)
         config = _config(header, place)
@@ -68,7 +69,7 @@ def gguf_to_hf(
     described = [(name, dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     num_bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
     finite = FiniteCheck(str(file), allow_non_finite, progress)
-    with directory.created(out, num_bytes) as temporary:
+    with created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, described, 5 * 10**9)
         for name, tensor in tensors.items():

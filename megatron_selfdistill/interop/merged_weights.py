@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import (
-    Weights,
-    open_weights,
-    raise_misfit,
-    require_rank_of_factors,
-    verify_checksums,
-    weight_shapes,
-)
+from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, require_rank_of_factors, weight_shapes
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     StoredAdapters,
     base_digest,
@@ -32,11 +25,12 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
 
 class Merge:
@@ -62,62 +56,35 @@ class Merge:
         return f"adapters are merged: {left}; the adapters themselves are exact, and so is megatron-to-hf --dtype fp32"
 
 
-class MergedWeights:
+class MergedWeights(Weights):
     """The `Weights` of a base with adapters merged into it."""
 
     def __init__(
         self, base: Weights, adapters: Weights, settings: StoredAdapters, dtype: torch.dtype | None = None
     ) -> None:
         """Merge while tensors are read; ``dtype``: the type of merged weights; null keeps that of the base's."""
-        self.path, self.format, self.iteration = adapters.path, base.format, adapters.iteration
-        self.args = base.args if base.args is not None else adapters.args
+        args = base.args if base.args is not None else adapters.args
+        super().__init__(adapters.path, base.format, base.source, args, adapters.iteration)
         self.merge = Merge(settings.settings.scale)
-        self._base, self._adapters, self._settings, self._dtype = base, adapters, settings.settings, dtype
+        self._adapters, self._settings, self._dtype = adapters, settings.settings, dtype
         self._factors: dict[Place, tuple[Rule, Rule]] = {}
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows of the stored embedding, including padding."""
-        return self._base.num_rows
-
-    @property
-    def num_passthrough_layers(self) -> int:
-        """The number of multi-token-prediction layers that the base keeps for conversions."""
-        return self._base.num_passthrough_layers
-
-    @property
-    def passthrough(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that the base keeps for conversions, by their Hugging Face names."""
-        return self._base.passthrough
-
-    def holds(self, rule: Rule) -> bool:
-        """Return whether the base holds the tensor of ``rule``."""
-        return self._base.holds(rule)
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless base and factors match ``rules``."""
-        self._base.check_shapes(rules)
+        super().check_shapes(rules)
         factors = adapter_rules(rules, self._settings)
         self._adapters.check_shapes(factors)
         for a, b in zip(factors[::2], factors[1::2], strict=True):
             self._factors[a.megatron.key, a.megatron.index] = (a, b)
 
-    def dtype(self, rule: Rule) -> torch.dtype:
-        """Return the type of the tensor of ``rule`` without a further conversion."""
-        return self._base.dtype(rule)
-
     def read(self, rule: Rule) -> Tensor:
         """Return the tensor of ``rule``, without padding, merged where it has an adapter; call `check_shapes` first."""
-        weight = self._base.read(rule)
+        weight = super().read(rule)
         factors = self._factors.get((factor_key(rule.megatron.key, "a"), rule.megatron.index))
         if factors is None:
             return weight
         a, b = (self._adapters.read(factor) for factor in factors)
         return self.merge.merged(weight, a, b, self._dtype)
-
-    def sizes(self) -> dict[torch.dtype, int]:
-        """Return the number of elements of the model's tensors by type, including padding."""
-        return self._base.sizes()
 
 
 def open_merged_weights(
@@ -171,7 +138,7 @@ def merge_adapters(
             "hf-to-megatron"
         )
     source, factors = TorchDistReader(opened.path), TorchDistReader(weights.path)
-    require_rank_of_factors(weights.path, weight_shapes(factors), adapters.settings.rank)
+    require_rank_of_factors(weights.path, weight_shapes(factors.shapes), adapters.settings.rank)
     merge = Merge(adapters.settings.scale)
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     pieces = _merged_pieces(source, factors, merge, finite)
@@ -193,9 +160,9 @@ def _opened_base(adapters: StoredAdapters, base: Path | None, report: Callable[[
 
 def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge, finite: FiniteCheck) -> list[Piece]:
     """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
-    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors).items() if is_adapter_key(key)}
+    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors.shapes).items() if is_adapter_key(key)}
     pieces = []
-    for key, shape in weight_shapes(source).items():
+    for key, shape in weight_shapes(source.shapes).items():
         leading = shape[:-2] if len(shape) > 2 else ()
         for index in itertools.product(*map(range, leading)):
             read: Callable[[], Tensor] = functools.partial(source.read, key, index)

@@ -22,10 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
     PEFT_CONFIG,
@@ -36,13 +34,17 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
+from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
-from megatron_selfdistill.interop.hf.mapping import Rule, family_of, family_of_model
+from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
+from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf_files import contained, read_config
+from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece
 from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 CONFIG, WEIGHTS = PEFT_CONFIG, "adapter_model.safetensors"
@@ -68,7 +70,7 @@ def megatron_to_peft(
     Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
     """
     out, progress = Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     weights = open_weights(megatron, iteration)
     adapters = require_adapters(weights.path)
     verify_checksums(weights, progress.report)
@@ -77,7 +79,7 @@ def megatron_to_peft(
     weights.check_shapes(rules)
     num_bytes = sum(math.prod(s) for rule in rules for s in rule.hf_shapes) * 4
     finite = FiniteCheck(str(weights.path), None, progress)
-    with directory.created(out, num_bytes) as temporary:
+    with created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         tensors: dict[str, Tensor] = {}
         for rule in rules:
@@ -107,7 +109,7 @@ def peft_to_megatron(
     Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
     """
     peft, out, progress = Path(peft), Path(out), progress or Progress()
-    directory.require_free(out)
+    require_free(out)
     config, tensors = read_peft(peft, progress)
     if read_stored_adapters(base) is not None:
         raise CheckpointError(f"{base} holds adapters alone, expected the full weights below the adapters of {peft}")

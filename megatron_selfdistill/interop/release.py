@@ -7,20 +7,22 @@ A checkpoint consists of ``release``, the tracker file and the Hugging Face file
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest, torch_dist
+from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
-from megatron_selfdistill.checkpoint.formats.full_weights import is_finite
-from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets
+from megatron_selfdistill.checkpoint.formats.model_tensors import is_finite
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
-from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, Piece
+from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop import torch_dist_tensors
+from megatron_selfdistill.interop.hf_files import copy_description, hf_assets
+from megatron_selfdistill.interop.new_directory import created
+from megatron_selfdistill.interop.torch_dist_tensors import Piece
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def write_release(
 ) -> Path:
     """Write the torch_dist checkpoint ``out/release`` atomically, with the tracker file, and return its directory.
 
-    ``pieces`` and ``empty_objects``: see `torch_dist.write`.  ``args``: the stored arguments.  ``assets``: a
+    ``pieces`` and ``empty_objects``: see `torch_dist_tensors.write`.  ``args``: the stored arguments.  ``assets``: a
     directory with config.json and tokenizer files, which are copied.  ``texts``: further files, by their names.
     Raises: CheckpointError where ``out`` exists or the disk is too small; the exceptions of ``Piece.make``; OSError.
     """
@@ -80,20 +82,15 @@ def write_release(
         SECTION: {"kind": "conversion"},
     }
     num_bytes = sum(piece.num_bytes for piece in pieces)
-    with directory.created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
+    with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         release = temporary / "release"
-        torch_dist.write(release, pieces, common, empty_objects=empty_objects, progress=progress.advance)
+        torch_dist_tensors.write(release, pieces, common, empty_objects=empty_objects, progress=progress.advance)
         for name, text in (texts or {}).items():
             (release / name).write_text(text, encoding="utf-8")
             manifest.sync(release / name)
         if assets is not None:
-            copied = release / HF_ASSETS
-            copied.mkdir()
-            shutil.copyfile(assets / "config.json", copied / "config.json")
-            copy_hf_assets(assets, copied, progress.report)
-            manifest.sync(copied / "config.json")
-            manifest.sync(copied)
+            copy_description(assets, release / HF_ASSETS, progress.report)
         manifest.write(release)
         (temporary / directory.TRACKER).write_text("release")
         for path in (release, temporary / directory.TRACKER):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
+from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
@@ -35,17 +35,13 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.hf_files import CONFIG, read_config, require_hugging_face, weight_files
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
-from megatron_selfdistill.prechecks import (
-    is_hugging_face,
-    require_checkpoint,
-    require_hugging_face,
-    tokenizer_directory,
-)
+from megatron_selfdistill.model.model_values import differences
+from megatron_selfdistill.prechecks import require_checkpoint, tokenizer_directory
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""

@@ -65,7 +65,7 @@ def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Fig
     for step, (a, b) in enumerate(zip(*both, strict=True), 1):
         metrics |= {f"{key} of step {step}": _apart(a[key], b[key]) for key in a}
     from megatron_selfdistill.checkpoint.formats.directory import iteration_name
-    from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+    from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 
     a, b = (TorchDistReader(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
     tensors = {

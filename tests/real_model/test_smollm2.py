@@ -83,8 +83,8 @@ def test_the_tokenizer_takes_digits_alone_and_the_chat_ends_at_id_2(file, hf, to
 
 def logits_of(megatron: Path, hf: Path, parallel: ParallelConfig, sequences: list[list[int]]) -> Tensor | None:
     from megatron_selfdistill.checkpoint.external import load_weights
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.interop.hf.mapping import family_of
+    from megatron_selfdistill.interop.hf_files import read_config
 
     config = read_config(hf)
     chunks, grid = models.build(family_of(config).model_config(config), parallel, seed=None)

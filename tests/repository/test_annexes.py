@@ -15,7 +15,7 @@ from megatron_selfdistill.annexes import DOORS, door
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "megatron_selfdistill"
 ANNEXES = sorted({place.split(".")[0] for place in DOORS.values()})
-MAY_NAME = {"instruments", "methods"}
+MAY_NAME = {"instruments", "methods", "teachers"}
 """Annexes of other options, which know what they describe."""
 
 

@@ -20,24 +20,13 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *(
-        "config",
-        "compat",
-        "distributed",
-        "loss",
-        "kernels",
-        "data",
-        "model",
-        "interop.hf",
-        "checkpoint.formats",
-        "interop",
-    ),
-    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
+    *("config", "compat", "distributed", "loss", "kernels", "data", "model", "checkpoint.formats", "checkpoint"),
+    *("interop.hf", "interop", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "kernels")
+NEVER_BY_CORE = ("instruments", "interop", "methods", "teachers", "environments", "engines", "kernels")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments
@@ -117,7 +106,7 @@ def named_modules(source: str, prefix: str) -> list[str]:
 def ring_of(package: str | None) -> str:
     """Return the annex of a package, or core: also for the files beside the packages."""
     ring = (package or "").split(".")[0]
-    return ring if ring in (*NEVER_BY_CORE, "interop") else "core"
+    return ring if ring in NEVER_BY_CORE else "core"
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

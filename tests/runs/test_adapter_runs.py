@@ -25,13 +25,13 @@ from tiny_run import (
 )
 
 from megatron_selfdistill.checkpoint.formats.stored_adapters import base_digest
-from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.instruments.explorer import explore_command as explore
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.interop.describe import describe
 from megatron_selfdistill.interop.merged_weights import merge_adapters
+from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
-from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.config import LearningRateDecay, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training

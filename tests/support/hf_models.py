@@ -25,7 +25,9 @@ from torch import Tensor
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.data.packing import Microbatch
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.hf.mapping import Family, Rule, check_names, check_shapes, family_of
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.forward import unwrapped
 

@@ -11,7 +11,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
 

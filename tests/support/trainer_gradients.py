@@ -24,7 +24,7 @@ from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.export import export
-from megatron_selfdistill.interop.hf.mapping import Rule
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped

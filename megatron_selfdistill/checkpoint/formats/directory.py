@@ -17,14 +17,12 @@ import os
 import re
 import shutil
 import uuid
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.hf_files import download_advice
 from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.data.records import is_hub_name
 from megatron_selfdistill.errors import CheckpointError
 
 LEGACY_FILE = "model_optim_rng.pt"
@@ -111,6 +109,20 @@ def find(path: Path) -> tuple[Path, bool]:
     return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
 
 
+def download_advice(path: Path) -> str:
+    """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
+
+    Such a name is ``organisation/model``, and there is no directory ``organisation`` here.
+    """
+    name = str(path)
+    if name.count("/") != 1 or path.parent.exists() or not is_hub_name(name):
+        return ""
+    return (
+        f"; if {name} is a model on the Hugging Face hub, download it with `hf download {name} --local-dir DIR`, and "
+        "name DIR"
+    )
+
+
 def of_run(path: Path) -> Path:
     """Return the directory with the tracker file of the run directory ``path``; every other ``path`` as it is."""
     held = path / CHECKPOINTS
@@ -129,10 +141,15 @@ def is_legacy(directory: Path) -> bool:
     return any(directory.glob(f"mp_rank_*/{LEGACY_FILE}"))
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Return whether ``path`` is a Hugging Face directory and no Megatron checkpoint."""
+    chosen = tracked(path) or path
+    return (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file()
+
+
 def refuse_hugging_face(path: Path) -> None:
     """Raise CheckpointError, with the command for a conversion, where ``path`` is a Hugging Face directory."""
-    chosen = tracked(path) or path
-    if (chosen / "config.json").is_file() and not is_legacy(chosen) and not (chosen / "metadata.json").is_file():
+    if is_hugging_face(path):
         raise CheckpointError(
             f"{path} is a Hugging Face directory, expected a Megatron checkpoint: convert it with "
             f"`selfdistill convert hf-to-megatron --hf {path} --out NEW_DIRECTORY`, and name NEW_DIRECTORY"
@@ -154,13 +171,7 @@ def lacks(path: Path) -> str | None:
         written = f"{description['sharded_backend']} {description['sharded_backend_version']}"
     except (ValueError, TypeError, KeyError) as error:
         return f"has a corrupt metadata.json ({type(error).__name__}: {error})"
-    if written != "torch_dist 1":
-        return f"was written in the format {written} of another or a newer Megatron Core, expected torch_dist 1"
-    if not (
-        path / "common.pt"
-    ).is_file():  # since 0.19, Megatron Core stores the same state in the files of the tensors
-        return "has no common.pt" if "common_backend" in description else None
-    return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
+    return None if written == "torch_dist 1" else f"was written in the format {written}, expected torch_dist 1"
 
 
 def incomplete(path: Path) -> str | None:
@@ -172,24 +183,20 @@ def incomplete(path: Path) -> str | None:
     """
     if (fault := lacks(path)) is not None:
         return fault
-    from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch, which takes seconds
-
     try:
         entries = manifest.read(path)
-        if entries is not None and (fault := manifest.wrong_size(path, entries)) is not None:
-            return fault
+        if entries is not None:
+            return manifest.wrong_size(path, entries)
+        from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata  # imports torch: seconds
+
         storage = load_metadata(path).storage_data
     except CheckpointError as error:
         return str(error).removeprefix(f"{path} ")
     ends: dict[str, int] = {}
     for place in storage.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in ends.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else 0
-        if size < end:
-            return f"has {size} bytes of {name}, expected {end}"
-    return None
+    torn = (name for name, end in ends.items() if not (path / name).is_file() or (path / name).stat().st_size < end)
+    return next((f"has only a part of {name}" for name in torn), None)
 
 
 def unverifiable(path: Path) -> str | None:
@@ -291,42 +298,6 @@ def publish(temporary: Temporary, target: Path) -> None:
     sync(target.parent)
     temporary.remove()  # removes the lock
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def publish_new(temporary: Temporary, target: Path) -> None:
-    """Rename a directory whose files are synced to ``target``, which must not exist.
-
-    Raises: CheckpointError where ``target`` exists; the function replaces nothing.
-    """
-    require_free(target)
-    sync(temporary.path)
-    temporary.path.rename(target)
-    sync(target.parent)
-    temporary.remove()  # removes the lock
-
-
-@contextlib.contextmanager
-def created(target: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error.
-
-    Raises: CheckpointError where ``target`` exists, or the disk has less than ``num_bytes`` and 1 MiB free.
-    """
-    target = target.absolute()
-    temporary = begin(target.parent, target.name, num_bytes + 2**20)
-    try:
-        yield temporary.path
-        publish_new(temporary, target)
-    except BaseException:
-        temporary.remove()
-        raise
-    finally:
-        temporary.release()
-
-
-def require_free(target: Path) -> None:
-    """Raise CheckpointError if ``target`` exists and is not an empty directory."""
-    if target.exists() and (not target.is_dir() or next(target.iterdir(), None) is not None):
-        raise CheckpointError(f"{target} exists and is not overwritten: choose another name, or remove it")
 
 
 def set_latest(target: Path) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,36 +31,6 @@ class SavedRun:
     """This program's section of that state (`SECTION`)."""
     trainer_state: dict[str, Any]
     """The state of the trainer, with the key ``step``: plain values that `encode` accepts."""
-
-
-def write_prompt_settings(checkpoint: Path, out: Path, report: Callable[[str], None]) -> None:
-    """Write the chat template behind which a run trained into ``out``, a Hugging Face directory.
-
-    ``report`` gets a line for the template, and one for the keys that shaped the run's prompts and have no place in
-    such a directory.  A checkpoint that no run has saved changes nothing.
-    """
-    template = checkpoint.parent.parent / RUN_TEMPLATE
-    try:
-        data = read_saved_run(checkpoint).trainer_state.get(CONFIGURATION, {}).get("data", {})
-    except CheckpointError:
-        return
-    if data.get("chat_template") is not None and template.is_file():
-        (out / RUN_TEMPLATE).write_bytes(template.read_bytes())
-        report(f"{RUN_TEMPLATE} is the chat template behind which the run trained (data.chat_template)")
-    elif data.get("chat_template") is not None:
-        report(f"warning: the run trained behind another chat template (data.chat_template), and {template} is missing")
-    view = data.get("views", {}).get("student", {})
-    wording = data.get("student_template")
-    shaped = {
-        "data.system_prompt": data.get("system_prompt"),
-        "data.chat_template_kwargs": data.get("chat_template_kwargs"),
-        "data.student_template": None if wording == "{problem}" else wording,
-        **{f"data.views.student.{name}": value for name, value in view.items()},
-    }
-    if named := [f"{key}={value}" for key, value in shaped.items() if value]:
-        report(
-            f"no file can hold what else shaped the prompts of the run; repeat it where you serve: {'; '.join(named)}"
-        )
 
 
 def encode(trainer_state: dict[str, Any]) -> str:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.formats import directory, legacy
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
 from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.config import Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.hf.family import LATENT_ONLY, ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
+from megatron_selfdistill.model.model_values import LATENT_ONLY, ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
 
 
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
@@ -52,7 +51,11 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
 def stored_args(path: Path) -> argparse.Namespace | None:
     """Return the arguments that the checkpoint at ``path`` stores; None if it stores no arguments."""
     found, is_legacy = find(path)
-    state = load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True) if is_legacy else read_common(found)
+    state = (
+        load_pickled(min(found.glob(f"mp_rank_*/{directory.LEGACY_FILE}")), mmap=True)
+        if is_legacy
+        else read_common(found)
+    )
     args: argparse.Namespace | None = state.get("args")
     return args
 
@@ -119,32 +122,6 @@ def stored_vocab_size(args: argparse.Namespace) -> int | None:
         return None
     adds_one = str(getattr(args, "tokenizer_type", None) or "").startswith("Null") and not hasattr(args, _NEW)
     return int(size) + adds_one
-
-
-def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
-    """Return the number of rows of embedding and output layer without padding.
-
-    The number comes from the stored arguments, else from the tokenizer of the checkpoint, else from the rows on disk.
-    A model may have more rows than its tokenizer has tokens, but neither fewer rows nor more rows than are on disk.
-
-    Raises: CheckpointError with all three numbers where they contradict each other, or where the function cannot decide
-    whether rows are padding.
-    """
-    stored = stored_vocab_size(args) if args is not None else None
-    padded = getattr(args, "padded_vocab_size", None) if args is not None else None
-    shown = (
-        f"the arguments say {_or_nothing(stored)} ({_or_nothing(padded)} with padding), the tokenizer has "
-        f"{_or_nothing(tokenizer_size)} tokens, {num_rows} rows are on disk"
-    )
-    chosen = next((size for size in (stored, tokenizer_size) if size is not None), num_rows)
-    if chosen > num_rows or (tokenizer_size or 0) > chosen or (stored is not None and (padded or num_rows) < stored):
-        raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
-    if stored is None and tokenizer_size is not None and num_rows != tokenizer_size:
-        divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
-        tp_size = getattr(args, "tensor_model_parallel_size", None) or 1
-        if num_rows != math.ceil(tokenizer_size / (divisor * tp_size)) * divisor * tp_size:
-            raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
-    return chosen
 
 
 def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConfig) -> ModelConfig:
@@ -273,7 +250,3 @@ def _may_differ(name: str, stored: ModelConfig) -> bool:
     RoPE has no table of positions, so a run may allow fewer or more positions.
     """
     return name == "max_position_embeddings" and stored.position_embedding_type != "learned_absolute"
-
-
-def _or_nothing(number: int | None) -> str:
-    return "nothing" if number is None else str(number)

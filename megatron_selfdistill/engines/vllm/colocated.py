@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -27,6 +26,7 @@ from megatron_selfdistill.engines.vllm.hf_directory import num_weights
 from megatron_selfdistill.engines.vllm.in_process import InProcessEngine
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.decoding import free_bytes

@@ -13,14 +13,16 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
 from megatron_selfdistill.interop.conversion import DTYPES
-from megatron_selfdistill.interop.hf.mapping import Family, architecture, family_of, family_of_model, text_config
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model, text_config
 from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf_files import read_config
+from megatron_selfdistill.model.model_values import architecture
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.engines.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.engines.vllm.transfer_buckets import segments_expand, without_expandable_segments
 from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.interop.hf_files import read_config
 
 
 def in_process_engine_args(

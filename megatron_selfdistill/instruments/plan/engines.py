@@ -99,9 +99,9 @@ def engine_factors(config: Config, vocab_size: int) -> int:
 
 def factor_rules(config: Config, vocab_size: int) -> list[Rule]:
     """Return the rules of the adapters' factors for the Hugging Face family of the model, with ``vocab_size`` rows."""
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
     from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
+    from megatron_selfdistill.interop.hf_files import read_config
 
     given = config.rollout.hf_config
     family = family_of_model(config.model) if given is None else family_of(read_config(Path(given)))

@@ -14,16 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.rules import (
-    PASSTHROUGH,
-    FusedExperts,
-    MegatronSlice,
-    QueryGroups,
-    Rule,
-    query_groups,
-    rows,
-)
+from megatron_selfdistill.interop.hf.rules import Arrangement, FusedExperts, MegatronSlice, Rule, query_groups, rows
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]
@@ -148,7 +141,9 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
     heads, groups = arch["num_attention_heads"], arch["num_query_groups"]
     gated = arch["attention_output_gate"]
     sizes = {"q": (1 + bool(gated)) * heads * channels, "k": groups * channels, "v": groups * channels}
-    arrangement = (GatedQueryGroups if gated else QueryGroups)(heads, groups, channels)
+    arrangement: Arrangement = HeadGroups(groups, ((heads // groups * channels,), (channels,), (channels,)))
+    if gated:
+        arrangement = GatedQueryGroups(heads, groups, channels)
     yield rows(place("self_attention.linear_qkv.layer_norm_weight"), {f"{hf}.input_layernorm.weight": (hidden,)})
     weights: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.weight": (n, hidden) for x, n in sizes.items()}
     yield query_groups(place("self_attention.linear_qkv.weight"), weights, arrangement)
@@ -271,7 +266,8 @@ class HeadGroups:
         grouped = tensor.reshape(self.num_groups, -1, *tensor.shape[1:])
         flat = [size for sizes in self.sections for size in sizes]
         parts = iter([part.flatten(0, 1) for part in torch.split(grouped, flat, dim=1)])
-        return tuple(torch.cat([next(parts) for _ in sizes]) for sizes in self.sections)
+        found = ([next(parts) for _ in sizes] for sizes in self.sections)
+        return tuple(some[0] if len(some) == 1 else torch.cat(some) for some in found)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from megatron_selfdistill.interop.hf.sliding_windows import (
     qwen_layers,
     require_layer_types,
     window_keys,
-    write_layer_types,
     write_qwen_windows,
     write_window,
 )
@@ -69,6 +68,15 @@ def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
     model = ModelConfig(**(common | fields))
     require_layer_types(config, model)
     return model
+
+
+def expert_fields(config: HFConfig, count: str = "num_experts", width: str = "moe_intermediate_size") -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for the number of experts, the chosen ones and their width."""
+    return {
+        "num_moe_experts": config[count],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config[width],
+    }
 
 
 def write_common(arch: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +174,8 @@ QWEN3 = Family(
 def _read_phi(config: HFConfig) -> ModelConfig:
     rope = read_rope(config)
     if rope.kind != "default":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default is known here, since the "
+        raise config.error(
+            f"has rope_type={rope.kind!r}: only default is known here, since the "
             "factors of longrope depend on the length of the sequence"
         )
     return read_common(config, transformer=window_keys(config, every_layer(config)), **llama3_fields(rope, config))
@@ -246,9 +254,8 @@ def _layers_with_rope_smollm(config: HFConfig) -> list[int]:
         interval = config["no_rope_layer_interval"]
         return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if len(given) != num_layers:
-        raise ConfigError(
-            f"config.json of {config.architecture} has {len(given)} entries in no_rope_layers, expected one for each "
-            f"of the {num_layers} layers"
+        raise config.error(
+            f"has {len(given)} entries in no_rope_layers, expected one for each of the {num_layers} layers"
         )
     return [int(bool(rope)) for rope in given]
 
@@ -268,17 +275,11 @@ def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],
-        **_write_windows(arch),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        **write_qwen_windows(arch),
         "pad_token_id": None,  # transformers' default lies outside of a small vocabulary
     }
-
-
-def _write_windows(arch: dict[str, Any]) -> dict[str, Any]:
-    window = write_window(arch)
-    if window is None:
-        return {"use_sliding_window": False, "sliding_window": None}
-    layer_types = write_layer_types(arch["window_attn_skip_freq"])
-    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types}
 
 
 SMOLLM3 = Family(

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
@@ -29,9 +29,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
     return read_common(
         config,
         transformer=window_keys(config, every_layer(config)),
-        num_moe_experts=config["num_local_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config["intermediate_size"],
+        **expert_fields(config, "num_local_experts", "intermediate_size"),
         **rotary_fields(read_rope(config), config),
     )
 
@@ -51,13 +49,11 @@ def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
     transformer = window_keys(config, every_layer_if_used(config))
     transformer |= sparse_layers(config, otherwise=": call it Qwen3ForCausalLM") | softmax_router(config)
-    num_experts = config.given("num_local_experts") or config["num_experts"]  # transformers 5 renames it
+    count = "num_local_experts" if config.given("num_local_experts") else "num_experts"  # transformers 5 renames it
     return read_common(
         config,
         qk_layernorm=True,
-        num_moe_experts=num_experts,
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        **expert_fields(config, count),
         transformer=transformer,
         **rotary_fields(read_rope(config), config),
     )
@@ -71,7 +67,7 @@ def sparse_layers(config: HFConfig, otherwise: str) -> dict[str, Any]:
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
     if not any(is_moe):
-        raise ConfigError(f"config.json of {config.architecture} has no layer with experts{otherwise}")
+        raise config.error(f"has no layer with experts{otherwise}")
     return {} if all(is_moe) else {"moe_layer_freq": is_moe}
 
 
@@ -168,9 +164,7 @@ def _read_olmoe(config: HFConfig) -> ModelConfig:
     return read_common(
         config,
         qk_layernorm_all_heads=True,
-        num_moe_experts=config["num_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config["intermediate_size"],
+        **expert_fields(config, width="intermediate_size"),
         transformer=softmax_router(config),
         **rotary_fields(read_rope(config), config),
     )
@@ -187,7 +181,6 @@ def _write_olmoe(arch: dict[str, Any]) -> dict[str, Any]:
         "clip_qkv": None,
         "num_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
-        "intermediate_size": arch["moe_ffn_hidden_size"],
         "norm_topk_prob": not arch["moe_router_pre_softmax"],
     }
 
@@ -216,9 +209,7 @@ def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
     return read_common(
         config,
         add_qkv_bias=config["qkv_bias"],
-        num_moe_experts=config["num_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        **expert_fields(config),
         transformer={
             "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
             "moe_shared_expert_gate": True,
@@ -232,8 +223,8 @@ def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
 def _refuse_windows(config: HFConfig) -> None:
     sliding = config["use_sliding_window"] or SLIDING in (config["layer_types"] or ())
     if sliding and window_keys(config, every_layer(config)):
-        raise ConfigError(
-            f"config.json of {config.architecture} has a sliding_window of {config['sliding_window']} tokens: versions "
+        raise config.error(
+            f"has a sliding_window of {config['sliding_window']} tokens: versions "
             "of transformers disagree on the layers that have it, and vLLM ignores it; set use_sliding_window to false"
         )
 

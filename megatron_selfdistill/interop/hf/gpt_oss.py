@@ -58,8 +58,8 @@ def _num_experts(config: HFConfig) -> int:
     """Return the number of experts, which transformers also calls ``num_experts``."""
     given = {config[name] for name in ("num_local_experts", "num_experts") if name in config.values}
     if len(given) > 1:
-        raise ConfigError(
-            f"config.json of {config.architecture} has num_local_experts={config['num_local_experts']} and "
+        raise config.error(
+            f"has num_local_experts={config['num_local_experts']} and "
             f"num_experts={config['num_experts']}: keep num_local_experts"
         )
     return int(given.pop()) if given else int(config["num_local_experts"])

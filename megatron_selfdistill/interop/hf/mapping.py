@@ -17,29 +17,9 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.interop.hf import dense, experts, gpt_oss, minimax, ministral, qwen_next, sigmoid_router
-from megatron_selfdistill.interop.hf.config_fields import checked
-from megatron_selfdistill.interop.hf.family import Family, architecture, describe_differences, differences
-from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
-
-__all__ = [
-    "FAMILIES",
-    "PASSTHROUGH",
-    "TIED",
-    "Family",
-    "MegatronSlice",
-    "Rule",
-    "architecture",
-    "check_counts",
-    "check_names",
-    "check_shapes",
-    "dequantise_blocks",
-    "differences",
-    "family_of",
-    "family_of_model",
-    "text_config",
-    "tied_output_layer",
-    "without_absent_layers",
-]
+from megatron_selfdistill.interop.hf.family import Family, describe_differences
+from megatron_selfdistill.interop.hf.rules import Rule, passthrough_layer
+from megatron_selfdistill.model.model_values import differences
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -84,8 +64,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
     Raises: ConfigError for an unknown architecture, and for a ``model_type`` of another model.
     """
-    named = list(checked("architectures", hf_config.get("architectures")) or [])
-    model_type = checked("model_type", hf_config.get("model_type"))
+    named = list(hf_config.get("architectures") or [])
+    model_type = hf_config.get("model_type")
     for name in named:
         if name in FAMILIES:
             _require_type(hf_config, FAMILIES[name], model_type)
@@ -171,8 +151,8 @@ def check_counts(family: Family, hf_config: Mapping[str, Any], names: Collection
         hf_config = family.text_config(hf_config)
     counted = _COUNTED[:1] if family.tensor_names.fused else _COUNTED
     for name in counted:
-        count = checked(name, hf_config[name]) if hf_config.get(name) is not None else 0
-        if count > len(names):
+        count = hf_config.get(name)
+        if isinstance(count, int) and count > len(names):
             raise ConfigError(
                 f"config.json has {name}={count}, but only {len(names)} tensors: expected at least one for each"
             )

@@ -7,9 +7,8 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import checked
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.experts import require_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
@@ -37,9 +36,7 @@ def _read(config: HFConfig) -> ModelConfig:
     return read_common(
         config,
         qk_layernorm_all_heads=True,
-        num_moe_experts=config["num_local_experts"],
-        moe_router_topk=config["num_experts_per_tok"],
-        moe_ffn_hidden_size=config["intermediate_size"],
+        **expert_fields(config, "num_local_experts", "intermediate_size"),
         transformer=dict(ROUTER_KEYS),
         **ROUTER_FIELDS,
         **rotary_fields(read_rope(_with_share(config), partial=True), config),
@@ -54,8 +51,7 @@ def _with_share(config: HFConfig) -> HFConfig:
     width, channels = config["rotary_dim"], config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     if width is None:
         return config
-    within = (config["rope_parameters"] or {}).get("partial_rotary_factor")
-    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters")
+    given = (config["rope_parameters"] or {}).get("partial_rotary_factor")
     if given is None and "partial_rotary_factor" in config.values:
         given = config["partial_rotary_factor"] or 1.0  # transformers takes null for all channels
     if given is not None and int(channels * given) != width:
@@ -75,7 +71,6 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         "rotary_dim": int(arch["kv_channels"] * arch["rotary_percent"]),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
-        "intermediate_size": arch["moe_ffn_hidden_size"],
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
         "use_qk_norm": True,

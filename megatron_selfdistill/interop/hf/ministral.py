@@ -12,12 +12,12 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import checked
 from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
-from megatron_selfdistill.interop.hf.family import Family, HFConfig, differences
+from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.interop.hf.rules import Rule, prefixed
 from megatron_selfdistill.interop.hf.sliding_windows import every_layer, window_keys, write_window
+from megatron_selfdistill.model.model_values import differences
 
 _BETA, _ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 
@@ -38,13 +38,12 @@ def _refuse_growing_queries(config: HFConfig, rope: dict[str, Any]) -> None:
     """
     beta, original, longest = rope.get(_BETA), rope.get(_ORIGINAL), config["max_position_embeddings"]
     if beta is None or original is None:
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_parameters without {_BETA if beta is None else _ORIGINAL}, "
-            "which transformers needs"
+        raise config.error(
+            f"has rope_parameters without {_BETA if beta is None else _ORIGINAL}, which transformers needs"
         )
     if beta and longest > original:
-        raise ConfigError(
-            f"config.json of {config.architecture} has {_BETA}={beta}, by which queries grow from position {original} "
+        raise config.error(
+            f"has {_BETA}={beta}, by which queries grow from position {original} "
             "on, but Megatron has no such factor; if no sequence is longer, set max_position_embeddings to "
             f"{original}"
         )
@@ -100,8 +99,8 @@ def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: ConfigError for a text model of another type.
     """
-    text = dict(checked("text_config", hf_config.get("text_config")) or {})
-    kind = checked("model_type", text.get("model_type", MISTRAL.model_type), within="text_config")
+    text = dict(hf_config.get("text_config") or {})
+    kind = text.get("model_type", MISTRAL.model_type)
     family = _TEXT_FAMILIES.get(kind)
     if family is None:
         raise ConfigError(
@@ -118,8 +117,8 @@ def _read_mistral3(config: HFConfig) -> ModelConfig:
     family = next(family for family in _TEXT_FAMILIES.values() if family.architecture == architecture)
     model = family.model_config(text)
     if differences(model, family.model_config(text | {"layer_types": None})):
-        raise ConfigError(
-            f"{config.owner} has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
+        raise config.error(
+            f"has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
             "this model: remove layer_types"
         )
     return model

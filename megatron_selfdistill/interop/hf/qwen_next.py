@@ -9,7 +9,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
@@ -63,22 +63,16 @@ def _linear_layers(config: HFConfig) -> list[int]:
         return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     known = {LINEAR: 1, FULL: 0}
     if len(kinds) != num_layers or not set(kinds) <= known.keys():
-        raise ConfigError(
-            f"config.json of {config.architecture} has layer_types={kinds}: expected linear_attention or "
-            f"full_attention for each of the {num_layers} layers"
+        raise config.error(
+            f"has layer_types={kinds}: expected linear_attention or full_attention for each of the {num_layers} layers"
         )
     return [known[kind] for kind in kinds]
 
 
 def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return fields and keys of a mixture of experts in every layer."""
-    fields = {
-        "num_moe_experts": config["num_experts"],
-        "moe_router_topk": config["num_experts_per_tok"],
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-    }
     width = config["shared_expert_intermediate_size"]
-    return fields, {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+    return expert_fields(config), {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
 
 
 def _normalised_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:

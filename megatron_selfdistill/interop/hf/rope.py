@@ -7,13 +7,11 @@ The older spelling has ``rope_theta`` and ``rope_scaling``; transformers 5 has `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.config import YarnConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import FIELDS, checked
 from megatron_selfdistill.interop.hf.family import HFConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -50,17 +48,15 @@ def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     """
     rope = _rope(config)
     if rope.partial != 1 and not partial:
-        raise ConfigError(
-            f"config.json of {config.architecture} has partial_rotary_factor={rope.partial}: only 1 is known here"
-        )
+        raise config.error(f"has partial_rotary_factor={rope.partial}: only 1 is known here")
     return rope
 
 
 def _rope(config: HFConfig) -> Rope:
     scaling, parameters = config.given("rope_scaling"), config.given("rope_parameters")
     if scaling and parameters and _read(config, "rope_scaling") != _read(config, "rope_parameters"):
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_scaling={scaling} and rope_parameters={parameters}, which "
+        raise config.error(
+            f"has rope_scaling={scaling} and rope_parameters={parameters}, which "
             "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
         )
     return _read(config, "rope_scaling" if scaling else "rope_parameters")
@@ -69,7 +65,9 @@ def _rope(config: HFConfig) -> Rope:
 def _read(config: HFConfig, entry: str) -> Rope:
     """Return the positions of ``rope_scaling`` or ``rope_parameters``; null is the family's default."""
     given = config.given(entry)
-    parameters = _checked(config, entry, config.defaults[entry] or {} if given is None else given)
+    parameters = dict(config.defaults[entry] or {} if given is None else given)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise config.error(f"has another rope per kind of layer in {entry}, which Megatron lacks")
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
     partial = parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"]
     older = parameters.pop("type", "default")
@@ -79,16 +77,6 @@ def _read(config: HFConfig, entry: str) -> Rope:
     if int(theta) != theta:
         raise ConfigError(f"config.json has rope_theta={theta}, but Megatron's rotary_base is a whole number")
     return Rope(int(theta), kind, parameters, 1.0 if partial is None else float(partial))
-
-
-def _checked(config: HFConfig, entry: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``given``, the object ``entry`` of a config.json, whose fields have their types."""
-    for name, value in given.items():
-        if name in FIELDS:
-            checked(name, value, config.owner, entry)
-        elif isinstance(value, dict):
-            raise ConfigError(f"{config.owner} has another rope per kind of layer in {entry}, which Megatron lacks")
-    return dict(given)
 
 
 def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
@@ -106,10 +94,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     elif rope.kind in ("default", "llama3"):
         fields = llama3_fields(rope, config)
     else:
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default, linear, llama3 and yarn "
-            "are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default, linear, llama3 and yarn are known here")
     if rope.kind == "yarn" and rope.partial != 1:
         raise ConfigError(
             f"config.json has yarn rope with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all "
@@ -134,7 +119,7 @@ def write_rotary(arch: dict[str, Any]) -> dict[str, Any]:
 def _required(rope: Rope, name: str, config: HFConfig) -> Any:
     value = rope.parameters.get(name)
     if value is None:
-        raise ConfigError(f"config.json of {config.architecture} has {rope.kind} rope without {name}")
+        raise config.error(f"has {rope.kind} rope without {name}")
     return value
 
 
@@ -144,9 +129,7 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     if rope.kind == "default":
         return fields
     if rope.kind != "llama3":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default and llama3 are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default and llama3 are known here")
     for name, expected in _LLAMA3.items():
         got = rope.parameters.get(name)
         if got is None and name == "original_max_position_embeddings":
@@ -229,9 +212,7 @@ def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     if rope.kind == "default":
         return {"rope_type": "rope"}
     if rope.kind != "yarn":
-        raise ConfigError(
-            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default and yarn are known here"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default and yarn are known here")
     given = rope.parameters
     if given.get("attention_factor") is not None:
         raise ConfigError("config.json has yarn rope with attention_factor, which Megatron derives from mscale alone")

@@ -11,13 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.errors import ConfigError
-
-PASSTHROUGH = "hf_passthrough."
-"""The prefix of our keys in a Megatron checkpoint for tensors that Megatron neither builds nor trains.
-
-A checkpoint keeps such tensors for the conversion back.
-"""
 
 
 def passthrough_layer(name: str) -> str:
@@ -68,27 +63,6 @@ class Rows:
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return the row blocks of ``tensor``, as views."""
         return torch.split(tensor, list(self.sizes))
-
-
-@dataclass(frozen=True)
-class QueryGroups:
-    """The arrangement of q, k and v in Megatron's ``linear_qkv``: query heads, key and value of each query group."""
-
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-
-    def join(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return ``linear_qkv`` from q, k and v."""
-        per_group = [t.reshape(self.num_query_groups, -1, *t.shape[1:]) for t in tensors]
-        return torch.cat(per_group, dim=1).flatten(0, 1)
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return q, k and v from ``linear_qkv``."""
-        queries = self.num_attention_heads // self.num_query_groups * self.kv_channels
-        per_group = tensor.reshape(self.num_query_groups, -1, *tensor.shape[1:])
-        parts = torch.split(per_group, [queries, self.kv_channels, self.kv_channels], dim=1)
-        return tuple(part.flatten(0, 1) for part in parts)
 
 
 @dataclass(frozen=True)

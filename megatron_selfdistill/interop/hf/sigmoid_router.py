@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary, write_yarn, yarn_fields
 
@@ -44,9 +44,7 @@ def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         transformer["moe_router_num_groups"] = config["n_group"]
         transformer["moe_router_group_topk"] = config["topk_group"]
     fields = {
-        "num_moe_experts": config.given("num_local_experts") or config["n_routed_experts"],
-        "moe_router_topk": config["num_experts_per_tok"],
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        **expert_fields(config, "num_local_experts" if config.given("num_local_experts") else "n_routed_experts"),
         **ROUTER_FIELDS,
         "num_passthrough_mtp_layers": _mtp_layers(config),
     }

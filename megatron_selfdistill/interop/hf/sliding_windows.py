@@ -11,8 +11,8 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.family import HFConfig, architecture
+from megatron_selfdistill.interop.hf.family import HFConfig
+from megatron_selfdistill.model.model_values import architecture
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """The values of ``layer_types``."""
@@ -29,7 +29,7 @@ def window_keys(config: HFConfig, sliding: Sequence[bool]) -> dict[str, Any]:
     if not any(sliding) or window is None or window >= longest:
         return {}
     if not isinstance(window, int) or window < 1:
-        raise ConfigError(f"config.json of {config.architecture} has sliding_window={window!r}: expected 1 or more")
+        raise config.error(f"has sliding_window={window!r}: expected 1 or more")
     keys: dict[str, Any] = {"window_size": [window - 1, 0]}
     if not all(sliding):
         keys["window_attn_skip_freq"] = [int(windowed) for windowed in sliding]
@@ -58,16 +58,10 @@ def listed_layers(config: HFConfig) -> list[bool]:
     """
     types, num_layers = list(config["layer_types"]), config["num_hidden_layers"]
     if len(types) != num_layers:
-        raise ConfigError(
-            f"config.json of {config.architecture} has {len(types)} layer_types for {num_layers} layers: expected one "
-            "for each layer"
-        )
+        raise config.error(f"has {len(types)} layer_types for {num_layers} layers: expected one for each layer")
     unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
-        raise ConfigError(
-            f"config.json of {config.architecture} has layer_types with {unknown[0]!r}: only {FULL} and {SLIDING} are "
-            "known here"
-        )
+        raise config.error(f"has layer_types with {unknown[0]!r}: only {FULL} and {SLIDING} are known here")
     return [kind == SLIDING for kind in types]
 
 
@@ -95,8 +89,8 @@ def require_layer_types(config: HFConfig, model: ModelConfig) -> None:
         given = [FULL if kind == SLIDING else kind for kind in given]
     for layer, (got, expected) in enumerate(zip_longest(given, kinds)):
         if got != expected:
-            raise ConfigError(
-                f"{config.owner} has {got} as entry {layer} of layer_types, but its other fields make that layer "
+            raise config.error(
+                f"has {got} as entry {layer} of layer_types, but its other fields make that layer "
                 f"{expected}: remove layer_types, or change the other fields"
             )
 
@@ -113,8 +107,8 @@ def qwen_layers(config: HFConfig) -> list[bool]:
         return [layer >= first for layer in range(config["num_hidden_layers"])]
     sliding = listed_layers(config)
     if any(sliding) and not used:
-        raise ConfigError(
-            f"config.json of {config.architecture} has layer_types with {SLIDING} but use_sliding_window=false: set "
+        raise config.error(
+            f"has layer_types with {SLIDING} but use_sliding_window=false: set "
             f"use_sliding_window to true, or layer_types to {FULL} for every layer"
         )
     return sliding

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import checkpointed_run
 import layouts
@@ -13,7 +12,7 @@ import models
 import pytest
 import torch
 from checkpointed_run import ADAM, Setup
-from saved_checkpoints import checkpoint_names, raises, tensor_keys
+from saved_checkpoints import raises, tensor_keys
 from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
@@ -24,23 +23,6 @@ PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 
 
 # What lies on disk
-
-
-def save_three(run_dir: Path, async_save: bool) -> None:
-    run = checkpointed_run.start(PLAIN, run_dir, keep_last=2, async_save=async_save)
-    for step in (1, 2, 3):
-        run.step(step)
-        run.save(step)
-    run.checkpointer.finish()
-    assert run.checkpointer.latest() == run_dir / "checkpoints" / "iter_0000003"
-    run.checkpointer.finish()  # nothing left to do
-
-
-@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
-def test_the_last_two_are_kept_and_nothing_else_is_left(ranks, tmp_path, async_save):
-    ranks.run(save_three, tmp_path, async_save, world_size=2)
-    expected = ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"]
-    assert checkpoint_names(tmp_path) == expected
 
 
 def read_as_megatron(run_dir: Path) -> None:
@@ -132,17 +114,6 @@ def test_random_states_are_stored_as_megatron_lm_reads_them_and_for_every_rank(r
     stored = load_metadata(tmp_path / "checkpoints" / "iter_0000001").state_dict_metadata
     for key, shards in expected.items():
         assert sorted(name for name in stored if name.startswith(key)) == [f"{key}/shard_{shard}" for shard in shards]
-
-
-SIZES = ("tp_size", "pp_size", "virtual_pipeline_model_parallel_size", "cp_size", "ep_size", "dp_size")
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_every_size_tells_one_layout_from_another(name):
-    from megatron_selfdistill.checkpoint import state
-
-    one = dict.fromkeys(SIZES, 2)
-    assert state.layout(SimpleNamespace(**one)) != state.layout(SimpleNamespace(**(one | {name: 4})))
 
 
 def load_with_another_kind(run_dir: Path) -> None:

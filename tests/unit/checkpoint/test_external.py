@@ -17,13 +17,14 @@ from checkpointed_run import Setup
 from held_state import held
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.formats import torch_dist
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
+from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_WEIGHTS
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
 from megatron_selfdistill.checkpoint.state import _keep_own_rates
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop import torch_dist_tensors
+from megatron_selfdistill.interop.full_weights import open_weights
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
@@ -77,7 +78,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
         Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
     ]
     target = out / "iter_0000001"
-    torch_dist.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
+    torch_dist_tensors.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
     for part in target.glob("manifest*"):
         part.unlink()
     return target

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import queue
 import signal
 import time
 from pathlib import Path
@@ -19,7 +18,6 @@ from checkpointed_run import Setup
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from ranks import RankError
 from saved_checkpoints import checkpoint_names, raises
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_selfdistill.checkpoint import sharded_io
 
@@ -70,14 +68,6 @@ def test_a_writer_that_dies_is_noticed_at_once_with_the_file_and_the_reason(monk
     found = getattr(sharded_io._written, "__wrapped__", sharded_io._written)(buckets, [], False)
     assert isinstance(found, ChildProcessError)
     assert str(found) == f"the process that wrote __0_{number}.distcp ended by {end}"
-
-
-def test_a_file_that_is_too_large_is_one_sentence_that_says_what_to_do():
-    error = CheckpointException("save", {0: (RuntimeError("Worker failure: [Errno 27] File too large"), None)})
-    assert str(sharded_io.unwritten("iter_0000001", error)) == (
-        "could not write iter_0000001: [Errno 27] File too large: make room on the disk, lower checkpoint.keep_last, "
-        "or raise the limit of `ulimit -f`"
-    )
 
 
 def lose_the_writing_process(run_dir: Path) -> None:
@@ -185,14 +175,3 @@ def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
     ranks.run(resume_and_save, tmp_path, 2, world_size=1)
     steps = [f"iter_000000{step}" for step in (1, 2, 3)]
     assert checkpoint_names(tmp_path) == [*steps, "latest_checkpointed_iteration.txt"]
-
-
-def test_a_write_that_a_full_disk_cut_is_named_with_what_to_do_and_a_reason_is_kept():
-    cut = sharded_io.unwritten("a file", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64"))
-    assert "make room on the disk" in str(cut)
-    results = sharded_io.filesystem_async.get_write_results_queue()
-    results.put(OSError("the first reason"))
-    sharded_io.report_death(1)
-    assert "the first reason" in str(results.get_nowait())
-    with pytest.raises(queue.Empty):
-        results.get_nowait()

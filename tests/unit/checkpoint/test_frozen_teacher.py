@@ -101,19 +101,6 @@ def test_a_reference_beside_another_teacher_is_kept_like_a_frozen_teacher(ranks,
     ranks.run(keep_a_reference, setup, tmp_path, world_size=1)
 
 
-def ask_for_a_reference(run_dir: Path) -> None:
-    setup = dataclasses.replace(FROZEN, teacher="ema")
-    checkpointed_run.start(setup, run_dir, steps=1).save(1)
-    checkpointed_run.start(FROZEN, run_dir).save(2)  # whose teacher must not become the reference
-    run = checkpointed_run.start(dataclasses.replace(setup, reference=True), run_dir)
-    with raises("was saved without the initial weights that target.anchor=reference needs"):
-        run.load(run_dir / "checkpoints" / "iter_0000001")
-
-
-def test_a_checkpoint_without_initial_weights_gives_no_reference(ranks, tmp_path):
-    ranks.run(ask_for_a_reference, tmp_path, world_size=1)
-
-
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
     from megatron_selfdistill.checkpoint.frozen_weights import load_frozen_teacher, save_frozen_weights
 

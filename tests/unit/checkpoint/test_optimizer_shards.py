@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -133,65 +132,3 @@ def test_padded_buckets_and_an_exchange_in_many_rounds_resume_bit_for_bit(ranks,
     expected = layouts.join([outcome["parameters"] for outcome in never_stopped])
     worst, where = layouts.worst_difference(layouts.join([o["parameters"] for o in on_one_rank]), expected)
     assert worst < 1e-6, where
-
-
-@pytest.mark.parametrize("part", [range(0, 7), range(7, 12), range(4, 5), range(3, 9), range(0, 12)], ids=str)
-def test_a_rank_whose_part_begins_or_ends_within_a_row_reads_whole_rows_and_keeps_its_part(part, monkeypatch):
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    from megatron_selfdistill.checkpoint import optimizer_shards
-
-    param = torch.nn.Parameter(torch.empty(4, 3))
-    parameter = optimizer_shards._Parameter(0, param, {1: part})
-    stored = {key: torch.randn(4, 3) for key in optimizer_shards.KEYS}
-    wanted = {
-        key: optimizer_shards._rows(ShardedTensor.from_rank_offsets("weight", param, replica_id=(0, 0, 0)), key, part)
-        for key in stored
-    }
-    for key, pieces in wanted.items():
-        (piece,) = pieces.values()
-        first, count = piece.global_offset[0], piece.local_shape[0]
-        assert 3 * first <= part.start and part.stop <= 3 * (first + count) < part.stop + 3
-        piece.data.copy_(stored[key][first : first + count])
-    loaded = {0: {key: {place: piece.data for place, piece in pieces.items()} for key, pieces in wanted.items()}}
-    own = torch.nn.Parameter(torch.empty(len(part)))
-    state = {"step": torch.tensor(3.0), "exp_avg": torch.empty(len(part)), "exp_avg_sq": torch.empty(len(part))}
-    inner = SimpleNamespace(param_groups=[{"params": [own]}], state={own: state})
-    optimizer = mock.Mock(optimizer=inner, model_param_group_index_map={param: (0, 0)})
-    optimizer.data_parallel_group.rank.return_value = 1
-    monkeypatch.setattr(optimizer_shards, "_parameters", lambda optimizer: [parameter])
-    optimizer_shards.load_parameter_state(optimizer, loaded)
-    for key, values in stored.items():
-        assert ({"param": own} | state)[key].equal(values.flatten()[part.start : part.stop]), key
-    assert state["step"] == 3.0
-
-
-def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():
-    from megatron_selfdistill.checkpoint import optimizer_shards
-
-    sizes = [64, 900, 30, 30, 30, 30, 500, 64, 64, 64]
-    parameters, position, share = [], 0, sum(sizes) // 8 + 1
-    for index, size in enumerate(sizes):
-        ranks = range(position // share, (position + size - 1) // share + 1)
-        bounds = [
-            (max(position, r * share) - position, min(position + size, (r + 1) * share) - position) for r in ranks
-        ]
-        parts = {rank: range(*bound) for rank, bound in zip(ranks, bounds, strict=True)}
-        parameters.append(optimizer_shards._Parameter(index, torch.nn.Parameter(torch.empty(size)), parts))
-        position += size
-    owners = optimizer_shards._owners(parameters)
-    assert all(owners[one.index] in one.parts for one in parameters)
-    load = [sum(one.param.numel() for one in parameters if owners[one.index] == rank) for rank in range(8)]
-    assert max(load) <= share + max(sizes)
-    assert sum(load) == sum(sizes)
-
-
-def save_with_a_frozen_teacher(run_dir: Path) -> None:
-    checkpointed_run.start(Setup(teacher="frozen"), run_dir, steps=1).save(1)
-
-
-def test_the_ranks_that_hold_the_same_teacher_share_its_writing(ranks, tmp_path):
-    ranks.run(save_with_a_frozen_teacher, tmp_path, world_size=2)
-    writers = {path.name.split("_")[2]: path.stat().st_size for path in (tmp_path / "teacher").glob("*.distcp")}
-    assert set(writers) == {"0", "1"}
-    assert min(writers.values()) > 0.3 * sum(writers.values())

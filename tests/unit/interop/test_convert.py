@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,20 +22,17 @@ from torch import Tensor
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
-from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.commands.given_model import find_model
 from megatron_selfdistill.config import ParallelConfig, load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
-from megatron_selfdistill.interop.peft_adapters import weight_rules
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.interop.release import Progress
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
 REBUILT = ("llama3", "qwen3_window", "gpt_oss", "deepseek_v3", "phi3", "qwen3_next")
 """The kinds whose config.json `make test` rebuilds, one of each kind of rotary base, attention and expert."""
@@ -74,7 +69,7 @@ def test_without_the_original_config_transformers_computes_the_same(hf_directory
 
     hf = hf_directory(kind)
     release = hf_to_megatron(hf, tmp_path / "megatron")
-    shutil.rmtree(release / conversion.HF_ASSETS)
+    shutil.rmtree(release / HF_ASSETS)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     if kind not in NAMED_OTHERWISE:
         assert_same_tensors(hf, tmp_path / "back")
@@ -176,27 +171,6 @@ def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, hand
         assert part in description
 
 
-def refusal_of_the_tool(*arguments: str | Path) -> str:
-    """Return the only line of `tools/convert.py` on standard error, and assert that its exit status is 2."""
-    command = [sys.executable, REPOSITORY / "tools" / "convert.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    *before, last = done.stderr.splitlines()  # torch may have warned of the nvcc on the path
-    assert "convert: " not in "".join(before) and "Traceback" not in done.stderr, done.stderr
-    return last
-
-
-def test_the_tool_refuses_a_checkpoint_that_does_not_exist(tmp_path):
-    refusal = refusal_of_the_tool("megatron-to-hf", "--megatron", tmp_path / "nothing", "--out", tmp_path / "back")
-    assert refusal.startswith("convert: ")
-
-
-@pytest.mark.full
-def test_the_tool_refuses_a_target_that_cannot_be_written(hf_directory):
-    refusal = refusal_of_the_tool("hf-to-megatron", "--hf", hf_directory("llama2"), "--out", "/proc/megatron")
-    assert refusal.startswith("convert: ")
-
-
 VISION = {
     "model_type": "pixtral",
     "hidden_size": 16,
@@ -278,38 +252,6 @@ def test_the_checkpoint_of_a_run_takes_the_vision_tower_from_the_original_direct
         megatron_to_hf(trained, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert open_weights(trained).passthrough == {}
-
-
-def test_adapters_alone_have_no_names_that_every_transformers_knows(tmp_path):
-    write(tmp_path / "hf")
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    with pytest.raises(ConfigError, match="PEFT's names of the modules of Mistral3ForConditionalGeneration depend on"):
-        weight_rules(open_weights(tmp_path / "megatron"))
-
-
-def test_a_text_model_of_another_type_is_refused(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    config["text_config"]["model_type"] = "llama"
-    with pytest.raises(ConfigError, match="model_type='llama': only mistral and ministral3 are known here"):
-        family_of(config).model_config(config)
-
-
-def test_a_text_model_that_is_refused_alone_is_refused_with_a_vision_tower(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    config["text_config"]["max_position_embeddings"] = 128
-    with pytest.raises(ConfigError, match="by which queries grow from position 64"):
-        family_of(config).model_config(config)
-
-
-def test_the_text_model_has_a_config_json_of_its_own_and_others_are_text_already(tmp_path):
-    write(tmp_path)
-    config = config_of(tmp_path)
-    text = text_config(config)
-    assert text["architectures"] == ["Ministral3ForCausalLM"] and text["hidden_size"] == 36
-    assert family_of(text).model_config(text) == family_of(config).model_config(config)
-    assert text_config(text) is text
 
 
 def test_a_tensor_of_neither_part_is_refused(tmp_path):

@@ -28,13 +28,13 @@ from checkpointed_run import ADAM, Setup
 from held_state import held
 from ports import neighbouring_ports
 
-from megatron_selfdistill.checkpoint.formats.megatron_flags import converted_args, megatron_flags
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import DTYPES, hf_to_megatron, megatron_to_hf
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.megatron_flags import converted_args, megatron_flags
+from megatron_selfdistill.model.model_values import differences
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
 pytestmark = pytest.mark.skipif(

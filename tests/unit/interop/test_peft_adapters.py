@@ -55,7 +55,7 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
     """Save adapters as a run does, and return the logits of the model with them; the factor named ``nan`` has a NaN."""
     from megatron_selfdistill.checkpoint import sharded_io, state
     from megatron_selfdistill.checkpoint.external import load_weights
-    from megatron_selfdistill.checkpoint.formats.megatron_flags import megatron_args
+    from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
     from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 
     _, model, _, _ = hf_models.read(hf)

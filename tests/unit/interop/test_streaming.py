@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import gc
-import io
-import sys
 import time
 import weakref
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import manifest, torch_dist
-from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader, read_ahead
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop import torch_dist_tensors
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader, read_ahead
 
 
 def cut(key: str, full: Tensor, sizes: tuple[int, ...]) -> list[Piece]:
@@ -39,7 +37,7 @@ def test_every_slice_reads_back_whatever_the_chunks(tmp_path_factory, data):
     sizes = tuple(data.draw(st.integers(1, n)) for n in shape)
     full = torch.arange(torch.Size(shape).numel()).reshape(shape).to(torch.float32)
     directory = tmp_path_factory.mktemp("chunks")
-    torch_dist.write(directory, cut("key", full, sizes), {})
+    torch_dist_tensors.write(directory, cut("key", full, sizes), {})
     source = TorchDistReader(directory)
     depth = data.draw(st.integers(0, len(shape) - 1))
     index = tuple(data.draw(st.integers(0, n - 1)) for n in shape[:depth])
@@ -59,14 +57,16 @@ def test_a_tensor_is_dropped_before_the_next_one_is_made(tmp_path):
         return tensor
 
     keys = [f"decoder.layers.{layer}.weight" for layer in range(5)]
-    torch_dist.write(tmp_path, [Piece(key, (1, 8, 8), (0, 0, 0), (1, 8, 8), torch.float32, make) for key in keys], {})
+    torch_dist_tensors.write(
+        tmp_path, [Piece(key, (1, 8, 8), (0, 0, 0), (1, 8, 8), torch.float32, make) for key in keys], {}
+    )
     assert len(alive) == 5
 
 
 def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_dist, "MAX_FILE_BYTES", 3000)
+    monkeypatch.setattr(torch_dist_tensors, "MAX_FILE_BYTES", 3000)
     full = torch.randn(6, 16, 16)
-    torch_dist.write(tmp_path, cut("key", full, (1, 16, 16)), {"iteration": 0})
+    torch_dist_tensors.write(tmp_path, cut("key", full, (1, 16, 16)), {"iteration": 0})
     manifest.write(tmp_path)
     entries = manifest.read(tmp_path)
     assert entries is not None and len([name for name in entries if name.endswith(".distcp")]) > 2
@@ -74,55 +74,15 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
     assert torch.equal(TorchDistReader(tmp_path).read("key"), full)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn], ids=str)
-def test_a_stored_tensor_of_any_layout_is_mapped_from_its_place_in_the_file(tmp_path, dtype):
-    file = tmp_path / "chunk"
-    rows = torch.arange(60_000).reshape(300, 200).to(torch.float32).to(dtype)
-    for stored in (rows, rows.t(), rows[17:250, 3:], rows[:0], rows[:0].clone(), rows[5, 7]):
-        with file.open("wb") as stream:
-            stream.write(b"before this tensor " * 301)  # no multiple of a page, nor of an element
-            start = stream.tell()
-            saved = io.BytesIO()
-            torch.save(stored, saved)
-            stream.write(saved.getvalue() + b"behind it")
-        read = torch_dist._mapped(file, start, len(saved.getvalue()))
-        assert read.dtype == dtype and read.stride() == stored.stride()
-        assert torch.equal(read.to(torch.float32), stored.to(torch.float32))
-        if sys.platform == "linux":
-            assert (str(file) in Path("/proc/self/maps").read_text()) == bool(stored.untyped_storage().nbytes())
-            del read
-            assert str(file) not in Path("/proc/self/maps").read_text()
-
-
-def test_numbers_of_another_byte_order_are_refused(tmp_path):
-    saved, file = io.BytesIO(), tmp_path / "chunk"
-    torch.save(torch.ones(3), saved)
-    with zipfile.ZipFile(saved) as native, zipfile.ZipFile(file, "w") as swapped:
-        for name in native.namelist():
-            content = native.read(name)
-            other = b"big" if sys.byteorder == "little" else b"little"
-            swapped.writestr(name, other if name.endswith("/byteorder") else content)
-    with pytest.raises(ValueError, match=f"expected numbers of byte order {sys.byteorder}"):
-        torch_dist._mapped(file, 0, file.stat().st_size)
-
-
-def test_a_piece_that_is_not_what_was_announced_is_refused(tmp_path):
-    wrong = Piece("key", (2, 3), (0, 0), (2, 3), torch.float32, lambda: torch.zeros(3, 2))
-    with pytest.raises(
-        CheckpointError, match=r"key at \[0, 0\] has the shape \[3, 2\] and type torch.float32, expected \[2, 3\]"
-    ):
-        torch_dist.write(tmp_path, [wrong], {})
-
-
 def test_what_is_not_covered_is_reported(tmp_path):
     full = torch.zeros(4, 3)
-    torch_dist.write(tmp_path, cut("key", full, (2, 3))[:1], {})
+    torch_dist_tensors.write(tmp_path, cut("key", full, (2, 3))[:1], {})
     with pytest.raises(CheckpointError, match=r"holds only parts of key"):
         TorchDistReader(tmp_path).read("key")
 
 
 def test_a_cut_off_file_is_named(tmp_path):
-    torch_dist.write(tmp_path, cut("key", torch.zeros(4, 300), (4, 300)), {})
+    torch_dist_tensors.write(tmp_path, cut("key", torch.zeros(4, 300), (4, 300)), {})
     file: Path = tmp_path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):

@@ -31,7 +31,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.export import export
-from megatron_selfdistill.interop.hf.mapping import FAMILIES, Rule
+from megatron_selfdistill.interop.hf.mapping import FAMILIES
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.forward import unwrapped
 

@@ -229,8 +229,8 @@ def _why_no_vllm() -> str | None:
 
 def _described(options: argparse.Namespace) -> dict[str, Any]:
     """Return the config.json of the model; empty where it cannot be read, which vLLM reports in its own words."""
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.interop.hf_files import read_config
 
     try:
         return read_config(Path(options.hf_config))
@@ -242,9 +242,9 @@ def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
     """Return a message where adapters are asked for and this engine or its model takes none."""
     if not options.adapter_rank:
         return None
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.engines.vllm.engine_adapter import RANKS, why_not_adapted
     from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.interop.hf_files import read_config
 
     if options.adapter_rank > RANKS[-1]:
         return f"--adapter-rank {options.adapter_rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it"

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import checkpointed_run
-import common_state
 import pytest
 from checkpointed_run import Setup
 
@@ -69,26 +68,14 @@ def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_p
     assert directory.resolve(checkpoints) == checkpoints / "iter_0000002", "a tracker file of its own is the nearer one"
 
 
-def test_there_is_no_latest_without_checkpoints(tmp_path):
-    assert directory.latest(tmp_path) is None
-    assert directory.latest(tmp_path / "nowhere") is None
-
-
 def cut_off_data(path: Path) -> None:
     data = path / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
 
 
-def cut_off_common(path: Path) -> None:
-    common_state.reformat(path, in_a_file=True)
-    common = path / "common.pt"
-    common.write_bytes(common.read_bytes()[:-100])
-
-
 DAMAGE = {
     "a data file one byte short": cut_off_data,
     "a data file missing": lambda path: max(path.glob("*.distcp")).unlink(),
-    "common.pt cut off": cut_off_common,
     "no metadata.json": lambda path: (path / "metadata.json").unlink(),
     "no .metadata": lambda path: (path / ".metadata").unlink(),
     ".metadata cut off": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-9]),
@@ -107,13 +94,6 @@ def test_a_damaged_checkpoint_is_not_the_latest(checkpoints, damage):
 def test_an_unreadable_tracker_file_leaves_the_newest(checkpoints):
     (checkpoints / directory.TRACKER).write_text("")
     assert directory.latest(checkpoints) == checkpoints / "iter_0000002"
-
-
-def test_a_legacy_checkpoint_is_distinguished_from_none(tmp_path):
-    (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
-    (tmp_path / directory.TRACKER).write_text("5")
-    with pytest.raises(CheckpointError, match=r"has no metadata\.json"):
-        directory.resolve(tmp_path)
 
 
 @pytest.mark.parametrize("keep_last, left", [(1, [3]), (2, [2, 3]), (None, [1, 2, 3])])

@@ -20,8 +20,8 @@ from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.engines import Engines
 from megatron_selfdistill.instruments.plan.gpus import RATES
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.model.model_values import differences
 from megatron_selfdistill.train import main
 
 size_table = load_script(Path(__file__).resolve().parents[4] / "tools" / "size_table.py")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A config.json from any source is read, or refused in one sentence that names the field, and never fails otherwise."""
+"""A config.json from any source is read, or refused in one sentence, and never fails otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.config_fields import FIELDS, checked
 from megatron_selfdistill.interop.hf.family import HFConfig
 from megatron_selfdistill.interop.hf.mapping import FAMILIES, check_counts, family_of
 
@@ -60,35 +59,15 @@ def refusal(config: dict[str, Any]) -> str:
     return ""
 
 
-def is_wrong(name: str, value: Any) -> bool:
-    return not FIELDS[name].holds(value) and not (value is None and FIELDS[name].or_null)
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "mistral3"])
-def test_every_value_of_every_field_is_read_or_refused_in_a_sentence_with_the_field(kind):
+def test_every_value_of_every_field_is_read_or_refused_in_a_sentence(kind):
     config = config_json(kind)
-    places = [((), name) for name in fields_read(config)]
-    places += [((outer,), name) for outer in WITHIN for name in config.get(outer) or () if name in FIELDS]
-    places = [place for place in places if place != (("text_config",), "architectures")]
+    places = [((), name) for name in fields_read(config) - {"architectures", "text_config"}]
+    places += [((outer,), name) for outer in WITHIN for name in config.get(outer) or ()]
     for path, name in places:
         for value in VALUES:
             inner = {**(config[path[0]] if path else config), name: value}
-            message = refusal({**config, path[0]: inner} if path else inner)
-            assert "\n" not in message
-            if is_wrong(name, value):
-                assert f"{name}=" in message and f": expected {FIELDS[name].words}" in message, (path, name, value)
-
-
-def test_every_field_that_a_family_reads_has_a_type():
-    for family in FAMILIES.values():
-        assert family.defaults.keys() <= FIELDS.keys()
-        for name, value in family.defaults.items():
-            checked(name, value)
-
-
-def test_a_message_shows_little_of_a_long_value():
-    message = refusal(config_json("llama2") | {"hidden_size": "6" * 10**6})
-    assert len(message) < 200 and "hidden_size='666" in message
+            assert "\n" not in refusal({**config, path[0]: inner} if path else inner)
 
 
 # The two fields that name the model
@@ -115,11 +94,6 @@ def test_an_architecture_with_any_other_model_type_of_transformers_is_refused_wi
 def test_a_type_that_transformers_does_not_know_is_no_contradiction(architecture, others):
     assert others.get("model_type") not in CONFIG_MAPPING_NAMES
     assert family_of({"architectures": [architecture], **others}).architecture == architecture
-
-
-def test_a_text_in_place_of_the_list_of_architectures_is_refused():
-    with pytest.raises(ConfigError, match="has architectures='LlamaForCausalLM': expected a list of texts"):
-        family_of({"architectures": "LlamaForCausalLM"})
 
 
 # Counts

@@ -16,15 +16,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.family import TRANSFORMER_DEFAULTS
-from megatron_selfdistill.interop.hf.mapping import (
-    FAMILIES,
-    Family,
-    architecture,
-    differences,
-    family_of,
-    family_of_model,
-)
+from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.interop.hf.mapping import FAMILIES, family_of, family_of_model
+from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture, differences
 
 KINDS = list(hf_models.CONFIGS)
 
@@ -154,7 +148,7 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("smollm3", {"no_rope_layers": [1, 0]}, "2 entries in no_rope_layers"),
         ("smollm3", {"layer_types": ["sliding_attention"] * 3}, "3 layer_types for 4 layers"),
         ("phi3", {"sliding_window": 0}, "sliding_window=0: expected 1 or more"),
-        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "moe_shared_expert_intermediate_size 0"),
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer with experts: call it Qwen2ForCausalLM"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}, "a sliding_window of 8 tokens"),
         (
@@ -181,13 +175,14 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("olmoe", {"attention_bias": True}, "attention_bias=True"),
         ("olmoe", {"head_dim": 8}, "expected hidden_size / num_attention_heads, which is 10"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "longrope"),
+        ("deepseek_v3", {"routed_scaling_factor": 0}, "moe_router_topk_scaling_factor 0"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
         ("gpt_oss", {"attention_bias": False}, "attention_bias=False"),
         ("gpt_oss", {"num_experts": 5}, "keep num_local_experts"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
-        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "activation_func_clamp_value 0.0"),
         ("gpt_oss", {"hidden_act": "gelu"}, "only silu"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 2]}}, "only mxfp4"),
         ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "only block-scaled fp8"),
@@ -308,45 +303,11 @@ def test_a_model_is_known_by_its_architecture(written, kind):
     assert family_of_model(model).architecture == expected
 
 
-def test_a_model_that_no_family_can_describe_is_refused_naming_the_nearest():
-    with pytest.raises(ConfigError) as caught:
-        family_of_model(ModelConfig(vocab_size=100, qk_layernorm=True, normalization="LayerNorm"))
-    assert "Qwen3ForCausalLM" in str(caught.value)
-    assert "normalization would be 'RMSNorm' but the model has 'LayerNorm'" in str(caught.value)
-
-
 @pytest.mark.parametrize(("key", "value"), [("softmax_type", "off-by-one"), ("layernorm_zero_centered_gamma", True)])
 def test_a_transformer_key_that_config_json_cannot_say_is_refused(key, value):
     model = ModelConfig(vocab_size=100, transformer={key: value})
     with pytest.raises(ConfigError, match=key):
         FAMILIES["LlamaForCausalLM"].hf_config(model)
-
-
-def test_an_original_config_json_of_another_model_is_refused_showing_both(written):
-    config = hf_models.config_of(written("qwen3")[0])
-    family = family_of(config)
-    model = dataclasses.replace(family.model_config(config), rotary_base=10000)
-    with pytest.raises(ConfigError, match="rotary_base would be 1000000 but the model has 10000"):
-        family.hf_config(model, extra=config)
-
-
-def test_further_keys_are_added_to_a_written_config_json():
-    family = FAMILIES["LlamaForCausalLM"]
-    config = family.hf_config(ModelConfig(vocab_size=100), extra={"eos_token_id": [7, 8]})
-    assert config["eos_token_id"] == [7, 8] and config["torch_dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("config", "got"),
-    [
-        ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "GemmaForCausalLM"),
-        ({"model_type": "gemma"}, "model_type 'gemma'"),
-        ({}, "model_type None"),
-    ],
-)
-def test_an_unknown_architecture_is_refused_by_its_name(config, got):
-    with pytest.raises(ConfigError, match=f"config.json has {got}, which is not known here: "):
-        family_of(config)
 
 
 def test_without_architectures_the_model_type_decides():

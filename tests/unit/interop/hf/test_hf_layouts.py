@@ -2,8 +2,6 @@
 """Compare the logits of a converted Hugging Face model in any layout with transformers', in float32 and bf16.
 
 The tensors of an export from the layout equal the original tensors.
-
-python tests/unit/interop/hf/test_hf_layouts.py        prints the largest difference of each family in each layout
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.export import export
-from megatron_selfdistill.interop.hf.mapping import Rule
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture
 
 KINDS = list(hf_models.CONFIGS)
@@ -34,7 +32,6 @@ EXPERTS = tuple(kind for kind, (_, arguments) in hf_models.CONFIGS.items() if "n
 ROTATED = ("qwen3", "llama_linear", "qwen3_yarn", "glm4_moe")
 UNCUT_EXPERTS = ("gpt_oss",)  # with biases
 """One kind for each form of the rotary positions, which context parallelism cuts."""
-SWAPPABLE = ("llama2", "qwen3", "mixtral")
 # Each a multiple of 4 for CP2, so that their total is even for sequence parallelism; longer than YaRN's first length.
 SEQUENCES = [
     torch.randint(hf_models.VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (24, 40)
@@ -73,7 +70,6 @@ LAYOUTS = {
     "TP2xEP2": (Layout(tensor=2, expert=2), 4, EXPERTS),
     "TP2xEP2, ETP1": (Layout(tensor=2, expert=2, expert_tensor=1), 2, EXPERTS),
 }
-CASES = [(layout, kind) for layout, (_, _, kinds) in LAYOUTS.items() for kind in kinds]
 PRECISIONS = ("fp32", "bf16")
 FORMS = (
     *("llama2", "qwen2", "qwen3_yarn", "mistral_window", "phi3", "deepseek_v3", "glm4_moe", "qwen2_moe", "olmoe"),
@@ -128,7 +124,7 @@ def load(
 ) -> dict[tuple[str, str], Loaded]:
     """Load the families of the directories below ``root``, each in a precision.
 
-    ``how``: ``by rules``, ``swapped`` (two layers) or ``from checkpoint`` (as `hf_to_megatron` wrote it).
+    ``how``: ``by rules`` or ``from checkpoint`` (as `hf_to_megatron` wrote it).
     """
     from megatron_selfdistill.checkpoint.external import load_weights
 
@@ -136,9 +132,6 @@ def load(
     for kind, precision in models_to_load:
         directory = root / kind
         _, model, rules, tensors = hf_models.read(directory)
-        if how == "swapped":
-            names = {"model.layers.1.": "model.layers.2.", "model.layers.2.": "model.layers.1."}
-            tensors = {names.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
         with pytest.MonkeyPatch.context() as patch:
             # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
             patch.setattr(architecture, "refuse_known_faults", lambda config: None)
@@ -194,7 +187,7 @@ class Comparison:
         """
         found = {}
         in_bf16 = {kind for _, kind, precision, _ in self.chosen if precision == "bf16"}
-        for kind in sorted({kind for _, kind, _, _ in self.chosen} | set(SWAPPABLE)):
+        for kind in sorted({kind for _, kind, _, _ in self.chosen}):
             model = hf_models.write(kind, self.root / kind)
             found[kind] = {"fp32": hf_models.hf_logits(model, SEQUENCES)}
             if kind not in in_bf16:
@@ -208,11 +201,8 @@ class Comparison:
         """Return what every rank holds of each (kind, precision)."""
         assert self.expected
         cut, world_size, kinds = LAYOUTS[layout]
-        if how == "swapped":
-            wanted = [(kind, "fp32") for kind in SWAPPABLE]
-        else:
-            pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
-            wanted = [pair for pair in pairs if (layout, *pair, how) in self.chosen]
+        pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
+        wanted = [pair for pair in pairs if (layout, *pair, how) in self.chosen]
         if how == "from checkpoint":
             for kind, _ in wanted:
                 if not (self.root / kind / "megatron").exists():
@@ -304,34 +294,3 @@ def test_the_live_model_is_exported_as_it_came(comparison, layout, kind, precisi
 def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(comparison, layout, kind):
     assert comparison.difference(layout, kind, "from checkpoint") <= hf_models.logits_bound(kind)
     assert comparison.changed(layout, kind, how="from checkpoint") == []
-
-
-def test_layers_that_are_swapped_across_stages_are_seen(comparison):
-    for kind in SWAPPABLE:
-        assert comparison.difference("PP2xVPP2", kind, "swapped") > 0.1
-
-
-def main() -> None:
-    import tempfile
-
-    from ranks import RankPool
-
-    pool = RankPool()
-    with tempfile.TemporaryDirectory() as directory:
-        chosen = {(*case, precision, "by rules") for case in CASES for precision in PRECISIONS}
-        comparison = Comparison(Path(directory), pool, chosen)
-        print("| family |", " | ".join(LAYOUTS), "|")
-        for kind in KINDS:
-            cells = []
-            for layout in LAYOUTS:
-                if (layout, kind) in CASES:
-                    mine, theirs = comparison.bf16_errors(layout, kind)
-                    cells.append(f"{comparison.difference(layout, kind):.1e} ({mine / theirs:.2f})")
-                else:
-                    cells.append("")
-            print("|", kind, "|", " | ".join(cells), "|")
-    pool.close()
-
-
-if __name__ == "__main__":
-    main()

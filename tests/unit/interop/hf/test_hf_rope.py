@@ -22,9 +22,10 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.family import HFConfig
-from megatron_selfdistill.interop.hf.mapping import FAMILIES, differences
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
+from megatron_selfdistill.interop.hf.mapping import FAMILIES
+from megatron_selfdistill.interop.hf.rope import read_rope
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.model_values import differences
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DEFAULT = {"rope_type": "default", "rope_theta": 1000000.0}
@@ -118,12 +119,3 @@ def test_scaled_positions_are_those_that_transformers_computes_and_are_written_b
         torch.testing.assert_close(mine[0], inv_freq, rtol=1e-6, atol=0, msg=name)
         assert mine[1] == pytest.approx(factor, rel=1e-9), name
     assert len({(round(float(f.sum()), 5), round(a, 5)) for f, a in expected}) > len(SCALED) - 5, "the cases differ"
-
-
-def test_yarn_with_partial_rotation_is_refused(tmp_path):
-    config = config_json(tmp_path, {"rope_scaling": LONG, "partial_rotary_factor": 0.5})
-    hf = HFConfig("Glm4MoeForCausalLM", config, FAMILIES["Qwen3ForCausalLM"].defaults)
-    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.5, but Megatron's YaRN rotates all channels"):
-        rotary_fields(read_rope(hf, partial=True), hf)
-    with pytest.raises(ConfigError, match=r"partial_rotary_factor=0\.5: only 1 is known here"):
-        read_rope(hf)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,6 @@ from megatron_selfdistill.checkpoint.formats.directory import LEGACY_FILE
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
-
-FILE = LEGACY_FILE
-"""The name of a rank's file."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class LegacyReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        files = {file.parent.name: file for file in sorted(self.directory.glob(f"mp_rank_*/{FILE}"))}
+        files = {file.parent.name: file for file in sorted(self.directory.glob(f"mp_rank_*/{LEGACY_FILE}"))}
         if not files:
-            raise CheckpointError(f"{directory} has no mp_rank_*/{FILE}")
+            raise CheckpointError(f"{directory} has no mp_rank_*/{LEGACY_FILE}")
         first = load_pickled(next(iter(files.values())), mmap=True)
         self.args = _arguments(first, self.directory)
         self.iteration = int(first.get("iteration") or 0)
@@ -78,7 +76,7 @@ class LegacyReader:
         """Return the place of a tensor in this checkpoint, under any of its names; None if the tensor is missing."""
         return next((place for place in places(key, index) if place in self._shards), None)
 
-    def dtype(self, place: Place) -> torch.dtype:
+    def dtype_at(self, place: Place) -> torch.dtype:
         """Return the type of the tensor at ``place``."""
         return self._load(self._shards[place][0]).dtype
 
@@ -92,8 +90,12 @@ class LegacyReader:
             full[axis] = sum(shape[axis] for shape in shapes)
         return tuple(full)
 
-    def read(self, place: Place, expected: tuple[int, ...]) -> Tensor:
-        """Return the full tensor, in the shape of `full_shape`."""
+    def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
+        """Return the full tensor, in the shape of `full_shape`, or its first ``num_rows`` rows."""
+        tensor = self._joined(place, expected)
+        return tensor if num_rows is None else tensor[:num_rows]
+
+    def _joined(self, place: Place, expected: tuple[int, ...]) -> Tensor:
         parts = [self._load(shard) for shard in self._tensor_parallel(place)]
         axis = _cut_axis(place[0], [tuple(part.shape) for part in parts], expected)
         if axis is None:
@@ -113,6 +115,10 @@ class LegacyReader:
             count = parts[0].numel() if is_replicated else sum(part.numel() for part in parts)
             sizes[parts[0].dtype] = sizes.get(parts[0].dtype, 0) + count
         return sizes
+
+    def unused(self, used: Collection[Place]) -> list[str]:
+        """Return a fault for each tensor that has no place in ``used``."""
+        return [f"{shown(*place)} is unexpected" for place in sorted(self.tensors - set(used))]
 
     def _tensor_parallel(self, place: Place) -> list[_Shard]:
         """Return one shard per tensor-parallel rank, in order, without replicas."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.checkpoint.formats.directory import download_advice
 from megatron_selfdistill.checkpoint.formats.manifest import sync
-from megatron_selfdistill.data.records import from_json, is_hub_name, kind_of
+from megatron_selfdistill.data.records import from_json, kind_of
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -118,6 +119,12 @@ def _is_inside(directory: Path, file: Path) -> bool:
     return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
 
 
+def require_hugging_face(path: Path) -> None:
+    """Raise CheckpointError if ``path`` is no directory with a config.json and files of weights."""
+    read_config(path)
+    weight_files(Path(path))
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the ``config.json`` of a Hugging Face directory.
 
@@ -135,18 +142,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def download_advice(path: Path) -> str:
-    """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
-
-    Such a name is ``organisation/model``, and there is no directory ``organisation`` here.
-    """
-    name = str(path)
-    if name.count("/") != 1 or path.parent.exists() or not is_hub_name(name):
-        return ""
-    return (
-        f"; if {name} is a model on the Hugging Face hub, download it with `hf download {name} --local-dir DIR`, and "
-        "name DIR"
-    )
+def copy_description(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> None:
+    """Make the directory ``target`` with config.json and the files of `copy_hf_assets`, all on the disk."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+    copy_hf_assets(source, target, report)
+    sync(target / CONFIG)
+    sync(target)
 
 
 def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -189,27 +191,3 @@ def hf_assets(source: Path) -> Iterator[Path]:
 def _is_about_weights(file: Path) -> bool:
     name = file.name
     return name == CONFIG or file.suffix in _WEIGHTS or name.endswith(".index.json") or name in _ABOUT_OTHER_WEIGHTS
-
-
-def without_lost_code(config: dict[str, Any], directory: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """Return ``config`` without the entries of ``auto_map`` whose Python file is not in ``directory``.
-
-    transformers would look for the file and fail, although transformers has its own class for the architecture.
-    """
-    found = config.get("auto_map")
-    if not isinstance(found, dict):
-        return config
-    kept = {name: reference for name, reference in found.items() if _has_code(reference, directory)}
-    if lost := sorted(found.keys() - kept.keys()):
-        report(f"config.json: the entries {', '.join(lost)} of auto_map are dropped, as their Python files are missing")
-    rest = {name: value for name, value in config.items() if name != "auto_map"}
-    return {**rest, "auto_map": kept} if kept else rest
-
-
-def _has_code(reference: Any, directory: Path) -> bool:
-    """Return whether the file of ``modeling_x.Model``, or of each entry of a list, is available.
-
-    A reference ``org/name--x.Model`` is available on the hub.
-    """
-    references = [r for r in (reference if isinstance(reference, list) else [reference]) if isinstance(r, str)]
-    return all("--" in r or (directory / f"{r.rpartition('.')[0].replace('.', '/')}.py").is_file() for r in references)

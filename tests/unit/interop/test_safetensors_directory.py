@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantise_mxfp4
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.safetensors_directory import dequantise_mxfp4
 
 EXPERTS = "model.layers.{layer}.mlp.experts.{name}"
 

@@ -22,27 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.hf_files import WeightFiles, weight_files
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.hf_files import WeightFiles, weight_files
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # Of a weight in MXFP4: the ends of the names of its two tensors, the length of a block, the values of the codes.
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
@@ -98,13 +83,8 @@ class SafetensorsDirectory:
                 with safe_open(file, framework="pt") as opened:
                     held = set(opened.keys())
                     for name in held if names is None else names & held:
-                        part = opened.get_slice(name)
-                        dtype = part.get_dtype()
-                        if dtype not in _DTYPES:
-                            raise CheckpointError(
-                                f"{name} in {file} is of type {dtype}, an unknown type: convert the weights"
-                            )
-                        self.tensors[name] = Stored(file, _DTYPES[dtype], tuple(part.get_shape()))
+                        tensor = opened.get_tensor(name)  # mapped, and read when somebody touches it
+                        self.tensors[name] = Stored(file, tensor.dtype, tuple(tensor.shape))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is corrupt or cut off ({error})") from error
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_selfdistill.checkpoint.formats import saved_run
-from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun, write_prompt_settings
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop import conversion
+from megatron_selfdistill.interop.conversion import write_prompt_settings
 
 TEMPLATE = "{% for m in messages %}<U>{{ m.content }}</U>{% endfor %}"
 
@@ -28,7 +29,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, An
             raise CheckpointError("no run")
         return SavedRun(path, {}, {}, {"configuration": {"data": data}})
 
-    monkeypatch.setattr(saved_run, "read_saved_run", read)
+    monkeypatch.setattr(conversion, "read_saved_run", read)
     lines: list[str] = []
     write_prompt_settings(checkpoint, out, lines.append)
     return (out / "chat_template.jinja").read_text(), lines
@@ -41,13 +42,6 @@ def test_the_template_of_the_run_goes_before_that_of_the_model(tmp_path, monkeyp
     assert found == TEMPLATE and lines == [
         "chat_template.jinja is the chat template behind which the run trained (data.chat_template)"
     ]
-
-
-def test_a_template_that_is_gone_is_a_warning_and_no_template_changes_nothing(tmp_path, monkeypatch):
-    found, lines = exported(tmp_path, monkeypatch, {"chat_template": TEMPLATE})
-    assert found == "that of the model" and "is missing" in lines[0] and lines[0].startswith("warning: ")
-    for data in ({"chat_template": None, "student_template": "{problem}", "system_prompt": None}, None):
-        assert exported(tmp_path, monkeypatch, data) == ("that of the model", [])
 
 
 def test_what_no_file_can_hold_is_named_with_its_value(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command-line flags and the stored ``args`` with which Megatron-LM builds the model of a checkpoint.
+"""The command-line flags with which Megatron-LM builds the model of a checkpoint.
 
     flags = megatron_flags(model)
     flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
@@ -7,32 +7,24 @@
 
 Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
 a checkpoint loads without an error, and the model computes other numbers.
-Megatron-LM reads the ``args`` of a checkpoint with ``--use-checkpoint-args``.
 Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of core_v0.16.1, and ``argument_utils.py`` of 0.19.0.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import enum
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
-from megatron.core.transformer.transformer_config import TransformerConfig
-
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig
-from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
+from megatron_selfdistill.checkpoint.formats.megatron_args import YARN, model_args
+from megatron_selfdistill.compat import older_megatron
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
-from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
-from megatron_selfdistill.model.layers import ALL_HEADS
+from megatron_selfdistill.model.model_values import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
 
 MEGATRON_LM = f"core_v{older_megatron.version_text()}"
 """The release of Megatron-LM whose flags are listed here: that of the installed Megatron Core."""
@@ -49,7 +41,6 @@ _SWITCHES = {
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
 _SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 _WITHOUT_FLAGS = ("beta_fast", "beta_slow", "original_max_position_embeddings", "latent_layernorm_epsilon")
-_PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 @dataclass(frozen=True)
@@ -140,7 +131,7 @@ def _positions(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if factor is not None and factor == int(factor):
         yield "--rotary-seq-len-interpolation-factor", str(int(factor))
     if arch["position_embedding_type"] == "yarn":
-        for name in _YARN[:-1]:
+        for name in YARN[:-1]:
             yield _flag(name.removeprefix("yarn_") if name.endswith(_SCALES) else name), str(arch[name])
         if not arch["yarn_correction_range_round_to_int"]:
             yield ("--no-yarn-correction-range-round-to-int",)
@@ -238,116 +229,19 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_YARN = [f"yarn_{field.name}" for field in dataclasses.fields(YarnConfig)]
-
-
-def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namespace:
-    """Return the arguments of Megatron-LM that describe the model of ``chunk``.
-
-    Values come from the live model where possible, so that a model of ``model.provider`` is described too; ``model``
-    supplies the values that a ``GPTModel`` does not keep (the factor of the RoPE scaling, the true vocabulary and its
-    divisor).  The result holds the plain fields of the ``TransformerConfig``, and the fields that Megatron-LM spells
-    differently.
-
-    Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``.
-    """
-    gpt = unwrapped(chunk)
-    return _args(
-        gpt.config,
-        model,
-        max_position_embeddings=gpt.max_sequence_length,
-        padded_vocab_size=gpt.vocab_size,
-        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
-        position_embedding_type=gpt.position_embedding_type,
-        rotary_base=gpt.rotary_base,
-        rotary_percent=gpt.rotary_percent,
-        rope_scaling=gpt.rotary_scaling,
-        seq_len_interpolation_factor=getattr(
-            getattr(gpt, "rotary_pos_emb", None), "seq_len_interpolation_factor", None
-        ),
-    )
-
-
 def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
     """Return the arguments of Megatron-LM that describe ``model``; ``dtype`` is the type of its weights."""
     precision = "fp32" if dtype == torch.float32 else "bf16"
     config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
     assert model.vocab_size is not None
-    args = _args(
+    args = model_args(
         config,
+        model,
         model,
         max_position_embeddings=model.max_position_embeddings,
         padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_base=model.rotary_base,
-        rotary_percent=model.rotary_percent,
         rope_scaling=model.rope_scaling_factor is not None,
         seq_len_interpolation_factor=model.seq_len_interpolation_factor,
     )
     args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     return args
-
-
-def _args(
-    config: TransformerConfig,
-    model: ModelConfig,
-    *,
-    max_position_embeddings: int,
-    padded_vocab_size: int,
-    share_embeddings_and_output_weights: bool,
-    position_embedding_type: str,
-    rotary_base: float,
-    rotary_percent: float,
-    rope_scaling: bool,
-    seq_len_interpolation_factor: float | None,
-) -> argparse.Namespace:
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    values = {name: value for name, value in values.items() if _is_plain(value)}
-    values |= {
-        "seq_length": max_position_embeddings,
-        "max_position_embeddings": max_position_embeddings,
-        "vocab_size": model.vocab_size,
-        "padded_vocab_size": padded_vocab_size,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
-        "position_embedding_type": position_embedding_type,
-        # Megatron-LM's default.  Core models do not read it, but pretrain_gpt.py compares it with its flags.
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": position_embedding_type == "rope",
-        "rotary_base": rotary_base,
-        "rotary_percent": rotary_percent,
-        "use_rope_scaling": rope_scaling,
-        "rope_scaling_factor": model.rope_scaling_factor or ROPE_FACTOR,
-        # Ours: Megatron-LM stores an argument of this meaning, but its models do not read it until 0.18.
-        "seq_len_interpolation_factor": seq_len_interpolation_factor,
-        # Megatron Core reads YaRN's attributes from the configuration, whose class lacks them as fields.
-        **{name: getattr(config, name) for name in _YARN if hasattr(config, name)},
-        "group_query_attention": config.num_query_groups != config.num_attention_heads,
-        "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
-        "quick_geglu": config.gated_linear_unit and config.activation_func is quick_gelu,
-        "squared_relu": False,
-        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate
-        "norm_epsilon": config.layernorm_epsilon,
-        "latent_layernorm_epsilon": getattr(config, "latent_layernorm_epsilon", None),  # ours
-        "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
-        "num_experts": config.num_moe_experts,
-        "qk_layernorm_all_heads": getattr(config, ALL_HEADS, False),  # ours
-        "num_passthrough_mtp_layers": model.num_passthrough_mtp_layers,  # ours
-        # The keys on disk are the keys of Transformer Engine's layer spec for every kind of layers.  Megatron-LM's
-        # local spec has another name for the norm before a mixture of experts.
-        "transformer_impl": "transformer_engine",
-        "ckpt_format": "torch_dist",
-        "use_dist_ckpt": True,
-        "data_parallel_random_init": False,
-        "no_save_optim": False,
-        "no_save_rng": False,
-    }
-    return argparse.Namespace(**values)
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether ``torch.load`` reads ``value`` with ``weights_only``, as Megatron-LM does."""
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)

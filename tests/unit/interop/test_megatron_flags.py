@@ -15,14 +15,14 @@ import hf_models
 import pytest
 import torch
 
-from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.describe import describe, megatron_lm_usage
-from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.model.model_values import differences
 
 INEXPRESSIBLE = ("llama_linear", "deepseek_v3", "moonlight", "olmoe", "minimax_m2")
 if not older_megatron.has_flags_of_positions():
@@ -102,12 +102,6 @@ def test_the_flags_of_a_family_describe_its_model_or_say_that_they_do_not(hf_dir
         assert ("--moe-router-bias-update-rate", "0.0") in pairs(flags.arguments)
 
 
-@pytest.mark.parametrize("kind", GATED_DELTA)
-def test_gated_delta_nets_are_said_to_be_stored_otherwise(hf_directory, kind):
-    (reason,) = megatron_flags(model_of(hf_directory(kind))).not_expressible
-    assert reason == "experimental_attention_variant=gated_delta_net"
-
-
 IMPOSSIBLE_MODELS = {
     "llama3 factor": ({"rope_scaling_factor": 32.0}, "rope_scaling_factor=32.0"),
     "gated gelu": ({"activation": "gelu"}, "activation=gelu"),
@@ -131,13 +125,6 @@ def test_what_megatron_lm_cannot_be_given_is_one_message(case):
     (reason,) = megatron_flags(ModelConfig(vocab_size=64, **changes)).not_expressible
     assert reason == message
     assert not megatron_flags(ModelConfig(vocab_size=64, rope_scaling_factor=8.0)).not_expressible
-
-
-@pytest.mark.parametrize(("activation", "unfused"), [("gelu", True), ("gelu_tanh", False)])
-def test_the_flags_name_the_gelu_of_the_model(activation, unfused):
-    flags = megatron_flags(ModelConfig(activation=activation, gated_linear_unit=False, add_bias_linear=True))
-    assert not flags.not_expressible
-    assert (("--no-bias-gelu-fusion",) in flags.flags) is unfused
 
 
 def test_rarer_properties_have_their_flags():

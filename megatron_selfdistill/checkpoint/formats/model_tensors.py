@@ -1,0 +1,71 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The tensors of a checkpoint that belong to the model, and the checks that they fit and are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.errors import CheckpointError, first_few
+from megatron_selfdistill.model import ADAPTER_SUFFIX
+
+PASSTHROUGH = "hf_passthrough."
+"""The prefix of the keys of tensors that Megatron neither builds nor trains.
+
+A checkpoint keeps such tensors for the conversion to Hugging Face.
+"""
+
+NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
+"""The prefixes of keys in a checkpoint that do not belong to the model."""
+
+NOT_BUILT = ("mtp.", PASSTHROUGH)
+"""The prefixes of multi-token-prediction layers, which some checkpoints have and no model of this program has."""
+
+
+def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return those of the ``shapes`` of a torch_dist checkpoint, by key, that belong to the model."""
+    return {key: shape for key, shape in shapes.items() if not key.startswith(NOT_WEIGHTS)}
+
+
+def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
+    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
+
+    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
+    """
+    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
+    if held != {rank}:
+        raise CheckpointError(
+            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
+        )
+
+
+def raise_misfit(path: Path, faults: Sequence[str]) -> None:
+    """Raise CheckpointError with the first of ``faults``, the differences to the model, if there are any."""
+    if faults:
+        raise CheckpointError(f"{path} does not fit this model: {first_few(faults)}")
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Return whether all elements are finite, as a boolean scalar on the tensor's device; True for integers.
+
+    The function makes one pass without a temporary tensor: NaN propagates through the minimum and the maximum, and an
+    infinity is the minimum or the maximum.
+    """
+    if not tensor.numel() or not tensor.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = torch.aminmax(tensor.detach())
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity; wait for the device once."""
+    names, flags = [], []
+    for name, tensor in named:
+        names.append(name)
+        flags.append(is_finite(tensor))
+    if not flags:
+        return []
+    return [name for name, finite in zip(names, torch.stack(flags).tolist(), strict=True) if not finite]
