@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 DOORS = {
+    "architectures": "architectures.configured_layers",
     "environments": "environments.configured_episodes",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",

@@ -212,7 +212,9 @@ REPLACED = {
         "compat/repairs.py", "linear_of_the_spec", True
     ),
     f"{_LAYERS}.ColumnParallelLinear.forward": Replacement(_DECODING, "_product", True),
-    f"{_LAYERS}.RowParallelLinear.forward": Replacement("model/layers.py", "BiasedExpertOutput.forward", True),
+    f"{_LAYERS}.RowParallelLinear.forward": Replacement(
+        "architectures/rare_layers.py", "BiasedExpertOutput.forward", True
+    ),
     "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__": Replacement(
         "model/local_attention.py", "CoreAttention.__init__", True, by_keyword=True
     ),

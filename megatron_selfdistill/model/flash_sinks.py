@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_variants import has_sinks
-from megatron_selfdistill.model.local_attention import CoreAttention, GatherSequence
+from megatron_selfdistill.model.attention_variants import VariantAttention
+from megatron_selfdistill.model.context_parallel_attention import GatherSequence
+from megatron_selfdistill.model.known_faults import has_sinks
 
 _PACKED_SINKS_OF_TRANSFORMER_ENGINE = "2.12.0"
 """The first version of Transformer Engine with a kernel for sinks in packed sequences."""
@@ -32,8 +33,8 @@ _LARGEST_HEAD = 256
 _NO_DROPOUT, _CAUSAL = 0.0, True
 
 
-class FlashSinkAttention(CoreAttention):
-    """`CoreAttention` with sinks beside Transformer Engine's layers: flash attention computes packed sequences.
+class FlashSinkAttention(VariantAttention):
+    """`VariantAttention` with sinks beside Transformer Engine's layers: flash attention computes packed sequences.
 
     Packed queries, keys and values are bf16 or fp16; dropout is not supported.  Collectives under context parallelism:
     those of `CoreAttention`.

@@ -20,13 +20,14 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
+    *("config", "compat", "distributed", "loss", "data", "model", "architectures"),
+    *("interop.hf", "checkpoint.formats", "interop"),
     *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines")
+NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "architectures")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments

@@ -7,7 +7,7 @@ import ast
 import re
 from pathlib import Path
 
-from megatron_selfdistill.model import architecture, attention_variants, flash_sinks, fused_kernels
+from megatron_selfdistill.model import attention_variants, flash_sinks, fused_kernels, known_faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "megatron.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def functions_of(path: str) -> set[str]:
 
 def sentences() -> str:
     """Return all strings of the files whose faults are refused; the parser has already joined adjacent strings."""
-    files = (Path(module.__file__) for module in (architecture, attention_variants, flash_sinks, fused_kernels))
+    files = (Path(module.__file__) for module in (known_faults, attention_variants, flash_sinks, fused_kernels))
     nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 

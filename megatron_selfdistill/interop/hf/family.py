@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.config_fields import checked, shown
 from megatron_selfdistill.interop.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.model.attention_variants import windowed_layers
 
 
 class HFConfig:
@@ -230,6 +229,21 @@ def _set_windows(values: dict[str, Any]) -> None:
         values |= {"window_size": None, "window_attn_skip_freq": None}
     else:
         values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}
+
+
+def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layers: int) -> list[bool]:
+    """Return for each of ``num_layers`` layers whether it has the window, as Megatron Core numbers the layers.
+
+    ``window_attn_skip_freq``: null is a window in every layer; N is full attention in every Nth layer; a list has 1 for
+    each layer with a window.
+    Source: ``is_layer_window_attention`` of Megatron Core.
+    """
+    freq = window_attn_skip_freq
+    if freq is None:
+        return [True] * num_layers
+    if isinstance(freq, int):
+        return [layer % freq != 0 for layer in range(1, num_layers + 1)]
+    return [bool(windowed) for windowed in freq]
 
 
 def linear_layers(values: Mapping[str, Any]) -> list[int] | None:

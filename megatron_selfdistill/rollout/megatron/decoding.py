@@ -42,9 +42,8 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithoutAdapters
-from megatron_selfdistill.model.attention_variants import has_sinks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
+from megatron_selfdistill.model.known_faults import has_sinks
 from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
 
@@ -58,7 +57,7 @@ def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype)
 
 def state_bytes(models: Sequence[torch.nn.Module]) -> int:
     """Return the bytes of the states of recurrent layers per sequence, over this rank's layers."""
-    return sum(m.state_bytes for model in models for m in model.modules() if isinstance(m, GatedDeltaNet))
+    return sum(getattr(m, "state_bytes", 0) for model in models for m in model.modules())
 
 
 def free_bytes() -> int:
@@ -99,7 +98,7 @@ class RaggedCache(StaticInferenceContext):
         super().__init__(max_batch_size, max_sequence_length)
         self.prompt_lengths = lengths
         self.layers_with_state: set[int] = set()
-        """The numbers of the layers whose memory is a state, without columns (`model.gated_delta_net`)."""
+        """The numbers of the layers whose memory is a state, without columns."""
 
     def last_of_prompts(self, states: Tensor) -> Tensor:
         """Return the states ``[1, b, h]`` of the last tokens of the next b prompts, from all states ``[s, b, h]``."""

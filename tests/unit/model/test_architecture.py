@@ -32,14 +32,13 @@ from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import (
-    known_faults,
     layer_spec,
     padded_vocab_size,
-    refuse_known_faults,
     transformer_config,
 )
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.known_faults import known_faults, refuse_known_faults
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention
 
@@ -197,16 +196,14 @@ SINKS_WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
 
 
 @pytest.mark.parametrize("sentence", WITH_TRANSFORMER_ENGINE)
-def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence, monkeypatch):
+def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence):
     for fields in WITH_TRANSFORMER_ENGINE[sentence]:
         config = dataclasses.replace(configured(DENSE, CP2), **fields)
-        refuse_known_faults(config)  # our attention can
-        with monkeypatch.context() as patch:
-            patch.setattr(architecture, "uses_transformer_engine", lambda: True)
-            with pytest.raises(ConfigError, match=re.escape(sentence)):
-                refuse_known_faults(config)
-            refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"))
-            refuse_known_faults(dataclasses.replace(config, context_parallel_size=1))
+        refuse_known_faults(config, transformer_engine=False)  # our attention can
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            refuse_known_faults(config, transformer_engine=True)
+        refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"), transformer_engine=True)
+        refuse_known_faults(dataclasses.replace(config, context_parallel_size=1), transformer_engine=True)
 
 
 @pytest.mark.parametrize("sentence", SINKS_WITH_TRANSFORMER_ENGINE)
@@ -217,26 +214,23 @@ def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence(s
         config = configured()
         for name, value in fields.items():
             setattr(config, name, value)
-        refuse_known_faults(config)  # our attention can
-        with monkeypatch.context() as patch:
-            patch.setattr(architecture, "uses_transformer_engine", lambda: True)
-            with pytest.raises(ConfigError, match=re.escape(sentence)):
-                refuse_known_faults(config)
-            config.softmax_type = "vanilla"
-            refuse_known_faults(config)
+        refuse_known_faults(config, transformer_engine=False)  # our attention can
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            refuse_known_faults(config, transformer_engine=True)
+        config.softmax_type = "vanilla"
+        refuse_known_faults(config, transformer_engine=True)
 
 
 def test_windows_beside_sinks_are_cut_by_our_attention_for_every_communication(monkeypatch):
     config = configured(DENSE, CP2)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(architecture, "uses_transformer_engine", lambda: True)
     for communication in ("p2p", "a2a", "all_gather"):
         fields = SINKS | {"window_size": (8, 0), "cp_comm_type": communication}
-        refuse_known_faults(dataclasses.replace(config, **fields))
+        refuse_known_faults(dataclasses.replace(config, **fields), transformer_engine=True)
 
 
 def test_experts_with_biases_are_not_cut_over_tensor_parallel_ranks():
-    with pytest.raises(ConfigError, match=r"expected parallel\.expert_tensor_parallel_size=1, got 2"):
+    with pytest.raises(ConfigError, match=r"Megatron Core refuses this model: .*ETP==1"):
         configured(MOE, TP2_SP, add_bias_linear=True)
     configured(MOE, {**TP2_SP, "expert_tensor_parallel_size": 1}, add_bias_linear=True)
     configured(MOE, {**TP2_SP, "expert_model_parallel_size": 2})
@@ -246,11 +240,12 @@ def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
     config = configured()
     config.bias_activation_fusion, config.activation_func_clamp_value = True, 7.0
     with pytest.raises(ConfigError, match="bias_activation_fusion: the fused kernel ignores"):
-        refuse_known_faults(config)
+        refuse_known_faults(config, transformer_engine=False)
 
 
 def test_every_sentence_of_refuse_known_faults_is_met_above():
-    messages = [message for _, message in known_faults(configured())]
+    rare = configured(DENSE, {}, window_size=[8, 0])
+    messages = [message for _, message in known_faults(rare, transformer_engine=False)]
     tables = REFUSED, WITH_TRANSFORMER_ENGINE, SINKS_WITH_TRANSFORMER_ENGINE
     sentences = [re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for table in tables for sentence in table]
     assert len(messages) == len(sentences)
@@ -322,7 +317,9 @@ class FusedLinear:
 def test_on_transformer_engines_spec_the_linear_layers_after_the_latents_have_their_epsilon(monkeypatch, epsilon):
     names = "linear_q_down_proj linear_q_up_proj linear_kv_up_proj linear_proj".split()
     attention = SimpleNamespace(submodules=SimpleNamespace(**dict.fromkeys(names, FusedLinear)))
-    block = SimpleNamespace(layer_specs=[SimpleNamespace(submodules=SimpleNamespace(self_attention=attention))])
+    block = SimpleNamespace(
+        layer_specs=[SimpleNamespace(submodules=SimpleNamespace(self_attention=attention, mlp=None))]
+    )
     monkeypatch.setattr(architecture, "get_gpt_decoder_block_spec", lambda *_, **__: block)
     config = configured(dataclasses.replace(LATENT, latent_layernorm_epsilon=epsilon), {}, multi_latent_attention=True)
     assert layer_spec(config, transformer_engine=True) is block

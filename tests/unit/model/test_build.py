@@ -83,7 +83,7 @@ REFUSED = {
             "lab_models.that_gathers_its_logits": "must build with parallel_output=True",
             "lab_models.that_caps_its_logits": "SoftCapped has its own _postprocess",
             "lab_models.with_scaled_logits": "use_mup multiplies the logits after the output layer",
-            "lab_models.with_megatrons_gated_delta_net": "those of Megatron Core take no packed sequences",
+            "lab_models.with_megatrons_gated_delta_net": "those of Megatron Core, which take no packed sequences",
             "lab_models.with_dropout": "dropout makes the trained student",
             "lab_models.absent": "got 'lab_models.absent'; module 'lab_models' has no attribute",
             "no_such_lab.provider": "cannot be imported: No module named 'no_such_lab'",

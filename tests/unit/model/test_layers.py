@@ -25,8 +25,9 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
-from megatron_selfdistill.model import attention_variants, local_attention
-from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
+from megatron_selfdistill.interop.hf.family import windowed_layers
+from megatron_selfdistill.model import attention_variants, context_parallel_attention, local_attention
+from megatron_selfdistill.model.attention_variants import VariantAttention, left_of_layer, sink_channels
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention, PackedSequences
@@ -71,12 +72,12 @@ def config(**changes) -> TransformerConfig:
     return TransformerConfig(**values | changes)
 
 
-def attention(group=None, variant: str = "full", layer_number: int = 1, **kwargs) -> CoreAttention:
-    collection = SimpleNamespace(cp=group or OneRank())
-    made = CoreAttention(config(**VARIANTS[variant]), layer_number, None, "self", pg_collection=collection, **kwargs)
-    if made.softmax_offset is not None:
-        with torch.no_grad():
-            made.softmax_offset.copy_(torch.tensor(SINKS))
+def attention(group=None, variant: str = "full", **kwargs) -> CoreAttention:
+    collection, cls = SimpleNamespace(cp=group or OneRank()), VariantAttention if VARIANTS[variant] else CoreAttention
+    made = cls(config(**VARIANTS[variant]), 1, None, "self", pg_collection=collection, **kwargs)
+    with torch.no_grad():
+        for sinks in made.parameters():
+            sinks.copy_(torch.tensor(SINKS))
     return made
 
 
@@ -177,9 +178,9 @@ def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula(vari
         torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
         for got, exact in ((query, q), (key, k), (value, v)):
             torch.testing.assert_close(got.grad[:, b].double(), exact.grad, rtol=1e-5, atol=1e-5)
-    if layer.softmax_offset is not None:
+    for parameter in layer.parameters():
         bound = 13 * 2 * GROUPS * CHANNELS * 2.0**-24  # the queries of two heads, and the channels of their scores
-        torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, rtol=1e-5, atol=bound)
+        torch.testing.assert_close(parameter.grad.double(), sinks.grad, rtol=1e-5, atol=bound)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -214,9 +215,8 @@ def test_a_causal_mask_of_megatrons_kind_changes_nothing(variant):
 
 def test_a_sink_of_zero_is_the_softmax_that_is_off_by_one():
     query, key, value = random_qkv(9, 1)
-    layer = CoreAttention(
-        config(softmax_type="off-by-one"), 1, None, "self", pg_collection=SimpleNamespace(cp=OneRank())
-    )
+    one = SimpleNamespace(cp=OneRank())
+    layer = VariantAttention(config(softmax_type="off-by-one"), 1, None, "self", pg_collection=one)
     expected = reference(query[:, 0], key[:, 0], value[:, 0], "sinks", torch.zeros(HEADS))
     torch.testing.assert_close(layer(query, key, value)[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
     assert not list(layer.parameters()) and not layer.state_dict()
@@ -232,8 +232,11 @@ def test_a_sink_in_bf16_keeps_its_precision_for_a_scale_that_bf16_rounds():
 
 def test_layers_have_the_window_as_megatron_core_numbers_them():
     for freq in (None, 1, 2, 3, [0, 1, 1, 0, 1, 0]):
-        layers_with = windowed_layers(freq, 6)
-        assert layers_with == [is_layer_window_attention((5, 0), freq, number) for number in range(1, 7)]
+        numbers = range(1, 7)
+        windowed = config(num_layers=6, window_size=(5, 0), window_attn_skip_freq=freq)
+        layers_with = [left_of_layer(windowed, number) == 5 for number in numbers]
+        assert layers_with == windowed_layers(freq, 6)
+        assert layers_with == [is_layer_window_attention((5, 0), freq, number) for number in numbers]
 
 
 def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
@@ -461,8 +464,8 @@ def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, 
     backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
     seen = Largest()
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
-        patch.setattr(local_attention, "_FUSED_QUERIES", num_rows)
-        patch.setattr(local_attention, "_SCORES", scores)
+        patch.setattr(context_parallel_attention, "_FUSED_QUERIES", num_rows)
+        patch.setattr(context_parallel_attention, "_SCORES", scores)
         with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
             out = attention(group)(*inputs, packed_seq_params=packed)
         with seen:

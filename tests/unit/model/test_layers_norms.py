@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 
+from megatron_selfdistill.architectures.rare_layers import AllHeadsNormAttention, AllHeadsRMSNorm
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.layers import AllHeadsNormAttention, AllHeadsRMSNorm
 
 HEADS, CHANNELS, EPS = 4, 6, 1e-3
 
