@@ -14,6 +14,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.architectures.attention_variants import VariantAttention, window_faults
+from megatron_selfdistill.architectures.flash_sinks import (
+    FlashSinkAttention,
+    refuse_sinks_of_transformer_engine,
+    sink_faults,
+)
+from megatron_selfdistill.architectures.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.architectures.rare_layers import (
     AllHeadsNormAttention,
     BiasedExpertOutput,
@@ -22,9 +29,6 @@ from megatron_selfdistill.architectures.rare_layers import (
 )
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_variants import VariantAttention, window_faults
-from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, refuse_sinks_of_transformer_engine, sink_faults
-from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.known_faults import Fault, has_sinks
 from megatron_selfdistill.model.layers import ALL_HEADS, RMSNorm
 

@@ -7,7 +7,8 @@ import ast
 import re
 from pathlib import Path
 
-from megatron_selfdistill.model import attention_variants, flash_sinks, fused_kernels, known_faults
+from megatron_selfdistill.architectures import attention_variants, flash_sinks
+from megatron_selfdistill.model import fused_kernels, known_faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "megatron.md").read_text(encoding="utf-8")

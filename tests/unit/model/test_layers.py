@@ -23,11 +23,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron_selfdistill.architectures import attention_variants
+from megatron_selfdistill.architectures.attention_variants import VariantAttention, left_of_layer, sink_channels
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
 from megatron_selfdistill.interop.hf.family import windowed_layers
-from megatron_selfdistill.model import attention_variants, context_parallel_attention, local_attention
-from megatron_selfdistill.model.attention_variants import VariantAttention, left_of_layer, sink_channels
+from megatron_selfdistill.model import context_parallel_attention, local_attention
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention, PackedSequences

@@ -28,13 +28,14 @@ import megatron.core.utils as megatron_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.architectures import flash_sinks
+from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build, flash_sinks
+from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, unwrapped, uses_local_attention
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8

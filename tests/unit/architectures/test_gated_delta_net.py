@@ -21,19 +21,19 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.data.packing import Microbatch
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.decoder import GatedQueryGroups, HeadGroups
-from megatron_selfdistill.model import gated_delta_net
-from megatron_selfdistill.model.architecture import layer_spec, transformer_config
-from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.gated_delta_net import (
+from megatron_selfdistill.architectures import gated_delta_net
+from megatron_selfdistill.architectures.gated_delta_net import (
     GatedDeltaKernels,
     GatedDeltaNet,
     GatedDeltaNetLinears,
     kernels_for,
 )
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.decoder import GatedQueryGroups, HeadGroups
+from megatron_selfdistill.model.architecture import layer_spec, transformer_config
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.local_attention import PackedSequences
 
 ROWS = 2

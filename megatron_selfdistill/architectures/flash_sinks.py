@@ -22,8 +22,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
+from megatron_selfdistill.architectures.attention_variants import VariantAttention
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_variants import VariantAttention
 from megatron_selfdistill.model.context_parallel_attention import GatherSequence
 from megatron_selfdistill.model.known_faults import has_sinks
 
