@@ -26,6 +26,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
@@ -39,7 +40,6 @@ from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer

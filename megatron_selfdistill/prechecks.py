@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.stored_adapters import (
     read_stored_adapters,
     refuse_adapters,
     require_adapters,
 )
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name

@@ -222,7 +222,7 @@ REPLACED = {
         "model/local_attention.py", "CoreAttention.forward", True
     ),
     "megatron.core.transformer.module.MegatronModule.sharded_state_dict": Replacement(
-        "model/adapters.py", "LowRankAdapter.sharded_state_dict", True
+        "adapters/low_rank_adapters.py", "LowRankAdapter.sharded_state_dict", True
     ),
 }
 """Function or method of Megatron -> ours in its place: assigned, in a subclass, or in a layer spec."""

@@ -17,11 +17,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_selfdistill.adapters.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import Temporary
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
     TEACHER,

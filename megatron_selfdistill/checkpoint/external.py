@@ -21,6 +21,14 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
+from megatron_selfdistill.adapters.stored_adapters import (
+    SETTINGS,
+    StoredAdapters,
+    read_stored_adapters,
+    refuse_adapters,
+    require_adapters,
+)
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
@@ -32,13 +40,6 @@ from megatron_selfdistill.checkpoint.formats.full_weights import (
     weight_shapes,
 )
 from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    SETTINGS,
-    StoredAdapters,
-    read_stored_adapters,
-    refuse_adapters,
-    require_adapters,
-)
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, TorchDistReader, read_common
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase, shared_base_digest
@@ -47,7 +48,6 @@ from megatron_selfdistill.config.schema.adapter_config import require_engine
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import new_chunks
 
 

@@ -16,11 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint import sharded_io, state
-from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.manifest import Entry
-from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.stored_adapters import (
     KEPT_BASE,
     NAME,
     StoredAdapters,
@@ -30,6 +26,10 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     weight_files,
 )
+from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.manifest import Entry
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common
 from megatron_selfdistill.config import AdapterConfig, Config
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0

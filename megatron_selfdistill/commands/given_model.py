@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from megatron_selfdistill.adapters.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
-from megatron_selfdistill.checkpoint.formats.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.choices import PRECISIONS

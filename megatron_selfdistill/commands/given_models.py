@@ -15,7 +15,7 @@ import yaml
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
+from megatron_selfdistill.adapters.stored_adapters import KEPT_BASE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks

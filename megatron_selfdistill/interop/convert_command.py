@@ -332,7 +332,7 @@ def _add_megatron_to_peft(commands: Any) -> None:
 
 def _add_peft_to_megatron(commands: Any) -> None:
     def advice(target: Path, arguments: argparse.Namespace) -> Iterator[str]:
-        from megatron_selfdistill.checkpoint.formats.stored_adapters import require_adapters
+        from megatron_selfdistill.adapters.stored_adapters import require_adapters
 
         keys = f"checkpoint.load={arguments.base} adapter.load={arguments.out} {require_adapters(target).overrides()}"
         yield f"{target}: begin a run at it with {keys}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_selfdistill.adapters.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
@@ -19,7 +20,6 @@ from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError

@@ -16,6 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.adapters.stored_adapters import (
+    StoredAdapters,
+    base_digest,
+    read_stored_adapters,
+    require_adapters,
+)
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import (
     Weights,
@@ -24,12 +30,6 @@ from megatron_selfdistill.checkpoint.formats.full_weights import (
     require_rank_of_factors,
     verify_checksums,
     weight_shapes,
-)
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    StoredAdapters,
-    base_digest,
-    read_stored_adapters,
-    require_adapters,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader

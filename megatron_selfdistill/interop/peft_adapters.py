@@ -22,11 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.stored_adapters import (
     NAME,
     PEFT_CONFIG,
     StoredAdapters,
@@ -34,6 +30,10 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     require_adapters,
 )
+from megatron_selfdistill.checkpoint.formats import directory, manifest
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
+from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import Piece

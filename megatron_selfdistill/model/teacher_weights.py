@@ -15,7 +15,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_selfdistill.model.adapters import WithoutAdapters
+from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters
 from megatron_selfdistill.model.forward import unwrapped
 
 Chunks = list[torch.nn.Module]

@@ -13,11 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
-from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
-from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.low_rank_adapters import WithOtherAdapters
+from megatron_selfdistill.adapters.stored_adapters import (
     NAME,
     PEFT_CONFIG,
     digest_of_files,
@@ -25,6 +22,10 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     require_adapters,
 )
+from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to
@@ -39,7 +40,6 @@ from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
-from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.prechecks import (
     is_hugging_face,
     require_checkpoint,

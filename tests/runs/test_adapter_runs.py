@@ -24,7 +24,7 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.checkpoint.formats.stored_adapters import base_digest
+from megatron_selfdistill.adapters.stored_adapters import base_digest
 from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.config import load

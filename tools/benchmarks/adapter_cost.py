@@ -88,10 +88,10 @@ class Bench:
         """Return a model with adapters of ``rank``, or with rank 0 one whose weights are all trained."""
         from random_llama import RandomLlama
 
+        from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
         from megatron_selfdistill.config import AdapterConfig, ParallelConfig, TargetConfig
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
         from megatron_selfdistill.loss.target import Target
-        from megatron_selfdistill.model.adapters import add_adapters
         from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
         from megatron_selfdistill.model.forward import unwrapped
         from megatron_selfdistill.model.teacher_weights import Teacher

@@ -37,11 +37,11 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.utils import get_pg_size
 
+from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.known_faults import has_sinks
 from megatron_selfdistill.model.local_attention import CoreAttention

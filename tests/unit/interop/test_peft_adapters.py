@@ -18,7 +18,7 @@ from hf_contents import tensors_of
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import raises
 
-from megatron_selfdistill.checkpoint.formats.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
+from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
@@ -42,7 +42,7 @@ class Adapted:
 
 def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], object]:
     """Return the model of a Hugging Face directory with large adapters, on one rank."""
-    from megatron_selfdistill.model.adapters import add_adapters
+    from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 
     _, model, _, _ = hf_models.read(hf)
     chunks, grid = models.build(model, ParallelConfig())
@@ -76,9 +76,9 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
 
 def read_adapters(hf: Path, adapters: Path) -> torch.Tensor:
     """Return the logits of our model with a checkpoint of adapters, loaded as an evaluation loads it."""
+    from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
     from megatron_selfdistill.checkpoint.external import load_adapters, load_weights
     from megatron_selfdistill.distributed.ranks import current_grid
-    from megatron_selfdistill.model.adapters import add_adapters
 
     stored = read_stored_adapters(adapters)
     assert stored is not None

@@ -10,14 +10,14 @@ import pytest
 from saved_checkpoints import raises
 
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.checkpoint.external import stored_settings
-from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.stored_adapters import (
     StoredAdapters,
     base_digest,
     read_stored_adapters,
     refuse_adapters,
 )
+from megatron_selfdistill.checkpoint.external import stored_settings
+from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.config import AdapterConfig, load
 from megatron_selfdistill.errors import ConfigError
 
