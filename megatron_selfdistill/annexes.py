@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 DOORS = {
+    "adapters": "adapters.configured_adapters",
     "architectures": "architectures.configured_layers",
     "environments": "environments.configured_episodes",
     "teachers": "teachers.configured_teachers",

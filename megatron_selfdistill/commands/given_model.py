@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.adapters.stored_adapters import read_stored_adapters
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.annexes import door
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
 from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
@@ -83,11 +83,9 @@ def _main_dtype(config: Config, model: dict[str, Any]) -> torch.dtype:
         for tensor in open_weights_directory(path).tensors.values():
             sizes[tensor.dtype] += math.prod(tensor.shape)
         return max(sizes, key=lambda dtype: sizes[dtype])
-    weights = open_weights(path)
-    adapters = read_stored_adapters(weights.path)
-    if adapters is not None:
-        weights = open_weights(adapters.base_place(config.adapter.base))
-    held = weights.sizes()
+    if holds_adapters(path):
+        path = door("adapters").full_weights_of(path, config.adapter.base)
+    held = open_weights(path).sizes()
     return max(held, key=lambda dtype: held[dtype])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.adapters.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
+from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
@@ -21,6 +21,7 @@ from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, 
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model

@@ -18,21 +18,21 @@ from torch import Tensor
 
 from megatron_selfdistill.adapters.stored_adapters import (
     StoredAdapters,
-    base_digest,
     read_stored_adapters,
     require_adapters,
+    require_rank_of_factors,
 )
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import (
     Weights,
     open_weights,
     raise_misfit,
-    require_rank_of_factors,
     verify_checksums,
     weight_shapes,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import Piece, TorchDistReader
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule

@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_selfdistill.adapters import ADAPTER_SUFFIX
 from megatron_selfdistill.adapters.stored_adapters import (
     NAME,
     PEFT_CONFIG,
     StoredAdapters,
-    base_digest,
     read_stored_adapters,
     require_adapters,
 )
@@ -37,13 +37,13 @@ from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_con
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import Piece
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
 from megatron_selfdistill.interop.hf.mapping import Rule, family_of, family_of_model
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 CONFIG, WEIGHTS = PEFT_CONFIG, "adapter_model.safetensors"
 """The names of PEFT's files."""

@@ -88,6 +88,7 @@ class ConfiguredTeachers(Teachers):
         student: Sequence[torch.nn.Module],
         build_chunks: Callable[[], Chunks],
         saved: SavedRun | None = None,
+        start: Chunks | None = None,
     ) -> None:
         """Load the teachers; the arguments are those of `Teachers`.
 
@@ -101,7 +102,7 @@ class ConfiguredTeachers(Teachers):
             with raise_on_all_ranks():
                 _require_weight_alone(last)
         keeps_start = config.keeps_start or bool(adapted)
-        super().__init__(config, grid, vocab, student, build_chunks, saved, keeps_start=keeps_start)
+        super().__init__(config, grid, vocab, student, build_chunks, saved, start, keeps_start=keeps_start)
         self.names = list(config.named_teachers)
         self._settings = config.named_teachers
         self._width = last.config.hidden_size

@@ -13,20 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_selfdistill.adapters.configured_adapters import load_adapters, require_stored_rank
 from megatron_selfdistill.adapters.low_rank_adapters import WithOtherAdapters
-from megatron_selfdistill.adapters.stored_adapters import (
-    NAME,
-    PEFT_CONFIG,
-    digest_of_files,
-    known_digest,
-    read_stored_adapters,
-    require_adapters,
-)
-from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
+from megatron_selfdistill.adapters.stored_adapters import NAME, PEFT_CONFIG, read_stored_adapters, require_adapters
+from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
+from megatron_selfdistill.checkpoint.formats.weights_digest import digest_of_files, known_digest
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig

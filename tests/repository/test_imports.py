@@ -20,14 +20,24 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "data", "model", "architectures"),
-    *("interop.hf", "checkpoint.formats", "interop"),
-    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
+    *("config", "compat", "distributed", "loss", "data", "model", "architectures", "adapters"),
+    *("interop.hf", "checkpoint.formats", "adapters.stored_adapters", "interop"),
+    *(
+        "checkpoint",
+        "adapters.configured_adapters",
+        "rollout",
+        "engines",
+        "pipeline",
+        "metrics",
+        "evaluation",
+        "sources",
+        "teachers",
+    ),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "architectures")
+NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "architectures", "adapters")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments

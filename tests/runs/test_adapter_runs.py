@@ -24,8 +24,8 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.adapters.stored_adapters import base_digest
 from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +29,6 @@ from megatron_selfdistill.checkpoint.formats.torch_dist import TorchDistReader
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.interop.hf.mapping import PASSTHROUGH, Rule
 from megatron_selfdistill.interop.hf.rules import passthrough_layer
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
 """The prefixes of keys in a checkpoint that do not belong to the model."""
@@ -121,18 +120,6 @@ def weight_shapes(source: TorchDistReader) -> dict[str, tuple[int, ...]]:
     The state of a parameter has a key that ends like the key of the parameter itself.
     """
     return {key: shape for key, shape in source.shapes.items() if not key.startswith(NOT_WEIGHTS)}
-
-
-def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
-    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
-
-    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
-    """
-    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
-    if held != {rank}:
-        raise CheckpointError(
-            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
-        )
 
 
 class _StoredWeights(Weights, Protocol):

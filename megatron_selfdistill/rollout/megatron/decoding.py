@@ -37,7 +37,6 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.utils import get_pg_size
 
-from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
@@ -592,8 +591,9 @@ class DecodingModel:
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            switched_off = chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext()
-            with switched_off, older_megatron.inference_pass():
+            # The model alone runs, since Float16Module would change its output.
+            as_chunk = getattr(chunk, "around_model", nullcontext)
+            with as_chunk(), older_megatron.inference_pass():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )
