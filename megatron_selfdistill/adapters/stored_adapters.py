@@ -55,6 +55,16 @@ class StoredAdapters:
         base = {"digest": self.base_digest, "checkpoint": None if self.base is None else str(self.base)}
         return json.dumps({"version": 1, **values, "base": base}, indent=1) + "\n"
 
+    def properties(self) -> dict[str, str]:
+        """Return what a description of the checkpoint says about adapters and base, by name."""
+        settings = self.settings
+        scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
+        return {
+            "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
+            "base": f"the checkpoint with the digest {self.base_digest}",
+            "place of the base": str(self.base or f"{KEPT_BASE} in the run directory"),
+        }
+
     def overrides(self) -> str:
         """Return the settings as keys for a run that begins at these adapters."""
         settings = self.settings

@@ -49,7 +49,6 @@ from megatron_selfdistill.interop.hf.mapping import (
     tied_output_layer,
 )
 from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rows, Rule, passthrough_layer, rows
-from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.model.architecture import padded_vocab_size
 
@@ -111,6 +110,9 @@ def megatron_to_hf(
 
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
     """
+    # Only here: a package without the annex adapters converts in the other direction.
+    from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
+
     out, progress = Path(out), progress or Progress()
     directory.require_free(out)
     weights = open_merged_weights(megatron, iteration, base=base, dtype=dtype, report=progress.report)

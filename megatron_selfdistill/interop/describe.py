@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, read_stored_adapters
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
@@ -21,7 +21,6 @@ from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, 
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
-from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.hf.mapping import Family, architecture, check_counts, family_of, family_of_model
@@ -38,10 +37,10 @@ def describe(path: Path) -> dict[str, str]:
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
     sizes = weights.sizes()
-    adapters = read_stored_adapters(weights.path)
+    adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
     if adapters is not None:
-        lines |= _describe_adapters(adapters)
+        lines |= adapters.properties()
     if weights.args is None:
         return lines | {"arguments": "none are stored: the architecture is not known"}
     args, assets = weights.args, hf_assets_of(weights.path)
@@ -56,16 +55,6 @@ def describe(path: Path) -> dict[str, str]:
         lines["vocabulary"] = str(error)
     model = replace(model, vocab_size=vocab_size)
     return lines | _origin(weights) | _describe_model(model) | _usage(weights, model, assets)
-
-
-def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
-    settings = adapters.settings
-    scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
-    return {
-        "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
-        "base": f"the checkpoint with the digest {adapters.base_digest}",
-        "place of the base": str(adapters.base or f"{KEPT_BASE} in the run directory"),
-    }
 
 
 def _origin(weights: Weights) -> dict[str, str]:
