@@ -40,7 +40,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
-from megatron_selfdistill.model.forward import FusedLoss, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere

@@ -33,7 +33,8 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import teacher_metrics
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
-from megatron_selfdistill.model.forward import output_weight, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.fused_loss import output_weight
 from megatron_selfdistill.model.output_layer import unfusable
 from megatron_selfdistill.model.teacher_weights import Chunks
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere

@@ -22,8 +22,9 @@ from megatron.core.tensor_parallel import layers
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build, forward
-from megatron_selfdistill.model.forward import Fusion, MainGrad, unwrapped
+from megatron_selfdistill.model import architecture, build, forward, fused_loss
+from megatron_selfdistill.model.forward import Fusion, unwrapped
+from megatron_selfdistill.model.fused_loss import MainGrad
 from megatron_selfdistill.model.output_layer import decided_output_layer, unfusable
 
 MODES = ("keep_gradient", "low_memory")
@@ -251,7 +252,7 @@ def arrivals(kind: str, teacher: str) -> list[str]:
     """Return the order in which the output weight arrives and is read."""
     case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
     seen: list[str] = []
-    read = forward.fused_distillation_loss
+    read = fused_loss.fused_distillation_loss
     with pytest.MonkeyPatch.context() as patch:
         wrap = layouts.wrap_for_training
 
@@ -261,7 +262,7 @@ def arrivals(kind: str, teacher: str) -> list[str]:
             return wrap(chunks, optimizer)
 
         patch.setattr(layouts, "wrap_for_training", with_a_gather)
-        patch.setattr(forward, "fused_distillation_loss", lambda *a, **k: (seen.append("read"), read(*a, **k))[1])
+        patch.setattr(fused_loss, "fused_distillation_loss", lambda *a, **k: (seen.append("read"), read(*a, **k))[1])
         layouts.run(case)
     return seen
 
