@@ -345,31 +345,6 @@ def test_models_without_sinks_keep_transformer_engines_attention(ranks):
 # -- refusals -----
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, precision: str = "bf16", **changes: Any) -> str:
-    """Return the message that refuses the tiny GPT-OSS with Transformer Engine's layers; empty where it runs."""
-    monkeypatch.setattr(architecture, "uses_transformer_engine", lambda: True)
-    transformer = {**tiny_gpt_oss().transformer, **changes.pop("transformer", {})}
-    model = dataclasses.replace(tiny_gpt_oss(), transformer=transformer, **changes)
-    try:
-        transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
-    except build.ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_where_flash_attention_cannot_run_sinks_are_refused_before_a_model_is_built(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)  # a build for CUDA has it
-    assert "this PyTorch was built without it" in refusal(monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert refusal(monkeypatch) == ""
-    assert "has no float32: set optimizer.precision=bf16" in refusal(monkeypatch, "fp32")
-    assert "a multiple of 8 and at most 256, got 12" in refusal(monkeypatch, kv_channels=12)
-    assert "at most 256, got 264" in refusal(monkeypatch, kv_channels=264)
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
-    assert "this PyTorch is 2.6.0+cu124, expected 2.7 or later" in refusal(monkeypatch)
-    assert refusal(monkeypatch, transformer={"softmax_type": "vanilla"}) == ""
-
-
 @pytest.mark.parametrize(
     ("softmax_type", "version"), [("learnable", "2.11.0"), ("learnable", "2.12.0"), ("vanilla", "2.11.0")]
 )

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiers import combinations
 
 from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -22,7 +21,6 @@ from megatron_selfdistill.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RecomputeConfig,
     ScheduleConfig,
     YarnConfig,
     load,
@@ -253,13 +251,6 @@ def test_every_sentence_of_refuse_known_faults_is_met_above():
     assert all(any(start.removesuffix(lacking) in message for message in messages) for start in sentences)
 
 
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_each_refusal_has_a_cause(sentence):
-    """Without what is refused the same model and layout pass."""
-    for model, parallel, _ in REFUSED[sentence]:
-        configured(dataclasses.replace(model, qk_layernorm_all_heads=False), parallel)
-
-
 def test_what_is_right_is_not_refused():
     configured(DENSE, PP2_VPP2, overlap_p2p_comm=True)
     configured(DENSE, {}, multi_latent_attention=True)
@@ -340,31 +331,6 @@ def test_a_transformer_field_has_the_last_word():
     assert configured(attention_softmax_in_fp32=False).attention_softmax_in_fp32 is False
     assert configured(layernorm_zero_centered_gamma=True).layernorm_zero_centered_gamma is True
     assert configured(layernorm_epsilon=0.5).layernorm_epsilon == 0.5
-
-
-def test_an_architecture_is_what_its_fields_say():
-    model = ModelConfig(
-        num_layers=6,
-        hidden_size=96,
-        num_attention_heads=6,
-        num_query_groups=3,
-        kv_channels=24,
-        activation="gelu",
-        gated_linear_unit=False,
-        add_qkv_bias=True,
-        layernorm_epsilon=1e-3,
-    )
-    parallel = ParallelConfig(tensor_model_parallel_size=3, pipeline_model_parallel_size=2)
-    recompute = ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["mlp", "core_attn"]))
-    got = transformer_config(model, parallel, OptimizerConfig(precision="bf16"), recompute)
-    assert (got.num_layers, got.hidden_size, got.ffn_hidden_size) == (6, 96, 384)
-    assert (got.num_attention_heads, got.num_query_groups, got.kv_channels) == (6, 3, 24)
-    assert (got.activation_func, got.gated_linear_unit, got.add_qkv_bias) == (F.gelu, False, True)
-    assert (got.bf16, got.params_dtype, got.pipeline_dtype) == (True, torch.bfloat16, torch.bfloat16)
-    assert (got.tensor_model_parallel_size, got.pipeline_model_parallel_size) == (3, 2)
-    assert got.recompute_modules == ["mlp", "core_attn"] and got.layernorm_epsilon == 1e-3
-    assert got.batch_p2p_comm is False, "with two stages batched messages would cross"
-    assert (got.hidden_dropout, got.attention_dropout) == (0.0, 0.0)
 
 
 def test_router_losses_are_off_unless_asked_for():

@@ -25,13 +25,12 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.architectures import attention_variants
 from megatron_selfdistill.architectures.attention_variants import VariantAttention, left_of_layer, sink_channels
-from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
+from megatron_selfdistill.data.packing import context_parallel_positions, microbatch_of
 from megatron_selfdistill.interop.hf.family import windowed_layers
 from megatron_selfdistill.model import context_parallel_attention, local_attention
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
-from megatron_selfdistill.model.local_attention import CoreAttention, PackedSequences
+from megatron_selfdistill.model.local_attention import CoreAttention
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -133,14 +132,6 @@ def test_rms_norm_and_its_gradients_equal_the_formula(zero_centered):
     torch.testing.assert_close(norm(x).double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_rms_norm_starts_as_the_plain_normalisation():
-    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(2))
-    plain = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    for zero_centered in (False, True):
-        norm = RMSNorm(config(layernorm_zero_centered_gamma=zero_centered), 24)
-        torch.testing.assert_close(norm(x), plain)
 
 
 def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
@@ -254,28 +245,10 @@ def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
     assert seen.largest < 1024 * 1024 // 8
 
 
-def test_a_mask_of_megatrons_kind_hides_what_it_marks():
-    query, key, value = random_qkv(6, 1)
-    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    out = attention()(query, key, value, attention_mask=hidden[None, None])
-    torch.testing.assert_close(out, attention()(query, key, value))
-
-
 def test_the_softmax_scale_may_be_given():
     query, key, value = random_qkv(6, 1)
     scaled = attention(softmax_scale=2 * CHANNELS**-0.5)(query, key, value)
     torch.testing.assert_close(scaled, attention()(2 * query, key, value))
-
-
-def test_what_attention_cannot_do_is_refused():
-    query, key, value = random_qkv(4, 1)
-    with pytest.raises(ValueError, match="attention_type='cross'"):
-        CoreAttention(config(), 1, None, "cross", pg_collection=SimpleNamespace(cp=OneRank()))
-    with pytest.raises(ValueError, match="no attention bias"):
-        attention()(query, key, value, attention_bias=torch.zeros(4, 4))
-    two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    with pytest.raises(ValueError, match="needs packed sequences"):
-        attention(two)(query, key, value)
 
 
 # -- attention, packed -----
@@ -486,21 +459,6 @@ def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_r
         assert kept <= 12 * HEADS * CHANNELS * tokens
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def row(cp_size: int):
-    """Return a microbatch of three sequences, whose last segment is padding."""
-    texts = [ContextPair(str(n), [1] * n, [1] * n, [2] * 3, False) for n in (9, 4, 1)]
-    batch = pack(texts, PackingRules(max_tokens=48, cp_size=cp_size, tp_size=1, paired=True), seq_length=48)
-    return batch.student[0]
-
-
-def test_host_and_device_know_the_same_segments():
-    microbatch = row(1)
-    packed = PackedSequences.of(microbatch, microbatch.position_ids, with_segment_batches=True)
-    assert packed.segment_bounds == tuple(microbatch.cu_seqlens.tolist())
-    assert packed.max_seqlen_q == microbatch.max_seqlen
-    assert packed.segment_batches is not None and len(packed.segment_batches.place) == 48
 
 
 def read_twice(kind):
