@@ -90,7 +90,7 @@ MEMBERS = {
     f"{_SAVING}.async_utils.AsyncRequest": "async_fn add_finalize_fn execute_sync",
     _TRANSFORMER: "finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func init_method "
     "output_layer_init_method embedding_init_method persist_layer_norm moe_router_load_balancing_type flash_decode "
-    "cuda_graph_impl tp_comm_overlap transformer_impl experimental_attention_variant moe_input_jitter_eps "
+    "cuda_graph_impl experimental_attention_variant moe_input_jitter_eps "
     "moe_router_force_load_balancing moe_expert_capacity_factor attention_backend moe_aux_loss_coeff moe_z_loss_coeff "
     "moe_router_bias_update_rate multi_latent_attention",
 }
@@ -241,7 +241,7 @@ RELIED_ON = (
     ),
     (
         _TRANSFORMER,
-        "flash_decode=False cuda_graph_impl='none' tp_comm_overlap=False transformer_impl='transformer_engine' "
+        "flash_decode=False cuda_graph_impl='none' "
         "experimental_attention_variant=None moe_input_jitter_eps=None moe_router_force_load_balancing=False",
         "a model with another value cannot be sampled in process",
     ),

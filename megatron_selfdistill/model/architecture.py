@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -31,7 +30,6 @@ from megatron_selfdistill.model.known_faults import (
     has_rare_layers,
     refuse_known_faults,
     refuse_untrainable_precision,
-    require_pairs_of_channels,
 )
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention
@@ -48,8 +46,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of the model; ``model.transformer`` overrides all other keys.
 
-    Raises: `ConfigError` for a field of ``model.transformer`` that ``TransformerConfig`` lacks or that belongs to
-    another section, for values that Megatron Core refuses, and for the faults of `refuse_known_faults`.
+    Raises: `ConfigError` for a field of ``model.transformer`` that belongs to another section, for fields and values
+    that Megatron Core refuses, and for the faults of `refuse_known_faults`.
     """
     values = _configured_values(model, parallel, optimizer, schedule)
     installed = Installed(cuda=not cpu.ON_CPU, transformer_engine=uses_transformer_engine())
@@ -59,14 +57,8 @@ def transformer_config(
     cls = MLATransformerConfig if mla else TransformerConfig
     if mla:  # latent attention computes its own rotary embedding
         values = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent} | values
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in model.transformer:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}")
-        if name in _SET_ELSEWHERE:
-            raise ConfigError(f"model.transformer.{name} is not allowed: set {_SET_ELSEWHERE[name]}")
+    for name in model.transformer.keys() & _SET_ELSEWHERE.keys():
+        raise ConfigError(f"model.transformer.{name} is not allowed: set {_SET_ELSEWHERE[name]}")
     if values.get("window_size") is not None:
         values["window_size"] = tuple(values["window_size"])  # Transformer Engine compares it with tuples
     try:
@@ -77,8 +69,6 @@ def transformer_config(
         door("architectures").set_attributes(config, model)
     refuse_untrainable_precision(config, transformer_engine=installed.transformer_engine)
     refuse_known_faults(config, transformer_engine=installed.transformer_engine)
-    if model.position_embedding_type in ("rope", "yarn"):
-        require_pairs_of_channels(config, model.rotary_percent)
     return config
 
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.fused_kernels import dispatcher_faults, kernel_faults
+from megatron_selfdistill.model.fused_kernels import kernel_faults
 from megatron_selfdistill.model.layers import ALL_HEADS
 
 Fault = tuple[bool, str]
@@ -38,8 +38,7 @@ def known_faults(config: TransformerConfig, *, transformer_engine: bool) -> list
         *_loss_faults(config),
         *_attention_faults(config, not transformer_engine),
         *(door("architectures").layer_faults(config, transformer_engine=transformer_engine) if rare else ()),
-        *kernel_faults(config, transformer_engine=transformer_engine),
-        *dispatcher_faults(config),
+        *kernel_faults(config),
         *_expert_faults(config),
     ]
 
@@ -166,21 +165,6 @@ def _expert_faults(config: TransformerConfig) -> list[Fault]:
 def _balancing_types(config: TransformerConfig) -> list[str]:
     types = config.moe_router_load_balancing_type
     return [types] if isinstance(types, str) else list(types)
-
-
-def require_pairs_of_channels(config: TransformerConfig, rotary_percent: float) -> None:
-    """Raise `ConfigError` unless the rotated channels, ``rotary_percent`` of a head, are pairs."""
-    if config.multi_latent_attention:
-        name, channels = "model.transformer.qk_pos_emb_head_dim", config.qk_pos_emb_head_dim
-        width = channels
-    else:
-        name, channels = "model.kv_channels", config.kv_channels
-        width = int(channels * rotary_percent)
-    if width + width % 2 > channels:
-        raise ConfigError(
-            f"rotary embeddings rotate pairs of channels: expected an even {name} (by default model.hidden_size / "
-            f"model.num_attention_heads), got {channels}"
-        )
 
 
 def refuse_untrainable_precision(config: TransformerConfig, *, transformer_engine: bool) -> None:

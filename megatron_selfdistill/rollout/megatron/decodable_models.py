@@ -123,15 +123,6 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "fp8 and fp4 layers need token counts that are multiples of 16, decoding has any number: train in bf16",
         ),
         (
-            config.tp_comm_overlap,
-            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has other shapes: "
-            "set model.transformer.tp_comm_overlap=false",
-        ),
-        (
-            config.transformer_impl == "inference_optimized",
-            "inference_optimized layers cannot be trained: use transformer_engine or local",
-        ),
-        (
             getattr(config, "fine_grained_activation_offloading", False),
             "fine_grained_activation_offloading also acts while decoding: set it to false",
         ),

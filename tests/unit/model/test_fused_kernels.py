@@ -70,7 +70,6 @@ def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
         )
         for name in PERMUTATIONS:
             patch.setattr(moe_utils, name, object(), raising=False)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
 
 def configured(model: ModelConfig, node: Node, precision: str = "fp32") -> TransformerConfig:
