@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.architectures.attention_variants import VariantAttention, window_faults
 from megatron_selfdistill.architectures.flash_sinks import (
     FlashSinkAttention,
-    refuse_sinks_of_transformer_engine,
     sink_faults,
 )
 from megatron_selfdistill.architectures.gated_delta_net import place_gated_delta_nets
@@ -153,8 +152,7 @@ def _all_heads_faults(config: TransformerConfig) -> list[Fault]:
 
 
 def refuse_provided_layers(chunk: torch.nn.Module) -> None:
-    """Raise `ConfigError` if the model of ``model.provider`` has layers of others in place of those of this annex."""
-    refuse_sinks_of_transformer_engine(chunk)
+    """Raise `ConfigError` if the model of ``model.provider`` has gated delta nets of Megatron Core."""
     if any(isinstance(module, MegatronGatedDeltaNet) for module in chunk.modules()):
         raise ConfigError(
             "model.provider: expected gated delta nets of model.architecture.layer_spec, got those of Megatron Core, "

@@ -17,18 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.architectures.attention_variants import VariantAttention
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.context_parallel_attention import GatherSequence
 from megatron_selfdistill.model.known_faults import has_sinks
 
-_PACKED_SINKS_OF_TRANSFORMER_ENGINE = "2.12.0"
-"""The first version of Transformer Engine with a kernel for sinks in packed sequences."""
 _NO_DROPOUT, _CAUSAL = 0.0, True
 
 
@@ -179,15 +175,3 @@ def sink_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[
             "algorithms are on: do not set model.transformer.deterministic_mode",
         ),
     ]
-
-
-def refuse_sinks_of_transformer_engine(chunk: torch.nn.Module) -> None:
-    """Raise `ConfigError` if the model of ``model.provider`` has sinks that this Transformer Engine cannot pack."""
-    if not repairs.have_transformer_engine() or is_te_min_version(_PACKED_SINKS_OF_TRANSFORMER_ENGINE):
-        return
-    if any(getattr(module, "softmax_type", "vanilla") != "vanilla" for module in chunk.modules()):
-        raise ConfigError(
-            "model.provider: expected sinks (softmax_type) that can be computed in packed sequences, got those of "
-            f"Transformer Engine before {_PACKED_SINKS_OF_TRANSFORMER_ENGINE}: take the layer spec from "
-            "megatron_selfdistill.model.architecture.layer_spec"
-        )

@@ -20,11 +20,9 @@ import torch.distributed as dist
 from hf_models import packed
 from host_traffic import host_traffic
 from models import fill_from_names
-from packaging.version import Version
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
-import megatron.core.utils as megatron_utils
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -33,7 +31,7 @@ from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build
+from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, unwrapped, uses_local_attention
@@ -340,23 +338,3 @@ def kinds_without_sinks() -> list[str]:
 
 def test_models_without_sinks_keep_transformer_engines_attention(ranks):
     assert ranks.run(kinds_without_sinks, world_size=1) == [["EngineAttention"]]
-
-
-# -- refusals -----
-
-
-@pytest.mark.parametrize(
-    ("softmax_type", "version"), [("learnable", "2.11.0"), ("learnable", "2.12.0"), ("vanilla", "2.11.0")]
-)
-def test_a_providers_sinks_are_refused_with_a_transformer_engine_that_cannot_pack_them(
-    softmax_type, version, monkeypatch
-):
-    chunk = torch.nn.Sequential(EngineAttention(config(softmax_type=softmax_type)))
-    flash_sinks.refuse_sinks_of_transformer_engine(chunk)  # there is no Transformer Engine here
-    monkeypatch.setattr(repairs, "have_transformer_engine", lambda: True)
-    monkeypatch.setattr(megatron_utils, "_te_version", Version(version))
-    if softmax_type == "vanilla" or version == "2.12.0":
-        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
-        return
-    with pytest.raises(build.ConfigError, match=r"^model\.provider: expected sinks .* before 2\.12\.0: take the layer"):
-        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
