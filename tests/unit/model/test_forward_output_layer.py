@@ -189,23 +189,6 @@ def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumula
     assert_alike(got, expected)
 
 
-def rows_of_calls(fusions: list[Fusion]) -> list[list[int]]:
-    """Return the rows of each call of the output layer, in a batch of one microbatch and one without tokens."""
-    changes = {"make_vocab_size_divisible_by": COLUMNS}
-    found = []
-    for fusion in fusions:
-        run(Case(kind="shallow", fusion=fusion, max_tokens=300, model_changes=changes), Patches(apex=True))
-        found.append([rows for rows, width in StandInForApex.shapes if width == COLUMNS])
-    return found
-
-
-def test_the_kernel_is_called_for_a_microbatch_or_for_each_of_its_chunks(ranks):
-    """Not at all for a microbatch without tokens."""
-    fusions = [FUSIONS["keep_gradient"], FUSIONS["low_memory"]]
-    (whole,), chunks = ranks.run(rows_of_calls, fusions, world_size=1)[0]
-    assert whole == sum(chunks) > 50 and set(chunks[:-1]) == {5}
-
-
 def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_product():
     torch.manual_seed(0)
     hidden, gradient = torch.randn(256, 16).bfloat16(), torch.randn(256, 48).bfloat16()
