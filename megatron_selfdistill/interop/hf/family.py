@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,27 +223,14 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 def _set_windows(values: dict[str, Any]) -> None:
     """Give equal windows equal values: a tuple, and a list with 1 for each layer that has the window."""
-    window, num_layers = values["window_size"], values["num_layers"]
-    windowed = windowed_layers(values["window_attn_skip_freq"], num_layers) if window else []
-    if not any(windowed):
+    window, freq, num_layers = values["window_size"], values["window_attn_skip_freq"], values["num_layers"]
+    windowed = freq or [1] * num_layers  # as Megatron Core's is_layer_window_attention reads the field
+    if window and isinstance(freq, int):
+        windowed = [layer % freq != 0 for layer in range(1, num_layers + 1)]
+    if not window or not any(windowed):
         values |= {"window_size": None, "window_attn_skip_freq": None}
     else:
         values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}
-
-
-def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layers: int) -> list[bool]:
-    """Return for each of ``num_layers`` layers whether it has the window, as Megatron Core numbers the layers.
-
-    ``window_attn_skip_freq``: null is a window in every layer; N is full attention in every Nth layer; a list has 1 for
-    each layer with a window.
-    Source: ``is_layer_window_attention`` of Megatron Core.
-    """
-    freq = window_attn_skip_freq
-    if freq is None:
-        return [True] * num_layers
-    if isinstance(freq, int):
-        return [layer % freq != 0 for layer in range(1, num_layers + 1)]
-    return [bool(windowed) for windowed in freq]
 
 
 def linear_layers(values: Mapping[str, Any]) -> list[int] | None:

@@ -21,12 +21,10 @@ from tests.support.models import build, model_config, parallel
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.architectures import attention_variants
-from megatron_selfdistill.architectures.attention_variants import VariantAttention, left_of_layer, sink_channels
+from megatron_selfdistill.architectures.attention_variants import VariantAttention, sink_channels
 from megatron_selfdistill.data.packing import context_parallel_positions, microbatch_of
-from megatron_selfdistill.interop.hf.family import windowed_layers
 from megatron_selfdistill.model import context_parallel_attention, local_attention
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
@@ -220,15 +218,6 @@ def test_a_sink_in_bf16_keeps_its_precision_for_a_scale_that_bf16_rounds():
     assert channels.dtype == torch.bfloat16 and channels.shape == (1, HEADS, 2, 8)
     scores = 0.3 * channels[0, :, 0].double().sum(-1)  # a kernel adds the products in float32
     torch.testing.assert_close(scores, sinks.double(), rtol=2**-15, atol=0)
-
-
-def test_layers_have_the_window_as_megatron_core_numbers_them():
-    for freq in (None, 1, 2, 3, [0, 1, 1, 0, 1, 0]):
-        numbers = range(1, 7)
-        windowed = config(num_layers=6, window_size=(5, 0), window_attn_skip_freq=freq)
-        layers_with = [left_of_layer(windowed, number) == 5 for number in numbers]
-        assert layers_with == windowed_layers(freq, 6)
-        assert layers_with == [is_layer_window_attention((5, 0), freq, number) for number in numbers]
 
 
 def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
