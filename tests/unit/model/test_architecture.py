@@ -53,7 +53,6 @@ def configured(model: ModelConfig = DENSE, parallel: dict | None = None, **trans
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
-EP2 = {"expert_model_parallel_size": 2}
 TWO_GROUPS = dataclasses.replace(DENSE, num_attention_heads=4, num_query_groups=2)
 GELU = dataclasses.replace(DENSE, activation="gelu", gated_linear_unit=False)
 GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2}
