@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import Any
 
 DOORS = {
+    "adapters": "adapters.configured_adapters",
+    "architectures": "architectures.configured_layers",
     "environments": "environments.configured_episodes",
     "kernels": "kernels.triton_backend",
     "hugging_face": "interop.hf_files",

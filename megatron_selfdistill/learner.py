@@ -24,9 +24,9 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
-from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
+from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
@@ -35,9 +35,9 @@ from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics import batch_entropies
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
-from megatron_selfdistill.model.forward import FusedLoss, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.configured_packing import configured_packing
@@ -66,38 +66,31 @@ class Learner:
         grid: RankGrid,
         *,
         saved: SavedRun | None = None,
-        base: AdapterBase | None = None,
+        trained: TrainedWeights,
     ) -> None:
         """Build the model with the weights of ``checkpoint.load``, or random weights where that is null.
 
         ``saved``: the checkpoint of the run that the caller loads afterwards, so that ``checkpoint.load`` is not read.
-        ``base``: the result of `adapter_base`, whose weights are always read; None for a run without adapters.
+        ``trained``: the result of `trained_weights`.
         Raises: `ConfigError`, `CheckpointError`.
         """
-        self.config, self.run_data, self.grid, self.base = config, run_data, grid, base
+        self.config, self.run_data, self.grid, self.trained = config, run_data, grid, trained
 
         def initial_chunks() -> list[torch.nn.Module]:
             return new_chunks(config, grid, run_data.vocab_size)
 
-        initial, is_new = initial_chunks(), saved is None
-        load = Path(config.checkpoint.load) if config.checkpoint.load is not None and is_new else None
-        weights_alone = None if config.checkpoint.load_optimizer else load
-        if base is not None:
-            weights_alone = base.load
-        if weights_alone is not None:
-            load_weights(weights_alone, initial, run_data.vocab_size, config.checkpoint.verify)
-        if base is not None:
-            add_adapters(initial, base.settings, grid)
-            if config.adapter.load is not None and is_new:
-                load_first_adapters(config, base, initial)
+        initial, load = initial_chunks(), config.checkpoint.load
+        trained.load_start(config, initial, grid, run_data.vocab_size, is_new=saved is None)
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
         self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
-        if load is not None and config.checkpoint.load_optimizer:
-            load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
-        self.teachers = Teachers.of(config)(config, grid, self.vocab, self.chunks, initial_chunks, saved)
+        if load is not None and saved is None and config.checkpoint.load_optimizer:
+            path, verify = Path(load), config.checkpoint.verify
+            load_weights_and_optimizer(path, self.chunks, self.optimizer, run_data.vocab_size, verify)
+        start = trained.start_of(self.chunks)
+        self.teachers = Teachers.of(config)(config, grid, self.vocab, self.chunks, initial_chunks, saved, start)
         self.packing = configured_packing(config, grid, last.config)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
@@ -117,7 +110,7 @@ class Learner:
             "scheduler": self.scheduler,
             "teacher": self.teachers.start if self.config.keeps_teacher else None,
             "reference": self.teachers.reference,
-            "base": self.base,
+            "trained": self.trained,
         }
 
     def pack(self, contexts: Sequence[ContextPair], teacher: str = "") -> PackedBatch:

@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    read_stored_adapters,
-    refuse_adapters,
-    require_adapters,
-)
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
@@ -42,21 +38,9 @@ def require_data(config: Config) -> None:
 
 
 def require_start(config: Config) -> None:
-    """Raise `ConfigError` or `CheckpointError` if a run cannot begin at ``checkpoint.load``, unless it resumes.
-
-    A run with adapters reads the weights below them at every start, also where it resumes.
-    """
-    load, resumes = config.checkpoint.load, _resumes(config)
-    if config.adapter.load is not None and not config.adapter.rank:
-        raise ConfigError(f"adapter.load={config.adapter.load} with adapter.rank=0: set the rank of these adapters")
-    if load is None or (resumes and not config.adapter.rank):
-        return
-    require_checkpoint(Path(load))
-    refuse_adapters(Path(load))
-    if config.adapter.load is not None and not resumes:
-        if Path(config.adapter.load).exists():
-            require_adapters(Path(config.adapter.load))
-        require_checkpoint(Path(config.adapter.load))
+    """Raise `CheckpointError` if there is no checkpoint at ``checkpoint.load``, unless the run resumes."""
+    if config.checkpoint.load is not None and not _resumes(config):
+        require_checkpoint(Path(config.checkpoint.load))
 
 
 def require_ranks(config: Config, world_size: int) -> None:
@@ -101,9 +85,9 @@ def require_checkpoint(path: Path, iteration: int | None = None) -> None:
 def require_model(config: Config, path: Path, iteration: int | None = None) -> None:
     """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
     require_checkpoint(path, iteration)
-    adapters = read_stored_adapters(directory.of_iteration(Path(path), iteration))
-    if adapters is not None:
-        require_checkpoint(adapters.base_place(config.adapter.base))
+    chosen = directory.of_iteration(Path(path), iteration)
+    if directory.holds_adapters(chosen):
+        require_checkpoint(door("adapters").full_weights_of(chosen, config.adapter.base))
 
 
 def tokenizer_directory(path: Path) -> Path | None:

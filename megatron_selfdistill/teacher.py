@@ -70,26 +70,28 @@ class Teachers:
         student: Sequence[torch.nn.Module],
         build_chunks: Callable[[], Chunks],
         saved: SavedRun | None = None,
+        start: Chunks | None = None,
         *,
         keeps_start: bool = True,
     ) -> None:
         """Make the teachers of the ``student`` at the start of a run.
 
         ``build_chunks``: returns new chunks, cut like the student's.  ``saved``: the checkpoint that the run continues.
+        ``start``: chunks that compute with the weights at the start; null if the teacher must copy these.
         ``keeps_start``: whether a teacher has the weights at the start.
         """
         self.config, self.grid, self.vocab, self.student = config, grid, vocab, student
-        offload, adapted = config.teacher.offload == "cpu", config.adapter.rank > 0
+        offload = config.teacher.offload == "cpu"
         weights = config.teacher.weights if config.keeps_teacher and keeps_start else "current"
         ema_decay = config.teacher.ema_decay
-        self.start = Teacher(weights, student, build_chunks, ema_decay=ema_decay, offload=offload, adapted=adapted)
+        self.start = Teacher(weights, student, build_chunks, ema_decay=ema_decay, offload=offload, start=start)
         """The teacher that has no weights of a directory of its own."""
         self.reference: Teacher | None = None
         """The initial weights that the target is anchored to: the teacher itself if it is frozen, else another copy."""
         if config.is_anchored:
             is_teacher = weights == "frozen"
             self.reference = (
-                self.start if is_teacher else Teacher("frozen", student, build_chunks, offload=offload, adapted=adapted)
+                self.start if is_teacher else Teacher("frozen", student, build_chunks, offload=offload, start=start)
             )
 
     def batches(self, batch: StepBatch) -> Iterator[StepBatch]:
@@ -126,13 +128,13 @@ class Teachers:
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses.
 
-        Without a reference they are the frozen teacher's of a student with adapters, and no weights of another teacher.
+        Without a reference they are the frozen teacher's if it is no copy, and no weights of another teacher.
         """
         if self.config.rollout.guidance == "none":
             return []
         if self.reference is None:
-            is_base = self.config.adapter.rank > 0 and self.start.weights == "frozen"
-            return [in_roles(self.start, "teacher")] if is_base else []
+            is_frozen_part = self.start.weights == "frozen" and not self.start.is_copy
+            return [in_roles(self.start, "teacher")] if is_frozen_part else []
         if self.reference is self.start:
             return [in_roles(self.start, "teacher", "reference")]
         reference = in_roles(self.reference, "reference")

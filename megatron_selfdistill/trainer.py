@@ -17,9 +17,9 @@ from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.formats.directory import iteration_name
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
-from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
+from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
@@ -99,8 +99,8 @@ class Trainer:
         self.changes = found.changes if found is not None else ()  # of configuration and prompts, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
         saved = found.saved if found is not None else None
-        base = adapter_base(config, saved)
-        self.learner = Learner(with_warmup(config, found), self.run_data, grid, saved=saved, base=base)
+        trained = trained_weights(config, saved)
+        self.learner = Learner(with_warmup(config, found), self.run_data, grid, saved=saved, trained=trained)
         chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         readings = LearnerReadings(self.learner)

@@ -90,7 +90,7 @@ MEMBERS = {
     f"{_SAVING}.async_utils.AsyncRequest": "async_fn add_finalize_fn execute_sync",
     _TRANSFORMER: "finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func init_method "
     "output_layer_init_method embedding_init_method persist_layer_norm moe_router_load_balancing_type flash_decode "
-    "cuda_graph_impl tp_comm_overlap transformer_impl experimental_attention_variant moe_input_jitter_eps "
+    "cuda_graph_impl experimental_attention_variant moe_input_jitter_eps "
     "moe_router_force_load_balancing moe_expert_capacity_factor attention_backend moe_aux_loss_coeff moe_z_loss_coeff "
     "moe_router_bias_update_rate multi_latent_attention",
 }
@@ -212,7 +212,9 @@ REPLACED = {
         "compat/repairs.py", "linear_of_the_spec", True
     ),
     f"{_LAYERS}.ColumnParallelLinear.forward": Replacement(_DECODING, "_product", True),
-    f"{_LAYERS}.RowParallelLinear.forward": Replacement("model/layers.py", "BiasedExpertOutput.forward", True),
+    f"{_LAYERS}.RowParallelLinear.forward": Replacement(
+        "architectures/rare_layers.py", "BiasedExpertOutput.forward", True
+    ),
     "megatron.core.transformer.dot_product_attention.DotProductAttention.__init__": Replacement(
         "model/local_attention.py", "CoreAttention.__init__", True, by_keyword=True
     ),
@@ -220,7 +222,7 @@ REPLACED = {
         "model/local_attention.py", "CoreAttention.forward", True
     ),
     "megatron.core.transformer.module.MegatronModule.sharded_state_dict": Replacement(
-        "model/adapters.py", "LowRankAdapter.sharded_state_dict", True
+        "adapters/low_rank_adapters.py", "LowRankAdapter.sharded_state_dict", True
     ),
 }
 """Function or method of Megatron -> ours in its place: assigned, in a subclass, or in a layer spec."""
@@ -239,7 +241,7 @@ RELIED_ON = (
     ),
     (
         _TRANSFORMER,
-        "flash_decode=False cuda_graph_impl='none' tp_comm_overlap=False transformer_impl='transformer_engine' "
+        "flash_decode=False cuda_graph_impl='none' "
         "experimental_attention_variant=None moe_input_jitter_eps=None moe_router_force_load_balancing=False",
         "a model with another value cannot be sampled in process",
     ),

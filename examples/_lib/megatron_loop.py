@@ -21,8 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from _lib.command_line import CONFIG_NAME
 from _lib.hugging_face import load
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.external import loaded_chunks
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+from megatron_selfdistill.checkpoint.trained_weights import loaded_chunks
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.export import export

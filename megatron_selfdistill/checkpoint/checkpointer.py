@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,18 +20,16 @@ from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import Temporary
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
     TEACHER,
-    AdapterBase,
     FrozenWeights,
-    KeptBase,
     TeacherState,
     has_frozen_weights,
     load_frozen_teacher,
     save_frozen_weights,
 )
+from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -42,6 +39,8 @@ from megatron_selfdistill.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 Chunks = Sequence[torch.nn.Module]
+ALL = TrainedWeights()
+"""A run trains all weights."""
 
 
 class Checkpointer:
@@ -137,7 +136,7 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
         reference: TeacherState | None = None,
-        base: AdapterBase | None = None,
+        trained: TrainedWeights = ALL,
         trainer_state: dict[str, Any],
         args: argparse.Namespace,
     ) -> Path:
@@ -146,24 +145,23 @@ class Checkpointer:
         With ``async_save`` the method returns as soon as the tensors may change again; `poll` or `finish` completes the
         save.  ``trainer_state``: plain values (`saved_run.encode`), stored from rank 0.  ``args``: the result of
         `megatron_args`.  The checkpoint holds an ``ema`` teacher.  Frozen weights, those of a ``frozen`` teacher or of
-        the reference, are saved once, beside the checkpoints, and the checkpoint refers to them.  With ``base`` the
-        checkpoint holds the adapters alone, and ``adapters.json`` has the digest of the weights below them; these are
-        saved beside the checkpoints where the run began at random ones.
+        the reference, are saved once, beside the checkpoints, and the checkpoint refers to them.  ``trained``: which
+        weights the checkpoint holds.
         """
         self._finalize(blocking=True)
         self._lost = None  # this save replaces the lost one
         target = self.directory / directory.iteration_name(step)
         frozen = _frozen(teacher, reference)
         if frozen is not None:
-            self._save_frozen(TEACHER, frozen)
+            self.save_frozen(TEACHER, frozen)
         common = {"args": args, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
-        texts = {NAME: base.described(target, self._digest(base, chunks, common)).text()} if base is not None else {}
+        texts = trained.texts(self.save_frozen, target, chunks, common)
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, CONTENT)
             contents = {
                 **common,
                 "iteration": step,
-                **(model if base is None else state.without_base(model)),
+                **trained.stored(model),
                 "optimizer": state.optimizer_state(optimizer, model, CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
                 **state.random_states(self.grid),
@@ -189,12 +187,12 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
         reference: TeacherState | None = None,
-        base: AdapterBase | None = None,
+        trained: TrainedWeights = ALL,
     ) -> None:
         """Restore weights, optimizer, schedule, teacher and reference of `save`, in the same layout or another one.
 
         ``saved`` holds the state of the trainer, which the caller restores.  Random states are restored in the layout
-        that saved them only.  With ``base`` the chunks have its weights already, and their adapters are restored.
+        that saved them only.  ``trained``: which weights are restored; the chunks have all others already.
         """
         found, common, own = saved.path, saved.common, saved.own
         frozen = _frozen(teacher, reference)
@@ -208,14 +206,14 @@ class Checkpointer:
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, content)
             optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
-            wanted = {**(model if base is None else state.without_base(model)), "optimizer": optimizer_state}
+            wanted = {**trained.stored(model), "optimizer": optimizer_state}
             if teacher is not None and teacher.weights == "ema":
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
                 wanted |= state.wanted_random_state(self.grid)
             sharded_io.check_shapes(wanted, found)
             loaded = sharded_io.read(wanted, found)
-            (state.load_model_state if base is None else state.load_factors)(chunks, loaded)
+            trained.load(chunks, loaded)
             state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
         scheduler.num_steps = 0  # load_state_dict adds the stored number of steps
         scheduler.load_state_dict(common["opt_param_scheduler"])
@@ -224,8 +222,6 @@ class Checkpointer:
         if frozen is not None:
             run_dir = found.parents[1]  # the frozen weights are always in the same run directory
             self._ids[TEACHER] = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.verify)
-        if base is not None and base.is_kept and base.digest is not None:
-            self._ids[KEPT_BASE] = base.digest
         if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
@@ -317,22 +313,13 @@ class Checkpointer:
             "teacher_id": self._ids[TEACHER] if frozen is not None else None,
         }
 
-    def _digest(self, base: AdapterBase, chunks: Chunks, common: dict[str, Any]) -> str:
-        """Return the digest of the weights below the adapters, after they were saved where nothing else has them."""
-        if not base.is_kept:
-            assert base.digest is not None
-            return base.digest
-        self._save_frozen(
-            KEPT_BASE,
-            KeptBase(chunks),
-            common={**common, "iteration": 0},
-            texts=lambda digest: {KEPT_DIGEST: json.dumps({"digest": digest}) + "\n"},
-        )
-        return self._ids[KEPT_BASE]
+    def save_frozen(self, name: str, weights: FrozenWeights, known: str | None = None, **more: Any) -> str:
+        """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since.
 
-    def _save_frozen(self, name: str, weights: FrozenWeights, **more: Any) -> None:
-        """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since."""
-        target, known = self.run_dir / name, self._ids.get(name)
+        Return their id.  ``known``: the id of the weights that an earlier launch has saved.  ``more``: further
+        arguments of `save_frozen_weights`.
+        """
+        target, known = self.run_dir / name, self._ids.get(name, known)
         lost = known is not None and not run_on_rank_0(lambda: has_frozen_weights(target))
         if lost and self.grid.is_reporter:
             logger.warning("%s is not there any more: it is written again", target)
@@ -345,6 +332,9 @@ class Checkpointer:
                 prove_ownership=self.prove_ownership,
                 **more,
             )
+        else:
+            self._ids[name] = known
+        return self._ids[name]
 
 
 def _frozen(teacher: TeacherState | None, reference: TeacherState | None) -> TeacherState | None:

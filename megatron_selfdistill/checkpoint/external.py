@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from dataclasses import replace
-
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -27,150 +25,49 @@ from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
 from megatron_selfdistill.checkpoint.formats.model_tensors import (
     non_finite,
-    require_rank_of_factors,
-    weight_shapes,
-)
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    SETTINGS,
-    StoredAdapters,
-    read_stored_adapters,
-    refuse_adapters,
-    require_adapters,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common, stored_shapes
-from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase, shared_base_digest
-from megatron_selfdistill.config import AdapterConfig, Config
-from megatron_selfdistill.config.schema.adapter_config import require_engine
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
-from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
-from megatron_selfdistill.model.adapters import add_adapters
-from megatron_selfdistill.model.build import new_chunks
-
-
-def loaded_chunks(config: Config, grid: RankGrid, vocab_size: int, checkpoint: str | None) -> list[torch.nn.Module]:
-    """Return this rank's chunks of the configured model with the weights of ``checkpoint``; null keeps initial weights.
-
-    Where ``checkpoint`` holds adapters alone, the chunks have these adapters on the weights of their base, which is at
-    ``adapter.base``, or else where the checkpoint says.
-    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
-    """
-    chunks, verify = new_chunks(config, grid, vocab_size), config.checkpoint.verify
-    if checkpoint is None:
-        return chunks
-    if config.adapter.load is not None:
-        raise ConfigError(
-            f"adapter.load={config.adapter.load} is for runs: name this checkpoint in place of its base, {checkpoint}"
-        )
-    path = Path(checkpoint)
-    adapters = run_on_rank_0(lambda: read_stored_adapters(path))
-    if adapters is None:
-        load_weights(path, chunks, vocab_size, verify)
-        return chunks
-    settings = stored_settings(config, adapters)
-    base = run_on_rank_0(lambda: adapters.base_place(config.adapter.base))
-    adapters.require_base(shared_base_digest(base), base, "adapter.base")
-    require_stored_rank(adapters.path, settings.rank)
-    load_weights(base, chunks, vocab_size, verify)
-    add_adapters(chunks, settings, grid)
-    load_adapters(adapters.path, chunks, verify)
-    return chunks
-
-
-def with_stored_adapters(config: Config) -> Config:
-    """Return ``config`` with the settings of the adapters in ``checkpoint.load``, and rank 0 where it has none.
-
-    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
-    """
-    load = config.checkpoint.load
-    adapters = None if load is None else run_on_rank_0(lambda: read_stored_adapters(Path(load)))
-    settings = AdapterConfig() if adapters is None else stored_settings(config, adapters)
-    return replace(config, adapter=replace(settings, load=config.adapter.load, base=config.adapter.base))
-
-
-def stored_settings(config: Config, adapters: StoredAdapters) -> AdapterConfig:
-    """Return the settings of stored adapters, after a comparison with those of ``config`` where it has adapters.
-
-    Raises: `ConfigError` for an engine that cannot read adapters, and for keys with other values than the stored ones.
-    """
-    require_engine(adapters.settings, config.rollout)
-    if config.adapter.rank:
-        ours, theirs = ({name: getattr(it, name) for name in SETTINGS} for it in (config.adapter, adapters.settings))
-        # The seed made the first A, which the stored factors replace.
-        differing = [name for name in SETTINGS if name != "seed" and ours[name] != theirs[name]]
-        if differing:
-            faults = "; ".join(f"adapter.{name} is {ours[name]}, expected {theirs[name]}" for name in differing)
-            raise ConfigError(f"{adapters.path} holds other adapters: {faults}: set these keys to the stored values")
-    return adapters.settings
-
-
-def load_first_adapters(config: Config, base: AdapterBase, chunks: Sequence[torch.nn.Module]) -> None:
-    """Load the adapters of ``adapter.load`` into the chunks of a new run, after a comparison of base and settings.
-
-    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
-    """
-    assert config.adapter.load is not None and base.load is not None and base.digest is not None
-    adapters = run_on_rank_0(lambda: require_adapters(Path(config.adapter.load or "")))
-    adapters.require_base(base.digest, base.load, "checkpoint.load")
-    stored_settings(config, adapters)
-    load_adapters(adapters.path, chunks, config.checkpoint.verify)
-
+from megatron_selfdistill.errors import CheckpointError, first_few
 
 Chunks = Sequence[torch.nn.Module]
 
 
-def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, verify: str = "checksums") -> int:
+def load_weights(
+    path: Path,
+    chunks: Chunks,
+    vocab_size: int | None = None,
+    verify: str = "checksums",
+    *,
+    part: Callable[[dict[str, Any]], dict[str, Any]] = lambda model: model,
+    load: Callable[[Chunks, dict[str, Any]], None] = state.load_model_state,
+) -> int:
     """Load the weights of a model from a checkpoint of any writer, and return its iteration; collective.
 
     ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file, in the torch_dist or
     the legacy format (``mp_rank_*``); the iteration of ``release`` is 0.  ``vocab_size``: the number of valid rows of
     the vocabulary, all of which the checkpoint must have; padding rows that the checkpoint lacks become zero.
     ``verify``: what the function compares with the checkpoint's manifest, ``checksums`` or ``sizes``; checkpoints of
-    other programs have no manifest.  No pickle runs code.  With an optimizer that keeps float32 main parameters, call
-    the optimizer's ``reload_model_params`` afterwards.
+    other programs have no manifest.  ``part``: returns the part of a `state.model_state` that is loaded, and ``load``
+    copies it into the chunks; both for the torch_dist format.  No pickle runs code.  With an optimizer that keeps
+    float32 main parameters, call the optimizer's ``reload_model_params`` afterwards.
 
     Raises: CheckpointError before anything is loaded; the message names a torn file, or the first tensors that are
-    missing, unexpected or of another shape, or says that the checkpoint holds adapters alone.
+    missing, unexpected or of another shape.
     """
-    run_on_rank_0(lambda: refuse_adapters(path))
     found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
         door("interop").load_legacy(found, chunks, vocab_size)
         _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
         return directory.iteration_of(found)
     sharded_io.verify_integrity(found, verify)
-    wanted = _wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found))))
+    wanted = part(_wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found)))))
     sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
-        state.load_model_state(chunks, sharded_io.read(wanted, found))
-        _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
+        load(chunks, sharded_io.read(wanted, found))
+        _require_finite(found, part(state.model_state(chunks, CONTENT)), vocab_size)
     return directory.iteration_of(found)
-
-
-def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None:
-    """Load the factors of a checkpoint of adapters into chunks that have adapters; their weights stay.  Collective.
-
-    ``path`` and ``verify``: as for `load_weights`.
-    Raises: CheckpointError before anything is loaded, where a file is torn or factors do not fit the chunks.
-    """
-    found = run_on_rank_0(lambda: directory.resolve(path))
-    sharded_io.verify_integrity(found, verify)
-    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found)))))
-    sharded_io.check_shapes(wanted, found, only_weights=True)
-    with state.gathered_parameters(chunks):
-        state.load_factors(chunks, sharded_io.read(wanted, found))
-        _require_finite(found, state.without_base(state.model_state(chunks, CONTENT)))
-
-
-def require_stored_rank(path: Path, rank: int) -> None:
-    """Raise CheckpointError on all ranks unless the factors of a checkpoint of adapters have ``rank``.  Collective.
-
-    Call this function before `add_adapters`, which takes memory for ``rank``: a description may say anything.
-    """
-    found = run_on_rank_0(lambda: directory.resolve(path))
-    shapes = run_on_rank_0(lambda: weight_shapes(stored_shapes(found)))
-    require_rank_of_factors(found, shapes, rank)
 
 
 def load_weights_and_optimizer(

@@ -1,37 +1,23 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Save and load weights that never change and are therefore stored once, beside the checkpoints: teacher and base.
-
-`AdapterBase` knows where the frozen weights below the adapters of a run are, and proves that they are the right ones.
-"""
+"""Save and load weights that never change and are therefore stored once, beside the checkpoints."""
 
 from __future__ import annotations
 
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.checkpoint import sharded_io
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.manifest import Entry
-from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    KEPT_BASE,
-    NAME,
-    StoredAdapters,
-    checksums,
-    digest_of,
-    known_digest,
-    read_stored_adapters,
-    weight_files,
-)
-from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common
-from megatron_selfdistill.config import AdapterConfig, Config
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
+from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
+from megatron_selfdistill.checkpoint.formats.weights_digest import checksums, digest_of, known_digest, weight_files
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 
@@ -145,56 +131,6 @@ def _holds_same_weights(path: Path, weights: FrozenWeights) -> bool:
         tensor.data = torch.empty_like(tensor.data)
     loaded = sharded_io.read(wanted, path)
     return all(gather_objects(all(torch.equal(loaded[name], own[name]) for name in own)))
-
-
-@dataclass(frozen=True)
-class AdapterBase:
-    """The adapters of a run, and the frozen weights below them."""
-
-    settings: AdapterConfig
-    load: Path | None
-    """The checkpoint of the weights; None for the random weights of a new run."""
-    digest: str | None
-    """The `base_digest` of the weights; None for random weights, which get one when they are first saved."""
-    is_kept: bool
-    """Whether the run directory keeps the weights, because the run began at random ones."""
-
-    def described(self, path: Path, digest: str) -> StoredAdapters:
-        """Return the description of the adapters in the checkpoint ``path``; ``digest``: that of the weights."""
-        place = self.load.absolute() if self.load is not None and not self.is_kept else None
-        return StoredAdapters(path, self.settings, digest, place)
-
-
-class KeptBase:
-    """The weights of a live model without its adapters, as `save_frozen_weights` takes them."""
-
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        self.chunks = chunks
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the weights under Megatron's keys, shared and not copied."""
-        return state.without_adapters(state.model_state(self.chunks, CONTENT))
-
-
-def adapter_base(config: Config, saved: SavedRun | None) -> AdapterBase | None:
-    """Return the base of the run's adapters; None for a run without adapters.
-
-    ``saved``: the checkpoint from which the run continues; None for a new run.
-    Collective: the ranks share the reading of files whose checksums are not known.
-    Raises: CheckpointError on all ranks where the base is missing, or is not the one of ``saved``.
-    """
-    if config.adapter.rank == 0:
-        return None
-    load = None if config.checkpoint.load is None else Path(config.checkpoint.load)
-    if saved is None:
-        digest = None if load is None else shared_base_digest(load)
-        return AdapterBase(config.adapter, load, digest, load is None)
-    stored = run_on_rank_0(lambda: read_stored_adapters(saved.path))
-    assert stored is not None, f"{saved.path} has no {NAME}"
-    load = load or Path(config.run_dir) / KEPT_BASE
-    digest = shared_base_digest(load)
-    stored.require_base(digest, load, "checkpoint.load")
-    return AdapterBase(config.adapter, load, digest, load is None)
 
 
 def shared_base_digest(path: Path) -> str:

@@ -22,48 +22,19 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_selfdistill.checkpoint.optimizer_shards import one_owner_per_parameter
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 from megatron_selfdistill.model.forward import unwrapped
 
 
 def model_state(chunks: Sequence[torch.nn.Module], content: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state dicts of the chunks by Megatron's keys: ``model``, or ``model0`` ... with VPP."""
     states = [unwrapped(chunk).sharded_state_dict(metadata=dict(content)) for chunk in chunks]
-    return dict(zip(_chunk_keys(chunks), states, strict=True))
+    return dict(zip(chunk_keys(chunks), states, strict=True))
 
 
 def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Copy ``loaded``, the tensors of `model_state` from a checkpoint, into the chunks."""
-    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+    for key, chunk in zip(chunk_keys(chunks), chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[key])
-
-
-def without_base(model: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of `model_state` that changes in a run with adapters: the factors, and FP8 statistics."""
-    return {
-        key: {name: value for name, value in state.items() if _is_factor(name) or "_extra_state" in name}
-        for key, state in model.items()
-    }
-
-
-def without_adapters(model: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of `model_state` that a model without adapters has."""
-    return {key: {name: value for name, value in state.items() if not _is_factor(name)} for key, state in model.items()}
-
-
-def load_factors(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Copy ``loaded``, the tensors of `without_base` from a checkpoint, into the chunks; their weights stay.
-
-    Raises: RuntimeError where factors of the chunks are not in ``loaded``, or the other way round.
-    """
-    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
-        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[key], strict=False)
-        if faults := [*filter(_is_factor, missing), *unexpected]:
-            raise RuntimeError(f"expected the factors of the model, got others: {faults[:4]}")
-
-
-def _is_factor(name: str) -> bool:
-    return f"{ADAPTER_SUFFIX}." in name
 
 
 def optimizer_state(
@@ -214,7 +185,8 @@ def layout(grid: RankGrid) -> dict[str, int]:
     }
 
 
-def _chunk_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+def chunk_keys(chunks: Sequence[torch.nn.Module]) -> list[str]:
+    """Return the key of each chunk in `model_state`."""
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.stored_adapters import read_stored_adapters
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.choices import PRECISIONS
@@ -62,9 +61,8 @@ def computed_in(config: Config, model: dict[str, Any]) -> str:
     ``model``: a result of `find_model`; the base counts for adapters.  Raises: `CheckpointError`.
     """
     path = Path(model["path"])
-    adapters = read_stored_adapters(path)
     computed = _NAMES[config.optimizer.precision]
-    weights = path if adapters is None else adapters.base_place(config.adapter.base)
+    weights = door("adapters").full_weights_of(path, config.adapter.base) if holds_adapters(path) else path
     stored = str(door("interop").main_dtype(weights)).removeprefix("torch.")
     if stored == computed:
         return f"computed in {computed}, the type of the weights"

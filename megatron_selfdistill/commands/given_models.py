@@ -17,7 +17,7 @@ from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
+from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
@@ -204,15 +204,10 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
 
 
 def initial_weights(run_dir: Path) -> Path | None:
-    """Return the checkpoint of the weights that a run has started from; None if the run did not keep them.
-
-    Of random weights, a run keeps those below its adapters.
-    """
-    stored = _configuration(run_dir)
-    load = stored.get("checkpoint", {}).get("load")
-    if load is None and stored.get("adapter", {}).get("rank"):
-        return run_dir / KEPT_BASE
-    return None if load is None else Path(load)
+    """Return the checkpoint of the weights that a run has started from; None if the run did not keep them."""
+    load = _configuration(run_dir).get("checkpoint", {}).get("load")
+    kept = run_dir / KEPT_BASE
+    return Path(load) if load is not None else kept if kept.is_dir() else None
 
 
 def has_frozen_teacher(run_dir: Path) -> bool:
@@ -229,7 +224,7 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
-    for section in (*SETTINGS, "checkpoint", "adapter", "teacher"):
+    for section in (*SETTINGS, "checkpoint", "teacher"):
         if not isinstance(stored.get(section, {}), dict):
             raise ConfigError(f"expected the keys of section {section} in {path}, got {stored[section]!r}")
     return stored

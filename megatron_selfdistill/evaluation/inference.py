@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.annexes import door
-from megatron_selfdistill.checkpoint.external import loaded_chunks, with_stored_adapters
+from megatron_selfdistill.checkpoint.trained_weights import as_stored, loaded_chunks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
@@ -77,7 +77,7 @@ def open_inference(
     if grid.is_reporter:
         print(*filter(None, (run_data.ends.about, run_data.about_prompts)), sep="\n", file=sys.stderr)
     with phases("loading the model"):
-        config = with_stored_adapters(config)
+        config = as_stored(config)
         chunks = loaded_chunks(config, grid, run_data.vocab_size, config.checkpoint.load)
         vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
         sampler = make_sampler(config, run_data, chunks, grid, progress=phases.counted)

@@ -41,7 +41,6 @@ from megatron_selfdistill.interop.hf.mapping import (
 from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, dequantise_blocks, passthrough_layer, rows
 from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
 from megatron_selfdistill.interop.megatron_flags import converted_args
-from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
 from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.interop.safetensors_directory import (
@@ -111,6 +110,9 @@ def megatron_to_hf(
 
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
     """
+    # Only here: a package without the annex adapters converts in the other direction.
+    from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
+
     out, progress = Path(out), progress or Progress()
     require_free(out)
     weights = open_merged_weights(megatron, iteration, base=base, dtype=dtype, report=progress.report)

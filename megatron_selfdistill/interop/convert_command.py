@@ -103,7 +103,7 @@ def _megatron_advice(target: Path, given: argparse.Namespace) -> str:
 
 
 def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
-    from megatron_selfdistill.checkpoint.formats.stored_adapters import require_adapters
+    from megatron_selfdistill.adapters.stored_adapters import require_adapters
 
     keys = f"checkpoint.load={given.base} adapter.load={given.out} {require_adapters(target).overrides()}"
     return f"{target}: begin a run at it with {keys}"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_hugging_face
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -40,10 +40,10 @@ def describe(path: Path) -> dict[str, str]:
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
     sizes = weights.sizes()
-    adapters = read_stored_adapters(weights.path)
+    adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
     if adapters is not None:
-        lines |= _describe_adapters(adapters)
+        lines |= adapters.properties()
     if weights.args is None:
         return lines | {"arguments": "none are stored: the architecture is not known"}
     args, assets = weights.args, hf_assets_of(weights.path)
@@ -58,16 +58,6 @@ def describe(path: Path) -> dict[str, str]:
         lines["vocabulary"] = str(error)
     model = replace(model, vocab_size=vocab_size)
     return lines | _origin(weights) | _describe_model(model) | _usage(weights, model, assets)
-
-
-def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
-    settings = adapters.settings
-    scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
-    return {
-        "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
-        "base": f"the checkpoint with the digest {adapters.base_digest}",
-        "place of the base": str(adapters.base or f"{KEPT_BASE} in the run directory"),
-    }
 
 
 def _origin(weights: Weights) -> dict[str, str]:

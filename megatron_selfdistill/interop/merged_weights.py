@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, require_rank_of_factors, weight_shapes
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters.stored_adapters import (
     StoredAdapters,
-    base_digest,
     read_stored_adapters,
     require_adapters,
+    require_rank_of_factors,
 )
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, weight_shapes
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key

@@ -22,18 +22,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
+from megatron_selfdistill.adapters import ADAPTER_SUFFIX
+from megatron_selfdistill.adapters.stored_adapters import (
     NAME,
     PEFT_CONFIG,
     StoredAdapters,
-    base_digest,
     read_stored_adapters,
     require_adapters,
 )
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
@@ -45,7 +46,6 @@ from megatron_selfdistill.interop.hf_files import contained, read_config
 from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
 from megatron_selfdistill.interop.torch_dist_tensors import Piece
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 CONFIG, WEIGHTS = PEFT_CONFIG, "adapter_model.safetensors"
 """The names of PEFT's files."""

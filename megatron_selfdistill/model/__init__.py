@@ -1,5 +1,2 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The model: its architecture, the layers that Megatron's local spec lacks, and the model chunks of this rank."""
-
-ADAPTER_SUFFIX = "_adapter"
-"""The name of an adapter is the name of its linear layer and this suffix; both are children of the same module."""

@@ -21,23 +21,21 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, ModelConfig, OptimizerConfig, function_named
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import (
     layer_spec,
     padded_vocab_size,
-    refuse_known_faults,
-    refuse_untrainable_precision,
     transformer_config,
     uses_transformer_engine,
 )
-from megatron_selfdistill.model.flash_sinks import refuse_sinks_of_transformer_engine
+from megatron_selfdistill.model.known_faults import refuse_known_faults, refuse_untrainable_precision
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1", "0.19.2")
 
@@ -279,13 +277,8 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
     refuse_untrainable_precision(chunk.config, transformer_engine=uses_transformer_engine())
-    refuse_known_faults(chunk.config)
-    refuse_sinks_of_transformer_engine(chunk)
-    if any(isinstance(module, MegatronGatedDeltaNet) for module in chunk.modules()):
-        raise ConfigError(
-            f"model.provider={path!r} must build its gated delta nets with model.architecture.layer_spec: "
-            "those of Megatron Core take no packed sequences"
-        )
+    refuse_known_faults(chunk.config, transformer_engine=uses_transformer_engine())
+    door("architectures").refuse_provided_layers(chunk)
     _refuse_changed_logits(chunk)
     if chunk.post_process and not chunk.parallel_output:
         raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
@@ -96,11 +95,10 @@ def fused_kernels(values: Mapping[str, Any], activation: str, installed: Install
     }
 
 
-def kernel_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[tuple[bool, str]]:
-    """Return the kernels that would compute another function or are not there, and whether ``config`` has them.
+def kernel_faults(config: TransformerConfig) -> list[tuple[bool, str]]:
+    """Return the kernels that would compute another function, and whether ``config`` has them.
 
-    Each entry is (whether it is found, the message about it).  ``transformer_engine``: whether the layers are
-    Transformer Engine's.
+    Each entry is (whether it is found, the message about it).
     """
     return [
         (
@@ -114,30 +112,6 @@ def kernel_faults(config: TransformerConfig, *, transformer_engine: bool) -> lis
             getattr(config, "use_transformer_engine_op_fuser", False)  # since 0.18
             and (config.activation_func_clamp_value is not None or config.glu_linear_offset != 0.0),
             "use_transformer_engine_op_fuser ignores activation_func_clamp_value and glu_linear_offset: leave it false",
-        ),
-        (
-            not transformer_engine and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
-            "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
-            "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",
-        ),
-    ]
-
-
-def dispatcher_faults(config: TransformerConfig) -> list[tuple[bool, str]]:
-    """Return why Megatron Core could not build the dispatcher of tokens, and whether ``config`` has this fault."""
-    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
-    installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
-    return [
-        (
-            flex and not installed.get(backend, False),
-            "moe_token_dispatcher_type=flex needs the package deep_ep with moe_flex_dispatcher_backend=deepep or "
-            f"hybridep, which this process lacks for {backend}: install it, or do not set "
-            "model.transformer.moe_token_dispatcher_type",
-        ),
-        (
-            flex and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1,
-            "moe_token_dispatcher_type=flex sends tokens between ranks, but each rank has all experts: raise "
-            "parallel.expert_model_parallel_size, or do not set model.transformer.moe_token_dispatcher_type",
         ),
     ]
 

@@ -1,58 +1,38 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The core attention of packed sequences without Transformer Engine, in segments and in blocks of queries.
+"""The core attention of packed sequences without Transformer Engine, in batches of segments of similar lengths.
 
-It supports grouped queries, sliding windows, sinks, context parallelism and a KV cache.  `PackedSequences` has
-everything that layers would otherwise read back from the device.
+It supports grouped queries, context parallelism and a KV cache.  `PackedSequences` has everything that layers would
+otherwise read back from the device.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
-from torch.utils.checkpoint import checkpoint
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
-from megatron_selfdistill.model.attention_variants import (
-    SINK,
-    attend_with_sinks,
-    block_mask,
-    left_of_layer,
-    seen,
-    sinks_of_layer,
-    window_blocks,
-    within_window,
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.model.context_parallel_attention import (
+    ContextParallelQueries,
+    context_parallel_attention,
+    context_parallel_queries,
 )
 from megatron_selfdistill.model.rotary import know_positions
-
-_FUSED_QUERIES = 1024
-"""The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
-
-
-_SCORES = 2**26
-"""The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
 
 
 class CoreAttention(MegatronModule):
     """The attention ``softmax(scale * q k^T + mask) v`` with a causal mask, for Megatron's ``core_attention``.
 
-    Query position i attends to key position j iff j <= i and both are in the same sequence; in a layer with a sliding
-    window (``window_size=(left, 0)`` and ``window_attn_skip_freq``) also iff j >= i - left.  Packed sequences thus give
-    the same result as each sequence alone, also when context parallelism cuts them.  With ``softmax_type=learnable``
-    each head has a sink, the parameter ``softmax_offset`` [n / tp], which `attention_variants` describes.
+    Query position i attends to key position j iff j <= i and both are in the same sequence.  Packed sequences thus give
+    the same result as each sequence alone, also when context parallelism cuts them.
 
     Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``)
     ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``.  With a KV cache the keys are the whole prefix, and
@@ -82,30 +62,6 @@ class CoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp
-        self.left = left_of_layer(config, layer_number)
-        self._tp_group = getattr(pg_collection, "tp", None)
-        sinks = sinks_of_layer(config, 1 if self._tp_group is None else self._tp_group.size())
-        if isinstance(sinks, torch.nn.Parameter):
-            self.softmax_offset = sinks
-        else:
-            self.register_buffer(SINK, sinks, persistent=False)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
-        """Return the sinks of this rank, cut along the heads, for a checkpoint; nothing where there are no sinks."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {SINK: 0},
-            sharded_offsets,
-            tp_group=self._tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
 
     def forward(
         self,
@@ -129,81 +85,51 @@ class CoreAttention(MegatronModule):
             raise ValueError("context parallelism needs packed sequences (packed_seq_params with qkv_format='thd')")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None:
-            allowed = ~attention_mask  # Megatron: True is masked
-            out = self._attend(q, k, v, allowed if self.left is None else within_window(allowed, self.left))
+            out = self._attend(q, k, v, allowed=~attention_mask)  # Megatron: True is masked
         elif q.size(2) == k.size(2):
-            out = self._causal(q, k, v)
-        elif q.size(2) == 1:  # one decoding step attends to the whole cache, or to its end
-            first = 0 if self.left is None else max(k.size(2) - self.left - 1, 0)
-            out = self._attend(q, k[:, :, first:], v[:, :, first:])
+            out = self._attend(q, k, v, causal=True)
+        elif q.size(2) == 1:  # one decoding step attends to the whole cache
+            out = self._attend(q, k, v)
         else:
-            own = torch.arange(k.size(2) - q.size(2), k.size(2), device=q.device)[:, None]
-            out = self._attend(q, k, v, allowed=seen(torch.arange(k.size(2), device=q.device), own, self.left))
+            positions = torch.arange(k.size(2), device=q.device)
+            out = self._attend(q, k, v, allowed=positions <= positions[-q.size(2) :, None])
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention of whole sequences, [b, n, s, d] each: with a window, one block of queries at a time."""
-        if self.left is None or q.size(2) <= self.left + 1:
-            return self._attend(q, k, v, causal=True)
-        k, v = (_repeated(x, q.size(1)) for x in (k, v))
-        out = [
-            self._attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], block_mask(queries, keys, self.left, q.device))
-            for queries, keys in window_blocks(q.size(2), self.left)
-        ]
-        return torch.cat(out, dim=2)
-
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        layout = _attention_layout(packed, self.cp_group, query.device, self.left)
-        if isinstance(layout, ContextParallelQueries):
-            return self._context_parallel(query, key, value, layout)
+        if self.cp_group.size() > 1:
+            layout, draws = self._held_queries(packed, query.device), self.attention_dropout > 0
+            return context_parallel_attention(self._attend, (query, key, value), layout, self.cp_group, draws=draws)
+        segments = segment_batches_of(packed, query.device)
         out = []
-        for index in layout.batches:
+        for index in segments.batches:
             q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
-            out.append(self._causal(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
-        return torch.cat(out)[layout.place]  # no real token attends to the repeats behind the end of a segment
+            out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(out)[segments.place]  # no real token attends to the repeats behind the end of a segment
 
-    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelQueries) -> Tensor:
-        """Return the attention of this rank's queries, one block of queries at a time.
-
-        The scores of all queries would be n * (t / cp) * t numbers.  The backward pass computes each block again, so
-        that the mask and the scores of only one block exist at a time.
-        """
-        q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
-        gathered = (GatherSequence.apply(x, self.cp_group) for x in (key, value))  # type: ignore[no-untyped-call]
-        k, v = (x[layout.order].transpose(0, 1)[None] for x in gathered)
-        recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice) -> Tensor:
-            k, v = (_repeated(x, q.size(1)) for x in (k, v))
-            return self._attend(q, k, v, allowed=layout.allowed(queries, keys))
-
-        out = [
-            recomputed(attend, q[:, :, queries], k[:, :, keys], v[:, :, keys], queries, keys)
-            for queries, keys in layout.blocks(queries_per_block(q, k, v))
-        ]
-        return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+    def _held_queries(self, packed: PackedSeqParams, device: torch.device) -> ContextParallelQueries:
+        """Return the queries of this context-parallel rank, and keep them on ``packed`` for the other layers."""
+        kept: ContextParallelQueries | None = packed.__dict__.get("_held_queries")
+        if kept is None:
+            kept = context_parallel_queries(_host_bounds(packed), self.cp_group, device)
+            packed.__dict__["_held_queries"] = kept
+        return kept
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
-        dropout, scale = self.attention_dropout if self.training else 0.0, self.softmax_scale
-        if self.softmax_offset is not None:
-            return attend_with_sinks(
-                q, k, v, self.softmax_offset, allowed=allowed, causal=causal, scale=scale, dropout=dropout
-            )
+        """Return the attention [b, n, s, d_v] of ``q`` [b, n, s, d], ``k`` and ``v`` [b, n_kv, t, d].
+
+        ``allowed``: bool, broadcast to [b, n, s, t], True where a query sees a key.  ``causal``: query i sees key
+        j <= i.  Without both, every query sees all keys.
+        """
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=allowed,
             is_causal=causal,
-            dropout_p=dropout,
-            scale=scale,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.softmax_scale,
             enable_gqa=q.size(1) != k.size(1),
         )
-
-
-def _repeated(x: Tensor, num_heads: int) -> Tensor:
-    """Return keys or values with one copy per query head: PyTorch's kernels support masks or groups, but not both."""
-    return x.repeat_interleave(num_heads // x.size(1), dim=1)
 
 
 @dataclass(frozen=True)
@@ -218,65 +144,6 @@ class SegmentBatches:
     def to(self, device: torch.device) -> SegmentBatches:
         """Return these batches on ``device``; wait for the device once per tensor."""
         return SegmentBatches(tuple(index.to(device) for index in self.batches), self.place.to(device))
-
-
-@dataclass(frozen=True)
-class ContextParallelQueries:
-    """The positions of a packed sequence that a context-parallel rank holds as queries, and the keys of each query."""
-
-    order: Tensor
-    """The indices of the gathered keys in the order of the sequence, [t] int64, on the device."""
-    positions: Tensor
-    """The position of each query in the sequence, [t / cp] int64, on the device."""
-    starts: Tensor
-    """The position at which the segment of each query begins, [t / cp] int64, on the device."""
-    bounds: tuple[tuple[int, int], ...]
-    """The (start, position) of each query as Python integers."""
-
-    def blocks(self, num_queries: int) -> Iterator[tuple[slice, slice]]:
-        """Yield blocks of at most ``num_queries`` queries, each with the range of keys to which its queries attend."""
-        for first in range(0, len(self.bounds), num_queries):
-            block = self.bounds[first : first + num_queries]
-            keys = slice(min(start for start, _ in block), max(position for _, position in block) + 1)
-            yield slice(first, first + len(block)), keys
-
-    def within(self, left: int) -> ContextParallelQueries:
-        """Return these queries with the keys of a sliding window only: each query and the ``left`` keys before it."""
-        bounds = tuple((max(start, position - left), position) for start, position in self.bounds)
-        return replace(self, starts=torch.maximum(self.starts, self.positions - left), bounds=bounds)
-
-    def allowed(self, queries: slice, keys: slice) -> Tensor:
-        """Return the mask [queries, keys] of a block: True for keys in the query's segment, up to the query."""
-        numbers = torch.arange(keys.start, keys.stop, device=self.order.device)
-        return (numbers >= self.starts[queries, None]) & (numbers <= self.positions[queries, None])
-
-
-def queries_per_block(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Return the number of queries in a block, which bounds the largest temporary tensor.
-
-    Shapes: ``q [1, n, t / cp, d]``, ``k, v [1, n_kv, t, d]``.  The temporary of a fused kernel is the mask; without a
-    kernel that supports masks, the temporary is the scores of all heads.
-    """
-    num_queries, num_keys = min(q.size(2), _FUSED_QUERIES), k.size(2)
-    mask = torch.empty(1, 1, num_queries, num_keys, dtype=torch.bool, device=q.device)
-    k, v = (x[:, :1].expand(-1, q.size(1), -1, -1) for x in (k, v))
-    if torch._fused_sdp_choice(q[:, :, :num_queries], k, v, mask, 0.0, False) != SDPBackend.MATH.value:
-        return _FUSED_QUERIES
-    return max(1, _SCORES // (q.size(1) * num_keys))
-
-
-def _attention_layout(
-    packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device, left: int | None
-) -> SegmentBatches | ContextParallelQueries:
-    """Return the layout of one microbatch for layers with a window ``left``, and keep it on ``packed`` for them."""
-    if cp_group.size() == 1:
-        return segment_batches_of(packed, device)
-    layouts: dict[int | None, ContextParallelQueries] = packed.__dict__.setdefault("_selfdistill_layouts", {})
-    if None not in layouts:
-        layouts[None] = context_parallel_queries(_host_bounds(packed), cp_group, device)
-    if left is not None and left not in layouts:
-        layouts[left] = layouts[None].within(left)
-    return layouts[left]
 
 
 def segment_batches_of(packed: PackedSeqParams, device: torch.device) -> SegmentBatches:
@@ -319,41 +186,6 @@ def segments_by_length(cu_seqlens: Tensor) -> SegmentBatches:
     return SegmentBatches(batches=tuple(batches), place=place)
 
 
-def context_parallel_queries(
-    cu_seqlens: Tensor, cp_group: dist.ProcessGroup, device: torch.device
-) -> ContextParallelQueries:
-    """Return the positions of this rank of ``cp_group``; ``cu_seqlens [num_segments + 1]`` is int64 on the host."""
-    held = [context_parallel_positions(cu_seqlens, cp_group.size(), rank) for rank in range(cp_group.size())]
-    positions = held[cp_group.rank()]
-    starts = cu_seqlens[torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)]
-    return ContextParallelQueries(
-        order=torch.argsort(torch.cat(held)).to(device),
-        positions=positions.to(device),
-        starts=starts.to(device),
-        bounds=tuple(zip(starts.tolist(), positions.tolist(), strict=True)),
-    )
-
-
-class GatherSequence(torch.autograd.Function):
-    """An all-gather of tokens over the context-parallel group; backward all-reduces, and keeps this rank's tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Return the tokens of all ranks, concatenated."""
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return the summed gradient of this rank's tokens."""
-        # gloo lacks reduce_scatter for some dtypes.
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
-
-
 @dataclass
 class PackedSequences(PackedSeqParams):
     """Megatron's parameters of a packed sequence, with the values that layers would otherwise read from the device."""
@@ -369,17 +201,6 @@ class PackedSequences(PackedSeqParams):
         """Return these parameters, after the rotary embedding has learnt the positions (`know_positions`)."""
         know_positions(self.cu_seqlens_q_padded, self.rotary_positions)
         return self
-
-    @functools.cached_property
-    def lengths_for_fla(self) -> dict[str, Tensor]:
-        """The arguments that state the segments to flash-linear-attention: int64 on the device, and on the host.
-
-        All layers get the same two objects: the library knows its tables of segments by the identity of both.
-        """
-        return {
-            "cu_seqlens": self.cu_seqlens_q.long(),
-            "cu_seqlens_cpu": torch.tensor(self.segment_bounds, dtype=torch.int64),
-        }
 
     @classmethod
     def of(cls, microbatch: Microbatch, position_ids: Tensor, *, with_segment_batches: bool) -> PackedSequences:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.model.attention_variants import windowed_layers
 
 _NO_PART_OF_A_MODEL = {*"provider make_vocab_size_divisible_by init_method_std transformer".split()}
 
@@ -114,9 +113,11 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 def _set_windows(values: dict[str, Any]) -> None:
     """Give equal windows equal values: a tuple, and a list with 1 for each layer that has the window."""
-    window, num_layers = values["window_size"], values["num_layers"]
-    windowed = windowed_layers(values["window_attn_skip_freq"], num_layers) if window else []
-    if not any(windowed):
+    window, freq, num_layers = values["window_size"], values["window_attn_skip_freq"], values["num_layers"]
+    windowed = freq or [1] * num_layers  # as Megatron Core's is_layer_window_attention reads the field
+    if window and isinstance(freq, int):
+        windowed = [layer % freq != 0 for layer in range(1, num_layers + 1)]
+    if not window or not any(windowed):
         values |= {"window_size": None, "window_attn_skip_freq": None}
     else:
         values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}

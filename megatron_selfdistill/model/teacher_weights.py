@@ -15,7 +15,6 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.forward import unwrapped
 
 Chunks = list[torch.nn.Module]
@@ -27,9 +26,9 @@ class Teacher:
 
     With ``frozen`` and ``ema`` the teacher is a copy in the dtype of the parameters.  With ``ema`` there is also a
     float32 master copy, because an average in bf16 never moves: its step is below half a unit in the last place.  With
-    ``current`` the teacher is the student.  The frozen teacher of a student with adapters is the student without them,
-    with no copy.  With ``offload`` the copy stays in pinned host memory, and is on the device
-    only within `on_device`.
+    ``current`` the teacher is the student.  A student that trains a part of its weights computes with those at the
+    start itself, so that its frozen teacher is no copy.  With ``offload`` the copy stays in pinned host memory, and is
+    on the device only within `on_device`.
     """
 
     def __init__(
@@ -40,17 +39,17 @@ class Teacher:
         *,
         ema_decay: float = 0.99,
         offload: bool = False,
-        adapted: bool = False,
+        start: Chunks | None = None,
     ) -> None:
-        """Make the teacher; ``adapted``: whether the student is a frozen model with adapters."""
+        """Make the teacher; ``start``: the student's own chunks with the weights at the start, null if it has none."""
         self.weights, self.ema_decay = weights, ema_decay
         self.student = list(student)
-        self.is_copy = weights != "current" and not adapted
+        self.is_copy = weights != "current" and start is None
         """Whether the teacher has weights of its own."""
         self.offload = offload and self.is_copy
         self.chunks = build_chunks() if self.is_copy else self.student
-        if adapted and weights == "frozen":
-            self.chunks = [WithoutAdapters(chunk) for chunk in self.student]
+        if start is not None and weights == "frozen":
+            self.chunks = start
         self.masters: list[Tensor] = []
         self._resting: list[Tensor] = []
         if self.is_copy:

@@ -34,7 +34,6 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, Token
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
-    FusedLoss,
     ModelInputs,
     hidden_states,
     nonlinear,
@@ -43,6 +42,7 @@ from megatron_selfdistill.model.forward import (
     unwrapped,
     uses_local_attention,
 )
+from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
 from megatron_selfdistill.pipeline.joined_batches import gradients_of
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch

@@ -26,7 +26,8 @@ from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositions, unwrapped
+from megatron_selfdistill.model.forward import Fusion, ResponsePositions, unwrapped
+from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.configured_packing import packing_of_model

@@ -19,7 +19,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
 )
 from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.model.forward import FusedLoss, Fusion
+from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.pipeline.batch import StudentMicrobatch
 from megatron_selfdistill.pipeline.partial_batches import Accumulated
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures

@@ -33,7 +33,8 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import teacher_metrics
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
-from megatron_selfdistill.model.forward import output_weight, unwrapped
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.fused_loss import output_weight
 from megatron_selfdistill.model.output_layer import unfusable
 from megatron_selfdistill.model.teacher_weights import Chunks
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
@@ -90,6 +91,7 @@ class ConfiguredTeachers(Teachers):
         student: Sequence[torch.nn.Module],
         build_chunks: Callable[[], Chunks],
         saved: SavedRun | None = None,
+        start: Chunks | None = None,
     ) -> None:
         """Load the teachers; the arguments are those of `Teachers`.
 
@@ -103,7 +105,7 @@ class ConfiguredTeachers(Teachers):
             with raise_on_all_ranks():
                 _require_weight_alone(last)
         keeps_start = config.keeps_start or bool(adapted)
-        super().__init__(config, grid, vocab, student, build_chunks, saved, keeps_start=keeps_start)
+        super().__init__(config, grid, vocab, student, build_chunks, saved, start, keeps_start=keeps_start)
         self.names = list(config.named_teachers)
         self._settings = config.named_teachers
         self._width = last.config.hidden_size

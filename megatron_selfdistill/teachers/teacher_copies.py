@@ -18,9 +18,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.adapters.low_rank_adapters import WithOtherAdapters
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Chunks
 

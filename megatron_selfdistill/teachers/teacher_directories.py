@@ -13,19 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
+from megatron_selfdistill.adapters.configured_adapters import load_adapters, require_stored_rank
+from megatron_selfdistill.adapters.low_rank_adapters import WithOtherAdapters
+from megatron_selfdistill.adapters.stored_adapters import NAME, PEFT_CONFIG, read_stored_adapters, require_adapters
+from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    NAME,
-    PEFT_CONFIG,
-    digest_of_files,
-    known_digest,
-    read_stored_adapters,
-    require_adapters,
-)
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
+from megatron_selfdistill.checkpoint.formats.weights_digest import digest_of_files, known_digest
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
@@ -39,7 +35,6 @@ from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.hf_files import CONFIG, read_config, require_hugging_face, weight_files
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
-from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.model_values import differences
 from megatron_selfdistill.prechecks import require_checkpoint, tokenizer_directory
 

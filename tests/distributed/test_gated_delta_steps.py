@@ -15,11 +15,11 @@ from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
 
+from megatron_selfdistill.architectures import gated_delta_net
+from megatron_selfdistill.architectures.gated_delta_net import GatedDeltaKernels
 from megatron_selfdistill.config import ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.model import gated_delta_net
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.gated_delta_net import GatedDeltaKernels
 from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, read_tokens
 
 CANDIDATES = [0, 7, VOCAB_SIZE - 1]

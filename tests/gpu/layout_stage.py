@@ -80,7 +80,7 @@ def lacking(one: cases.Compared) -> str:
 
 def refused_kernels() -> str:
     """Return why a run on this GPU is refused the installed flash-linear-attention; empty where it has it."""
-    from megatron_selfdistill.model.gated_delta_net import installed_kernels
+    from megatron_selfdistill.architectures.gated_delta_net import installed_kernels
 
     try:
         installed_kernels()

@@ -20,7 +20,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
+from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from tests.gpu.results import Figure, Outcome, all_held
 from tests.support import flash_attention
 

@@ -17,6 +17,8 @@ PACKAGE = REPOSITORY / "megatron_selfdistill"
 ANNEXES = sorted({place.split(".")[0] for place in DOORS.values()})
 MAY_NAME = {"instruments", "methods", "teachers"}
 """Annexes of other options, which know what they describe."""
+USERS = {"adapters": {"interop", "teachers"}}
+"""An annex -> the annexes that convert or load what it stores."""
 
 
 @pytest.mark.parametrize("option", DOORS)
@@ -43,6 +45,6 @@ def test_the_package_works_without_the_folder_of_an_annex(tmp_path, annex):
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     shutil.rmtree(tmp_path / PACKAGE.name / annex)
-    source = IMPORTS.format(may_name=MAY_NAME, annex=annex)
+    source = IMPORTS.format(may_name=MAY_NAME | USERS.get(annex, set()), annex=annex)
     found = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, text=True)
     assert found.returncode == 0

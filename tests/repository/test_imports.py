@@ -20,13 +20,17 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "kernels", "data", "model", "checkpoint.formats", "checkpoint"),
+    *("config", "compat", "distributed", "loss", "kernels", "data", "model", "architectures", "adapters"),
+    *("checkpoint.formats", "adapters.stored_adapters", "checkpoint", "adapters.configured_adapters"),
     *("interop.hf", "interop", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "interop", "methods", "teachers", "environments", "engines", "kernels")
+NEVER_BY_CORE = (
+    *("adapters", "architectures", "engines", "environments", "instruments", "interop", "kernels", "methods"),
+    "teachers",
+)
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments

@@ -24,7 +24,7 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.checkpoint.formats.stored_adapters import base_digest
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.instruments.explorer import explore_command as explore

@@ -12,9 +12,9 @@ import layouts
 import models
 import torch
 
+from megatron_selfdistill.adapters.low_rank_adapters import LowRankAdapter, WithoutAdapters, add_adapters
 from megatron_selfdistill.config import AdapterConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence
-from megatron_selfdistill.model.adapters import LowRankAdapter, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher

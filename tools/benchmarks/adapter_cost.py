@@ -88,10 +88,10 @@ class Bench:
         """Return a model with adapters of ``rank``, or with rank 0 one whose weights are all trained."""
         from random_llama import RandomLlama
 
+        from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters, add_adapters
         from megatron_selfdistill.config import AdapterConfig, ParallelConfig, TargetConfig
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
         from megatron_selfdistill.loss.target import Target
-        from megatron_selfdistill.model.adapters import add_adapters
         from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
         from megatron_selfdistill.model.forward import unwrapped
         from megatron_selfdistill.model.teacher_weights import Teacher
@@ -111,10 +111,11 @@ class Bench:
         if rank:
             add_adapters(initial, AdapterConfig(rank=rank), grid)
         chunks = wrap_for_training(initial, llama.optimizer)
+        start: Any = [WithoutAdapters(chunk) for chunk in chunks] if rank else None
         return cls(
             grid=grid,
             chunks=chunks,
-            teacher=Teacher("frozen", chunks, llama.chunks, adapted=rank > 0),
+            teacher=Teacher("frozen", chunks, llama.chunks, start=start),
             optimizer=build_optimizer(chunks, llama.optimizer, num_steps=1000)[0],
             sampler=MegatronSampler(chunks, grid, arguments.vocab, length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),

@@ -164,8 +164,8 @@ def _merged(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def _adapted(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Tensor, Any]]:
-    from megatron_selfdistill.model import ADAPTER_SUFFIX
-    from megatron_selfdistill.model.adapters import LowRankAdapter
+    from megatron_selfdistill.adapters import ADAPTER_SUFFIX
+    from megatron_selfdistill.adapters.low_rank_adapters import LowRankAdapter
 
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())

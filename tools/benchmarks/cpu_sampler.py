@@ -98,6 +98,7 @@ class Bench:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+        from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
         from megatron_selfdistill.config import load
         from megatron_selfdistill.distributed import ranks
         from megatron_selfdistill.interop.conversion import hf_to_megatron
@@ -109,7 +110,8 @@ class Bench:
         config = with_stored_architecture(load([*keys, "num_steps=100", "schedule.max_tokens=2048"]))
         vocab_size = AutoConfig.from_pretrained(hf, trust_remote_code=False).vocab_size
         grid = ranks.initialize(config.parallel, seed=0)
-        learner = Learner(config, SimpleNamespace(vocab_size=vocab_size), grid)  # type: ignore[arg-type]
+        data: Any = SimpleNamespace(vocab_size=vocab_size)
+        learner = Learner(config, data, grid, trained=TrainedWeights())
         student, frozen = (
             AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
         )

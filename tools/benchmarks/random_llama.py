@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import (
     AdapterConfig,
     ModelConfig,
@@ -24,7 +25,6 @@ from megatron_selfdistill.config import (
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 

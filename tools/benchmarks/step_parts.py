@@ -31,7 +31,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
     The clock around this context gets the time that is in none of the parts.
     """
     from megatron_selfdistill.loss.sharded import fused_linear, vocab_parallel
-    from megatron_selfdistill.model.forward import FusedLoss
+    from megatron_selfdistill.model.fused_loss import FusedLoss
     from megatron_selfdistill.pipeline import schedule, token_losses
 
     def of_model() -> str:

@@ -35,7 +35,7 @@ PAGES = {
     "checkpoints": (
         "Checkpoints and Hugging Face",
         "interop.conversion interop.describe interop.merged_weights interop.peft_adapters "
-        "checkpoint.formats.stored_adapters model.adapters interop.export",
+        "adapters.stored_adapters adapters.low_rank_adapters interop.export",
     ),
     "metrics": ("Metrics and guards", "metrics.log run_log metrics.step metrics.guards"),
 }

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 PASSTHROUGH = "hf_passthrough."
 """The prefix of the keys of tensors that Megatron neither builds nor trains.
@@ -28,18 +27,6 @@ NOT_BUILT = ("mtp.", PASSTHROUGH)
 def weight_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return those of the ``shapes`` of a torch_dist checkpoint, by key, that belong to the model."""
     return {key: shape for key, shape in shapes.items() if not key.startswith(NOT_WEIGHTS)}
-
-
-def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
-    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
-
-    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
-    """
-    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
-    if held != {rank}:
-        raise CheckpointError(
-            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
-        )
 
 
 def raise_misfit(path: Path, faults: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.checkpoint.external import loaded_chunks
+from megatron_selfdistill.checkpoint.trained_weights import loaded_chunks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem

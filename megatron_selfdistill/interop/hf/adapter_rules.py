@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.adapters import ADAPTER_SUFFIX
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.rules import Arrangement, Rule
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 
 if TYPE_CHECKING:  # an engine's processes need no configuration
     from megatron_selfdistill.config import AdapterConfig
@@ -56,7 +56,7 @@ class Repeated:
 def adapter_rules(rules: Iterable[Rule], adapter: AdapterConfig) -> list[Rule]:
     """Return two rules, of A and of B, for each adapter of a model whose weights have ``rules``.
 
-    The adapters are those of `model.adapters.add_adapters`: on the layers that ``adapter.layers`` names, but not on
+    The adapters are those of `low_rank_adapters.add_adapters`: on the layers that ``adapter.layers`` names, but not on
     routed experts.  W [out, in] of ``<linear>.weight`` has A [r, in] in ``<linear>_adapter.a`` and B [out, r] in
     ``<linear>_adapter.b``.  Where the linear layer holds several Hugging Face modules, each of them has the same A and
     its own rows of B, cut as the weight's rule cuts W.

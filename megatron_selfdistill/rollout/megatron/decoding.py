@@ -2,9 +2,8 @@
 """Let a training model decode for a while: its KV cache, what changes and is restored, and its forward passes.
 
 Megatron's static cache keeps keys and values in ``context.key_value_memory_dict[layer_number]``, ``[columns, b, heads,
-channels]`` each.  A `RaggedCache` has rows of unequal length.  `decoding_overrides` has the attributes in which
-decoding differs from a training step, a `DecodingModel` gives the logits of the next tokens, and `ForwardPasses` orders
-the passes where all ranks must run the same model at a time.
+channels]`` each.  A `DecodingModel` gives the logits of the next tokens, and `ForwardPasses` orders the passes where
+all ranks must run the same model at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import psutil
@@ -33,32 +31,26 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import Attention
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.utils import get_pg_size
 
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.adapters import WithoutAdapters
-from megatron_selfdistill.model.attention_variants import has_sinks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
-from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
-
-
-def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
-    """Return the bytes that ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
-    layers = list(_attention_layers(models))
-    values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
-    return max(1, int(values) * dtype.itemsize)  # a stage may have no layer
-
-
-def state_bytes(models: Sequence[torch.nn.Module]) -> int:
-    """Return the bytes of the states of recurrent layers per sequence, over this rank's layers."""
-    return sum(m.state_bytes for model in models for m in model.modules() if isinstance(m, GatedDeltaNet))
+from megatron_selfdistill.rollout.megatron.decodable_models import (
+    Override,
+    attention_layers,
+    cache_bytes_per_token,
+    decoding_overrides,
+    has_our_attention,
+    refuse_undecodable,
+    state_bytes,
+    takes_masks,
+)
+from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
 
 
 def free_bytes() -> int:
@@ -77,107 +69,6 @@ def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
     context.max_batch_size = rows.numel()
 
 
-class RaggedCache(StaticInferenceContext):
-    """A KV cache in which each row has a column of its own.
-
-    Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding at the
-    end.  After `start_decoding` each row continues where its prompt ended (`CachedAttention`).  So the column of a
-    token is its position in any batch, and no embedding of positions sees the padding.
-    """
-
-    columns: Tensor
-    """Column in which the next pass puts the first keys and values of each row, ``[b]`` int64."""
-    places: Tensor
-    """Column of each token of the present pass, ``[s, b]`` int64; s is 1 but in a pass of `later_part`."""
-    decodes = False
-    """Whether prompts have been read, so that each pass reads one token per row."""
-    prompt_lengths: Tensor
-    """The tokens of each prompt, which the state of a recurrent layer has read before decoding, ``[b]`` int64."""
-
-    def __init__(self, max_batch_size: int, max_sequence_length: int, lengths: Tensor) -> None:
-        """Make an empty cache; ``lengths [b]``: the tokens of each prompt."""
-        super().__init__(max_batch_size, max_sequence_length)
-        self.prompt_lengths = lengths
-        self.layers_with_state: set[int] = set()
-        """The numbers of the layers whose memory is a state, without columns (`model.gated_delta_net`)."""
-
-    def last_of_prompts(self, states: Tensor) -> Tensor:
-        """Return the states ``[1, b, h]`` of the last tokens of the next b prompts, from all states ``[s, b, h]``."""
-        rows = torch.arange(states.size(1), device=states.device)
-        return states[self.prompt_lengths[self.batch_size_offset + rows] - 1, rows].unsqueeze(0)
-
-    def start_decoding(self, longest: int) -> None:
-        """Read one token per row in each pass from now on; ``longest`` is the greatest of the prompts' lengths."""
-        self.columns = lengths = self.prompt_lengths
-        self.num_columns = longest + 1
-        self.decodes = True
-        self.enable_decode_mode()
-        unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
-        for layer_number, memories in self.key_value_memory_dict.items():
-            for memory in memories if layer_number not in self.layers_with_state else ():
-                memory.masked_fill_(unread, 0)  # 0 * NaN is NaN
-
-    def restore(self, rows: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> None:
-        """Fill the first columns of each row: for each layer, keys and values ``[n, heads, channels]`` of n tokens."""
-        for layer_number, parts in rows[0].items():
-            memories = [x.new_zeros(self.max_sequence_length, len(rows), *x.shape[1:]) for x in parts]
-            for i, row in enumerate(rows):
-                for memory, part in zip(memories, row[layer_number], strict=True):
-                    memory[: len(part), i] = part
-            self.key_value_memory_dict[layer_number] = tuple(memories)
-
-    def row(self, index: int, num_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return a copy of the first ``num_tokens`` columns of a row, as `restore` takes it."""
-        memories = self.key_value_memory_dict.items()
-        return {number: (k[:num_tokens, index].clone(), v[:num_tokens, index].clone()) for number, (k, v) in memories}
-
-    def later_part(self, rows: slice, starts: Tensor, end: int) -> RaggedCache:
-        """Return the ``rows`` of this cache as one whose next pass reads several tokens, from ``starts [b]`` on.
-
-        The pass writes into this cache, no column behind ``end``, and gives the state of the last token of each prompt.
-        """
-        part = RaggedCache(len(starts), self.max_sequence_length, self.prompt_lengths[rows] - starts)
-        part.columns, part.num_columns, part.decodes = starts, end, True
-        part.enable_decode_mode()
-        for layer_number, (keys, values) in self.key_value_memory_dict.items():
-            part.key_value_memory_dict[layer_number] = keys[:, rows], values[:, rows]
-        return part
-
-    def begin_pass(self, num_tokens: int) -> None:
-        """Let the next pass read ``num_tokens`` tokens of each row."""
-        self.places = self.columns + torch.arange(num_tokens, device=self.columns.device)[:, None]
-
-    def advance(self) -> None:
-        """Move each row on by one token."""
-        self.columns = self.columns + 1
-        self.num_columns += 1
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but ``rows``."""
-        keep_rows(self, rows)
-        self.columns = self.columns[rows]
-
-    @property
-    def hidden(self) -> Tensor:
-        """Mask ``[b, 1, s, num_columns]`` bool of the columns behind each token's own, which attention does not see."""
-        columns = torch.arange(self.num_columns, device=self.columns.device)
-        return (columns > self.places.t()[:, :, None])[:, None]
-
-    def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``key`` and ``value`` at the tokens' columns and return all keys and values of the layer so far.
-
-        ``key`` and ``value`` are ``[s, b, heads, channels]``, the results ``[num_columns, b, heads, channels]``.
-        """
-        rows = torch.arange(self.columns.numel(), device=self.columns.device)
-        keys, values = self.key_value_memory_dict[layer_number]
-        keys[self.places, rows], values[self.places, rows] = key, value
-        return keys[: self.num_columns], values[: self.num_columns]
-
-    def rows_of(self, table: Tensor) -> Tensor:
-        """Return the entries of ``table [positions, 1, 1, channels]`` at the tokens' columns, [s, b, 1, channels]."""
-        return table[self.places].squeeze(2)
-
-
 class CachedAttention:
     """The attention of a model that decodes with a KV cache, whose keys are rotated before the cache takes them.
 
@@ -194,7 +85,7 @@ class CachedAttention:
         self._cache: StaticInferenceContext | None = None  # of the present pass
         self._positions: Tensor | None = None  # of the present pass
         self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
-        for layer in _attention_layers(models):
+        for layer in attention_layers(models):
             self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", self._cached_step(layer)
             if isinstance(layer, MultiLatentAttention):
                 rotary = layer.rotary_pos_emb
@@ -302,47 +193,6 @@ def _rotated(layer: Attention, states: Tensor, angles: Tensor, *, ragged: bool) 
     return turned.type_as(states).view(states.shape)
 
 
-@dataclass(frozen=True)
-class Override:
-    """The value that ``owner.name`` has while the model decodes."""
-
-    owner: Any
-    name: str
-    value: Any
-
-
-def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Override]:
-    """Return the attributes in which decoding differs from a training step; found once per model.
-
-    * Sequence parallelism is off: one token per sequence cannot be cut, so each tensor-parallel rank holds full
-    activations.  Megatron caches the switch in its linear layers and embeddings, Transformer Engine in its own.
-
-    * Context parallelism is off: each context-parallel rank decodes sequences of its own, so every group that cuts a
-    sequence (rotary embedding, attention) becomes a group of one rank.
-
-    * Multi-latent attention does not use its fused rotary embedding, which refuses a KV cache.
-
-    Collectives: none (a group of one needs no other rank).
-    """
-    modules = [module for model in models for module in model.modules()]
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
-    overrides = []
-    if grid.sequence_parallel:
-        overrides += [Override(config, "sequence_parallel", False) for config in configs]
-        for name in ("sequence_parallel", "reduce_scatter_embeddings"):
-            overrides += [Override(m, name, False) for m in modules if getattr(m, name, None) is True]
-    if grid.cp_size > 1:
-        alone = dist.new_group([grid.rank], use_local_synchronization=True)
-        collections = {id(m.pg_collection): m.pg_collection for m in modules if hasattr(m, "pg_collection")}.values()
-        overrides += [Override(config, "context_parallel_size", 1) for config in configs]
-        overrides += [Override(c, "cp", alone) for c in collections if getattr(c, "cp", None) is not None]
-        overrides += [Override(m, "cp_group", alone) for m in modules if getattr(m, "cp_group", None) is not None]
-    for config in configs:
-        if config.multi_latent_attention and config.apply_rope_fusion:
-            overrides.append(Override(config, "apply_rope_fusion", False))
-    return overrides
-
-
 @contextlib.contextmanager
 def decoding(
     chunks: Sequence[torch.nn.Module], models: Sequence[GPTModel], overrides: Sequence[Override]
@@ -382,123 +232,10 @@ def decoding(
             chunk.enable_forward_pre_hook()
 
 
-def takes_masks(models: Sequence[GPTModel]) -> bool:
-    """Return whether attention can hide the columns that a shorter sequence has not reached.
-
-    Transformer Engine's flash and fused attention cannot hide columns, because they take no arbitrary mask.
-    """
-    return _has_our_attention(models) or models[0].config.attention_backend not in (
-        AttnBackend.flash,
-        AttnBackend.fused,
-    )
-
-
-def _has_our_attention(models: Sequence[GPTModel]) -> bool:
-    return all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
-
-
-def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
-    """Raise `ConfigError` if Megatron's static KV cache would be wrong for the model, or decode another model."""
-    refusals = _model_refusals(models)
-    if models[0].config.num_moe_experts is not None:
-        refusals += _router_refusals(models[0].config, grid)
-    for found, message in refusals:
-        if found:
-            raise ConfigError(f"this model cannot be sampled in process: {message}")
-
-
-def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
-    """Return each property of a model that decoding cannot have: whether the model has it, and a message."""
-    config = models[0].config
-    rotary = {model.position_embedding_type for model in models}
-    attention = list(_attention_layers(models))
-    return [
-        (
-            config.flash_decode,
-            "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false",
-        ),
-        (
-            config.cuda_graph_impl != "none",
-            "CUDA graphs fix the shapes that decoding changes: set model.transformer.cuda_graph_impl=none",
-        ),
-        (
-            "mrope" in rotary,
-            "multimodal rotary embeddings (mrope) have no KV cache in Megatron Core: sample elsewhere",
-        ),
-        (
-            config.mtp_num_layers is not None,
-            "multi-token-prediction layers cannot be decoded: set mtp_num_layers=null",
-        ),
-        (
-            bool(config.fp8 or config.fp4),
-            "fp8 and fp4 layers need token counts that are multiples of 16, decoding has any number: train in bf16",
-        ),
-        (
-            config.tp_comm_overlap,
-            "tp_comm_overlap reserves buffers for sequence-parallel shapes, decoding has other shapes: "
-            "set model.transformer.tp_comm_overlap=false",
-        ),
-        (
-            config.transformer_impl == "inference_optimized",
-            "inference_optimized layers cannot be trained: use transformer_engine or local",
-        ),
-        (
-            config.experimental_attention_variant not in (None, "gated_delta_net"),
-            f"attention variant {config.experimental_attention_variant!r} has no static KV cache in Megatron",
-        ),
-        (
-            getattr(config, "fine_grained_activation_offloading", False),
-            "fine_grained_activation_offloading also acts while decoding: set it to false",
-        ),
-        (
-            (bool(config.window_size) or has_sinks(config)) and not _has_our_attention(models),
-            "sliding windows and attention sinks are decoded with this program's attention only, not with Transformer "
-            "Engine's on Megatron's static KV cache: set rollout.engine=vllm",
-        ),
-        (
-            getattr(config, "cache_mla_latents", False),
-            "cache_mla_latents replaces the weights that are trained: set it to false",
-        ),
-        (
-            any(layer.attn_mask_type != AttnMaskType.causal for layer in attention),
-            "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
-        ),
-    ]
-
-
-def _router_refusals(config: Any, grid: RankGrid) -> list[tuple[bool, str]]:
-    """Return each setting of a mixture-of-experts model that decoding cannot have: whether it is set, and a message."""
-    return [
-        (
-            config.moe_router_load_balancing_type == "sinkhorn",
-            "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
-        ),
-        (
-            bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing)
-            or getattr(config, "moe_router_force_biased", None) is not None,  # since 0.17
-            "a random router cannot be sampled from: unset moe_input_jitter_eps, moe_router_force_load_balancing and "
-            "moe_router_force_biased",
-        ),
-        (
-            config.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor drops tokens depending on the rest of the batch: set it to null",
-        ),
-        (
-            config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
-            "the allgather dispatcher needs equal batches on all expert-parallel ranks: "
-            "set moe_token_dispatcher_type=alltoall",
-        ),
-    ]
-
-
 def _clear_caches(functions: set[Any]) -> None:
     for function in functions:
         if hasattr(function, "cache_clear"):
             function.cache_clear()
-
-
-def _attention_layers(models: Sequence[torch.nn.Module]) -> Iterator[Attention]:
-    return (module for model in models for module in model.modules() if isinstance(module, Attention))
 
 
 class DecodingModel:
@@ -521,6 +258,9 @@ class DecodingModel:
         self._vocab_size = vocab_size
         self._overrides = decoding_overrides(self.models, grid)
         self._attention = CachedAttention(self.models)
+        self.takes_masks = takes_masks(self.models)
+        """Whether attention can hide columns, as rows of unequal length need it."""
+        self._has_our_attention = has_our_attention(self.models)
         config = self.models[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
@@ -543,17 +283,12 @@ class DecodingModel:
         )
 
     @property
-    def takes_masks(self) -> bool:
-        """Whether attention can hide columns, as rows of unequal length need it."""
-        return takes_masks(self.models)
-
-    @property
     def hides_columns_cheaply(self) -> bool:
         """Whether a pass takes as long with hidden columns as without: no Transformer Engine and no sliding window.
 
         A window would otherwise read the columns within it alone.
         """
-        return _has_our_attention(self.models) and not self.models[0].config.window_size
+        return self._has_our_attention and not self.models[0].config.window_size
 
     @property
     def keeps_rows(self) -> bool:
@@ -593,8 +328,9 @@ class DecodingModel:
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            switched_off = chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext()
-            with switched_off, older_megatron.inference_pass():
+            # The model alone runs, since Float16Module would change its output.
+            as_chunk = getattr(chunk, "around_model", nullcontext)
+            with as_chunk(), older_megatron.inference_pass():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )

@@ -41,12 +41,12 @@ from megatron_selfdistill.rollout.guided_tokens import guided_roles, prompt_of, 
 from megatron_selfdistill.rollout.megatron.decoding import (
     DecodingModel,
     ForwardPasses,
-    RaggedCache,
     free_bytes,
     keep_rows,
     rows_of_prefill,
 )
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
+from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
 
 
 @dataclass
@@ -226,7 +226,9 @@ class ContextRows:
 
     def keep(self, kept: Tensor, num_requests: int) -> None:
         """Drop all requests but ``kept`` of the ``num_requests`` that the cache holds."""
-        self._cache.keep(torch.cat([kept + role * num_requests for role in range(len(self._roles))]))
+        rows = torch.cat([kept + role * num_requests for role in range(len(self._roles))])
+        keep_rows(self._cache, rows)
+        self._cache.columns = self._cache.columns[rows]
 
 
 _MOST_PADDING = {"cpu": 1 / 10, "cuda": 1 / 5}

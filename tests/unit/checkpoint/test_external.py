@@ -168,6 +168,7 @@ def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimi
 def state_as_megatron_lm_cuts_it_by_default(run_dir: Path) -> None:
     """Save the optimizer as Megatron-LM does without flags, and take it over; one of 2 data-parallel ranks."""
     from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.formats import torch_dist
 
     torch_dist.CONTENT["distrib_optim_sharding_type"] = "dp_reshardable"
     setup = Setup(teacher="current")

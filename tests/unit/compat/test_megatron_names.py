@@ -75,21 +75,6 @@ def test_a_version_with_everything_has_no_faults(tmp_path, package):
     assert found(tmp_path, package) == []
 
 
-def test_uses_are_found_in_files(package):
-    uses = {str(use) for use in in_files(package)}
-    assert {
-        "import megatron.core.optim.clip_grads",
-        "call megatron.core.optim.clip_grads(_, _, norm=)",
-        "call megatron.core.optim.Config(flag=, ...)",
-        "attribute megatron.core.optim.clip._apex",
-        "member megatron.core.optim.Fields.decoder",
-        "member megatron.core.optim.Config.size",
-        "call megatron.core.optim.Fields._inner(_)",
-        "replaced megatron.core.optim.clip.clip",
-    } <= uses
-    assert not any("anything" in use or "no_name_of_megatron" in use or "added" in use for use in uses)
-
-
 @pytest.mark.parametrize(
     ("changed", "fault"),
     [
@@ -128,37 +113,3 @@ def test_a_replacement_takes_what_megatron_passes(tmp_path, monkeypatch, theirs,
     monkeypatch.setitem(names.REPLACED, "megatron.core.rope._rotate", replacement)
     sentence = names.fault(root, Use("replaced", "megatron.core.rope._rotate"))
     assert sentence is None if fault is None else fault in sentence
-
-
-def test_a_call_behind_a_value_without_a_type_names_its_places(tmp_path):
-    files = {"a.py": "class A:\n    def f(self, x, y, *, z=1): ...", "package_info.py": MEGATRON["package_info.py"]}
-    root = written(tmp_path / "megatron" / "core", files).parents[1]
-    for text, fault in [("x, y, *, z", None), ("x, _", None), ("y", "expected the parameter y in the place of x")]:
-        sentence = names.fault(root, Use("call", "megatron.core.a.A.f", Call.parse(text)))
-        assert sentence is None if fault is None else fault in sentence
-
-
-def test_names_of_some_versions_are_needed_in_these_only(monkeypatch):
-    monkeypatch.setitem(names.SINCE, "megatron.core.a.New", "0.17")
-    monkeypatch.setitem(names.UNTIL, "megatron.core.a.old", "0.19")
-    monkeypatch.setitem(names.OLDER_ONLY, "compat/old.py", "0.19")
-    needed = {
-        use: [version for version in ("0.16.1", "0.17.0", "0.19.2") if names.concerns(use, version)]
-        for use in (
-            Use("member", "megatron.core.a.New.member"),
-            Use("import", "megatron.core.a.old"),
-            Use("import", "megatron.core.a.b", places=("compat/old.py:3",)),
-            Use("import", "megatron.core.a.c", places=("compat/old.py:3", "compat/new.py:3")),
-        )
-    }
-    older, every = ["0.16.1", "0.17.0"], ["0.16.1", "0.17.0", "0.19.2"]
-    assert list(needed.values()) == [["0.17.0", "0.19.2"], older, older, every]
-
-
-def test_every_name_that_the_package_uses_is_in_the_installed_version():
-    root = names.installed("megatron")
-    uses = names.uses()
-    assert len(uses) > 400 and {use.kind for use in uses} == {
-        *("import", "attribute", "member", "call", "replaced", "default")
-    }
-    assert list(names.faults(root, uses).values()) == []

@@ -18,7 +18,8 @@ from hf_contents import tensors_of
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import raises
 
-from megatron_selfdistill.checkpoint.formats.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
+from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, read_stored_adapters
+from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
@@ -42,7 +43,7 @@ class Adapted:
 
 def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], object]:
     """Return the model of a Hugging Face directory with large adapters, on one rank."""
-    from megatron_selfdistill.model.adapters import add_adapters
+    from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 
     _, model, _, _ = hf_models.read(hf)
     chunks, grid = models.build(model, ParallelConfig())
@@ -53,6 +54,7 @@ def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], obje
 
 def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, nan: str = "") -> torch.Tensor:
     """Save adapters as a run does, and return the logits of the model with them; the factor named ``nan`` has a NaN."""
+    from megatron_selfdistill.adapters.configured_adapters import TrainedAdapters
     from megatron_selfdistill.checkpoint import sharded_io, state
     from megatron_selfdistill.checkpoint.external import load_weights
     from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
@@ -68,7 +70,7 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
     target = run_dir / "checkpoints" / "iter_0000005"
     stored = StoredAdapters(target, settings, base_digest(base), base)
     contents = {"args": megatron_args(chunks[0], model), "iteration": 5, "checkpoint_version": 3.0}
-    contents |= state.without_base(state.model_state(chunks, CONTENT))
+    contents |= TrainedAdapters.stored(state.model_state(chunks, CONTENT))
     written = sharded_io.begin_write(contents, target, texts={"adapters.json": stored.text()})
     sharded_io.write_now(*written, target)
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
@@ -76,9 +78,10 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
 
 def read_adapters(hf: Path, adapters: Path) -> torch.Tensor:
     """Return the logits of our model with a checkpoint of adapters, loaded as an evaluation loads it."""
-    from megatron_selfdistill.checkpoint.external import load_adapters, load_weights
+    from megatron_selfdistill.adapters.configured_adapters import load_adapters
+    from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
+    from megatron_selfdistill.checkpoint.external import load_weights
     from megatron_selfdistill.distributed.ranks import current_grid
-    from megatron_selfdistill.model.adapters import add_adapters
 
     stored = read_stored_adapters(adapters)
     assert stored is not None

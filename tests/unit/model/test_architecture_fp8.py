@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -22,7 +21,6 @@ import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill import teacher
 from megatron_selfdistill.compat.older_megatron import submodules_of, version
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -32,10 +30,8 @@ from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline import configured_packing as packing_module
-from megatron_selfdistill.pipeline import score
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
-from megatron_selfdistill.pipeline.configured_packing import configured_packing, token_multiple
+from megatron_selfdistill.pipeline.configured_packing import token_multiple
 
 UNCUT = ParallelConfig()
 MODEL = ModelConfig()
@@ -51,11 +47,6 @@ def configured(model: ModelConfig, cuts: ParallelConfig = UNCUT, te: bool = True
         patch.setattr(megatron_config, "is_te_min_version", lambda *_, **__: True)
         model = dataclasses.replace(model, transformer=model.transformer | transformer)
         return transformer_config(model, cuts, OptimizerConfig(), ScheduleConfig())
-
-
-@pytest.mark.parametrize("transformer", [{"fp8": "hybrid"}, *({"fp8": "e4m3", "fp8_recipe": r} for r in RECIPES)])
-def test_the_fields_of_megatron_choose_fp8(transformer):
-    assert configured(MODEL, **transformer).fp8
 
 
 @pytest.mark.parametrize(
@@ -74,26 +65,6 @@ def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transfo
     with pytest.raises(ConfigError, match=words) as caught:
         configured(MODEL, te=te, **transformer)
     assert "\n" not in str(caught.value)
-
-
-def provided(pre_process: bool, post_process: bool) -> Any:
-    """Return the model of a lab with FP8 in its own configuration."""
-    model = models.model_config()
-    (chunk,), _ = models.build(model, ParallelConfig())
-    chunk.config.fp8 = "hybrid"
-    return chunk
-
-
-def refusal_of_provider() -> str:
-    _, grid = models.build(models.model_config(), ParallelConfig())
-    model = ModelConfig(provider=f"{__name__}.provided")
-    with pytest.raises(ConfigError) as caught:
-        build_chunks(model, None, grid, models.VOCAB_SIZE)
-    return str(caught.value)
-
-
-def test_a_providers_fp8_is_refused_too(ranks):
-    assert "needs a GPU and Transformer Engine" in ranks.run(refusal_of_provider, world_size=1)[0]
 
 
 # -- tokens per rank -----
@@ -133,43 +104,6 @@ def test_packed_rows_have_lengths_of_that_multiple(ranks, multiple):
     (length,) = ranks.run(lengths, multiple, world_size=1)[0]
     assert length % (multiple or 1) == 0
     assert length == math.ceil(56 / (multiple or 1)) * (multiple or 1)
-
-
-@pytest.mark.parametrize("module", ["teacher", "score"])
-def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch):
-    """Each hands the multiple of its own chunks on."""
-    seen: list[Any] = []
-
-    def recorded(contexts: Any, packing: Packing, grid: Any) -> Any:
-        seen.append(packing.seq_multiple)
-        raise InterruptedError
-
-    target = {"teacher": teacher, "score": score}[module]
-    monkeypatch.setattr(target, "pack_everywhere", recorded)
-    monkeypatch.setattr(packing_module, "token_multiple", lambda config: ("multiple of", config.model))
-    with pytest.raises(InterruptedError):
-        if module == "score":
-            model_of: Any = lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))  # noqa: E731
-            monkeypatch.setattr(score, "unwrapped", model_of)
-            monkeypatch.setattr(score, "max_over_ranks", lambda values, group: values)
-            pair = ContextPair("0", [1], [1], [2], truncated=False)
-            chunks: dict[str, Any] = {
-                "student": ["student"],
-                "teacher": ["teacher"],
-                "grid": SimpleNamespace(dp_group=None),
-                "vocab": None,
-            }
-            score.read_tokens([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
-        else:
-            sections = {
-                "schedule": SimpleNamespace(max_tokens=8, pair_order=None),
-                "environment": SimpleNamespace(one_sequence=False),
-            }
-            config: Any = SimpleNamespace(**sections, is_anchored=False, has_teacher=True)
-            model: Any = SimpleNamespace(model="student", hidden_size=8)
-            packing = configured_packing(config, SimpleNamespace(pp_size=1), model)  # type: ignore[arg-type]
-            teacher.Teachers.pack(SimpleNamespace(grid=None), [], packing, "")  # type: ignore[arg-type]
-    assert seen == [("multiple of", "student")]
 
 
 # -- the teacher's weights -----

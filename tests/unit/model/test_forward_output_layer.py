@@ -22,8 +22,9 @@ from megatron.core.tensor_parallel import layers
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build, forward
-from megatron_selfdistill.model.forward import Fusion, MainGrad, unwrapped
+from megatron_selfdistill.model import architecture, build, forward, fused_loss
+from megatron_selfdistill.model.forward import Fusion, unwrapped
+from megatron_selfdistill.model.fused_loss import MainGrad
 from megatron_selfdistill.model.output_layer import decided_output_layer, unfusable
 
 MODES = ("keep_gradient", "low_memory")
@@ -188,23 +189,6 @@ def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumula
     assert_alike(got, expected)
 
 
-def rows_of_calls(fusions: list[Fusion]) -> list[list[int]]:
-    """Return the rows of each call of the output layer, in a batch of one microbatch and one without tokens."""
-    changes = {"make_vocab_size_divisible_by": COLUMNS}
-    found = []
-    for fusion in fusions:
-        run(Case(kind="shallow", fusion=fusion, max_tokens=300, model_changes=changes), Patches(apex=True))
-        found.append([rows for rows, width in StandInForApex.shapes if width == COLUMNS])
-    return found
-
-
-def test_the_kernel_is_called_for_a_microbatch_or_for_each_of_its_chunks(ranks):
-    """Not at all for a microbatch without tokens."""
-    fusions = [FUSIONS["keep_gradient"], FUSIONS["low_memory"]]
-    (whole,), chunks = ranks.run(rows_of_calls, fusions, world_size=1)[0]
-    assert whole == sum(chunks) > 50 and set(chunks[:-1]) == {5}
-
-
 def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_product():
     torch.manual_seed(0)
     hidden, gradient = torch.randn(256, 16).bfloat16(), torch.randn(256, 48).bfloat16()
@@ -251,7 +235,7 @@ def arrivals(kind: str, teacher: str) -> list[str]:
     """Return the order in which the output weight arrives and is read."""
     case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
     seen: list[str] = []
-    read = forward.fused_distillation_loss
+    read = fused_loss.fused_distillation_loss
     with pytest.MonkeyPatch.context() as patch:
         wrap = layouts.wrap_for_training
 
@@ -261,7 +245,7 @@ def arrivals(kind: str, teacher: str) -> list[str]:
             return wrap(chunks, optimizer)
 
         patch.setattr(layouts, "wrap_for_training", with_a_gather)
-        patch.setattr(forward, "fused_distillation_loss", lambda *a, **k: (seen.append("read"), read(*a, **k))[1])
+        patch.setattr(fused_loss, "fused_distillation_loss", lambda *a, **k: (seen.append("read"), read(*a, **k))[1])
         layouts.run(case)
     return seen
 

@@ -32,8 +32,6 @@ from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.fused_kernels import (
     ACTIVATIONS,
     activation_name,
-    fused_kernels,
-    kernels_in_use,
 )
 
 SHIPPED_MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
@@ -72,7 +70,6 @@ def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
         )
         for name in PERMUTATIONS:
             patch.setattr(moe_utils, name, object(), raising=False)
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
 
 def configured(model: ModelConfig, node: Node, precision: str = "fp32") -> TransformerConfig:
@@ -252,22 +249,3 @@ def test_the_name_of_an_activation_is_that_of_the_function_which_is_computed():
     provided = configured(ModelConfig(), Node())
     provided.activation_func = F.relu
     assert activation_name(provided) is None
-
-
-def test_the_log_says_what_is_fused(monkeypatch):
-    config = configured(ModelConfig(num_moe_experts=4), NODES["GPU, TE"])
-    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
-    assert kernels_in_use(config) == (
-        "kernels: activation silu, fused; rotary embedding fused; weight gradients accumulated by the kernel: all "
-        "layers but the output layer; experts in one grouped product; permutation of tokens fused"
-    )
-    plain = kernels_in_use(configured(ModelConfig(activation="gelu"), Node()))
-    assert (
-        plain == "kernels: activation gelu; rotary embedding unfused; weight gradients accumulated by the kernel: none"
-    )
-
-
-def test_the_fused_kernels_of_a_model_do_not_depend_on_what_is_not_there():
-    values = {"gated_linear_unit": True}
-    found = fused_kernels(values, "silu", architecture.Installed(cuda=False, transformer_engine=False))
-    assert found.pop("activation_func") is F.silu and not any(found.values())

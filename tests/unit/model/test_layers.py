@@ -21,15 +21,14 @@ from tests.support.models import build, model_config, parallel
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
-from megatron_selfdistill.model import attention_variants, local_attention
-from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
+from megatron_selfdistill.architectures import attention_variants
+from megatron_selfdistill.architectures.attention_variants import VariantAttention, sink_channels
+from megatron_selfdistill.data.packing import context_parallel_positions, microbatch_of
+from megatron_selfdistill.model import context_parallel_attention, local_attention
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
-from megatron_selfdistill.model.local_attention import CoreAttention, PackedSequences
+from megatron_selfdistill.model.local_attention import CoreAttention
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -71,12 +70,12 @@ def config(**changes) -> TransformerConfig:
     return TransformerConfig(**values | changes)
 
 
-def attention(group=None, variant: str = "full", layer_number: int = 1, **kwargs) -> CoreAttention:
-    collection = SimpleNamespace(cp=group or OneRank())
-    made = CoreAttention(config(**VARIANTS[variant]), layer_number, None, "self", pg_collection=collection, **kwargs)
-    if made.softmax_offset is not None:
-        with torch.no_grad():
-            made.softmax_offset.copy_(torch.tensor(SINKS))
+def attention(group=None, variant: str = "full", **kwargs) -> CoreAttention:
+    collection, cls = SimpleNamespace(cp=group or OneRank()), VariantAttention if VARIANTS[variant] else CoreAttention
+    made = cls(config(**VARIANTS[variant]), 1, None, "self", pg_collection=collection, **kwargs)
+    with torch.no_grad():
+        for sinks in made.parameters():
+            sinks.copy_(torch.tensor(SINKS))
     return made
 
 
@@ -133,14 +132,6 @@ def test_rms_norm_and_its_gradients_equal_the_formula(zero_centered):
     torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_rms_norm_starts_as_the_plain_normalisation():
-    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(2))
-    plain = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    for zero_centered in (False, True):
-        norm = RMSNorm(config(layernorm_zero_centered_gamma=zero_centered), 24)
-        torch.testing.assert_close(norm(x), plain)
-
-
 def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
     x = torch.randn(64, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
     norm = RMSNorm(config(params_dtype=torch.bfloat16, bf16=True), 24)
@@ -177,9 +168,9 @@ def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula(vari
         torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
         for got, exact in ((query, q), (key, k), (value, v)):
             torch.testing.assert_close(got.grad[:, b].double(), exact.grad, rtol=1e-5, atol=1e-5)
-    if layer.softmax_offset is not None:
+    for parameter in layer.parameters():
         bound = 13 * 2 * GROUPS * CHANNELS * 2.0**-24  # the queries of two heads, and the channels of their scores
-        torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, rtol=1e-5, atol=bound)
+        torch.testing.assert_close(parameter.grad.double(), sinks.grad, rtol=1e-5, atol=bound)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -214,9 +205,8 @@ def test_a_causal_mask_of_megatrons_kind_changes_nothing(variant):
 
 def test_a_sink_of_zero_is_the_softmax_that_is_off_by_one():
     query, key, value = random_qkv(9, 1)
-    layer = CoreAttention(
-        config(softmax_type="off-by-one"), 1, None, "self", pg_collection=SimpleNamespace(cp=OneRank())
-    )
+    one = SimpleNamespace(cp=OneRank())
+    layer = VariantAttention(config(softmax_type="off-by-one"), 1, None, "self", pg_collection=one)
     expected = reference(query[:, 0], key[:, 0], value[:, 0], "sinks", torch.zeros(HEADS))
     torch.testing.assert_close(layer(query, key, value)[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
     assert not list(layer.parameters()) and not layer.state_dict()
@@ -228,12 +218,6 @@ def test_a_sink_in_bf16_keeps_its_precision_for_a_scale_that_bf16_rounds():
     assert channels.dtype == torch.bfloat16 and channels.shape == (1, HEADS, 2, 8)
     scores = 0.3 * channels[0, :, 0].double().sum(-1)  # a kernel adds the products in float32
     torch.testing.assert_close(scores, sinks.double(), rtol=2**-15, atol=0)
-
-
-def test_layers_have_the_window_as_megatron_core_numbers_them():
-    for freq in (None, 1, 2, 3, [0, 1, 1, 0, 1, 0]):
-        layers_with = windowed_layers(freq, 6)
-        assert layers_with == [is_layer_window_attention((5, 0), freq, number) for number in range(1, 7)]
 
 
 def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
@@ -250,28 +234,10 @@ def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
     assert seen.largest < 1024 * 1024 // 8
 
 
-def test_a_mask_of_megatrons_kind_hides_what_it_marks():
-    query, key, value = random_qkv(6, 1)
-    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    out = attention()(query, key, value, attention_mask=hidden[None, None])
-    torch.testing.assert_close(out, attention()(query, key, value))
-
-
 def test_the_softmax_scale_may_be_given():
     query, key, value = random_qkv(6, 1)
     scaled = attention(softmax_scale=2 * CHANNELS**-0.5)(query, key, value)
     torch.testing.assert_close(scaled, attention()(2 * query, key, value))
-
-
-def test_what_attention_cannot_do_is_refused():
-    query, key, value = random_qkv(4, 1)
-    with pytest.raises(ValueError, match="attention_type='cross'"):
-        CoreAttention(config(), 1, None, "cross", pg_collection=SimpleNamespace(cp=OneRank()))
-    with pytest.raises(ValueError, match="no attention bias"):
-        attention()(query, key, value, attention_bias=torch.zeros(4, 4))
-    two = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    with pytest.raises(ValueError, match="needs packed sequences"):
-        attention(two)(query, key, value)
 
 
 # -- attention, packed -----
@@ -461,8 +427,8 @@ def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, 
     backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
     seen = Largest()
     with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
-        patch.setattr(local_attention, "_FUSED_QUERIES", num_rows)
-        patch.setattr(local_attention, "_SCORES", scores)
+        patch.setattr(context_parallel_attention, "_FUSED_QUERIES", num_rows)
+        patch.setattr(context_parallel_attention, "_SCORES", scores)
         with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
             out = attention(group)(*inputs, packed_seq_params=packed)
         with seen:
@@ -482,21 +448,6 @@ def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_r
         assert kept <= 12 * HEADS * CHANNELS * tokens
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def row(cp_size: int):
-    """Return a microbatch of three sequences, whose last segment is padding."""
-    texts = [ContextPair(str(n), [1] * n, [1] * n, [2] * 3, False) for n in (9, 4, 1)]
-    batch = pack(texts, PackingRules(max_tokens=48, cp_size=cp_size, tp_size=1, paired=True), seq_length=48)
-    return batch.student[0]
-
-
-def test_host_and_device_know_the_same_segments():
-    microbatch = row(1)
-    packed = PackedSequences.of(microbatch, microbatch.position_ids, with_segment_batches=True)
-    assert packed.segment_bounds == tuple(microbatch.cu_seqlens.tolist())
-    assert packed.max_seqlen_q == microbatch.max_seqlen
-    assert packed.segment_batches is not None and len(packed.segment_batches.place) == 48
 
 
 def read_twice(kind):

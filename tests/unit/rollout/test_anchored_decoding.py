@@ -32,7 +32,7 @@ from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding
-from megatron_selfdistill.rollout.megatron.decoding import cache_bytes_per_token
+from megatron_selfdistill.rollout.megatron.decodable_models import cache_bytes_per_token
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 ANCHORED, MATCHES_STUDENT = Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)

@@ -269,9 +269,8 @@ ROUTERS: list[tuple[str, object]] = [
     ("moe_router_force_biased", 0.5),
     ("moe_input_jitter_eps", 0.1),
     ("moe_router_force_load_balancing", True),
-    ("moe_expert_capacity_factor", 1.0),
 ]
-"""Settings of a router under which a token's experts are random, or depend on the other tokens of a batch."""
+"""Settings of a router under which the experts of a token are random."""
 
 
 def refuse_windows_of_other_attention(model: torch.nn.Module, refuse: Callable[[], None]) -> None:

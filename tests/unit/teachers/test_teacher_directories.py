@@ -17,8 +17,8 @@ import torch
 from letters import LETTERS, save_tokenizer
 from safetensors.torch import load_file, save_file
 
+from megatron_selfdistill.adapters.stored_adapters import StoredAdapters
 from megatron_selfdistill.checkpoint.formats.manifest import NAME as MANIFEST
-from megatron_selfdistill.checkpoint.formats.stored_adapters import StoredAdapters
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping

@@ -13,10 +13,10 @@ from real_servers import Across, across_an_update, assert_new_weights_go_on, sam
 from responses import own, tokens
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 

@@ -83,8 +83,6 @@ def test_the_command_plan_prints_what_a_dry_run_prints(printed, capsys, monkeypa
             "at most 8, or all GPUs of several; choose a multiple of 8",
         ),
         (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
-        (["model.kv_channels=7"], "expected an even model.kv_channels (by default model.hidden_size / model.num"),
-        (["model.hidden_size=60"], "model.num_attention_heads), got 15"),
         (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
     ],
 )
@@ -185,14 +183,6 @@ def test_data_that_is_named_is_read_and_counted(data, tmp_path, capsys):
 def test_a_plan_needs_the_number_of_gpus():
     with pytest.raises(ConfigError, match=r"needs cluster\.num_gpus"):
         dry_run(load())
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [["model.kv_channels=7", "model.rotary_percent=0.5"], ["model.kv_channels=7", "model.rotary_percent=0.9"]],
-)
-def test_a_head_that_turns_in_part_only_may_be_odd(overrides):
-    assert dry_run(load([*TINY, *overrides])).parameters > 0
 
 
 LOGS = ["recipe=chat_logs", *TINY]

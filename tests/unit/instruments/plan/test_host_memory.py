@@ -226,7 +226,5 @@ def test_a_step_counts_the_passes_of_teachers_of_another_architecture(absent, mo
 def test_a_teacher_that_cannot_be_built_in_the_layout_is_named(absent, monkeypatch):
     uneven = dataclasses.replace(load(["recipe=qwen3_32b"]).model, transformer={"no_such_field": 1})
     monkeypatch.setattr(dry_run_module, "teacher_copies", lambda config: [(uneven, {"math": Path("/m")})])
-    with pytest.raises(
-        ConfigError, match=r"^the architecture of teachers.math does not fit the run: model.transformer"
-    ):
+    with pytest.raises(ConfigError, match=r"^the architecture of teachers\.math does not fit the run: .*no_such_field"):
         dry_run(load(["recipe=qwen3_8b", "teachers.math.load=/m"]))

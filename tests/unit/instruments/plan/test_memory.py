@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from models import build, model_config, parallel, planned
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import (
     AdapterConfig,
     Config,
@@ -38,7 +39,6 @@ from megatron_selfdistill.instruments.plan.memory import (
     parameter_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import hidden_states, inputs_of, unwrapped

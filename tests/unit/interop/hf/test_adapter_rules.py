@@ -11,13 +11,13 @@ import torch
 from tiers import combinations
 from torch import Tensor
 
+from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.export import Exporter, export
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules, is_adapter_key
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import family_of
-from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
 

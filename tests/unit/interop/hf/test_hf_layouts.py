@@ -134,7 +134,7 @@ def load(
         _, model, rules, tensors = hf_models.read(directory)
         with pytest.MonkeyPatch.context() as patch:
             # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
-            patch.setattr(architecture, "refuse_known_faults", lambda config: None)
+            patch.setattr(architecture, "refuse_known_faults", lambda config, **_: None)
             optimizer = OptimizerConfig(precision=precision)
             chunks, grid = models.build(model, layout.parallel(kind), optimizer=optimizer)
         if how == "from checkpoint":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_selfdistill.model.gated_delta_net import CHUNK, chunk_gated_delta_rule, one_step
+from megatron_selfdistill.architectures.gated_delta_net import CHUNK, chunk_gated_delta_rule, one_step
 
 ROWS, HEADS, KEYS, VALUES = 2, 3, 4, 5
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.architectures.rare_layers import AllHeadsNormAttention, AllHeadsRMSNorm
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.layers import AllHeadsNormAttention, AllHeadsRMSNorm
 
 HEADS, CHANNELS, EPS = 4, 6, 1e-3
 
@@ -70,12 +69,6 @@ def test_the_norm_and_its_gradients_equal_the_formula_in_every_layout(ranks, tp_
         )
 
 
-def test_heads_that_are_normalised_by_themselves_are_another_norm():
-    x, weight, _ = inputs()
-    alone = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.view(HEADS, CHANNELS)
-    assert (alone - expected()[0]).abs().max() > 0.5
-
-
 def rounded() -> tuple[Tensor, Tensor]:
     _, grid = models.build(models.model_config(), models.parallel())
     precision = OptimizerConfig(precision="bf16")
@@ -116,8 +109,3 @@ def test_the_weights_are_cut_like_the_heads_and_no_gradient_of_them_is_summed(ra
         assert facts["class"] and facts["counted"] and not facts["summed"]
         assert facts["shape"] == (16,)  # 2 groups of 8 channels
         assert facts["full"].equal(whole["full"])
-
-
-def test_one_of_both_norms_may_be_set():
-    with pytest.raises(ConfigError, match=r"model\.qk_layernorm normalises each head.* set one of them"):
-        ModelConfig(qk_layernorm=True, qk_layernorm_all_heads=True).check(None)

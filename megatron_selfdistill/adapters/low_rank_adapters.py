@@ -30,10 +30,10 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_selfdistill.adapters import ADAPTER_SUFFIX
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model import ADAPTER_SUFFIX
 from megatron_selfdistill.model.forward import unwrapped
 
 
@@ -233,12 +233,12 @@ class WithoutAdapters(torch.nn.Module):
 
         The adapters are off only during this call, so that a recomputation in the backward pass of the chunk has them.
         """
-        with self.switched_off():
+        with self.around_model():
             return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Switch the adapters of the chunk off while the context is open."""
+    def around_model(self) -> Iterator[None]:
+        """Switch the adapters off while the context is open, in which the chunk's model runs alone (decoding)."""
         with _switched(self._adapters, False):
             yield
 

@@ -21,19 +21,18 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.data.packing import Microbatch
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.decoder import GatedQueryGroups, HeadGroups
-from megatron_selfdistill.model import gated_delta_net
-from megatron_selfdistill.model.architecture import layer_spec, transformer_config
-from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.model.gated_delta_net import (
+from megatron_selfdistill.architectures import gated_delta_net
+from megatron_selfdistill.architectures.gated_delta_net import (
     GatedDeltaKernels,
     GatedDeltaNet,
     GatedDeltaNetLinears,
     kernels_for,
 )
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.architecture import layer_spec, transformer_config
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.local_attention import PackedSequences
 
 ROWS = 2
@@ -215,23 +214,6 @@ def test_every_second_layer_has_a_gated_delta_net_whose_projection_may_include_t
     assert ranks.run(specs_of_layers, world_size=2) == [expected, expected]
 
 
-def test_groups_hold_the_rows_of_each_head_together():
-    grouped = HeadGroups(2, ((1, 1, 2), (1,)))
-    qkv, z = torch.tensor([1, 2, 10, 20, 100, 101, 200, 201]), torch.tensor([7, 8])
-    joined = grouped.join((qkv, z))
-    assert joined.tolist() == [1, 10, 100, 101, 7, 2, 20, 200, 201, 8]
-    assert [part.tolist() for part in grouped.split(joined)] == [qkv.tolist(), z.tolist()]
-
-
-def test_a_gated_linear_qkv_holds_each_groups_queries_then_their_gates():
-    arrangement = GatedQueryGroups(num_attention_heads=4, num_query_groups=2, kv_channels=1)
-    q = torch.tensor([1, -1, 2, -2, 3, -3, 4, -4])  # transformers: a query, then its gate
-    k, v = torch.tensor([10, 20]), torch.tensor([100, 200])
-    joined = arrangement.join((q, k, v))
-    assert joined.tolist() == [1, 2, -1, -2, 10, 100, 3, 4, -3, -4, 20, 200]
-    assert [part.tolist() for part in arrangement.split(joined)] == [q.tolist(), k.tolist(), v.tolist()]
-
-
 BF16 = SimpleNamespace(params_dtype=torch.bfloat16, deterministic_mode=False)
 FP32 = SimpleNamespace(params_dtype=torch.float32, deterministic_mode=False)
 INSTEAD = r"or set model\.transformer\.deterministic_mode=true .*NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"
@@ -273,27 +255,24 @@ def test_a_gpu_computes_with_the_installed_kernels(on_gpu):
     assert kernels.chunk_gated_delta_rule is fla_stand_in.chunk_gated_delta_rule
 
 
-def test_a_gpu_without_the_package_is_refused_with_both_ways_out(on_gpu):
-    with pytest.raises(
-        ConfigError, match=rf"need flash-linear-attention, .*: run pip install -e '\.\[gdn\]' .*{INSTEAD}"
-    ):
-        kernels_for(BF16)
-
-
-def test_a_version_with_wrong_gradients_is_refused(on_gpu):
-    """Megatron Core's own extra installs 0.4."""
-    install(on_gpu, "0.4.2")
-    with pytest.raises(ConfigError, match=rf"expected 0\.6 or later, .* got 0\.4\.2: .*{INSTEAD}"):
-        kernels_for(BF16)
-
-
-@pytest.mark.parametrize("triton", ["3.4.0", "3.6.0", "3.7.0"])
-def test_a_triton_with_wrong_gradients_on_hopper_gpus_is_refused(on_gpu, triton):
-    """flash-linear-attention would refuse it too, in the first backward pass."""
-    install(on_gpu, "0.6.0")
+@pytest.mark.parametrize(
+    ("config", "version", "triton", "words"),
+    [
+        (BF16, "", "3.7.1", r"need flash-linear-attention, .*: run pip install -e '\.\[gdn\]' "),
+        (BF16, "0.4.2", "3.7.1", r"expected 0\.6 or later, .* got 0\.4\.2: "),  # Megatron Core's own extra installs it
+        *(
+            (BF16, "0.6.0", triton, f"expected Triton 3.7.1 or later, .* got {triton}: ")
+            for triton in ("3.4.0", "3.7.0")
+        ),
+        (FP32, "0.6.0", "3.7.1", r"optimizer\.precision=fp32: .* set optimizer\.precision=bf16, "),
+    ],
+)
+def test_what_is_missing_or_has_wrong_gradients_on_hopper_gpus_is_refused(on_gpu, config, version, triton, words):
+    if version:
+        install(on_gpu, version)
     computes_on(on_gpu, (9, 0), triton)
-    with pytest.raises(ConfigError, match=rf"expected Triton 3\.7\.1 or later, .* got {triton}: .*{INSTEAD}"):
-        kernels_for(BF16)
+    with pytest.raises(ConfigError, match=rf"{words}.*{INSTEAD}"):
+        kernels_for(config)
 
 
 @pytest.mark.parametrize(("capability", "triton"), [((9, 0), "3.3.1"), ((9, 0), "3.9.0"), ((8, 0), "3.6.0")])
@@ -301,12 +280,6 @@ def test_every_other_triton_and_gpu_computes(on_gpu, capability, triton):
     install(on_gpu, "0.6.0")
     computes_on(on_gpu, capability, triton)
     assert kernels_for(BF16) is not None
-
-
-def test_float32_on_a_gpu_is_refused(on_gpu):
-    install(on_gpu, "0.6.0")
-    with pytest.raises(ConfigError, match=rf"optimizer\.precision=fp32: .* set optimizer\.precision=bf16, {INSTEAD}"):
-        kernels_for(FP32)
 
 
 @pytest.mark.parametrize("config", [BF16, FP32])

@@ -347,7 +347,7 @@ class GatedDeltaNet(MegatronModule):
             states = None if inference_context is None else _States.of(self, inference_context, b)
             out = self._mixed(*inputs, states=states)
         elif self.kernels is not None:
-            out = self._mixed(*inputs, lengths=packed.lengths_for_fla)
+            out = self._mixed(*inputs, lengths=_lengths_for_kernels(packed))
         else:
             segments = segment_batches_of(packed, mixed.device)
             rows = [self._mixed(*(x[0][index] for x in inputs)).flatten(0, 1) for index in segments.batches]
@@ -479,6 +479,18 @@ class _States:
         inputs, matrices = (memory[:, rows] for memory in memories[layer.layer_number])
         decodes, lengths = context.is_decode_only(), getattr(context, "prompt_lengths", None)
         return cls(inputs, matrices, not decodes, None if decodes or lengths is None else lengths[rows])
+
+
+def _lengths_for_kernels(packed: PackedSequences) -> dict[str, Tensor]:
+    """Return the arguments that state the segments to flash-linear-attention: int64 on the device, and on the host.
+
+    All layers get the same two objects: the library knows its tables of segments by the identity of both.
+    """
+    if (kept := packed.__dict__.get("_lengths_for_kernels")) is None:
+        on_host = torch.tensor(packed.segment_bounds, dtype=torch.int64)
+        kept = {"cu_seqlens": packed.cu_seqlens_q.long(), "cu_seqlens_cpu": on_host}
+        packed.__dict__["_lengths_for_kernels"] = kept
+    return dict(kept)
 
 
 def _of_unit_length(x: Tensor) -> Tensor:

@@ -17,23 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import is_te_min_version
 
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_variants import has_sinks
-from megatron_selfdistill.model.local_attention import CoreAttention, GatherSequence
+from megatron_selfdistill.architectures.attention_variants import VariantAttention
+from megatron_selfdistill.model.context_parallel_attention import GatherSequence
+from megatron_selfdistill.model.known_faults import has_sinks
 
-_PACKED_SINKS_OF_TRANSFORMER_ENGINE = "2.12.0"
-"""The first version of Transformer Engine with a kernel for sinks in packed sequences."""
-_LARGEST_HEAD = 256
 _NO_DROPOUT, _CAUSAL = 0.0, True
 
 
-class FlashSinkAttention(CoreAttention):
-    """`CoreAttention` with sinks beside Transformer Engine's layers: flash attention computes packed sequences.
+class FlashSinkAttention(VariantAttention):
+    """`VariantAttention` with sinks beside Transformer Engine's layers: flash attention computes packed sequences.
 
     Packed queries, keys and values are bf16 or fp16; dropout is not supported.  Collectives under context parallelism:
     those of `CoreAttention`.
@@ -155,45 +151,18 @@ def _keys_of_rank(
     return of_rank, places
 
 
-def why_no_flash_attention() -> str:
-    """Return why this PyTorch lacks the flash attention of this module; empty where it has it."""
-    if not torch.backends.cuda.is_flash_attention_available():
-        return "was built without it"
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if (major, minor) < (2, 7):  # it returns the log-sum-exp of each sequence with padding
-        return f"is {torch.__version__}, expected 2.7 or later"
-    return ""
-
-
 def sink_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[tuple[bool, str]]:
     """Return what `FlashSinkAttention` does not compute, and whether ``config`` has it.
 
     Each entry is (whether it is found, the message about it).  Without Transformer Engine's layers nothing is found.
     """
     used = transformer_engine and has_sinks(config)
-    channels = config.kv_channels or 0
-    lacking = why_no_flash_attention() if used else ""
     prefix = f"attention sinks (softmax_type={getattr(config.softmax_type, 'value', config.softmax_type)})"
     return [
-        (
-            bool(lacking),
-            f"{prefix} with Transformer Engine's layers need PyTorch's flash attention, but this PyTorch {lacking}: "
-            "install a build of PyTorch 2.7 or later with it",
-        ),
-        (
-            used and not (config.bf16 or config.fp16),
-            f"{prefix} with Transformer Engine's layers need flash attention, which has no float32: set "
-            "optimizer.precision=bf16",
-        ),
         (
             used and config.multi_latent_attention,
             f"{prefix} with Transformer Engine's layers have no latent attention: set "
             "model.transformer.softmax_type=vanilla",
-        ),
-        (
-            used and not config.multi_latent_attention and (channels % 8 != 0 or channels > _LARGEST_HEAD),
-            f"{prefix} with Transformer Engine's layers need flash attention: expected model.kv_channels to be a "
-            f"multiple of 8 and at most {_LARGEST_HEAD}, got {channels}",
         ),
         (
             used and (config.fp8_dot_product_attention or config.fp8_multi_head_attention),
@@ -206,15 +175,3 @@ def sink_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[
             "algorithms are on: do not set model.transformer.deterministic_mode",
         ),
     ]
-
-
-def refuse_sinks_of_transformer_engine(chunk: torch.nn.Module) -> None:
-    """Raise `ConfigError` if the model of ``model.provider`` has sinks that this Transformer Engine cannot pack."""
-    if not repairs.have_transformer_engine() or is_te_min_version(_PACKED_SINKS_OF_TRANSFORMER_ENGINE):
-        return
-    if any(getattr(module, "softmax_type", "vanilla") != "vanilla" for module in chunk.modules()):
-        raise ConfigError(
-            "model.provider: expected sinks (softmax_type) that can be computed in packed sequences, got those of "
-            f"Transformer Engine before {_PACKED_SINKS_OF_TRANSFORMER_ENGINE}: take the layer spec from "
-            "megatron_selfdistill.model.architecture.layer_spec"
-        )

@@ -17,12 +17,26 @@ Source: Miller 2023, "Attention is off by one"; OpenAI 2025, gpt-oss model card 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+
+from megatron_selfdistill.model.context_parallel_attention import ContextParallelQueries, repeated
+from megatron_selfdistill.model.known_faults import has_sinks
+from megatron_selfdistill.model.local_attention import CoreAttention
 
 SINK = "softmax_offset"
 """Megatron's name of the parameter [heads of this tensor-parallel rank]."""
@@ -32,13 +46,75 @@ _LEAST_QUERIES, _MOST_QUERIES = 128, 512
 """The bounds of the number of queries in a block: shorter blocks call more kernels, longer blocks mask more keys."""
 
 
-def has_sinks(config: Any) -> bool:
-    """Return whether the softmax of attention has a sink; ``config`` is a ``TransformerConfig``."""
-    return bool(_kind_of_softmax(config) != "vanilla")
+class VariantAttention(CoreAttention):
+    """`CoreAttention` of a model whose layers have sliding windows or sinks; a layer may have neither.
 
+    A query of a layer with a window (``window_size=(left, 0)`` and ``window_attn_skip_freq``) sees the ``left`` keys
+    before its own and no earlier ones.  With ``softmax_type=learnable`` each head has a sink, the parameter
+    ``softmax_offset`` [n / tp].
+    """
 
-def _kind_of_softmax(config: Any) -> Any:
-    return getattr(config.softmax_type, "value", config.softmax_type)
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **options: Any) -> None:
+        super().__init__(config, layer_number, *args, **options)
+        self.left = left_of_layer(config, layer_number)
+        self._tp_group = getattr(options["pg_collection"], "tp", None)
+        sinks = sinks_of_layer(config, 1 if self._tp_group is None else self._tp_group.size())
+        if isinstance(sinks, torch.nn.Parameter):
+            self.softmax_offset = sinks
+        else:
+            self.register_buffer(SINK, sinks, persistent=False)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the sinks of this rank, cut along the heads, for a checkpoint; nothing where there are no sinks."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {SINK: 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+    def _held_queries(self, packed: PackedSeqParams, device: torch.device) -> ContextParallelQueries:
+        """Return the queries of this context-parallel rank with the keys of the window only."""
+        whole, left = super()._held_queries(packed, device), self.left
+        if left is None:
+            return whole
+        kept: dict[int, ContextParallelQueries] = packed.__dict__.setdefault("_held_queries_of_windows", {})
+        if left not in kept:
+            bounds = tuple((max(start, position - left), position) for start, position in whole.bounds)
+            kept[left] = replace(whole, starts=torch.maximum(whole.starts, whole.positions - left), bounds=bounds)
+        return kept[left]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Return the attention within the window; long causal sequences are computed one block of queries at a time."""
+        left = self.left
+        if left is None or (causal and q.size(2) <= left + 1):
+            return self._weighted(q, k, v, allowed, causal)
+        if allowed is not None:
+            return self._weighted(q, k, v, within_window(allowed, left))
+        if not causal:  # the last query sees the end of the cache
+            first = max(k.size(2) - left - 1, 0)
+            return self._weighted(q, k[:, :, first:], v[:, :, first:])
+        k, v = (repeated(x, q.size(1)) for x in (k, v))
+        out = [
+            self._weighted(q[:, :, queries], k[:, :, keys], v[:, :, keys], block_mask(queries, keys, left, q.device))
+            for queries, keys in window_blocks(q.size(2), left)
+        ]
+        return torch.cat(out, dim=2)
+
+    def _weighted(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+        if self.softmax_offset is None:
+            return super()._attend(q, k, v, allowed, causal)
+        dropout, scale = self.attention_dropout if self.training else 0.0, self.softmax_scale
+        sinks = self.softmax_offset
+        return attend_with_sinks(q, k, v, sinks, allowed=allowed, causal=causal, scale=scale, dropout=dropout)
 
 
 def sinks_of_layer(config: Any, tp_size: int) -> Tensor | None:
@@ -47,11 +123,10 @@ def sinks_of_layer(config: Any, tp_size: int) -> Tensor | None:
     `repairs.mark_weights_for_the_norm` marks them as cut, so that the norm of the gradient counts all heads.  They
     are a parameter for ``softmax_type=learnable``, constant for ``off-by-one``, and None for ``vanilla``.
     """
-    kind = _kind_of_softmax(config)
     if not has_sinks(config):
         return None
     zeros = torch.zeros(config.num_attention_heads // tp_size, dtype=config.params_dtype)
-    if kind == "off-by-one":
+    if getattr(config.softmax_type, "value", config.softmax_type) == "off-by-one":
         return zeros
     return torch.nn.Parameter(zeros)
 
@@ -106,21 +181,6 @@ def sink_channels(sinks: Tensor, scale: float, query: Tensor) -> Tensor:
     return both[None, :, None].expand(query.size(0), -1, query.size(2), -1)
 
 
-def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layers: int) -> list[bool]:
-    """Return for each of ``num_layers`` layers whether it has the window, as Megatron Core numbers the layers.
-
-    ``window_attn_skip_freq``: null is a window in every layer; N is full attention in every Nth layer; a list has 1 for
-    each layer with a window.  `window_faults` has refused other values.
-    Source: ``is_layer_window_attention`` of Megatron Core.
-    """
-    freq = window_attn_skip_freq
-    if freq is None:
-        return [True] * num_layers
-    if isinstance(freq, int):
-        return [layer % freq != 0 for layer in range(1, num_layers + 1)]
-    return [bool(windowed) for windowed in freq]
-
-
 def window_faults(config: Any, *, transformer_engine: bool) -> list[tuple[bool, str]]:
     """Return what neither Megatron Core nor `CoreAttention` computes, and whether ``config`` has it.
 
@@ -160,10 +220,8 @@ def left_of_layer(config: Any, layer_number: int) -> int | None:
 
     ``config``: a ``TransformerConfig``; ``layer_number`` begins with 1 and counts the layers of all stages.
     """
-    if not config.window_size:
-        return None
-    windowed = windowed_layers(config.window_attn_skip_freq, config.num_layers)
-    return int(config.window_size[0]) if windowed[layer_number - 1] else None
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return int(config.window_size[0]) if windowed else None
 
 
 def window_blocks(length: int, left: int) -> Iterator[tuple[slice, slice]]:
@@ -180,13 +238,8 @@ def window_blocks(length: int, left: int) -> Iterator[tuple[slice, slice]]:
 def block_mask(queries: slice, keys: slice, left: int, device: torch.device) -> Tensor:
     """Return the mask [queries, keys] bool of a block of `window_blocks`: True where a query sees a key."""
     own = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    return seen(torch.arange(keys.start, keys.stop, device=device), own, left)
-
-
-def seen(keys: Tensor, own: Tensor, left: int | None) -> Tensor:
-    """Return whether a query at position ``own`` sees the key at each position of ``keys``; both broadcast, int64."""
-    mask = keys <= own
-    return mask if left is None else mask & (keys >= own - left)
+    positions = torch.arange(keys.start, keys.stop, device=device)
+    return (positions <= own) & (positions >= own - left)
 
 
 def within_window(allowed: Tensor, left: int) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The ``adapters.json`` of a checkpoint that holds low-rank adapters alone, and the digest of the weights below them.
+"""The ``adapters.json`` of a checkpoint that holds low-rank adapters alone.
 
     {"version": 1, "rank": 32, "alpha": 32.0, ..., "base": {"digest": "5c7a..", "checkpoint": "/checkpoints/qwen3-8b"}}
 
@@ -8,38 +8,33 @@ Nothing here imports torch or communicates.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.manifest import Entry
+from megatron_selfdistill.adapters import ADAPTER_SUFFIX
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 NAME = "adapters.json"
 """The name of the description in a checkpoint of adapters."""
-KEPT_BASE = "base"
-"""The name, in the run directory, of the base of a run that began at random weights."""
-KEPT_DIGEST = "base.json"
-"""The name of the file with the digest of a kept base: a random number, which all copies of these weights share."""
 PEFT_CONFIG = "adapter_config.json"
 """The name of the settings in a directory of the library PEFT."""
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rank": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    "alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a number above 0 and below 1e30"),
-    "rank_stabilised": (lambda value: type(value) is bool, "true or false"),
-    "layers": (lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value), "a list of names"),
-    "seed": (lambda value: type(value) is int, "a whole number"),
+_TYPES: dict[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "alpha": (int, float),
+    "rank_stabilised": (bool,),
+    "layers": (list,),
+    "seed": (int,),
 }
-"""A setting of stored adapters -> whether a value has its type, and the words for that type."""
-SETTINGS = list(_VALUES)
+"""A setting of stored adapters -> its types; `AdapterConfig` checks its range."""
+SETTINGS = list(_TYPES)
 """The keys of the section ``adapter`` that belong to stored adapters."""
-_WEIGHT_FILES = ("common.pt", "metadata.json", ".metadata")
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class StoredAdapters:
     """The directory of the checkpoint."""
     settings: AdapterConfig
     base_digest: str
-    """The `base_digest` of the frozen weights to which the adapters belong."""
+    """The `weights_digest.base_digest` of the frozen weights to which the adapters belong."""
     base: Path | None
     """The checkpoint of these weights at the time of the save; None if the run directory keeps them."""
 
@@ -59,6 +54,16 @@ class StoredAdapters:
         values = {name: value for name, value in asdict(self.settings).items() if name in SETTINGS}
         base = {"digest": self.base_digest, "checkpoint": None if self.base is None else str(self.base)}
         return json.dumps({"version": 1, **values, "base": base}, indent=1) + "\n"
+
+    def properties(self) -> dict[str, str]:
+        """Return what a description of the checkpoint says about adapters and base, by name."""
+        settings = self.settings
+        scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
+        return {
+            "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
+            "base": f"the checkpoint with the digest {self.base_digest}",
+            "place of the base": str(self.base or f"{KEPT_BASE} in the run directory"),
+        }
 
     def overrides(self) -> str:
         """Return the settings as keys for a run that begins at these adapters."""
@@ -106,9 +111,9 @@ def read_stored_adapters(path: Path) -> StoredAdapters | None:
         return None
     try:
         content: Any = from_json(file.read_bytes())
-        for name, (holds, words) in _VALUES.items():
-            if not holds(content[name]):
-                raise TypeError(f"{name} is {content[name]!r}, expected {words}")
+        for name, types in _TYPES.items():
+            if type(content[name]) not in types:
+                raise TypeError(f"{name} is {content[name]!r}")
         settings = AdapterConfig(**{name: content[name] for name in SETTINGS})
         base: dict[str, Any] = content["base"]
         place = None if base["checkpoint"] is None else Path(base["checkpoint"])
@@ -144,52 +149,13 @@ def require_adapters(path: Path) -> StoredAdapters:
     return stored
 
 
-def weight_files(path: Path) -> list[Path]:
-    """Return the files of a checkpoint directory that `base_digest` reads where there is no manifest."""
-    if directory.is_legacy(path):
-        return sorted(path.glob(f"mp_rank_*/{directory.LEGACY_FILE}"))
-    return [file for file in sorted(path.iterdir()) if _is_weight_file(file.name)]
+def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
+    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
 
-
-def known_digest(path: Path) -> str | None:
-    """Return the `base_digest` of a checkpoint directory if no file of weights must be read for it, else None."""
-    kept = path / KEPT_DIGEST
-    if kept.is_file():
-        try:
-            described: Any = from_json(kept.read_bytes())
-            return str(described["digest"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} has a corrupt {KEPT_DIGEST} ({type(error).__name__}: {error})") from None
-    entries = manifest.read(path)
-    return None if entries is None else digest_of(entries)
-
-
-def base_digest(path: Path) -> str:
-    """Return the digest of the checkpoint at ``path``, 32 hexadecimal digits, which identifies it at any place.
-
-    It covers the names, sizes and checksums of the files of weights: those of the manifest, else, for checkpoints of
-    other programs, those that are computed now, which reads every file once.
-    Raises: CheckpointError where there is no checkpoint.
+    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
     """
-    found, _ = directory.find(path)
-    return known_digest(found) or digest_of(checksums(found, weight_files(found)))
-
-
-def checksums(path: Path, files: Sequence[Path]) -> dict[str, Entry]:
-    """Return the present size and checksum of ``files`` by their names in the directory ``path``."""
-    return {str(file.relative_to(path)): manifest.checksum(file) for file in files}
-
-
-def digest_of(entries: Mapping[str, Entry]) -> str:
-    """Return the digest of the files of weights among ``entries``."""
-    return digest_of_files({name: entry for name, entry in entries.items() if _is_weight_file(Path(name).name)})
-
-
-def digest_of_files(entries: Mapping[str, Entry]) -> str:
-    """Return the digest of files by their names, sizes and checksums."""
-    lines = [f"{name} {entry.size} {entry.checksum}\n" for name, entry in sorted(entries.items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
-
-
-def _is_weight_file(name: str) -> bool:
-    return name in (*_WEIGHT_FILES, directory.LEGACY_FILE) or name.endswith(".distcp")
+    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
+    if held != {rank}:
+        raise CheckpointError(
+            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
+        )

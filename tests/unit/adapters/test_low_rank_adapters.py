@@ -9,9 +9,7 @@ import models
 import pytest
 import torch
 
-from megatron_selfdistill.config import AdapterConfig
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.adapters import (
+from megatron_selfdistill.adapters.low_rank_adapters import (
     AdapterSizes,
     LowRankAdapter,
     WithoutAdapters,
@@ -19,6 +17,8 @@ from megatron_selfdistill.model.adapters import (
     adapter_sizes,
     add_adapters,
 )
+from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.forward import unwrapped
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)

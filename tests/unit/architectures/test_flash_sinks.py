@@ -19,21 +19,20 @@ import torch.distributed as dist
 from hf_models import packed
 from host_traffic import host_traffic
 from models import fill_from_names
-from packaging.version import Version
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
-import megatron.core.utils as megatron_utils
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.architectures import flash_sinks
+from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build, flash_sinks
+from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, unwrapped, uses_local_attention
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
@@ -324,48 +323,3 @@ def kinds_without_sinks() -> list[str]:
 
 def test_models_without_sinks_keep_transformer_engines_attention(ranks):
     assert ranks.run(kinds_without_sinks, world_size=1) == [["EngineAttention"]]
-
-
-# -- refusals -----
-
-
-def refusal(monkeypatch: pytest.MonkeyPatch, precision: str = "bf16", **changes: Any) -> str:
-    """Return the message that refuses the tiny GPT-OSS with Transformer Engine's layers; empty where it runs."""
-    monkeypatch.setattr(architecture, "uses_transformer_engine", lambda: True)
-    transformer = {**tiny_gpt_oss().transformer, **changes.pop("transformer", {})}
-    model = dataclasses.replace(tiny_gpt_oss(), transformer=transformer, **changes)
-    try:
-        transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
-    except build.ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_where_flash_attention_cannot_run_sinks_are_refused_before_a_model_is_built(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)  # a build for CUDA has it
-    assert "this PyTorch was built without it" in refusal(monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert refusal(monkeypatch) == ""
-    assert "has no float32: set optimizer.precision=bf16" in refusal(monkeypatch, "fp32")
-    assert "a multiple of 8 and at most 256, got 12" in refusal(monkeypatch, kv_channels=12)
-    assert "at most 256, got 264" in refusal(monkeypatch, kv_channels=264)
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
-    assert "this PyTorch is 2.6.0+cu124, expected 2.7 or later" in refusal(monkeypatch)
-    assert refusal(monkeypatch, transformer={"softmax_type": "vanilla"}) == ""
-
-
-@pytest.mark.parametrize(
-    ("softmax_type", "version"), [("learnable", "2.11.0"), ("learnable", "2.12.0"), ("vanilla", "2.11.0")]
-)
-def test_a_providers_sinks_are_refused_with_a_transformer_engine_that_cannot_pack_them(
-    softmax_type, version, monkeypatch
-):
-    chunk = torch.nn.Sequential(EngineAttention(config(softmax_type=softmax_type)))
-    flash_sinks.refuse_sinks_of_transformer_engine(chunk)  # there is no Transformer Engine here
-    monkeypatch.setattr(repairs, "have_transformer_engine", lambda: True)
-    monkeypatch.setattr(megatron_utils, "_te_version", Version(version))
-    if softmax_type == "vanilla" or version == "2.12.0":
-        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
-        return
-    with pytest.raises(build.ConfigError, match=r"^model\.provider: expected sinks .* before 2\.12\.0: take the layer"):
-        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
