@@ -50,10 +50,10 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
     found: dict[str, list[Any]] = {"sampling": [], "training": [], "gradients": [], "weights": []}
 
     class Colocated(MegatronSampler):
-        def __init__(self, chunks: Any, grid: Any, hf_config: Path, rules: Any, rollout: Any, **options: Any) -> None:
-            self.wrapped = chunks
-            found["sampling"].append(gradient_bytes(chunks))
-            super().__init__(chunks, grid, options["vocab_size"], options["max_length"], 0.1)
+        def __init__(self, weights: Any, grid: Any, hf_config: Path, rollout: Any, **options: Any) -> None:
+            self.wrapped = weights._weights._chunks
+            found["sampling"].append(gradient_bytes(self.wrapped))
+            super().__init__(self.wrapped, grid, options["vocab_size"], options["max_length"], 0.1)
 
         def generate(self, *arguments: Any) -> Any:
             found["sampling"].append(gradient_bytes(self.wrapped))

@@ -102,21 +102,15 @@ def sampler(
     ``family``: the family as which vLLM knows the model; null takes the first family that can describe it.
     """
     from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
+    from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     family = family or family_of_model(model)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
-        built = ColocatedSampler(
-            chunks,
-            grid,
-            Path(directory),
-            family.rules(model),
-            RolloutConfig(engine="vllm", **{"kv_cache_gb": 0.1, **options}),
-            vocab_size=vocab_size,
-            max_length=MAX_LENGTH,
-            adapter=adapter,
-        )
+        rollout = RolloutConfig(engine="vllm", **{"kv_cache_gb": 0.1, **options})
+        weights = EngineWeights(chunks, grid, family.rules(model), adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
+        built = ColocatedSampler(weights, grid, Path(directory), rollout, vocab_size=vocab_size, max_length=MAX_LENGTH)
         try:
             yield built
         finally:

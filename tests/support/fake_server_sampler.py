@@ -36,6 +36,7 @@ def sampler(
     **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`."""
+    from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
     from megatron_selfdistill.interop.hf.mapping import family_of_model
 
@@ -43,28 +44,17 @@ def sampler(
     if adapter is not None:
         add_adapters(chunks, adapter, grid)
     with tempfile.TemporaryDirectory() as directory:
+        settings = {"transfer": "shared_memory", "transfer_dir": directory, "timeout_s": 60.0, **options}
+        rules = family_of_model(MODEL).rules(MODEL)
         built = ServerSampler(
-            chunks,
+            EngineWeights(chunks, grid, rules, adapter, bucket_bytes=20_000, on_ranks=[0]),
             grid,
             Path(directory),
-            family_of_model(MODEL).rules(MODEL),
-            RolloutConfig(
-                engine="vllm",
-                placement="server",
-                servers=addresses,
-                **{
-                    "transfer": "shared_memory",
-                    "transfer_dir": directory,
-                    "bucket_mb": 0.02,
-                    "timeout_s": 60.0,
-                    **options,
-                },
-            ),
+            RolloutConfig(engine="vllm", placement="server", servers=addresses, **settings),
             vocab_size=models.VOCAB_SIZE,
             max_length=64,
             run_dir=Path(directory),
             progress=progress,
-            adapter=adapter,
         )
         try:
             yield built, grid

@@ -21,11 +21,12 @@ import torch
 
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import begin
-from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest
+from megatron_selfdistill.engines.vllm.engine import EngineRequest
 from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE
 from megatron_selfdistill.engines.vllm.plugin.middleware import compact_body
 from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, digest, unpack
+from megatron_selfdistill.rollout.base import Response
 
 
 def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[int]:
@@ -69,8 +70,8 @@ def answer_to(
     }
 
 
-def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-    """Return the outputs of ``requests``, which are at the server at once; if one fails, the others are dropped."""
+def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[Response]:
+    """Return the responses to ``requests``, which are at the server at once; if one fails, the others are dropped."""
     begun = [begin(server.generate(request)) for request in requests]
     try:
         return [each.result() for each in begun]
@@ -121,8 +122,6 @@ class FakeVllm(ThreadingHTTPServer):
         """The path that never answers."""
         self.endless_at = ""
         """The path whose answer never ends: one long number in JSON."""
-        self.drips = False
-        """Whether this answer comes one byte at a time."""
         self.drips_at = ""
         """The path whose headers come one byte at a time."""
         self.texts: dict[str, str] = {}
@@ -142,8 +141,6 @@ class FakeVllm(ThreadingHTTPServer):
             {"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}
         ]
         """The answer of `VllmServer.workers`; the server really has one worker."""
-        self.adapters: dict[str, Any] = {"rank": 0, "modules": []}
-        """The answer of the worker's ``adapter_limits``."""
         self.blind: list[str] = []
         """The hosts whose workers cannot read the trainer's files."""
         self.restart()
@@ -153,7 +150,6 @@ class FakeVllm(ThreadingHTTPServer):
         self.version = "default"
         self.weights: dict[str, torch.Tensor] = {}
         """The tensors of the last update."""
-        self.frozen_weights: str | None = None
         self.adapter: dict[str, Any] | None = None
         self.models: Counter[str | None] = Counter()
         """The names of the adapters of all requests; None stands for no adapter."""
@@ -229,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path == fake.drips_at:
                 self._drip_headers()
             elif path == fake.endless_at:
-                self._never_end(b"1" if fake.drips else b"1" * 2**16, 0.05 if fake.drips else 0.0)
+                self._never_end()
             elif path in fake.texts:
                 self._reply(200, fake.texts[path])
             elif path == "/collective_rpc" and body["method"] in fake.texts:
@@ -250,13 +246,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes([byte]))
             time.sleep(0.05)
 
-    def _never_end(self, piece: bytes, pause_s: float) -> None:
+    def _never_end(self) -> None:
         self.close_connection = True
         self.send_response(200)
         self.end_headers()
         while self.server.endless_at:
-            self.wfile.write(piece)
-            time.sleep(pause_s)
+            self.wfile.write(b"1" * 2**16)
 
     def _generate(self, body: dict[str, Any]) -> None:
         fake = self.server
@@ -322,12 +317,8 @@ class _Handler(BaseHTTPRequestHandler):
             exists = Path(arguments[0]).exists()
             hosts = [worker["host"] for worker in fake.workers]
             return [{"can_read": exists and host not in fake.blind, "host": host} for host in hosts]
-        if method == "adapter_limits":
-            return [fake.adapters]
-        if method == "frozen_weights":
-            return [{"run": fake.frozen_weights}]
         if method == "load_factors":
-            fake.adapter, fake.frozen_weights = arguments
+            [fake.adapter] = arguments
             return [None]
         return [{"method": method, "args": arguments}]
 

@@ -74,19 +74,20 @@ def sampler(
     **options: Any,
 ) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
+    from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
     os.environ[TOKEN_VARIABLE] = servers.token
+    rollout = RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options)
+    bucket_bytes = int(rollout.bucket_mb * 2**20)
     built = ServerSampler(
-        chunks,
+        EngineWeights(chunks, grid, FAMILY.rules(MODEL), adapter, bucket_bytes=bucket_bytes, on_ranks=[0]),
         grid,
         servers.hf_config,
-        FAMILY.rules(MODEL),
-        RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options),
+        rollout,
         vocab_size=models.VOCAB_SIZE,
         max_length=MAX_LENGTH,
         run_dir=servers.hf_config,
-        adapter=adapter,
     )
     try:
         yield built
@@ -125,7 +126,7 @@ def _read(server: VllmServer, request: Request, response: Response) -> list[floa
     prompt = [*request.prompt, *response.token_ids]
     sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
     body = {"token_ids": prompt, "sampling_params": sampling, "model": server._model, "stream": False}
-    answer = run(server._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
+    answer: Any = run(server._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
     entries = zip(prompt, answer["prompt_logprobs"], strict=True)
     return [entry[str(token)]["logprob"] for token, entry in list(entries)[len(request.prompt) :]]
 

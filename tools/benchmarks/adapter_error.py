@@ -91,7 +91,7 @@ def _compared(
     sampler: Any, prompts: Sequence[list[int]], count: int, chunks: Sequence[Any], grid: Any
 ) -> dict[str, float]:
     """Return what the engine's samples say about its distance from ``chunks``."""
-    from megatron_selfdistill.engines.vllm.engine_output import EngineRequest
+    from megatron_selfdistill.engines.vllm.engine import EngineRequest
 
     sampling = {"max_tokens": count, "ignore_eos": True, "logprobs": 0, "detokenize": False}
     requests = [EngineRequest(prompt, {**sampling, "seed": seed}) for seed, prompt in enumerate(prompts)]

@@ -100,11 +100,11 @@ def traffic_of(world: CountedWorld, batch: Batch, engine_tp: int | None) -> list
         if engine_tp is None:
             gathered = gather_requests(requests, grid)
             answered = gathered.by_replica(dict(enumerate(batch.responses(len(gathered.requests)))))
-            responses = return_responses(answered, [0], grid, range(len(requests)))
+            responses = return_responses(answered, [0], grid, len(requests))
         else:
             shares = EngineShares(len(requests), grid, engine_tp)
-            responses = dict(enumerate(shares.collect(batch.responses(len(shares.distribute(requests))))))
-        assert [responses[i] for i in range(len(requests))] == [expected] * len(requests)
+            responses = shares.collect(batch.responses(len(shares.distribute(requests))))
+        assert responses == [expected] * len(requests)
 
     return world.run(step)
 

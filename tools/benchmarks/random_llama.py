@@ -90,15 +90,10 @@ class RandomLlama:
     ) -> Any:
         """Return a sampler with vLLM in this process, which gets the weights of ``chunks`` and their ``adapter``."""
         from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
+        from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 
+        weights = EngineWeights(chunks, self.grid, self.rules, adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
         with self.hf_directory() as directory:
             return ColocatedSampler(
-                chunks,
-                self.grid,
-                directory,
-                self.rules,
-                rollout,
-                vocab_size=self.vocab_size,
-                max_length=max_length,
-                adapter=adapter,
+                weights, self.grid, directory, rollout, vocab_size=self.vocab_size, max_length=max_length
             )

@@ -62,7 +62,7 @@ def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
         threads = _MostThreads()
         before, began = time.process_time(), time.perf_counter()
         batch = ServerBatch(requests, params, WeightAge(0, 0), servers, {}, BusyTime())
-        batch.finish()
+        batch.arrivals.join()
         seconds, wall = time.process_time() - before, time.perf_counter() - began
         most = threads.stop()
     responses = batch.arrivals.so_far()

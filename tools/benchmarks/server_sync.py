@@ -125,18 +125,19 @@ def _syncs(
     llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int, adapter: Any
 ) -> tuple[list[float], list[float], int]:
     """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of one sync."""
+    from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
+    bucket_bytes = int(rollout.bucket_mb * 2**20)
+    weights = EngineWeights(chunks, llama.grid, llama.rules, adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
     sampler = ServerSampler(
-        chunks,
+        weights,
         llama.grid,
         directory,
-        llama.rules,
         rollout,
         vocab_size=llama.vocab_size,
         max_length=MAX_LENGTH,
         run_dir=directory,
-        adapter=adapter,
     )
     sampler.update_weights(0)
     sampler.metrics()

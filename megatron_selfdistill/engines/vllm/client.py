@@ -5,23 +5,35 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from megatron_selfdistill.distributed.timed_http import HttpAnswer
 from megatron_selfdistill.engines.vllm.coroutines import begin
+from megatron_selfdistill.engines.vllm.engine import EngineRequest, possible_response
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_NAME
-from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.engines.vllm.http.patient_http import METRICS, PatientHttp, counted_tokens
-from megatron_selfdistill.engines.vllm.http.response_answer import ACCEPTED, max_bytes_of, parsed, response_in, shown
-from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE
+from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, NOT_STATED, StatedResponse
 from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Response
+
+_ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
+_SHOWN_CHARS = 500
+# The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
+_FIXED_BYTES, _TOKEN_BYTES = 2**20, 2**10
+
+T = TypeVar("T")
+
+
+class RequestRefused(EngineError):
+    """The server refuses the request; another server would refuse it too."""
 
 
 class VllmServer:
     """The server at ``address`` (``http://host:port``); ``token`` is sent with every request unless it is empty.
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
-    connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,
+    connection, an answer of another form, an answer that cannot be true (`possible_response`), an error of the server,
     and silence (`PatientHttp`).
     """
 
@@ -67,37 +79,34 @@ class VllmServer:
         """Let every request that is under way raise `EngineError`; the server drops the request."""
         begin(self._http.interrupt())
 
-    async def generate(self, request: EngineRequest) -> EngineOutput:
-        """Return the server's response to a request; raise `RequestRefused` where any server would refuse it."""
-        assert self._vocab_size is not None, "a client that generates needs vocab_size"
+    async def generate(self, request: EngineRequest) -> Response:
+        """Return the server's response to a request, from JSON or the compact form.
+
+        Raises: `EngineError` if a part of the response is missing, wrong or impossible; `RequestRefused` where any
+        server would refuse the request.
+        """
+        vocab_size = self._vocab_size
+        assert vocab_size is not None, "a client that generates needs vocab_size"
         body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
         if self._model is not None:
             body["model"] = self._model
-        content, max_bytes = json.dumps(body).encode(), max_bytes_of(request)
+        max_bytes = _FIXED_BYTES + _TOKEN_BYTES * int(request.sampling.get("max_tokens", 0))
         answer = await self._http.answer(
-            "POST", GENERATE, content, generates=True, max_bytes=max_bytes, accept=ACCEPTED
+            "POST", GENERATE, json.dumps(body).encode(), generates=True, max_bytes=max_bytes, accept=_ACCEPTED
         )
-        return response_in(answer, request, self.address, self._vocab_size)
+        is_compact = answer.media_type == MEDIA_TYPE
 
-    async def call(self, method: str, *args: Any) -> Any:
-        """Call the worker extension's method of that name, and return the result of the server's first worker."""
-        return (await self.call_all(method, *args))[0]
+        def response() -> Response:
+            body = answer.body if is_compact else json.loads(answer.text)
+            stated = StatedResponse.unpacked(body) if is_compact else StatedResponse.of_json(body)
+            return possible_response(request, stated, vocab_size, self.name)
+
+        return self._read(answer, "POST", GENERATE, response)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call the worker extension's method of that name; return the result of each worker, by rank."""
-        answer = await self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
-        results = answer.get("results") if isinstance(answer, dict) else None
-        if not isinstance(results, list) or not results:
-            raise self._error(f"expected a result of {method} from each worker, got {shown(answer)}")
-        return results
-
-    async def described(self, method: str, *args: Any, **kinds: Any) -> list[dict[str, Any]]:
-        """Return the results of `call_all`, which are objects with entries of these ``kinds``."""
-        results = await self.call_all(method, *args)
-        for result in results:
-            if not isinstance(result, dict) or not all(isinstance(result.get(key), kinds[key]) for key in kinds):
-                raise self._error(f"expected {', '.join(kinds)} from {method}, got {shown(result)}")
-        return results
+        body = {"method": method, "args": list(args)}
+        return await self._ask("POST", "/collective_rpc", body, lambda answer: list(answer["results"]))
 
     async def health(self, timeout_s: float | None = None) -> None:
         """Return if the server is up and its engine alive, else raise `EngineError`."""
@@ -108,12 +117,12 @@ class VllmServer:
 
         Before the first of these calls the version may be any word.
         """
-        return str(await self._field("/weight_info", "weight_version", str | int | None, timeout_s))
+        path = "/weight_info"
+        return await self._ask("GET", path, read=lambda answer: str(answer["weight_version"]), timeout_s=timeout_s)
 
     async def world_size(self) -> int:
         """Return the number of this server's workers."""
-        size: int = await self._field("/get_world_size", "world_size", int)
-        return size
+        return await self._ask("GET", "/get_world_size", read=lambda answer: int(answer["world_size"]))
 
     async def workers(self) -> list[dict[str, Any]]:
         """Return a dictionary for each worker of this server, in the order of their ranks.
@@ -123,16 +132,12 @@ class VllmServer:
         its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees and ``gpu``
         is that of the GPU on which it computes, None on a CPU.
         """
-        text = str | None
-        return await self.described("place", host=str, boot_id=str, address=str, nccl=text, gpus=list, gpu=text)
+        return await self.call_all("place")
 
     async def max_model_len(self) -> int | None:
         """Return the greatest length of prompt plus response in tokens; None if the server does not report it."""
-        models = await self._field("/v1/models", "data", list)
-        longest = models[0].get("max_model_len") if models and isinstance(models[0], dict) else None
-        if not isinstance(longest, int | None) or any(not isinstance(model, dict) for model in models):
-            raise self._error(f"expected models with a number max_model_len from /v1/models, got {shown(models)}")
-        return longest
+        longest = await self._ask("GET", "/v1/models", read=lambda answer: answer["data"][0].get("max_model_len"))
+        return None if longest is None else int(longest)
 
     async def num_tokens(self, timeout_s: float | None = None) -> float | None:
         """Return the tokens that the server has read and generated since its start; None if it keeps no count."""
@@ -172,24 +177,50 @@ class VllmServer:
         distribution that the new weights alone give it.
         """
         await self._ask("POST", "/finish_weight_update", {"weight_version": version})
-        answer = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true", {})
-        if not (isinstance(answer, dict) and answer.get("success")):
-            raise self._error("cannot reset its prefix cache: blocks are still in use")
+        path = "/reset_prefix_cache?reset_running_requests=true"
+        if not await self._ask("POST", path, {}, lambda answer: answer["success"]):
+            raise EngineError(f"{self.address}: cannot reset its prefix cache: blocks are still in use")
 
     async def resume(self) -> None:
         """Let the server work on requests again."""
         await self._ask("POST", "/resume", {})
 
-    async def _field(self, path: str, name: str, kind: Any, timeout_s: float | None = None) -> Any:
-        answer = await self._ask("GET", path, timeout_s=timeout_s)
-        if not isinstance(answer, dict) or name not in answer or not isinstance(answer[name], kind):
-            raise self._error(f"expected {name} from {path}, got {shown(answer)}")
-        return answer[name]
-
-    async def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        read: Callable[[Any], T] = lambda answer: answer,
+        timeout_s: float | None = None,
+    ) -> T:
+        """Return what ``read`` finds in the JSON of an answer, None in an empty one; see `_read`."""
         content = None if body is None else json.dumps(body).encode()
         answer = await self._http.answer(method, path, content, timeout_s=timeout_s)
-        return parsed(answer, method, path, self.address)
+        return self._read(answer, method, path, lambda: read(json.loads(answer.text) if answer.text.strip() else None))
 
-    def _error(self, message: str) -> EngineError:
-        return EngineError(f"{self.address}: {message}")
+    def _read(self, answer: HttpAnswer, method: str, path: str, found: Callable[[], T]) -> T:
+        """Return ``found()``; raise `EngineError` for a refusal, and for an answer of another form."""
+        if answer.status != 200:
+            kind = RequestRefused if 400 <= answer.status < 500 else EngineError
+            raise kind(f"{self.address}: {method} {path} answered {answer.status}: {_reason(answer.text)}")
+        try:
+            return found()
+        except NOT_STATED as error:
+            got = f"{len(answer.body)} bytes" if answer.media_type == MEDIA_TYPE else _shown(answer.text)
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise EngineError(
+                f"{self.address}: {method} {path}: expected an answer of another form, got {got} ({why})"
+            ) from error
+
+
+def _shown(text: str) -> str:
+    """Return the beginning of an answer, for a message."""
+    return text[:_SHOWN_CHARS] + ("..." if len(text) > _SHOWN_CHARS else "")
+
+
+def _reason(text: str) -> str:
+    """Return the message in an answer that reports an error, without the JSON around it."""
+    try:
+        return _shown(str(json.loads(text)["error"]["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _shown(text)

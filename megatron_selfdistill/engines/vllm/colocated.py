@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.engines.vllm.engine import engine_request, response_of
-from megatron_selfdistill.engines.vllm.engine_adapter import why_not_adapted
-from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
+from megatron_selfdistill.engines.vllm.engine import engine_request
+from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory, device_memory
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.exchange import EngineShares, WeightAge, check_requests
-from megatron_selfdistill.engines.vllm.hf_directory import num_weights
 from megatron_selfdistill.engines.vllm.in_process import InProcessEngine
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.interop.hf_files import read_config
-from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.decoding import free_bytes
 
@@ -49,32 +44,27 @@ class ColocatedSampler:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        weights: EngineWeights,
         grid: RankGrid,
         hf_config: Path,
-        rules: Sequence[Rule],
         rollout: RolloutConfig,
         *,
         vocab_size: int,
         max_length: int,
         progress: Progress = ignore_progress,
-        adapter: AdapterConfig | None = None,
     ) -> None:
         """Build the engines of all ranks; their weights are random until `update_weights`.
 
-        ``chunks``: the model's chunks on this rank, as built or as wrapped for training; the engines compute in their
-        dtype.  ``hf_config``: the directory of the model's config.json, and ``rules`` the model's tensors
-        (hf_directory.py).  ``vocab_size``: number of valid columns.  ``max_length``: longest prompt plus response, in
-        tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank.
-        ``adapter``: the adapters of the chunks, which then are all that changes: the engines get the weights once and
-        the factors at each update.
+        ``weights``: those of the trainer, on every rank; the engines compute in their dtype, and with adapters get the
+        frozen weights once and the factors at each update.  ``hf_config``: the directory of the model's config.json
+        (hf_directory.py).  ``vocab_size``: number of the model's tokens.  ``max_length``: longest prompt plus response,
+        in tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank.
 
         On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is the memory that the trainer
         leaves free, unless ``rollout.engine_args`` sets the share.
 
-        Raises, on all ranks alike: `ConfigError` for a world size that is no multiple of ``rollout.engine_tp``, for
-        weights and a KV cache that do not fit beside the trainer, and for a model or arguments that vLLM refuses;
-        `EngineError` where vLLM fails otherwise.
+        Raises, on all ranks alike: `ConfigError` for a world size that is no multiple of ``rollout.engine_tp``, and for
+        a model or arguments that vLLM refuses; `EngineError` where vLLM fails otherwise.
         """
         engine_tp = rollout.engine_tp
         if grid.world_size % engine_tp:
@@ -82,39 +72,28 @@ class ColocatedSampler:
                 f"rollout.engine_tp={engine_tp} ranks form one engine, but the world size {grid.world_size} is no "
                 "multiple of it; choose a divisor"
             )
-        described = read_config(hf_config)
-        found = described.get("vocab_size")
-        if found != vocab_size:
-            raise ConfigError(f"{hf_config}/config.json has vocab_size={found}, but the model has {vocab_size} tokens")
-        refusal = why_not_adapted(described, on_cpu=grid.device.type == "cpu")
-        if adapter is not None and adapter.rank and refusal:
-            raise ConfigError(refusal)
-        self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
+        self._weights, self._grid, self._max_length, self._progress = weights, grid, max_length, progress
+        self._max_staleness = rollout.max_staleness
         self._engine_tp = engine_tp
         self._num_engines = grid.world_size // engine_tp
-        self._progress = progress
-        self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
         self._version: int | None = None
         self._holds_weights = False  # whether the engines hold frozen weights
         self._asleep = False
         self._metrics: dict[str, float] = {}
-        config = unwrapped(chunks[0]).config
         settings = {
-            "dtype": config.params_dtype,
+            "dtype": weights.transformer.params_dtype,
             "max_model_len": max_length,
-            "kv_cache_memory_bytes": _kv_cache_bytes(rollout.kv_cache_gb, config, max_length, grid),
+            "kv_cache_memory_bytes": _kv_cache_bytes(rollout.kv_cache_gb, weights.transformer, max_length, grid),
         }
-        arguments = settings | rollout.engine_args
         if grid.device.type == "cuda":
-            weight_bytes = num_weights([*rules, *self._weights.factors]) * config.params_dtype.itemsize / engine_tp
-            arguments = _beside_trainer(arguments, _least_memory(grid), weight_bytes)
+            settings["gpu_memory_utilization"] = _least_memory(grid).share
         self._engine = _engine_on_all_ranks(
             hf_config,
             grid,
             engine_tp=engine_tp,
-            settings=arguments,
+            settings=settings | rollout.engine_args,
             vocab_size=vocab_size,
-            adapter=self._weights.adapter,
+            adapter=weights.adapter,
         )
 
     def update_weights(self, version: int) -> None:
@@ -139,14 +118,10 @@ class ColocatedSampler:
         self._count("sync_seconds", self._most(time.perf_counter() - started))
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return one response per request, in order, on every rank of the replica.
+        """Return one response per request, in order, on every rank of the replica; see `Sampler`.
 
-        ``requests`` are the requests of this data-parallel replica, the same list on each of its ranks; the list may be
-        empty. The call is a collective over the world.
-
-        Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
-        ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, returns fewer responses than
-        requests, or samples with other weights than the last `update_weights` sent.
+        Raises, on all ranks alike: ValueError as `check_requests`; `EngineError` where an engine fails, returns fewer
+        responses than requests, or samples with other weights than the last `update_weights` sent.
         """
         version = self._last_version()
         with raise_on_all_ranks(EngineError):
@@ -185,10 +160,10 @@ class ColocatedSampler:
 
         report(0)
         age = WeightAge(self._last_version(), self._max_staleness)
-        outputs = self._engine.generate([engine_request(request, params) for request in requests], report)
-        for output in outputs:
-            age.require(output.weight_version, self._engine.name)
-        return [response_of(output, params) for output in outputs]
+        responses = self._engine.generate([engine_request(request, params) for request in requests], report)
+        for response in responses:
+            age.require(response.weight_version, self._engine.name)
+        return responses
 
     def _last_version(self) -> int:
         if self._version is None:
@@ -217,17 +192,6 @@ def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InP
             engine.close()
         raise
     return built[0]
-
-
-def _beside_trainer(arguments: Mapping[str, Any], memory: DeviceMemory, weight_bytes: float) -> dict[str, Any]:
-    """Return the engine's arguments with its share of a GPU that holds a trainer, unless they state a share.
-
-    Raises `ConfigError` where ``weight_bytes`` and the KV cache of ``arguments``, per GPU, do not fit into ``memory``.
-    """
-    refusal = why_no_room(memory, weight_bytes, arguments.get("kv_cache_memory_bytes"))
-    if refusal is not None:
-        raise ConfigError(refusal)
-    return {"gpu_memory_utilization": memory.share, **arguments}
 
 
 def _least_memory(grid: RankGrid) -> DeviceMemory:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
 from megatron_selfdistill.rollout.base import Progress, Sampler
 from megatron_selfdistill.run_data import RunData
@@ -22,34 +23,23 @@ def vllm_sampler(
 
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
-    rollout = config.rollout
+    rollout, run_dir = config.rollout, Path(config.run_dir)
     num_ids = run_data.num_sampled_ids  # an engine has no rows for other ids, which it would sample
-    directory, rules = engine_directory(config, num_ids, Path(config.run_dir), grid)
-    if rollout.placement == "server":
-        from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
-
-        return ServerSampler(
-            chunks,
-            grid,
-            directory,
-            rules,
-            rollout,
-            vocab_size=num_ids,
-            max_length=run_data.max_length,
-            run_dir=Path(config.run_dir),
-            progress=progress,
-            adapter=config.adapter,
-        )
-    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
-
-    return ColocatedSampler(
+    directory, rules = engine_directory(config, num_ids, run_dir, grid)
+    on_servers = rollout.placement == "server"
+    weights = EngineWeights(
         chunks,
         grid,
-        directory,
         rules,
-        rollout,
-        vocab_size=num_ids,
-        max_length=run_data.max_length,
-        progress=progress,
-        adapter=config.adapter,
+        config.adapter,
+        bucket_bytes=int(rollout.bucket_mb * 2**20),
+        on_ranks=[0] if on_servers else None,
     )
+    sizes = {"vocab_size": num_ids, "max_length": run_data.max_length}
+    if on_servers:
+        from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
+
+        return ServerSampler(weights, grid, directory, rollout, **sizes, run_dir=run_dir, progress=progress)
+    from megatron_selfdistill.engines.vllm.colocated import ColocatedSampler
+
+    return ColocatedSampler(weights, grid, directory, rollout, **sizes, progress=progress)

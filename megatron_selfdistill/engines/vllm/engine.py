@@ -1,17 +1,24 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What vLLM engines have in common, in this process or behind HTTP: arguments, and the translation of requests."""
+"""What vLLM engines have in common, in this process or behind HTTP: arguments, requests, and responses to believe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest, possible_output
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
+from megatron_selfdistill.errors import EngineError, first_few
+from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response, SamplingParams
 
 WORKER_EXTENSION = "megatron_selfdistill.engines.vllm.plugin.worker.WorkerExtension"
 """Class by which an engine's workers are extended, for `VllmServer.call_all`."""
+
+# The largest log-prob of a token that an engine may state, in nats: the rounding of a log-softmax in float32, whose
+# logits may be some thousands.
+_LOG_PROB_ROUNDING = 1e-3
+_LEAST_LOG_PROB = -9999.0  # what a vLLM server states in place of NaN and of minus infinity
 
 
 def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> dict[str, Any]:
@@ -26,6 +33,16 @@ def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> 
     if hf_config.get("kv_lora_rank"):
         arguments |= {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["none"]}}
     return arguments
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One sequence that an engine is to continue."""
+
+    token_ids: list[int]
+    """Token ids of the sequence so far."""
+    sampling: Mapping[str, Any]
+    """Arguments of vLLM's ``SamplingParams``."""
 
 
 def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
@@ -44,41 +61,94 @@ def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
     return EngineRequest(list(request.prompt), sampling)
 
 
-def engine_output(output: Any, request: EngineRequest, vocab_size: int, who: str) -> EngineOutput:
-    """Return vLLM's ``RequestOutput`` of one sequence as an `EngineOutput`.
-
-    Raises: `EngineError`, which begins with ``who``, for a response that was aborted or that cannot be true.
-    """
+def stated_in_process(output: Any) -> StatedResponse:
+    """Return vLLM's ``RequestOutput`` of one sequence as its engine states it."""
     completion = output.outputs[0]
     tokens = list(completion.token_ids)
-    return possible_output(
-        request,
-        vocab_size,
-        who,
-        token_ids=tokens,
-        log_probs=[by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs, strict=True)],
-        finish_reason=completion.finish_reason,
-        versions=[(span.version, span.start, span.end) for span in completion.weight_versions or ()],
-    )
+    log_probs = [by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs, strict=True)]
+    spans = [(span.version, span.start, span.end) for span in completion.weight_versions or ()]
+    return StatedResponse(tokens, log_probs, completion.finish_reason, spans)
 
 
-def response_of(output: EngineOutput, params: SamplingParams) -> Response:
-    """Return ``output`` as a `Response`.
+def possible_response(request: EngineRequest, stated: StatedResponse, vocab_size: int, who: str) -> Response:
+    """Return what an engine has stated about ``request`` as a response, if a model can have generated it.
 
-    vLLM reports the log-prob at temperature 1 only, so ``sampled_log_probs`` are NaN where tokens are sampled from
-    another distribution (a temperature, top_k or top_p).
+    ``vocab_size``: number of the model's tokens, without those that pad its output layer.  vLLM reports log-probs at
+    temperature 1 only, so that ``sampled_log_probs`` are NaN if tokens are sampled from another distribution (a
+    temperature, top_k or top_p).
+    Raises: `EngineError`, which begins with ``who``, for an end that ``request`` does not allow, token ids outside of
+    the vocabulary, log-probs that are not finite or above 0, and versions of other tokens.
     """
-    if params.temperature == 0:
-        sampled = [0.0] * len(output.token_ids)
-    elif params.temperature == 1 and params.top_k == 0 and params.top_p == 1:
-        sampled = list(output.log_probs)
+    sampling, token_ids, log_probs = request.sampling, list(stated.token_ids), list(stated.log_probs)
+    _require_end(stated, sampling, who)
+    strange = [token for token in token_ids if not 0 <= token < vocab_size]
+    if strange:
+        raise EngineError(
+            f"{who} returned the token ids {_shown(strange)}, expected 0 to {vocab_size - 1}: is it an engine of this "
+            "run's model and tokenizer?"
+        )
+    wrong = [value for value in log_probs if not _LEAST_LOG_PROB < value <= _LOG_PROB_ROUNDING]
+    if wrong:
+        raise EngineError(
+            f"{who} returned the log-probs {_shown(wrong)}, expected numbers of at most 0, above {_LEAST_LOG_PROB:g} "
+            "(a server writes this number for NaN): are its weights whole?"
+        )
+    temperature = sampling.get("temperature", 1.0)
+    if temperature == 0:
+        sampled = [0.0] * len(token_ids)
+    elif temperature == 1 and sampling.get("top_k", 0) == 0 and sampling.get("top_p", 1.0) == 1:
+        sampled = list(log_probs)
     else:
-        sampled = [math.nan] * len(output.token_ids)
-    return Response(
-        token_ids=list(output.token_ids),
-        log_probs=list(output.log_probs),
-        sampled_log_probs=sampled,
-        finish_reason=output.finish_reason,
-        weight_version=output.weight_version,
-        weight_spans=output.weight_spans,
-    )
+        sampled = [math.nan] * len(token_ids)
+    version, spans = _versions_of(stated.weight_versions, len(token_ids), who)
+    return Response(token_ids, log_probs, sampled, stated.finish_reason, weight_version=version, weight_spans=spans)
+
+
+def _versions_of(
+    reported: Sequence[tuple[str, int, int]], num_tokens: int, who: str
+) -> tuple[int | None, list[tuple[int, int]]]:
+    """Return the oldest of the weights that generated a response, and the spans of several versions.
+
+    The oldest version is None if no version is reported, or where one of them is not a number; the spans are empty
+    there, and where one version generated all tokens.
+    Raises: `EngineError` where spans do not cover the ``num_tokens`` tokens once, in order.
+    """
+    places = [(start, end) for _, start, end in reported]
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    if places and ([*starts, num_tokens] != [0, *ends] or any(start > end for start, end in places)):
+        raise EngineError(
+            f"{who} stated the versions of its weights for the tokens {_shown([f'{a} to {b}' for a, b in places])}, "
+            f"expected spans that cover the {num_tokens} tokens of the response once, in order"
+        )
+    named = [(version, end - start) for version, start, end in reported if end > start]
+    if not named or not all(version.isdecimal() for version, _ in named):
+        return None, []
+    spans = [(int(version), num_tokens) for version, num_tokens in named]
+    return min(version for version, _ in spans), spans if len(spans) > 1 else []
+
+
+def _require_end(stated: StatedResponse, sampling: Mapping[str, Any], who: str) -> None:
+    """Raise `EngineError` unless a response has a length and an end that ``sampling`` allows."""
+    token_ids, finish_reason = stated.token_ids, stated.finish_reason
+    longest, stops = sampling.get("max_tokens", len(token_ids)), sampling.get("stop_token_ids")
+    if finish_reason not in FINISH_REASONS:
+        raise EngineError(f"{who} ended a response with {str(finish_reason)[:40]!r}, expected stop or length")
+    if not 0 < len(token_ids) <= longest or len(stated.log_probs) != len(token_ids):
+        raise EngineError(
+            f"{who} was to return 1 to {longest} tokens with a log-prob each, got {len(token_ids)} tokens and "
+            f"{len(stated.log_probs)} log-probs"
+        )
+    if finish_reason == "length" and len(token_ids) < longest:
+        raise EngineError(
+            f"{who} ended a response with reason length after {len(token_ids)} of {longest} tokens: its "
+            "--max-model-len is too small"
+        )
+    if finish_reason == "stop" and stops and token_ids[-1] not in stops:
+        raise EngineError(
+            f"{who} ended a response with reason stop and the token {token_ids[-1]}, expected one of the request's "
+            f"stop tokens: {_shown(stops)}"
+        )
+
+
+def _shown(values: Sequence[object]) -> str:
+    return first_few([str(value)[:40] for value in values], ", ")

@@ -10,8 +10,7 @@ weights would lose most of a small change in the rounding.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ ADAPTER_PATH = "the factors that the trainer sends"
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's max_lora_rank; the schema refuses larger ranks."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,14 @@ class EngineAdapter:
     """Numerator of the scale."""
     rank_stabilised: bool
     """Whether the scale is alpha / sqrt(r) instead of alpha / r."""
-    modules: tuple[str, ...]
+    modules: Sequence[str]
     """The last names of the Hugging Face modules with factors, such as q_proj."""
 
     @staticmethod
     def of(adapter: AdapterConfig, rules: Iterable[Rule]) -> EngineAdapter:
         """Return the description of the adapters that ``rules`` (`adapter_rules`) name."""
         modules = {module_of(name).rpartition(".")[2] for rule in rules for name in rule.hf_names}
-        return EngineAdapter(adapter.rank, float(adapter.alpha), adapter.rank_stabilised, tuple(sorted(modules)))
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> EngineAdapter:
-        """Return the description that `to_json` has encoded."""
-        return EngineAdapter(**{**fields, "modules": tuple(fields["modules"])})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return dataclasses.asdict(self) | {"modules": list(self.modules)}
+        return EngineAdapter(adapter.rank, float(adapter.alpha), adapter.rank_stabilised, sorted(modules))
 
     def engine_args(self, *, on_cpu: bool) -> dict[str, Any]:
         """Return vLLM's engine arguments: room for one adapter of the next rank that vLLM knows, on these modules.
@@ -72,7 +61,7 @@ class EngineAdapter:
             "enable_lora": True,
             "max_loras": places,
             "max_cpu_loras": places,
-            "max_lora_rank": min(rank for rank in RANKS if rank >= self.rank),
+            "max_lora_rank": min((rank for rank in RANKS if rank >= self.rank), default=self.rank),
             "lora_target_modules": list(self.modules),
             "lora_dtype": "auto",
         }
@@ -85,16 +74,3 @@ class EngineAdapter:
 def module_of(name: str) -> str:
     """Return the Hugging Face module of a factor with PEFT's name, such as ``model.layers.0.self_attn.q_proj``."""
     return name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0]
-
-
-def why_not_adapted(hf_config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
-    """Return a message where an engine for the model of a config.json computes no adapters, None if it does.
-
-    With adapters on any layer, vLLM computes routed experts with Triton kernels.
-    """
-    if on_cpu and any(hf_config.get(name) for name in _EXPERTS):
-        return (
-            "adapter.rank with rollout.engine=vllm: vLLM has no experts beside adapters on a CPU: set "
-            "rollout.engine=megatron, or use GPUs"
-        )
-    return None

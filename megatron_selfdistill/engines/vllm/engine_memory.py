@@ -38,29 +38,8 @@ class DeviceMemory:
 
     @property
     def share(self) -> float:
-        """The value of ``gpu_memory_utilization`` with which vLLM takes the free memory less `MARGIN_BYTES`.
-
-        It is positive where `why_no_room` finds room.
-        """
+        """The value of ``gpu_memory_utilization`` with which vLLM takes the free memory less `MARGIN_BYTES`."""
         return (self.free - MARGIN_BYTES) / self.total
-
-
-def why_no_room(memory: DeviceMemory, weight_bytes: float, kv_cache_bytes: int | None) -> str | None:
-    """Return a message where an engine does not fit beside the trainer, None if it does.
-
-    ``weight_bytes`` and ``kv_cache_bytes`` are per GPU of the engine.  Without ``kv_cache_bytes`` vLLM sizes the KV
-    cache by the remaining memory, and the weights alone are checked.
-    """
-    needed = weight_bytes + (kv_cache_bytes or 0) + MARGIN_BYTES
-    if needed <= memory.free:
-        return None
-    cache = "a KV cache" if kv_cache_bytes is None else f"{kv_cache_bytes / GIB:.1f} GiB of KV cache"
-    return (
-        f"a vLLM engine needs {weight_bytes / GIB:.1f} GiB of weights and {cache} on each of its GPUs, and "
-        f"{MARGIN_BYTES / GIB:.0f} GiB to spare, but beside the trainer {memory.free / GIB:.1f} of "
-        f"{memory.total / GIB:.1f} GiB are free: raise rollout.engine_tp, lower rollout.kv_cache_gb, set "
-        "teacher.offload=cpu, or sample on servers with GPUs of their own"
-    )
 
 
 def device_memory() -> DeviceMemory:

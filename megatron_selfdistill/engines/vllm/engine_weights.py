@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.model.forward import unwrapped
 
 
 class EngineWeights:
@@ -36,14 +38,14 @@ class EngineWeights:
     ) -> None:
         self.adapter: EngineAdapter | None = None
         """The adapters as an engine takes them; None for a model without any."""
-        self.factors: list[Rule] = []
-        """The rules of the factors of the adapters."""
+        self.transformer: Any = unwrapped(chunks[0]).config
+        """Megatron's configuration of the chunks, in whose ``params_dtype`` engines compute."""
         self._factors: Exporter | None = None
         if adapter is not None and adapter.rank:
-            self.factors = adapter_rules(rules, adapter)
-            self.adapter = EngineAdapter.of(adapter, self.factors)
+            factors = adapter_rules(rules, adapter)
+            self.adapter = EngineAdapter.of(adapter, factors)
             self._factors = Exporter(
-                chunks, grid, self.factors, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=is_adapter_key
+                chunks, grid, factors, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=is_adapter_key
             )
         self._weights = Exporter(
             chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=lambda key: not is_adapter_key(key)

@@ -4,7 +4,7 @@
     # With servers, to which rank 0 speaks:
     gathered = gather_requests(requests, grid)  # rank 0 has the requests of all replicas
     answered = gathered.by_replica({index: response, ...})  # rank 0 has the responses
-    responses = return_responses(answered, [0], grid, range(len(requests)))  # every rank has those of its replica
+    responses = return_responses(answered, [0], grid, len(requests))  # every rank has those of its replica
 
     # With colocated engines:
     shares = EngineShares(len(requests), grid, engine_tp)
@@ -20,7 +20,6 @@ Every function and method is a collective over the world, unless it says otherwi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -60,9 +59,7 @@ class GatheredRequests:
 
         No collective.
         """
-        return {
-            first: {i - own.start: responses[i] for i in own if i in responses} for first, own in self.replicas.items()
-        }
+        return {first: {i - own.start: responses[i] for i in own} for first, own in self.replicas.items()}
 
 
 def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequests:
@@ -122,17 +119,16 @@ class EngineShares:
 
         ``responses``: those to the requests that `distribute` returned, in order; the first rank of each engine has
         them, and those of its other ranks are ignored.
-        Collectives and errors: those of `return_responses`, in which the first rank of each engine sends.
+        Collectives: those of `return_responses`, in which the first rank of each engine sends.
         """
         answered: dict[int, dict[int, Response]] = {}
         if self._grid.rank % self._tp == 0:
-            of_share = dict(zip(self._share, responses, strict=False))
+            of_share = dict(zip(self._share, responses, strict=True))
             for replica, common in _overlaps(self._share, self._replicas):
                 start = self._replicas[replica].start
-                answered[self._grid.first_rank_of(replica)] = {i - start: of_share[i] for i in common if i in of_share}
+                answered[self._grid.first_rank_of(replica)] = {i - start: of_share[i] for i in common}
         sources = [engine * self._tp for engine, _ in _overlaps(self._own, self._engines)]
-        found = return_responses(answered, sources, self._grid, range(len(self._own)))
-        return [found[i] for i in range(len(self._own))]
+        return return_responses(answered, sources, self._grid, len(self._own))
 
 
 def send_requests(
@@ -152,20 +148,15 @@ def send_requests(
 
 
 def return_responses(
-    answered: Mapping[int, Mapping[int, Response]],
-    sources: Collection[int],
-    grid: RankGrid,
-    wanted: Collection[int],
-) -> dict[int, Response]:
-    """Return responses to the requests of this rank's replica, by index into its requests, on each of its ranks.
+    answered: Mapping[int, Mapping[int, Response]], sources: Collection[int], grid: RankGrid, num_own: int
+) -> list[Response]:
+    """Return the responses to the ``num_own`` requests of this rank's replica, in order, on each of its ranks.
 
     ``answered``: the responses that this rank has, by the first rank of the replica that asked, and by index into the
-    requests of that replica.  ``sources``: the ranks whose ``answered`` names the first rank of this replica.
-    ``wanted``: the indices of the requests that wait for a response; all of them get one.
+    requests of that replica.  ``sources``: the ranks whose ``answered`` names the first rank of this replica; together
+    they have one response to each request.
     Log-probs are rounded to float32 (`response_arrays`).
-    Collectives: those of `exchange_parcels`, `broadcast_in_replica` and, twice, of `raise_on_all_ranks`.
-    Raises: `EngineError` on all ranks alike if a request that waits has no response or more than one, or if another
-    one has a response.
+    Collectives: those of `exchange_parcels`, `broadcast_in_replica` and `raise_on_all_ranks`.
     """
     with raise_on_all_ranks(EngineError):
         outgoing = {
@@ -175,21 +166,11 @@ def return_responses(
     received = exchange_parcels(outgoing, sources if grid.is_first_of_replica else [], grid.device)
     arrays = broadcast_in_replica([array for arrays in received.values() for array in arrays], grid)
     size = 1 + NUM_RESPONSE_ARRAYS
-    parts = [arrays[first : first + size] for first in range(0, len(arrays), size)]
-    counts = Counter(index for indices, *_ in parts for index in indices.tolist())
-    with raise_on_all_ranks(EngineError):
-        for index in sorted({*wanted, *counts}):
-            expected, found = int(index in wanted), counts[index]
-            if found != expected:
-                raise EngineError(
-                    "expected one response to each request of this replica that waits for one, but request "
-                    f"{index} {'waits' if expected else 'does not wait'} and has {found}"
-                )
-    return {
-        index: response
-        for indices, *others in parts
-        for index, response in zip(indices.tolist(), responses_from(others), strict=True)
-    }
+    found: dict[int, Response] = {}
+    for first in range(0, len(arrays), size):
+        indices, *others = arrays[first : first + size]
+        found |= zip(indices.tolist(), responses_from(others), strict=True)
+    return [found[i] for i in range(num_own)]
 
 
 def _overlaps(span: range, others: Sequence[range]) -> list[tuple[int, range]]:
@@ -201,13 +182,10 @@ def _overlaps(span: range, others: Sequence[range]) -> list[tuple[int, range]]:
 def check_requests(requests: Sequence[Request], params: SamplingParams, max_length: int) -> None:
     """Raise ValueError if vLLM engines cannot answer a request.
 
-    Such a request has an empty prompt, a prompt that leaves no room for ``max_new_tokens`` within ``max_length``, or a
-    teacher's prompt.
+    Such a request has an empty prompt, or a prompt that leaves no room for ``max_new_tokens`` within ``max_length``.
     """
     lengths = [len(request.prompt) for request in requests]
     require_room(min(lengths, default=1), max(lengths, default=0), params.max_new_tokens, max_length)
-    if any(request.teacher_prompt is not None for request in requests):
-        raise ValueError("a request has a teacher's prompt, but guided rollouts are sampled in process, not by vLLM")
 
 
 @dataclass(frozen=True)

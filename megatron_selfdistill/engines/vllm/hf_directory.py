@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_asse
 from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
+from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.conversion import DTYPES
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model, text_config
@@ -35,8 +33,8 @@ def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankG
     multi-token-prediction layers, which are not trained.  Rank 0 writes it.
 
     Collectives: as in `raise_on_all_ranks`.  Raises, on all ranks alike: `ConfigError` where a config.json describes
-    another model or an unknown one, and where ``model.provider`` leaves the model unknown; `EngineError` where the file
-    cannot be written.
+    another model or an unknown one, and where ``model.provider`` leaves the model unknown; CheckpointError where it
+    cannot be read; `EngineError` where the file cannot be written.
     """
     target = Path(run_dir) / "engine"
     with raise_on_all_ranks(EngineError):
@@ -49,15 +47,9 @@ def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankG
     return target, rules
 
 
-def num_weights(rules: Iterable[Rule]) -> int:
-    """Return the number of elements of the full tensors that an engine holds under ``rules``."""
-    shapes = [shape for rule in rules if not rule.is_passthrough for shape in rule.hf_shapes]
-    return sum(math.prod(shape) for shape in shapes)
-
-
 def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[Rule]]:
     source = _source(config, run_dir)
-    original = None if source is None else _as_trained(_read(source), vocab_size)
+    original = None if source is None else _as_trained(read_config(source), vocab_size)
     model, family = _model(config, original, vocab_size)
     _require_yarns_positions(model)
     _require_known_gpt_oss(model, family)
@@ -88,13 +80,6 @@ def _source(config: Config, run_dir: Path) -> Path | None:
     if found is None and (run_dir / HF_ASSETS / "config.json").is_file():
         found = run_dir / HF_ASSETS
     return found
-
-
-def _read(source: Path) -> dict[str, Any]:
-    try:
-        return read_config(source)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -25,12 +25,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.engines.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
+from megatron_selfdistill.engines.vllm.engine import (
+    WORKER_EXTENSION,
+    EngineRequest,
+    cpu_engine_args,
+    possible_response,
+    stated_in_process,
+)
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
-from megatron_selfdistill.engines.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.engines.vllm.transfer_buckets import segments_expand, without_expandable_segments
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf_files import read_config
+from megatron_selfdistill.rollout.base import Response
 
 
 def in_process_engine_args(
@@ -248,11 +254,11 @@ class InProcessEngine:
 
     def generate(
         self, requests: Sequence[EngineRequest], report: Callable[[int], None] = lambda finished: None
-    ) -> list[EngineOutput]:
-        """Return one output per request, in order.
+    ) -> list[Response]:
+        """Return one response per request, in order.
 
         ``report`` gets the number of finished requests after each pass of the engine.
-        Raises `EngineError` if an output is missing, was aborted, or cannot be true (`possible_output`).
+        Raises `EngineError` if a response is missing, was aborted, or cannot be true (`possible_response`).
         """
         if not requests:
             return []
@@ -274,8 +280,10 @@ class InProcessEngine:
                 raise EngineError(f"{self.name} failed in mid-batch: {_on_one_line(error)}") from error
         if len(outputs) != len(requests):
             raise EngineError(f"{self.name} was asked for {len(requests)} responses and gave {len(outputs)}")
-        pairs = zip(outputs, requests, strict=True)
-        return [engine_output(output, request, self._vocab_size, self.name) for output, request in pairs]
+        return [
+            possible_response(request, stated_in_process(output), self._vocab_size, self.name)
+            for output, request in zip(outputs, requests, strict=True)
+        ]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights by ``tensors``, by Hugging Face names, cast to the engine's dtype.

@@ -134,7 +134,5 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"expected the name of a torch dtype, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype

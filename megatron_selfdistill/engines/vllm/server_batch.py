@@ -10,14 +10,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work, begin
-from megatron_selfdistill.engines.vllm.engine import engine_request, response_of
+from megatron_selfdistill.engines.vllm.engine import engine_request
 from megatron_selfdistill.engines.vllm.exchange import GatheredRequests, WeightAge
-from megatron_selfdistill.engines.vllm.http.response_answer import RequestRefused
 from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.background import Arrivals, BusyTime
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -31,11 +30,9 @@ Task = Callable[[VllmServer], Work[T]]
 
 
 @dataclass(frozen=True)
-class DispatchResult(Generic[T]):
-    """The results of all tasks, and the servers that failed on the way."""
+class DispatchResult:
+    """What has happened while servers did all tasks."""
 
-    results: list[T]
-    """The result of each task, in the order of the tasks."""
     num_retried: int
     """Number of tasks that were begun again, since a server failed at them."""
     failures: dict[VllmServer, EngineError]
@@ -43,11 +40,9 @@ class DispatchResult(Generic[T]):
 
 
 def dispatch(
-    tasks: Sequence[Task[T]],
-    servers: Sequence[VllmServer],
-    arrived: Callable[[int, T], None] = lambda index, result: None,
-) -> DispatchResult[T]:
-    """Do every task on one of ``servers`` and return the results.
+    tasks: Sequence[Task[T]], servers: Sequence[VllmServer], arrived: Callable[[int, T], None]
+) -> DispatchResult:
+    """Do every task on one of ``servers``.
 
     Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
     server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
@@ -58,18 +53,18 @@ def dispatch(
     other error of a task, at once.
     """
     if not tasks:
-        return DispatchResult([], 0, {})
+        return DispatchResult(0, {})
     cuts = [len(tasks) * i // len(servers) for i in range(len(servers) + 1)]
     waiting = {server: deque(range(first, end)) for server, (first, end) in zip(servers, pairwise(cuts), strict=True)}
     num_at_once = min(MAX_IN_FLIGHT, -(-len(tasks) // len(servers)))  # per server
     idle = deque([*servers] * num_at_once)  # servers in turn, so that each of them begins with its own tasks
     running: dict[Future[T], tuple[VllmServer, int]] = {}
     finished: SimpleQueue[Future[T]] = SimpleQueue()
-    results: dict[int, T] = {}
+    num_done = 0
     retried: set[int] = set()
     failures: dict[VllmServer, EngineError] = {}
     try:
-        while len(results) < len(tasks):
+        while num_done < len(tasks):
             while idle and any(waiting.values()):
                 server = idle.popleft()
                 if server not in failures:
@@ -78,11 +73,11 @@ def dispatch(
                     running[future] = server, index
                     future.add_done_callback(finished.put)
             if not running:
-                raise _no_server_left(len(tasks) - len(results), len(tasks), failures)
+                raise _no_server_left(len(tasks) - num_done, len(tasks), failures)
             future = finished.get()
             server, index = running.pop(future)
             try:
-                results[index] = future.result()
+                result = future.result()
             except RequestRefused:
                 raise
             except EngineError as error:
@@ -90,14 +85,15 @@ def dispatch(
                 waiting[server].append(index)
                 retried.add(index)
             else:
+                num_done += 1
                 beat()
-                arrived(index, results[index])
+                arrived(index, result)
                 idle.append(server)
     except BaseException:
         for server in servers:
             server.interrupt()
         raise
-    return DispatchResult([results[i] for i in range(len(tasks))], len(retried), failures)
+    return DispatchResult(len(retried), failures)
 
 
 def _no_server_left(num_left: int, num_tasks: int, failures: dict[VllmServer, EngineError]) -> EngineError:
@@ -135,34 +131,21 @@ class ServerBatch:
         self._age, self._servers = age, servers
         self._todo = [i for i in range(len(requests)) if i not in known]
         self._cancelled = threading.Event()
-        self._dispatched: DispatchResult[Response] | None = None
+        self.dispatched = DispatchResult(0, {})
+        """What has happened on the way, once the batch is finished."""
         self.arrivals = Arrivals(self._answer, known, busy_time)
         """The responses so far."""
-
-    def finish(self) -> None:
-        """Wait until all responses are there; raise `EngineError` where no server is left for a request."""
-        self.arrivals.join()
 
     def cancel(self) -> None:
         """Begin no further request; the caller interrupts those that servers work on."""
         self._cancelled.set()
-
-    @property
-    def failures(self) -> Mapping[VllmServer, EngineError]:
-        """The servers that have failed at a request, once the batch is finished."""
-        return {} if self._dispatched is None else self._dispatched.failures
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The metric rollout/requests_retried, once finished."""
-        return {} if self._dispatched is None else {"rollout/requests_retried": self._dispatched.num_retried}
 
     def _answer(self, arrived: Callable[[Mapping[int, Response]], None]) -> None:
         """Let the servers answer; call ``arrived`` with the responses by index, as they come."""
         if not self._todo:
             return
         tasks = [self._task(self.requests[i]) for i in self._todo]
-        self._dispatched = dispatch(tasks, self._servers, lambda task, response: arrived({self._todo[task]: response}))
+        self.dispatched = dispatch(tasks, self._servers, lambda task, response: arrived({self._todo[task]: response}))
 
     def _task(self, request: Request) -> Task[Response]:
         """Return the task of one server: the response to ``request``."""
@@ -170,8 +153,8 @@ class ServerBatch:
         async def answer(server: VllmServer) -> Response:
             if self._cancelled.is_set():
                 raise EngineError(f"{server.address}: given up, since the sampler was closed")
-            output = await server.generate(engine_request(request, self.params))
-            self._age.require(output.weight_version, server.name)
-            return response_of(output, self.params)
+            response = await server.generate(engine_request(request, self.params))
+            self._age.require(response.weight_version, server.name)
+            return response
 
         return answer

@@ -13,7 +13,9 @@ from megatron_selfdistill.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_PROBE_SECONDS = 10.0
+PROBE_SECONDS = 10.0
+"""Seconds in which a server answers that is asked whether it is alive."""
+
 _GRACE_SECONDS = 5.0
 
 Failures = dict[VllmServer, Exception]
@@ -89,8 +91,8 @@ class ServerPool:
         reported: dict[VllmServer, str] = {}
 
         async def ask(server: VllmServer) -> None:
-            await server.health(_PROBE_SECONDS)
-            reported[server] = await server.weight_version(_PROBE_SECONDS)
+            await server.health(PROBE_SECONDS)
+            reported[server] = await server.weight_version(PROBE_SECONDS)
 
         failures = on_each(self.servers, ask)
         self.lose(failures)
@@ -101,6 +103,10 @@ class ServerPool:
         if not reported:
             raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
         return [server for server in self.servers if server in reported]
+
+    def has_weights(self, server: VllmServer) -> bool:
+        """Return whether ``server`` is known to have complete weights of this run, of any version."""
+        return server in self._versions
 
     def begin_update(self, servers: Iterable[VllmServer]) -> None:
         """Note that the weights of ``servers`` are incomplete from now on."""
@@ -134,7 +140,7 @@ class ServerPool:
         """
 
         async def ask(server: VllmServer) -> None:
-            if await server.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
+            if await server.weight_version(PROBE_SECONDS) != str(self._versions[server]):
                 raise EngineError(f"{server.address}: lost its weights")
 
         def is_recent(server: VllmServer) -> bool:
@@ -153,11 +159,6 @@ class ServerPool:
                 f"{_causes(self._failed.values())}"
             )
         return usable
-
-
-def failing(servers: Sequence[VllmServer]) -> dict[VllmServer, Exception]:
-    """Return the servers that do not answer now, with their errors."""
-    return on_each(servers, lambda server: server.health(_PROBE_SECONDS))
 
 
 def _causes(errors: Iterable[Exception]) -> str:

@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.distributed.collectives import (
     broadcast_object,
     raise_on_all_ranks,
@@ -28,19 +26,15 @@ from megatron_selfdistill.distributed.collectives import (
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
-from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.exchange import WeightAge, check_requests, gather_requests, return_responses
-from megatron_selfdistill.engines.vllm.hf_directory import num_weights
 from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.engines.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.engines.vllm.server_batch import ServerBatch, Ticket
-from megatron_selfdistill.engines.vllm.server_pool import ServerPool, failing, on_each
+from megatron_selfdistill.engines.vllm.server_pool import PROBE_SECONDS, ServerPool, on_each
 from megatron_selfdistill.engines.vllm.transfer import Transfer, choose_transfer, make_transfer
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate, send_buckets
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.background import NO_RESPONSES, BusyTime
 from megatron_selfdistill.rollout.base import (
     Progress,
@@ -61,36 +55,30 @@ class ServerSampler:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        weights: EngineWeights,
         grid: RankGrid,
         hf_config: Path,
-        rules: Sequence[Rule],
         rollout: RolloutConfig,
         *,
         vocab_size: int,
         max_length: int,
         run_dir: Path,
         progress: Progress = ignore_progress,
-        adapter: AdapterConfig | None = None,
     ) -> None:
         """Start the servers of ``rollout``, or connect to the servers that it names; return when all are up.
 
-        ``chunks``: the model's chunks on this rank, as built or as wrapped for training.  ``rules``: the model's
-        tensors.  ``hf_config``: the directory of the config.json that servers which start here load.  Their logs go to
-        ``run_dir/servers``.  The token of servers that run already is in the environment variable
+        ``weights``: those of the trainer, on rank 0; with adapters, a server gets the frozen weights once and the
+        factors at each update.  ``hf_config``: the directory of the config.json that servers which start here load.
+        Their logs go to ``run_dir/servers``.  The token of servers that run already is in the environment variable
         SELFDISTILL_SERVER_TOKEN.  ``vocab_size``: number of the model's tokens.  ``max_length``: longest prompt plus
         response, in tokens.
         ``progress``: called on rank 0 alone, with the responses of all replicas, whenever a server has answered.
-        ``adapter``: the adapters of the chunks; then a server gets the weights once, and the factors at each update.
 
         Raises, on all ranks alike: `EngineError` where a server is not up, `ConfigError` where a server was started for
         shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
-        self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._timeout_s, self._progress = rollout.timeout_s, progress
-        bucket_bytes = int(rollout.bucket_mb * 2**20)
-        self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
-        self._name = secrets.token_hex(8)  # by which servers know these frozen weights
+        self._weights, self._grid, self._max_length, self._progress = weights, grid, max_length, progress
+        self._max_staleness, self._timeout_s = rollout.max_staleness, rollout.timeout_s
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
         # The following attributes are used on rank 0 only.
@@ -109,21 +97,19 @@ class ServerSampler:
                 directory=run_dir / "servers",
                 hf_config=hf_config,
                 token=token,
-                dtype=unwrapped(chunks[0]).config.params_dtype,
+                dtype=weights.transformer.params_dtype,
                 max_model_len=max_length,
-                num_weights=num_weights([*rules, *self._weights.factors]),
-                adapter=self._weights.adapter,
+                adapter=weights.adapter,
             )
-            addresses = rollout.servers or [server.address for server in self._started]
-            adapted = self._weights.adapter is not None
+            adapted = weights.adapter is not None
             servers = [
                 VllmServer(address, token, rollout.timeout_s, vocab_size=vocab_size, adapted=adapted)
-                for address in addresses
+                for address in rollout.servers or [server.address for server in self._started]
             ]
             self._pool = ServerPool(servers)
             wait_until_healthy(self._started, servers[: len(self._started)], rollout.timeout_s)
             for server in servers:
-                _check(server, max_length, self._weights.adapter)
+                _check(server, max_length)
             directory, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
             chosen = choose_transfer(rollout.transfer, servers, directory=directory, on_gpu=on_gpu)
             self._transfer = make_transfer(chosen, directory=directory, timeout_s=rollout.timeout_s)
@@ -151,13 +137,9 @@ class ServerSampler:
         self._count("sync_seconds", time.perf_counter() - started)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return one response per request, in order, on every rank of the replica.
+        """Return one response per request, in order, on every rank of the replica; see `Sampler`.
 
-        ``requests`` are the requests of this data-parallel replica, the same list on each of its ranks; the list may be
-        empty. The call is a collective over the world.
-
-        Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
-        ``max_new_tokens`` within ``max_length``; `EngineError` where no server is left for a request.
+        Raises, on all ranks alike: ValueError as `check_requests`; `EngineError` where no server is left for a request.
         """
         return self.collect(self.start(requests, params, self._known_version()))
 
@@ -201,16 +183,15 @@ class ServerSampler:
             self._progress(len(finished), len(gathered.requests), "")
             return len(finished) == len(gathered.requests) or None
 
-        def take() -> dict[int, Response]:
+        def take() -> dict[int, dict[int, Response]]:
             assert batch is not None
             with self._waiting_time:
                 batch.arrivals.wait_for(is_complete)
                 self._finish_batch(batch)
-            return batch.arrivals.so_far()
+            return gathered.by_replica(batch.arrivals.so_far())
 
-        answered = gathered.by_replica(run_long_on_rank_0(take, EngineError) or {})
-        own = return_responses(answered, [0], self._grid, range(gathered.num_own))
-        return [own[i] for i in range(gathered.num_own)]
+        answered = run_long_on_rank_0(take, EngineError) or {}
+        return return_responses(answered, [0], self._grid, gathered.num_own)
 
     def settle(self) -> None:
         """Return once all responses under way are finished.  Collective over the world; raises as `generate`."""
@@ -259,18 +240,11 @@ class ServerSampler:
         self._started = []
 
     def _recipients(self) -> list[_Recipients]:
-        """Return the servers that answer, those without the weights of this run apart from those that keep them."""
+        """Return the servers that answer, those that need all weights apart from those that keep the frozen ones."""
         assert self._transfer is not None
         servers = self._pool.reachable(self._transfer.forget)
-        keeping: dict[VllmServer, bool] = dict.fromkeys(servers, False)
-
-        async def ask(server: VllmServer) -> None:
-            answers = await server.described("frozen_weights", run=str | None)
-            keeping[server] = all(answer["run"] == self._name for answer in answers)
-
-        if self._weights.adapter is not None:
-            on_each(servers, ask)  # a server that fails now gets everything, or fails again
-        parts = [_Recipients([s for s in servers if keeping[s] is not need], need) for need in (True, False)]
+        keeping = [s for s in servers if self._weights.adapter is not None and self._pool.has_weights(s)]
+        parts = [_Recipients([s for s in servers if s not in keeping], True), _Recipients(keeping, False)]
         return [part for part in parts if part.servers]
 
     def _send(self, todo: list[_Recipients], version: int, sends_weights: bool) -> None:
@@ -293,23 +267,24 @@ class ServerSampler:
             return WeightUpdate(self._transfer, servers, version, keeps=keeps)
 
         async def load(server: VllmServer) -> None:
-            await server.call_all("load_factors", adapter.to_json(), self._name)
+            await server.call_all("load_factors", vars(adapter))
 
         return WeightUpdate(self._transfer, servers, version, load, keeps=keeps)
 
     def _finish(self, update: WeightUpdate, version: int) -> list[_Recipients]:
         """End an update, note which servers have the weights, and return the servers that need the weights again."""
+        assert self._transfer is not None
         update.finish()
         self._count("sync_bytes", update.num_bytes)
         if not update.broken:
             self._pool.finish_update(update.servers, version)
         failures = update.failures
         again: list[VllmServer] = []
-        if update.broken and not update.isolated and len(update.servers) + len(failures) > 1:
+        if update.broken and not self._transfer.isolated and len(update.servers) + len(failures) > 1:
             # The failure of one server, which is unknown, made all servers fail.  Servers that still answer get the
             # weights one by one.
             candidates = [s for s in self._pool.servers if s in failures or s in update.servers]
-            failures = failing(candidates)
+            failures = on_each(candidates, lambda server: server.health(PROBE_SECONDS))
             again = [server for server in candidates if server not in failures]
         self._pool.lose(failures)
         for server in failures if self._under_way else ():
@@ -323,12 +298,11 @@ class ServerSampler:
 
     def _finish_batch(self, batch: ServerBatch) -> None:
         """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""
-        batch.finish()
+        batch.arrivals.join()
         if batch in self._under_way:
             self._under_way.remove(batch)
-            self._pool.lose(batch.failures)
-            for key, value in batch.counts.items():
-                self._metrics[key] = self._metrics.get(key, 0.0) + value
+            self._pool.lose(batch.dispatched.failures)
+            self._count("requests_retried", batch.dispatched.num_retried)
 
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"
@@ -344,7 +318,7 @@ class _Recipients:
     """Whether the update sends all weights, not the factors of adapters alone."""
 
 
-def _check(server: VllmServer, max_length: int, adapter: EngineAdapter | None) -> None:
+def _check(server: VllmServer, max_length: int) -> None:
     """Raise `ConfigError` where ``server`` does not fit this run, `EngineError` where it cannot be reached."""
     run(server.health())
     longest = run(server.max_model_len())
@@ -358,10 +332,3 @@ def _check(server: VllmServer, max_length: int, adapter: EngineAdapter | None) -
             f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
             "server that works on long responses looks as if it hung; start it without this option"
         )
-    if adapter is not None:
-        limits = run(server.described("adapter_limits", rank=int, modules=list))[0]
-        if limits["rank"] < adapter.rank or sorted(map(str, limits["modules"])) != sorted(adapter.modules):
-            raise ConfigError(
-                f"the vLLM server {server.address} takes adapters up to rank {limits['rank']} on the modules "
-                f"{limits['modules']}, but this run has other ones: start it with {' '.join(adapter.server_args())}"
-            )

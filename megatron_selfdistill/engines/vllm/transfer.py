@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +50,9 @@ def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, director
     `EngineError` where a server does not answer.
     """
     if name in ("nccl", "ipc"):
-        _refuse(name, _why_not_nccl(servers, on_gpu) if name == "nccl" else _why_not_ipc(servers, on_gpu))
+        why_not = _why_not_nccl(servers, on_gpu) if name == "nccl" else _why_not_ipc(servers, on_gpu)
+        if why_not is not None:
+            raise ConfigError(f"rollout.transfer={name} cannot reach every vLLM worker: {why_not}")
     if name == "shared_memory":
         blind = _first_blind(servers, directory)
         if blind is not None:
@@ -85,11 +89,6 @@ class _Worker:
 
 def _workers(servers: Sequence[VllmServer]) -> list[_Worker]:
     return [_Worker(server, rank, place) for server in servers for rank, place in enumerate(run(server.workers()))]
-
-
-def _refuse(name: str, why: str | None) -> None:
-    if why is not None:
-        raise ConfigError(f"rollout.transfer={name} cannot reach every vLLM worker: {why}")
 
 
 def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
@@ -140,7 +139,7 @@ def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
     try:
         with bucket_file(Path(directory), torch.zeros(1, dtype=torch.uint8)) as probe:
             for server in servers:
-                answers = run(server.described("can_read", str(probe), can_read=bool, host=str))
+                answers = run(server.call_all("can_read", str(probe)))
                 for rank, answer in enumerate(answers):
                     if not answer["can_read"]:
                         return str(_Worker(server, rank, answer))
@@ -161,44 +160,43 @@ class Bucket:
     """The place where servers find the bytes, as JSON for the receiver."""
 
 
-class Transfer(Protocol):
+class Transfer(ABC):
     """One way in which weights reach servers; rank 0 of the trainer alone has one."""
 
-    isolated: bool
+    isolated = True
     """Whether a server that fails leaves the update of the other servers complete."""
 
+    @abstractmethod
     def join(self, servers: Sequence[VllmServer]) -> Failures:
         """Make ``servers``, and no others, ready to receive; return the servers that failed.
 
         A repetition with the same servers is cheap.
         """
-        ...
 
+    @abstractmethod
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
         """Return a bucket of (Hugging Face name, full tensor); the tensors may be overwritten when this returns.
 
         The previous bucket may still be on its way, the bucket before that may not.
         """
-        ...
 
+    @abstractmethod
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         """Let ``servers``, as joined, load a bucket, and return the servers that failed.
 
         The bytes of the bucket are complete: the GPU has done the work that `pack` has queued.
         """
-        ...
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Free the memory that only an update needs; the update is over, and no server reads from it any more."""
-        ...
 
+    @abstractmethod
     def forget(self, server: VllmServer) -> None:
         """Note that the server was started anew and so has lost the data of `join`."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Leave all servers and free all memory."""
-        ...
 
 
 def make_transfer(name: str, *, directory: str, timeout_s: float) -> Transfer:
@@ -213,10 +211,9 @@ def make_transfer(name: str, *, directory: str, timeout_s: float) -> Transfer:
     return BroadcastTransfer(name, timeout_s)
 
 
-class _OfferedTransfer:
+class _OfferedTransfer(Transfer):
     """A transfer that offers each bucket in one place, where every server reads it before it answers."""
 
-    isolated = True
     _name: str
 
     def __init__(self) -> None:
@@ -272,9 +269,6 @@ class SharedMemoryTransfer(_OfferedTransfer):
         with bucket_file(self._directory, bucket.packed) as path:
             return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
 
-    def release(self) -> None:
-        """Do nothing: the next update writes to the same pages."""
-
     def close(self) -> None:
         """Remove the two mapped files."""
         self._files.close()
@@ -307,12 +301,10 @@ class IpcTransfer(_OfferedTransfer):
         """Free the two buffers."""
         self._buffers.close()
 
-    def close(self) -> None:
-        """Free the two buffers."""
-        self._buffers.close()
+    close = release
 
 
-class BroadcastTransfer:
+class BroadcastTransfer(Transfer):
     """One broadcast per bucket, in a process group of this process (rank 0) and all workers of all servers.
 
     The group exists beside the trainer's own groups.  ``backend`` is gloo (through main memory) or nccl (each worker on
@@ -352,32 +344,27 @@ class BroadcastTransfer:
                 failures[server] = EngineError(f"{server.address}: no way to its workers is known: {error}")
         if failures:
             return failures
-        first_rank, ranks = 1, {}
-        for server in servers:
-            ranks[server] = first_rank
-            first_rank += sizes[server]
+        first_ranks = dict(zip(servers, accumulate((sizes[server] for server in servers), initial=1), strict=False))
         # Any address of this machine reaches its own workers; 127.0.0.1 does not reach workers on other machines.
         address = min(addresses, key=lambda each: each.startswith("127."))
-        self._store = dist.TCPStore(address, 0, first_rank, True, wait_for_workers=False)
-        common = {
+        world_size = 1 + sum(sizes.values())
+        self._store = dist.TCPStore(address, 0, world_size, True, wait_for_workers=False)
+        arguments: dict[str, Any] = {
             "backend": self._backend,
             "host": address,
             "port": self._store.port,
-            "world_size": first_rank,
+            "world_size": world_size,
             "timeout_s": self._timeout_s,
         }
-
         device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else torch.device("cpu")
-        port, failed = self._store.port, threading.Event()
+        failed = threading.Event()
 
         def enter() -> None:
-            self._group = open_group(
-                self._backend, address, port, 0, first_rank, device, self._timeout_s, given_up=failed.is_set
-            )
+            self._group = open_group(rank=0, device=device, given_up=failed.is_set, **arguments)
 
         async def invite(server: VllmServer) -> None:
             try:
-                await server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
+                await server.init_weight_transfer(self._backend, {**arguments, "first_rank": first_ranks[server]})
             except Exception:
                 failed.set()
                 raise
@@ -417,9 +404,6 @@ class BroadcastTransfer:
         if failures:  # a server that failed may have left the group
             self.close()
         return failures
-
-    def release(self) -> None:
-        """Do nothing: the next update writes to the same pages."""
 
     def forget(self, server: VllmServer) -> None:
         """Close the group if the server is a member."""

@@ -72,12 +72,7 @@ class WeightUpdate:
         self._drop(on_each(self.servers, partial(_begin, keeps=keeps)))
         self._drop(transfer.join(self.servers) if self.servers else {})
         if not self.broken:
-            self._each(lambda server: server.start_weight_update())
-
-    @property
-    def isolated(self) -> bool:
-        """Whether a server that fails leaves the update of the other servers complete."""
-        return self._transfer.isolated
+            self._drop(on_each(self.servers, lambda server: server.start_weight_update()))
 
     @property
     def broken(self) -> bool:
@@ -143,12 +138,7 @@ class WeightUpdate:
             await server.resume()
 
         # The transfer itself is over, so a failure here concerns one server only.
-        failures = on_each(self.servers, end)
-        self.servers = [server for server in self.servers if server not in failures]
-        self.failures.update(failures)
-
-    def _each(self, do: Callable[[VllmServer], Work[None]]) -> None:
-        self._drop(on_each(self.servers, do))
+        self._drop(on_each(self.servers, end))
 
     def _drop(self, failures: Failures) -> None:
         self.failures.update(failures)
@@ -173,57 +163,46 @@ def send_buckets(stream: Callable[[int], Buckets], update: WeightUpdate | None, 
     first, ended = 0, False
     buckets = stream(first)
     while not ended:
-        turn, num_exported = _Turn(update, time.monotonic() + patience_s), 0
-        for tensors in islice(buckets, AGREEMENT_BUCKETS):
-            turn.send(tensors)
-            num_exported += 1
-        num_taken = run_on_rank_0(turn.num_taken, EngineError)
+        num_exported, num_taken = _send_some(buckets, update, time.monotonic() + patience_s)
         if num_taken is None:
             break
         first += num_taken
         ended = num_taken == num_exported < AGREEMENT_BUCKETS
         if num_taken < num_exported:
-            run_long_on_rank_0(turn.settle, EngineError)
+            run_long_on_rank_0(lambda: None if update is None else update.settle(), EngineError)
             buckets = stream(first)
 
 
-class _Turn:
-    """Rank 0's part in the buckets between two agreements: an error or a late server ends it; nothing elsewhere."""
+def _send_some(buckets: Buckets, update: WeightUpdate | None, deadline: float) -> tuple[int, int | None]:
+    """Export the buckets up to the next agreement; on rank 0 an error or a late server ends the sending.
 
-    def __init__(self, update: WeightUpdate | None, deadline: float) -> None:
-        self._update, self._deadline = update, deadline
-        self._num_taken = 0
-        self._ended = update is None
-        self._error: Exception | None = None
+    Return, on every rank, the numbers of the buckets that were exported and taken; the latter is None if no server
+    takes part.
+    """
+    num_exported = num_taken = 0
+    error: Exception | None = None
+    for tensors in islice(buckets, AGREEMENT_BUCKETS):
+        if update is not None and error is None and num_taken == num_exported:
+            try:
+                num_taken += update.send(tensors, deadline)
+            except Exception as raised:
+                error = raised
+        num_exported += 1
 
-    def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Send a bucket unless the turn has ended."""
-        if self._ended or self._update is None:
-            return
-        try:
-            self._ended = not self._update.send(tensors, self._deadline)
-        except Exception as error:
-            self._ended, self._error = True, error
-        self._num_taken += not self._ended
+    def agreed() -> int | None:
+        assert update is not None, "rank 0 has an update"
+        if error is not None:
+            raise error
+        return None if update.broken else num_taken
 
-    def num_taken(self) -> int | None:
-        """Return the number of the buckets that were taken, or None if no server takes part; raise what has failed."""
-        assert self._update is not None
-        if self._error is not None:
-            raise self._error
-        return None if self._update.broken else self._num_taken
-
-    def settle(self) -> None:
-        """Wait until the servers have loaded the bucket that is on its way."""
-        assert self._update is not None
-        self._update.settle()
+    return num_exported, run_on_rank_0(agreed, EngineError)
 
 
 async def _begin(server: VllmServer, keeps: bool) -> None:
     """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
     await server.pause(keeps=keeps)
     await server.set_weight_version(LOADING)
-    await server.call("abandon_weight_update")
+    await server.call_all("abandon_weight_update")
 
 
 def _enter_own_stream(device: int | None) -> None:

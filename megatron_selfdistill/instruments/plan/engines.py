@@ -35,8 +35,6 @@ _SERVER_SHARE = 0.9
 class Engines:
     """The vLLM engines of a plan in one step."""
 
-    count: int
-    """The number of engines."""
     sequences: float
     """The sequences that one engine generates in a step."""
     capacity: int
@@ -74,7 +72,6 @@ def engines(
     capacity = max(1, int(kv_cache_gib * GIB / kv_cache_bytes(config, transformer) / held))
     balance = RATES[config.cluster.gpu].balance * parameters / active_parameters(transformer, built)
     return Engines(
-        count=count,
         sequences=sequences,
         capacity=capacity,
         balance=balance * element_size(config) / 2,
@@ -84,7 +81,13 @@ def engines(
 
 def active_parameters(transformer: Any, built: Sequence[Stage]) -> float:
     """Return the number of parameters that a token uses: all but those of the experts that it does not visit."""
-    return sum(stage.model_parameters for stage in built) - _idle_experts(transformer, built)
+    held = sum(stage.model_parameters for stage in built)
+    if not transformer.num_moe_experts:
+        return held
+    num_layers = sum(experts for stage in built for chunk in stage.chunks for experts in chunk)
+    width = transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size
+    expert = (3 if transformer.gated_linear_unit else 2) * transformer.hidden_size * width
+    return float(held - num_layers * expert * (transformer.num_moe_experts - transformer.moe_router_topk))
 
 
 def engine_factors(config: Config, vocab_size: int) -> int:
@@ -129,13 +132,3 @@ def kv_cache_bytes(config: Config, transformer: Any) -> float:
         return float(layers * size * (transformer.kv_lora_rank + transformer.qk_pos_emb_head_dim))
     heads = max(1.0, transformer.num_query_groups / config.rollout.engine_tp)
     return float(layers * size * 2 * heads * transformer.kv_channels)
-
-
-def _idle_experts(transformer: Any, built: Sequence[Stage]) -> float:
-    """Return the number of parameters in the experts that a token does not use."""
-    if not transformer.num_moe_experts:
-        return 0.0
-    num_layers = sum(experts for stage in built for chunk in stage.chunks for experts in chunk)
-    width = transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size
-    expert = (3 if transformer.gated_linear_unit else 2) * transformer.hidden_size * width
-    return float(num_layers * expert * (transformer.num_moe_experts - transformer.moe_router_topk))

@@ -16,19 +16,17 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import fake_vllm
+import psutil
 import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, generated, tokens_behind
 
 from megatron_selfdistill.distributed import signs_of_life, stop
-from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
-from megatron_selfdistill.engines.vllm.engine import response_of
-from megatron_selfdistill.engines.vllm.engine_output import EngineRequest
+from megatron_selfdistill.engines.vllm.engine import EngineRequest
 from megatron_selfdistill.engines.vllm.http import patient_http
-from megatron_selfdistill.engines.vllm.http.response_answer import RequestRefused
 from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import SamplingParams
 
 
 @pytest.fixture
@@ -71,28 +69,8 @@ OTHER = copy.deepcopy(CONTENT)
 OTHER[1]["token_id"] = 60
 
 
-@pytest.mark.parametrize(
-    ("says", "why"),
-    [
-        ("", "expected a response"),
-        ("{", "expected a response"),
-        (changed(logprobs=None), "expected a response"),
-        (changed(logprobs={"content": CONTENT[:2]}), "3 tokens and 2 log-probs"),
-        (changed(logprobs={"content": OTHER}), "a log-prob each"),
-        (changed(token_ids=[], logprobs={"content": []}), "got 0 tokens"),
-        (changed(finish_reason="abort"), "'abort'"),
-        (changed(token_ids=[9, 10], logprobs={"content": CONTENT[:2]}), "--max-model-len"),
-    ],
-)
-def test_half_an_answer_is_an_error(fake, says, why):
-    fake.says = says or " "
-    with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        generated(client(fake.address), [request_of(4, 5)])
-    assert not isinstance(error.value, RequestRefused)
-
-
-def of_log_probs(value: object) -> list[dict[str, Any]]:
-    return [{**entry, "logprob": value} for entry in CONTENT]
+def of_log_probs(value: object) -> str:
+    return changed(logprobs={"content": [{**entry, "logprob": value} for entry in CONTENT]})
 
 
 def of_token(value: object) -> str:
@@ -108,25 +86,24 @@ def of_spans(*spans: tuple[object, object]) -> str:
 @pytest.mark.parametrize(
     ("says", "why"),
     [
-        (changed(logprobs={"content": of_log_probs(math.nan)}), "log-probs nan, nan, nan, expected numbers of at most"),
-        (changed(logprobs={"content": of_log_probs(math.inf)}), "log-probs inf"),
-        (changed(logprobs={"content": of_log_probs(3.0)}), "log-probs 3.0, 3.0, 3.0, expected .* weights whole"),
-        (changed(logprobs={"content": of_log_probs(-9999.0)}), "a server writes this number for NaN"),
-        (changed(logprobs={"content": of_log_probs(False)}), "expected a response"),
-        (changed(logprobs={"content": of_log_probs(-(10**400))}), "expected a response"),
+        (" ", "another form"),
+        (changed(logprobs=None), "another form"),
+        (changed(logprobs={"content": CONTENT[:2]}), "3 tokens and 2 log-probs"),
+        (changed(logprobs={"content": OTHER}), "a log-prob each"),
+        (changed(token_ids=[], logprobs={"content": []}), "got 0 tokens"),
+        (changed(token_ids=[9, 10], logprobs={"content": CONTENT[:2]}), "--max-model-len"),
+        (changed(finish_reason="abort"), "'abort'"),
+        (changed(finish_reason="stop"), "reason stop and the token 11, expected one of .* stop tokens: 3, 4"),
+        (of_log_probs(math.nan), "log-probs nan, nan, nan, expected numbers of at most"),
+        (of_log_probs(3.0), "log-probs 3.0, 3.0, 3.0, expected .* weights whole"),
+        (of_log_probs(-9999.0), "a server writes this number for NaN"),
+        (of_log_probs(False), "another form"),
         (of_token(50), "token ids 50, expected 0 to 49: is it an engine of this run's model"),
         (of_token(-1), "token ids -1, expected"),
-        (of_token(2**70), "token ids 1180591620717411303424, expected"),
-        (of_token(1.5), "expected a response"),
-        (of_token(True), "expected a response"),
-        (of_spans((-5, 10**9)), "tokens -5 to 1000000000, expected spans that cover the 3 tokens"),
-        (of_spans((0, 2)), "0 to 2, expected spans"),
+        (of_token(1.5), "another form"),
+        (of_spans((0, 2)), "0 to 2, expected spans that cover the 3 tokens"),
         (of_spans((0, 1), (2, 3)), "0 to 1, 2 to 3, expected spans"),
-        (of_spans((False, 3)), "expected a response"),
-        (changed(finish_reason="stop"), "reason stop and the token 11, expected one of .* stop tokens: 3, 4"),
-        (changed(finish_reason=["stop"]), "expected stop or length"),
-        ("[" * 100_000, "expected a response"),
-        ('{"choices": ' + "[" * 800 + "]" * 800 + "}", "expected"),
+        ("[" * 100_000, "another form"),
     ],
 )
 def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, says, why):
@@ -151,12 +128,7 @@ COMPACT = stated()
     ("says", "why"),
     [
         (COMPACT[:-1], r"got \d+ bytes \(error: unpack requires a buffer of 24 bytes"),
-        (COMPACT.replace(b"\n", b" ", 1), "expected a response"),
-        (COMPACT.replace(b'"num_tokens": 3', b'"num_tokens": -3'), "expected a response"),
-        (COMPACT.replace(b'["7", 0, 3]', b'["7", 0]'), "expected a response"),
-        (COMPACT.replace(b'["7", 0, 3]', b"[" * 10_000), "expected a response"),
         (stated(token_ids=[9, 10, 50]), "token ids 50, expected 0 to 49"),
-        (stated(log_probs=[-0.5, math.nan, -0.5]), "log-probs nan, expected"),
         (stated(weight_versions=[("9" * 5000, 0, 3)]), "ValueError: Exceeds the limit"),
     ],
 )
@@ -182,9 +154,9 @@ def test_the_compact_form_takes_eight_bytes_a_token():
     assert found.token_ids == [5] * 1400 and found.log_probs == pytest.approx([-0.1] * 1400, rel=2**-24)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -0.0, 5e-4, -9998.0, -7, -0.1])
+@pytest.mark.parametrize("value", [0, 5e-4, -9998.0, -7, -0.1])
 def test_log_probs_are_believed_up_to_their_rounding(fake, value):
-    fake.says = changed(logprobs={"content": of_log_probs(value)})
+    fake.says = of_log_probs(value)
     [output] = generated(client(fake.address), [request_of(4, 5)])
     assert [one.hex() for one in output.log_probs] == [float(value).hex()] * 3, "nothing is rounded"
 
@@ -196,35 +168,20 @@ def test_a_stop_needs_no_stop_token_if_the_request_has_none(fake):
 
 
 @pytest.mark.parametrize(
-    ("versions", "known"), [(["7"], 7), (["7", "8"], 7), (["default"], None), (["7", "loading"], None), ([], None)]
-)
-def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, versions, known):
-    ends = [*range(1, len(versions)), 3]
-    fake.says = changed(
-        weight_versions=[
-            {"version": version, "start": start, "end": end}
-            for version, start, end in zip(versions, [0, *ends], ends, strict=False)
-        ]
-    )
-    [output] = generated(client(fake.address), [request_of(4, 5)])
-    assert output.weight_version == known
-
-
-@pytest.mark.parametrize(
-    ("reported", "spans"),
+    ("reported", "known", "spans"),
     [
-        ([("7", 0, 3)], []),
-        ([("7", 0, 1), ("9", 1, 3)], [(7, 1), (9, 2)]),
-        ([("7", 0, 2), ("loading", 2, 2), ("8", 2, 3)], [(7, 2), (8, 1)]),
-        ([("7", 0, 2), ("loading", 2, 3)], []),
+        ([], None, []),
+        ([("default", 0, 3)], None, []),
+        ([("7", 0, 3)], 7, []),
+        ([("7", 0, 1), ("9", 1, 3)], 7, [(7, 1), (9, 2)]),
+        ([("7", 0, 2), ("loading", 2, 2), ("8", 2, 3)], 7, [(7, 2), (8, 1)]),
+        ([("7", 0, 2), ("loading", 2, 3)], None, []),
     ],
 )
-def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
+def test_each_version_of_the_weights_has_its_tokens_and_the_oldest_counts_if_all_have_one(fake, reported, known, spans):
     fake.says = changed(weight_versions=[{"version": v, "start": start, "end": end} for v, start, end in reported])
     [output] = generated(client(fake.address), [request_of(4, 5)])
-    assert output.weight_spans == spans
-    versions = response_of(output, SamplingParams(max_new_tokens=3)).token_versions
-    assert versions == [v for v, count in spans or [(output.weight_version, 3)] for _ in range(count)]
+    assert (output.weight_version, output.weight_spans) == (known, spans)
 
 
 @pytest.mark.parametrize(("status", "kind"), [(400, RequestRefused), (401, RequestRefused), (500, EngineError)])
@@ -334,22 +291,13 @@ def test_a_run_that_shall_end_waits_for_a_server_that_writes_tokens(fake, monkey
         assert len(generated(client(fake.address, timeout_s=600), [request_of(1), request_of(2)])) == 2
 
 
-DEEP = "[" * 100_000
-
-
 @pytest.mark.parametrize(
     ("path", "text", "ask", "why"),
     [
-        ("/v1/models", '{"data": "no models"}', VllmServer.max_model_len, "expected data from /v1/models"),
-        ("/v1/models", '{"data": ["no model"]}', VllmServer.max_model_len, "expected models"),
-        ("/v1/models", '{"data": [{"max_model_len": "9"}]}', VllmServer.max_model_len, "a number max_model_len"),
-        ("/v1/models", DEEP, VllmServer.max_model_len, "expected JSON"),
-        ("/weight_info", '{"weight_version": {}}', VllmServer.weight_version, "expected weight_version"),
-        ("/get_world_size", '{"world_size": "many"}', VllmServer.world_size, "expected world_size"),
-        ("/health", DEEP, VllmServer.health, "expected JSON"),
+        ("/v1/models", '{"data": ["no model"]}', VllmServer.max_model_len, "another form, got .*no model"),
+        ("/get_world_size", '{"world_size": "many"}', VllmServer.world_size, "another form, got .*many"),
+        ("/health", "[" * 100_000, VllmServer.health, "another form"),
         ("/metrics", "vllm:prompt_tokens_total many", VllmServer.num_tokens, "expected numbers of tokens"),
-        ("place", '"here"', VllmServer.workers, "expected host, boot_id, .* from place"),
-        ("frozen_weights", "7", lambda s: s.described("frozen_weights", run=str | None), "expected run from"),
     ],
 )
 def test_an_answer_of_another_form_is_an_error_with_the_address(fake, path, text, ask, why):
@@ -367,14 +315,6 @@ def test_an_answer_without_an_end_is_read_up_to_a_limit(fake, path):
     ask = asked.get(path, lambda: server.generate(request_of(4)))
     with pytest.raises(EngineError, match=f"^{fake.address}: .*expected an answer of at most [0-9]+ bytes, got a lon"):
         run(ask())
-
-
-@pytest.mark.timing
-def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
-    fake.endless_at, fake.drips, started = "/v1/models", True, time.monotonic()
-    with pytest.raises(EngineError, match=rf"{fake.address}: .*no answer within 0.5 s"):
-        run(VllmServer(fake.address, timeout_s=0.5).max_model_len())
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.timing
@@ -418,6 +358,16 @@ def test_the_token_is_sent_and_never_shown(fake):
     assert "secre" not in str(impossible.value)
 
 
-def test_a_method_gets_its_arguments_and_gives_the_first_workers_result(fake):
-    server = VllmServer(fake.address)
-    assert run(server.call("pop", ["a"], 2)) == {"method": "pop", "args": [["a"], 2]}
+def test_a_method_gets_its_arguments_and_gives_the_results_of_all_workers(fake):
+    assert run(VllmServer(fake.address).call_all("pop", ["a"], 2)) == [{"method": "pop", "args": [["a"], 2]}]
+
+
+def test_no_descriptor_is_left_behind(fake):
+    server = client(fake.address, timeout_s=60)
+    run(server.health())
+    before = psutil.Process().num_fds()
+    assert len(generated(server, [request_of(i, max_tokens=50) for i in range(40)])) == 40
+    for _ in range(3000):  # the sockets close when the thread of the event loop comes to it
+        if psutil.Process().num_fds() > before:
+            time.sleep(0.01)
+    assert psutil.Process().num_fds() <= before

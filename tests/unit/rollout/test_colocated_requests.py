@@ -10,16 +10,17 @@ import colocated
 import models
 import pytest
 
-from megatron_selfdistill.engines.vllm.engine import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.engines.vllm.engine import EngineRequest
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=6)
 
 
-def output_of(request: EngineRequest) -> EngineOutput:
+def response_to(request: EngineRequest) -> Response:
     """Return what the stand-in answers, which depends on the prompt and the seed alone."""
     tokens = [(sum(request.token_ids) + request.sampling["seed"] + i) % models.VOCAB_SIZE for i in range(6)]
-    return EngineOutput(tokens, [-0.25 * (1 + token) for token in tokens], "length", 3)
+    log_probs = [-0.25 * (1 + token) for token in tokens]
+    return Response(tokens, log_probs, log_probs, "length", weight_version=3)
 
 
 class StandIn:
@@ -33,9 +34,9 @@ class StandIn:
     def load(self, tensors: Any, version: int) -> None:
         assert version == 3 and sum(1 for _ in tensors)
 
-    def generate(self, requests: Sequence[EngineRequest], report: Any) -> list[EngineOutput]:
+    def generate(self, requests: Sequence[EngineRequest], report: Any) -> list[Response]:
         self.asked += requests
-        return [output_of(request) for request in requests]
+        return [response_to(request) for request in requests]
 
     def close(self) -> None:
         """Do nothing."""
@@ -62,10 +63,7 @@ def generated(layout: dict[str, int], engine_tp: int) -> Any:
             responses = built.generate(own, PARAMS)
             with pytest.raises(ValueError, match=r"an empty prompt") as refused:
                 built.generate(own if grid.dp_rank else [Request([], 1)], PARAMS)
-    wanted = [output_of(sampling.engine_request(request, PARAMS)) for request in own]
-    assert [r.token_ids for r in responses] == [o.token_ids for o in wanted]
-    assert [r.log_probs for r in responses] == [r.sampled_log_probs for r in responses] == [o.log_probs for o in wanted]
-    assert {r.weight_version for r in responses} == {3}
+    assert responses == [response_to(sampling.engine_request(request, PARAMS)) for request in own]
     return grid.dp_size, [request.token_ids for request in engine.asked], str(refused.value)
 
 

@@ -21,6 +21,7 @@ def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement
     sizes = {}
     found = lambda _, size, *__: sizes.update(directory=size) or ("", [])  # noqa: E731
     monkeypatch.setattr(configured_sampler, "engine_directory", found)
+    monkeypatch.setattr(configured_sampler, "EngineWeights", lambda *_, **__: None)
     fake = SimpleNamespace(**{module: lambda *_, vocab_size, **__: sizes.update(sampler=vocab_size)})
     name = {"server": "server_sampler", "colocated": "colocated"}[placement]
     monkeypatch.setitem(sys.modules, f"megatron_selfdistill.engines.vllm.{name}", fake)

@@ -12,7 +12,7 @@ import models
 import pytest
 
 from megatron_selfdistill.config import CheckpointConfig, Config, ParallelConfig, RolloutConfig
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.hf.mapping import FAMILIES
 
 MODEL = models.model_config("tied")
@@ -27,7 +27,7 @@ def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str,
     grid = initialize(ParallelConfig(), seed=1)
     try:
         directory, rules = engine_directory(config, vocab_size, run_dir, grid)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         return str(error)
     assert [path.name for path in directory.iterdir()] == ["config.json"]
     return json.loads((directory / "config.json").read_text()), [name for rule in rules for name in rule.hf_names]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megatron_selfdistill.engines.vllm import in_process, transfer_buckets
+from megatron_selfdistill.engines.vllm.server import serve
+from megatron_selfdistill.engines.vllm.server.server_names import as_arguments
 from megatron_selfdistill.errors import ConfigError
 
 EXPANDING, FIXED = "expandable_segments:True", "expandable_segments:False"
@@ -49,18 +51,15 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     transfer_buckets._set_allocator_settings(before)
 
 
-@pytest.mark.parametrize("engine_tp", [2, 8])
-def test_the_ranks_of_an_engine_beside_expandable_segments_add_up_without_shared_buffers(start, engine_tp):
-    assert start(engine_tp, EXPANDING)["arguments"][NAME] is True
-
-
 @pytest.mark.parametrize(
     ("engine_tp", "allocator", "device"),
     [(1, EXPANDING, "cuda"), (2, FIXED, "cuda"), (2, "max_split_size_mb:512", "cuda"), (2, EXPANDING, "cpu")],
     ids=["one rank", "fixed segments", "default segments", "cpu"],
 )
-def test_otherwise_vllm_chooses_how_ranks_add_up(start, engine_tp, allocator, device):
+def test_vllm_chooses_how_ranks_add_up_unless_segments_expand(start, engine_tp, allocator, device):
     assert NAME not in start(engine_tp, allocator, device)["arguments"]
+    in_process._live = None
+    assert start(2, EXPANDING)["arguments"][NAME] is True
 
 
 @pytest.mark.parametrize("value", [False, True])
@@ -76,8 +75,18 @@ def test_a_choice_that_would_end_the_process_is_refused_before_vllm_starts(start
     assert start(2, EXPANDING, **{NAME: True})["arguments"][NAME] is True
 
 
-@pytest.mark.parametrize("engine_tp", [1, 2])
-def test_an_engine_starts_in_segments_of_fixed_size_and_the_trainers_settings_come_back(start, engine_tp):
-    found = start(engine_tp, f"max_split_size_mb:512,{EXPANDING}")
+def test_an_engine_starts_in_segments_of_fixed_size_and_the_trainers_settings_come_back(start):
+    found = start(2, f"max_split_size_mb:512,{EXPANDING}")
     assert found["allocator"] == f"max_split_size_mb:512,{FIXED}"
     assert found["events"] == ["empty_cache", "start"]
+
+
+@pytest.mark.parametrize(("engine_args", "trusted"), [({}, False), ({"trust_remote_code": True}, True)])
+def test_no_engine_runs_python_code_of_a_models_directory_unless_the_users_arguments_say_so(
+    start, engine_args, trusted
+):
+    assert start(1, FIXED, "cpu", **engine_args)["arguments"]["trust_remote_code"] is trusted
+    options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9"])
+    for on_cpu in (False, True):
+        assert "--no-trust-remote-code" in serve.engine_arguments(options, on_cpu=on_cpu)
+    assert as_arguments({"trust_remote_code": True}) == ["--trust-remote-code"], "which follow, and win"

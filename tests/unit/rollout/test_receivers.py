@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,23 +10,6 @@ from megatron_selfdistill.engines.vllm.plugin.receivers import make_receiver
 from megatron_selfdistill.engines.vllm.transfer_buckets import MappedFile
 
 CPU = torch.device("cpu")
-
-BLOCKED = """
-import sys
-sys.modules["vllm"] = None
-from megatron_selfdistill.engines.vllm.plugin import receivers
-sys.exit(0 if len(receivers._RECEIVERS) == 4 else 1)
-"""
-
-
-@pytest.mark.full
-def test_receivers_need_no_vllm():
-    subprocess.run([sys.executable, "-c", BLOCKED], check=True)
-
-
-def test_an_unknown_transfer_is_refused():
-    with pytest.raises(ValueError, match=r"expected a transfer among shared_memory, .*, got 'pigeon'"):
-        make_receiver("pigeon", CPU, 0, {})
 
 
 def test_a_bucket_that_is_cut_short_is_refused(tmp_path):
@@ -46,8 +26,6 @@ def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(t
         file.memory.fill_(turn)
         packed = receiver.receive(6, {"path": str(file.path), "mapped": True})
         assert packed.tolist() == [turn] * 6
-    with pytest.raises(ValueError, match=r"expected 9 bytes in .*, got 8"):
-        receiver.receive(9, {"path": str(files[0].path), "mapped": True})
     files[0].close()
     larger = MappedFile(tmp_path, 16)
     receiver.receive(16, {"path": str(larger.path), "mapped": True})

@@ -173,12 +173,6 @@ def test_when_all_servers_fail_every_rank_says_so_and_why(ranks, fakes, world_si
     assert all(fake.address in message for fake in fakes)
 
 
-def test_responses_of_other_weights_are_never_used(ranks, fakes):
-    [(kind, message)] = run(ranks, fakes, [[{"writes_version": "1"}, {"writes_version": "default"}]])
-    assert kind == "EngineError"
-    assert "weights of version 1, expected 0" in message and "weights of version None, expected 0" in message
-
-
 def test_a_server_that_comes_back_is_used_after_the_next_weights_and_not_before(ranks, fakes):
     back = {"restart": True, "die_at": 0}
     first, second = run(ranks, fakes, [[{"die_at": 1}], [back]])
@@ -263,13 +257,12 @@ def refused(addresses: list[str], requests: list[Request], options: dict[str, An
     ("requests", "faults", "wanted_"),
     [
         ([Request([1] * 61, 0)], {}, ("ValueError", "the longest prompt has 61 tokens")),
-        ([Request([1], 0, [2])], {}, ("ValueError", "guided rollouts are sampled in process, not by vLLM")),
         ([Request([1], 0)], {"max_model_len": 63}, ("ConfigError", "--max-model-len 64")),
         ([Request([1], 0)], {"counts": False}, ("ConfigError", "--disable-log-stats")),
         ([Request([1], 0)], {"token": "other"}, ("EngineError", "answered 401")),
         ([Request([1], 0)], {"status": 400, "says": "what is this"}, ("EngineError", "answered 400: what is this")),
     ],
-    ids=["length", "guided", "max_model_len", "stats", "token", "refused"],
+    ids=["length", "max_model_len", "stats", "token", "refused"],
 )
 def test_what_no_server_can_do_is_an_error_on_all_ranks(ranks, fakes, requests, faults, wanted_):
     for fake in fakes:
@@ -307,8 +300,6 @@ def adapted_updates(addresses: list[str], restarted: str, transfer: str) -> list
 
 @pytest.mark.parametrize("transfer", ["shared_memory", pytest.param("gloo", marks=pytest.mark.full)])
 def test_a_server_keeps_frozen_weights_until_it_is_started_anew(ranks, fakes, transfer):
-    for fake in fakes:
-        fake.adapters = {"rank": 4, "modules": ["down_proj", "o_proj"]}
     addresses = [fake.address for fake in fakes]
     [sent] = ranks.run(adapted_updates, addresses, addresses[1], transfer, world_size=1, timeout=TIMEOUT)
     kept, restarted = fakes
@@ -321,15 +312,3 @@ def test_a_server_keeps_frozen_weights_until_it_is_started_anew(ranks, fakes, tr
     expected = {"rank": 3, "alpha": 6.0, "rank_stabilised": False, "modules": ["down_proj", "o_proj"]}
     assert kept.adapter == restarted.adapter == expected
     assert set(kept.models) == {"selfdistill"}
-
-
-def unsuitable(addresses: list[str]) -> str:
-    with pytest.raises(ConfigError) as error, sampler(addresses, {}, adapter=ADAPTER):
-        pass
-    return str(error.value)
-
-
-def test_a_server_without_room_for_the_adapters_is_refused(ranks, fakes):
-    [message] = ranks.run(unsuitable, [fakes[0].address], world_size=1, timeout=TIMEOUT)
-    assert "takes adapters up to rank 0 on the modules []" in message
-    assert message.endswith("start it with --adapter-rank=3 --adapter-modules=down_proj,o_proj")

@@ -60,7 +60,6 @@ def started(
         token="secret",
         dtype=torch.bfloat16,
         max_model_len=77,
-        num_weights=2**30,
     )
 
 
@@ -90,11 +89,11 @@ def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, mo
     assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
 
 
-def test_servers_on_the_trainers_gpus_learn_how_large_the_weights_are(tmp_path):
+def test_servers_on_the_trainers_gpus_are_told_so(tmp_path):
     [one] = started(tmp_path, script(tmp_path, 'echo "$@"'), shares_gpus=True)
     one.process.wait(20)
     words = one.log.read_text().split()
-    assert "--shared-gpu-weights-gb=1.0" in words[: words.index("--")]  # 2**30 elements of 2 bytes on two GPUs
+    assert "--shares-gpus" in words[: words.index("--")]
 
 
 # What the user exported for the job, what torchrun added, and what the trainer has set since.
@@ -227,14 +226,10 @@ def test_servers_get_the_gpus_behind_the_trainers_or_share_them(monkeypatch, cou
     ("host", "token", "allowed"),
     [
         ("127.0.0.1", "", True),
-        ("127.8.0.1", "", True),
         ("::1", "", True),
         ("localhost", "", True),
         ("0.0.0.0", "", False),
-        ("::", "", False),
         (None, "", False),
-        ("", "", False),
-        ("10.0.0.1", "", False),
         ("localhost.example.org", "", False),
         ("0.0.0.0", "token", True),
     ],
@@ -259,20 +254,6 @@ def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sam
     assert "--enforce-eager" in serve.engine_arguments(options, on_cpu=True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--adapter-rank=0", None),
-        ("--adapter-rank=513", "--adapter-rank 513: vLLM takes adapters up to rank 512; lower it"),
-        ("--adapter-rank=8", "--hf-config: /model/config.json cannot be read, expected the config.json of a model"),
-    ],
-)
-def test_a_config_json_is_read_for_adapters_alone(arguments, message):
-    options = serve.parser().parse_args(["--hf-config=/model", arguments])
-    found = serve._why_not_adapted(options, on_cpu=True)
-    assert found == message if message is None else message in str(found)
-
-
 def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_wrongly(tmp_path):
     options = serve.parser().parse_args([f"--hf-config={tmp_path}", "--max-model-len=9"])
     exact = {"--attention-backend=CPU_MLA", '--compilation-config={"custom_ops": ["none"]}'}
@@ -284,7 +265,7 @@ def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_w
 
 @pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])
 def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_bytes):
-    options = serve.parser().parse_args(["--hf-config=/model", "--shared-gpu-weights-gb=15.3"])
+    options = serve.parser().parse_args(["--hf-config=/model", "--shares-gpus"])
     options.kv_cache_gb = kv_cache_gb
     arguments = serve.engine_arguments(options, on_cpu=False, shared=DeviceMemory(60 * GIB, 80 * GIB))
     given = dict(argument.split("=", 1) for argument in arguments if "memory" in argument)

@@ -148,28 +148,16 @@ def test_an_nccl_group_that_blocks_while_it_connects_is_left_behind(nccl, store)
     never.set()
 
 
-def test_an_nccl_group_that_cannot_connect_says_why(nccl, store):
-    def refuse() -> None:
-        raise RuntimeError("ncclInvalidUsage")
-
-    nccl.connect = staticmethod(refuse)
-    with pytest.raises(RuntimeError, match="did not form: ncclInvalidUsage"):
-        open_group("nccl", "127.0.0.1", store.port, 0, 1, torch.device("cuda", 0), 10.0)
-
-
 @pytest.mark.timing
-@pytest.mark.parametrize("fault", ["fail_at", "hangs_at"])
-def test_a_server_that_does_not_join_leaves_the_others_usable(monkeypatch, fault):
-    if fault == "hangs_at":
-        monkeypatch.setattr(transfer_group, "FORMING_SECONDS", 2.0)
+def test_a_server_that_does_not_join_leaves_the_others_usable(monkeypatch):
+    monkeypatch.setattr(transfer_group, "FORMING_SECONDS", 2.0)
     with fake_servers(2) as fakes:
-        setattr(fakes[0], fault, "/init_weight_transfer_engine")
+        fakes[0].hangs_at = "/init_weight_transfer_engine"
         broken, whole = (VllmServer(fake.address, timeout_s=LONG) for fake in fakes)
         transfer = BroadcastTransfer("gloo", LONG)
         started = time.monotonic()
         failures = transfer.join([broken, whole])
         assert time.monotonic() - started < SOON
         assert broken in failures
-        whole.health()
         assert not transfer.join([whole])
         transfer.close()

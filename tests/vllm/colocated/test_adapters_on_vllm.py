@@ -13,7 +13,6 @@ from responses import own, tokens
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
@@ -79,16 +78,3 @@ def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens_and_log
             for response, other in zip(batch, expected, strict=True):
                 assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
     assert tokens(theirs[0]) != tokens(theirs[1])
-
-
-def refused() -> str:
-    adapter = AdapterConfig(rank=2, layers=["linear_qkv"])
-    chunks, grid = adapted("moe", ParallelConfig(), adapter)
-    with pytest.raises(ConfigError) as error, sampler(MODELS["moe"], chunks, grid, adapter=adapter):
-        pass
-    return str(error.value)
-
-
-def test_experts_on_a_cpu_are_refused_before_the_engine_starts(ranks):
-    (message,) = ranks.run(refused, world_size=1)
-    assert "vLLM has no experts beside adapters on a CPU: set rollout.engine=megatron, or use GPUs" in message

@@ -12,16 +12,16 @@ import models
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, requests
 
 from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
 
 def main(run_dir: Path, hf_config: Path) -> None:
     chunks, grid = models.build(MODEL, models.parallel())
     sampler = ServerSampler(
-        chunks,
+        EngineWeights(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=2**20, on_ranks=[0]),
         grid,
         hf_config,
-        FAMILY.rules(MODEL),
         RolloutConfig(
             engine="vllm",
             placement="server",

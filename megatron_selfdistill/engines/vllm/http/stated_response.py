@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a vLLM server states about a response: read from vLLM's JSON, or from a compact form of 8 bytes a token.
+"""What a vLLM engine states about a response: from vLLM's objects or JSON, or from a compact form of 8 bytes a token.
 
 The compact form is, in place of some 180 bytes a token in JSON:
 
@@ -24,13 +24,13 @@ GENERATE = "/inference/v1/generate"
 MEDIA_TYPE = "application/vnd.megatron-selfdistill.response"
 """The media type of the compact form."""
 
-NOT_STATED = (LookupError, TypeError, ValueError, OverflowError, RecursionError, struct.error)
+NOT_STATED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, struct.error)
 """What the functions of this module raise for an answer of another form."""
 
 
 @dataclass(frozen=True)
 class StatedResponse:
-    """The parts of a response as a server states them; nothing of them is checked but their form."""
+    """The parts of a response as an engine states them; nothing of them is checked but their form."""
 
     token_ids: Sequence[int]
     """Token ids in the range of int32."""

@@ -52,17 +52,6 @@ def load_adapter(runner: Any, tensors: Mapping[str, Tensor], adapter: EngineAdap
     manager.activate_adapter(ADAPTER_ID)
 
 
-def adapter_limits(runner: Any) -> dict[str, Any]:
-    """Return the largest rank of adapters that an engine takes, 0 for none, and the last names of their modules."""
-    if getattr(runner, "lora_manager", None) is None:
-        return {"rank": 0, "modules": []}
-    manager = _manager(runner)
-    return {
-        "rank": manager.lora_config.max_lora_rank,
-        "modules": sorted({part.rpartition(".")[2] for part in _modules(manager)}),
-    }
-
-
 def _manager(runner: Any) -> Any:
     worker_manager = getattr(runner, "lora_manager", None)
     if worker_manager is None:

@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import base64
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.engines.vllm.protocol import pin
+from megatron_selfdistill.engines.vllm.protocol import pin, visible_gpus
 from megatron_selfdistill.engines.vllm.transfer_group import broadcast, close_group, open_group
 
 
-class Receiver(Protocol):
-    """One way in which a bucket arrives."""
+class Receiver(ABC):
+    """One way in which a bucket arrives on ``device``, that of worker number ``worker`` of its server."""
 
+    def __init__(self, device: torch.device, worker: int) -> None:
+        self._device = device
+
+    @abstractmethod
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
 
         The bytes stay valid until the trainer learns that the bucket is loaded; then the same memory may hold a later
         bucket.
         """
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Leave the trainer; may be called once."""
-        ...
 
 
-class FileReceiver:
+class FileReceiver(Receiver):
     """A receiver that reads files of the trainer.
 
     A file that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  A file that the trainer
@@ -42,7 +45,7 @@ class FileReceiver:
     """
 
     def __init__(self, device: torch.device, worker: int) -> None:
-        self._device = device
+        super().__init__(device, worker)
         self._mapped: dict[str, Tensor] = {}
         self._unpin: dict[str, Callable[[], None]] = {}
 
@@ -64,10 +67,7 @@ class FileReceiver:
             self._mapped[path] = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
             if self._device.type != "cpu":
                 self._unpin[path] = pin(self._mapped[path])
-        mapped = self._mapped[path]
-        if mapped.numel() < num_bytes:
-            raise ValueError(f"expected {num_bytes} bytes in {path}, got {mapped.numel()}")
-        return mapped[:num_bytes]
+        return self._mapped[path][:num_bytes]
 
     def _drop(self, path: str) -> None:
         self._unpin.pop(path, lambda: None)()
@@ -83,7 +83,7 @@ def _read(path: str, num_bytes: int) -> Tensor:
     return packed
 
 
-class BroadcastReceiver:
+class BroadcastReceiver(Receiver):
     """A receiver in a process group of the trainer (rank 0) and the workers of all servers."""
 
     def __init__(
@@ -98,8 +98,8 @@ class BroadcastReceiver:
         world_size: int,
         timeout_s: float,
     ) -> None:
-        self._device = torch.device("cpu") if backend == "gloo" else device
-        self._final_device = device
+        super().__init__(device, worker)
+        self._arrives_on = torch.device("cpu") if backend == "gloo" else device
         self._timeout_s = timeout_s
         self._broken = False
         self._memory = torch.empty(0, dtype=torch.uint8)  # of gloo's buckets: on a GPU torch keeps memory for the next
@@ -111,11 +111,11 @@ class BroadcastReceiver:
         self._broken = True
         broadcast(self._group, packed, self._timeout_s)
         self._broken = False
-        return packed.to(self._final_device)
+        return packed.to(self._device)
 
     def _place(self, num_bytes: int) -> Tensor:
-        if self._device.type != "cpu":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        if self._arrives_on.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._arrives_on)
         if self._memory.numel() < num_bytes:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8)
         return self._memory[:num_bytes]
@@ -130,24 +130,15 @@ _NO_COUNTER = b"/selfdistill-none", 0
 """A file of counters that does not exist, and a place in it: torch then decrements no counter when it closes memory."""
 
 
-class IpcReceiver:
+class IpcReceiver(Receiver):
     """A receiver that copies from memory of a GPU of this node, by its CUDA IPC handle.
 
     That GPU must be visible here, and reachable from the worker's own GPU.
     """
 
-    def __init__(self, device: torch.device, worker: int) -> None:
-        self._device = device
-
     def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
         """Return a copy of the memory of which ``where`` holds the handle."""
-        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-        if where["gpu"] not in uuids:
-            raise ValueError(
-                f"the weights lie on GPU {where['gpu']}, which this server cannot see (it sees {', '.join(uuids)}); "
-                "start it with that GPU in CUDA_VISIBLE_DEVICES too, or choose rollout.transfer=nccl"
-            )
-        source = uuids.index(where["gpu"])
+        source = visible_gpus().index(where["gpu"])
         storage = torch.UntypedStorage._new_shared_cuda(
             source,
             base64.b64decode(where["handle"]),
@@ -162,10 +153,6 @@ class IpcReceiver:
         torch.cuda.synchronize(self._device)
         return packed
 
-    def close(self) -> None:
-        """Do nothing: each bucket was copied."""
-        pass
-
 
 _RECEIVERS: dict[str, Any] = {
     "shared_memory": FileReceiver,
@@ -179,9 +166,7 @@ def make_receiver(name: str, device: torch.device, worker: int, arguments: Mappi
     """Return the receiver of the transfer ``name``, which copies buckets to ``device``.
 
     ``worker`` is the number of this worker within its server; ``arguments`` are the arguments of the receiver's class,
-    as the trainer sends them.  Raises ValueError for another name.
+    as the trainer sends them.
     """
-    if name not in _RECEIVERS:
-        raise ValueError(f"expected a transfer among {', '.join(_RECEIVERS)}, got {name!r}")
     receiver: Receiver = _RECEIVERS[name](device, worker, **arguments)
     return receiver

@@ -69,8 +69,6 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _receiver: Receiver | None = None
     _reloading = False
     _verified = False
-    frozen_weights: str | None = None
-    """The name of the run whose frozen weights the worker has; None after weights of any other kind."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Make the receiver of the transfer that the trainer has chosen."""
@@ -131,7 +129,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _begin_reload(self) -> None:
         """Prepare the model for its first weights of an update; do nothing for the other buckets."""
         if not self._reloading:
-            self._reloading, self.frozen_weights = True, None
+            self._reloading = True
             before_reload(self.model)
             initialize_layerwise_reload(self.model)
 

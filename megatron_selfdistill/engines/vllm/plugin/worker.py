@@ -12,7 +12,7 @@ import socket
 from typing import Any
 
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.engines.vllm.plugin.adapter_loader import adapter_limits, load_adapter
+from megatron_selfdistill.engines.vllm.plugin.adapter_loader import load_adapter
 from megatron_selfdistill.engines.vllm.plugin.weight_backend import register
 from megatron_selfdistill.engines.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
 from megatron_selfdistill.engines.vllm.server.server_names import SERVER_VARIABLE, when_ended
@@ -63,23 +63,11 @@ class WorkerExtension:
         if self.weight_transfer_engine is not None:
             self.weight_transfer_engine.reset_weight_update_target()
 
-    def adapter_limits(self: Any) -> dict[str, Any]:
-        """Return the largest rank of adapters that this engine takes, 0 for none, and the modules that have them."""
-        return adapter_limits(self.model_runner)
-
-    def frozen_weights(self: Any) -> dict[str, Any]:
-        """Return the name of the run whose frozen weights this worker has, as `load_factors` has set it."""
-        return {"run": self.weight_transfer_engine.frozen_weights}
-
-    def load_factors(self: Any, adapter: dict[str, Any], run: str) -> None:
-        """Replace the adapter by the factors of the last update, which are described by ``adapter`` (EngineAdapter).
-
-        ``run``: the name of the run whose frozen weights the worker has.
-        """
+    def load_factors(self: Any, adapter: dict[str, Any]) -> None:
+        """Replace the adapter by the factors of the last update, which are described by ``adapter`` (EngineAdapter)."""
         engine = self.weight_transfer_engine
         factors, engine.factors = engine.factors, {}
-        load_adapter(self.model_runner, factors, EngineAdapter.from_json(adapter))
-        engine.frozen_weights = run
+        load_adapter(self.model_runner, factors, EngineAdapter(**adapter))
 
     def place(self: Any) -> dict[str, Any]:
         """Return the place of this worker and its ways to receive weights, as `VllmServer.workers` describes."""

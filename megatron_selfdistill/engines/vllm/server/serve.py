@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -52,6 +51,7 @@ if TYPE_CHECKING:  # `--help` needs no numpy
     from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory
 
 _GIB = 2**30
+_MIDDLEWARE = "megatron_selfdistill.engines.vllm.plugin.middleware"
 _GRACE_SECONDS = 15.0
 # Seconds in which the requests of an ending server are answered.  vLLM never answers calls of methods and of weights
 # that its engine had not finished when it ended, and waits for these answers for ever unless a limit is set.
@@ -82,12 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
     cli_env_setup()
     shared = None
-    if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
-        from megatron_selfdistill.engines.vllm.engine_memory import memory_of_visible_gpus, why_no_room
+    if options.shares_gpus and not current_platform.is_cpu():
+        from megatron_selfdistill.engines.vllm.engine_memory import memory_of_visible_gpus
 
         shared = memory_of_visible_gpus(options.tensor_parallel_size)
-        _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
-    _refuse(_why_not_adapted(options, on_cpu=current_platform.is_cpu()))
     arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
@@ -102,15 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_head:
         _run_headless(parsed)
         return
-    parsed.middleware = [
-        *parsed.middleware,
-        "megatron_selfdistill.engines.vllm.plugin.middleware.CompactResponses",
+    names = [
+        "CompactResponses",
+        *(["AdapterNamed"] if options.adapter_rank else []),
+        *(["TokenRequired"] if token else []),
     ]
-    if options.adapter_rank:
-        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.engines.vllm.plugin.middleware.AdapterNamed"]
-    if token:
-        # The last middleware is the outermost.
-        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.engines.vllm.plugin.middleware.TokenRequired"]
+    # The last middleware is the outermost.
+    parsed.middleware = [*parsed.middleware, *(f"{_MIDDLEWARE}.{name}" for name in names)]
     uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
 
 
@@ -134,11 +130,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-cache-gb", type=float, help="GiB of KV cache; default: vLLM's, or a third of free memory on CPU"
     )
-    parser.add_argument(
-        "--shared-gpu-weights-gb",
-        type=float,
-        help="the GPUs hold a trainer too: take the free memory, of which weights need this many GiB on each GPU",
-    )
+    parser.add_argument("--shares-gpus", action="store_true", help="the GPUs hold a trainer too: take the free memory")
     parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
     parser.add_argument("--node-rank", type=int, default=0, help="rank of this node; rank 0 answers requests")
     parser.add_argument("--master-addr", help="address by which the other nodes reach node rank 0")
@@ -164,47 +156,40 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     from megatron_selfdistill.engines.vllm.engine import WORKER_EXTENSION, cpu_engine_args
     from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 
-    arguments = [
-        f"--model={options.hf_config}",
-        f"--host={options.host}",
-        f"--port={options.port}",
-        f"--tensor-parallel-size={options.tensor_parallel_size}",
-        f"--dtype={options.dtype}",
-        "--load-format=dummy",
-        "--tokens-only",
-        "--no-trust-remote-code",
+    settings: dict[str, Any] = {
+        "model": options.hf_config,
+        "host": options.host,
+        "port": options.port,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "dtype": options.dtype,
+        "load_format": "dummy",
+        "tokens_only": True,
+        "trust_remote_code": False,
         # The request alone sets how tokens are sampled; a generation_config.json beside config.json must not.
-        "--generation-config=vllm",
-        f"--weight-transfer-config={json.dumps({'backend': BACKEND})}",
-        f"--worker-extension-cls={WORKER_EXTENSION}",
-        "--disable-uvicorn-access-log",
-        # No web page in a browser on this machine may send requests.
-        "--allowed-origins=[]",
-    ]
+        "generation_config": "vllm",
+        "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": WORKER_EXTENSION,
+        "disable_uvicorn_access_log": True,
+        "allowed_origins": "[]",  # no web page in a browser on this machine may send requests
+    }
     if options.max_model_len is not None:
-        arguments.append(f"--max-model-len={options.max_model_len}")
+        settings["max_model_len"] = options.max_model_len
     kv_cache_gb = options.kv_cache_gb
     if on_cpu:
-        arguments += ["--enforce-eager", *as_arguments(cpu_engine_args(_described(options), options.max_model_len))]
+        settings |= {"enforce_eager": True, **cpu_engine_args(_described(options), options.max_model_len)}
         kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
     if shared is not None:
-        arguments.append(f"--gpu-memory-utilization={shared.share}")
-        arguments.append(f"--kv-cache-memory-bytes={_shared_kv_cache_bytes(options, shared)}")
-    elif kv_cache_gb is not None:
-        arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
+        settings["gpu_memory_utilization"] = shared.share
+        kv_cache_gb = shared.free / 3 / _GIB if kv_cache_gb is None else kv_cache_gb
+    if kv_cache_gb is not None:
+        settings["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)
     if options.adapter_rank:
-        adapter = EngineAdapter(options.adapter_rank, 1.0, False, tuple(options.adapter_modules.split(",")))
-        arguments += as_arguments(adapter.engine_args(on_cpu=on_cpu))
+        adapter = EngineAdapter(options.adapter_rank, 1.0, False, options.adapter_modules.split(","))
+        settings |= adapter.engine_args(on_cpu=on_cpu)
     if options.nnodes > 1:
-        names = ("nnodes", "node_rank", "master_addr", "master_port")
-        arguments += as_arguments({name: getattr(options, name) for name in names})
-        arguments += ["--distributed-executor-backend=mp", *(["--headless"] if options.node_rank else [])]
-    return arguments
-
-
-def _shared_kv_cache_bytes(options: argparse.Namespace, shared: DeviceMemory) -> int:
-    """Return the bytes per GPU of the KV cache of an engine beside a trainer; activations need the rest."""
-    return shared.free // 3 if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB)
+        settings |= {name: getattr(options, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
+        settings |= {"distributed_executor_backend": "mp", **({"headless": True} if options.node_rank else {})}
+    return as_arguments(settings)
 
 
 def why_not(host: str | None, token: str) -> str | None:
@@ -236,23 +221,6 @@ def _described(options: argparse.Namespace) -> dict[str, Any]:
         return read_config(Path(options.hf_config))
     except CheckpointError:
         return {}
-
-
-def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
-    """Return a message where adapters are asked for and this engine or its model takes none."""
-    if not options.adapter_rank:
-        return None
-    from megatron_selfdistill.engines.vllm.engine_adapter import RANKS, why_not_adapted
-    from megatron_selfdistill.errors import CheckpointError
-    from megatron_selfdistill.interop.hf_files import read_config
-
-    if options.adapter_rank > RANKS[-1]:
-        return f"--adapter-rank {options.adapter_rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it"
-    try:
-        described = read_config(Path(options.hf_config))
-    except CheckpointError as error:
-        return f"--hf-config: {error}"
-    return why_not_adapted(described, on_cpu=on_cpu)
 
 
 def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:

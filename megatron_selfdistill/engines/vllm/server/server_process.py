@@ -24,7 +24,6 @@ from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.engines.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 from megatron_selfdistill.errors import ConfigError, EngineError
 
-_GIB = 2**30
 _PACKAGE = megatron_selfdistill.__name__
 _LOG_TAIL_LINES = 15
 _GRACE_SECONDS = 10.0
@@ -72,7 +71,6 @@ def start_servers(
     token: str,
     dtype: torch.dtype,
     max_model_len: int,
-    num_weights: int = 0,
     adapter: EngineAdapter | None = None,
 ) -> list[ServerProcess]:
     """Start ``rollout.num_servers`` servers on free ports of this machine and return them; they are not up yet.
@@ -80,21 +78,20 @@ def start_servers(
     ``directory`` is for the servers' logs.  ``rollout.server_env`` overrides the variables of `server_environment`, and
     an empty value removes a variable.  With ``rollout.transfer=ipc`` the servers use the trainer's GPUs, and of their
     memory the part that is free when the servers start; else they use the GPUs behind the trainer's.
-    ``num_weights``: elements of the model's tensors.  ``adapter``: the adapters of the run, if it has any.
+    ``adapter``: the adapters of the run, if it has any.
     Raises: `ConfigError` where there are too few GPUs or where the Python of ``rollout.server_python`` is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     python, engine_tp, shares_gpus = rollout.server_python, rollout.engine_tp, rollout.transfer == "ipc"
     variables = {**server_environment(os.environ, environment_at_start()), **rollout.server_env}
     variables = _with_package({name: value for name, value in variables.items() if value}, directory, python, token)
-    weights_gb = num_weights * dtype.itemsize / engine_tp / _GIB
     arguments = [
         f"--hf-config={hf_config.resolve()}",
         f"--tensor-parallel-size={engine_tp}",
         f"--dtype={str(dtype).removeprefix('torch.')}",
         f"--max-model-len={max_model_len}",
         *([] if rollout.kv_cache_gb is None else [f"--kv-cache-gb={rollout.kv_cache_gb}"]),
-        *([f"--shared-gpu-weights-gb={weights_gb}"] if shares_gpus else []),
+        *(["--shares-gpus"] if shares_gpus else []),
         *([] if adapter is None else adapter.server_args()),
         "--",
         *as_arguments(rollout.engine_args),

@@ -16,7 +16,7 @@ def test_the_samples_of_a_step_are_divided_among_the_engines():
     few = ("recipe=qwen3_8b", "data.global_batch_size=64")
     for overrides, sequences in ((few, 8), (("recipe=qwen3_8b",), 64), ((*few, "rollout.num_samples=4"), 32)):
         engines = dry_run(load(overrides)).engines
-        assert engines is not None and (engines.count, engines.sequences) == (8, sequences)
+        assert engines is not None and engines.sequences == sequences
         assert engines.balance == pytest.approx(RATES["H100"].balance) and engines.full == engines.capacity == 56
 
 
