@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.annexes import door
+from megatron_selfdistill.chat_logs.acceptance import load_rule
+from megatron_selfdistill.chat_logs.conversations import load_conversations
+from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.acceptance import load_rule
 from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
-from megatron_selfdistill.data.conversations import load_conversations
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.episode_reply import REPLY_ROLES
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
@@ -43,7 +44,6 @@ from megatron_selfdistill.data.prompts import (
     PromptView,
 )
 from megatron_selfdistill.data.records import RecordSource
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.thoughts import num_thoughts
 from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
+from megatron_selfdistill.chat_logs.acceptance import answer_text
 from megatron_selfdistill.config import function_named
-from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.environments.tool_calls import PARSERS, Parser, ToolCall, ToolCallError
 

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_selfdistill.chat_logs.acceptance import answer_text
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require_address, value_of_variable
-from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments.tool_calls import (

@@ -58,6 +58,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from megatron_selfdistill.chat_logs.replies import Turn
 from megatron_selfdistill.config import ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
@@ -66,7 +67,6 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
-from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked_model

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed import signs_of_life
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks

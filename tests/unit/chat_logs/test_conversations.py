@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from record_sources import load_conversations
 
-from megatron_selfdistill.data.acceptance import (
+from megatron_selfdistill.chat_logs.acceptance import (
     answer_text,
     closing_turn,
     is_correction,
@@ -19,7 +19,7 @@ from megatron_selfdistill.data.acceptance import (
     load_rule,
     marked,
 )
-from megatron_selfdistill.data.conversations import ConversationSet
+from megatron_selfdistill.chat_logs.conversations import ConversationSet
 
 SECRET = "zebra"
 

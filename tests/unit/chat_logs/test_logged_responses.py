@@ -11,10 +11,10 @@ from typing import Any
 import models
 import pytest
 
+from megatron_selfdistill.chat_logs.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.data.replies import Turn, Unusable
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.sources import given_responses
 
