@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import Any
 
 DOORS = {
+    "chat_logs": "chat_logs.configured_logs",
     "environments": "environments.configured_episodes",
+    "logged_responses": "chat_logs.logged_responses",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

@@ -58,7 +58,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_selfdistill.chat_logs.replies import Turn
+from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
 from megatron_selfdistill.config import ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
@@ -73,7 +73,6 @@ from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
-from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -319,7 +318,8 @@ class Openclaw(HintedLater):
                 for i, pair in pairs.items()
                 if pair is not None
             }
-        reader = turn_reader(self.tools.config, self.tools.run_data)
+        run = self.tools.run_data
+        reader = turn_reader(self.tools.config.data, run.builder, run.ends, run.max_length)
         turns = reader.read(list(shown.values())) if shown else []
         return {i: turn.prompts for i, turn in zip(shown, turns, strict=True) if isinstance(turn, Turn)}
 

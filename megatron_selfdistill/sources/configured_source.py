@@ -22,21 +22,14 @@ from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
-from megatron_selfdistill.sources.given_responses import (
-    LoggedResponses,
-    LoggedTurns,
-    Replay,
-    SolutionsAsResponses,
-    read_all_turns,
-    wants_all_turns_read,
-)
+from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
 from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
-from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 
 def configured_source(
@@ -52,7 +45,8 @@ def configured_source(
     guidance = _guidance(config, run_data, tools.judge) if config.rollout.guidance != "none" else None
     state = SourceState(problem_sampler, method_class(config.method.name).made(config.method, tools), guidance)
     if config.logged:
-        return LoggedResponses(state, LoggedTurns(config, run_data, grid), grid, phases)
+        logged: ResponseSource = door("logged_responses").LoggedResponses(state, config, run_data, grid, phases)
+        return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
@@ -118,7 +112,9 @@ def configured_sampler(
     """
     progress = phases.counted
     if config.logged:
-        sampler = OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid, progress=progress))
+        sampler = door("logged_responses").OnDemandSampler(
+            lambda: make_sampler(config, run_data, chunks, grid, progress=progress)
+        )
         return SyncedSampler(sampler, phases)
     settles = config.rollout.ahead > 0 and config.rollout.at_update == "wait"
     inner = make_sampler(config, run_data, chunks, grid, role_weights, progress)
@@ -130,9 +126,10 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
 
     Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be skipped.
     """
-    if config.logged and wants_all_turns_read(config, run_data):
-        return read_all_turns(config, run_data, grid)
-    return run_data
+    if not config.logged:
+        return run_data
+    read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
+    return read
 
 
 def _player(config: Config, tools: MethodTools, recording: Recording | None) -> EpisodePlayer:

@@ -53,8 +53,6 @@ class StepBatch:
     solutions: Sequence[str] = ()
     """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
     made by hand may have no solutions; its responses are then not shown as samples."""
-    accepted: Sequence[bool] = ()
-    """Whether each of ``contexts`` holds a logged reply that the user accepted; empty means False."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
     sampled after the student's prompt, and None if no token was."""
@@ -87,7 +85,6 @@ class StepBatch:
             responses=[response for batch in batches for response in batch.responses],
             contexts=[context for batch in batches for context in batch.contexts],
             solutions=[solution for batch in batches for solution in batch.solutions],
-            accepted=[accepted for batch in batches for accepted in batch.accepted],
             sampler_log_probs=torch.cat(log_probs) if log_probs else None,
             metrics=batches[-1].metrics,
             next_state=batches[-1].next_state,

@@ -21,12 +21,12 @@ PACKAGE = "megatron_selfdistill"
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
     *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
-    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "chat_logs", "sources", "teachers"),
-    *("environments", "methods", "commands"),
+    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
+    *("environments", "chat_logs", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines")
+NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "chat_logs")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sampler of a run gets each version of the weights once, and is built when something is to be sampled."""
+"""The sampler of a run gets each version of the weights once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import torch
 
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 
 def test_each_version_of_the_weights_is_sent_once_and_its_time_is_counted():
@@ -49,18 +49,3 @@ def test_new_weights_wait_for_the_responses_under_way_where_they_are_to_keep_the
         sampler.update_weights(version)
     assert [name for name, *_ in inner.method_calls] == ["settle", "update_weights"] * 2
     assert {"seconds/rollout", "seconds/sync"} <= phases.metrics().keys(), "waiting for responses is no sync"
-
-
-def test_nothing_is_built_until_something_is_to_be_sampled_and_then_once():
-    inner = Mock()
-    build = Mock(return_value=inner)
-    sampler = OnDemandSampler(build)
-    sampler.sleep()
-    sampler.close()
-    assert sampler.metrics() == {} and not build.called
-    sampler.update_weights(7)
-    inner.update_weights.assert_called_once_with(7)
-    assert sampler.generate([], None) is inner.generate.return_value and sampler.metrics() is inner.metrics.return_value
-    sampler.sleep()
-    sampler.close()
-    assert build.call_count == inner.sleep.call_count == inner.close.call_count == 1
