@@ -12,7 +12,9 @@ from typing import Any
 DOORS = {
     "chat_logs": "chat_logs.configured_logs",
     "environments": "environments.configured_episodes",
+    "guidance": "guidance.configured_guidance",
     "logged_responses": "chat_logs.logged_responses",
+    "overlap": "overlap.ahead",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

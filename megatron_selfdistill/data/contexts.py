@@ -7,7 +7,7 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -213,13 +213,10 @@ def shortened_to_fit(
     return replace(pair, teacher_prompt=teacher, solution=solution, solution_truncated=True)
 
 
-def build_contexts(
-    prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse], guided: Collection[str] = ()
-) -> list[ContextPair]:
+def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]) -> list[ContextPair]:
     """Return one context pair per response; ``responses[i]`` answers ``prompt_pairs[i]``.
 
     Several samples of a problem have the same pair.  The token ids of responses are those that were sampled.
-    ``guided``: the ids of the problems that are guided.
     """
     return [
         ContextPair(
@@ -228,9 +225,8 @@ def build_contexts(
             pair.teacher_prompt,
             list(response.token_ids),
             response.truncated,
-            pair.problem_id in guided,
-            pair.teacher,
-            pair.of_teachers,
+            teacher=pair.teacher,
+            of_teachers=pair.of_teachers,
         )
         for pair, response in zip(prompt_pairs, responses, strict=True)
     ]

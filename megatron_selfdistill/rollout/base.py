@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.data.thoughts import readable
-from megatron_selfdistill.loss.target import Target
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -107,10 +106,6 @@ class SamplingParams:
     """Ids of the tokens that end a response; the stop token stays as the last token of the response."""
     num_ids: int | None = None
     """Number of ids that may be sampled, the first ones: those of the tokenizer; None is all ids of the model."""
-    target: Target = field(default_factory=lambda: Target(anchor="student"))
-    """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/base.py)."""
-    loss_backend: str | None = None
-    """Implementation that solves for the target of guided responses (``loss.backend``)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")

@@ -11,19 +11,16 @@ import torch
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
-from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
-from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
@@ -42,8 +39,7 @@ def configured_source(
     """
     tools = _method_tools(config, run_data, grid, sampler, phases, models)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
-    guidance = _guidance(config, run_data, tools.judge) if config.rollout.guidance != "none" else None
-    state = SourceState(problem_sampler, method_class(config.method.name).made(config.method, tools), guidance)
+    state = SourceState(problem_sampler, method_class(config.method.name).made(config.method, tools))
     if config.logged:
         logged: ResponseSource = door("logged_responses").LoggedResponses(state, config, run_data, grid, phases)
         return logged
@@ -63,11 +59,16 @@ def configured_source(
         record=config.rollout.record,
         max_staleness=config.rollout.max_staleness,
     )
-    if recording is not None:
-        return Replay(state, options, recording)
-    if config.rollout.ahead:
-        return AheadOnPolicy(state, options, sampler.background, config.rollout.ahead, config.num_steps)
-    return OnPolicy(state, options)
+    found: ResponseSource
+    if config.rollout.guidance != "none":
+        found = door("guidance").guided_source(tools, state, options, recording)
+    elif recording is not None:
+        found = Replay(state, options, recording)
+    elif config.rollout.ahead:
+        found = door("overlap").AheadOnPolicy(state, options, config.rollout.ahead, config.num_steps)
+    else:
+        found = OnPolicy(state, options)
+    return found
 
 
 def _method_tools(
@@ -85,14 +86,6 @@ def _method_tools(
         judge=Judge(verifier, run_data.tokenizer, grid, None, pattern),
         given=given_solutions(config, run_data),
     )
-
-
-def _guidance(config: Config, run_data: RunData, judge: Judge) -> Guidance:
-    below = config.rollout.guide_below
-    if below is not None:
-        check_answers(run_data.problems.problems, judge.verifier)
-    rates = SuccessRates(below) if below is not None else None
-    return Guidance(judge, config.rollout.num_samples, rates, guide_of(config.teachers) or "")
 
 
 def configured_sampler(
@@ -116,9 +109,11 @@ def configured_sampler(
             lambda: make_sampler(config, run_data, chunks, grid, progress=progress)
         )
         return SyncedSampler(sampler, phases)
-    settles = config.rollout.ahead > 0 and config.rollout.at_update == "wait"
     inner = make_sampler(config, run_data, chunks, grid, role_weights, progress)
-    return SyncedSampler(inner, phases, settles=settles)
+    if config.rollout.ahead:
+        synced: SyncedSampler = door("overlap").synced_sampler(inner, phases, config.rollout)
+        return synced
+    return SyncedSampler(inner, phases)
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

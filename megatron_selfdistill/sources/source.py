@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
-from megatron_selfdistill.sources.guidance import Guidance
 from megatron_selfdistill.sources.method import Method
 
 
@@ -28,8 +27,6 @@ class SourceState:
     """The position in the data.  A source never moves this sampler, but samples from a fork."""
     method: Method
     """The method, with what earlier steps have changed, such as own solutions."""
-    guidance: Guidance | None = None
-    """The choice of the problems whose responses are guided, with the success rates so far; None guides none."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +153,11 @@ class CommittedState(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state as plain values for a checkpoint."""
-        state, guidance = self._state, self._state.guidance
-        success = None if guidance is None else guidance.state_dict()
-        return {"problem_sampler": state.problem_sampler.state_dict(), **state.method.state_dict(), "success": success}
+        return {"problem_sampler": self._state.problem_sampler.state_dict(), **self._state.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the committed state by the one that `state_dict` returned."""
         problem_sampler = self._state.problem_sampler.fork()
         problem_sampler.load_state_dict(state["problem_sampler"])
-        guidance = self._state.guidance
-        if guidance is not None and state.get("success") is not None:
-            guidance = guidance.restored(state["success"])
-        self._state = SourceState(problem_sampler, self._state.method.restored(state), guidance)
+        method = self._state.method.restored(state)
+        self._state = replace(self._state, problem_sampler=problem_sampler, method=method)

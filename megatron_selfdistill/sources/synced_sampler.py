@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.background import BackgroundSampler
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 
 
@@ -17,12 +15,9 @@ class SyncedSampler:
     The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
     """
 
-    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False) -> None:
-        """``phases``: where the time of a sync is counted, as phase "sync".
-
-        ``settles``: whether new weights wait for the responses under way of an inner `BackgroundSampler`.
-        """
-        self.inner, self._phases, self._settles = inner, phases, settles
+    def __init__(self, inner: Sampler, phases: Phases) -> None:
+        """``phases``: where the time of a sync is counted, as phase "sync"."""
+        self.inner, self._phases = inner, phases
         self.version: int | None = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
@@ -32,17 +27,9 @@ class SyncedSampler:
     def update_weights(self, version: int) -> None:
         """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
         if self.version != version:
-            if self._settles:
-                with self._phases("rollout"):
-                    self.background.settle()
             with self._phases("sync"):
                 self.inner.update_weights(version)
             self.version = version
-
-    @property
-    def background(self) -> BackgroundSampler[Any]:
-        """The inner sampler, if its engines generate while the trainer does something else."""
-        return cast(BackgroundSampler[Any], self.inner)
 
     def sleep(self) -> None:
         """Give back what only sampling needs."""

@@ -124,15 +124,16 @@ def guided_sampling() -> Outcome:
     import models
     import torch.distributed as dist
 
-    from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+    from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+    from megatron_selfdistill.guidance.guided_tokens import GuidedParams
+    from megatron_selfdistill.rollout.base import Request, sample_seed
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
-        sampler = MegatronSampler(chunks, grid, models.VOCAB_SIZE, 64)
+        sampler = GuidedSampler(chunks, grid, models.VOCAB_SIZE, 64)
         generator = torch.Generator().manual_seed(3)
         requests = []
         for number, (student, teacher) in enumerate(((2, 31), (9, 12), (5, 1), (12, 12), (7, 40))):
@@ -141,7 +142,7 @@ def guided_sampling() -> Outcome:
         sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
         for request, response in zip(
-            requests, sampler.generate(requests, SamplingParams(14, temperature=0)), strict=True
+            requests, sampler.generate(requests, GuidedParams(14, temperature=0)), strict=True
         ):
             student, teacher = (
                 logits(model, [*p, *response.token_ids], len(p)) for p in (request.prompt, request.teacher_prompt)

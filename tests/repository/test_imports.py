@@ -22,11 +22,11 @@ PACKAGE = "megatron_selfdistill"
 ORDER = (
     *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
     *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
-    *("environments", "chat_logs", "methods", "commands"),
+    *("environments", "chat_logs", "overlap", "guidance", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "chat_logs")
+NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines", "chat_logs", "overlap", "guidance")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments

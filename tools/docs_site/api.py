@@ -23,7 +23,8 @@ PAGES = {
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
         "Data",
-        "data.problems data.records data.tokenizer data.prompts data.contexts chat_logs.conversations chat_logs.acceptance",
+        "data.problems data.records data.tokenizer data.prompts data.contexts "
+        "chat_logs.conversations chat_logs.acceptance",
     ),
     "config": ("Configuration", "config.compose config.key_list config.bound_keys"),
     "evaluation": (

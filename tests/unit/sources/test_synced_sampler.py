@@ -40,12 +40,3 @@ def test_weights_that_could_not_be_sent_are_sent_again():
         except RuntimeError:
             continue
     assert inner.update_weights.call_count == 2 and sampler.version == 1
-
-
-def test_new_weights_wait_for_the_responses_under_way_where_they_are_to_keep_the_old_ones():
-    inner, phases = Mock(), Phases(torch.device("cpu"))
-    sampler = SyncedSampler(inner, phases, settles=True)
-    for version in (3, 3, 4):
-        sampler.update_weights(version)
-    assert [name for name, *_ in inner.method_calls] == ["settle", "update_weights"] * 2
-    assert {"seconds/rollout", "seconds/sync"} <= phases.metrics().keys(), "waiting for responses is no sync"

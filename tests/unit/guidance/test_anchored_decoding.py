@@ -28,12 +28,12 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding
 from megatron_selfdistill.rollout.megatron.decoding import cache_bytes_per_token
-from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 ANCHORED, MATCHES_STUDENT = Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)
 GREEDY, SAMPLED = (dataclasses.replace(params, target=ANCHORED) for params in (GREEDY_PAIRS, SAMPLED_PAIRS))
@@ -48,7 +48,7 @@ TEACHERS: dict[str, Roles] = {
 
 def samplers_of(
     kind: str, config: ParallelConfig, roles: Roles, *rooms: int | None
-) -> tuple[list[MegatronSampler], RankGrid]:
+) -> tuple[list[GuidedSampler], RankGrid]:
     """Return a sampler for each room in the KV cache, in tokens; None is any number.
 
     The student has the seed 0, and the other weights have the seeds of ``roles``.
@@ -60,7 +60,7 @@ def samplers_of(
     ]
     per_token = cache_bytes_per_token([unwrapped(chunk) for chunk in chunks], torch.float32)
     sizes = [None if room is None else room * per_token / 2**30 for room in rooms]
-    return [MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, gib, others) for gib in sizes], grid
+    return [GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, gib, role_weights=others) for gib in sizes], grid
 
 
 def check_response(models: dict[str, Any], request: Request, response: Response, params: SamplingParams) -> None:
@@ -229,7 +229,7 @@ def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list
     for param in params:
         param.data.fill_(torch.nan)
     role_weights = [RoleWeights(("teacher", "reference"), frozen, on_device)]
-    resting = MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, None, role_weights)
+    resting = GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, role_weights=role_weights)
     counts = []
     plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs()]
     for requests, params_ in ((plain, SAMPLED), (make_pairs(), SAMPLED_PAIRS), ([], SAMPLED), (make_pairs(), SAMPLED)):
@@ -260,4 +260,4 @@ def refuse() -> list[str]:
 def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks):
     [(without, small)] = ranks.run(refuse, world_size=1)
     assert "weights of a reference, which this sampler does not hold" in without
-    assert "117 tokens (a guided request in three sequences)" in small
+    assert "117 tokens in all its sequences" in small

@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.guidance import guided_tokens
+from megatron_selfdistill.guidance.guided_tokens import (
+    GuidedParams,
+    MixedTokens,
+    refuse_unguidable,
+    select_mixed_tokens,
+)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
-from megatron_selfdistill.rollout import guided_tokens
 from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
-from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
 
 TARGETS = {
     "entropy matched": Target(anchor="student"),
@@ -221,9 +226,9 @@ def test_what_does_not_fit_is_refused_with_a_message() -> None:
         solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 9, 9))
     for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
         with pytest.raises(ValueError, match=r"temperature 1 \(or 0, greedy\), top_k 0 and top_p 1"):
-            refuse_unguidable(SamplingParams(8, **changes))
+            refuse_unguidable(GuidedParams(8, **changes))
     for temperature in (0.0, 1.0):
-        refuse_unguidable(SamplingParams(8, temperature=temperature))
+        refuse_unguidable(GuidedParams(8, temperature=temperature))
 
 
 @pytest.mark.full

@@ -10,10 +10,15 @@ import torch
 from responses import chi_square_p_value
 from torch import Tensor
 
+from megatron_selfdistill.guidance.guided_tokens import (
+    GuidedParams,
+    MixedTokens,
+    refuse_unguidable,
+    select_mixed_tokens,
+)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
-from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
 
 TARGETS = {
     "reference's entropy": Target(anchor="reference"),
@@ -152,5 +157,5 @@ def test_logits_that_do_not_fit_the_target_are_refused_with_a_message() -> None:
     with pytest.raises(ValueError, match=r"solve_target: reference_entropy must be \[T\]"):
         solve_target(student, teacher, anchored, VocabShard(0, 8, 8))
     with pytest.raises(ValueError, match="which this sampler does not hold"):
-        refuse_unguidable(SamplingParams(8, target=anchored))
-    refuse_unguidable(SamplingParams(8, target=anchored), has_reference=True)
+        refuse_unguidable(GuidedParams(8, target=anchored))
+    refuse_unguidable(GuidedParams(8, target=anchored), has_reference=True)

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
-
-if TYPE_CHECKING:
-    pass
 from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
@@ -24,6 +20,16 @@ _MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}
 ROLES = ("student", "teacher", "reference")
 """The roles of a guided request's contexts.  The teacher's context has a prompt of its own; the reference reads the
 student's prompt with other weights."""
+
+
+@dataclass(frozen=True)
+class GuidedParams(SamplingParams):
+    """The distribution of a token, also of guided responses."""
+
+    target: Target = field(default_factory=lambda: Target(anchor="student"))
+    """Target from which guided responses are sampled: a mix of the logits under several contexts."""
+    loss_backend: str | None = None
+    """Implementation that solves for the target of guided responses (``loss.backend``)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) ->
             "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
             f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
         )
-    if params.target.is_anchored and not has_reference:
+    if cast(GuidedParams, params).target.is_anchored and not has_reference:
         raise ValueError(
             "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
             "sampler does not hold: set target.anchor=student"
