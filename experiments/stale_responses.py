@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from _lib.pretraining import Base
 from _lib.variants import Variant
 from _lib.watched_runs import Point, watch
-from megatron_selfdistill.engines.vllm.background import NO_RESPONSES
+from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, request_key
 from megatron_selfdistill.overlap.ahead import AheadOnPolicy
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, request_key
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import StepBatch
 

@@ -18,9 +18,10 @@ from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.episode_reply import REPLY_ROLES
+from megatron_selfdistill.data.fitted_prompts import ContextCounts, plan_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompt_checks import (
     LOOKED_AT,
@@ -33,12 +34,8 @@ from megatron_selfdistill.data.prompt_checks import (
     hint_cost,
     mean_cost,
 )
-from megatron_selfdistill.data.prompts import (
-    DEFAULT_TEACHER_TEMPLATE,
-    PromptBuilder,
-    PromptTemplates,
-    PromptView,
-)
+from megatron_selfdistill.data.prompt_templates import DEFAULT_TEACHER_TEMPLATE, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.thoughts import num_thoughts
 from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text

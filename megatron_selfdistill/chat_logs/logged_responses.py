@@ -15,7 +15,7 @@ import torch
 
 from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import signs_of_life

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.data.contexts import PromptPair, shortened_to_fit
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
+from megatron_selfdistill.data.fitted_prompts import shortened_to_fit
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import num_thoughts, parts

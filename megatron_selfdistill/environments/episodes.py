@@ -13,8 +13,9 @@ from itertools import groupby
 from typing import Protocol
 
 from megatron_selfdistill.config import user_code
-from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
@@ -27,10 +28,11 @@ from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
+from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.on_policy import Generate
+from megatron_selfdistill.sources.protocols import Generate
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)

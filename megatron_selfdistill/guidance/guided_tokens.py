@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
-from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.sampling import invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
 _MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}

@@ -65,7 +65,8 @@ from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.grpo import Grpo, GrpoSettings
-from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 

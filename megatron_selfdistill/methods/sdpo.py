@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Annotated
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
-from megatron_selfdistill.data.prompts import FEEDBACK_HEADING
+from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError

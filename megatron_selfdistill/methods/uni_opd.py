@@ -54,7 +54,7 @@ from megatron_selfdistill.methods.parts.settings import (
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import with_rewards
-from megatron_selfdistill.rollout.base import sample_seed
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 

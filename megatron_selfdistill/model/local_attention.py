@@ -25,7 +25,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
+from megatron_selfdistill.data.packed_batch import Microbatch
+from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.model.attention_variants import (
     SINK,
     attend_with_sinks,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.rollouts import SampleKey
 from megatron_selfdistill.sources.source import SourceState, StepBatch
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 

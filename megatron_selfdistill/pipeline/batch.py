@@ -32,10 +32,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import (
-    Microbatch,
-    PackedBatch,
-    PackingRules,
     context_parallel_positions,
     length_quantum,
     pack,

@@ -43,8 +43,10 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
+from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks

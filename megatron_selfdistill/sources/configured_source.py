@@ -11,7 +11,7 @@ import torch
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
@@ -23,9 +23,10 @@ from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
-from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.protocols import EpisodePlayer, ResponseSource
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.source import ResponseSource, SourceState
+from megatron_selfdistill.sources.source import SourceState
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -17,9 +17,9 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.rollouts import SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
@@ -20,44 +21,16 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
+from megatron_selfdistill.sources.protocols import EpisodePlayer
 from megatron_selfdistill.sources.recordings import record
-from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
-
-Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
-"""A function that samples one response per key after its prompts.  Collective over the world."""
-
-
-class EpisodePlayer(Protocol):
-    """The protocol of what replies to responses, so that each becomes an episode of several turns.
-
-    Every rank of the world makes the same calls in the same order.
-    """
-
-    def opened(self, samples: Sequence[Sample], method: Method) -> tuple[list[Sample], Sequence[Reply | None]]:
-        """Return the samples with what is shown before the first responses, and the replies that show it."""
-        ...
-
-    def played(self, first: Sequence[Rollout], method: Method, generate: Generate) -> tuple[list[Rollout], int]:
-        """Return all turns, episode by episode, and how many episodes end early since a prompt does not fit."""
-        ...
-
-    def name(self, key: SampleKey) -> str | None:
-        """Return the name of a response's episode for the sampler, which may keep its state; None without any."""
-        ...
-
-    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
-        """Return the contexts of the rollouts with their turns."""
-        ...
-
-    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> Mapping[str, float]:
-        """Return metrics of the episodes of all replicas; ``num_cut``: the second result of `played`."""
-        ...
 
 
 @dataclass(frozen=True)

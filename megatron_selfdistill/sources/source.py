@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
+from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.method import Method
 
@@ -91,44 +91,6 @@ class StepBatch:
     def response_lengths(self) -> list[int]:
         """The number of response tokens of each of ``contexts``."""
         return [len(context.response) for context in self.contexts]
-
-
-class ResponseSource(Protocol):
-    """The protocol of the sources of responses.
-
-    Every rank of the world makes the same calls in the same order.  `next_step` is a function of the step, the weights
-    and the committed state, and changes none of them: a step that is not committed is redone, bit for bit.  A source
-    that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the state
-    before the first of these batches.
-    """
-
-    @property
-    def state(self) -> SourceState:
-        """The committed state: the one before the step that is under way."""
-        ...
-
-    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the batch of the step that ``step`` optimizer steps precede; ``sampling``: how responses are sampled.
-
-        Raises: `EngineError` on all ranks where responses could not be sampled.
-        """
-        ...
-
-    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
-        """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
-        ...
-
-    def commit(self, batch: StepBatch) -> None:
-        """Take over ``batch.next_state``: the step of this batch is finished."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the committed state as plain values for a checkpoint."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the committed state by the one that `state_dict` returned."""
-        ...
 
 
 class CommittedState(ABC):

@@ -17,7 +17,8 @@ from parity import TOLERANCE
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss.sharded import target_measures
 from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training

@@ -126,7 +126,8 @@ def guided_sampling() -> Outcome:
 
     from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
     from megatron_selfdistill.guidance.guided_tokens import GuidedParams
-    from megatron_selfdistill.rollout.base import Request, sample_seed
+    from megatron_selfdistill.rollout.base import Request
+    from megatron_selfdistill.rollout.sampling import sample_seed
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -17,8 +17,9 @@ from torch import Tensor
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed, sample_uniforms
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
 
 MAX_LENGTH = 64
 NEW_TOKENS = 14  # with fewer, the texts of tied embeddings repeat themselves

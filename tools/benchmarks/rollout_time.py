@@ -81,7 +81,8 @@ def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: i
     """Return the seconds of each call, by sampler and kind."""
     from megatron_selfdistill.guidance.guided_tokens import GuidedParams
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.rollout.base import Request, sample_seed
+    from megatron_selfdistill.rollout.base import Request
+    from megatron_selfdistill.rollout.sampling import sample_seed
 
     params = GuidedParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length
     kinds = {

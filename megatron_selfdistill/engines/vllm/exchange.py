@@ -38,7 +38,8 @@ from megatron_selfdistill.rollout.arrays import (
     response_arrays,
     responses_from,
 )
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import require_room
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid

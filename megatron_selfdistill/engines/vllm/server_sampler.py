@@ -26,7 +26,7 @@ from megatron_selfdistill.distributed.collectives import (
     run_on_rank_0,
 )
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, BusyTime
+from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, BusyTime, request_key
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
@@ -42,14 +42,7 @@ from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate, send_b
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import (
-    Progress,
-    Request,
-    Response,
-    SamplingParams,
-    ignore_progress,
-    request_key,
-)
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 
 
 class ServerSampler:

@@ -14,7 +14,8 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
-from megatron_selfdistill.rollout.base import Request, Sampler, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Sampler, SamplingParams, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint

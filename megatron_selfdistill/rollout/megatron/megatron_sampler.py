@@ -24,16 +24,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.rollout.base import (
-    Progress,
-    Request,
-    Response,
-    SamplingParams,
-    ignore_progress,
-    require_room,
-    sample_uniforms,
-    select_tokens,
-)
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.decoding import (
     DecodingModel,
     ForwardPasses,
@@ -43,6 +34,7 @@ from megatron_selfdistill.rollout.megatron.decoding import (
     rows_of_prefill,
 )
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
+from megatron_selfdistill.rollout.sampling import require_room, sample_uniforms, select_tokens
 
 
 @dataclass

@@ -15,15 +15,9 @@ from sums import sums
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_selfdistill.data.contexts import (
-    ContextCounts,
-    ContextPair,
-    GivenSolutions,
-    PromptPair,
-    build_contexts,
-    fit_teacher_prompt,
-    plan_contexts,
-)
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.fitted_prompts import ContextCounts, fit_teacher_prompt, plan_contexts
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import (
     HintCost,
@@ -32,7 +26,8 @@ from megatron_selfdistill.data.prompt_checks import (
     hint_cost,
     mean_cost,
 )
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 

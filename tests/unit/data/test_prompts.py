@@ -14,13 +14,8 @@ from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import (
-    DEFAULT_TEACHER_TEMPLATE,
-    PromptBuilder,
-    PromptTemplates,
-    PromptView,
-    last_user_text,
-)
+from megatron_selfdistill.data.prompt_templates import DEFAULT_TEACHER_TEMPLATE, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")

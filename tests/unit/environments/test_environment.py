@@ -15,16 +15,19 @@ import pytest
 from characters import ONE_RANK, Characters
 from chat_server import chat_server, completion
 
-from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.environments import environment as environments
 from megatron_selfdistill.environments.environment import HttpEnvironment
 from megatron_selfdistill.environments.episodes import StatelessEpisodes
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p7", ({"role": "user", "content": "3 - 4"},), "", "-1", "file:7")
 

@@ -17,11 +17,14 @@ import torch.distributed as dist
 from characters import ONE_RANK, STOP, Characters
 from made_methods import made
 
-from megatron_selfdistill.data.contexts import EpisodeTurn, GivenSolutions, build_contexts
+from megatron_selfdistill.data.contexts import EpisodeTurn
 from megatron_selfdistill.data.episode_reply import Reply
-from megatron_selfdistill.data.packing import PackingRules, segments_of
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import segments_of
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.environments.episodes import (
     EvaluationPlayer,
     SessionEpisodes,
@@ -29,8 +32,9 @@ from megatron_selfdistill.environments.episodes import (
     episode_metrics,
 )
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey, sample_seed
+from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
 TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?")

@@ -18,7 +18,8 @@ from megatron_selfdistill.guidance.guided_tokens import (
 )
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.sampling import select_tokens
 
 TARGETS = {
     "reference's entropy": Target(anchor="reference"),

@@ -19,7 +19,8 @@ from megatron_selfdistill.guidance.guided_tokens import (
     select_mixed_tokens,
 )
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.sampling import select_tokens
 
 TARGETS = {
     "entropy matched": Target(anchor="student"),

@@ -31,7 +31,8 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Response, sample_seed, sample_uniforms
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
 
 pytestmark = pytest.mark.full
 

@@ -15,11 +15,13 @@ from term_arrays import LOG_MU, LOG_Q, signals
 
 from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
 from megatron_selfdistill.config import load
-from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import LoggedReply, Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.methods.openclaw import (
     JUDGE_TEMPLATE,

@@ -25,7 +25,8 @@ from megatron_selfdistill.methods.ovd import (
     digit_tokens,
     verbal_scores,
 )
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.rollouts import Rollout
 

@@ -16,12 +16,13 @@ from characters import Characters
 from made_methods import given_with, made
 from term_arrays import signals, tensor
 
-from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.rltf import extra_likelihood, likelihood_floors, revision_advantages
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Clip, Signals, Terms
 from megatron_selfdistill.sources.step_terms import RatioTerms
 

@@ -13,7 +13,7 @@ from characters import Characters
 from made_methods import given_with, made, named
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.methods.sdpo import TEMPLATES

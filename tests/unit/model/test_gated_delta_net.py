@@ -22,7 +22,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import GatedQueryGroups, HeadGroups
 from megatron_selfdistill.model import gated_delta_net

@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, microbatch_of, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import context_parallel_positions, microbatch_of, pack
 from megatron_selfdistill.model import attention_variants, local_attention
 from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
 from megatron_selfdistill.model.forward import hidden_states, inputs_of

@@ -9,7 +9,8 @@ import torch
 from responses import chi_square_p_value
 
 from megatron_selfdistill.rollout import base
-from megatron_selfdistill.rollout.base import SamplingParams, sample_seed, sample_uniforms, select_tokens
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms, select_tokens
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.2, 0.0, -0.4, 1.9, -7.0], dtype=torch.float32)

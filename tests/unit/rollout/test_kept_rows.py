@@ -17,10 +17,11 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 NEW_TOKENS = 6
 STOPS = tuple(range(0, VOCAB_SIZE, 4))

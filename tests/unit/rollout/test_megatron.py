@@ -29,9 +29,10 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths, split_batches
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 NUM_IDS = VOCAB_SIZE // 2
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95, num_ids=NUM_IDS)

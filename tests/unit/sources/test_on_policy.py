@@ -17,7 +17,8 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources import on_policy
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions

@@ -15,10 +15,12 @@ from sums import answered, sums, written
 from megatron_selfdistill.config.schema.run_config import CONFIDENCE
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Search, content_of, solve
-from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
 
