@@ -20,7 +20,6 @@ from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
-from megatron_selfdistill.data.episode_reply import REPLY_ROLES
 from megatron_selfdistill.data.fitted_prompts import ContextCounts, plan_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompt_checks import (
@@ -165,7 +164,7 @@ class RunData:
         max_length = longest_context(config)
         problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
         if config.environment.one_sequence:
-            _require_bridges(builder, problems.problems[0], config.has_teacher)
+            door("environments").require_bridges(builder, problems.problems[0], config.has_teacher)
         return cls(
             **_of_model(config, builder),
             problems=problems,
@@ -195,21 +194,6 @@ class RunData:
             about_conversations=log.about,
             skipped=log.skipped,
         )
-
-
-def _require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool) -> None:
-    """Raise ValueError if the chat template lets no message follow a response that stays as it was sampled."""
-    errors = []
-    for role in REPLY_ROLES:
-        reply = {"role": role, "content": "A reply."}
-        try:
-            builder.student_bridge(problem, reply, -1)
-            if has_teacher:
-                builder.teacher_bridge(problem, problem.solution, reply, -1)
-        except ValueError as error:
-            errors.append(error)
-    if len(errors) == len(REPLY_ROLES):
-        raise errors[0]
 
 
 def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:

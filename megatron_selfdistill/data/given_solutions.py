@@ -45,6 +45,10 @@ class GivenSolutions:
 
     def pair(self, problem: Problem) -> PromptPair:
         """Return both prompts of a problem; the teacher's prompt shows ``problem.solution``."""
+        if not problem.shares:
+            student, teacher = self.builder.prompt_pair(problem)
+            if max(len(student), len(teacher)) <= self.max_length - self.max_new_tokens:
+                return PromptPair(problem.id, student, teacher, problem.solution, teacher=problem.teacher)
         pair = fit_teacher_prompt(
             self.builder, problem, max_length=self.max_length, max_new_tokens=self.max_new_tokens, policy=self.policy
         )

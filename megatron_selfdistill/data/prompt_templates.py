@@ -59,21 +59,6 @@ class PromptTemplates:
     views_of_teachers: Mapping[str, PromptView] = field(default_factory=dict)
     """Name of a teacher -> the form of its prompt in place of ``teacher_view``."""
 
-    def view_of(self, teacher: str) -> PromptView:
-        """Return the form of the prompt of the teacher of that name; see `Problem.teacher`."""
-        return self.views_of_teachers.get(teacher, self.teacher_view)
-
-    def same_generation_prompt(self, teacher: str) -> bool:
-        """Return whether both prompts must end in the same generation prompt, since nothing says how the ends differ.
-
-        ``teacher``: as for `view_of`.
-        """
-        student, other = self.student_view, self.view_of(teacher)
-        return (student.chat_template_kwargs, student.generation_prompt) == (
-            other.chat_template_kwargs,
-            other.generation_prompt,
-        )
-
     def __post_init__(self) -> None:
         require_slots("data.teacher_template", self.teacher, ("problem", "solution"))
         require_slots("data.student_template", self.student, ("problem",))

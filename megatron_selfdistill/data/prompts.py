@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
-from megatron_selfdistill.data.thoughts import END_OF_THOUGHTS, THINK
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import MissingChatTemplateError
 
@@ -42,12 +41,12 @@ class PromptBuilder:
 
         With ``reply``, the text is the conversation with the reply at its end and without a generation prompt.
         """
-        messages = self._student_messages(problem)
-        return self._render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
+        messages = self.student_messages(problem)
+        return self.render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the token ids of the student's conversation, up to and including the generation prompt."""
-        return self.tokenizer.encode(self._render(self._student_messages(problem), problem, self._student, True))
+        return self.tokenizer.encode(self.render(self.student_messages(problem), problem, self._student, True))
 
     def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
         """Return the token ids of the teacher's conversation, up to and including the generation prompt.
@@ -55,22 +54,8 @@ class PromptBuilder:
         The last user message has the teacher's wording.  ``solution`` replaces the problem's solution: a shortened
         solution, or one that the model has found itself.
         """
-        messages = self._teacher_messages(problem, solution)
-        return self.tokenizer.encode(self._render(messages, problem, self._view_of(problem), True))
-
-    def student_bridge(self, problem: Problem, reply: Mapping[str, Any], stop_id: int) -> list[int]:
-        """Return the token ids between a response to ``problem`` and the next one: the message ``reply`` and around it.
-
-        The ids begin behind the last token of the response, ``stop_id``: a chat template that ends a turn with another
-        token writes its own after it.
-        Raises: ValueError if the chat template shows the response in another way once a message follows it.
-        """
-        return self._bridge(self._student_messages(problem), problem, self._student, reply, stop_id)
-
-    def teacher_bridge(self, problem: Problem, solution: str, reply: Mapping[str, Any], stop_id: int) -> list[int]:
-        """Return what `student_bridge` returns for the teacher, who sees ``solution``."""
-        messages = self._teacher_messages(problem, solution)
-        return self._bridge(messages, problem, self._view_of(problem), reply, stop_id)
+        messages = self.teacher_messages(problem, solution)
+        return self.tokenizer.encode(self.render(messages, problem, self.view_of(problem), True))
 
     def shows_solution(self, problem: Problem) -> bool:
         """Return whether the wording of the problem's teacher has a slot for the solution."""
@@ -81,7 +66,7 @@ class PromptBuilder:
 
         ``slots``: the texts of the slots of ``template`` besides ``{problem}``.
         """
-        return self._render(self._reworded(problem, template, slots, self._student), problem, self._student, True)
+        return self.render(self._reworded(problem, template, slots, self._student), problem, self._student, True)
 
     def filled_prompt(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[int]:
         """Return the token ids of `filled_text`."""
@@ -103,10 +88,10 @@ class PromptBuilder:
 
     def pair_texts(self, problem: Problem, solution: str | None = None) -> tuple[str, str, str, str]:
         """Return the texts for `pair_of`: of the student without and with generation prompt, then of the teacher."""
-        student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
+        student, teacher = self.student_messages(problem), self.teacher_messages(problem, solution)
         before, prompt, teacher_before, teacher_prompt = (
-            self._render(messages, problem, view, flag)
-            for messages, view in ((student, self._student), (teacher, self._view_of(problem)))
+            self.render(messages, problem, view, flag)
+            for messages, view in ((student, self._student), (teacher, self.view_of(problem)))
             for flag in (False, True)
         )
         return before, prompt, teacher_before, teacher_prompt
@@ -120,7 +105,9 @@ class PromptBuilder:
 
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
-        if not self.templates.same_generation_prompt(problem.teacher):
+        views = self._student, self.view_of(problem)
+        own, other = ((view.chat_template_kwargs, view.generation_prompt) for view in views)
+        if own != other:  # they say how the ends of the prompts differ
             return ids[1], ids[3]
         decode = self.tokenizer.decode
         student, teacher = (_split_prompt(texts[at : at + 2], ids[at : at + 2], decode) for at in (0, 2))
@@ -142,39 +129,18 @@ class PromptBuilder:
     def _student(self) -> PromptView:
         return self.templates.student_view
 
-    def _view_of(self, problem: Problem) -> PromptView:
-        return self.templates.view_of(problem.teacher)
+    def view_of(self, problem: Problem) -> PromptView:
+        """Return the form of the prompt of the problem's teacher."""
+        return self.templates.views_of_teachers.get(problem.teacher, self.templates.teacher_view)
 
-    def _student_messages(self, problem: Problem) -> list[dict[str, Any]]:
+    def student_messages(self, problem: Problem) -> list[dict[str, Any]]:
+        """Return the student's conversation."""
         return self._reworded(problem, self.templates.student, {}, self._student)
 
-    def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
+    def teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
+        """Return the teacher's conversation; ``solution``: as for `teacher_prompt`."""
         solution = problem.solution if solution is None else solution
-        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._view_of(problem))
-
-    def _bridge(
-        self,
-        messages: list[dict[str, Any]],
-        problem: Problem,
-        view: PromptView,
-        reply: Mapping[str, Any],
-        stop_id: int,
-    ) -> list[int]:
-        before = self._render(messages, problem, view, True)
-        begin = "" if before.rstrip().endswith(THINK) else f"{THINK}\n"
-        said = f"{begin}A thought.\n{END_OF_THOUGHTS}\n\nAn answer."
-        spoken = [*messages, {"role": "assistant", "content": said}, dict(reply)]
-        whole = self._render(spoken, problem, view, True)
-        if not whole.startswith(before + said):
-            raise ValueError(
-                f"{problem.location}: the chat template rewrites a response once a message of the role "
-                f"{reply['role']} follows it (many drop the thoughts), so that the episode is not one sequence: set "
-                "environment.limits.one_sequence=false, or give a data.chat_template that keeps responses as they are"
-            )
-        ids = self.tokenizer.encode(whole[len(before + said) :])
-        if stop_id in ids and not self.tokenizer.decode(ids[: ids.index(stop_id)]).strip():
-            return ids[ids.index(stop_id) + 1 :]
-        return ids
+        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self.view_of(problem))
 
     def _template_of(self, problem: Problem) -> str:
         return self.templates.of_teachers.get(problem.teacher, self.templates.teacher)
@@ -190,9 +156,10 @@ class PromptBuilder:
             messages.insert(0, {"role": "system", "content": view.system_prompt})
         return messages
 
-    def _render(
+    def render(
         self, messages: list[dict[str, Any]], problem: Problem, view: PromptView, add_generation_prompt: bool
     ) -> str:
+        """Return a conversation about a problem as text.  Raises: ValueError if the chat template refuses it."""
         kwargs, own = dict(view.chat_template_kwargs), view.generation_prompt if add_generation_prompt else None
         if problem.tools:
             kwargs["tools"] = list(problem.tools)

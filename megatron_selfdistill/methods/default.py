@@ -217,6 +217,10 @@ class SelfDistillation:
         self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
     ) -> TokenCoefficients | None:
         """Return the coefficients that follow from `terms`, the correction and the normalisation of the loss."""
+        loss = self.tools.config.loss
+        is_plain = (loss.rollout_correction, loss.normalize, loss.skip_first_tokens) == ("none", "tokens", 0)
+        if is_plain and not self.weighs_tokens:
+            return None
         from megatron_selfdistill.sources.step_terms import step_coefficients
 
         return step_coefficients(self, self.tools, step, rollouts, contexts)
