@@ -192,23 +192,6 @@ def test_batches_fit_into_the_cache_with_three_sequences_per_request(ranks):
     assert 2 <= len(held) < 7 and max(held) <= 156
 
 
-def guide_with_equal_weights() -> tuple[list[Response], list[Response]]:
-    """Return guided responses where student, teacher and reference agree, and plain responses of the same seeds."""
-    [sampler], _ = samplers_of("shallow", parallel(), {("teacher", "reference"): 0}, None)
-    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs(20)]
-    guided = [dataclasses.replace(request, teacher_prompt=list(request.prompt)) for request in plain]
-    return sampler.generate(guided, SAMPLED), sampler.generate(plain, SAMPLED)
-
-
-def test_equal_weights_and_prompts_sample_what_the_student_samples(ranks):
-    [(guided, plain)] = ranks.run(guide_with_equal_weights, world_size=1)
-    for mine, expected in zip(guided, plain, strict=True):
-        assert mine.token_ids == expected.token_ids
-        assert mine.log_probs == pytest.approx(expected.log_probs, abs=5e-5)
-        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=5e-5)
-        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=5e-5)
-
-
 def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list[int]]]:
     """Return how often the weights came to the device, and guided texts with weights that rest and that do not."""
     [always], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], None)
@@ -242,22 +225,3 @@ def test_weights_that_rest_in_host_memory_come_to_the_device_for_the_responses_t
     [(counts, rested, expected)] = ranks.run(sample_with_resting_weights, world_size=1)
     assert counts == [0, 1, 1, 2], "plain responses do not need the weights, but any teacher does"
     assert rested == expected
-
-
-def refuse() -> list[str]:
-    [pair, *_] = make_pairs()
-    [small], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], 2 * (31 + PAIR_TOKENS))
-    [without], _ = samplers_of("shallow", parallel(), {}, None)
-    small.generate([pair], SAMPLED_PAIRS)  # without a reference the same request has two sequences
-    messages = []
-    for refused in (without, small):
-        with pytest.raises(ValueError) as caught:
-            refused.generate([pair], SAMPLED)
-        messages.append(str(caught.value))
-    return messages
-
-
-def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks):
-    [(without, small)] = ranks.run(refuse, world_size=1)
-    assert "weights of a reference, which this sampler does not hold" in without
-    assert "117 tokens in all its sequences" in small

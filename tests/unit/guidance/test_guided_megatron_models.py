@@ -20,7 +20,6 @@ from decoding import (
     make_pairs,
 )
 from models import ROTATIONS, build, model_config, parallel
-from responses import chi_square_p_value
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -28,11 +27,10 @@ from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_selfdistill.config import OptimizerConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
+from megatron_selfdistill.rollout.sampling import sample_uniforms
 
 pytestmark = pytest.mark.full
 
@@ -73,32 +71,6 @@ def test_recorded_log_probs_are_those_of_the_student_the_teacher_and_the_mix(ran
     for target, error, outside in found:
         assert error < 1e-4, target
         assert outside < 1e-5, f"{target}: token i was not drawn by uniform i of its stream"
-
-
-def draw_first_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first token of ``count`` guided samples of one pair of prompts, and both logits without a cache."""
-    [model], grid = build(model_config(), parallel())
-    pair = make_pairs()[0]
-    requests = [dataclasses.replace(pair, seed=sample_seed(1, 0, "x", i)) for i in range(count)]
-    responses = guided_sampler_of([model], grid, kv_cache_gb=0.02).generate(requests, GuidedParams(1))
-    model.eval()
-    student, teacher = both_logits(lambda ids: logits_of(model, ids), pair, [0])
-    return torch.tensor([response.token_ids[0] for response in responses]), student[0], teacher[0]
-
-
-NUM_DRAWS = 30_000
-
-
-@pytest.mark.full
-def test_thirty_thousand_samples_of_a_model_tell_the_weight_of_the_teacher(ranks):
-    [(tokens, student, teacher)] = ranks.run(draw_first_tokens, NUM_DRAWS, world_size=1)
-
-    def p_value(target: Target) -> float:
-        return chi_square_p_value(tokens, mixed_target(student, teacher, target).log_q.exp())
-
-    assert p_value(Target(anchor="student")) > 1e-3
-    assert p_value(Target(teacher_weight=0.70, anchor="student")) < 1e-6
-    assert p_value(Target(rule="fixed", anchor="student")) < 1e-6
 
 
 def guide_with_the_students_own_prompt() -> tuple[list[Response], list[Response]]:
@@ -203,18 +175,6 @@ def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks)
     [messages] = ranks.run(refuse, world_size=1)
     for message, words in zip(messages, ("temperature 0.7", "empty prompt", "57 tokens", "two sequences"), strict=True):
         assert words in message
-
-
-def refuse_on_every_rank() -> None:
-    """Refuse the first replica's guided request on every rank; the second replica must not wait in a collective."""
-    chunks, grid = build(model_config(), parallel())
-    requests = make_pairs()[:1] if grid.dp_rank == 0 else []
-    with pytest.raises(ValueError, match="top_k 5"):
-        guided_sampler_of(chunks, grid).generate(requests, dataclasses.replace(SAMPLED_PAIRS, top_k=5))
-
-
-def test_a_guided_request_that_one_replica_cannot_serve_is_an_error_on_all_ranks(ranks):
-    ranks.run(refuse_on_every_rank, world_size=2)
 
 
 def refuse_attention_without_masks() -> None:

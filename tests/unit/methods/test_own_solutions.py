@@ -84,13 +84,6 @@ def test_a_search_is_made_only_when_it_is_due():
         method.prepare(10, unused, unused)
 
 
-def test_the_state_has_the_key_of_version_0_1():
-    method = method_with(p=["8"])
-    state = json.loads(json.dumps(method.state_dict()))
-    assert set(state) == {"own"} and method_with().restored(state).own.table == method.own.table
-    assert method_with().restored({"own": None}).own.table == {}
-
-
 def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[dict, dict[str, float], int]:
     """(state, metrics, calls of the score); scores are made up, from the texts."""
     from megatron_selfdistill.config import ParallelConfig

@@ -20,16 +20,6 @@ def test_each_version_of_the_weights_is_sent_once_and_its_time_is_counted():
     assert sampler.version == 3 and "seconds/sync" in phases.metrics()
 
 
-def test_everything_else_is_the_inner_samplers():
-    inner = Mock()
-    sampler = SyncedSampler(inner, Phases(torch.device("cpu")))
-    assert sampler.generate([], None) is inner.generate.return_value
-    assert sampler.metrics() is inner.metrics.return_value
-    sampler.sleep()
-    sampler.close()
-    assert inner.sleep.call_count == inner.close.call_count == 1 and not inner.update_weights.called
-
-
 def test_weights_that_could_not_be_sent_are_sent_again():
     inner = Mock()
     inner.update_weights.side_effect = [RuntimeError("the engine died"), None]
