@@ -69,28 +69,8 @@ def select_mixed_tokens(
     when greedy.  ``reference_logits``: given if and only if the target is anchored to a reference.  A row with NaN
     gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.  ``num_ids``: as in
     `SamplingParams`; other ids have q = 0, and the rest of q is renormalised.
-
-    Raises: ValueError if shapes do not fit, or if the reference's logits are missing or not asked for.
     """
-    if target.is_anchored != (reference_logits is not None):
-        raise ValueError(
-            "select_mixed_tokens: reference_logits must be given if and only if the target is anchored to a reference; "
-            f"got anchor={target.anchor} and {'no ' if reference_logits is None else ''}reference_logits."
-        )
     anchor_logits = student_logits if reference_logits is None else reference_logits
-    if student_logits.dim() != 2 or not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
-        shapes = {"student": student_logits, "teacher": teacher_logits} | (
-            {} if reference_logits is None else {"reference": reference_logits}
-        )
-        raise ValueError(
-            "select_mixed_tokens: all logits must be [b, V] of one shape; got "
-            f"{' and '.join(f'{name} {tuple(logits.shape)}' for name, logits in shapes.items())}."
-        )
-    if uniforms.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"select_mixed_tokens: uniforms must hold one number per row, ({student_logits.size(0)},); "
-            f"got {tuple(uniforms.shape)}."
-        )
     limit = _MAX_MIXED_LOGITS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]

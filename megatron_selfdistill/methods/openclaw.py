@@ -69,7 +69,7 @@ from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked_model
+from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
@@ -297,7 +297,7 @@ class Openclaw(HintedLater):
         n = self.settings.votes
         requests = [(reply.problem, reply.request(template)) for reply in replies]
         inquiries = [Inquiry(problem, kind, request, vote) for problem, request in requests for vote in range(n)]
-        texts = asked_model(self.tools).texts(step, inquiries)
+        texts = asked(self.tools, step, inquiries)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @property

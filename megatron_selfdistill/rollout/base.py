@@ -96,12 +96,6 @@ class SamplingParams:
     num_ids: int | None = None
     """Number of ids that may be sampled, the first ones: those of the tokenizer; None is all ids of the model."""
 
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        _require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
-        _require(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
-        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -181,8 +175,3 @@ def response_text(response: Response, tokenizer: Tokenizer) -> str:
     """
     ended = response.finish_reason == "stop"
     return readable(response.token_ids[:-1] if ended else response.token_ids, tokenizer)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -36,7 +36,7 @@ def configured_source(
     """Return the source of ``config``, at the beginning of the data.
 
     ``models``: the models that score solutions and measure responses.
-    Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
+    Raises: `ConfigError` where answers are needed and missing.
     """
     tools = _method_tools(config, run_data, grid, sampler, phases, models)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)

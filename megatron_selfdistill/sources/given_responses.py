@@ -66,6 +66,6 @@ class Replay(OnPolicy):
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
-        """Return the recorded responses of ``keys``.  Raises: ValueError for a key that was not recorded."""
+        """Return the recorded responses of ``keys``.  Raises: KeyError for a key that was not recorded."""
         with self._options.phases("rollout"):
             return self._recording.responses(keys)

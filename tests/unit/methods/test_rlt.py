@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from term_arrays import tensor
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.methods.rlt import check_room_for_solutions, explanation_in, explanation_reward
+from megatron_selfdistill.methods.rlt import check_room_for_solutions, explanation_in
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -147,12 +146,3 @@ def test_both_models_may_read_after_the_prompt_of_the_sample(privileged):
     assert viewed.prompts.student_prompt == viewed.prompts.teacher_prompt == prompt
     assert (viewed.privileged, viewed.hinted) == (privileged, True)
     assert viewed.response.token_ids[-1] == STOP
-
-
-def test_the_reward_with_the_published_constants():
-    reward = explanation_reward(SOLUTION, POLICY, STUDENT, has_closing_tag=True)
-    assert (reward.solution, reward.divergence) == pytest.approx((-0.615, 0.545), abs=1e-12)
-    assert reward.total == pytest.approx(-2.25, abs=1e-12)
-    without = explanation_reward(SOLUTION, POLICY, STUDENT, has_closing_tag=False)
-    assert without.total == pytest.approx(-3.25, abs=1e-12)
-    assert dataclasses.replace(without, has_closing_tag=True) == reward

@@ -18,7 +18,7 @@ from term_arrays import signals
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.methods.rltf import extra_likelihood, revision_advantages
+from megatron_selfdistill.methods.rltf import revision_advantages
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -166,8 +166,6 @@ def four_episodes() -> Signals:
 def test_the_advantage_of_a_second_response_alone_is_that_of_the_paper_or_of_its_code(baseline, expected):
     second = revision_advantages(four_episodes(), baseline)[1::2]
     assert second.tolist() == list(expected)
-    weights = extra_likelihood(second, torch.ones(4, dtype=torch.bool), revision_weight=0.1, reply_weight=7.0)
-    assert weights.tolist() == pytest.approx([0.1 * value for value in expected], abs=1e-16)
 
 
 def test_an_episode_that_a_right_answer_has_ended_counts_among_the_first_turns_only():

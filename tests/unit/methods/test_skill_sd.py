@@ -17,7 +17,6 @@ from made_methods import given_with, made, named
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
-from megatron_selfdistill.methods.parts.hints import asked_model
 from megatron_selfdistill.methods.skill_sd import (
     Skill,
     SkillBank,
@@ -196,7 +195,7 @@ def model_skills(reply: str, rollouts: list[Rollout], max_length: int = 80) -> t
     sampler: Any = Sampler(reply)
     given = replace(GIVEN, max_length=max_length)
     tools = method_with("rollout.max_new_tokens=8", given=given, sampler=sampler).tools
-    return model_summaries(6, rollouts, asked_model(tools), "{reward} {problem} {response}?"), sampler
+    return model_summaries(6, rollouts, tools, "{reward} {problem} {response}?"), sampler
 
 
 def test_the_model_is_asked_about_problem_response_and_reward_with_its_present_weights():
