@@ -31,7 +31,7 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.rollouts import Rollout
-from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 from megatron_selfdistill.terminal import visible
 
 
@@ -106,7 +106,7 @@ _CHUNK = 64  # turns that are tokenized at a time
 _REPORT_EVERY_S = 30.0
 
 
-class LoggedResponses(CommittedState):
+class LoggedResponses(ResponseSource):
     """One response per problem: the reply in the log, which another policy generated; no reply is sampled."""
 
     def __init__(self, state: SourceState, config: Config, run_data: RunData, grid: RankGrid, phases: Phases) -> None:

@@ -30,8 +30,8 @@ from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.episode_player import Generate
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.protocols import Generate
 from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.terminal import visible

@@ -20,13 +20,13 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.episode_player import EpisodePlayer
 from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.protocols import EpisodePlayer, ResponseSource
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.source import SourceState
+from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 

@@ -20,10 +20,10 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 
 
-class SolutionsAsResponses(CommittedState):
+class SolutionsAsResponses(ResponseSource):
     """One response per problem: the text of its solution, and the token that ends a response."""
 
     def __init__(

@@ -22,12 +22,12 @@ from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.episode_player import EpisodePlayer
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
-from megatron_selfdistill.sources.protocols import EpisodePlayer
 from megatron_selfdistill.sources.recordings import record
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
-from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
@@ -69,7 +69,7 @@ class AskedProblems:
     """The environment's reply before each sample's response; empty without an environment."""
 
 
-class OnPolicy(CommittedState):
+class OnPolicy(ResponseSource):
     """Responses of the student to the problems of the data, ``num_samples`` per problem, problem by problem."""
 
     def __init__(self, state: SourceState, options: OnPolicyOptions) -> None:

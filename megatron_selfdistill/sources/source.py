@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The batch of a step, as one value, and the protocol of the sources that make batches."""
+"""The batch of a step, as one value, and the base of the sources that make batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.method import Method
 
@@ -93,8 +93,14 @@ class StepBatch:
         return [len(context.response) for context in self.contexts]
 
 
-class CommittedState(ABC):
-    """The base of all sources: a committed `SourceState`, which only `commit` and `load_state_dict` replace."""
+class ResponseSource(ABC):
+    """The base of the sources of responses, with a committed state that only `commit` and `load_state_dict` replace.
+
+    Every rank of the world makes the same calls in the same order.  `next_step` is a function of the step, the weights
+    and the committed state, and changes none of them: a step that is not committed is redone, bit for bit.  A source
+    that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the state
+    before the first of these batches.
+    """
 
     def __init__(self, state: SourceState) -> None:
         self._state = state
@@ -106,7 +112,14 @@ class CommittedState(ABC):
 
     @abstractmethod
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the batch of the step; see `ResponseSource.next_step`."""
+        """Return the batch of the step that ``step`` optimizer steps precede; ``sampling``: how responses are sampled.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+
+    @abstractmethod
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
 
     def commit(self, batch: StepBatch) -> None:
         """Take over ``batch.next_state``: the step of this batch is finished."""

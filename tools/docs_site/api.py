@@ -15,7 +15,7 @@ PAGES = {
     ),
     "trainer": (
         "Trainer and sources of responses",
-        "trainer learner sources.source sources.protocols sources.configured_source",
+        "trainer learner sources.source sources.configured_source",
     ),
     "methods": (
         "Methods",
