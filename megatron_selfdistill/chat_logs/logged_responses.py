@@ -35,24 +35,13 @@ from megatron_selfdistill.sources.source import ResponseSource, SourceState, Ste
 from megatron_selfdistill.terminal import visible
 
 
-@dataclass(frozen=True)
-class Turns:
-    """The logged turns of one step on this replica, in the order of ``PackedBatch.response_tokens``."""
-
-    lengths: list[int]
-    """Tokens of each reply."""
-    accepted: Sequence[bool]
-    """Whether each reply is the one that the user accepted."""
-
-    @property
-    def ids(self) -> torch.Tensor:
-        """The turn of each response token, counted from 0: [sum of lengths] int64 on the host."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
-
-
-def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGrid) -> dict[str, float]:
+def turn_metrics(
+    output: StepOutput, lengths: Sequence[int], accepted: Sequence[bool], weighted: bool, grid: RankGrid
+) -> dict[str, float]:
     """Return metrics over the turns of the global batch, under flat keys; equal on all ranks.
 
+    ``lengths``: the tokens of each logged turn of the step on this replica, in the order of
+    ``PackedBatch.response_tokens``.  ``accepted``: whether each turn is the one that the user accepted.
     ``weighted``: whether the loss had weights of `LikelyTurns`.  The keys:
 
         turns/count
@@ -65,23 +54,19 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGri
     totals = torch.zeros(7, dtype=torch.float64, device=grid.device)
     minus_lowest = torch.full((1,), -math.inf, dtype=torch.float64, device=grid.device)
     if output.stats is not None:
-        sums = torch.zeros(2, len(turns.lengths), dtype=torch.float64, device=grid.device)
-        turn_ids, tokens, accepted = to_device_in_one_copy(
-            (
-                turns.ids,
-                torch.tensor(turns.lengths, dtype=torch.float64),
-                torch.tensor(turns.accepted, dtype=torch.float64),
-            ),
-            grid.device,
-        )
+        sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=grid.device)
+        turn_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        counts = torch.tensor([lengths, accepted], dtype=torch.float64)
+        turn_ids, (tokens, is_accepted) = to_device_in_one_copy((turn_ids, tuple(counts)), grid.device)
         ids = turn_ids[output.response_ids]
         sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
         if output.coefficients is not None:
             sums[1].index_add_(0, ids, (output.coefficients.divergence < 1).double())
         sums = over_last_stage(sums, grid)
-        if grid.tp_rank == 0 and grid.cp_rank == 0 and turns.lengths:
+        if grid.tp_rank == 0 and grid.cp_rank == 0 and lengths:
             means, unlikely = sums[0] / tokens, (sums[1] > 0).double()
-            parts = (torch.ones_like(tokens), tokens, means, accepted, accepted * tokens, unlikely, unlikely * tokens)
+            shares = is_accepted, is_accepted * tokens, unlikely, unlikely * tokens
+            parts = (torch.ones_like(tokens), tokens, means, *shares)
             totals += torch.stack([part.sum() for part in parts])
             minus_lowest[0] = -means.min()
     sums_over_all, (minus_lowest_of_all,) = over_all_ranks(totals, minus_lowest, grid)
@@ -141,9 +126,8 @@ class LoggedResponses(ResponseSource):
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
         accepted = [context.problem_id in self._turns.accepted for context in batch.contexts]
-        turns = Turns(batch.response_lengths, accepted)
         weighted = isinstance(batch.token_coefficients, LikelyTurns)
-        metrics = turn_metrics(output, turns, weighted, self._grid)
+        metrics = turn_metrics(output, batch.response_lengths, accepted, weighted, self._grid)
         output = replace(output, coefficients=None) if weighted else output
         return metrics | step_metrics(output, None, self._grid, response_lengths=batch.response_lengths)
 

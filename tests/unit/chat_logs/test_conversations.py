@@ -313,12 +313,6 @@ def test_contents_are_shown_where_one_asks_for_them(tmp_path):
         log(tmp_path, *[BAD["unknown role"][0]], show_contents=True)
 
 
-def test_whole_emojis_and_marks_of_false_are_fine(tmp_path):
-    messages = [*CORRECTED[:2], {"role": "assistant", "content": "8 😀", "accepted": False}, *CORRECTED[3:]]
-    first, _ = log(tmp_path, messages).turns.problems
-    assert first.reply.message == {"role": "assistant", "content": "8 😀"}
-
-
 def test_parquet_holds_the_same_conversations(tmp_path):
     import pandas
 
@@ -337,11 +331,6 @@ def test_messages_and_tools_may_be_their_json_as_text(tmp_path):
     as_text = record | {name: json.dumps(record[name]) for name in ("messages", "tools")}
     of_text, of_lists = (log(tmp_path, it).turns for it in (as_text, record))
     assert of_text.fingerprint == of_lists.fingerprint and of_text.problems[0].tools == tuple(tools)
-
-
-def test_a_log_without_any_turn_is_an_error_that_counts(tmp_path):
-    with pytest.raises(ValueError, match=r"got none: 0 good ones, 1 bad; the first: .*log.jsonl:1: "):
-        log(tmp_path, BAD["unresolved"][0], on_bad_record="skip")
 
 
 def test_a_log_with_another_reply_is_another_data_set(tmp_path):

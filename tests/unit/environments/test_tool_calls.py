@@ -25,7 +25,6 @@ from megatron_selfdistill.environments.tool_calls import (
     tools_of,
     typed,
 )
-from megatron_selfdistill.errors import ConfigError
 
 PROBLEM = Problem("p", ({"role": "user", "content": "2 + 3"},), "hint", "5", "file:7")
 
@@ -75,14 +74,6 @@ class Calculator:
     def reward(self, response: str) -> float:
         """Reward the answer."""
         return float(response.endswith(str(self.answer)))
-
-
-class Undescribed:
-    def add(self, a, b):
-        """Add two numbers."""
-
-    def reward(self, response):
-        return 0.0
 
 
 CALLS = [ToolCall("add", {"a": 2, "b": 3}), ToolCall("recall", {})]
@@ -164,8 +155,6 @@ def test_the_schemas_are_those_of_the_methods():
         "a": "integer",
         "b": "integer",
     }
-    with pytest.raises(ConfigError, match=r"Undescribed.add: expected annotations and a docstring .* below 'Args:'"):
-        schemas_of(Undescribed)
 
 
 class Strange:

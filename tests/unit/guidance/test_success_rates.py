@@ -50,10 +50,6 @@ class Visited:
         return guided
 
 
-def test_a_problem_is_first_written_alone():
-    assert not SuccessRates(1.0).guides("never seen")
-
-
 def test_a_problem_that_is_never_solved_is_guided_but_for_every_fourth_visit():
     problem = Visited(SuccessRates(0.3))
     guided = [problem.visit(0.0) for _ in range(1 + 3 * PROBE_EVERY)]
@@ -86,11 +82,6 @@ def test_the_rate_is_the_mean_of_the_last_visits_alone():
     assert not rates.guides("a"), "half of the last four were right"
     assert rates.recorded([("a", False, 0.0)]).guides("a")
     assert not rates.guides("a"), "rates are a value: a record is another one"
-
-
-def test_problems_do_not_share_their_rates():
-    rates = SuccessRates(0.5).recorded([("a", False, 0.0), ("b", False, 1.0)])
-    assert rates.guides("a") and not rates.guides("b")
 
 
 def test_a_restored_table_decides_alike():

@@ -73,14 +73,6 @@ def test_the_hint_is_the_first_other_right_response_of_the_group_without_its_thi
     assert metrics == {"hints/share": pytest.approx(4 / 6)}
 
 
-def test_responses_without_a_peer_stay_for_their_rewards_where_these_count():
-    method = hinted(keeps_unhinted=True)
-    rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
-    chosen, metrics = method.select(0, rollouts)
-    assert [one.hinted for one in chosen] == [False, True] and metrics == {"hints/share": 0.5}
-    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
-
-
 def test_a_peer_that_does_not_fit_into_the_prompt_is_no_hint():
     method = hinted(keeps_unhinted=True)
     rollouts = [judged(method, 0, PROBLEM, "8" * 60 + "$", True), judged(method, 0, PROBLEM, "7$", False)]
@@ -110,12 +102,6 @@ def test_the_teacher_sees_feedback_only_where_there_is_no_peer_in_the_words_of_s
         "2+7\nThe following is feedback from your unsuccessful earlier attempt:\n\n2 is wrong"
         "\n\nCorrectly solve the original question.:",
     ]
-
-
-def test_responses_with_neither_peer_nor_feedback_stay_for_their_rewards_where_these_count():
-    chosen = with_feedback(keeps_unhinted=True)
-    assert [one.hinted for one in chosen] == [False, True, True, False]
-    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
 
 
 def test_feedback_alone_needs_no_reward_and_white_space_is_none():

@@ -121,17 +121,6 @@ def test_a_step_shows_credits_and_writes_skills(monkeypatch):
     assert fresh.restored(after.state_dict()).bank == after.bank and fresh.restored({"skills": None}) is fresh
 
 
-def test_problems_without_a_skill_are_skipped_where_no_reward_counts():
-    prompts = method_with("method.weight=0")
-    assert prompts.select(6, [rollout(PROBLEM, 0, "8$", 1.0)])[0] == []
-
-
-def test_nothing_is_written_for_full_banks():
-    full = replace(bank((1, 1.0)), keep=1)
-    after = method_with(known=full).record([rollout(PROBLEM, 0, "8$", 1.0)])
-    assert after.bank.skills["p"] == [Skill("skill 0", 0, 2, 2.0)]
-
-
 def test_visits_of_all_replicas_change_the_bank_in_the_order_of_the_global_batch(monkeypatch):
     """The other replica has the visits 0 and 2 of the global batch, and this one visit 1."""
     others = [(2, "p", 1.0, "third"), (0, "p", 0.5, "first")]

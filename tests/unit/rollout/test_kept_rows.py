@@ -158,24 +158,6 @@ def test_rows_without_room_are_read_again(ranks, fresh):
     assert kept[0] < kept[1] < kept[2] and len(set(read)) == 1
 
 
-def count_prefilled(num_turns: int) -> dict[str, float]:
-    """Return the metrics of episodes of so many turns, all of whose responses a stop token ends."""
-    sampler, _, _ = sampler_of("shallow", parallel())
-    params = SamplingParams(NEW_TOKENS, temperature=0, stop_token_ids=tuple(range(VOCAB_SIZE)))
-    options = {"num_turns": num_turns, "reply_lengths": (6, 7)}
-    play(sampler, [0, 1, 2], params, **options)
-    assert sampler.metrics().keys() == {"rollout/prefilled_tokens", "rollout/kept_tokens"} and sampler.metrics() == {}
-    play(sampler, [0, 1, 2], params, **options)
-    return sampler.metrics()
-
-
-def test_twenty_turns_prefill_at_most_2_2_times_the_tokens_of_ten(ranks):
-    [ten], [twenty] = (ranks.run(count_prefilled, count, world_size=1) for count in (10, 20))
-    assert twenty["rollout/prefilled_tokens"] <= 2.2 * ten["rollout/prefilled_tokens"]
-    whole_ten, whole_twenty = sum(ten.values()), sum(twenty.values())
-    assert whole_twenty > 3.3 * whole_ten, "without the kept rows, each turn would read the conversation again"
-
-
 def forget() -> list[float]:
     """Return the tokens that are read in the second turn: with a kept row, after new weights, and after sleep."""
     sampler, _, _ = sampler_of("shallow", parallel())

@@ -75,12 +75,6 @@ def test_rewards_alone_measure_nothing_and_have_no_divergence():
     assert found.policy.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5, 0.0])
 
 
-def test_teacher_and_rewards_add_up():
-    found = coefficients("recipe=opsd_rl", "method.advantage_std=none", "method.weight=2", measured=False)
-    assert found.divergence.tolist() == [0.25] * 4 + [0.0], "a response without a hint has no teacher"
-    assert found.policy.tolist() == pytest.approx([1.0, 1.0, -1.0, -1.0, 0.0])
-
-
 @pytest.mark.parametrize("signal", ["sampled", "advantage"])
 def test_signals_of_the_sampled_token_are_the_measured_log_ratios(signal):
     found = coefficients(
@@ -98,14 +92,6 @@ def test_signals_of_the_sampled_token_are_the_measured_log_ratios(signal):
 def test_a_function_of_the_user_reads_entropies_and_divergence():
     found = coefficients("method.token_weights=hint_functions.doubts", "method.measured_signals=true")
     assert found.divergence.tolist() == [0.875, 1.375, 0.375, 2.375, 0.0], "a response without a hint has no teacher"
-
-
-def test_scope_takes_both_log_probs_and_keeps_responses_without_a_hint():
-    found = coefficients("recipe=scope", "loss.normalize=tokens")
-    ratio = torch.tensor(1.0).double().exp().item()
-    assert found.policy.tolist() == pytest.approx([1.0, 1.0, 0.25, 1.0, ratio])
-    by_problem = coefficients("recipe=scope")
-    assert by_problem.policy.tolist() == pytest.approx([5 / 2 * value for value in found.policy.tolist()])
 
 
 def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes():
