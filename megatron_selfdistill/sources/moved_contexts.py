@@ -21,10 +21,9 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
+from megatron_selfdistill.distributed.parcels import broadcast_in_replica, cut, exchange_parcels
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TokenOwners
-from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
