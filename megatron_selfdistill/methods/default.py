@@ -101,12 +101,9 @@ class DefaultSettings(RewardSettings, SelectSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        selects = self.select is not None
-        samples, log_probs = (
-            TEACHER if self.view == "privileged" else STUDENT,
-            MEASURED if self.measured_signals else None,
-        )
-        return Needs(samples=samples, log_probs=log_probs, rewards=selects)
+        samples = TEACHER if self.view == "privileged" else STUDENT
+        log_probs = MEASURED if self.measured_signals else None
+        return Needs(samples=samples, log_probs=log_probs, rewards=self.select is not None)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""

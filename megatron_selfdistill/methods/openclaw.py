@@ -167,10 +167,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
             hint=LATER,
         )
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` unless there is an environment, or every logged reply that a message follows is taken."""

@@ -132,10 +132,7 @@ class SkillSdSettings(DistillAndRewardSettings):
             hint=LATER,
         )
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses answer no problems."""

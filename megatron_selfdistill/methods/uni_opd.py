@@ -79,10 +79,7 @@ class UniOpdSettings(DistillSettings, AdvantageSettings, SelectSettings):
     """Whether each group that has right and wrong responses keeps as many of one kind as of the other, by dropping
     responses of the larger kind at random."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(log_probs=MEASURED, rewards=True, group_size=2)
+    needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where episodes of several turns would be compared, or two selections meet."""
