@@ -8,7 +8,7 @@ import pytest
 import torch
 from responses import chi_square_p_value
 
-from megatron_selfdistill.rollout import base
+from megatron_selfdistill.rollout import sampling
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms, select_tokens
 
@@ -117,7 +117,7 @@ def test_groups_of_rows_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits, uniforms = torch.randn(33, 50, generator=generator), torch.rand(33, generator=generator)
     whole = select_tokens(logits, uniforms, params(top_p=0.9))
-    monkeypatch.setattr(base, "_MAX_ELEMENTS", {"cpu": 200})
+    monkeypatch.setattr(sampling, "_MAX_ELEMENTS", {"cpu": 200})
     for a, b in zip(whole, select_tokens(logits, uniforms, params(top_p=0.9)), strict=True):
         assert torch.equal(a, b)
 
