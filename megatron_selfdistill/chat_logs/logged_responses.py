@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import over_all_ranks
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
@@ -287,42 +287,3 @@ def _checked(reader: TurnReader, turn: Unusable) -> None:
         reader.check(turn)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-class OnDemandSampler:
-    """A `Sampler` around another one, which the first `update_weights` or `generate` builds.
-
-    Every rank of the world makes the same calls, so ``build`` may be a collective.  Until it is called, nothing is
-    imported, allocated or started, and `sleep`, `metrics` and `close` do nothing.
-    """
-
-    def __init__(self, build: Callable[[], Sampler]) -> None:
-        self._build = build
-        self._sampler: Sampler | None = None
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return one response per request.  Collective."""
-        return self._built().generate(requests, params)
-
-    def update_weights(self, version: int) -> None:
-        """Send the weights of this moment to the inner sampler.  Collective."""
-        self._built().update_weights(version)
-
-    def sleep(self) -> None:
-        """Give back what only sampling needs, where the inner sampler has been built."""
-        if self._sampler is not None:
-            self._sampler.sleep()
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of the inner sampler since the last call; empty before the inner sampler is built."""
-        return self._sampler.metrics() if self._sampler is not None else {}
-
-    def close(self) -> None:
-        """End the engines and processes of the inner sampler, where it has been built."""
-        if self._sampler is not None:
-            self._sampler.close()
-
-    def _built(self) -> Sampler:
-        if self._sampler is None:
-            self._sampler = self._build()
-        return self._sampler

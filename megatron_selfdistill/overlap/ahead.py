@@ -18,12 +18,11 @@ from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 if TYPE_CHECKING:
     from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.engines.vllm.background import BackgroundSampler
-    from megatron_selfdistill.metrics import Phases
 
 
-def synced_sampler(engines: BackgroundSampler[Any], phases: Phases, rollout: RolloutConfig) -> SyncedSampler:
-    """Return the sampler of a run around ``engines``; under rollout.at_update=wait a `SettledSampler`."""
-    return (SettledSampler if rollout.at_update == "wait" else SyncedSampler)(engines, phases)
+def synced_sampler(rollout: RolloutConfig) -> type[SyncedSampler]:
+    """Return the class of the sampler of a run: under rollout.at_update=wait a `SettledSampler`."""
+    return SettledSampler if rollout.at_update == "wait" else SyncedSampler
 
 
 class SettledSampler(SyncedSampler):
@@ -47,7 +46,7 @@ class AheadOnPolicy(OnPolicy):
     """
 
     def __init__(self, state: SourceState, options: OnPolicyOptions, ahead: int, num_steps: int) -> None:
-        """``options``: their sampler is a result of `synced_sampler`.  ``num_steps``: the steps of the run."""
+        """``options``: their sampler is a `SyncedSampler`.  ``num_steps``: the steps of the run."""
         super().__init__(state, options)
         self._engines = cast("BackgroundSampler[Any]", cast(SyncedSampler, options.sampler).inner)
         self._ahead, self._num_steps = ahead, num_steps

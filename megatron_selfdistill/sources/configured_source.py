@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -100,21 +101,15 @@ def configured_sampler(
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
     ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: as for
-    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any,
-    builds the sampler.
+    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
-    progress = phases.counted
-    if config.logged:
-        sampler = door("logged_responses").OnDemandSampler(
-            lambda: make_sampler(config, run_data, chunks, grid, progress=progress)
-        )
-        return SyncedSampler(sampler, phases)
-    inner = make_sampler(config, run_data, chunks, grid, role_weights, progress)
-    if config.rollout.ahead:
-        synced: SyncedSampler = door("overlap").synced_sampler(inner, phases, config.rollout)
-        return synced
-    return SyncedSampler(inner, phases)
+    build = partial(make_sampler, config, run_data, chunks, grid, role_weights, phases.counted)
+    kind = door("overlap").synced_sampler(config.rollout) if config.rollout.ahead else SyncedSampler
+    sampler: SyncedSampler = kind(build, phases)
+    if not config.logged:
+        _ = sampler.inner  # built now
+    return sampler
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
@@ -12,13 +13,19 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 class SyncedSampler:
     """A `Sampler` around another one, which sends each version of the weights only once.
 
-    The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
+    The first `update_weights` or `generate` builds the inner sampler, unless somebody has read `inner` before.
+    ``version``: the version of the weights that the inner sampler has, None before the first sync.
     """
 
-    def __init__(self, inner: Sampler, phases: Phases) -> None:
-        """``phases``: where the time of a sync is counted, as phase "sync"."""
-        self.inner, self._phases = inner, phases
+    def __init__(self, build: Callable[[], Sampler], phases: Phases) -> None:
+        """``build``: may be a collective.  ``phases``: where the time of a sync is counted, as phase "sync"."""
+        self._build, self._phases = build, phases
         self.version: int | None = None
+
+    @cached_property
+    def inner(self) -> Sampler:
+        """The inner sampler; reading it builds it."""
+        return self._build()
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """Return one response per request, with the weights of the last `update_weights`.  Collective."""
@@ -33,12 +40,14 @@ class SyncedSampler:
 
     def sleep(self) -> None:
         """Give back what only sampling needs."""
-        self.inner.sleep()
+        if "inner" in vars(self):
+            self.inner.sleep()
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the inner sampler since the last call."""
-        return self.inner.metrics()
+        """Return the metrics of the inner sampler since the last call; empty before it is built."""
+        return self.inner.metrics() if "inner" in vars(self) else {}
 
     def close(self) -> None:
-        """End the engines and processes of the inner sampler."""
-        self.inner.close()
+        """End the engines and processes of the inner sampler, if it has been built."""
+        if "inner" in vars(self):
+            self.inner.close()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import models
 import pytest
@@ -83,18 +82,3 @@ def test_a_byte_that_is_no_text_in_the_list_of_skipped_turns_stops_nothing(tmp_p
     path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
     logged_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
     assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\nlog.jsonl:4: too long\n"
-
-
-def test_nothing_is_built_until_something_is_to_be_sampled_and_then_once():
-    inner = Mock()
-    build = Mock(return_value=inner)
-    sampler = logged_responses.OnDemandSampler(build)
-    sampler.sleep()
-    sampler.close()
-    assert sampler.metrics() == {} and not build.called
-    sampler.update_weights(7)
-    inner.update_weights.assert_called_once_with(7)
-    assert sampler.generate([], None) is inner.generate.return_value and sampler.metrics() is inner.metrics.return_value
-    sampler.sleep()
-    sampler.close()
-    assert build.call_count == inner.sleep.call_count == inner.close.call_count == 1

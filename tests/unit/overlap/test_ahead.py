@@ -56,7 +56,7 @@ def source(monkeypatch) -> AheadOnPolicy:
     """Return the source of a run that asks for nothing by itself."""
     monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
     state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
-    sampler = SyncedSampler(cast(Any, Engines()), Phases(torch.device("cpu")))
+    sampler = SyncedSampler(cast(Any, Engines), Phases(torch.device("cpu")))
     return AheadOnPolicy(state, cast(Any, SimpleNamespace(sampler=sampler)), ahead=1, num_steps=6)
 
 
@@ -81,7 +81,7 @@ def test_a_stop_after_a_resumed_step_has_begun_stores_the_known_and_the_new_resp
 
 def test_new_weights_wait_for_the_responses_under_way_where_they_are_to_keep_the_old_ones():
     inner, phases = Mock(), Phases(torch.device("cpu"))
-    sampler = synced_sampler(inner, phases, RolloutConfig(at_update="wait"))
+    sampler = synced_sampler(RolloutConfig(at_update="wait"))(lambda: inner, phases)
     for version in (3, 3, 4):
         sampler.update_weights(version)
     assert [name for name, *_ in inner.method_calls] == ["settle", "update_weights"] * 2
