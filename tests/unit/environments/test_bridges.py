@@ -19,10 +19,8 @@ PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 
 REPLY = {"role": "user", "content": "Wrong, try again."}
 
 
-def builder(
-    directory: Path, chat_template: str | None = None, view: PromptView | None = None, **own: Any
-) -> PromptBuilder:
-    templates = PromptTemplates(student_view=view or PromptView(), **own)
+def builder(directory: Path, chat_template: str | None = None, **own: Any) -> PromptBuilder:
+    templates = PromptTemplates(**own)
     return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), templates)
 
 
