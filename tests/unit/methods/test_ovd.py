@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from characters import ONE_RANK, Characters
+from characters import Characters
 from made_methods import given_with, made
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods import ovd
 from megatron_selfdistill.methods.ovd import (
-    VerbalScorer,
     auroc,
-    digit_tokens,
     verbal_scores,
 )
 from megatron_selfdistill.rollout.base import Request, Response
@@ -70,10 +68,6 @@ class Teacher:
         return found
 
 
-def scorer(max_length: int = 100) -> VerbalScorer:
-    return VerbalScorer(TEMPLATE, BUILDER, digit_tokens(Characters()), max_length, Teacher(), ONE_RANK)
-
-
 def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> Any:
     wanted = ["recipe=ovd", f"seed={SEED}", f"method.template='{TEMPLATE}'", *overrides]
     models = SimpleNamespace(candidate_log_probs=Teacher())
@@ -81,17 +75,17 @@ def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> 
 
 
 def test_the_teacher_sees_problem_solution_and_response():
-    judge = scorer()
-    found, metrics = judge.scores(rollouts("why 7$", "6$"))
-    assert judge.candidates.questions == ["2+2/=4./why 7?:", "2+2/=4./6?:"]
+    method = method_with()
+    found, metrics = method._scores(rollouts("why 7$", "6$"))
+    assert method.tools.readers.candidate_log_probs.questions == ["2+2/=4./why 7?:", "2+2/=4./6?:"]
     assert found == [7.0, 6.0]
     assert metrics == pytest.approx({"verbal/score_mean": 6.5, "verbal/digit_mass": 0.5})
 
 
 def test_a_response_that_is_too_long_loses_its_beginning():
-    judge = scorer(max_length=14)
-    judge.scores(rollouts("0123456789$"))
-    assert judge.candidates.questions == ["2+2/=4./789?:"]
+    method = method_with("rollout.max_new_tokens=2", max_length=14)
+    method._scores(rollouts("0123456789$"))
+    assert method.tools.readers.candidate_log_probs.questions == ["2+2/=4./789?:"]
 
 
 def test_a_ninth_of_the_score_is_the_reward():
