@@ -178,9 +178,9 @@ class Rltf(Grpo):
         # No coefficient has a ratio p / mu, since the texts were written after other prompts.
         likelihood = torch.where(is_revision, weight * of_extra, own.reply_weight)
         lengths = signals.lengths[len(responses) :]
-        floor = -math.inf if own.revision_min_log_prob is None else own.revision_min_log_prob
+        least = -math.inf if own.revision_min_log_prob is None else own.revision_min_log_prob
         # A token that the model finds very unlikely without the environment's text teaches what the text gave away.
-        floors = torch.where(is_revision, floor, -math.inf).double().repeat_interleave(lengths)
+        floors = torch.where(is_revision, least, -math.inf).double().repeat_interleave(lengths)
         terms = super().terms(step, responses, of_responses).extended(likelihood.repeat_interleave(lengths))
         return replace(terms, likelihood_floor=torch.cat([none, floors]))
 
