@@ -158,7 +158,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={f"{PACKAGE}.data": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
+    package_data={f"{PACKAGE}.chat_logs": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
     install_requires=REQUIREMENTS,
     extras_require=extras_require(),
     entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},

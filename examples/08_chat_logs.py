@@ -125,7 +125,8 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
 
 def answers(sessions: Sequence[Session], attempt: int, inference: Inference, run_data: RunData, seed: int) -> list[str]:
     """Return the model's next reply in each conversation, sampled at temperature 1."""
-    from megatron_selfdistill.rollout.base import Request, response_text, sample_seed
+    from megatron_selfdistill.rollout.base import Request, response_text
+    from megatron_selfdistill.rollout.sampling import sample_seed
 
     encode = run_data.tokenizer.encode
     requests = [Request(encode(s.text), sample_seed(seed, 0, s.name, attempt)) for s in sessions]

@@ -98,7 +98,8 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.methods.parts.learnability import candidate_contexts, score_texts
     from megatron_selfdistill.pipeline.score import ScoringModels, read_tokens
-    from megatron_selfdistill.rollout.base import Request, response_text, sample_seed
+    from megatron_selfdistill.rollout.base import Request, response_text
+    from megatron_selfdistill.rollout.sampling import sample_seed
     from megatron_selfdistill.run_data import RunData
 
     given = (*base.overrides, f"data.path={problems}", f"data.limit={num_problems}", "loss.fused=none")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from _lib.pretraining import Base
 from _lib.variants import Variant
 from _lib.watched_runs import Point, watch
-from megatron_selfdistill.rollout.background import NO_RESPONSES
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, request_key
-from megatron_selfdistill.sources.ahead import AheadOnPolicy
+from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, request_key
+from megatron_selfdistill.overlap.ahead import AheadOnPolicy
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -113,7 +113,7 @@ def work_ahead(trainer: Trainer, ahead: int) -> None:
     assert isinstance(source, OnPolicy)
     sampler.inner = GeneratesAtOnce(sampler.inner)
     steps = trainer.config.num_steps
-    trainer.source = CheckedAhead(source.state, source._options, sampler.background, ahead, steps)
+    trainer.source = CheckedAhead(source.state, source._options, ahead, steps)
 
 
 def watch_stale(

@@ -12,10 +12,14 @@ from typing import Any
 DOORS = {
     "adapters": "adapters.configured_adapters",
     "architectures": "architectures.configured_layers",
+    "chat_logs": "chat_logs.configured_logs",
     "environments": "environments.configured_episodes",
     "kernels": "kernels.triton_backend",
     "hugging_face": "interop.hf_files",
     "interop": "interop.foreign_models",
+    "guidance": "guidance.configured_guidance",
+    "logged_responses": "chat_logs.logged_responses",
+    "overlap": "overlap.ahead",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

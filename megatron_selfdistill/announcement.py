@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import __version__
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.config import Config, GivenKeys
@@ -26,7 +27,6 @@ from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
-from megatron_selfdistill.sources.given_responses import SKIPPED_FILE, list_skipped
 from megatron_selfdistill.trainer import Trainer
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
@@ -47,11 +47,9 @@ def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
         trainer.log.message(line)
     if dry_run and (directory / LOCK).exists():
         return  # the list belongs to the run that is using the directory
-    if trainer.resumed_from is None:
-        (directory / SKIPPED_FILE).unlink(missing_ok=True)
-    if data.skipped:
-        list_skipped(directory / SKIPPED_FILE, data.skipped)
-        trainer.log.message(f"what was skipped, by file and line: {directory / SKIPPED_FILE}; {data.skipped[0]}")
+    if data.about_conversations:
+        for line in door("logged_responses").begun_list(directory, data.skipped, anew=trainer.resumed_from is None):
+            trainer.log.message(line)
 
 
 def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | None = None) -> None:
@@ -115,7 +113,7 @@ def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
     number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
     if trainer.config.logged:
-        file = trainer.run_directory.path / SKIPPED_FILE
+        file = trainer.run_directory.path / door("logged_responses").SKIPPED_FILE
         return f"{number} (what cannot be used is skipped when it comes up, and listed in {file})"
     return (
         f"{number} ({data.counts.truncated} with a shortened solution; skipped: {data.counts.dropped} too long, "

@@ -29,7 +29,7 @@ from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard

@@ -68,7 +68,7 @@ from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.rollout.base import sample_seed, sample_uniforms
+from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
 from megatron_selfdistill.terminal import silence_known_warnings
 
 TEACHER_WEIGHT = 0.75

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,9 @@ from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.acceptance import load_rule
-from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
-from megatron_selfdistill.data.conversations import load_conversations
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
-from megatron_selfdistill.data.episode_reply import REPLY_ROLES
+from megatron_selfdistill.data.fitted_prompts import ContextCounts, plan_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompt_checks import (
     LOOKED_AT,
@@ -36,14 +33,9 @@ from megatron_selfdistill.data.prompt_checks import (
     hint_cost,
     mean_cost,
 )
-from megatron_selfdistill.data.prompts import (
-    DEFAULT_TEACHER_TEMPLATE,
-    PromptBuilder,
-    PromptTemplates,
-    PromptView,
-)
+from megatron_selfdistill.data.prompt_templates import DEFAULT_TEACHER_TEMPLATE, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.records import RecordSource
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.thoughts import num_thoughts
 from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
@@ -154,10 +146,9 @@ class RunData:
             raise ConfigError(
                 f"{missing} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
             )
-        tokenizer = _tokenizer(data)
+        builder = PromptBuilder(_tokenizer(data), _templates(config), config.shows_contents)
         if data.kind == "conversations":
-            return cls._load_conversations(config, tokenizer)
-        builder = PromptBuilder(tokenizer, _templates(config))
+            return cls._load_conversations(config, builder)
         fields: dict[str, str | None] = {**data.fields}
         hint, only_replies = config.needs.hint, config.environment.exists and not config.has_teacher
         # A function of the user may read the solutions; an environment needs none where no teacher sees any.
@@ -173,7 +164,7 @@ class RunData:
         max_length = longest_context(config)
         problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
         if config.environment.one_sequence:
-            _require_bridges(builder, problems.problems[0], config.has_teacher)
+            door("environments").require_bridges(builder, problems.problems[0], config.has_teacher)
         return cls(
             **_of_model(config, builder),
             problems=problems,
@@ -185,26 +176,13 @@ class RunData:
         )
 
     @classmethod
-    def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
-        data, wanted, max_length = config.data, config.conversations, longest_context(config)
-        builder = PromptBuilder(tokenizer, _templates(config), wanted.show_contents)
-        of_model = _of_model(config, builder)
-        log = load_conversations(
-            _record_source(config, data.fields),
-            rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
-            turns=wanted.turns,
-            show_contents=wanted.show_contents,
-        )
-        skipped = [*log.turns.skipped]
-        if config.logged:
-            problems, counts = log.turns, ContextCounts()
-            reader = _reader(data, builder, of_model["ends"], max_length)
-            read, unusable, looked_at = _look_at(problems.problems, reader, config)
-            skipped += unusable
-            about: tuple[str, ...] = (read,)
-        else:
-            problems, counts, looked_at = _fitting_problems(log.turns, builder, max_length, config)
-            about = ()
+    def _load_conversations(cls, config: Config, builder: PromptBuilder) -> RunData:
+        data, max_length, of_model = config.data, longest_context(config), _of_model(config, builder)
+        source = _record_source(config, data.fields)
+        log = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
+        problems, counts, looked_at = log.problems, ContextCounts(), log.looked_at
+        if looked_at is None:
+            problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
         return cls(
             **of_model,
             problems=problems,
@@ -213,24 +191,9 @@ class RunData:
             max_length=max_length,
             about_prompts=_about_prompts(builder, looked_at, config),
             first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
-            about_conversations=(log.about, *about),
-            skipped=tuple(skipped),
+            about_conversations=log.about,
+            skipped=log.skipped,
         )
-
-
-def _require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool) -> None:
-    """Raise ValueError if the chat template lets no message follow a response that stays as it was sampled."""
-    errors = []
-    for role in REPLY_ROLES:
-        reply = {"role": role, "content": "A reply."}
-        try:
-            builder.student_bridge(problem, reply, -1)
-            if has_teacher:
-                builder.teacher_bridge(problem, problem.solution, reply, -1)
-        except ValueError as error:
-            errors.append(error)
-    if len(errors) == len(REPLY_ROLES):
-        raise errors[0]
 
 
 def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:
@@ -250,37 +213,6 @@ def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
     """Return the columns of held-out problems; the keys messages and id name columns of a log only."""
     ours = ("problem", "solution", "answer") if data.kind == "conversations" else tuple(data.fields)
     return {name: column for name, column in data.fields.items() if name in ours}
-
-
-def turn_reader(config: Config, run_data: RunData) -> TurnReader:
-    """Return the reader of logged turns of the run."""
-    return _reader(config.data, run_data.builder, run_data.ends, run_data.max_length)
-
-
-def _reader(data: DataConfig, builder: PromptBuilder, ends: EndTokens, max_length: int) -> TurnReader:
-    return TurnReader(builder, ends, max_length, data.on_long_context, data.on_bad_record)
-
-
-def _look_at(
-    problems: Sequence[Problem], reader: TurnReader, config: Config
-) -> tuple[str, list[str], list[tuple[Problem, PromptPair]]]:
-    """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
-
-    Return a line with their numbers, a message for each unusable turn, and the usable turns with their prompts.
-
-    Raises: ValueError for an unusable turn that may not be skipped, and for a sample without any usable turn.
-    """
-    numbers = sorted(random.Random(f"{config.seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
-    looked_at = [problems[number] for number in numbers]
-    turns = reader.read(looked_at)
-    for turn in turns:
-        reader.check(turn)
-    counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
-    if not counts.usable:
-        raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
-    which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
-    pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    return f"{which} turns were read: {counts}", unusable, pairs
 
 
 def _evaluation_problems(

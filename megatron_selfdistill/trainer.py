@@ -23,7 +23,7 @@ from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid

@@ -20,7 +20,8 @@ def logged_conversations(base: Base, directory: Path) -> tuple[Path, Path]:
     """
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.rollout.base import Request, response_text, sample_seed
+    from megatron_selfdistill.rollout.base import Request, response_text
+    from megatron_selfdistill.rollout.sampling import sample_seed
     from megatron_selfdistill.run_data import RunData
 
     pairs = subtraction.distinct(subtraction.NUM_TRAINING, "train", seed=777 + base.seed)

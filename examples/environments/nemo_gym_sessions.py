@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from megatron_selfdistill.config import function_named
-from megatron_selfdistill.data.acceptance import answer_text
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.environments.tool_calls import PARSERS, Parser, ToolCall, ToolCallError
 
@@ -36,7 +36,7 @@ class NemoGym:
 
     def step(self, response: str) -> Reply:
         """Return what the called tools answer, or the reward of all that was said."""
-        text = answer_text({"content": response})
+        text = final_part(response).strip()
         try:
             if calls := self.parse(text) if self.names else []:
                 return Reply("\n".join(map(self.answer, calls)), role="tool", done=False)

@@ -11,7 +11,9 @@ from alignment_nodes import CandidateToken, MeasuredNode, Node, chosen_nodes, li
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import PromptPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -22,7 +24,8 @@ from megatron_selfdistill.instruments.explorer.exploration import AllModels, rea
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, cut
 from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.run_data import RunData
 
 Key = tuple[int, int, int, int]

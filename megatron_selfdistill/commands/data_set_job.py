@@ -30,7 +30,8 @@ from megatron_selfdistill.methods.rlt import explanation_in
 from megatron_selfdistill.metrics.phase_lines import phases_shown
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import read_tokens
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
 

@@ -1,24 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The two contexts of a response: the prompts of student and teacher, and the response after each of them.
-
-The module also checks that both prompts show their texts, and counts the tokens that the hint adds to the teacher's
-prompt.
-"""
+"""The two contexts of a response: the prompts of student and teacher, and the response after each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
-
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompt_checks import hint_cost
-from megatron_selfdistill.data.prompts import PromptBuilder
-
-_CUTS: dict[str, Callable[[str, int], str]] = {
-    "truncate_start": lambda solution, length: solution[len(solution) - length :],
-    "truncate_end": lambda solution, length: solution[:length],
-}
 
 
 class TeacherPrompt(NamedTuple):
@@ -45,21 +32,6 @@ class PromptPair:
     """Name of the teacher; see `Problem.teacher`."""
     of_teachers: tuple[TeacherPrompt, ...] = ()
     """The prompts of all teachers where there are several, of which the first is ``teacher_prompt``; else ()."""
-
-
-@dataclass(frozen=True)
-class ContextCounts:
-    """Numbers of problems by how they fit; all but ``dropped`` are in the batch."""
-
-    kept: int = 0
-    """Problems that fit with the complete solution."""
-    truncated: int = 0
-    """Problems that fit with a shortened solution."""
-    dropped: int = 0
-    """Problems that do not fit."""
-
-    def __add__(self, other: ContextCounts) -> ContextCounts:
-        return ContextCounts(self.kept + other.kept, self.truncated + other.truncated, self.dropped + other.dropped)
 
 
 @dataclass(frozen=True)
@@ -121,173 +93,3 @@ class SampledResponse(Protocol):
     @property
     def truncated(self) -> bool:
         """Whether the response reached ``max_new_tokens`` without a stop token."""
-
-
-def plan_contexts(
-    builder: PromptBuilder, problems: Sequence[Problem], *, max_length: int, max_new_tokens: int, policy: str
-) -> tuple[list[PromptPair], ContextCounts]:
-    """Return the prompt pairs of the problems that fit, in order, and the counts; see `fit_teacher_prompt`."""
-    pairs = []
-    for problem in problems:
-        pair = fit_teacher_prompt(builder, problem, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
-        if pair is not None:
-            pairs.append(pair)
-    truncated = sum(pair.solution_truncated for pair in pairs)
-    return pairs, ContextCounts(len(pairs) - truncated, truncated, len(problems) - len(pairs))
-
-
-def fit_teacher_prompt(
-    builder: PromptBuilder, problem: Problem, *, max_length: int, max_new_tokens: int, policy: str
-) -> PromptPair | None:
-    """Return both prompts of a problem, each of at most ``max_length - max_new_tokens`` tokens, or None.
-
-    ``policy`` decides where the teacher's prompt is too long:
-
-    - "error" raises ValueError;
-    - "drop" returns None;
-    - "truncate_start" keeps the longest end of the solution that fits, and "truncate_end" its longest start.
-
-    A student's prompt that is too long, and a teacher's prompt into which no part of the solution fits, cannot be
-    truncated: the policy "error" raises ValueError, and each other policy returns None.
-
-    Raises: ValueError also if the two prompts do not end in the same generation prompt.
-    """
-    room = max_length - max_new_tokens
-    if problem.shares:
-        limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
-        return _fit_all_teachers(builder, problem, policy, limits)
-    student, teacher = builder.prompt_pair(problem)
-    if policy == "error":
-        whose, prompt, parts, remedy = "student", student, "", "set data.on_long_context=drop"
-        if len(student) <= room < len(teacher):
-            cost = hint_cost(builder, problem, student, teacher)
-            whose, prompt = "teacher", teacher
-            remedy = "set a shorter data.teacher_template or data.on_long_context=drop, truncate_start or truncate_end"
-            parts = (
-                f" ({len(student)} of them in the student's prompt too, {cost.wording} of data.teacher_template, "
-                f"{cost.solution} of the solution)"
-            )
-        if len(prompt) > room:
-            raise ValueError(
-                f"{problem.location}: expected a {whose}'s prompt of at most {room} tokens (data.max_length "
-                f"{max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}{parts}; raise "
-                f"data.max_length, lower rollout.max_new_tokens, or {remedy}."
-            )
-    return shortened_to_fit(builder, problem, student, teacher, room, policy)
-
-
-def _fit_all_teachers(
-    builder: PromptBuilder, problem: Problem, policy: str, limits: Mapping[str, int]
-) -> PromptPair | None:
-    """Return the prompt pair of the first teacher with the prompts of all; None if one of them does not fit."""
-    prompts: list[TeacherPrompt] = []
-    pairs: list[PromptPair] = []
-    for name, share in problem.shares:
-        pair = fit_teacher_prompt(builder, replace(problem, teacher=name, shares=()), policy=policy, **limits)
-        if pair is None:
-            return None
-        pairs.append(pair)
-        prompts.append(TeacherPrompt(name, share, pair.teacher_prompt))
-    truncated = any(pair.solution_truncated for pair in pairs)
-    return replace(pairs[0], of_teachers=tuple(prompts), solution_truncated=truncated)
-
-
-def shortened_to_fit(
-    builder: PromptBuilder, problem: Problem, student: list[int], teacher: list[int], room: int, policy: str
-) -> PromptPair | None:
-    """Return the result of `fit_teacher_prompt` for encoded prompts of at most ``room`` tokens.
-
-    ``policy`` is not "error".
-    """
-    pair = PromptPair(problem.id, student, teacher, problem.solution, teacher=problem.teacher)
-    if len(student) > room:
-        return None
-    if len(teacher) <= room:
-        return pair
-    if policy == "drop":
-        return None
-    shorter = _longest_fitting(builder, problem, room, _CUTS[policy])
-    if shorter is None:
-        return None
-    solution, teacher = shorter
-    return replace(pair, teacher_prompt=teacher, solution=solution, solution_truncated=True)
-
-
-def build_contexts(
-    prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse], guided: Collection[str] = ()
-) -> list[ContextPair]:
-    """Return one context pair per response; ``responses[i]`` answers ``prompt_pairs[i]``.
-
-    Several samples of a problem have the same pair.  The token ids of responses are those that were sampled.
-    ``guided``: the ids of the problems that are guided.
-    """
-    return [
-        ContextPair(
-            pair.problem_id,
-            pair.student_prompt,
-            pair.teacher_prompt,
-            list(response.token_ids),
-            response.truncated,
-            pair.problem_id in guided,
-            pair.teacher,
-            pair.of_teachers,
-        )
-        for pair, response in zip(prompt_pairs, responses, strict=True)
-    ]
-
-
-def _longest_fitting(
-    builder: PromptBuilder, problem: Problem, room: int, cut: Callable[[str, int], str]
-) -> tuple[str, list[int]] | None:
-    """Return the part of the solution that fits and the prompt with it; None if only white space fits."""
-    # The bisection is over characters of the solution, not over its tokens: a token can end within a character, and
-    # the text of tokens is not always encoded into the same tokens again.  Every candidate is a complete prompt.
-    if len(builder.teacher_prompt(problem, "")) > room:
-        return None
-    fits, too_long = 0, len(problem.solution)
-    while too_long - fits > 1:
-        length = (fits + too_long) // 2
-        if len(builder.teacher_prompt(problem, cut(problem.solution, length))) <= room:
-            fits = length
-        else:
-            too_long = length
-    kept = cut(problem.solution, fits)
-    if not kept.strip():
-        return None
-    _, teacher = builder.prompt_pair(problem, kept)
-    return kept, teacher
-
-
-@dataclass(frozen=True)
-class GivenSolutions:
-    """Prompts that show the teacher the solutions of the data, which nothing changes."""
-
-    builder: PromptBuilder
-    max_length: int
-    """The greatest length of prompt and response together, in tokens."""
-    max_new_tokens: int
-    """The greatest length of a response in tokens."""
-    policy: str
-    """``data.on_long_context``, as `fit_teacher_prompt` takes it."""
-
-    def pair(self, problem: Problem) -> PromptPair:
-        """Return both prompts of a problem; the teacher's prompt shows ``problem.solution``."""
-        pair = fit_teacher_prompt(
-            self.builder, problem, max_length=self.max_length, max_new_tokens=self.max_new_tokens, policy=self.policy
-        )
-        assert pair is not None, "RunData.load kept only the problems that fit"
-        return pair
-
-    def pair_with(self, problem: Problem, solution: str) -> PromptPair | None:
-        """Return both prompts of a problem with another solution for the teacher; None if they do not fit.
-
-        The policy "error" concerns the data of the user, and another solution can only be skipped, so "error" acts as
-        "drop".
-        """
-        return fit_teacher_prompt(
-            self.builder,
-            replace(problem, solution=solution),
-            max_length=self.max_length,
-            max_new_tokens=self.max_new_tokens,
-            policy="drop" if self.policy == "error" else self.policy,
-        )

@@ -5,82 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.thoughts import END_OF_THOUGHTS, THINK
+from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import MissingChatTemplateError
-
-DEFAULT_TEACHER_TEMPLATE = """\
-{problem}
-
-Here is a solution to this problem, for your eyes only:
-
-{solution}
-
-Use it only as a hint. Reason in your own words, step by step, from the problem itself to the final answer, as
-if you had not seen the solution. Never mention that a solution was given."""
-
-FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
-"""SDPO's heading of an environment's feedback, after the problem."""
-
-
-@dataclass(frozen=True)
-class PromptView:
-    """The form of a prompt around its wording."""
-
-    system_prompt: str | None = None
-    """System message, for conversations without one."""
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables of the chat template, such as ``enable_thinking``."""
-    generation_prompt: str | None = None
-    """The text after the last message, after which the response begins; None is what the chat template writes there."""
-
-
-@dataclass(frozen=True)
-class PromptTemplates:
-    """The wording and the form of both prompts.
-
-    ``{problem}`` and ``{solution}`` are slots; a text that fills a slot may contain braces.  All other braces are plain
-    text, except where they look like a slot: write ``{{name}}`` for a literal ``{name}``.
-
-    Raises: `ConfigError` for a missing or an unknown slot.
-    """
-
-    teacher: str = DEFAULT_TEACHER_TEMPLATE
-    """Wording of the last user message for the teacher, with both slots."""
-    student: str = "{problem}"
-    """Wording of the last user message for the student, with the slot ``{problem}`` only."""
-    student_view: PromptView = field(default_factory=PromptView)
-    """Form of the student's prompt, and of every prompt that is neither the student's nor the teacher's."""
-    teacher_view: PromptView = field(default_factory=PromptView)
-    """Form of the teacher's prompt."""
-    of_teachers: Mapping[str, str] = field(default_factory=dict)
-    """Name of a teacher -> its wording in place of ``teacher``, in which the slot ``{solution}`` may be missing."""
-    views_of_teachers: Mapping[str, PromptView] = field(default_factory=dict)
-    """Name of a teacher -> the form of its prompt in place of ``teacher_view``."""
-
-    def view_of(self, teacher: str) -> PromptView:
-        """Return the form of the prompt of the teacher of that name; see `Problem.teacher`."""
-        return self.views_of_teachers.get(teacher, self.teacher_view)
-
-    def same_generation_prompt(self, teacher: str) -> bool:
-        """Return whether both prompts must end in the same generation prompt, since nothing says how the ends differ.
-
-        ``teacher``: as for `view_of`.
-        """
-        student, other = self.student_view, self.view_of(teacher)
-        return (student.chat_template_kwargs, student.generation_prompt) == (
-            other.chat_template_kwargs,
-            other.generation_prompt,
-        )
-
-    def __post_init__(self) -> None:
-        require_slots("data.teacher_template", self.teacher, ("problem", "solution"))
-        require_slots("data.student_template", self.student, ("problem",))
 
 
 def filled(template: str, texts: Mapping[str, str]) -> str:
@@ -110,12 +41,12 @@ class PromptBuilder:
 
         With ``reply``, the text is the conversation with the reply at its end and without a generation prompt.
         """
-        messages = self._student_messages(problem)
-        return self._render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
+        messages = self.student_messages(problem)
+        return self.render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the token ids of the student's conversation, up to and including the generation prompt."""
-        return self.tokenizer.encode(self._render(self._student_messages(problem), problem, self._student, True))
+        return self.tokenizer.encode(self.render(self.student_messages(problem), problem, self._student, True))
 
     def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
         """Return the token ids of the teacher's conversation, up to and including the generation prompt.
@@ -123,22 +54,8 @@ class PromptBuilder:
         The last user message has the teacher's wording.  ``solution`` replaces the problem's solution: a shortened
         solution, or one that the model has found itself.
         """
-        messages = self._teacher_messages(problem, solution)
-        return self.tokenizer.encode(self._render(messages, problem, self._view_of(problem), True))
-
-    def student_bridge(self, problem: Problem, reply: Mapping[str, Any], stop_id: int) -> list[int]:
-        """Return the token ids between a response to ``problem`` and the next one: the message ``reply`` and around it.
-
-        The ids begin behind the last token of the response, ``stop_id``: a chat template that ends a turn with another
-        token writes its own after it.
-        Raises: ValueError if the chat template shows the response in another way once a message follows it.
-        """
-        return self._bridge(self._student_messages(problem), problem, self._student, reply, stop_id)
-
-    def teacher_bridge(self, problem: Problem, solution: str, reply: Mapping[str, Any], stop_id: int) -> list[int]:
-        """Return what `student_bridge` returns for the teacher, who sees ``solution``."""
-        messages = self._teacher_messages(problem, solution)
-        return self._bridge(messages, problem, self._view_of(problem), reply, stop_id)
+        messages = self.teacher_messages(problem, solution)
+        return self.tokenizer.encode(self.render(messages, problem, self.view_of(problem), True))
 
     def shows_solution(self, problem: Problem) -> bool:
         """Return whether the wording of the problem's teacher has a slot for the solution."""
@@ -149,7 +66,7 @@ class PromptBuilder:
 
         ``slots``: the texts of the slots of ``template`` besides ``{problem}``.
         """
-        return self._render(self._reworded(problem, template, slots, self._student), problem, self._student, True)
+        return self.render(self._reworded(problem, template, slots, self._student), problem, self._student, True)
 
     def filled_prompt(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[int]:
         """Return the token ids of `filled_text`."""
@@ -171,10 +88,10 @@ class PromptBuilder:
 
     def pair_texts(self, problem: Problem, solution: str | None = None) -> tuple[str, str, str, str]:
         """Return the texts for `pair_of`: of the student without and with generation prompt, then of the teacher."""
-        student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
+        student, teacher = self.student_messages(problem), self.teacher_messages(problem, solution)
         before, prompt, teacher_before, teacher_prompt = (
-            self._render(messages, problem, view, flag)
-            for messages, view in ((student, self._student), (teacher, self._view_of(problem)))
+            self.render(messages, problem, view, flag)
+            for messages, view in ((student, self._student), (teacher, self.view_of(problem)))
             for flag in (False, True)
         )
         return before, prompt, teacher_before, teacher_prompt
@@ -188,7 +105,9 @@ class PromptBuilder:
 
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
-        if not self.templates.same_generation_prompt(problem.teacher):
+        views = self._student, self.view_of(problem)
+        own, other = ((view.chat_template_kwargs, view.generation_prompt) for view in views)
+        if own != other:  # they say how the ends of the prompts differ
             return ids[1], ids[3]
         decode = self.tokenizer.decode
         student, teacher = (_split_prompt(texts[at : at + 2], ids[at : at + 2], decode) for at in (0, 2))
@@ -210,39 +129,18 @@ class PromptBuilder:
     def _student(self) -> PromptView:
         return self.templates.student_view
 
-    def _view_of(self, problem: Problem) -> PromptView:
-        return self.templates.view_of(problem.teacher)
+    def view_of(self, problem: Problem) -> PromptView:
+        """Return the form of the prompt of the problem's teacher."""
+        return self.templates.views_of_teachers.get(problem.teacher, self.templates.teacher_view)
 
-    def _student_messages(self, problem: Problem) -> list[dict[str, Any]]:
+    def student_messages(self, problem: Problem) -> list[dict[str, Any]]:
+        """Return the student's conversation."""
         return self._reworded(problem, self.templates.student, {}, self._student)
 
-    def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
+    def teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
+        """Return the teacher's conversation; ``solution``: as for `teacher_prompt`."""
         solution = problem.solution if solution is None else solution
-        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._view_of(problem))
-
-    def _bridge(
-        self,
-        messages: list[dict[str, Any]],
-        problem: Problem,
-        view: PromptView,
-        reply: Mapping[str, Any],
-        stop_id: int,
-    ) -> list[int]:
-        before = self._render(messages, problem, view, True)
-        begin = "" if before.rstrip().endswith(THINK) else f"{THINK}\n"
-        said = f"{begin}A thought.\n{END_OF_THOUGHTS}\n\nAn answer."
-        spoken = [*messages, {"role": "assistant", "content": said}, dict(reply)]
-        whole = self._render(spoken, problem, view, True)
-        if not whole.startswith(before + said):
-            raise ValueError(
-                f"{problem.location}: the chat template rewrites a response once a message of the role "
-                f"{reply['role']} follows it (many drop the thoughts), so that the episode is not one sequence: set "
-                "environment.limits.one_sequence=false, or give a data.chat_template that keeps responses as they are"
-            )
-        ids = self.tokenizer.encode(whole[len(before + said) :])
-        if stop_id in ids and not self.tokenizer.decode(ids[: ids.index(stop_id)]).strip():
-            return ids[ids.index(stop_id) + 1 :]
-        return ids
+        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self.view_of(problem))
 
     def _template_of(self, problem: Problem) -> str:
         return self.templates.of_teachers.get(problem.teacher, self.templates.teacher)
@@ -258,9 +156,10 @@ class PromptBuilder:
             messages.insert(0, {"role": "system", "content": view.system_prompt})
         return messages
 
-    def _render(
+    def render(
         self, messages: list[dict[str, Any]], problem: Problem, view: PromptView, add_generation_prompt: bool
     ) -> str:
+        """Return a conversation about a problem as text.  Raises: ValueError if the chat template refuses it."""
         kwargs, own = dict(view.chat_template_kwargs), view.generation_prompt if add_generation_prompt else None
         if problem.tools:
             kwargs["tools"] = list(problem.tools)

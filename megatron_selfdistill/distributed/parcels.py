@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,3 +113,11 @@ def _unpack(parcel: Tensor) -> list[NDArray[Any]]:
     while packed.tell() < parcel.numel():
         arrays.append(np.load(packed, allow_pickle=False))
     return arrays
+
+
+def cut(values: NDArray[Any], lengths: NDArray[Any]) -> Iterator[list[Any]]:
+    """Yield the numbers of ``values`` in lists of these ``lengths``, one behind the other."""
+    first = 0
+    for length in lengths.tolist():
+        yield values[first : first + length].tolist()
+        first += length

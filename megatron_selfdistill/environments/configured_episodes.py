@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_selfdistill.config import Config, function_named, user_code
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.environments.bridges import require_bridges as require_bridges
 from megatron_selfdistill.environments.environment import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
 from megatron_selfdistill.environments.episodes import (
     Episodes,

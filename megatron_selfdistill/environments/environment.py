@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require_address, value_of_variable
-from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.environments.tool_calls import (
     PARSERS,
     Parser,
@@ -232,7 +232,7 @@ class ToolEnvironment:
     async def step(self, response: str) -> Reply:
         """Return the answers of the tools that the response calls, or the reward of its answer."""
         try:
-            calls = self._parse(answer_text({"content": response}))
+            calls = self._parse(final_part(response).strip())
         except ToolCallError as error:
             return Reply(_said(error), role="tool", done=False)
         if not calls:

@@ -13,13 +13,15 @@ from itertools import groupby
 from typing import Protocol
 
 from megatron_selfdistill.config import user_code
-from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.environments.bridges import bridge
 from megatron_selfdistill.environments.environment import Environment
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
@@ -27,10 +29,11 @@ from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.episode_player import Generate
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.on_policy import Generate
 from megatron_selfdistill.sources.recordings import Recording
-from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)
@@ -195,11 +198,11 @@ class Episodes(ABC):
                 "teacher's prompt of the first one: set environment.limits.one_sequence=false"
             )
         pair, ids, reply = last.prompts, last.response.token_ids, problem.messages[-1]
-        student = [*pair.student_prompt, *ids, *given.builder.student_bridge(first.problem, reply, ids[-1])]
+        student = [*pair.student_prompt, *ids, *bridge(given.builder, first.problem, None, reply, ids[-1])]
         teacher = student
         if self.has_teacher and method.has_solution(first.problem):
-            bridge = given.builder.teacher_bridge(first.problem, pair.solution, reply, ids[-1])
-            teacher = [*pair.teacher_prompt, *ids, *bridge]
+            between = bridge(given.builder, first.problem, pair.solution, reply, ids[-1])
+            teacher = [*pair.teacher_prompt, *ids, *between]
         fits = max(len(student), len(teacher)) <= given.max_length - given.max_new_tokens
         return replace(pair, student_prompt=student, teacher_prompt=teacher) if fits else None
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.estimators import Interval, bootstrap

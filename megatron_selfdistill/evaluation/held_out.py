@@ -40,7 +40,8 @@ from megatron_selfdistill.metrics.leakage import (
     word_counts,
     word_pattern,
 )
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid

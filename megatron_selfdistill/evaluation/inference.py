@@ -24,8 +24,9 @@ from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.run_data import RunData
 
 

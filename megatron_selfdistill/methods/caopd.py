@@ -60,10 +60,7 @@ NOTE = "Note: The empirical confidence for this question is {:.2f}. Output this 
 class CaopdSettings(RewardSettings):
     """The settings of CaOPD."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(rewards=True, group_size=2)
+    needs = Needs(rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where edited responses, or the solution that is edited with them, cannot be used."""

@@ -96,10 +96,7 @@ class DapdSettings(MethodSettings):
     privileged_reference: NonNegativeFloat = 4 / 5
     """Weight of the solution, which the student sees before it, and whose teacher sees the response."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(contexts_per_sample=len(TERMS))
+    needs = Needs(contexts_per_sample=len(TERMS))
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""

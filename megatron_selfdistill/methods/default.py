@@ -101,12 +101,9 @@ class DefaultSettings(RewardSettings, SelectSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        selects = self.select is not None
-        samples, log_probs = (
-            TEACHER if self.view == "privileged" else STUDENT,
-            MEASURED if self.measured_signals else None,
-        )
-        return Needs(samples=samples, log_probs=log_probs, rewards=selects)
+        samples = TEACHER if self.view == "privileged" else STUDENT
+        log_probs = MEASURED if self.measured_signals else None
+        return Needs(samples=samples, log_probs=log_probs, rewards=self.select is not None)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""
@@ -217,6 +214,10 @@ class SelfDistillation:
         self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
     ) -> TokenCoefficients | None:
         """Return the coefficients that follow from `terms`, the correction and the normalisation of the loss."""
+        loss = self.tools.config.loss
+        is_plain = (loss.rollout_correction, loss.normalize, loss.skip_first_tokens) == ("none", "tokens", 0)
+        if is_plain and not self.weighs_tokens:
+            return None
         from megatron_selfdistill.sources.step_terms import step_coefficients
 
         return step_coefficients(self, self.tools, step, rollouts, contexts)

@@ -58,6 +58,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
 from megatron_selfdistill.config import ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
@@ -66,14 +67,12 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
-from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked_model
+from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
-from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -168,10 +167,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
             hint=LATER,
         )
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` unless there is an environment, or every logged reply that a message follows is taken."""
@@ -298,7 +294,7 @@ class Openclaw(HintedLater):
         n = self.settings.votes
         requests = [(reply.problem, reply.request(template)) for reply in replies]
         inquiries = [Inquiry(problem, kind, request, vote) for problem, request in requests for vote in range(n)]
-        texts = asked_model(self.tools).texts(step, inquiries)
+        texts = asked(self.tools, step, inquiries)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     @property
@@ -319,7 +315,8 @@ class Openclaw(HintedLater):
                 for i, pair in pairs.items()
                 if pair is not None
             }
-        reader = turn_reader(self.tools.config, self.tools.run_data)
+        run = self.tools.run_data
+        reader = turn_reader(self.tools.config.data, run.builder, run.ends, run.max_length)
         turns = reader.read(list(shown.values())) if shown else []
         return {i: turn.prompts for i, turn in zip(shown, turns, strict=True) if isinstance(turn, Turn)}
 

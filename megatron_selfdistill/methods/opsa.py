@@ -63,10 +63,7 @@ class OpsaSettings(ClipSettings):
     penalty: PositiveFloat = 1.0
     """Size of the negative advantage."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(teacher_prompt=None, log_probs=SAMPLED)
+    needs = Needs(teacher_prompt=None, log_probs=SAMPLED)
 
 
 class Opsa(SelfDistillation):

@@ -47,9 +47,8 @@ Known failure:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -65,13 +64,13 @@ from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.grpo import Grpo, GrpoSettings
-from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 
 if TYPE_CHECKING:
     from megatron_selfdistill.config import Config
-    from megatron_selfdistill.distributed.ranks import RankGrid
 
 DIGITS = "0123456789"
 QUESTION = (
@@ -81,10 +80,6 @@ QUESTION = (
 """The wording of the question where ``method.template`` is null."""
 LARGEST = 9.0
 """The largest score."""
-
-Candidates = Callable[[Sequence[Sequence[int]], Sequence[int]], Tensor]
-"""A function of this replica's prompts and of n tokens that returns the teacher's log-probs of the tokens after each
-prompt, [B, n] float64, on the host.  Collective over the world."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +143,14 @@ class Ovd(Grpo):
         """Raise `ConfigError` where a question is too long, a digit is no token, or an answer is missing."""
         if self.settings.use == "filter":
             super().check_data()
-        tools, scorer = self.tools, self._scorer
+        run_data = self.tools.run_data
+        digit_tokens(run_data.tokenizer)
         check_room_for_questions(
-            tools.run_data.problems.problems,
-            scorer.builder,
-            scorer.template,
-            max_length=scorer.max_length,
-            max_new_tokens=tools.config.rollout.max_new_tokens,
+            run_data.problems.problems,
+            run_data.builder,
+            self._template,
+            max_length=run_data.max_length,
+            max_new_tokens=self.tools.config.rollout.max_new_tokens,
         )
 
     @property
@@ -167,19 +163,18 @@ class Ovd(Grpo):
         if self.settings.use == "filter":
             return super().rewarded(rollouts)
         with self.tools.phases("measure"):
-            scores, metrics = self._scorer.scores(rollouts)
+            scores, metrics = self._scores(rollouts)
         return [replace(one, reward=score / LARGEST) for one, score in zip(rollouts, scores, strict=True)], metrics
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts, some of them replaced, and metrics.
 
-        Collectives over the world: those of the scorer, of the sampler and of the judge; one all-gather of objects and
+        Collectives over the world: those of the teacher, of the sampler and of the judge; one all-gather of objects and
         one sum over the data-parallel ranks.
         """
         if self.settings.use == "reward":
             return list(rollouts), {}
-        scorer = self._scorer
-        scores, metrics = scorer.scores(rollouts)
+        scores, metrics = self._scores(rollouts)
         pooled = gather_items([*zip(scores, (one.correct for one in rollouts), strict=True)], self.tools.grid.dp_group)
         area = auroc([score for score, _ in pooled], [right for _, right in pooled])
         filters = area is not None and area > 0.5
@@ -203,7 +198,7 @@ class Ovd(Grpo):
         return chosen, metrics
 
     def _kept(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Return the number of tokens that each replaced response keeps.  Collective, as the scorer is."""
+        """Return the number of tokens that each replaced response keeps.  Collective, as `_scores` is."""
         if self.settings.step_separator is None:
             return [0] * len(rollouts)
         ends = [self._step_ends(rollout) for rollout in rollouts]
@@ -212,15 +207,19 @@ class Ovd(Grpo):
             for rollout, of_answer in zip(rollouts, ends, strict=True)
             for end in of_answer
         ]
-        scores = iter(self._scorer.scores(beginnings)[0])
+        scores = iter(self._scores(beginnings)[0])
         return [
             max((end for end in of_answer if next(scores) >= self.settings.threshold), default=0) for of_answer in ends
         ]
 
     def _step_ends(self, rollout: Rollout) -> list[int]:
         """Return the lengths of the beginnings of a response that end with a step and leave room for a response."""
-        ids, decode = rollout.response.token_ids, self._scorer.builder.tokenizer.decode
-        room = self._scorer.max_length - len(rollout.prompts.teacher_prompt) - self.tools.config.rollout.max_new_tokens
+        ids, decode = rollout.response.token_ids, self.tools.run_data.tokenizer.decode
+        room = (
+            self.tools.run_data.max_length
+            - len(rollout.prompts.teacher_prompt)
+            - self.tools.config.rollout.max_new_tokens
+        )
         last = min(room, len(ids) - 1)
         return [end for end in range(1, last + 1) if str(self.settings.step_separator) in decode([ids[end - 1]])]
 
@@ -255,52 +254,31 @@ class Ovd(Grpo):
             f"from wrong responses with an AUROC above .5: got {found}"
         ]
 
-    @cached_property
-    def _scorer(self) -> VerbalScorer:
-        run_data = self.tools.run_data
-        return VerbalScorer(
-            self.settings.template or QUESTION,
-            run_data.builder,
-            digit_tokens(run_data.tokenizer),
-            run_data.max_length,
-            lambda prompts, digits: self.tools.models.candidate_log_probs(prompts, digits),
-            self.tools.grid,
-        )
+    @property
+    def _template(self) -> str:
+        return self.settings.template or QUESTION
 
-
-@dataclass(frozen=True)
-class VerbalScorer:
-    """The teacher as a judge, which answers the question how good a response is with a digit."""
-
-    template: str
-    """The wording of the question (``method.template``)."""
-    builder: PromptBuilder
-    digits: Sequence[int]
-    """The tokens of the digits 0 to 9 (`digit_tokens`)."""
-    max_length: int
-    """The largest number of tokens of the question."""
-    candidates: Candidates
-    grid: RankGrid
-
-    def scores(self, rollouts: Sequence[Rollout]) -> tuple[list[float], Mapping[str, float]]:
+    def _scores(self, rollouts: Sequence[Rollout]) -> tuple[list[float], Mapping[str, float]]:
         """Return the score of each rollout of this replica, 0 to 9, and metrics.
 
         The scores are equal on all ranks of the replica, and the metrics on all ranks.
-        Collectives over the world: those of ``candidates``; one sum over the data-parallel ranks.
+        Collectives over the world: those of the teacher's pass; one sum over the data-parallel ranks.
         """
-        log_probs = self.candidates([self._question(rollout) for rollout in rollouts], self.digits)
+        digits = digit_tokens(self.tools.run_data.tokenizer)
+        log_probs = self.tools.models.candidate_log_probs([self._question(rollout) for rollout in rollouts], digits)
         found: list[float] = verbal_scores(log_probs).tolist()
-        total, mass, number = over_replicas((sum(found), log_probs.exp().sum().item(), len(found)), self.grid)
+        total, mass, number = over_replicas((sum(found), log_probs.exp().sum().item(), len(found)), self.tools.grid)
         number = max(number, 1)
         return found, {"verbal/score_mean": total / number, "verbal/digit_mass": mass / number}
 
     def _question(self, rollout: Rollout) -> list[int]:
         """Return the prompt that asks for the score; a response that is too long loses its beginning."""
-        response = response_text(rollout.response, self.builder.tokenizer)
+        run_data = self.tools.run_data
+        response = response_text(rollout.response, run_data.tokenizer)
         while True:
             slots = {"solution": rollout.prompts.solution, "response": response}
-            prompt = self.builder.filled_prompt(rollout.problem, self.template, slots)
-            excess = len(prompt) + 1 - self.max_length  # the digit follows
+            prompt = run_data.builder.filled_prompt(rollout.problem, self._template, slots)
+            excess = len(prompt) + 1 - run_data.max_length  # the digit follows
             if excess <= 0 or not response:
                 return prompt
             response = response[excess:]

@@ -133,10 +133,7 @@ class PastSettings(DistillSettings, AdvantageSettings):
             hint=FUNCTION,
         )
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` for an environment, another mean, a correction, or a teacher that would not adapt."""

@@ -42,10 +42,7 @@ from megatron_selfdistill.sources.rollouts import Rollout
 class RftSettings(RewardSettings, SelectSettings):
     """The settings of rejection fine-tuning."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(teacher_prompt=None, rewards=True)
+    needs = Needs(teacher_prompt=None, rewards=True)
 
 
 class Rft(SelfDistillation):

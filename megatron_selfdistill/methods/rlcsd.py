@@ -91,17 +91,14 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
     changed_weight: NonNegativeFloat = 1.0
     """Weight of the mean over the tokens with a changed advantage, beside that over the other tokens."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(
-            teacher_prompt=None,
-            log_probs=SAMPLED,
-            rewards=True,
-            group_size=2,
-            scores=True,
-            hint=LATER,
-        )
+    needs = Needs(
+        teacher_prompt=None,
+        log_probs=SAMPLED,
+        rewards=True,
+        group_size=2,
+        scores=True,
+        hint=LATER,
+    )
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses cannot be each other's hints, or the loss has another mean."""

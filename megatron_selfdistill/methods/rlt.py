@@ -159,21 +159,30 @@ class Rlt(Grpo):
             self._reward(of_policy[i], of_student[i], of_student[len(rollouts) + i], explanation.has_closing_tag)
             for i, explanation in enumerate(explanations)
         ]
-        rewarded = [replace(one, reward=reward.total) for one, reward in zip(rollouts, found, strict=True)]
-        return rewarded, self._metrics(found)
+        rewarded = [replace(one, reward=reward) for one, (reward, _, _) in zip(rollouts, found, strict=True)]
+        sums = sum(r_ss for _, r_ss, _ in found), sum(r_kl for _, _, r_kl in found)
+        tags = sum(explanation.has_closing_tag for explanation in explanations)
+        solution, divergence, num_tags, number = over_replicas((*sums, tags, len(found)), self.tools.grid)
+        number = max(number, 1)
+        return rewarded, {
+            "explanations/solution_log_prob": solution / number,
+            "explanations/log_ratio": divergence / number,
+            "explanations/closing_tags": num_tags / number,
+        }
 
-    def _reward(self, policy: Tensor, student: Tensor, solution: Tensor, has_closing_tag: bool) -> ExplanationReward:
-        settings = self.settings
-        silent = len(policy) == 0
-        return explanation_reward(
-            solution,
-            policy.new_zeros(1) if silent else policy,
-            student.new_zeros(1) if silent else student,
-            has_closing_tag=has_closing_tag,
-            alpha=settings.alpha,
-            ratio_weight=settings.ratio_weight,
-            missing_tag_penalty=settings.missing_tag_penalty,
-        )
+    def _reward(
+        self, policy: Tensor, student: Tensor, solution: Tensor, has_closing_tag: bool
+    ) -> tuple[float, float, float]:
+        """Return the reward of one explanation, r_SS and r_KL, in nats per token, computed in float64.
+
+        ``policy``, ``student`` [n]: the log-probs of the explanation's tokens.  ``solution`` [m]: those of the solution
+        after question and explanation, under the student.  An explanation without tokens has r_KL = 0.
+        """
+        own, foreseen, ratio = self.settings, solution.double(), policy.double() - student.double()
+        r_ss = (foreseen.mean() + own.alpha * foreseen.min()).item()
+        r_kl = (ratio.mean() + own.alpha * ratio.max()).item() if len(ratio) else 0.0
+        penalty = 0.0 if has_closing_tag else own.missing_tag_penalty
+        return r_ss - own.ratio_weight * r_kl - penalty, r_ss, r_kl
 
     def _explaining(self, rollout: Rollout, explanation: list[int]) -> ContextPair:
         """Return the explanation after the solution for the policy, and after the problem alone for S."""
@@ -187,81 +196,6 @@ class Rlt(Grpo):
 
     def _encoded(self, text: str) -> list[int]:
         return self.tools.given.builder.tokenizer.encode(text)
-
-    def _metrics(self, found: Sequence[ExplanationReward]) -> dict[str, float]:
-        sums: list[float] = [sum(reward.solution for reward in found), sum(reward.divergence for reward in found)]
-        sums += [sum(reward.has_closing_tag for reward in found), len(found)]
-        solution, divergence, tags, number = over_replicas(sums, self.tools.grid)
-        number = max(number, 1)
-        return {
-            "explanations/solution_log_prob": solution / number,
-            "explanations/log_ratio": divergence / number,
-            "explanations/closing_tags": tags / number,
-        }
-
-
-@dataclass(frozen=True)
-class ExplanationReward:
-    """The reward of one explanation and its terms, in nats per token."""
-
-    solution: float
-    """r_SS."""
-    divergence: float
-    """r_KL."""
-    has_closing_tag: bool
-    """Whether the policy ended its explanation with the closing tag."""
-    ratio_weight: float = 3.0
-    """Weight of r_KL."""
-    missing_tag_penalty: float = 1.0
-    """Number that is subtracted where the closing tag is missing."""
-
-    @property
-    def total(self) -> float:
-        """The reward: ``solution - ratio_weight divergence``, less the penalty where the tag is missing."""
-        reward = self.solution - self.ratio_weight * self.divergence
-        return reward if self.has_closing_tag else reward - self.missing_tag_penalty
-
-
-def explanation_reward(
-    solution_log_prob: Tensor,
-    policy_log_prob: Tensor,
-    student_log_prob: Tensor,
-    *,
-    has_closing_tag: bool,
-    alpha: float = 0.01,
-    ratio_weight: float = 3.0,
-    missing_tag_penalty: float = 1.0,
-) -> ExplanationReward:
-    """Return the reward of one explanation, computed in float64.
-
-    ``solution_log_prob`` [m]: l_t, the student's log-probs of the given solution's tokens after question and
-    explanation.  ``policy_log_prob`` [n], ``student_log_prob`` [n]: the log-probs of the explanation's tokens under the
-    policy, which sees the solution, and under the student, which sees the question alone.  All are in nats, and at
-    the temperature 0.7 for the published reward.  ``alpha``: the weight of the least likely token of the
-    solution and of the largest ratio of the explanation.
-
-    Collectives: none.  Raises: ValueError for a solution or an explanation without tokens, or log-probs of different
-    explanations.
-    """
-    if solution_log_prob.numel() == 0 or policy_log_prob.numel() == 0:
-        raise ValueError(
-            "explanation_reward: expected a solution and an explanation of at least one token each, got "
-            f"{solution_log_prob.numel()} and {policy_log_prob.numel()} tokens; leave the sample out."
-        )
-    if policy_log_prob.shape != student_log_prob.shape:
-        raise ValueError(
-            "explanation_reward: expected log-probs of the same explanation under policy and student, got shapes "
-            f"{list(policy_log_prob.shape)} and {list(student_log_prob.shape)}."
-        )
-    solution = solution_log_prob.double()
-    ratio = policy_log_prob.double() - student_log_prob.double()
-    return ExplanationReward(
-        solution=(solution.mean() + alpha * solution.min()).item(),
-        divergence=(ratio.mean() + alpha * ratio.max()).item(),
-        has_closing_tag=has_closing_tag,
-        ratio_weight=ratio_weight,
-        missing_tag_penalty=missing_tag_penalty,
-    )
 
 
 @dataclass(frozen=True)

@@ -173,14 +173,14 @@ class Rltf(Grpo):
         advantages = revision_advantages(of_responses, own.revision_baseline)
         places = {(rollout.episode, rollout.turn): i for i, rollout in enumerate(responses)}
         is_revision = torch.tensor([rollout.part == "revision" for rollout in extra])
-        likelihood = extra_likelihood(
-            advantages[[places[rollout.episode, rollout.turn] for rollout in extra]],
-            is_revision,
-            revision_weight=weight_at(step, own.revision_weight, own.revision_warmup_steps),
-            reply_weight=own.reply_weight,
-        )
+        of_extra = advantages[[places[rollout.episode, rollout.turn] for rollout in extra]]
+        weight = weight_at(step, own.revision_weight, own.revision_warmup_steps)
+        # No coefficient has a ratio p / mu, since the texts were written after other prompts.
+        likelihood = torch.where(is_revision, weight * of_extra, own.reply_weight)
         lengths = signals.lengths[len(responses) :]
-        floors = likelihood_floors(is_revision, own.revision_min_log_prob).repeat_interleave(lengths)
+        least = -math.inf if own.revision_min_log_prob is None else own.revision_min_log_prob
+        # A token that the model finds very unlikely without the environment's text teaches what the text gave away.
+        floors = torch.where(is_revision, least, -math.inf).double().repeat_interleave(lengths)
         terms = super().terms(step, responses, of_responses).extended(likelihood.repeat_interleave(lengths))
         return replace(terms, likelihood_floor=torch.cat([none, floors]))
 
@@ -227,24 +227,3 @@ def weight_at(step: int, weight: float, warmup_steps: int) -> float:
     Source: RLTF-SD raises it linearly from 0 for mathematics.
     """
     return weight if step >= warmup_steps else weight * step / warmup_steps
-
-
-def extra_likelihood(advantages: Tensor, is_revision: Tensor, *, revision_weight: float, reply_weight: float) -> Tensor:
-    """Return [E]: the coefficient of -log p for the tokens of E texts that are trained on besides the responses.
-
-    ``is_revision [E]``: whether the text is the last response of an episode after the problem alone, with the
-    coefficient ``revision_weight`` times its advantage (`revision_advantages`); else the text is a reply of the
-    environment after problem and response, with the coefficient ``reply_weight``.  No coefficient has a ratio p / mu,
-    since the texts were written after other prompts.  ``advantages [E]`` float64.
-    """
-    return torch.where(is_revision, revision_weight * advantages, reply_weight)
-
-
-def likelihood_floors(is_revision: Tensor, min_log_prob: float | None) -> Tensor:
-    """Return [E] float64: the log-prob below which a token of each text is not trained on; minus infinity for none.
-
-    Only revisions have a floor: a token that the model finds very unlikely without the environment's text teaches what
-    the text gave away.
-    """
-    floor = -math.inf if min_log_prob is None else min_log_prob
-    return torch.where(is_revision, floor, -math.inf).double()

@@ -67,10 +67,7 @@ class ScopeSettings(DistillSettings, AdvantageSettings, SelectSettings):
     tau: Temperature = 1.0
     """Temperature of the weights of responses."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(log_probs=MEASURED, rewards=True, group_size=2)
+    needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where episodes of several turns would be compared."""

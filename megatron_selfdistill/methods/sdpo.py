@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Annotated
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
-from megatron_selfdistill.data.prompts import FEEDBACK_HEADING
+from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
@@ -147,33 +147,28 @@ class Sdpo(HintedLater):
         """
         name, tokenizer = self.settings.hints, self.tools.run_data.tokenizer
         if name == "peer":
-            return PeerHints(tokenizer)(rollouts)
+            return peer_hints(rollouts, tokenizer)
         if name == "feedback":
             return feedback_hints(rollouts)
         if name == "peer_or_feedback":
-            return PeerOrFeedbackHints(PeerHints(tokenizer))(rollouts)
+            return peer_or_feedback_hints(rollouts, tokenizer)
         function = function_named("method.hints", name, {})
         hints = of_groups(function, "hint function", rollouts, tokenizer, self.tools.grid)
         return [hint if hint is not None and hint.strip() else None for hint in hints]
 
 
-@dataclass(frozen=True)
-class PeerHints:
-    """The first other right response of the group, without its thinking.  Source: SDPO (arXiv 2601.20802)."""
+def peer_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
+    """Return for each rollout the first other right response of its group, without its thinking; None if there is none.
 
-    tokenizer: Tokenizer
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """Return the hint of each rollout; None if no other response of its group is right."""
-        right: dict[int, list[int]] = {}
-        for i, one in enumerate(rollouts):
-            if one.correct:
-                right.setdefault(one.group, []).append(i)
-        peers = [next((j for j in right.get(one.group, ()) if j != i), None) for i, one in enumerate(rollouts)]
-        return [None if peer is None else self._text(rollouts[peer]) for peer in peers]
-
-    def _text(self, rollout: Rollout) -> str:
-        return final_part(response_text(rollout.response, self.tokenizer)).strip()
+    Source: SDPO (arXiv 2601.20802).
+    """
+    right: dict[int, list[int]] = {}
+    for i, one in enumerate(rollouts):
+        if one.correct:
+            right.setdefault(one.group, []).append(i)
+    peers = [next((j for j in right.get(one.group, ()) if j != i), None) for i, one in enumerate(rollouts)]
+    texts = {j: final_part(response_text(rollouts[j].response, tokenizer)).strip() for j in peers if j is not None}
+    return [None if peer is None else texts[peer] for peer in peers]
 
 
 def feedback_hints(rollouts: Sequence[Rollout]) -> list[str | None]:
@@ -181,21 +176,15 @@ def feedback_hints(rollouts: Sequence[Rollout]) -> list[str | None]:
     return [one.feedback if one.feedback and one.feedback.strip() else None for one in rollouts]
 
 
-@dataclass(frozen=True)
-class PeerOrFeedbackHints:
-    """The peer of a response in `PEER_SECTION`, or where it has none its feedback under `FEEDBACK_HEADING`.
+def peer_or_feedback_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
+    """Return the peer of each response in `PEER_SECTION`, or where it has none its feedback under `FEEDBACK_HEADING`.
 
     Source: SDPO (arXiv 2601.20802), with feedback only where there is no solution.
     """
-
-    peers: PeerHints
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """Return the section of each rollout; None if it has neither a peer nor feedback."""
-        sections: list[str | None] = []
-        for peer, feedback in zip(self.peers(rollouts), feedback_hints(rollouts), strict=True):
-            if peer is not None:
-                sections.append(PEER_SECTION.format(peer))
-            else:
-                sections.append(None if feedback is None else FEEDBACK_HEADING + feedback)
-        return sections
+    sections: list[str | None] = []
+    for peer, feedback in zip(peer_hints(rollouts, tokenizer), feedback_hints(rollouts), strict=True):
+        if peer is not None:
+            sections.append(PEER_SECTION.format(peer))
+        else:
+            sections.append(None if feedback is None else FEEDBACK_HEADING + feedback)
+    return sections

@@ -43,10 +43,7 @@ if TYPE_CHECKING:
 class SftSettings(MethodSettings):
     """The settings of supervised fine-tuning."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(teacher_prompt=None, samples=None)
+    needs = Needs(teacher_prompt=None, samples=None)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the data give no solutions."""

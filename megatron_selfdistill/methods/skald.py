@@ -92,15 +92,9 @@ class SkaldSettings(DistillSettings, AdvantageSettings):
     filters_answers: bool = True
     """Whether a card that has the problem's answer as a word is not shown; its problem trains on rewards alone."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
+    needs = Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where an environment replies, or the responses are no plain samples."""

@@ -64,7 +64,7 @@ from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import AskedModel, HintedLater, Inquiry, asked_model, chosen_with_hints
+from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked, chosen_with_hints
 from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
@@ -132,10 +132,7 @@ class SkillSdSettings(DistillAndRewardSettings):
             hint=LATER,
         )
 
-    @property
-    def teacher_template(self) -> str | None:
-        """The teacher's wording where data.teacher_template is null."""
-        return TEACHER_TEMPLATE
+    teacher_template = TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses answer no problems."""
@@ -296,22 +293,22 @@ class SkillSd(HintedLater):
         own, tools = self.settings, self.tools
         if own.summarizer == "model":
             template = own.summarizer_template or SUMMARIZER_TEMPLATE
-            return model_summaries(self.step, rollouts, asked_model(tools), template)
+            return model_summaries(self.step, rollouts, tools, template)
         return function_summaries(function_named("method.summarizer", own.summarizer, {}), rollouts, tools)
 
 
-def model_summaries(step: int, rollouts: Sequence[Rollout], model: AskedModel, template: str) -> list[str | None]:
+def model_summaries(step: int, rollouts: Sequence[Rollout], tools: MethodTools, template: str) -> list[str | None]:
     """Return the skill that the model writes about each rollout; see `skill_text`.  Collective over the world."""
     inquiries = []
     for rollout in rollouts:
         problem = rollout.problem
         slots = {
             "problem": last_user_text(problem),
-            "response": response_text(rollout.response, model.builder.tokenizer),
+            "response": response_text(rollout.response, tools.run_data.tokenizer),
             "reward": f"{rollout.reward or 0.0:g}",
         }
         inquiries.append(Inquiry(problem, "skill", filled(template, slots)))
-    return [None if text is None else skill_text(text) for text in model.texts(step, inquiries)]
+    return [None if text is None else skill_text(text) for text in asked(tools, step, inquiries)]
 
 
 def function_summaries(function: Any, rollouts: Sequence[Rollout], tools: MethodTools) -> list[str | None]:

@@ -54,7 +54,7 @@ from megatron_selfdistill.methods.parts.settings import (
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import with_rewards
-from megatron_selfdistill.rollout.base import sample_seed
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
@@ -79,10 +79,7 @@ class UniOpdSettings(DistillSettings, AdvantageSettings, SelectSettings):
     """Whether each group that has right and wrong responses keeps as many of one kind as of the other, by dropping
     responses of the larger kind at random."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        return Needs(log_probs=MEASURED, rewards=True, group_size=2)
+    needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where episodes of several turns would be compared, or two selections meet."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.data.packing import Microbatch, PackedBatch
+from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status

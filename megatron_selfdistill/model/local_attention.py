@@ -19,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.model.context_parallel_attention import (
     ContextParallelQueries,
     context_parallel_attention,

@@ -27,10 +27,8 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import (
-    Microbatch,
-    PackedBatch,
-    PackingRules,
     context_parallel_positions,
     length_quantum,
     pack,

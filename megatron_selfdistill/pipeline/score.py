@@ -21,7 +21,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard

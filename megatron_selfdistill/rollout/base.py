@@ -1,26 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A sampler turns requests into responses: its protocol, and how one token is sampled from one token's logits.
-
-A response travels as token ids.  Its seed depends on (run seed, step, problem id, sample index) and on nothing else, so
-that no batch, order, split or layout changes the response.
-"""
+"""A sampler turns requests into responses: its protocol, and requests and responses as values."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.data.thoughts import readable
-from megatron_selfdistill.loss.target import Target
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -37,10 +29,6 @@ class RoleWeights:
     on_device: Callable[[], AbstractContextManager[object]]
     """Opens a context within which the weights are on the device."""
 
-
-# Elements of one float64 temporary of `select_tokens`, 4 MiB and 128 MiB: rows are processed in groups of this size.
-# Several temporaries of a group fit into the caches of a CPU.
-_MAX_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """A function that `Sampler.generate` calls whenever more responses are finished, on the ranks that know it.
@@ -107,16 +95,6 @@ class SamplingParams:
     """Ids of the tokens that end a response; the stop token stays as the last token of the response."""
     num_ids: int | None = None
     """Number of ids that may be sampled, the first ones: those of the tokenizer; None is all ids of the model."""
-    target: Target = field(default_factory=lambda: Target(anchor="student"))
-    """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/base.py)."""
-    loss_backend: str | None = None
-    """Implementation that solves for the target of guided responses (``loss.backend``)."""
-
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        _require(self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}")
-        _require(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
-        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -197,120 +175,3 @@ def response_text(response: Response, tokenizer: Tokenizer) -> str:
     """
     ended = response.finish_reason == "stop"
     return readable(response.token_ids[:-1] if ended else response.token_ids, tokenizer)
-
-
-def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: int) -> None:
-    """Raise ValueError if a prompt is empty or leaves no room for ``max_new_tokens`` within ``max_length``.
-
-    ``shortest`` and ``longest`` are the lengths of the shortest and the longest prompt in tokens; ``longest`` is 0
-    where there is no prompt.
-    """
-    if shortest < 1:
-        raise ValueError("a request has an empty prompt; a prompt needs at least one token")
-    if longest and longest + max_new_tokens > max_length:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, "
-            f"together more than the {max_length} that the model may see; shorten the prompt or "
-            "lower rollout.max_new_tokens"
-        )
-
-
-def request_key(request: Request, params: SamplingParams) -> str:
-    """Return a name of ``request`` that another process also gives it: equal names have equal responses' distributions.
-
-    The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
-    """
-    drawn: list[object] = [
-        params.max_new_tokens,
-        params.temperature,
-        params.top_k,
-        params.top_p,
-        *params.stop_token_ids,
-    ]
-    drawn += [] if params.num_ids is None else [f"ids {params.num_ids}"]
-    name = repr((request.seed, request.prompt, request.teacher_prompt, 0, drawn))  # 0: as in checkpoints of before
-    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-
-
-def sample_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
-    """Return the 64-bit seed of one sample: BLAKE2b of the four arguments, equal in every process."""
-    # The id comes last: it may hold any character, also the separator.
-    name = f"{run_seed}\0{step}\0{sample_index}\0{problem_id}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-
-def sample_uniforms(seed: int, count: int) -> np.ndarray:
-    """Return the first ``count`` uniforms of a sample, float64 in [0, 1): Philox under the key ``seed``.
-
-    They equal ``Generator(Philox(key=seed)).random(count)``, but come from the raw words, whose values numpy
-    guarantees.
-    """
-    words = np.random.Philox(key=seed).random_raw(count)
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
-def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token per row of logits by inverting the cumulative distribution, in float64.
-
-    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to the first ``num_ids``
-    ids, then to ``top_k``, then to ``top_p``, renormalised.  Sums run over token ids, not over ranks, so that a
-    rounding error in the logits changes a sample only where the uniform lies within that error of a boundary.
-    Temperature 0 is the argmax, the lowest id among equals.
-
-    Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
-    greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
-    A row with NaN gives a valid token with log-probability NaN.
-    """
-    rows = max(1, _MAX_ELEMENTS[logits.device.type] // logits.size(-1))
-    if logits.size(0) > rows:
-        groups = zip(logits.split(rows), uniforms.split(rows), strict=True)
-        sampled = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
-        tokens, log_probs, sampled_log_probs = (torch.cat(parts) for parts in zip(*sampled, strict=True))
-        return tokens, log_probs, sampled_log_probs
-    scores = logits.double()
-    if params.temperature == 0:
-        tokens = logits[:, : params.num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
-        peaks = scores.gather(-1, tokens[:, None])  # known, so that `logsumexp` need not look for them
-        log_probs = peaks - ((scores - peaks).exp_().sum(-1, keepdim=True).log_() + peaks)
-        return tokens, log_probs.squeeze(-1), scores.new_zeros(scores.size(0))
-    probs = _kept(torch.softmax(scores / params.temperature, dim=-1)[:, : params.num_ids], params)
-    tokens, sampled_log_probs = invert_cdf(probs, uniforms)
-    return tokens, token_log_probs(scores, tokens), sampled_log_probs
-
-
-def invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return min {v : sum_{i <= v} q_i > uniform} per row, and its log q, with q = probs / probs.sum(-1).
-
-    Shapes: probs ``[b, V]`` float64, not negative; uniforms ``[b]`` in [0, 1); returns ``[b]`` int64 and ``[b]``
-    float64.  A row with NaN gives the last token with log-probability NaN.
-    """
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # uniform * total < total also after rounding, and a token without probability has no interval of its own.
-    tokens = torch.searchsorted(cdf, uniforms.double()[:, None] * total, right=True)
-    tokens = tokens.clamp_(max=probs.size(-1) - 1)  # a NaN row finds no interval
-    return tokens.squeeze(-1), (probs.gather(-1, tokens) / total).log().squeeze(-1)
-
-
-def token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Return log softmax(scores) of one token per row: from ``[b, V]`` and ``[b]`` to ``[b]``, in nats."""
-    return scores.gather(-1, tokens[:, None]).squeeze(-1) - scores.logsumexp(-1)
-
-
-def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Return ``probs`` with 0 where top_k and top_p exclude a token, not renormalised; of equal tokens low ids stay."""
-    top_k = min(params.top_k, probs.size(-1))
-    if top_k in (0, probs.size(-1)) and params.top_p == 1:
-        return probs
-    ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ranked[:, top_k:] = 0
-    if params.top_p < 1:
-        before = ranked.cumsum(-1) - ranked
-        ranked = ranked.masked_fill(before >= params.top_p * ranked.sum(-1, keepdim=True), 0)
-    return torch.zeros_like(probs).scatter_(-1, ids, ranked)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
-from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Progress, RoleWeights, Sampler, SamplingParams, ignore_progress
 from megatron_selfdistill.run_data import RunData
 
@@ -38,13 +37,15 @@ def make_sampler(
     if rollout.engine == "megatron":
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
-        return MegatronSampler(
+        make: Callable[..., Sampler] = MegatronSampler
+        if rollout.guidance != "none":
+            make = partial(door("guidance").guided_sampler(), role_weights=role_weights)
+        return make(
             chunks,
             grid,
             run_data.vocab_size,
             run_data.max_length,
             rollout.kv_cache_gb,
-            role_weights,
             progress,
             continues=config.environment.one_sequence,
         )
@@ -67,24 +68,17 @@ def engines_of(config: Config) -> str | None:
 
 
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
-    """Return the sampling parameters of ``config.rollout``.
-
-    Guided requests are sampled from `Target.configured`, with the teacher's weight of guided tokens, or else with that
-    of the teacher that guides.
-    """
-    rollout, target = config.rollout, Target.configured(config.target, batch_k)
-    weight = config.target.guided_teacher_weight
-    if weight is None and (guide := guide_of(config.teachers)) is not None:
-        weight = config.named_teachers[guide].weight
-    if weight is not None:
-        target = target.with_teacher_weight(weight)
-    return SamplingParams(
+    """Return the sampling parameters of ``config.rollout``; ``batch_k``: the k of a step under target.rule=batch."""
+    rollout = config.rollout
+    params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         stop_token_ids=run_data.stop_token_ids,
         num_ids=run_data.num_sampled_ids,
-        target=target,
-        loss_backend=config.loss.backend,
     )
+    if rollout.guidance == "none":
+        return params
+    guided: SamplingParams = door("guidance").guided_params(params, config, batch_k)
+    return guided

@@ -5,38 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
-from megatron_selfdistill.config.schema.teachers_config import guide_of
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
-from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.sources.ahead import AheadOnPolicy
-from megatron_selfdistill.sources.given_responses import (
-    LoggedResponses,
-    LoggedTurns,
-    Replay,
-    SolutionsAsResponses,
-    read_all_turns,
-    wants_all_turns_read,
-)
-from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
+from megatron_selfdistill.sources.episode_player import EpisodePlayer
+from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
-from megatron_selfdistill.sources.on_policy import EpisodePlayer, OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
-from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 
 def configured_source(
@@ -45,14 +37,14 @@ def configured_source(
     """Return the source of ``config``, at the beginning of the data.
 
     ``models``: the models that score solutions and measure responses.
-    Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
+    Raises: `ConfigError` where answers are needed and missing.
     """
     tools = _method_tools(config, run_data, grid, sampler, phases, models)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
-    guidance = _guidance(config, run_data, tools.judge) if config.rollout.guidance != "none" else None
-    state = SourceState(problem_sampler, method_class(config.method.name).made(config.method, tools), guidance)
+    state = SourceState(problem_sampler, method_class(config.method.name).made(config.method, tools))
     if config.logged:
-        return LoggedResponses(state, LoggedTurns(config, run_data, grid), grid, phases)
+        logged: ResponseSource = door("logged_responses").LoggedResponses(state, config, run_data, grid, phases)
+        return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
@@ -69,11 +61,16 @@ def configured_source(
         record=config.rollout.record,
         max_staleness=config.rollout.max_staleness,
     )
-    if recording is not None:
-        return Replay(state, options, recording)
-    if config.rollout.ahead:
-        return AheadOnPolicy(state, options, sampler.background, config.rollout.ahead, config.num_steps)
-    return OnPolicy(state, options)
+    found: ResponseSource
+    if config.rollout.guidance != "none":
+        found = door("guidance").guided_source(tools, state, options, recording)
+    elif recording is not None:
+        found = Replay(state, options, recording)
+    elif config.rollout.ahead:
+        found = door("overlap").AheadOnPolicy(state, options, config.rollout.ahead, config.num_steps)
+    else:
+        found = OnPolicy(state, options)
+    return found
 
 
 def _method_tools(
@@ -93,14 +90,6 @@ def _method_tools(
     )
 
 
-def _guidance(config: Config, run_data: RunData, judge: Judge) -> Guidance:
-    below = config.rollout.guide_below
-    if below is not None:
-        check_answers(run_data.problems.problems, judge.verifier)
-    rates = SuccessRates(below) if below is not None else None
-    return Guidance(judge, config.rollout.num_samples, rates, guide_of(config.teachers) or "")
-
-
 def configured_sampler(
     config: Config,
     run_data: RunData,
@@ -112,17 +101,15 @@ def configured_sampler(
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
     ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: as for
-    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any,
-    builds the sampler.
+    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
-    progress = phases.counted
-    if config.logged:
-        sampler = OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid, progress=progress))
-        return SyncedSampler(sampler, phases)
-    settles = config.rollout.ahead > 0 and config.rollout.at_update == "wait"
-    inner = make_sampler(config, run_data, chunks, grid, role_weights, progress)
-    return SyncedSampler(inner, phases, settles=settles)
+    build = partial(make_sampler, config, run_data, chunks, grid, role_weights, phases.counted)
+    kind = door("overlap").synced_sampler(config.rollout) if config.rollout.ahead else SyncedSampler
+    sampler: SyncedSampler = kind(build, phases)
+    if not config.logged:
+        _ = sampler.inner  # built now
+    return sampler
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
@@ -130,9 +117,10 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
 
     Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be skipped.
     """
-    if config.logged and wants_all_turns_read(config, run_data):
-        return read_all_turns(config, run_data, grid)
-    return run_data
+    if not config.logged:
+        return run_data
+    read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
+    return read
 
 
 def _player(config: Config, tools: MethodTools, recording: Recording | None) -> EpisodePlayer:

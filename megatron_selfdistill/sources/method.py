@@ -11,7 +11,8 @@ if TYPE_CHECKING:  # a method is imported with the configuration, before Megatro
     from torch import Tensor
 
     from megatron_selfdistill.config import Config, MethodSettings
-    from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
+    from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+    from megatron_selfdistill.data.given_solutions import GivenSolutions
     from megatron_selfdistill.data.problem_sampler import ProblemSampler
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.distributed.ranks import RankGrid

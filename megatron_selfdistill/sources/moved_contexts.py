@@ -21,14 +21,13 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
+from megatron_selfdistill.distributed.parcels import broadcast_in_replica, cut, exchange_parcels
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TokenOwners
-from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
-"""Some contexts: sizes and flags (10 numbers each), token ids, bytes of texts, and the values of their tokens."""
+"""Some contexts: sizes and flags (9 numbers each), token ids, bytes of texts, and the values of their tokens."""
 
 
 def moved(batch: StepBatch, placement: Sequence[Sequence[int]] | None, grid: RankGrid) -> StepBatch:
@@ -70,7 +69,6 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
     """Return the contexts of ``indices``; ``values``: the result of `_values_of_tokens`."""
     spans = list(pairwise(accumulate(batch.response_lengths, initial=0)))
     solutions = batch.solutions or [""] * len(spans)
-    accepted = batch.accepted or [False] * len(spans)
     sizes: list[int] = []
     tokens: list[int] = []
     texts: list[bytes] = []
@@ -81,7 +79,7 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
         ids = context.student_prompt, of_teacher, context.response
         named = context.problem_id, solutions[i], context.teacher, _description(context)
         names = [text.encode("utf-8", "surrogatepass") for text in named]
-        sizes += [*map(len, ids), *map(len, names), context.truncated, context.guided, accepted[i]]
+        sizes += [*map(len, ids), *map(len, names), context.truncated, context.guided]
         tokens += [token for part in ids for token in part]
         texts += names
         of_tokens.append(values[slice(*spans[i])])
@@ -94,7 +92,7 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
 
     Collectives: none.
     """
-    sizes = parcel[0].reshape(-1, 10)
+    sizes = parcel[0].reshape(-1, 9)
     tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:7].ravel())
     contexts, solutions = [], []
     for truncated, guided in sizes[:, 7:9].tolist():
@@ -121,7 +119,6 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
         batch,
         contexts=contexts,
         solutions=solutions,
-        accepted=sizes[:, 9].astype(bool).tolist(),
         sampler_log_probs=sampler_log_probs,
         token_coefficients=token_coefficients,
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts
-from megatron_selfdistill.data.problem_sampler import shard
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -20,44 +21,16 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.episode_player import EpisodePlayer
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.recordings import record
-from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey
-from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.rollouts import Rollout, Sample
+from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
-
-Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
-"""A function that samples one response per key after its prompts.  Collective over the world."""
-
-
-class EpisodePlayer(Protocol):
-    """The protocol of what replies to responses, so that each becomes an episode of several turns.
-
-    Every rank of the world makes the same calls in the same order.
-    """
-
-    def opened(self, samples: Sequence[Sample], method: Method) -> tuple[list[Sample], Sequence[Reply | None]]:
-        """Return the samples with what is shown before the first responses, and the replies that show it."""
-        ...
-
-    def played(self, first: Sequence[Rollout], method: Method, generate: Generate) -> tuple[list[Rollout], int]:
-        """Return all turns, episode by episode, and how many episodes end early since a prompt does not fit."""
-        ...
-
-    def name(self, key: SampleKey) -> str | None:
-        """Return the name of a response's episode for the sampler, which may keep its state; None without any."""
-        ...
-
-    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
-        """Return the contexts of the rollouts with their turns."""
-        ...
-
-    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> Mapping[str, float]:
-        """Return metrics of the episodes of all replicas; ``num_cut``: the second result of `played`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -90,15 +63,13 @@ class AskedProblems:
     """The problems of a step on this replica, and the samples of their first responses."""
 
     problems: list[Problem]
-    guided: Collection[str]
-    """The ids of the problems whose responses are sampled with guidance."""
     samples: list[Sample]
     """Each sample with its problem and the problem's prompts."""
     openings: Sequence[Reply | None] = ()
     """The environment's reply before each sample's response; empty without an environment."""
 
 
-class OnPolicy(CommittedState):
+class OnPolicy(ResponseSource):
     """Responses of the student to the problems of the data, ``num_samples`` per problem, problem by problem."""
 
     def __init__(self, state: SourceState, options: OnPolicyOptions) -> None:
@@ -116,7 +87,7 @@ class OnPolicy(CommittedState):
             method, found = method.prepare(step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), method)
-        options, guidance = self._options, self.state.guidance
+        options = self._options
         if options.player is not None:
             samples, openings = options.player.opened(asked.samples, method)
             asked = replace(asked, samples=samples, openings=openings)
@@ -125,7 +96,7 @@ class OnPolicy(CommittedState):
         with options.phases("rollout"):
             self._record(rollouts)
             later = method if method.record is None else method.record(rollouts)
-            guidance_after = None if guidance is None else guidance.record(rollouts, asked.guided)
+            next_state = self._state_after(problem_sampler, later, rollouts)
             selected, counts = method.select(step, rollouts)
         with options.phases("pack"):
             if options.judges:
@@ -133,13 +104,12 @@ class OnPolicy(CommittedState):
             if options.player is not None:
                 rewarded = {**rewarded, **options.player.metrics(rollouts, num_cut)}
             trained, added = method.texts(rollouts, selected)
-            guided = {one.id for one in asked.problems if guidance is not None and guidance.is_guided(one, method)}
         return replace(
-            self._batch(step, method, trained, guided),
+            self._batch(step, method, trained),
             problems=asked.problems,
             responses=[rollout.response for rollout in rollouts],
             metrics={**found, **counts, **rewarded, **added, **self._staleness(step, rollouts)},
-            next_state=SourceState(problem_sampler, later, guidance_after),
+            next_state=next_state,
         )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
@@ -163,16 +133,14 @@ class OnPolicy(CommittedState):
         if options.record is not None:
             record(options.record, rollouts, options.grid.dp_group, options.grid.is_reporter)
 
-    def _batch(self, step: int, method: Method, trained: Sequence[Rollout], guided: Collection[str]) -> StepBatch:
-        """Return the contexts of the rollouts that are trained on, and the coefficients of their tokens.
+    def _state_after(self, problem_sampler: ProblemSampler, method: Method, rollouts: Sequence[Rollout]) -> SourceState:
+        """Return the state after a step with these ``rollouts``, all of the step on this replica."""
+        return replace(self.state, problem_sampler=problem_sampler, method=method)
 
-        ``guided``: the ids of the problems whose tokens have a weight and a divergence of their own.  Collective.
-        """
-        player = self._options.player
+    def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
+        """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
         with self._options.phases("pack"):
-            responses = [rollout.response for rollout in trained]
-            contexts = build_contexts([rollout.prompts for rollout in trained], responses, guided)
-            contexts = contexts if player is None else player.with_turns(contexts, trained)
+            contexts = self._contexts(method, trained)
         coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,
@@ -181,31 +149,32 @@ class OnPolicy(CommittedState):
             token_coefficients=coefficients,
         )
 
+    def _contexts(self, method: Method, trained: Sequence[Rollout]) -> list[ContextPair]:
+        """Return the contexts of the rollouts that are trained on."""
+        contexts = build_contexts([rollout.prompts for rollout in trained], [rollout.response for rollout in trained])
+        player = self._options.player
+        return contexts if player is None else player.with_turns(contexts, trained)
+
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
-        grid, num_samples, guidance = self._options.grid, self._options.num_samples, self.state.guidance
+        grid, num_samples = self._options.grid, self._options.num_samples
         problems = shard(global_batch, grid.dp_rank, grid.dp_size)
         first = shard(first_sample_indices(global_batch, num_samples), grid.dp_rank, grid.dp_size)
-        guided = {one.id for one in problems if guidance is not None and guidance.guides(one, method)}
         samples = []
         for problem, start in zip(problems, first, strict=True):
             pair = method.prompts(problem)
             samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
-        return AskedProblems(problems, guided, samples)
+        return AskedProblems(problems, samples)
 
     def _rollouts(
         self, step: int, asked: AskedProblems, method: Method, sampling: SamplingParams
     ) -> tuple[list[Rollout], int]:
         """Return the rollouts of all episodes, and how many episodes end early; see `EpisodePlayer`."""
 
-        def generate(
-            keys: Sequence[SampleKey], pairs: Sequence[PromptPair], guided: Collection[str] = ()
-        ) -> list[Response]:
-            requests = [
-                self._request(key, pair, key.problem_id in guided) for key, pair in zip(keys, pairs, strict=True)
-            ]
-            return self._responses(step, keys, requests, sampling)
+        def generate(keys: Sequence[SampleKey], pairs: Sequence[PromptPair]) -> list[Response]:
+            return self._responses(step, keys, list(map(self._request, keys, pairs)), sampling)
 
-        responses = generate([key for key, _, _ in asked.samples], [pair for _, _, pair in asked.samples], asked.guided)
+        requests = self._first_requests(asked.samples, method)
+        responses = self._responses(step, [key for key, _, _ in asked.samples], requests, sampling)
         first = [self._rollout(asked, i, response) for i, response in enumerate(responses)]
         player = self._options.player
         return (first, 0) if player is None else player.played(first, method, generate)
@@ -216,10 +185,14 @@ class OnPolicy(CommittedState):
         opening = asked.openings[index] if asked.openings else None
         return Rollout(problem, pair, response, group=index // self._options.num_samples, key=key, opening=opening)
 
-    def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
+    def _first_requests(self, samples: Sequence[Sample], method: Method) -> list[Request]:
+        """Return the requests for the first responses to the problems of the ``samples``."""
+        return [self._request(key, pair) for key, _, pair in samples]
+
+    def _request(self, key: SampleKey, pair: PromptPair) -> Request:
         prompt = pair.teacher_prompt if self._options.samples_teacher else pair.student_prompt
         name = None if self._options.player is None else self._options.player.name(key)
-        return Request(prompt, key.seed(self._options.seed), pair.teacher_prompt if is_guided else None, episode=name)
+        return Request(prompt, key.seed(self._options.seed), episode=name)
 
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams

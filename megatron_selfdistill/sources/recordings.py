@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_log import json_object, shortened
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.run_log import json_object
+from megatron_selfdistill.sources.rollouts import Rollout
 
 
 class Recording:
@@ -26,48 +27,28 @@ class Recording:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Read the whole file.  Raises: ValueError with file and line for a record that is not a response."""
+        """Read the whole file."""
         self.path = Path(path)
         self._responses: dict[SampleKey, Response] = {}
         self._replies: dict[SampleKey, Reply] = {}
         self._openings: dict[SampleKey, Reply] = {}
         with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json_object(line)
-                    turn, reply, opening = (record.pop(*field) for field in _OF_EPISODES)
-                    key = SampleKey(record.pop("step"), record.pop("problem_id"), record.pop("sample_index"), turn)
-                    self._responses[key] = Response(**record)
-                    if reply is not None:
-                        self._replies[key] = Reply(**reply)
-                    if opening is not None:
-                        self._openings[key] = Reply(**opening)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{self.path}:{number}: expected a response as rollout.record writes it, got "
-                        f"'{shortened(line.decode(errors='replace'), 60)}' ({error})"
-                    ) from None
+            for line in lines:
+                record = json_object(line)
+                turn, reply, opening = (record.pop(*field) for field in _OF_EPISODES)
+                key = SampleKey(record.pop("step"), record.pop("problem_id"), record.pop("sample_index"), turn)
+                self._responses[key] = Response(**record)
+                if reply is not None:
+                    self._replies[key] = Reply(**reply)
+                if opening is not None:
+                    self._openings[key] = Reply(**opening)
 
     def responses(self, keys: Sequence[SampleKey]) -> list[Response]:
-        """Return the responses of these keys, in order.  Raises: ValueError for a key that was not recorded."""
-        for key in keys:
-            if key not in self._responses:
-                raise ValueError(
-                    f"{self.path}: no response of {key}; it was recorded with other data, another seed, or fewer steps"
-                )
+        """Return the responses of these keys, in order.  Raises: KeyError for a key that was not recorded."""
         return [self._responses[key] for key in keys]
 
     def replies(self, keys: Sequence[SampleKey]) -> list[Reply]:
-        """Return the replies to the responses of these keys, in order.
-
-        Raises: ValueError for a response whose reply was not recorded.
-        """
-        for key in keys:
-            if key not in self._replies:
-                raise ValueError(
-                    f"{self.path}: no reply of an environment to the response of {key}; record the responses with an "
-                    "environment, or set environment.name=none"
-                )
+        """Return the replies to the responses of these keys, in order.  Raises: KeyError for one without a reply."""
         return [self._replies[key] for key in keys]
 
     def openings(self, keys: Sequence[SampleKey]) -> list[Reply | None]:

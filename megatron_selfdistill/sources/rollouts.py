@@ -7,32 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from megatron_selfdistill.data.contexts import EpisodeTurn, PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.rollout.base import Response, sample_seed
-
-
-class SampleKey(NamedTuple):
-    """The name of a sample, and of its random numbers."""
-
-    step: int
-    problem_id: str
-    sample_index: int
-    turn: int = 0
-    """The number of the response within its episode."""
-
-    def seed(self, run_seed: int) -> int:
-        """Return the seed of the sample, from `sample_seed`; each turn of an episode has a seed of its own."""
-        name = f"{self.problem_id}/turn{self.turn}" if self.turn else self.problem_id
-        return sample_seed(run_seed, self.step, name, self.sample_index)
-
-    def __str__(self) -> str:
-        turn = f", turn {self.turn}" if self.turn else ""
-        return f"step {self.step} to problem {self.problem_id!r}, sample {self.sample_index}{turn}"
-
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.rollout.sampling import SampleKey
 
 Sample = tuple[SampleKey, Problem, PromptPair]
 """The name of a sample, its problem and the problem's prompts."""

@@ -1,12 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The batch of a step, as one value, and the protocol of the sources that make batches."""
+"""The batch of a step, as one value, and the base of the sources that make batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
-from megatron_selfdistill.sources.guidance import Guidance
 from megatron_selfdistill.sources.method import Method
 
 
@@ -28,8 +27,6 @@ class SourceState:
     """The position in the data.  A source never moves this sampler, but samples from a fork."""
     method: Method
     """The method, with what earlier steps have changed, such as own solutions."""
-    guidance: Guidance | None = None
-    """The choice of the problems whose responses are guided, with the success rates so far; None guides none."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,6 @@ class StepBatch:
     solutions: Sequence[str] = ()
     """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
     made by hand may have no solutions; its responses are then not shown as samples."""
-    accepted: Sequence[bool] = ()
-    """Whether each of ``contexts`` holds a logged reply that the user accepted; empty means False."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
     sampled after the student's prompt, and None if no token was."""
@@ -87,7 +82,6 @@ class StepBatch:
             responses=[response for batch in batches for response in batch.responses],
             contexts=[context for batch in batches for context in batch.contexts],
             solutions=[solution for batch in batches for solution in batch.solutions],
-            accepted=[accepted for batch in batches for accepted in batch.accepted],
             sampler_log_probs=torch.cat(log_probs) if log_probs else None,
             metrics=batches[-1].metrics,
             next_state=batches[-1].next_state,
@@ -99,46 +93,14 @@ class StepBatch:
         return [len(context.response) for context in self.contexts]
 
 
-class ResponseSource(Protocol):
-    """The protocol of the sources of responses.
+class ResponseSource(ABC):
+    """The base of the sources of responses, with a committed state that only `commit` and `load_state_dict` replace.
 
     Every rank of the world makes the same calls in the same order.  `next_step` is a function of the step, the weights
     and the committed state, and changes none of them: a step that is not committed is redone, bit for bit.  A source
     that works ahead of the step holds the batches that are not committed yet, and its `state_dict` stays the state
     before the first of these batches.
     """
-
-    @property
-    def state(self) -> SourceState:
-        """The committed state: the one before the step that is under way."""
-        ...
-
-    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the batch of the step that ``step`` optimizer steps precede; ``sampling``: how responses are sampled.
-
-        Raises: `EngineError` on all ranks where responses could not be sampled.
-        """
-        ...
-
-    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
-        """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
-        ...
-
-    def commit(self, batch: StepBatch) -> None:
-        """Take over ``batch.next_state``: the step of this batch is finished."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the committed state as plain values for a checkpoint."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the committed state by the one that `state_dict` returned."""
-        ...
-
-
-class CommittedState(ABC):
-    """The base of all sources: a committed `SourceState`, which only `commit` and `load_state_dict` replace."""
 
     def __init__(self, state: SourceState) -> None:
         self._state = state
@@ -150,7 +112,14 @@ class CommittedState(ABC):
 
     @abstractmethod
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the batch of the step; see `ResponseSource.next_step`."""
+        """Return the batch of the step that ``step`` optimizer steps precede; ``sampling``: how responses are sampled.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+
+    @abstractmethod
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
 
     def commit(self, batch: StepBatch) -> None:
         """Take over ``batch.next_state``: the step of this batch is finished."""
@@ -159,15 +128,11 @@ class CommittedState(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state as plain values for a checkpoint."""
-        state, guidance = self._state, self._state.guidance
-        success = None if guidance is None else guidance.state_dict()
-        return {"problem_sampler": state.problem_sampler.state_dict(), **state.method.state_dict(), "success": success}
+        return {"problem_sampler": self._state.problem_sampler.state_dict(), **self._state.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the committed state by the one that `state_dict` returned."""
         problem_sampler = self._state.problem_sampler.fork()
         problem_sampler.load_state_dict(state["problem_sampler"])
-        guidance = self._state.guidance
-        if guidance is not None and state.get("success") is not None:
-            guidance = guidance.restored(state["success"])
-        self._state = SourceState(problem_sampler, self._state.method.restored(state), guidance)
+        method = self._state.method.restored(state)
+        self._state = replace(self._state, problem_sampler=problem_sampler, method=method)

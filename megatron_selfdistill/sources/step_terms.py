@@ -26,11 +26,11 @@ from megatron_selfdistill.sources.signals import Clip, Signals, Terms, signals_o
 
 def step_coefficients(
     method: Method, tools: MethodTools, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
-) -> TokenCoefficients | None:
+) -> TokenCoefficients:
     """Return the coefficients of the tokens of ``contexts``, the contexts of these rollouts of this replica.
 
     They are the method's `Method.terms`, where it weighs tokens, with the correction of loss.rollout_correction, and
-    scaled for loss.normalize and loss.skip_first_tokens.  None stands for a divergence of weight 1 for each token.
+    scaled for loss.normalize and loss.skip_first_tokens.
     ``step``: the number of optimizer steps before this one.  Revisions and replies (`Rollout.part`) come after all
     responses.
     Collectives: those of a measuring pass where the method needs log-probs of student and target, and a sum over the
@@ -39,8 +39,6 @@ def step_coefficients(
     config, loss, grid = tools.config, tools.config.loss, tools.grid
     by_sequence = loss.rollout_correction == "truncated_sequence" or loss.normalize != "tokens"
     if not (method.weighs_tokens or by_sequence or loss.skip_first_tokens):
-        if loss.rollout_correction == "none":
-            return None
         sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
         return TruncatedImportance(to_device_in_one_copy(sampled, grid.device), loss.rollout_correction_cap)
     measured = None

@@ -22,7 +22,7 @@ from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard

@@ -18,7 +18,8 @@ from parity import TOLERANCE
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, pack, pad_to_count
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import pack, pad_to_count
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training

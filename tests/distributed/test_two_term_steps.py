@@ -16,7 +16,8 @@ from parity import TOLERANCE
 from two_terms import GivenCoefficients, token_losses
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
-from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss import Divergence, Target, TokenStats
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped

@@ -127,7 +127,7 @@ def guided_sampling() -> Outcome:
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
-        sampler, requests = decoding.sampler_of(chunks, grid), decoding.make_pairs()
+        sampler, requests = decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
         sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
         for request, response in zip(requests, sampler.generate(requests, decoding.GREEDY_PAIRS), strict=True):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from _lib import subtraction_chats
-from megatron_selfdistill.data.acceptance import closing_turn
+from megatron_selfdistill.chat_logs.acceptance import closing_turn
 from megatron_selfdistill.metrics import read_metrics
 
 

@@ -23,13 +23,13 @@ ORDER = (
     *("config", "compat", "distributed", "loss", "kernels", "data", "model", "architectures", "adapters"),
     *("checkpoint.formats", "adapters.stored_adapters", "checkpoint", "adapters.configured_adapters"),
     *("interop.hf", "interop", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
-    *("environments", "methods", "commands"),
+    *("environments", "chat_logs", "overlap", "guidance", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
 NEVER_BY_CORE = (
-    *("adapters", "architectures", "engines", "environments", "instruments", "interop", "kernels", "methods"),
-    "teachers",
+    *("adapters", "architectures", "chat_logs", "engines", "environments", "guidance", "instruments", "interop"),
+    *("kernels", "methods", "overlap", "teachers"),
 )
 """Packages that the core does not know."""
 EXCEPTIONS = {

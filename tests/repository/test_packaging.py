@@ -66,7 +66,7 @@ def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
         names = archive.namelist()
         records = archive.read(next(n for n in names if n.endswith(".dist-info/RECORD"))).decode()
     assert {f"megatron_selfdistill/configs/{name}" for name in CONFIGS} <= set(names)
-    assert "megatron_selfdistill/data/acceptance_words.yaml" in names
+    assert "megatron_selfdistill/chat_logs/acceptance_words.yaml" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"megatron_selfdistill"}
     assert all(f"megatron_selfdistill/configs/{name}," in records for name in CONFIGS)
 

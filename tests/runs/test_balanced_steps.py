@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -53,13 +52,7 @@ def trained(trainer: Any, batch: Any) -> tuple[torch.Tensor, dict[str, float]]:
 
 
 def described(batch: Any) -> list[tuple[Any, ...]]:
-    accepted = batch.accepted or [False] * len(batch.contexts)
-    return sorted(zip(map(repr, batch.contexts), batch.solutions, accepted, strict=True))
-
-
-def with_mixed_verdicts(batch: Any) -> Any:
-    """Return a batch of logged turns of which the user accepted every other length."""
-    return dataclasses.replace(batch, accepted=[length % 2 == 0 for length in batch.response_lengths])
+    return sorted(zip(map(repr, batch.contexts), batch.solutions, strict=True))
 
 
 def batch_before_and_after(overrides: Sequence[str], way: str) -> tuple[Any, ...]:
@@ -73,8 +66,8 @@ def batch_before_and_after(overrides: Sequence[str], way: str) -> tuple[Any, ...
         from megatron_selfdistill.sources.moved_contexts import moved
 
         (batch,), grid = trainer.batches(), trainer.grid
-        if batch.accepted:
-            batch = with_mixed_verdicts(batch)
+        if trainer.config.logged:  # of which the user accepted every other reply
+            trainer.source._turns.accepted = {one.id for one in trainer.run_data.problems.problems[::2]}
         counts = gather_objects(len(batch.contexts), grid.dp_group)
         rounds = {"dealt": [list(range(count)) for count in counts], "swapped": [[1] * count for count in counts]}
         if way == "balanced":

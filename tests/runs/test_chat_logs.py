@@ -201,18 +201,20 @@ def test_the_turns_of_a_step_do_not_depend_on_the_number_of_replicas(ranks, logs
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """Return the message of a run that saw only good turns before its ranks met."""
-    from megatron_selfdistill import run_data, trainer
+    from megatron_selfdistill import trainer
+    from megatron_selfdistill.chat_logs import configured_logs
     from megatron_selfdistill.config import load
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
     from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.run_data import RunData
 
     config = load(arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_data, "LOOKED_AT", 1)
+        patch.setattr(configured_logs, "LOOKED_AT", 1)
         patch.setattr(
-            run_data.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
+            configured_logs.random, "Random", lambda seed: type("First", (), {"sample": lambda self, all, n: all[:n]})()
         )
-        read = run_data.RunData.load(config)
+        read = RunData.load(config)
     grid = initialize(config.parallel, config.seed)
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:

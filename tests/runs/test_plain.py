@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny_run
 
-from megatron_selfdistill.rollout.base import sample_seed
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 NUM_STEPS = 10
 TOLERANCE = 1e-6

@@ -16,7 +16,8 @@ import torch
 
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
 from megatron_selfdistill.interop.hf.family import Family
-from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 TIMEOUT = 600.0
 MAX_LENGTH = 320

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of

@@ -24,7 +24,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron_selfdistill.architectures import gated_delta_net
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack, pad_to_count, required_seq_length
+from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
+from megatron_selfdistill.data.packing import pack, pad_to_count, required_seq_length
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target

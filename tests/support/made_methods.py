@@ -12,10 +12,11 @@ import pytest
 from characters import ONE_RANK, STOP
 
 from megatron_selfdistill.config import Config, load, method_class
-from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.end_tokens import EndTokens
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams

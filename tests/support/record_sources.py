@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.chat_logs import conversations
+from megatron_selfdistill.chat_logs.acceptance import Rule
 from megatron_selfdistill.config import ConversationsConfig, DataConfig
-from megatron_selfdistill.data import conversations, problems
-from megatron_selfdistill.data.acceptance import Rule
+from megatron_selfdistill.data import problems
 from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.data.records import RecordSource
 

@@ -13,7 +13,8 @@ import torch
 
 from megatron_selfdistill.interop.export import export
 from megatron_selfdistill.interop.hf.mapping import family_of_model
-from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 # On a CPU, vLLM's attention supports heads of 32 channels and no smaller heads.  The model is tied, so that the output
 # layer, which vLLM packs on a CPU, arrives under the name of the embedding.

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.end_tokens import reply_end
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import final_part, num_thoughts, readable
 from megatron_selfdistill.data.tokenizer import Tokenizer as OwnTokenizer
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer

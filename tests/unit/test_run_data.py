@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.contexts import plan_contexts
+from megatron_selfdistill.data.fitted_prompts import plan_contexts
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
 from megatron_selfdistill.rollout.factory import sampling_params

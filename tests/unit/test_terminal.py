@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
+from megatron_selfdistill.chat_logs.logged_responses import list_skipped
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
-from megatron_selfdistill.sources.given_responses import list_skipped
 from megatron_selfdistill.terminal import _Pipe, guard_standard_error
 
 

@@ -148,7 +148,8 @@ class Bench:
 
     def rollout(self) -> None:
         """Sample a response of the full length to every prompt of the batch."""
-        from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+        from megatron_selfdistill.rollout.base import Request, SamplingParams
+        from megatron_selfdistill.rollout.sampling import sample_seed
 
         generator = torch.Generator().manual_seed(0)
         shape = (self.arguments.problems, self.arguments.prompt)

@@ -110,7 +110,7 @@ def _compared(
 @torch.no_grad()
 def _trainer_log_probs(chunk: Any, grid: Any, prompt: list[int], response: list[int]) -> Tensor:
     """Return the model's log-probs [n] float64 of a response, computed as in training."""
-    from megatron_selfdistill.data.packing import Microbatch
+    from megatron_selfdistill.data.packed_batch import Microbatch
     from megatron_selfdistill.model import forward
     from megatron_selfdistill.model.forward import unwrapped
 

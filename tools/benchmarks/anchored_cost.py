@@ -271,7 +271,8 @@ class _Bench:
 def random_batch(arguments: argparse.Namespace) -> Any:
     """Return packed contexts of random tokens; the hint stands before the problem."""
     from megatron_selfdistill.data.contexts import ContextPair
-    from megatron_selfdistill.data.packing import PackingRules, pack
+    from megatron_selfdistill.data.packed_batch import PackingRules
+    from megatron_selfdistill.data.packing import pack
 
     rng = random.Random(0)
     contexts = []

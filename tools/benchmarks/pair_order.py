@@ -53,7 +53,8 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     from random_llama import RandomLlama
 
     from megatron_selfdistill.config import ParallelConfig
-    from megatron_selfdistill.data.packing import PackingRules, pack
+    from megatron_selfdistill.data.packed_batch import PackingRules
+    from megatron_selfdistill.data.packing import pack
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
     from megatron_selfdistill.loss.target import Divergence, Target

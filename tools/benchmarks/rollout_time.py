@@ -42,8 +42,8 @@ def main() -> None:
 
     from megatron_selfdistill.config import ParallelConfig, RolloutConfig
     from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
     from megatron_selfdistill.rollout.base import RoleWeights
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
     grid = ranks.initialize(cuts, seed=0)
@@ -52,7 +52,7 @@ def main() -> None:
     )
     chunks, max_length = llama.chunks(), 2 * arguments.prompt + arguments.new_tokens
     frozen = RoleWeights(("teacher", "reference"), llama.chunks(), contextlib.nullcontext)
-    in_process = MegatronSampler(chunks, grid, arguments.vocab, max_length, role_weights=[frozen])
+    in_process = GuidedSampler(chunks, grid, arguments.vocab, max_length, role_weights=[frozen])
     samplers: dict[str, Any] = {"megatron": in_process}
     if arguments.vllm:
         rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp)
@@ -79,10 +79,12 @@ def main() -> None:
 
 def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: int) -> dict[str, list[float]]:
     """Return the seconds of each call, by sampler and kind."""
+    from megatron_selfdistill.guidance.guided_tokens import GuidedParams
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+    from megatron_selfdistill.rollout.base import Request
+    from megatron_selfdistill.rollout.sampling import sample_seed
 
-    params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length
+    params = GuidedParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length
     kinds = {
         "": params,
         ", guided": params,

@@ -46,11 +46,11 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
     """Return the seconds and the threads of one batch, whose answers have a ``form``."""
+    from megatron_selfdistill.engines.vllm.background import BusyTime
     from megatron_selfdistill.engines.vllm.client import VllmServer
     from megatron_selfdistill.engines.vllm.coroutines import run
     from megatron_selfdistill.engines.vllm.exchange import WeightAge
     from megatron_selfdistill.engines.vllm.server_batch import ServerBatch
-    from megatron_selfdistill.rollout.background import BusyTime
     from megatron_selfdistill.rollout.base import Request, SamplingParams
 
     requests = [Request([1 + i % 999] * _PROMPT_TOKENS, i) for i in range(arguments.responses)]

@@ -164,7 +164,8 @@ class _Bench:
 
         All responses have the same length, because there is no stop token.
         """
-        from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+        from megatron_selfdistill.rollout.base import Request, SamplingParams
+        from megatron_selfdistill.rollout.sampling import sample_seed
 
         requests = [
             Request(prompt, sample_seed(0, self.step, str(number), 0))
@@ -181,7 +182,8 @@ class _Bench:
         hints.
         """
         from megatron_selfdistill.data.contexts import ContextPair
-        from megatron_selfdistill.data.packing import PackingRules, pack
+        from megatron_selfdistill.data.packed_batch import PackingRules
+        from megatron_selfdistill.data.packing import pack
 
         contexts = [
             ContextPair(str(i), prompt, hint + prompt, response.token_ids, False)

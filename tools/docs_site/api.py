@@ -13,17 +13,21 @@ PAGES = {
         "A step through the pipeline",
         "pipeline.schedule teacher pipeline.batch pipeline.score",
     ),
-    "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
+    "trainer": (
+        "Trainer and sources of responses",
+        "trainer learner sources.source sources.configured_source",
+    ),
     "methods": (
         "Methods",
         "config.schema.method_config config.methods sources.method methods.default methods.parts.settings "
         "methods.parts.terms sources.signals sources.step_terms sources.rollouts "
         "sources.judge environments.environment data.episode_reply",
     ),
-    "rollouts": ("Samplers", "rollout.base rollout.factory"),
+    "rollouts": ("Samplers", "rollout.base rollout.sampling rollout.factory"),
     "data": (
         "Data",
-        "data.problems data.records data.tokenizer data.prompts data.contexts data.conversations data.acceptance",
+        "data.problems data.records data.tokenizer data.prompts data.prompt_templates data.contexts "
+        "chat_logs.conversations chat_logs.acceptance",
     ),
     "config": ("Configuration", "config.compose config.key_list config.bound_keys"),
     "evaluation": (

@@ -11,7 +11,7 @@
     own = shares.distribute(requests)  # every rank has the share of its engine
     responses = shares.collect([response, ...])  # every rank has the responses to the requests of its replica
 
-Requests and responses travel from the ranks that have them to the ranks that need them, as arrays (rollout/arrays.py):
+Requests and responses travel from the ranks that have them to the ranks that need them, as arrays (arrays.py):
 a replica sends and receives through its first rank, which broadcasts responses to the others.  What a rank sends and
 receives depends on its own replica and engine; with servers, only rank 0 handles the requests of the whole world.
 
@@ -29,15 +29,16 @@ import numpy as np
 
 from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
-from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.arrays import (
+from megatron_selfdistill.engines.vllm.arrays import (
     NUM_RESPONSE_ARRAYS,
     request_arrays,
     requests_from,
     response_arrays,
     responses_from,
 )
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import require_room
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid

@@ -13,12 +13,12 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.engines.vllm.background import Arrivals, BusyTime
 from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work, begin
 from megatron_selfdistill.engines.vllm.engine import engine_request
 from megatron_selfdistill.engines.vllm.exchange import GatheredRequests, WeightAge
 from megatron_selfdistill.errors import EngineError, first_few
-from megatron_selfdistill.rollout.background import Arrivals, BusyTime
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 MAX_IN_FLIGHT = 512

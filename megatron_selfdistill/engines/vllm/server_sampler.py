@@ -24,6 +24,7 @@ from megatron_selfdistill.distributed.collectives import (
     run_on_rank_0,
 )
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, BusyTime, request_key
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
@@ -35,15 +36,7 @@ from megatron_selfdistill.engines.vllm.server_pool import PROBE_SECONDS, ServerP
 from megatron_selfdistill.engines.vllm.transfer import Transfer, choose_transfer, make_transfer
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate, send_buckets
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.background import NO_RESPONSES, BusyTime
-from megatron_selfdistill.rollout.base import (
-    Progress,
-    Request,
-    Response,
-    SamplingParams,
-    ignore_progress,
-    request_key,
-)
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 
 
 class ServerSampler:

@@ -12,7 +12,9 @@ import torch
 
 from megatron_selfdistill.checkpoint.trained_weights import loaded_chunks
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import check_student_prompt, check_teacher_prompt
 from megatron_selfdistill.distributed.collectives import broadcast_object
@@ -30,7 +32,8 @@ from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, read, sequence_for
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.run_data import RunData
 
 

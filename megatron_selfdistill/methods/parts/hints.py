@@ -1,26 +1,23 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Hints that follow the sampling: they enter the teacher's prompt once the responses of a step are known.
 
-The model in training can write them (`AskedModel`): its present weights answer requests about responses.
+The model in training can write them (`asked`): its present weights answer requests about responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
-from megatron_selfdistill.rollout.base import Request, Sampler, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, response_text
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.metrics import Phases
 
 
 class HintedLater(OpsdRl):
@@ -84,60 +81,34 @@ class Inquiry:
     """The index among equal requests."""
 
 
-@dataclass(frozen=True)
-class AskedModel:
-    """The sampler of a run, which answers requests in a conversation of their own."""
+def asked(tools: MethodTools, step: int, inquiries: Sequence[Inquiry]) -> list[str | None]:
+    """Return the text of the answer of the model in training to each of this replica's requests.
 
-    sampler: Sampler
-    builder: PromptBuilder
-    """The builder of the prompts; a request becomes the student's prompt without the wording of problems."""
-    phases: Phases
-    sampling: SamplingParams
-    """How answers are sampled."""
-    seed: int
-    """The seed of the run."""
-    max_length: int
-    """The greatest length of request and answer together, in tokens."""
-
-    def texts(self, step: int, inquiries: Sequence[Inquiry]) -> list[str | None]:
-        """Return the text of the answer to each of this replica's requests, equal on all ranks of the replica.
-
-        ``inquiries``: the same on each rank of the replica.  None stands for a request that is too long and for an
-        answer that has no end.  The seed of an answer depends on (seed, step, problem, request, sample) alone.
-        Collectives over the world: those of the sampler.  Raises: `EngineError` on all ranks.
-        """
-        with self.phases("rollout"):
-            self.sampler.update_weights(step)
-            prompts = [self._prompt(inquiry) for inquiry in inquiries]
-            room = self.max_length - self.sampling.max_new_tokens
-            asked = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-            seeds = [
-                sample_seed(self.seed, step, f"{inquiry.kind}/{inquiry.problem.id}/{inquiry.text}", inquiry.sample)
-                for inquiry in inquiries
-            ]
-            responses = self.sampler.generate([Request(prompts[i], seeds[i]) for i in asked], self.sampling)
-        texts: list[str | None] = [None] * len(inquiries)
-        for i, response in zip(asked, responses, strict=True):
-            if not response.truncated:
-                texts[i] = response_text(response, self.builder.tokenizer)
-        return texts
-
-    def _prompt(self, inquiry: Inquiry) -> list[int]:
-        message = {"role": "user", "content": inquiry.text}
-        return self.builder.student_prompt(
-            replace(inquiry.problem, messages=(message,), tools=(), reply=None, reworded=None)
-        )
+    Each request is a conversation of its own, without a system message.  ``inquiries``: the same on each rank of the
+    replica, as the result is.  None stands for a request that is too long and for an answer that has no end.  The seed
+    of an answer depends on (seed, step, problem, request, sample) alone.
+    Collectives over the world: those of the sampler.  Raises: `EngineError` on all ranks.
+    """
+    run_data, sampling, seed = tools.run_data, tools.sampling, tools.config.seed
+    with tools.phases("rollout"):
+        tools.sampler.update_weights(step)
+        prompts = [asking_prompt(run_data.builder, inquiry) for inquiry in inquiries]
+        fitting = [
+            i for i, prompt in enumerate(prompts) if len(prompt) <= run_data.max_length - sampling.max_new_tokens
+        ]
+        seeds = [sample_seed(seed, step, f"{one.kind}/{one.problem.id}/{one.text}", one.sample) for one in inquiries]
+        responses = tools.sampler.generate([Request(prompts[i], seeds[i]) for i in fitting], sampling)
+    texts: list[str | None] = [None] * len(inquiries)
+    for i, response in zip(fitting, responses, strict=True):
+        if not response.truncated:
+            texts[i] = response_text(response, run_data.tokenizer)
+    return texts
 
 
-def asking_builder(builder: PromptBuilder) -> PromptBuilder:
-    """Return a builder whose student's prompt shows a message as it is, without a system message."""
+def asking_prompt(builder: PromptBuilder, inquiry: Inquiry) -> list[int]:
+    """Return the student's prompt with the request as it is, without the wording of problems and a system message."""
     view = replace(builder.templates.student_view, system_prompt=None)
     plain = replace(builder.templates, student="{problem}", student_view=view)
-    return PromptBuilder(builder.tokenizer, plain, builder.show_contents)
-
-
-def asked_model(tools: MethodTools) -> AskedModel:
-    """Return the model in training of a run as a writer of hints."""
-    run_data = tools.run_data
-    builder = asking_builder(run_data.builder)
-    return AskedModel(tools.sampler, builder, tools.phases, tools.sampling, tools.config.seed, run_data.max_length)
+    message = {"role": "user", "content": inquiry.text}
+    problem = replace(inquiry.problem, messages=(message,), tools=(), reply=None, reworded=None)
+    return PromptBuilder(builder.tokenizer, plain, builder.show_contents).student_prompt(problem)

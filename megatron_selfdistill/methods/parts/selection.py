@@ -27,12 +27,6 @@ GroupFunction = Callable[[Problem, Sequence[tuple[str, float]]], Sequence[str | 
 The result holds one text or None for each response, in their order.  Equal arguments must give equal results.
 """
 
-HintFunction = GroupFunction
-"""A `GroupFunction` (``method.hints``) that returns what the teacher of each response sees; None is no hint."""
-
-SelectFunction = GroupFunction
-"""A `GroupFunction` (``method.select``) that returns the text to train on in place of each response; None drops it."""
-
 
 def of_groups(
     function: GroupFunction,

@@ -18,7 +18,8 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge, judged_text
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid

@@ -24,20 +24,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import (
-    Progress,
-    Request,
-    Response,
-    RoleWeights,
-    SamplingParams,
-    ignore_progress,
-    require_room,
-    sample_uniforms,
-    select_tokens,
-)
-from megatron_selfdistill.rollout.guided_tokens import guided_roles, prompt_of, refuse_unguidable, select_mixed_tokens
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.decoding import (
     DecodingModel,
     ForwardPasses,
@@ -47,6 +34,7 @@ from megatron_selfdistill.rollout.megatron.decoding import (
 )
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
 from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
+from megatron_selfdistill.rollout.sampling import require_room, sample_uniforms, select_tokens
 
 
 @dataclass
@@ -67,7 +55,7 @@ class GeneratedBatch:
     log_probs: Tensor
     """Log-probabilities ``[2, b, length]`` float64: under the model, and under the distribution sampled from.
 
-    Guided sequences have ``[3, b, length]``: under the student, the mix and the teacher.
+    A third row, where there is one, has those under the teacher.
     """
     stop_token_ids: Tensor
     """Ids of the tokens that end a response, ``[n]`` int64."""
@@ -79,10 +67,10 @@ class GeneratedBatch:
 
     @staticmethod
     def without_prompts(
-        requests: Sequence[Request], params: SamplingParams, device: torch.device, *, guided: bool
+        requests: Sequence[Request], params: SamplingParams, device: torch.device, num_log_probs: int = 2
     ) -> GeneratedBatch:
         """Return an empty batch of responses whose prompts, one or several for each response, are in caches alone."""
-        return _start(requests, [[] for _ in requests], 3 if guided else 2, params, device)
+        return _start(requests, [[] for _ in requests], num_log_probs, params, device)
 
     def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
         """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
@@ -149,21 +137,19 @@ class ContextRows:
     def __init__(
         self,
         model: DecodingModel,
-        roles: Sequence[str],
-        requests: Sequence[Request],
+        by_role: Mapping[str, Sequence[list[int]]],
         max_new_tokens: int,
         passes: ForwardPasses,
         device: torch.device,
         kept: Sequence[KeptRow] = (),
     ) -> None:
-        """Read the prompts of all ``roles``, each with forward passes of its own.
+        """Read the prompts of the n requests in each role of ``by_role``, each role with forward passes of its own.
 
         ``kept``: for each request a row with the first tokens of its prompt, after which the reading begins; then there
         is one role.  Empty reads whole prompts.
         """
-        self._model, self._roles, self._passes = model, tuple(roles), passes
-        by_role = [[prompt_of(request, role) for request in requests] for role in roles]
-        prompts = [prompt for of_role in by_role for prompt in of_role]
+        self._model, self._roles, self._passes = model, tuple(by_role), passes
+        prompts = [prompt for of_role in by_role.values() for prompt in of_role]
         longest = max(map(len, prompts))
         padded = np.zeros((len(prompts), longest), dtype=np.int64)
         for row, prompt in enumerate(prompts):
@@ -175,7 +161,7 @@ class ContextRows:
             self._cache.restore([row.memory for row in kept])
             after = self._read_later_parts(tokens, lengths.tolist(), [len(row.tokens) for row in kept])
         else:
-            after = self._read_prompts(tokens, [list(map(len, of_role)) for of_role in by_role])
+            after = self._read_prompts(tokens, [list(map(len, of_role)) for of_role in by_role.values()])
         self._cache.start_decoding(longest)
         self._after_prompts = None if after[0] is None else torch.cat(after)  # type: ignore[arg-type]
 
@@ -301,7 +287,8 @@ class Survivors:
 
 
 _GIB = 2**30
-_COUNTS = {2: "two", 3: "three"}
+Share = tuple[Sequence[int], Callable[[Sequence[Request], SamplingParams, Callable[[int], None]], list[Response]], int]
+"""The indices of some requests, the function that samples them, and the most tokens of a batch in the KV cache."""
 
 
 class MegatronSampler:
@@ -317,10 +304,6 @@ class MegatronSampler:
     takes no mask.  A batch then reads the length of its shortest prompt in one pass, then one token per pass, where the
     tokens of a longer prompt take the place of sampled tokens.  Positions are exact in both cases.
 
-    A guided request has a context for each of `guided_roles`, all with the same response.  The weights of
-    ``role_weights`` read theirs, and the student's weights read all others.  The student's own context gives the
-    log-probs of the response.
-
     Up to half of the KV cache keeps the rows of responses that later requests continue (`KeptRows`).
     """
 
@@ -331,7 +314,6 @@ class MegatronSampler:
         vocab_size: int,
         max_length: int,
         kv_cache_gb: float | None = None,
-        role_weights: Sequence[RoleWeights] = (),
         progress: Progress = ignore_progress,
         *,
         continues: bool = False,
@@ -341,10 +323,8 @@ class MegatronSampler:
         ``vocab_size``: number of valid columns; the padded columns behind them are cut off before the logits are used.
         ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank.  None
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
-        log-probs, repeatable.  ``role_weights``: weights other than the student's, which read contexts of guided
-        requests, with chunks of the student's architecture, in the same order on all ranks.
-        ``progress``: called with the responses that this rank decodes, at every pass, on every rank.  ``continues``:
-        whether requests may continue earlier ones, which `metrics` counts.
+        log-probs, repeatable.  ``progress``: called with the responses that this rank decodes, at every pass, on every
+        rank.  ``continues``: whether requests may continue earlier ones, which `metrics` counts.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -354,9 +334,7 @@ class MegatronSampler:
         self._version = 0
         self._progress = progress
         self._student = DecodingModel(chunks, grid, vocab_size)
-        self._role_weights = list(role_weights)
-        self._role_models = [DecodingModel(weights.chunks, grid, vocab_size) for weights in role_weights]
-        self._passes = ForwardPasses([self._student, *self._role_models])
+        self._passes = ForwardPasses([self._student])
         self._bytes_per_token = self._student.bytes_per_token
         self._kept = KeptRows()
         self._continues = continues
@@ -396,37 +374,27 @@ class MegatronSampler:
         the list may be empty.  The call is a collective over the world: every rank makes it the same number of times.
 
         Raises, on all ranks alike: ValueError for an empty prompt, for a prompt that leaves no room for
-        ``max_new_tokens`` within ``max_length``, for a request that does not fit into the KV cache alone, and for
-        guided requests with a temperature, top_k or top_p of their own or with a reference whose weights the sampler
-        does not hold; ConfigError for guided requests where the model's attention takes no mask.
+        ``max_new_tokens`` within ``max_length``, and for a request that does not fit into the KV cache alone.
         """
         owners = [i % self._grid.cp_size for i in range(len(requests))]
         if self._continues:
             self._kept.begin(requests)
             owners = [self._kept.owner(request, i, self._grid.cp_size) for i, request in enumerate(requests)]
         own = [i for i, owner in enumerate(owners) if owner == self._grid.cp_rank]
-        later = [i for i in own if self._continues and self._kept.has(requests[i])]
-        plain = [i for i in own if requests[i].teacher_prompt is None and i not in set(later)]
-        guided = [i for i in own if requests[i].teacher_prompt is not None]
         responses: dict[int, Response] = {}
         self._report(0, len(own))
         with ExitStack() as stack:
             # torch compiles a function at most 8 times, and then no longer for the shapes of training, either.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            role_models = self._role_models if self._needs_role_models(requests, params) else []
-            for weights in self._role_weights if role_models else ():
-                stack.enter_context(weights.on_device())
+            models = self._models_on_device(requests, params, stack)
             capacity = self._agree_on_capacity(requests, params)
             if any(requests[i].episode for i in own):  # a half is for rows that are kept
                 whole, longest = capacity, max(requests[i].longest_prompt for i in own) + params.max_new_tokens
                 capacity = max(whole // 2, longest)
                 self._kept.room = whole - capacity
-            for model in (self._student, *role_models):
+            for model in models:
                 stack.enter_context(model.decoding())
-            batches = [(plain, self._sample_plain, capacity), (later, self._sample_later, capacity)]
-            if guided:
-                batches.append((guided, self._sample_guided, capacity // len(guided_roles(params.target))))
-            for share, sample, room in batches:
+            for share, sample, room in self._shares(own, requests, params, capacity):
                 lengths = [requests[i].longest_prompt for i in share]
                 for batch in split_batches(lengths, params.max_new_tokens, room):
                     indices = [share[i] for i in batch]
@@ -445,40 +413,39 @@ class MegatronSampler:
         whose = "of this rank" if self._grid.cp_size > 1 else "of this replica" if self._grid.dp_size > 1 else ""
         self._progress(before + finished, total, whose)
 
-    def _needs_role_models(self, requests: Sequence[Request], params: SamplingParams) -> bool:
-        """Return whether any rank has a guided request, with a target that other weights than the student's define."""
-        held = {role for weights in self._role_weights for role in weights.roles}
-        if not held or held.isdisjoint(guided_roles(params.target)):
-            return False
-        [any_guided] = max_over_ranks([any(request.teacher_prompt is not None for request in requests)])
-        return bool(any_guided)
+    def _models_on_device(
+        self, requests: Sequence[Request], params: SamplingParams, stack: ExitStack
+    ) -> Sequence[DecodingModel]:
+        """Return the models that read ``requests``, whose weights are on the device as long as ``stack`` is open."""
+        return [self._student]
+
+    def _shares(
+        self, own: Sequence[int], requests: Sequence[Request], params: SamplingParams, capacity: int
+    ) -> list[Share]:
+        """Return the shares of the requests ``own`` of this rank, given by their indices, that decode in one way."""
+        assert not any(requests[i].teacher_prompt for i in own), "guided requests need guidance.guided_sampler"
+        later = {i for i in own if self._continues and self._kept.has(requests[i])}
+        plain = [i for i in own if i not in later]
+        return [(plain, self._sample_plain, capacity), (sorted(later), self._sample_later, capacity)]
+
+    def _lengths(self, requests: Sequence[Request], params: SamplingParams) -> tuple[list[int], list[int]]:
+        """Return the length of each prompt, and the number of tokens of each request with its response."""
+        lengths = [len(request.prompt) for request in requests]
+        return lengths, [length + params.max_new_tokens for length in lengths]
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
         """Return the number of tokens that the KV cache may hold: the least over all ranks, which must split alike."""
         gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
-        prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
-        lengths = [len(prompt) for prompt in prompts]
-        sequences = [1 if r.teacher_prompt is None else len(guided_roles(params.target)) for r in requests]
-        taken = [(r.longest_prompt + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
+        lengths, taken = self._lengths(requests, params)
         per_token = self._bytes_per_column(params.max_new_tokens)
-        room, num_guided = allowed // per_token, len(prompts) - len(requests)
-        maskless = not all(model.takes_masks for model in (self._student, *self._role_models))
-        mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), num_guided, maskless]
-        room, longest, shortest, needed, num_guided, num_maskless = max_over_ranks(mine)
-        capacity, shortest = -room, -shortest
-        if num_guided:
-            refuse_unguidable(params, has_reference=any("reference" in w.roles for w in self._role_weights))
-        if num_guided and num_maskless:
-            raise ConfigError(
-                "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
-                "which take no arbitrary mask; set model.transformer.attention_backend=auto"
-            )
-        require_room(shortest, longest, params.max_new_tokens, self._max_length)
+        mine = [-(allowed // per_token), max(lengths, default=0), -min(lengths, default=1), max(taken, default=0)]
+        room, longest, shortest, needed = max_over_ranks(mine)
+        capacity = -room
+        require_room(-shortest, longest, params.max_new_tokens, self._max_length)
         if needed > capacity:
-            count = _COUNTS[len(guided_roles(params.target))]
             raise ValueError(
-                f"one request holds {needed} tokens (a guided request in {count} sequences), so it needs "
+                f"one request holds {needed} tokens in all its sequences, so it needs "
                 f"{needed * per_token / _GIB:.3g} GiB of KV cache, but there is room for "
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
@@ -527,8 +494,9 @@ class MegatronSampler:
         ``kept``: for each request the row with the first tokens of its prompt; empty reads whole prompts.
         """
         device = self._grid.device
-        batch = GeneratedBatch.without_prompts(requests, params, device, guided=False)
-        rows = ContextRows(self._student, ("student",), requests, params.max_new_tokens, self._passes, device, kept)
+        batch = GeneratedBatch.without_prompts(requests, params, device)
+        prompts = {"student": [request.prompt for request in requests]}
+        rows = ContextRows(self._student, prompts, params.max_new_tokens, self._passes, device, kept)
 
         def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
             return self._sample(batch, live, step, logits.get("student"), params)
@@ -566,25 +534,6 @@ class MegatronSampler:
             logits = self._passes.run(self._student, context, batch.tokens[live, position - 1 : position])
             context.sequence_len_offset += 1
         return self._finished(batch)
-
-    def _sample_guided(
-        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
-    ) -> list[Response]:
-        """Return the responses to guided requests that decode together; pass i of each model gives token i.
-
-        ``report``: as for `_sample_plain`.
-        """
-        device = self._grid.device
-        batch = GeneratedBatch.without_prompts(requests, params, device, guided=True)
-        groups = [
-            ContextRows(model, roles, requests, params.max_new_tokens, self._passes, device)
-            for model, roles in self._readers(params.target)
-        ]
-
-        def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
-            return self._sample_mixed(batch, live, step, logits, params)
-
-        return self._sample_in_rows(batch, groups, sample, report)
 
     def _sample_in_rows(
         self,
@@ -626,16 +575,6 @@ class MegatronSampler:
             self._broadcast(batch.log_probs)
         return batch.responses()
 
-    def _readers(self, target: Target) -> list[tuple[DecodingModel, tuple[str, ...]]]:
-        """Return each model that reads contexts of guided requests, with its roles; the student comes first."""
-        wanted, taken = guided_roles(target), set[str]()
-        others = []
-        for model, weights in zip(self._role_models, self._role_weights, strict=True):
-            roles = tuple(role for role in weights.roles if role in wanted)
-            taken |= set(roles)
-            others += [(model, roles)] if roles else []
-        return [(self._student, tuple(role for role in wanted if role not in taken)), *others]
-
     def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
         """Fill the cache with ``tokens [b, s]``, some rows at a time; return the logits ``[b, V]``."""
         logits = self._passes.prefill(self._student, context, tokens)
@@ -656,28 +595,6 @@ class MegatronSampler:
         if logits is not None and self._grid.tp_rank == 0:
             tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
             batch.log_probs[:, live, position] = torch.stack(log_probs)
-        self._broadcast(tokens)
-        return tokens
-
-    def _sample_mixed(
-        self, batch: GeneratedBatch, live: Tensor, step: int, logits: Mapping[str, Tensor], params: SamplingParams
-    ) -> Tensor:
-        """Return token ``step`` of each guided request, sampled as `_sample` does from the logits of all its roles."""
-        tokens = torch.empty_like(live)
-        if logits and self._grid.tp_rank == 0:
-            sampled = select_mixed_tokens(
-                logits["student"],
-                logits["teacher"],
-                batch.uniforms[live, step],
-                params.target,
-                greedy=params.temperature == 0,
-                reference_logits=logits.get("reference"),
-                backend=params.loss_backend,
-                num_ids=params.num_ids,
-            )
-            tokens = sampled.token_ids
-            log_probs = [sampled.student_log_probs, sampled.mixed_log_probs, sampled.teacher_log_probs]
-            batch.log_probs[:, live, step] = torch.stack(log_probs)
         self._broadcast(tokens)
         return tokens
 

@@ -29,7 +29,7 @@ from megatron_selfdistill.architectures.gated_delta_net import (
     kernels_for,
 )
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.forward import unwrapped

@@ -25,7 +25,7 @@ from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.rollout.base import sample_seed
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.run_data import RunData
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8

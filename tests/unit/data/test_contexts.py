@@ -15,15 +15,9 @@ from sums import sums
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_selfdistill.data.contexts import (
-    ContextCounts,
-    ContextPair,
-    GivenSolutions,
-    PromptPair,
-    build_contexts,
-    fit_teacher_prompt,
-    plan_contexts,
-)
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.fitted_prompts import ContextCounts, fit_teacher_prompt, plan_contexts
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import (
     HintCost,
@@ -32,7 +26,8 @@ from megatron_selfdistill.data.prompt_checks import (
     hint_cost,
     mean_cost,
 )
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 
@@ -120,10 +115,10 @@ class Sampled:
 
 def test_contexts_pair_each_response_with_its_prompts() -> None:
     pairs = [PromptPair("a", [1, 2], [1, 2, 3]), PromptPair("b", [4], [5, 6])]
-    contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True)], guided={"b"})
+    contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True)])
     assert contexts == [
         ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False),
-        ContextPair("b", [4], [5, 6], [9], True, guided=True),
+        ContextPair("b", [4], [5, 6], [9], True),
     ]
     assert [(c.student_length, c.teacher_length) for c in contexts] == [(4, 5), (2, 3)]
 

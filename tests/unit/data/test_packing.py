@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import (
-    Microbatch,
-    PackedBatch,
-    PackingRules,
     context_parallel_positions,
     length_quantum,
     pack,

@@ -10,17 +10,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import (
-    DEFAULT_TEACHER_TEMPLATE,
-    PromptBuilder,
-    PromptTemplates,
-    PromptView,
-    last_user_text,
-)
+from megatron_selfdistill.data.prompt_templates import DEFAULT_TEACHER_TEMPLATE, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
@@ -282,59 +276,3 @@ def test_a_place_without_tokenizer_is_one_sentence(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "broken.model")
     with pytest.raises(ValueError, match=r"expected a directory with tokenizer\.json"):
         load_tokenizer(tmp_path)
-
-
-REPLY = {"role": "user", "content": "Wrong, try again."}
-
-
-def test_a_bridge_is_what_the_template_writes_between_two_responses(chat_directory: Path) -> None:
-    build = builder(chat_directory, CHATML, teacher="{problem} Hint: {solution}", student="{problem} Think.")
-    [stop] = build.tokenizer.encode("<|im_end|>")
-    expected = "\n<|im_start|>user\nWrong, try again.<|im_end|>\n<|im_start|>assistant\n"
-    for bridge in (
-        build.student_bridge(PROBLEM, REPLY, stop),
-        build.teacher_bridge(PROBLEM, "It is 7.", REPLY, stop),
-    ):
-        assert build.tokenizer.decode(bridge) == expected and bridge == build.tokenizer.encode(expected)
-    other = build.student_bridge(PROBLEM, REPLY, build.tokenizer.encode("<|endoftext|>")[0])
-    assert other == [stop, *build.tokenizer.encode(expected)], "another stop token stays before the template's"
-
-
-def test_continued_tokens_are_the_tokens_of_the_rendered_conversation(chat_directory: Path) -> None:
-    build = builder(chat_directory, CHATML)
-    [stop] = build.tokenizer.encode("<|im_end|>")
-    said = [*build.tokenizer.encode("The answer is seven."), stop]
-    continued = [*build.student_prompt(PROBLEM), *said, *build.student_bridge(PROBLEM, REPLY, stop)]
-    messages = [*PROBLEM.messages, {"role": "assistant", "content": "The answer is seven."}, REPLY]
-    assert continued == build.tokenizer.apply_chat_template(messages)
-
-
-@pytest.mark.parametrize(
-    ("template", "role"),
-    [(STRIPPING, "user"), (FORGETFUL, "user"), (FORGETFUL, "tool"), (OPENING, "user"), (None, "user")],
-    ids=[
-        "drops thoughts",
-        "forgets thoughts",
-        "forgets thoughts for a tool",
-        "opens thoughts",
-        "opens them by default",
-    ],
-)
-def test_a_template_that_rewrites_a_response_has_no_bridge(
-    chat_directory: Path, template: str | None, role: str
-) -> None:
-    build = builder(chat_directory, template)
-    with pytest.raises(ValueError, match=rf"sums.jsonl:1: the chat template rewrites a response .* of the role {role}"):
-        build.student_bridge(PROBLEM, {**REPLY, "role": role}, 2)
-
-
-def test_a_template_that_keeps_the_thoughts_before_tools_has_a_bridge_to_a_tool(chat_directory: Path) -> None:
-    bridge = builder(chat_directory, STRIPPING).student_bridge(PROBLEM, {**REPLY, "role": "tool"}, 2)
-    assert "<|im_start|>tool" in builder(chat_directory).tokenizer.decode(bridge)
-
-
-def test_a_generation_prompt_that_the_template_would_not_write_has_no_bridge(chat_directory: Path) -> None:
-    build = builder(chat_directory, CHATML, student_only={"generation_prompt": "<|im_start|>assistant\nSo:"})
-    with pytest.raises(ValueError, match="rewrites a response"):
-        build.student_bridge(PROBLEM, REPLY, 2)
-    build.teacher_bridge(PROBLEM, "It is 7.", REPLY, 2)

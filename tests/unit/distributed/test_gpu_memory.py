@@ -14,7 +14,8 @@ import torch
 from megatron_selfdistill import train
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, length_quantum, required_seq_length
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import length_quantum, required_seq_length
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import expand_segments
 from megatron_selfdistill.pipeline import batch

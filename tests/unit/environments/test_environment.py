@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import time
@@ -15,16 +14,19 @@ import pytest
 from characters import ONE_RANK, Characters
 from chat_server import chat_server, completion
 
-from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.environments import environment as environments
 from megatron_selfdistill.environments.environment import HttpEnvironment
 from megatron_selfdistill.environments.episodes import StatelessEpisodes
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p7", ({"role": "user", "content": "3 - 4"},), "", "-1", "file:7")
 
@@ -88,57 +90,6 @@ def test_an_attempt_that_fails_for_the_moment_is_repeated(status):
     assert reply.text == "ok" and len(seen) == 3 and seen[0] == seen[2]
 
 
-@pytest.mark.parametrize(
-    ("script", "attempts", "message"),
-    [
-        (lambda n, body: (500, "no disk"), 3, r"none in 3 attempts; the last: status 500: 'no disk'$"),
-        (lambda n, body: (404, "no such path"), 1, r"with status 200, got status 404: 'no such path'$"),
-        (
-            lambda n, body: (200, "<html>"),
-            1,
-            r"^environment.options.url=\S+: expected an answer with choices\[0\].message in JSON, got '<html>' ",
-        ),
-        (lambda n, body: (200, "[" * 100_000), 1, r"in JSON, got '\[\[\["),
-        (
-            lambda n, body: (200, [1]),
-            1,
-            r"^environment.options.url=http\S+: expected an answer with choices\[0\].message in JSON, got '\[1\]' ",
-        ),
-        (lambda n, body: (200, {"choices": []}), 1, r"message in JSON, got '\{\"choices\": \[\]\}' "),
-        (lambda n, body: (200, {"choices": [{"message": "x"}]}), 1, r"expected an answer with choices\[0\].message"),
-        (
-            lambda n, body: (200, completion("x", reward=float("nan"))),
-            1,
-            r"a finite number as reward of a reply, got nan",
-        ),
-        (lambda n, body: (200, completion("x", reward="1")), 1, r"a finite number as reward of a reply, got '1'"),
-        (lambda n, body: (200, completion("x", done="no")), 1, r"a boolean as done of a reply, got 'no'"),
-        (lambda n, body: (200, completion("x", feedback=1)), 1, r"a text or None as feedback of a reply, got 1"),
-        (lambda n, body: (200, completion("x", hint=1)), 1, r"a text or None as hint of a reply, got 1"),
-        (lambda n, body: (200, completion(["x"])), 1, r"a text or None as text of a reply, got \['x'\]"),
-        (lambda n, body: (200, completion("x", role="system")), 1, r"user or tool as role of a reply, got 'system'"),
-    ],
-)
-def test_every_other_answer_is_one_message(script, attempts, message):
-    with chat_server(script) as (url, seen):
-        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
-            HttpEnvironment(url, retries=2).reply(PROBLEM, ["-1"])
-        assert len(seen) == attempts and "\n" not in str(caught.value)
-        assert str(caught.value).startswith(f"environment.options.url={url}: ")
-
-
-@pytest.mark.timing
-def test_a_server_that_does_not_answer_in_time_fails_after_all_attempts():
-    def wait(number, body):
-        time.sleep(0.6)
-        return 200, completion("late")
-
-    with chat_server(wait) as (url, seen):
-        with pytest.raises(RuntimeError, match=r"within 0.2 s, got none in 2 attempts; the last: TimeoutError"):
-            HttpEnvironment(url, timeout_s=0.2, retries=1).reply(PROBLEM, ["-1"])
-        assert len(seen) == 2
-
-
 @contextlib.contextmanager
 def bytes_server(parts: Iterable[bytes], pause_s: float) -> Iterator[str]:
     """Answer each request with ``parts``, after each of which there is a pause; yield the address."""
@@ -199,43 +150,12 @@ def test_an_answer_that_is_too_long_is_refused_and_not_repeated(parts, monkeypat
         HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
 
 
-def test_an_answer_of_the_greatest_length_is_read_and_one_that_breaks_off_is_not(monkeypatch):
-    text = json.dumps(completion("ok")).encode()
-    head = OK + f"Content-Length: {len(text)}\r\n\r\n".encode()
-    monkeypatch.setattr(environments, "MAX_BYTES", len(text))
-    with bytes_server([head + text], pause_s=0) as url:
-        assert HttpEnvironment(url, timeout_s=20).reply(PROBLEM, ["-1"]).text == "ok"
-    with (
-        bytes_server([head + text[:-1]], pause_s=0) as url,
-        pytest.raises(RuntimeError, match="last: RemoteProtocolError"),
-    ):
-        HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
-
-
 def test_an_address_where_nothing_listens_is_one_message():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(RuntimeError, match=rf"environment.options.url={url}: .* ConnectionRefusedError"):
         HttpEnvironment(url, retries=0).reply(PROBLEM, ["-1"])
-
-
-@pytest.mark.timing
-def test_the_timeout_covers_the_connection_to_every_address_of_the_host(monkeypatch):
-    began = time.monotonic()
-    with socket.socket() as listening, contextlib.ExitStack() as waiting:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(0)
-        address = listening.getsockname()
-        for _ in range(4):  # a full queue: Linux answers no further attempt
-            one = waiting.enter_context(socket.socket())
-            one.setblocking(False)
-            one.connect_ex(address)
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)] * 4
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
-        with pytest.raises(RuntimeError, match=r"within 0.5 s, got none in 1 attempt; the last: TimeoutError"):
-            HttpEnvironment(f"http://many.example:{address[1]}", timeout_s=0.5, retries=0).reply(PROBLEM, ["-1"])
-    assert time.monotonic() - began < 1.5, "each of the four addresses would take 0.5 s"
 
 
 def test_a_key_that_no_header_may_have_is_not_shown(monkeypatch):

@@ -4,24 +4,24 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
-from characters import ONE_RANK, STOP, Characters
+from characters import ONE_RANK, Characters
 from made_methods import made
 
-from megatron_selfdistill.data.contexts import EpisodeTurn, GivenSolutions, build_contexts
+from megatron_selfdistill.data.contexts import EpisodeTurn
 from megatron_selfdistill.data.episode_reply import Reply
-from megatron_selfdistill.data.packing import PackingRules, segments_of
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import segments_of
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.environments.episodes import (
     EvaluationPlayer,
     SessionEpisodes,
@@ -29,8 +29,9 @@ from megatron_selfdistill.environments.episodes import (
     episode_metrics,
 )
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey, sample_seed
+from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
 TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?")
@@ -206,29 +207,6 @@ def test_a_response_tells_its_place_in_the_episode_and_what_belongs_to_its_turn(
     assert replace(rollouts[0], key=None).episode_turn(has_teacher=True) is None
 
 
-def test_no_token_of_an_episode_of_one_sequence_is_encoded_again(monkeypatch):
-    """Each text of a later turn has all its letters in one token, which a text of the template never has."""
-    monkeypatch.setattr(Opened, "decode", lambda self, ids, **options: "".join(chr(i % 1000) for i in ids))
-    first = Response([ord("w") + 1000, STOP], [-1.0] * 2, [-2.0] * 2, "stop")
-    episodes = StatelessEpisodes(
-        environment=Script(),
-        max_turns=2,
-        given=opened(),
-        grid=ONE_RANK,
-        threads=1,
-        has_teacher=True,
-        one_sequence=True,
-    )
-    method = made([], opened())
-    start = Rollout(PROBLEMS[0], method.prompts(PROBLEMS[0]), first, 0, key=SampleKey(5, "a", 0))
-    turns, _ = episodes.played([start], method, lambda keys, pairs: [response("r$")], episodes.replies)
-    for prompt, before in (
-        (turns[1].prompts.student_prompt, start.prompts.student_prompt),
-        (turns[1].prompts.teacher_prompt, start.prompts.teacher_prompt),
-    ):
-        assert prompt == [*before, ord("w") + 1000, STOP, *map(ord, "#1:")]
-
-
 def test_an_episode_of_one_sequence_ends_where_its_next_prompt_does_not_fit():
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=opened(8 + 16), one_sequence=True)
     assert len(turns) == 2 and num_cut == 1 and len(turns[1].prompts.teacher_prompt) == 14
@@ -365,55 +343,6 @@ def failing(problem: Problem, said: Sequence[str]) -> Reply:
 def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(threads, reply, message):
     with pytest.raises(EngineError, match=message):
         played(SimpleNamespace(reply=reply), [["r$"]], threads=threads)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"text": 3}, "expected a text or None as text of a reply, got 3"),
-        ({"feedback": ["a"]}, r"expected a text or None as feedback of a reply, got \['a'\]"),
-        ({"role": "assistant"}, "expected user or tool as role of a reply, got 'assistant'"),
-        ({"reward": float("nan")}, "expected a finite number as reward of a reply, got nan"),
-        ({"reward": "1"}, "expected a finite number as reward of a reply, got '1'"),
-        (
-            {"text": "cut \ud83d"},
-            "text of a reply: expected text that can be written as UTF-8, got half of a surrogate",
-        ),
-        ({"feedback": "cut \ud83d"}, "feedback of a reply: expected text that can be written as UTF-8"),
-        ({"done": 1}, "expected a boolean as done of a reply, got 1"),
-    ],
-)
-def test_a_reply_has_the_types_of_the_protocol(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Reply(**fields)
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_a_reply_may_have_numbers_of_numpy_and_torch(kind):
-    reply = Reply(reward=kind(0.5), done=kind(0.5) > 0.25)
-    assert reply.reward == 0.5 and type(reply.reward) is float and reply.done is True
-
-
-def test_threads_ask_at_the_same_time():
-    meeting = threading.Barrier(2, timeout=20)
-
-    def reply(problem, said):
-        meeting.wait()  # breaks, unless another call is under way
-        return Reply()
-
-    turns, _, _ = played(SimpleNamespace(reply=reply), [["r$"], ["r$"]], threads=2)
-    assert len(turns) == 2
-
-
-def test_a_conversation_that_the_chat_template_refuses_names_the_turn(monkeypatch):
-    def refuse(self, messages, **options):
-        if len(messages) > 1:
-            raise ValueError("no assistant before the user")
-        return messages[0]["content"]
-
-    monkeypatch.setattr(Characters, "render_chat", refuse)
-    with pytest.raises(ConfigError, match="turn 1 of an episode: file:a: the chat template refused the conversation"):
-        played(Script(), [["w$", "r$"]])
 
 
 class Sessions:

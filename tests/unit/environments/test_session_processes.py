@@ -145,13 +145,6 @@ def test_an_environment_that_ignores_the_end_of_processes_has_sessions_with_a_st
     pool.close()
 
 
-def test_a_session_that_cannot_begin_fails_by_name(pool):
-    failure = pool.reset("a", problem("raise"), 1).failure or ""
-    assert failure.startswith("reset raised KeyError: 'no such tool'\n  File ")
-    assert pool.reset("b", problem("die"), 1).failure == "the process of the session ended in reset: status 3"
-    assert "a" not in pool and "b" not in pool
-
-
 def test_a_session_whose_episode_is_over_is_closed(tmp_path):
     pool = SessionProcesses("sessions.Told", {"directory": str(tmp_path)}, SessionLimits())
     for key in ("done", "left"):
@@ -175,23 +168,6 @@ def test_threads_play_sessions_at_the_same_time(pool):
         assert list(threads.map(play, range(24))) == [["#1", "#2", "#3"]] * 24
     pool.end_all()
     assert set(threading.enumerate()) <= before
-
-
-def test_a_session_says_nothing_on_the_terminal(capfd):
-    pool = SessionProcesses("sessions.Told", {}, SessionLimits())
-    pool.reset("a", problem(), 1)
-    pool.step("a", "print")
-    pool.close()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_an_environment_that_cannot_be_made_is_one_message():
-    with pytest.raises(RuntimeError, match=r"sessions.refusing tried to end the program .*no licence"):
-        SessionProcesses("sessions.refusing", {}, SessionLimits())
-    with pytest.raises(RuntimeError, match=r"TypeError: .*unexpected keyword argument 'colour'"):
-        SessionProcesses("sessions.Told", {"colour": 1}, SessionLimits())
-    with pytest.raises(RuntimeError, match=r'^ValueError: \\ud83d\n  File .*\n    raise ValueError\("'):
-        SessionProcesses("sessions.refused_by_half_a_character", {}, SessionLimits())
 
 
 def test_the_environments_process_gets_no_secret_of_the_trainer():

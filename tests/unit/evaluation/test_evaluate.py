@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_selfdistill.config import Config, EvaluationConfig
-from megatron_selfdistill.data.contexts import ContextCounts
 from megatron_selfdistill.data.end_tokens import EndTokens
+from megatron_selfdistill.data.fitted_prompts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Transcript, Verdict
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, Played, evaluate

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from characters import Characters
 from logit_pairs import pair
-from made_methods import composed, given_with, made
+from made_methods import composed
 from term_arrays import coefficients, signals, tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.methods.beta_opsd import credited, returns_to_go
-from megatron_selfdistill.sources.signals import Clip, Signals
+from megatron_selfdistill.sources.signals import Clip
 
 VALUES = [0.5, -1.0, 0.25, 2.0, -3.0, 0.0, 0.75, 1e-9, -0.125, 4.0, 1.5]
 ROWS = [[1] * 11, [11], [1, 2, 8], [8, 1, 1, 1], [3, 4, 4]]
@@ -35,12 +34,6 @@ def test_the_credit_of_later_tokens_is_their_discounted_sum_within_the_response(
     given = signals([0.0] * len(lengths), groups=[2 * i for i in range(len(lengths))], lengths=lengths)
     found = returns_to_go(given, tensor(*VALUES), discount)
     torch.testing.assert_close(found, tensor(*oracle(lengths, VALUES, discount)), rtol=1e-13, atol=1e-14)
-
-
-def test_a_replica_without_responses_has_no_credit():
-    none = torch.tensor([], dtype=torch.int64)
-    empty = Signals(none, none, none.double(), none.bool(), none.bool(), none.double(), target_log_prob=none.double())
-    assert credited(empty, weight=1.0, discount=0.5).advantage.tolist() == []
 
 
 def test_advantages_are_log_ratios_of_target_and_sampler_and_0_without_a_hint():
@@ -85,12 +78,3 @@ def test_the_target_and_its_gradient_are_those_of_the_interpolation(beta):
     loss = distillation_loss(student, mix, tokens, target=target, divergence=Divergence(), vocab=vocab).loss
     (found,) = torch.autograd.grad(loss.sum(), student)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
-
-
-def test_the_signal_says_what_is_measured():
-    assert composed("recipe=beta_opsd", "method.signal=advantage").needs.log_probs == "measured"
-    given = signals([0.0] * 2, lengths=[2, 1], hinted=[True, False], mu=[-1.0, -1.0, -1.0], q=[-0.5, -2.0, -3.0])
-    options = ["recipe=beta_opsd", "method.signal=advantage", "method.discount=0.5", "method.distill_weight=3"]
-    method = made(options, given_with(Characters()))
-    assert method.weighs_tokens and method.clip == Clip(0.2, 0.2)
-    assert method.terms(0, [], given).advantage.tolist() == pytest.approx([0.0, -3.0, 0.0], abs=1e-15)

@@ -10,7 +10,7 @@ import pytest
 from characters import Characters
 from made_methods import given_with, made
 
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout

@@ -12,8 +12,6 @@ from made_methods import given_with, made
 from sums import written
 from term_arrays import signals
 
-from megatron_selfdistill.config import load
-from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -84,10 +82,3 @@ def test_weights_that_cannot_be_are_one_sentence(tmp_path, monkeypatch, value, g
     method = made(["method.token_weights=weighing.weights"], GIVEN)
     with pytest.raises(VerifierError, match=got):
         method.token_weights(signals([0, 0], lengths=[3, 1]))
-
-
-def test_measured_signals_are_for_weights_and_weights_for_samples():
-    assert load([WEIGHTS, "method.measured_signals=true"]).needs.log_probs == MEASURED
-    assert load([WEIGHTS]).needs.log_probs is None
-    with pytest.raises(ConfigError, match=r"^method.token_weights weighs the tokens of sampled responses, but conv"):
-        load(["recipe=chat_logs", WEIGHTS])

@@ -11,19 +11,18 @@ import pytest
 import torch.distributed as dist
 from characters import STOP, Characters
 from made_methods import made, named
-from term_arrays import LOG_MU, LOG_Q, signals
+from term_arrays import signals
 
-from megatron_selfdistill.config import load
-from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import LoggedReply, Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-from megatron_selfdistill.data.replies import Turn, TurnReader
-from megatron_selfdistill.errors import ConfigError, VerifierError
+from megatron_selfdistill.data.prompt_templates import PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods.openclaw import (
-    JUDGE_TEMPLATE,
-    REWARD_TEMPLATE,
     TEACHER_TEMPLATE,
     JudgedReply,
     decision_in,
@@ -124,15 +123,6 @@ def test_the_model_judges_each_reply_by_its_votes():
     template = "method.judge_template='{role}: {next_state} / {response}'"
     assert method_with("method.votes=2", template, sampler=voter)._hints(4, judged) == ["use the second column", None]
     assert voter.prompts == ["user: no\nreally / {role}:"] * 2 + ["tool: 404 / 2:"] * 2
-
-
-def test_the_requests_hold_the_turn_and_the_rule_for_tools():
-    rule = "This content was NOT available before the assistant's action"
-    [reply] = replies(turn("a", "the reply", "the next", role="tool"))
-    for template in (JUDGE_TEMPLATE, REWARD_TEMPLATE):
-        request = reply.request(template)
-        assert rule in request and "the reply" in request and "role='tool'\nthe next" in request
-    assert "\\boxed{-1}" in JUDGE_TEMPLATE and "[HINT_START]" in JUDGE_TEMPLATE and "\\boxed{0}" in REWARD_TEMPLATE
 
 
 def test_the_model_rewards_each_reply_by_its_votes():
@@ -265,32 +255,9 @@ def test_the_reply_of_an_environment_is_the_next_state_of_a_sampled_turn(monkeyp
     assert metrics == {"hints/share": 0.25, "rewards/mean": 6.75 / 4, "rewards/trained_share": 1.0}
 
 
-def test_sampled_turns_need_an_environment_and_logged_ones_a_log():
-    with pytest.raises(
-        ConfigError, match=r"method.live=true samples replies to which an environment replies: set data"
-    ):
-        load(["recipe=openclaw", "method.live=true", "data.kind=problems"])
-    with pytest.raises(ConfigError, match=r"method.name=openclaw samples nothing, and takes the replies of a log"):
-        load(["recipe=openclaw", "data.kind=problems"])
-    live = load(["recipe=openclaw", "method.live=true", "data.kind=problems", "environment.name=a.b"])
-    assert live.samples and live.judges_responses and not live.logged
-
-
 def test_the_reward_of_a_turn_is_its_advantage():
     found = method_with("method.weight=0.5").terms(
         0, [], signals([1.0, -1.0], hinted=[False] * 2, lengths=[2, 1], mu=[0.0] * 3, q=[0.0] * 3)
     )
     assert found.advantage.tolist() == [0.5, 0.5, -0.5]
     assert not found.divergence.any() and not found.sampled_kl.any() and not found.likelihood.any()
-
-
-def test_the_advantage_of_reward_and_teacher_is_their_sum():
-    """The published number of the combination: a reward of .5 and the teacher's log-ratio to mu."""
-    found = method_with().terms(0, [], signals([0.5], mu=[LOG_MU], q=[LOG_Q]))
-    assert found.advantage.item() == pytest.approx(1.291989900148, abs=1e-11)
-
-
-def test_a_run_on_logs_with_functions_builds_no_sampler():
-    functions = ["method.judge=a.b", "method.reward=a.b"]
-    assert not load(["recipe=openclaw", *functions]).samples
-    assert load(["recipe=openclaw", functions[0]]).samples, "the model judges the rewards"

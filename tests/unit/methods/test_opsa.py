@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from characters import Characters
-from made_methods import given_with, made
 from term_arrays import SAMPLER, STUDENT, TOKEN, coefficients, log_probs, signals, tensor
 
 from megatron_selfdistill.methods.opsa import opsa
@@ -34,19 +32,6 @@ def test_only_tokens_below_the_threshold_get_the_advantage(lengths, penalty):
     assert not (terms.divergence.any() or terms.sampled_kl.any() or terms.likelihood.any())
 
 
-def test_rewards_and_hints_do_not_matter():
-    mu = [-3.0, -0.1, -3.0]
-    one = signals([1.0, 0.0, 0.5], hinted=[True, False, True], mu=mu)
-    other = signals([0.0, 1.0, 0.0], hinted=[False, False, False], mu=mu)
-    found = [opsa(each, threshold=0.1, penalty=1.0).advantage.tolist() for each in (one, other)]
-    assert found == [[-1.0, 0.0, -1.0]] * 2
-
-
-def test_at_a_threshold_of_one_every_token_that_was_not_certain_is_unlikely():
-    terms = opsa(signals([0.0] * 3, mu=[0.0, -1e-12, -9.0]), threshold=1.0, penalty=2.0)
-    assert terms.advantage.tolist() == [0.0, -2.0, -2.0]
-
-
 def test_a_replica_without_responses_has_no_terms():
     assert opsa(signals([], mu=[]), threshold=0.1, penalty=1.0).advantage.tolist() == []
 
@@ -70,9 +55,3 @@ def test_the_gradient_is_that_of_the_clipped_objective(low, shift):
     is_clipped = low is not None and ratio.item() < 1 - low
     assert is_clipped == ((low, shift) == (0.2, -0.5)) == (gradient[TOKEN] == 0)
     assert is_clipped or gradient[TOKEN] > 0, "a step against the gradient makes the token less likely"
-
-
-def test_the_settings_reach_the_terms():
-    method = made(["recipe=opsa", "method.threshold=0.5", "method.penalty=3"], given_with(Characters()))
-    assert method.terms(0, [], signals([0.0, 0.0], mu=[-0.7, -0.6])).advantage.tolist() == [-3.0, 0.0]
-    assert method.weighs_tokens and method.clip == Clip(0.2, 0.2)

@@ -11,21 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from characters import ONE_RANK, Characters
+from characters import Characters
 from made_methods import given_with, made
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods import ovd
 from megatron_selfdistill.methods.ovd import (
-    VerbalScorer,
     auroc,
-    check_room_for_questions,
-    digit_tokens,
     verbal_scores,
 )
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -71,10 +68,6 @@ class Teacher:
         return found
 
 
-def scorer(max_length: int = 100) -> VerbalScorer:
-    return VerbalScorer(TEMPLATE, BUILDER, digit_tokens(Characters()), max_length, Teacher(), ONE_RANK)
-
-
 def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> Any:
     wanted = ["recipe=ovd", f"seed={SEED}", f"method.template='{TEMPLATE}'", *overrides]
     models = SimpleNamespace(candidate_log_probs=Teacher())
@@ -82,17 +75,17 @@ def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> 
 
 
 def test_the_teacher_sees_problem_solution_and_response():
-    judge = scorer()
-    found, metrics = judge.scores(rollouts("why 7$", "6$"))
-    assert judge.candidates.questions == ["2+2/=4./why 7?:", "2+2/=4./6?:"]
+    method = method_with()
+    found, metrics = method._scores(rollouts("why 7$", "6$"))
+    assert method.tools.readers.candidate_log_probs.questions == ["2+2/=4./why 7?:", "2+2/=4./6?:"]
     assert found == [7.0, 6.0]
     assert metrics == pytest.approx({"verbal/score_mean": 6.5, "verbal/digit_mass": 0.5})
 
 
 def test_a_response_that_is_too_long_loses_its_beginning():
-    judge = scorer(max_length=14)
-    judge.scores(rollouts("0123456789$"))
-    assert judge.candidates.questions == ["2+2/=4./789?:"]
+    method = method_with("rollout.max_new_tokens=2", max_length=14)
+    method._scores(rollouts("0123456789$"))
+    assert method.tools.readers.candidate_log_probs.questions == ["2+2/=4./789?:"]
 
 
 def test_a_ninth_of_the_score_is_the_reward():
@@ -154,11 +147,6 @@ def test_a_replaced_response_keeps_its_beginning_up_to_the_last_good_step(max_le
     assert metrics["verbal/continued"] == (0.5 if kept else 0) and metrics["verbal/replaced"] == 0.4
 
 
-def test_the_threshold_itself_is_enough():
-    assert selected(rollouts("4 so 8$", "5 so 5$"), threshold=5.0)[1]["verbal/replaced"] == 0
-    assert selected(rollouts("4 so 8$", "5 so 5$"), threshold=5.1)[1]["verbal/replaced"] == 0.5
-
-
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -173,29 +161,6 @@ def test_scores_that_do_not_tell_right_from_wrong_do_not_filter(given, words):
     assert (metrics["verbal/filters"], metrics["verbal/replaced"]) == (0.0, 0.0)
     [warning] = method_with().warnings(metrics)
     assert words in warning
-
-
-def test_steps_without_scores_have_no_warning():
-    assert method_with().warnings({"loss/mean": 1.0}) == []
-
-
-class TwoTokens(Characters):
-    """A tokenizer that puts a space before every text."""
-
-    def encode(self, text: str) -> list[int]:
-        return super().encode(f" {text}")
-
-
-def test_a_digit_of_two_tokens_is_refused():
-    with pytest.raises(ConfigError, match=r"data.tokenizer=characters: .* one token for 0, got the tokens \[32, 48\]"):
-        digit_tokens(TwoTokens())
-
-
-def test_a_question_without_room_for_the_longest_response_is_refused():
-    options = {"max_new_tokens": 10}
-    check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=21, **options)  # 10 + 10 + 1
-    with pytest.raises(ConfigError, match=r"file:1: the question for a score .* at most 20 tokens, got 21;"):
-        check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=20, **options)
 
 
 SHARES = (0.02, 0.03, 0.05, 0.10, 0.15, 0.20, 0.20, 0.15, 0.07, 0.03)

@@ -7,7 +7,6 @@ import json
 import random
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.methods.own_solutions import OwnSolutions, Solution
 from megatron_selfdistill.methods.parts.solution_search import Search
-from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -75,20 +73,6 @@ def test_rollouts_without_an_own_solution_stay_for_their_rewards_where_these_cou
     assert [(one.group, one.hinted) for one in chosen] == [(1, False), (0, True)]
     assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt and "so 8" in shown(chosen[1])
     assert metrics == {"solutions/skipped_share": 0.5}
-
-
-def test_a_search_is_made_only_when_it_is_due():
-    method, unused = method_with(p=["8"]), Mock()
-    assert method.prepare(9, unused, unused) == (method, {})
-    with pytest.raises(AttributeError, match="update_weights"):  # a search would sample, and there is no sampler
-        method.prepare(10, unused, unused)
-
-
-def test_the_state_has_the_key_of_version_0_1():
-    method = method_with(p=["8"])
-    state = json.loads(json.dumps(method.state_dict()))
-    assert set(state) == {"own"} and method_with().restored(state).own.table == method.own.table
-    assert method_with().restored({"own": None}).own.table == {}
 
 
 def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[dict, dict[str, float], int]:
@@ -149,14 +133,6 @@ def test_no_response_is_its_own_hint():
     assert own_solutions((0, [])).solution_for("p0") is None
 
 
-class WithMarks(Characters):
-    """``#`` is a special token."""
-
-    def decode(self, ids, *, skip_special_tokens=False):
-        text = super().decode(ids)
-        return text.replace("#", "") if skip_special_tokens else text
-
-
 def test_a_response_that_is_its_hint_but_for_form_gets_another_hint_or_none():
     table = own_solutions((0, ["so\n8", "It is\n8"]))
     for response in ("so\n8", "so  8", "So \n\n8.", "s\u200bo\n8\n"):
@@ -170,12 +146,6 @@ def test_twins_take_one_place_among_the_solutions_that_are_kept():
     assert [s["text"] for s in own_solutions((0, texts)).state_dict()["table"]["p0"]] == ["so\n8", "hence\n8"]
     table = own_solutions((0, ["so\n8"]), (10, ["SO\n8"]), keep=3)
     assert [(s["text"], s["step"]) for s in table.state_dict()["table"]["p0"]] == [("SO\n8", 10)]
-
-
-def test_special_tokens_do_not_make_a_response_another_than_its_hint():
-    table = own_solutions((0, ["so\n8"]))
-    response = response_text(written("#so\n#8$"), WithMarks())
-    assert response == "so\n8" and table.solution_for("p0", response) is None
 
 
 def test_new_solutions_come_first_and_old_ones_fill_up():

@@ -17,7 +17,8 @@ from term_arrays import signals, tensor
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.past import Past
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Clip, signals_of
 from megatron_selfdistill.sources.step_terms import RatioTerms
 

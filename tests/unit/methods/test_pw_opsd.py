@@ -40,19 +40,6 @@ def test_weights_are_those_of_the_paper_in_every_response(lengths, schedule):
     torch.testing.assert_close(found, tensor(*expected(lengths, *schedule)), rtol=1e-12, atol=1e-15)
 
 
-def test_the_weight_at_the_midpoint_lies_halfway_and_rises_from_token_to_token():
-    given = signals([0.0], lengths=[5])
-    found = position_weights(given, least=0.2, midpoint=0.5, width=0.1)
-    assert found[2].item() == pytest.approx(0.6, abs=1e-15), "the middle of token 3 of 5"
-    assert bool((found.diff() > 0).all()) and found[0] > 0.2 and found[-1] < 1
-
-
-def test_responses_of_other_lengths_do_not_change_the_weights_of_a_response():
-    alone = position_weights(signals([0.0], lengths=[4]), least=0.25, midpoint=0.3, width=0.1)
-    beside = position_weights(signals([0.0] * 3, lengths=[9, 4, 1]), least=0.25, midpoint=0.3, width=0.1)
-    assert torch.equal(beside[9:13], alone)
-
-
 def test_tokens_without_a_hint_have_no_divergence_and_the_settings_reach_the_terms():
     method = made(["recipe=pw_opsd", "method.least_weight=0.5", "method.midpoint=0.4"], given_with(Characters()))
     given = signals([0.0] * 3, lengths=[2, 3, 1], hinted=[True, False, True])

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
-
 import pytest
 from characters import Characters
 from made_methods import composed, given_with, made
@@ -14,85 +11,7 @@ from term_arrays import signals
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.loss import Divergence
 
-ALONE = {"target.rule": "teacher_alone", "teacher.weights": "frozen"}
-FORWARD = {"loss.divergence": "forward_kl"}
-MIXED = {"target.rule": "fixed", "target.k": None, "target.teacher_weight": 1.0}
-NO_NUMBERS = {"needs.rewards": False, "needs.log_probs": None}
-RLTF = {
-    **{"has_teacher": False, "data.global_batch_size": 32, "rollout.num_samples": 8},
-    **{"method.weight": 1.0, "method.credit": "turn", "method.discount": 0.1, "method.advantage_std": "none"},
-    **{"method.clip_low": None, "method.clip_high": None, "method.ratio_cap": None},
-    **{"method.revision_baseline": "first_turn", "method.revision_min_log_prob": -5.0, "environment.max_turns": 2},
-}
-CONSTANTS: dict[str, dict[str, Any]] = {
-    "beta_opsd": {**MIXED, "target.anchor": "reference", **NO_NUMBERS},
-    "dapd": {**ALONE, **FORWARD, "needs.contexts_per_sample": 6, "needs.log_probs": None},
-    "eopd": {**ALONE, **NO_NUMBERS},
-    "openclaw": {
-        **{"method.distill_weight": 1.0, "method.signal": "advantage", "method.weight": 1.0},
-        **{"method.clip_low": 0.2, "method.clip_high": 0.28, "method.votes": 1, "method.min_length": 10},
-        **{"rollout.temperature": 0.6, "data.global_batch_size": 16, "optimizer.lr": 1e-5},
-        **{"teacher.weights": "current", "samples": True, "logged": True, "judges_responses": False},
-        "method.teacher_template": "{problem}\n\n[user's hint / instruction]\n{solution}",
-    },
-    "opsa": {"needs.teacher_prompt": None, "needs.rewards": False, "needs.log_probs": "sampled"},
-    "ovd": {
-        **{"method.threshold": 5.0, "method.use": "filter", "rollout.num_samples": 8, "teacher.weights": "frozen"},
-        **{"keeps_teacher": True, "has_teacher": False, "method.ratio_cap": 2.0},
-        **{"method.clip_low": None, "method.clip_high": None},
-    },
-    "past": {
-        **{**ALONE, **FORWARD, "teacher.weights": "current", "needs.hint": "function", "needs.rewards": True},
-        **{"needs.log_probs": "measured", "needs.contexts_per_sample": 5, "method.teacher_steps": 25},
-    },
-    "past method.weight=0": {
-        **{"needs.contexts_per_sample": 1, "needs.log_probs": None, "needs.asks_model": False},
-    },
-    "rlcsd": {"keeps_teacher": True, "has_teacher": False, "needs.rewards": True},
-    "rlt": {
-        **{"method.closing_tag": "</think>", "method.temperature": 0.7, "method.alpha": 0.01},
-        **{"method.ratio_weight": 3.0, "method.missing_tag_penalty": 1.0, "method.kl_weight": 0.04},
-        **{"rollout.num_samples": 64, "data.global_batch_size": 16, "optimizer.lr": 1e-6, "num_steps": 125},
-        **{"optimizer.lr_decay.style": "constant", "method.weight": 1.0, "teacher.weights": "frozen"},
-        **{"needs.teacher_prompt": "same", "needs.samples": "teacher"},
-    },
-    "rltf_sd": {**RLTF, "method.revision_weight": 0.1, "method.reply_weight": 0.0},
-    "rltf_fm": {**RLTF, "method.revision_weight": 0.0, "method.reply_weight": 0.1},
-    "sdpo_feedback": {
-        **{"method.hints": "peer_or_feedback", "loss.divergence": "reverse_kl", "data.global_batch_size": 32},
-        **{"rollout.num_samples": 8, "teacher.weights": "ema", "teacher.ema_decay": 0.95, "optimizer.lr": 1e-6},
-        **{"loss.rollout_correction": "truncated", "loss.rollout_correction_cap": 2.0, "needs.log_probs": None},
-        "method.teacher_template": "{problem}{solution}\n\nCorrectly solve the original question.",
-    },
-    "skald": {
-        **{"target.rule": "fixed", "target.anchor": "student", "teacher.weights": "current"},
-        **{"target.teacher_weight": 2.5, "target.k": 2.5, "needs.rewards": True, **FORWARD},
-    },
-    "skill_sd": {
-        **{"method.distill_weight": 0.001, "method.signal": "sampled", "teacher.weights": "current"},
-        **{"method.keep": 8, "method.exploration": 1.0, "method.weight": 1.0, "method.summarizer": "model"},
-        **{"needs.samples": "student", "target.rule": "teacher_alone", "needs.log_probs": "measured"},
-        "needs.asks_model": True,
-    },
-    "sr_opsd": {**MIXED, "target.anchor": "reference", **NO_NUMBERS},
-    "tip": {
-        **{**ALONE, "method.share": 0.5, "method.score": "soft_or", "optimizer.lr": 1e-6},
-        **{"loss.divergence": "reverse_kl", "needs.log_probs": "measured"},
-    },
-    "u_opsd": NO_NUMBERS,
-    "veto": {**MIXED, **FORWARD, **NO_NUMBERS, "target.anchor": "student", "teacher.weights": "frozen"},
-}
-"""Recipe, with further overrides -> key of the configuration, or what follows from it -> its published value."""
 ENVIRONMENT = "environment.name=replying.Replying"
-
-
-@pytest.mark.parametrize("recipe", CONSTANTS)
-def test_a_recipe_has_the_published_constants(recipe):
-    name, *overrides = recipe.split()
-    overrides += [ENVIRONMENT] * name.startswith("rltf")
-    config = composed(f"recipe={name}", *overrides)
-    found = {key: reduce(getattr, key.split("."), config) for key in CONSTANTS[recipe]}
-    assert found == pytest.approx(CONSTANTS[recipe])
 
 
 @pytest.mark.parametrize("recipe", ["beta_opsd", "eopd", "sr_opsd", "u_opsd", "veto"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,16 +13,16 @@ import torch
 import torch.distributed as dist
 from characters import Characters
 from made_methods import given_with, made
-from term_arrays import signals, tensor
+from term_arrays import signals
 
-from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.methods.rltf import extra_likelihood, likelihood_floors, revision_advantages
+from megatron_selfdistill.methods.rltf import revision_advantages
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
-from megatron_selfdistill.sources.signals import Clip, Signals, Terms
-from megatron_selfdistill.sources.step_terms import RatioTerms
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.signals import Signals
 
 ENVIRONMENT = "environment.name=replying.Replying"
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "eight", "8", "file:1")
@@ -104,12 +103,6 @@ def test_a_reply_that_is_too_long_is_skipped_and_counted():
     assert found == [] and metrics == {"episodes/replies_trained_share": 0.0}
 
 
-def test_the_default_request_shows_problem_and_response():
-    (reply,), _ = added(turns(*EPISODES), *REPLIES, max_length=200)
-    prompt = text(reply.prompts.student_prompt)
-    assert "1+7\n\nAttempt: 9\n\n" in prompt and "{" not in prompt and "eight" not in prompt
-
-
 def coefficients(*overrides: str, log_prob: float = -2.0, step: int = 0) -> list[list[float]]:
     """Return the coefficients of -log p of each text: three responses, the revision and the reply."""
     played = turns(*EPISODES)
@@ -173,40 +166,9 @@ def four_episodes() -> Signals:
 def test_the_advantage_of_a_second_response_alone_is_that_of_the_paper_or_of_its_code(baseline, expected):
     second = revision_advantages(four_episodes(), baseline)[1::2]
     assert second.tolist() == list(expected)
-    weights = extra_likelihood(second, torch.ones(4, dtype=torch.bool), revision_weight=0.1, reply_weight=7.0)
-    assert weights.tolist() == pytest.approx([0.1 * value for value in expected], abs=1e-16)
 
 
 def test_an_episode_that_a_right_answer_has_ended_counts_among_the_first_turns_only():
     early = signals([0, 1, 1, 0, 0], episodes=[0, 0, 1, 2, 2], turns=[0, 1, 0, 0, 1])
     assert revision_advantages(early, "first_turn").tolist() == pytest.approx([-1 / 3, 2 / 3, 2 / 3, -1 / 3, -1 / 3])
     assert revision_advantages(early, "same_turn")[[1, 4]].tolist() == [0.5, -0.5]
-
-
-def test_groups_have_baselines_of_their_own():
-    both = signals([1, 0, 0, 1], [0, 0, 1, 1], episodes=[0, 0, 1, 1], turns=[0, 1, 0, 1])
-    assert revision_advantages(both, "first_turn").tolist() == [0.0, -1.0, 0.0, 1.0]
-
-
-def test_a_reply_has_its_weight_whatever_the_rewards():
-    weights = extra_likelihood(tensor(0.75, 0.75), torch.tensor([True, False]), revision_weight=0.1, reply_weight=0.2)
-    assert weights.tolist() == pytest.approx([0.075, 0.2])
-
-
-def test_unlikely_tokens_of_a_revision_are_masked_and_those_of_a_reply_are_not():
-    floors = likelihood_floors(torch.tensor([True, True, True, False]), -5.0)
-    assert floors.tolist() == [-5.0, -5.0, -5.0, -math.inf]
-    assert likelihood_floors(torch.tensor([True]), None).tolist() == [-math.inf]
-    log_prob = tensor(-4.999, -5.0, -5.001, -9.0)
-    terms = Terms.of(tensor()).extended(torch.full((4,), 0.3, dtype=torch.float64))
-    terms = replace(terms, likelihood_floor=floors)
-    rule = RatioTerms(terms, tensor(-1, -1, -1, 0), None, Clip())
-    found = rule(log_prob, torch.arange(4))
-    assert found.policy.tolist() == [0.3, 0.3, 0.0, 0.3] and not found.divergence.any()
-
-
-def test_a_token_of_a_revision_has_no_ratio_to_the_prompt_with_the_reply():
-    terms = Terms.of(tensor()).extended(tensor(0.3))
-    for mu in (-0.1, -4.0):
-        found = RatioTerms(terms, tensor(mu), None, Clip())(tensor(-2.0), torch.arange(1))
-        assert found.policy.tolist() == [0.3]

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from characters import Characters
 from made_methods import given_with, made, named
 
-from megatron_selfdistill.config import load
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.methods.sdpo import TEMPLATES
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -75,14 +73,6 @@ def test_the_hint_is_the_first_other_right_response_of_the_group_without_its_thi
     assert metrics == {"hints/share": pytest.approx(4 / 6)}
 
 
-def test_responses_without_a_peer_stay_for_their_rewards_where_these_count():
-    method = hinted(keeps_unhinted=True)
-    rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
-    chosen, metrics = method.select(0, rollouts)
-    assert [one.hinted for one in chosen] == [False, True] and metrics == {"hints/share": 0.5}
-    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
-
-
 def test_a_peer_that_does_not_fit_into_the_prompt_is_no_hint():
     method = hinted(keeps_unhinted=True)
     rollouts = [judged(method, 0, PROBLEM, "8" * 60 + "$", True), judged(method, 0, PROBLEM, "7$", False)]
@@ -112,12 +102,6 @@ def test_the_teacher_sees_feedback_only_where_there_is_no_peer_in_the_words_of_s
         "2+7\nThe following is feedback from your unsuccessful earlier attempt:\n\n2 is wrong"
         "\n\nCorrectly solve the original question.:",
     ]
-
-
-def test_responses_with_neither_peer_nor_feedback_stay_for_their_rewards_where_these_count():
-    chosen = with_feedback(keeps_unhinted=True)
-    assert [one.hinted for one in chosen] == [False, True, True, False]
-    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
 
 
 def test_feedback_alone_needs_no_reward_and_white_space_is_none():
@@ -150,46 +134,3 @@ def test_a_function_of_the_group_gives_hints(monkeypatch):
     assert [one.problem.solution if one.hinted else None for one in chosen] == [None, "22=0", "1=0", "so 8=1", None]
     assert all(f"|{one.problem.solution}" in shown(one) for one in chosen if one.hinted)
     assert metrics == {"hints/share": pytest.approx(3 / 5)}
-
-
-@pytest.mark.parametrize("result", [["a"], "ab", ["a", 3], ["a", "cut \ud83d"], None])
-def test_a_function_that_returns_anything_else_ends_the_run_with_its_place(result, monkeypatch):
-    method = hinted(True, named(monkeypatch, lambda problem, responses: result))
-    rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
-    words = r"file.jsonl:1: the hint function failed with ValueError: expected one text or None for each of 2 responses"
-    with pytest.raises(VerifierError, match=words):
-        method.select(0, rollouts)
-
-
-@pytest.mark.parametrize("hints", ["feedback", "peer_or_feedback"])
-def test_feedback_without_an_environment_is_refused_before_the_start(hints):
-    config = load(["method.name=sdpo", f"method.hints={hints}", "rollout.num_samples=2"])
-    with pytest.raises(ConfigError, match=f"method.hints={hints} shows the teacher the feedback of an environment"):
-        config.method.require_start(config)
-    wanted = replace(config, environment=replace(config.environment, name="http", options={"url": "http://a:1"}))
-    config.method.require_start(wanted)
-
-
-FUNCTIONS = {
-    "method.hints": "sdpo",
-    "method.select": "grpo",
-    "method.reward": "rft",
-    "method.summarizer": "skill_sd",
-    "method.judge": "openclaw",
-}
-
-
-@pytest.mark.parametrize("key", FUNCTIONS)
-@pytest.mark.parametrize(
-    ("path", "words"), [("nowhere.function", "nowhere cannot be imported"), ("json.nothing", "no attribute 'nothing'")]
-)
-def test_a_function_that_cannot_be_imported_is_refused_before_the_start(key, path, words):
-    wanted = (
-        ["recipe=openclaw"] if key == "method.judge" else [f"method.name={FUNCTIONS[key]}", "rollout.num_samples=2"]
-    )
-    config = load([*wanted, f"{key}={path}"])
-    with pytest.raises(ConfigError) as caught:
-        config.method.require_start(config)
-    assert str(caught.value).startswith(f"{key} must be") and words in str(caught.value)
-    found = load([*wanted, f"{key}=json.dumps"])
-    found.method.require_start(found)

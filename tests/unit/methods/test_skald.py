@@ -17,7 +17,8 @@ from term_arrays import signals, tensor
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.methods.skald import mean_gain, states_answer
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.rollout.sampling import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import signals_of
 
 STEP = 6

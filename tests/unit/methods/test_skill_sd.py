@@ -17,7 +17,6 @@ from made_methods import given_with, made, named
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
-from megatron_selfdistill.methods.parts.hints import asked_model
 from megatron_selfdistill.methods.skill_sd import (
     Skill,
     SkillBank,
@@ -122,17 +121,6 @@ def test_a_step_shows_credits_and_writes_skills(monkeypatch):
     assert fresh.restored(after.state_dict()).bank == after.bank and fresh.restored({"skills": None}) is fresh
 
 
-def test_problems_without_a_skill_are_skipped_where_no_reward_counts():
-    prompts = method_with("method.weight=0")
-    assert prompts.select(6, [rollout(PROBLEM, 0, "8$", 1.0)])[0] == []
-
-
-def test_nothing_is_written_for_full_banks():
-    full = replace(bank((1, 1.0)), keep=1)
-    after = method_with(known=full).record([rollout(PROBLEM, 0, "8$", 1.0)])
-    assert after.bank.skills["p"] == [Skill("skill 0", 0, 2, 2.0)]
-
-
 def test_visits_of_all_replicas_change_the_bank_in_the_order_of_the_global_batch(monkeypatch):
     """The other replica has the visits 0 and 2 of the global batch, and this one visit 1."""
     others = [(2, "p", 1.0, "third"), (0, "p", 0.5, "first")]
@@ -196,7 +184,7 @@ def model_skills(reply: str, rollouts: list[Rollout], max_length: int = 80) -> t
     sampler: Any = Sampler(reply)
     given = replace(GIVEN, max_length=max_length)
     tools = method_with("rollout.max_new_tokens=8", given=given, sampler=sampler).tools
-    return model_summaries(6, rollouts, asked_model(tools), "{reward} {problem} {response}?"), sampler
+    return model_summaries(6, rollouts, tools, "{reward} {problem} {response}?"), sampler
 
 
 def test_the_model_is_asked_about_problem_response_and_reward_with_its_present_weights():

@@ -10,7 +10,6 @@ import pytest
 import torch.distributed as dist
 from characters import Characters
 from made_methods import given_with, made
-from term_arrays import signals
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import math_verify
@@ -99,13 +98,3 @@ def test_the_verifier_decides_which_answers_are_equal():
     chosen, _ = replace(method, tools=replace(method.tools, judge=equal)).select(0, rollouts)
     assert [one.response for one in chosen] == [rollouts[2].response]
     assert chosen[0].problem.solution == r"\boxed{1/2}"
-
-
-def test_a_step_without_responses_selects_none():
-    assert made(["recipe=u_opsd"], GIVEN).select(0, [])[0] == []
-
-
-def test_the_settings_say_how_tokens_are_weighed():
-    given = signals([0.0] * 2, lengths=[2, 1], hinted=[True, False], mu=[-1.0] * 3, q=[-0.5, -3.0, 0.0])
-    method = made(["recipe=u_opsd", "method.distill_weight=2", "method.signal=advantage"], GIVEN)
-    assert method.weighs_tokens and method.terms(0, [], given).advantage.tolist() == [1.0, -4.0, 0.0]

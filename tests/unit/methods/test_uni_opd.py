@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import given_with
 from term_arrays import signals, tensor
 
 from megatron_selfdistill.data.problems import Problem
@@ -21,12 +21,6 @@ GIVEN = given_with(Characters())
 def test_margin_shift_of_the_worked_example(gap, half):
     found = margin_shift(signals([1, 1, 0, 0]), tensor(-0.30, -0.10, -0.05, -0.15), 0.4, gap)
     assert found.tolist() == pytest.approx([half, half, -half, -half], abs=1e-12)
-
-
-@pytest.mark.parametrize("gap", ["mean", "min_max"])
-def test_margin_shift_needs_both_kinds_and_a_gap_below_the_margin(gap):
-    two = signals([1, 0, 1, 1, 0, 0], groups=[0, 0, 1, 1, 2, 2])
-    assert margin_shift(two, tensor(1.0, 0.0, -3.0, 0.0, 5.0, 6.0), 0.4, gap).tolist() == [0.0] * 6
 
 
 def test_uni_opd_shifts_every_token_and_masks_large_ratios():
@@ -64,10 +58,3 @@ def test_each_group_with_both_kinds_keeps_as_many_of_each():
     assert balanced(last, 5, 3) == [one for one in kept if one.group == 3]
     choices = {tuple(one.response.token_ids[1] for one in balanced(groups[0], 5, step)) for step in range(30)}
     assert len(choices) == 4, "every wrong response is dropped and kept at times"
-
-
-def test_the_recipe_balances_and_a_setting_turns_that_off():
-    rollouts = group_of(0, 1, 0, 0, 0)
-    kept, metrics = made(["recipe=uni_opd", "seed=5"], GIVEN).select(3, rollouts)
-    assert kept == balanced(rollouts, 5, 3) != rollouts and metrics == {}
-    assert made(["recipe=uni_opd", "method.balance=false"], GIVEN).select(3, rollouts) == (rollouts, {})

@@ -18,7 +18,8 @@ from host_traffic import host_traffic
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.weighting import Coefficients

@@ -20,7 +20,8 @@ from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  i
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import PackingRules, context_parallel_positions, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import context_parallel_positions, pack
 from megatron_selfdistill.model import rotary
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.local_attention import PackedSequences

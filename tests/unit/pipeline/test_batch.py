@@ -13,7 +13,8 @@ import models
 import pytest
 import torch
 
-from megatron_selfdistill.data.packing import PackingRules, planned_sequences
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.pipeline.batch import (
     Packing,

@@ -11,7 +11,8 @@ import torch
 from host_traffic import host_traffic
 from layouts import contexts
 
-from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack
+from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.pipeline.batch import DeviceBatch
 from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
 

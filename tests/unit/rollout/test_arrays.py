@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_selfdistill.rollout.arrays import (
+from megatron_selfdistill.engines.vllm.arrays import (
     NUM_RESPONSE_ARRAYS,
     request_arrays,
     requests_from,

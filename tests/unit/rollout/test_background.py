@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_selfdistill.engines.vllm.background import Arrivals, BusyTime
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.background import Arrivals, BusyTime
 from megatron_selfdistill.rollout.base import Response
 
 

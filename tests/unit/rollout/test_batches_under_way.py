@@ -12,8 +12,9 @@ import pytest
 from fake_server_sampler import GREEDY, sampler, tell
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
+from megatron_selfdistill.engines.vllm.background import request_key
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response, request_key
+from megatron_selfdistill.rollout.base import Request, Response
 
 TIMEOUT = 120.0
 HELD = 7

@@ -29,7 +29,3 @@ def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement
     config = load(["rollout.engine=vllm", "run_dir=run", *own])
     factory.make_sampler(config, RUN_DATA, [], SimpleNamespace())
     assert sizes == {"directory": 97, "sampler": 97}
-
-
-def test_the_sampler_in_process_gets_the_number_with_its_parameters():
-    assert factory.sampling_params(load([]), RUN_DATA).num_ids == 97

@@ -17,10 +17,11 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 NEW_TOKENS = 6
 STOPS = tuple(range(0, VOCAB_SIZE, 4))
@@ -155,24 +156,6 @@ def test_rows_without_room_are_read_again(ranks, fresh):
         counts.append((metrics["rollout/kept_tokens"], sum(metrics.values())))
     kept, read = zip(*counts, strict=True)
     assert kept[0] < kept[1] < kept[2] and len(set(read)) == 1
-
-
-def count_prefilled(num_turns: int) -> dict[str, float]:
-    """Return the metrics of episodes of so many turns, all of whose responses a stop token ends."""
-    sampler, _, _ = sampler_of("shallow", parallel())
-    params = SamplingParams(NEW_TOKENS, temperature=0, stop_token_ids=tuple(range(VOCAB_SIZE)))
-    options = {"num_turns": num_turns, "reply_lengths": (6, 7)}
-    play(sampler, [0, 1, 2], params, **options)
-    assert sampler.metrics().keys() == {"rollout/prefilled_tokens", "rollout/kept_tokens"} and sampler.metrics() == {}
-    play(sampler, [0, 1, 2], params, **options)
-    return sampler.metrics()
-
-
-def test_twenty_turns_prefill_at_most_2_2_times_the_tokens_of_ten(ranks):
-    [ten], [twenty] = (ranks.run(count_prefilled, count, world_size=1) for count in (10, 20))
-    assert twenty["rollout/prefilled_tokens"] <= 2.2 * ten["rollout/prefilled_tokens"]
-    whole_ten, whole_twenty = sum(ten.values()), sum(twenty.values())
-    assert whole_twenty > 3.3 * whole_ten, "without the kept rows, each turn would read the conversation again"
 
 
 def forget() -> list[float]:

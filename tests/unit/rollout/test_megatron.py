@@ -17,19 +17,18 @@ from decoding import (
     check_argmax,
     check_inversion,
     log_probs_at,
-    log_softmax_after,
     logits_of,
     make_requests,
     predicting,
     sampler_of,
 )
 from models import VOCAB_SIZE, build, model_config, parallel
-from responses import chi_square_p_value, cut_at, own, stops_of, tokens
+from responses import cut_at, own, stops_of, tokens
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths, split_batches
 
@@ -232,23 +231,6 @@ def draw_and_check_by_hand() -> int:
 
 def test_token_i_of_a_sample_is_drawn_by_uniform_i_of_its_stream(ranks):
     assert ranks.run(draw_and_check_by_hand, world_size=1) == [len(PROMPT_LENGTHS) * NEW_TOKENS]
-
-
-def first_tokens(sampling: SamplingParams, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first token of ``count`` samples of one prompt, and log softmax without a cache."""
-    [model], grid = build(model_config("shallow"), parallel())
-    prompt = make_requests()[0].prompt
-    requests = [Request(prompt, sample_seed(1, 0, "x", i)) for i in range(count)]
-    responses = sampler_of([model], grid).generate(requests, sampling)
-    model.eval()
-    return torch.tensor([response.token_ids[0] for response in responses]), log_softmax_after(model, prompt)
-
-
-def test_sampled_frequencies_match_the_softmax_of_the_model(ranks):
-    count = 4000
-    [(tokens, log_probs)] = ranks.run(first_tokens, SamplingParams(1, temperature=1.3), count, world_size=1)
-    assert chi_square_p_value(tokens, (log_probs / 1.3).softmax(0)) > 1e-3
-    assert chi_square_p_value(tokens, log_probs.softmax(0)) < 1e-6
 
 
 def draw_with_loud_padding(config: ParallelConfig) -> tuple[list[Response], list[Response]]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -12,7 +11,9 @@ from models import VOCAB_SIZE, build, model_config, parallel
 from responses import own, stops_of, tokens
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+from megatron_selfdistill.guidance.guided_tokens import GuidedParams
+from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.megatron import megatron_sampler
 from megatron_selfdistill.rollout.megatron.decoding import DecodingModel
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
@@ -46,12 +47,10 @@ def check_on_one_rank(in_rows: bool) -> None:
 def check_reports(in_rows: bool) -> None:
     chunks, grid = build(model_config("gqa"), parallel())
     counts: Counts = []
-    sampler = MegatronSampler(
-        chunks, grid, VOCAB_SIZE, MAX_LENGTH, 0.1, progress=lambda *counted: counts.append(counted)
-    )
+    sampler = GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, 0.1, progress=lambda *counted: counts.append(counted))
     plain, pairs = make_requests(), make_pairs(4)
     stops = stops_of(tokens(sampler.generate(plain, GREEDY)))
-    params: SamplingParams = dataclasses.replace(GREEDY, stop_token_ids=stops)
+    params = GuidedParams(NEW_TOKENS, temperature=0, stop_token_ids=stops)
     counts.clear()
     responses = sampler.generate([*pairs, *plain], params)
     guided, rest = responses[:4], responses[4:]

@@ -30,7 +30,6 @@ CONTEXTS = [
         ),
     ),
 ]
-ACCEPTED = [True, True, False]
 SOLUTIONS = ["x = 1\r\n", "", "答え"]
 LOG_PROBS = torch.tensor([-0.1, -math.inf, math.inf, -1e-300, -3.0], dtype=torch.float64)
 CPU = torch.device("cpu")
@@ -44,7 +43,6 @@ def batch_of(coefficients: Any) -> StepBatch:
     return StepBatch(
         contexts=CONTEXTS,
         solutions=SOLUTIONS,
-        accepted=ACCEPTED,
         sampler_log_probs=LOG_PROBS,
         token_coefficients=coefficients,
         metrics={"found": 1.0},
@@ -64,7 +62,7 @@ def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order
     order = [2, 0, 1]
     found = _opened(batch, _parcel(batch, _values_of_tokens(batch), order), CPU)
     assert found.contexts == [CONTEXTS[i] for i in order]
-    assert (found.solutions, found.accepted) == ([SOLUTIONS[i] for i in order], [False, True, True])
+    assert found.solutions == [SOLUTIONS[i] for i in order]
     assert (found.metrics, found.share) == (batch.metrics, batch.share)
     tokens = torch.tensor([3, 4, 0, 1, 2])
     assert found.sampler_log_probs.equal(LOG_PROBS[tokens])
@@ -80,7 +78,6 @@ def test_chosen_contexts_are_those_of_a_parcel():
     batch = batch_of(terms())
     found = chosen(batch, [2, 0], CPU)
     assert found.contexts == [CONTEXTS[2], CONTEXTS[0]] and found.solutions == [SOLUTIONS[2], SOLUTIONS[0]]
-    assert found.accepted == [False, True]
     assert found.sampler_log_probs.equal(LOG_PROBS[[3, 4, 0, 1, 2]])
 
 
@@ -93,7 +90,7 @@ def test_a_batch_without_log_probs_and_coefficients_has_none_in_its_parcel():
 def test_a_replica_may_have_no_contexts():
     batch = batch_of(terms())
     empty = _opened(batch, _parcel(batch, _values_of_tokens(batch), []), CPU)
-    assert (empty.contexts, empty.solutions, empty.accepted) == ([], [], [])
+    assert (empty.contexts, empty.solutions) == ([], [])
     assert empty.sampler_log_probs.shape == (0,) and empty.token_coefficients.correction.owners.num_responses == 0
 
 

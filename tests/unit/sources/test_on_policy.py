@@ -17,9 +17,9 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources import on_policy
-from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.source import SourceState
@@ -47,19 +47,14 @@ class Sampler:
         ]
 
 
-def source_on(
-    dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[str] = (), overrides: Sequence[str] = ()
-) -> OnPolicy:
+def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str] = ()) -> OnPolicy:
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": dp_rank, "dp_size": 2}))
     judge = Judge(exact_match, Characters(), grid)
     monkeypatch.setattr(Judge, "right", lambda self, rollouts: [i % 2 == 0 for i in range(len(rollouts))])
     monkeypatch.setattr(Judge, "rewards", lambda self, rollouts: [(i + 1) % 2 for i in range(len(rollouts))])
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name in guided)
-    monkeypatch.setattr(Guidance, "record", lambda self, rollouts, guided: self)
     method = made(overrides, given_with(Characters(), max_length=40), problems=PROBLEMS, grid=grid, judge=judge)
     problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
-    state = SourceState(problem_sampler, method, Guidance(judge, SAMPLES, SuccessRates(0.5)))
     options = OnPolicyOptions(
         sampler=Sampler(),
         phases=Phases(),
@@ -73,7 +68,7 @@ def source_on(
         record=None,
         max_staleness=0,
     )
-    return OnPolicy(state, options)
+    return OnPolicy(SourceState(problem_sampler, method), options)
 
 
 def text(ids: Sequence[int] | None) -> str | None:
@@ -82,7 +77,7 @@ def text(ids: Sequence[int] | None) -> str | None:
 
 @pytest.mark.parametrize("dp_rank", [0, 1])
 def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp_rank, monkeypatch):
-    source = source_on(dp_rank, monkeypatch, guided=["a", "b"])
+    source = source_on(dp_rank, monkeypatch)
     batch = source.next_step(STEP, SamplingParams(8))
     version, requests = source._options.sampler.calls
     assert version == STEP, "the weights of this moment sample"
@@ -91,22 +86,11 @@ def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp
     asked = [(problem.id, i) for problem in share for i in range(SAMPLES)]
     for request, (name, i) in zip(requests, asked, strict=True):
         assert request.seed == sample_seed(SEED, STEP, name, i)
-        student, teacher = text(request.prompt), text(request.teacher_prompt)
-        assert student is not None and name in student and "hint" not in student
-        assert (teacher is not None) == (name in ("a", "b"))
-        assert teacher is None or f"{name}|hint {name}" in teacher
+        student = text(request.prompt)
+        assert student is not None and name in student and "hint" not in student and request.teacher_prompt is None
     for context, response in zip(batch.contexts, batch.responses, strict=True):
         assert context.response == response.token_ids
         assert "hint" not in str(text(context.student_prompt)) and "hint" in str(text(context.teacher_prompt))
-
-
-def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guidance(monkeypatch):
-    source = source_on(0, monkeypatch)
-    monkeypatch.setattr(SuccessRates, "is_guided", lambda self, name: name in ("a", "b"))
-    batches = [source.next_step(STEP, SamplingParams(8)), source_on(1, monkeypatch).next_step(STEP, SamplingParams(8))]
-    assert all(request.teacher_prompt is None for request in source._options.sampler.calls[1])
-    guided = {context.problem_id: context.guided for batch in batches for context in batch.contexts}
-    assert guided == {"a": True, "b": True, "c": False, "d": False}
 
 
 def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):

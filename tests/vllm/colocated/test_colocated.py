@@ -19,7 +19,8 @@ from colocated import DRAWN, GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, samp
 from responses import own, tokens
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.sampling import sample_seed
 
 
 def joined(per_rank: list[tuple[int, int, Any]], count: int) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 from characters import Characters
 from made_methods import given_with, made, named
 
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.rollout.base import Response

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.guidance import guided_tokens
+from megatron_selfdistill.guidance.guided_tokens import (
+    MixedTokens,
+    select_mixed_tokens,
+)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
-from megatron_selfdistill.rollout import guided_tokens
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
-from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.sampling import select_tokens
 
 TARGETS = {
     "entropy matched": Target(anchor="student"),
@@ -63,44 +65,6 @@ def test_a_token_is_drawn_where_the_targets_cdf_passes_the_uniform(name: str, dt
     ):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, expected.gather(1, drawn.token_ids[:, None])[:, 0], rtol=0, atol=2e-5)
-
-
-# Two contexts that disagree: w = 0.70 instead of 0.75 moves 0.5 to 2 % of each probability.
-STUDENT = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.3, 1.2, -2.0])
-TEACHER = torch.tensor([-1.0, 0.5, 2.5, -0.5, 1.5, 2.0, -1.5, 0.0, -2.0, 1.0])
-NUM_DRAWS = 20_000
-
-
-def frequencies(target: Target) -> Tensor:
-    """Return the share of each token among draws by uniforms of equal distances: its probability, up to one draw."""
-    uniforms = (torch.arange(NUM_DRAWS, dtype=torch.float64) + 0.5) / NUM_DRAWS
-    student, teacher = (logits.expand(NUM_DRAWS, -1) for logits in (STUDENT, TEACHER))
-    tokens = select_mixed_tokens(student, teacher, uniforms, target, greedy=False).token_ids
-    return torch.bincount(tokens, minlength=len(STUDENT)).double() / NUM_DRAWS
-
-
-def distance(found: Tensor, target: Target) -> float:
-    """Return the largest difference of a share from the target's probability."""
-    expected = mixed_target(STUDENT.double(), TEACHER.double(), target).log_q.exp()
-    return (found - expected).abs().max().item()
-
-
-@pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])
-def test_draws_tell_the_weight_of_the_teacher_from_one_that_is_a_twentieth_less(rule: str) -> None:
-    target = Target(rule=rule, anchor="student")
-    found = frequencies(target)
-    assert distance(found, target) < 1.5 / NUM_DRAWS
-    if rule == "entropy_matched":
-        assert distance(found, dataclasses.replace(target, teacher_weight=0.70)) > 15 / NUM_DRAWS
-        # What a solver that stops at its first guess would draw from.
-        assert distance(found, Target(rule="fixed", anchor="student")) > 15 / NUM_DRAWS
-    assert distance(found, Target(rule="fixed", teacher_weight=0.70, anchor="student")) > 15 / NUM_DRAWS
-
-
-def test_draws_at_a_smaller_weight_are_not_taken_for_the_right_one() -> None:
-    assert (
-        distance(frequencies(Target(teacher_weight=0.70, anchor="student")), Target(anchor="student")) > 15 / NUM_DRAWS
-    )
 
 
 def test_equal_logits_behind_both_prompts_draw_what_plain_sampling_draws() -> None:
@@ -191,42 +155,3 @@ def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> No
     mix = (weight_t * teacher.double() + weight_s * student.double())[:, :61]
     normaliser = (solution.beta[:, None] * mix).logsumexp(-1)
     torch.testing.assert_close(solution.log_normaliser, normaliser, rtol=0, atol=1e-5)
-
-
-def solve_in_shards(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    group = torch.distributed.group.WORLD
-    vocab = VocabShard.from_group(64, 61, group)
-    part = slice(vocab.start, vocab.start + vocab.size)
-    solution = solve_target(student[:, part], teacher[:, part], Target(anchor="student"), vocab)
-    return solution.beta, solution.log_normaliser
-
-
-def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
-    student, teacher, _ = random_logits(50, 64)
-    whole = solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 64, 61))
-    # An entropy of at most ln 61 keeps 4 * 2^-24, and beta moves by several times as much; the normaliser moves by the
-    # mean of the mixed logits, at most 10, times beta.
-    for beta, log_normaliser in ranks.run(solve_in_shards, student, teacher, world_size=2):
-        torch.testing.assert_close(beta, whole.beta, rtol=0, atol=4e-6)
-        torch.testing.assert_close(log_normaliser, whole.log_normaliser, rtol=0, atol=4e-5)
-
-
-def test_what_does_not_fit_is_refused_with_a_message() -> None:
-    student, teacher, uniforms = random_logits(4, 8)
-    with pytest.raises(ValueError, match=r"one shape; got student \(4, 8\) and teacher \(4, 7\)"):
-        select_mixed_tokens(student, teacher[:, :7], uniforms, Target(anchor="student"), greedy=False)
-    with pytest.raises(ValueError, match=r"one number per row, \(4,\); got \(3,\)"):
-        select_mixed_tokens(student, teacher, uniforms[:3], Target(anchor="student"), greedy=False)
-    with pytest.raises(ValueError, match="solve_target: student_logits must be"):
-        solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 9, 9))
-    for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
-        with pytest.raises(ValueError, match=r"temperature 1 \(or 0, greedy\), top_k 0 and top_p 1"):
-            refuse_unguidable(SamplingParams(8, **changes))
-    for temperature in (0.0, 1.0):
-        refuse_unguidable(SamplingParams(8, temperature=temperature))
-
-
-@pytest.mark.full
-def test_drawing_guided_tokens_imports_no_megatron() -> None:
-    code = "import sys, megatron_selfdistill.rollout.base; sys.exit('megatron' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

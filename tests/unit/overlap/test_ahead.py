@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.overlap.ahead import AheadOnPolicy, synced_sampler
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.source import SourceState
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), "hint", name, f"file:{name}") for name in "ab"]
 STORED = {key: Response([7, 9], [-1.0, -2.0], [-1.0, -2.0], "stop", weight_version=3) for key in ("one", "two")}
@@ -51,8 +56,8 @@ def source(monkeypatch) -> AheadOnPolicy:
     """Return the source of a run that asks for nothing by itself."""
     monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
     state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
-    engines = Engines()
-    return AheadOnPolicy(state, cast(Any, SimpleNamespace(sampler=engines)), engines, ahead=1, num_steps=6)
+    sampler = SyncedSampler(cast(Any, Engines), Phases(torch.device("cpu")))
+    return AheadOnPolicy(state, cast(Any, SimpleNamespace(sampler=sampler)), ahead=1, num_steps=6)
 
 
 def stored(source: AheadOnPolicy) -> dict[str, Any]:
@@ -72,3 +77,12 @@ def test_a_stop_before_the_first_step_after_a_resume_stores_the_responses_of_the
 def test_a_stop_after_a_resumed_step_has_begun_stores_the_known_and_the_new_responses(source):
     resumed(source)._ticket(4, SamplingParams(8))
     assert stored(source) == {key: asdict(response) for key, response in {**STORED, **NEW}.items()}
+
+
+def test_new_weights_wait_for_the_responses_under_way_where_they_are_to_keep_the_old_ones():
+    inner, phases = Mock(), Phases(torch.device("cpu"))
+    sampler = synced_sampler(RolloutConfig(at_update="wait"))(lambda: inner, phases)
+    for version in (3, 3, 4):
+        sampler.update_weights(version)
+    assert [name for name, *_ in inner.method_calls] == ["settle", "update_weights"] * 2
+    assert {"seconds/rollout", "seconds/sync"} <= phases.metrics().keys(), "waiting for responses is no sync"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,10 +11,15 @@ from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 from sums import written
 
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
-from megatron_selfdistill.sources.guidance import PROBE_EVERY, WINDOW, Guidance, SuccessRates
+from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedState
+from megatron_selfdistill.guidance.success_rates import PROBE_EVERY, WINDOW, Guidance, SuccessRates
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.judge import Judge
+from megatron_selfdistill.sources.on_policy import OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
@@ -42,10 +48,6 @@ class Visited:
         guided = self.rates.guides("a")
         self.rates = self.rates.recorded([("a", guided, 1.0 if guided else share_alone)])
         return guided
-
-
-def test_a_problem_is_first_written_alone():
-    assert not SuccessRates(1.0).guides("never seen")
 
 
 def test_a_problem_that_is_never_solved_is_guided_but_for_every_fourth_visit():
@@ -82,11 +84,6 @@ def test_the_rate_is_the_mean_of_the_last_visits_alone():
     assert not rates.guides("a"), "rates are a value: a record is another one"
 
 
-def test_problems_do_not_share_their_rates():
-    rates = SuccessRates(0.5).recorded([("a", False, 0.0), ("b", False, 1.0)])
-    assert rates.guides("a") and not rates.guides("b")
-
-
 def test_a_restored_table_decides_alike():
     problem = Visited(SuccessRates(0.5))
     for share in (0.0, 0.25, 0.0):
@@ -106,10 +103,39 @@ def test_success_rates_of_a_step_are_in_a_new_guidance_and_decide_the_next_step(
     before = Guidance(JUDGE, 2, SuccessRates(0.5))
     visits = [(PROBLEM, "8$"), (PROBLEM, "8"), (OTHER, "1$"), (OTHER, "2$")]  # the second one has no end: it is wrong
     rollouts = [Rollout(problem, METHOD.prompts(problem), written(text)) for problem, text in visits]
-    after = before.record(rollouts, guided=set())
+    after = before.record(rollouts)
     assert not before.guides(OTHER, METHOD) and before.state_dict() == {}
     assert after.guides(OTHER, METHOD), "nothing is right"
     assert not after.guides(PROBLEM, METHOD), "half is right"
     restored = before.restored(after.state_dict())
     assert restored.guides(OTHER, METHOD) and restored.state_dict() == after.state_dict()
     assert Guidance(JUDGE, 2).state_dict() is None
+
+
+class Asked:
+    """A sampler that keeps the requests, and answers each with an end."""
+
+    def update_weights(self, version: int) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        self.requests = list(requests)
+        return [Response([ord("$")], [-1.0], [-1.0], "stop") for _ in requests]
+
+
+def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guidance(monkeypatch):
+    monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name == "p")
+    monkeypatch.setattr(SuccessRates, "is_guided", lambda self, name: name in ("p", "q"))
+    monkeypatch.setattr(Guidance, "record", lambda self, rollouts: replace(self, num_samples=7))
+    problems = [replace(PROBLEM, id=name) for name in "pqr"]
+    sampler, method = Asked(), made([], given_with(Characters()), problems=problems)
+    problem_sampler = ProblemSampler(ProblemSet(problems), batch_size=3, seed=1)
+    options = OnPolicyOptions(sampler, Phases(), ONE_RANK, 1, 1, False, 2.0, False, None, None, 0)
+    source = GuidedOnPolicy(GuidedState(problem_sampler, method, Guidance(JUDGE, 1, SuccessRates(0.5))), options)
+    batch = source.next_step(0, SamplingParams(8))
+    guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}
+    assert [name for name, prompt in guided.items() if prompt is not None] == ["p"]
+    assert {context.problem_id: context.guided for context in batch.contexts} == {"p": True, "q": True, "r": False}
+    assert [it.teacher_prompt for it in batch.contexts if it.problem_id == "p"] == [guided["p"]]
+    source.commit(batch)
+    assert source.state.guidance.num_samples == 7, "what the responses show decides about the next step"

@@ -6,7 +6,7 @@ Under ``rollout.guide_below`` guidance goes to the problems that the student alo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,16 +106,16 @@ class Guidance:
     def _may_guide(self, problem: Problem, method: Method) -> bool:
         return method.has_solution(problem) and problem.teacher == self.guide and not problem.shares
 
-    def record(self, rollouts: Sequence[Rollout], guided: Collection[str]) -> Guidance:
+    def record(self, rollouts: Sequence[Rollout]) -> Guidance:
         """Return the guidance with the success rates after this step.
 
-        The ``rollouts`` of one visit follow each other; ``guided``: the ids of the problems with guided responses.
+        The ``rollouts`` of one visit follow each other.
         Collectives: `Judge.right` and one all_gather_object over the data-parallel ranks; none where all problems are
         guided.
         """
         if self.success is None:
             return self
-        right = self.judge.right(rollouts)
+        right, guided = self.judge.right(rollouts), {one.problem.id for one in rollouts if one.response.guided}
         n = self.num_samples
         mine = [
             (rollouts[i].problem.id, rollouts[i].problem.id in guided, sum(right[i : i + n]) / n)

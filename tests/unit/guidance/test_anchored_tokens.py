@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from responses import chi_square_p_value
 from torch import Tensor
 
+from megatron_selfdistill.guidance.guided_tokens import (
+    select_mixed_tokens,
+)
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
-from megatron_selfdistill.rollout.guided_tokens import MixedTokens, refuse_unguidable, select_mixed_tokens
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.sampling import select_tokens
 
 TARGETS = {
     "reference's entropy": Target(anchor="reference"),
@@ -80,27 +80,6 @@ def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> No
     torch.testing.assert_close(solution.log_normaliser, normaliser, rtol=0, atol=2e-5)
 
 
-NUM_SAMPLES = 20_000
-
-
-def test_samples_tell_the_reference_from_the_student_and_both_entropies_apart() -> None:
-    student, teacher, reference, _ = (values[300] for values in rows(500, 10))
-    generator = torch.Generator().manual_seed(1)
-    uniforms = torch.rand(NUM_SAMPLES, generator=generator, dtype=torch.float64)
-    many = [logits.expand(NUM_SAMPLES, -1) for logits in (student, teacher, reference)]
-    target = Target(anchor="reference")
-    tokens = select_mixed_tokens(*many[:2], uniforms, target, greedy=False, reference_logits=many[2]).token_ids
-
-    def p_value(other: Target, anchor: Tensor | None) -> float:
-        probs = mixed_target(student.double(), teacher.double(), other, anchor).log_q.exp()
-        return chi_square_p_value(tokens, probs)
-
-    assert p_value(target, reference.double()) > 1e-3
-    assert p_value(Target(anchor="student"), None) < 1e-6
-    assert p_value(dataclasses.replace(target, match="student"), reference.double()) < 1e-6
-    assert p_value(dataclasses.replace(target, teacher_weight=0.6), reference.double()) < 1e-6
-
-
 def test_equal_logits_of_all_three_sample_what_the_student_samples() -> None:
     student, _, _, uniforms = rows(500)
     plain = select_tokens(student, uniforms, SamplingParams(1))
@@ -120,37 +99,3 @@ def test_greedy_is_the_argmax_of_teacher_and_reference_whatever_the_student_says
     assert torch.equal(sampled.token_ids, (0.75 * teacher.double() + reference.double()).argmax(-1))
     assert not torch.equal(sampled.token_ids, (0.75 * teacher.double() + student.double()).argmax(-1))
     assert not sampled.mixed_log_probs.any()
-
-
-def test_a_row_with_nan_corrupts_itself_only_and_a_missing_column_is_never_sampled() -> None:
-    target = TARGETS["reference's entropy"]
-    student, teacher, reference, uniforms = rows(8)
-    for logits in (student, teacher, reference):
-        logits[:, [0, 40]] = -torch.inf
-    whole = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, reference_logits=reference)
-    assert torch.isfinite(whole.mixed_log_probs).all()
-    assert not torch.isin(whole.token_ids, torch.tensor([0, 40])).any()
-    teacher[3, 4], reference[5, 1] = torch.nan, torch.nan
-    broken = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, reference_logits=reference)
-    others = torch.tensor([0, 1, 2, 4, 6, 7])
-    for field in dataclasses.fields(MixedTokens):
-        assert torch.equal(getattr(broken, field.name)[others], getattr(whole, field.name)[others])
-    assert broken.mixed_log_probs[[3, 5]].isnan().all() and (broken.token_ids < 41).all()
-
-
-def test_logits_that_do_not_fit_the_target_are_refused_with_a_message() -> None:
-    student, teacher, reference, uniforms = (values[:4] for values in rows(5, 8))
-    anchored = TARGETS["reference's entropy"]
-    with pytest.raises(ValueError, match="got anchor=reference and no reference_logits"):
-        select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False)
-    with pytest.raises(ValueError, match="got anchor=student and reference_logits"):
-        select_mixed_tokens(
-            student, teacher, uniforms, Target(anchor="student"), greedy=False, reference_logits=reference
-        )
-    with pytest.raises(ValueError, match=r"teacher \(4, 8\) and reference \(4, 7\)"):
-        select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False, reference_logits=reference[:, :7])
-    with pytest.raises(ValueError, match=r"solve_target: reference_entropy must be \[T\]"):
-        solve_target(student, teacher, anchored, VocabShard(0, 8, 8))
-    with pytest.raises(ValueError, match="which this sampler does not hold"):
-        refuse_unguidable(SamplingParams(8, target=anchored))
-    refuse_unguidable(SamplingParams(8, target=anchored), has_reference=True)

@@ -5,15 +5,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.rollout.background import NO_RESPONSES, BackgroundSampler
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.rollouts import SampleKey
 from megatron_selfdistill.sources.source import SourceState, StepBatch
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import RolloutConfig
+    from megatron_selfdistill.engines.vllm.background import BackgroundSampler
+
+
+def synced_sampler(rollout: RolloutConfig) -> type[SyncedSampler]:
+    """Return the class of the sampler of a run: under rollout.at_update=wait a `SettledSampler`."""
+    return SettledSampler if rollout.at_update == "wait" else SyncedSampler
+
+
+class SettledSampler(SyncedSampler):
+    """A `SyncedSampler` in which new weights wait for the responses under way; the time counts as phase "rollout"."""
+
+    def update_weights(self, version: int) -> None:
+        """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
+        if self.version != version:
+            with self._phases("rollout"):
+                cast("BackgroundSampler[Any]", self.inner).settle()
+        super().update_weights(version)
 
 
 class AheadOnPolicy(OnPolicy):
@@ -25,15 +45,14 @@ class AheadOnPolicy(OnPolicy):
     prompts that do.
     """
 
-    def __init__(
-        self, state: SourceState, options: OnPolicyOptions, engines: BackgroundSampler[Any], ahead: int, num_steps: int
-    ) -> None:
-        """``engines``: the sampler within that of ``options``; ``num_steps``: the steps of the run, which ends then."""
+    def __init__(self, state: SourceState, options: OnPolicyOptions, ahead: int, num_steps: int) -> None:
+        """``options``: their sampler is a `SyncedSampler`.  ``num_steps``: the steps of the run."""
         super().__init__(state, options)
-        self._engines, self._ahead, self._num_steps = engines, ahead, num_steps
+        self._engines = cast("BackgroundSampler[Any]", cast(SyncedSampler, options.sampler).inner)
+        self._ahead, self._num_steps = ahead, num_steps
         self._tickets: dict[int, Any] = {}  # of the present step and the steps ahead, by step
         self._asked_of: dict[int, AskedProblems] = {}  # their problems, whose prompts are built once
-        self._known: Mapping[str, Response] = NO_RESPONSES  # of a checkpoint, until they have tickets
+        self._known: Mapping[str, Response] = {}  # of a checkpoint, until they have tickets
 
     def _ticket(self, step: int, sampling: SamplingParams) -> Any:
         """Return the ticket of the step's responses; from now on the servers also work on the steps ahead of it.
@@ -46,9 +65,9 @@ class AheadOnPolicy(OnPolicy):
             problems = problem_sampler.next_batch()
             if later not in self._tickets:
                 asked = self._asked(later, problems, self.state.method)
-                requests = [self._request(key, pair, is_guided=False) for key, _, pair in asked.samples]
+                requests = self._first_requests(asked.samples, self.state.method)
                 self._tickets[later] = self._engines.start(requests, sampling, later, self._known)
-        self._known = NO_RESPONSES
+        self._known = {}
         return self._tickets[step]
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
-from megatron_selfdistill.data.contexts import PromptPair, shortened_to_fit
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
+from megatron_selfdistill.data.fitted_prompts import shortened_to_fit
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import num_thoughts, parts
 from megatron_selfdistill.errors import MissingChatTemplateError
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ class TurnReader:
         if decode([token for token in reply[stops[0] + 1 :] if token not in self.ends.ids]).strip():
             raise ValueError(f"{where}: expected a reply with a stop token at its end only, got one within its text")
         return reply[: stops[0] + 1]
+
+
+def turn_reader(data: DataConfig, builder: PromptBuilder, ends: EndTokens, max_length: int) -> TurnReader:
+    """Return the reader of logged turns of a run; the arguments: as the fields of `TurnReader`."""
+    return TurnReader(builder, ends, max_length, data.on_long_context, data.on_bad_record)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from chat_templates import ADDING, CHATML, FORGETFUL, OPENING, STRIPPING
 
-from megatron_selfdistill.data.conversations import Conversation, conversation_turns
+from megatron_selfdistill.chat_logs.conversations import Conversation, conversation_turns
+from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
-from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
 SUM = {"function": {"name": "add", "arguments": {"a": 3}}}

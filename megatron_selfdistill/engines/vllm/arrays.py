@@ -1,20 +1,21 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Requests and responses as arrays of numbers, as they travel between ranks (`distributed.collectives`).
 
-They are plain: guided rollouts are sampled in process.  Tokens travel as int32, log-probs as float32, which is what an
+Tokens travel as int32, log-probs as float32, which is what an
 engine computes, and counts as small integers.  A response takes 8 bytes per token.  A prompt travels once, however many
 requests have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_selfdistill.distributed.parcels import cut
 from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response
 
 NUM_RESPONSE_ARRAYS = 8
@@ -121,14 +122,6 @@ def _kind(sampled: _Array, log_probs: _Array) -> int:
     if not np.isnan(sampled).all():
         raise ValueError("expected the log-probs of a plain response, 0 or NaN for those that it was sampled with")
     return _UNKNOWN
-
-
-def cut(values: _Array, lengths: _Array) -> Iterator[list[Any]]:
-    """Yield the numbers of ``values`` in lists of these ``lengths``, one behind the other."""
-    first = 0
-    for length in lengths.tolist():
-        yield values[first : first + length].tolist()
-        first += length
 
 
 def _int32(values: Iterable[int]) -> _Array:

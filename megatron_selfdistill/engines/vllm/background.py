@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -140,3 +141,20 @@ class Arrivals:
         with self._changed:
             self._responses.update(responses)
             self._changed.notify_all()
+
+
+def request_key(request: Request, params: SamplingParams) -> str:
+    """Return a name of ``request`` that another process also gives it: equal names have equal responses' distributions.
+
+    The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
+    """
+    drawn: list[object] = [
+        params.max_new_tokens,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        *params.stop_token_ids,
+    ]
+    drawn += [] if params.num_ids is None else [f"ids {params.num_ids}"]
+    name = repr((request.seed, request.prompt, request.teacher_prompt, 0, drawn))  # 0: as in checkpoints of before
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()

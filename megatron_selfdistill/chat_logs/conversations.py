@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from megatron_selfdistill.chat_logs.acceptance import Rule, answer_text
 from megatron_selfdistill.config.functions import own_lines
-from megatron_selfdistill.data.acceptance import Rule, answer_text
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, read_records, whole_number

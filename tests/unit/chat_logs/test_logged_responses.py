@@ -11,12 +11,12 @@ from typing import Any
 import models
 import pytest
 
+from megatron_selfdistill.chat_logs import logged_responses
+from megatron_selfdistill.chat_logs.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.data.replies import Turn, Unusable
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.sources import given_responses
 
 NUM_TURNS, BATCH_SIZE, STEPS = 20, 6, 5
 LONG, BAD = {"3", "8", "11"}, {"5", "14"}
@@ -43,11 +43,11 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
     """Return the ids, the replies and the counts of each step on this replica."""
     grid = initialize(models.parallel(), seed=1)
     problems = [Problem(str(i), ({"role": "user", "content": str(i)},), "", None, f"log:{i}") for i in range(NUM_TURNS)]
-    run_data = SimpleNamespace(problems=ProblemSet(problems))
+    run_data = SimpleNamespace(problems=ProblemSet(problems), builder=None, ends=None, max_length=None)
     sampler = ProblemSampler(run_data.problems, batch_size=BATCH_SIZE, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(given_responses, "turn_reader", lambda config, run_data: Reader())
-        turns = given_responses.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
+        patch.setattr(logged_responses, "turn_reader", lambda *fields: Reader())
+        turns = logged_responses.LoggedTurns(SimpleNamespace(run_dir=run_dir, data=None), run_data, grid)
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [
         {
@@ -73,12 +73,12 @@ def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
     skipped = [sum(step["counts"][f"turns/skipped_{kind}"] for step in whole) for kind in ("long", "bad")]
     assert skipped[0] >= len(LONG) and skipped[1] >= len(BAD)
     for name in ("one", "two"):
-        lines = (tmp_path / name / given_responses.SKIPPED_FILE).read_text().splitlines()
+        lines = (tmp_path / name / logged_responses.SKIPPED_FILE).read_text().splitlines()
         assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"
 
 
 def test_a_byte_that_is_no_text_in_the_list_of_skipped_turns_stops_nothing(tmp_path):
     path = tmp_path / "skipped.txt"
     path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
-    given_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
+    logged_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
     assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\nlog.jsonl:4: too long\n"

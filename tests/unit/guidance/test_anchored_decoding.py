@@ -28,12 +28,12 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
 from megatron_selfdistill.rollout.megatron import decoding
 from megatron_selfdistill.rollout.megatron.decodable_models import cache_bytes_per_token
-from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 ANCHORED, MATCHES_STUDENT = Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)
 GREEDY, SAMPLED = (dataclasses.replace(params, target=ANCHORED) for params in (GREEDY_PAIRS, SAMPLED_PAIRS))
@@ -48,7 +48,7 @@ TEACHERS: dict[str, Roles] = {
 
 def samplers_of(
     kind: str, config: ParallelConfig, roles: Roles, *rooms: int | None
-) -> tuple[list[MegatronSampler], RankGrid]:
+) -> tuple[list[GuidedSampler], RankGrid]:
     """Return a sampler for each room in the KV cache, in tokens; None is any number.
 
     The student has the seed 0, and the other weights have the seeds of ``roles``.
@@ -60,7 +60,7 @@ def samplers_of(
     ]
     per_token = cache_bytes_per_token([unwrapped(chunk) for chunk in chunks], torch.float32)
     sizes = [None if room is None else room * per_token / 2**30 for room in rooms]
-    return [MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, gib, others) for gib in sizes], grid
+    return [GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, gib, role_weights=others) for gib in sizes], grid
 
 
 def check_response(models: dict[str, Any], request: Request, response: Response, params: SamplingParams) -> None:
@@ -192,23 +192,6 @@ def test_batches_fit_into_the_cache_with_three_sequences_per_request(ranks):
     assert 2 <= len(held) < 7 and max(held) <= 156
 
 
-def guide_with_equal_weights() -> tuple[list[Response], list[Response]]:
-    """Return guided responses where student, teacher and reference agree, and plain responses of the same seeds."""
-    [sampler], _ = samplers_of("shallow", parallel(), {("teacher", "reference"): 0}, None)
-    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs(20)]
-    guided = [dataclasses.replace(request, teacher_prompt=list(request.prompt)) for request in plain]
-    return sampler.generate(guided, SAMPLED), sampler.generate(plain, SAMPLED)
-
-
-def test_equal_weights_and_prompts_sample_what_the_student_samples(ranks):
-    [(guided, plain)] = ranks.run(guide_with_equal_weights, world_size=1)
-    for mine, expected in zip(guided, plain, strict=True):
-        assert mine.token_ids == expected.token_ids
-        assert mine.log_probs == pytest.approx(expected.log_probs, abs=5e-5)
-        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=5e-5)
-        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=5e-5)
-
-
 def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list[int]]]:
     """Return how often the weights came to the device, and guided texts with weights that rest and that do not."""
     [always], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], None)
@@ -229,7 +212,7 @@ def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list
     for param in params:
         param.data.fill_(torch.nan)
     role_weights = [RoleWeights(("teacher", "reference"), frozen, on_device)]
-    resting = MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, None, role_weights)
+    resting = GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, role_weights=role_weights)
     counts = []
     plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs()]
     for requests, params_ in ((plain, SAMPLED), (make_pairs(), SAMPLED_PAIRS), ([], SAMPLED), (make_pairs(), SAMPLED)):
@@ -242,22 +225,3 @@ def test_weights_that_rest_in_host_memory_come_to_the_device_for_the_responses_t
     [(counts, rested, expected)] = ranks.run(sample_with_resting_weights, world_size=1)
     assert counts == [0, 1, 1, 2], "plain responses do not need the weights, but any teacher does"
     assert rested == expected
-
-
-def refuse() -> list[str]:
-    [pair, *_] = make_pairs()
-    [small], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], 2 * (31 + PAIR_TOKENS))
-    [without], _ = samplers_of("shallow", parallel(), {}, None)
-    small.generate([pair], SAMPLED_PAIRS)  # without a reference the same request has two sequences
-    messages = []
-    for refused in (without, small):
-        with pytest.raises(ValueError) as caught:
-            refused.generate([pair], SAMPLED)
-        messages.append(str(caught.value))
-    return messages
-
-
-def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks):
-    [(without, small)] = ranks.run(refuse, world_size=1)
-    assert "weights of a reference, which this sampler does not hold" in without
-    assert "117 tokens (a guided request in three sequences)" in small

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
-
-if TYPE_CHECKING:
-    pass
-from megatron_selfdistill.rollout.base import Request, SamplingParams, invert_cdf, token_log_probs
+from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.sampling import invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
 _MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}
@@ -25,6 +22,16 @@ _MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}
 ROLES = ("student", "teacher", "reference")
 """The roles of a guided request's contexts.  The teacher's context has a prompt of its own; the reference reads the
 student's prompt with other weights."""
+
+
+@dataclass(frozen=True)
+class GuidedParams(SamplingParams):
+    """The distribution of a token, also of guided responses."""
+
+    target: Target = field(default_factory=lambda: Target(anchor="student"))
+    """Target from which guided responses are sampled: a mix of the logits under several contexts."""
+    loss_backend: str | None = None
+    """Implementation that solves for the target of guided responses (``loss.backend``)."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +70,8 @@ def select_mixed_tokens(
     when greedy.  ``reference_logits``: given if and only if the target is anchored to a reference.  A row with NaN
     gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.  ``num_ids``: as in
     `SamplingParams`; other ids have q = 0, and the rest of q is renormalised.
-
-    Raises: ValueError if shapes do not fit, or if the reference's logits are missing or not asked for.
     """
-    if target.is_anchored != (reference_logits is not None):
-        raise ValueError(
-            "select_mixed_tokens: reference_logits must be given if and only if the target is anchored to a reference; "
-            f"got anchor={target.anchor} and {'no ' if reference_logits is None else ''}reference_logits."
-        )
     anchor_logits = student_logits if reference_logits is None else reference_logits
-    if student_logits.dim() != 2 or not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
-        shapes = {"student": student_logits, "teacher": teacher_logits} | (
-            {} if reference_logits is None else {"reference": reference_logits}
-        )
-        raise ValueError(
-            "select_mixed_tokens: all logits must be [b, V] of one shape; got "
-            f"{' and '.join(f'{name} {tuple(logits.shape)}' for name, logits in shapes.items())}."
-        )
-    if uniforms.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"select_mixed_tokens: uniforms must hold one number per row, ({student_logits.size(0)},); "
-            f"got {tuple(uniforms.shape)}."
-        )
     limit = _MAX_MIXED_LOGITS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
@@ -106,7 +93,7 @@ def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) ->
             "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
             f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
         )
-    if params.target.is_anchored and not has_reference:
+    if cast(GuidedParams, params).target.is_anchored and not has_reference:
         raise ValueError(
             "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
             "sampler does not hold: set target.anchor=student"

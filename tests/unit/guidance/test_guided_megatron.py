@@ -18,27 +18,28 @@ from decoding import (
     check_greedy_pair,
     check_inversion,
     check_pair_log_probs,
+    guided_sampler_of,
     logits_of,
     make_pairs,
-    sampler_of,
 )
 from models import build, model_config, parallel
 from responses import cut_at, own, stops_of, tokens
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.loss import Target, mixed_target
-from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.base import Request
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
-from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 
 def write_hf(directory: Path, config: ParallelConfig, requests: list[Request], new_tokens: int, longest: int):
     _, model, rules, tensors = hf_models.read(directory)
     chunks, grid = build(model, config)
     hf_models.fill(chunks, rules, tensors)
-    sampler = MegatronSampler(chunks, grid, hf_models.VOCAB_SIZE, longest)
-    return sampler.generate(requests, SamplingParams(new_tokens, temperature=0))
+    sampler = GuidedSampler(chunks, grid, hf_models.VOCAB_SIZE, longest)
+    return sampler.generate(requests, GuidedParams(new_tokens, temperature=0))
 
 
 HF_CASES = {kind: (kind, parallel(), 1) for kind in hf_models.CONFIGS} | {
@@ -71,7 +72,7 @@ def test_hundreds_of_greedy_tokens_are_the_argmax_of_transformers_mixed_logits(r
 def write_on_one_rank(kind: str) -> tuple[list[list[int]], list[list[int]]]:
     """Return the greedy and the sampled text of each pair, after two whole passes have confirmed each token."""
     [model], grid = build(model_config(kind), parallel())
-    sampler = sampler_of([model], grid)
+    sampler = guided_sampler_of([model], grid)
     greedy, sampled = (sampler.generate(make_pairs(), params) for params in (GREEDY_PAIRS, SAMPLED_PAIRS))
     model.eval()
     for request, whole, drawn in zip(make_pairs(), greedy, sampled, strict=True):
@@ -101,7 +102,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     # Plain requests of the same streams among them: each kind is written as if it were alone.
     plain = [dataclasses.replace(request, teacher_prompt=None) for request in pairs]
     mingled = [request for both in zip(pairs, plain, strict=True) for request in both]
-    sampler = sampler_of(chunks, grid)
+    sampler = guided_sampler_of(chunks, grid)
     sampler.update_weights(5)
     stopping = dataclasses.replace(GREEDY_PAIRS, stop_token_ids=stops)
     both = sampler.generate(mingled, GREEDY_PAIRS)
@@ -110,7 +111,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
         patch.setattr(decoding, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
         early = sampler.generate(pairs, stopping)
     room = 2 * (40 + PAIR_TOKENS) + 12  # tokens: the longest pair, or two short ones
-    small = sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
+    small = guided_sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
     batches: list[list[Request]] = []
     sample_guided = small._sample_guided
     small._sample_guided = lambda some, *rest: batches.append(some) or sample_guided(some, *rest)

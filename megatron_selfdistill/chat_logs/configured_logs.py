@@ -1,0 +1,78 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The log of conversations that a configuration names, as the data of a run and as the source of its responses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.chat_logs.acceptance import load_rule
+from megatron_selfdistill.chat_logs.conversations import load_conversations
+from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.end_tokens import EndTokens
+from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.data.prompt_checks import LOOKED_AT
+from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.records import RecordSource
+from megatron_selfdistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class ReadLog:
+    """The turns of a log as problems, and what a run says about them."""
+
+    problems: ProblemSet
+    looked_at: Sequence[tuple[Problem, PromptPair]] | None
+    """Some turns with their prompts, as the steps will read them; None if the responses to the turns are sampled."""
+    about: tuple[str, ...]
+    """Lines for the log with numbers of conversations and turns."""
+    skipped: tuple[str, ...]
+    """One message, with file and line, for every skipped conversation and every unusable turn that was read."""
+
+
+def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends: EndTokens, max_length: int) -> ReadLog:
+    """Read and check the conversations of ``source``, and look at a sample of the logged turns.
+
+    ``ends``, ``max_length``: as the fields of `TurnReader`.
+    Raises: as `load_conversations`; ValueError for an unusable turn that may not be skipped, and for a sample without
+    any usable turn.
+    """
+    wanted = config.conversations
+    log = load_conversations(
+        source,
+        rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
+        turns=wanted.turns,
+        show_contents=wanted.show_contents,
+    )
+    if not config.logged:
+        return ReadLog(log.turns, None, (log.about,), tuple(log.turns.skipped))
+    reader = turn_reader(config.data, builder, ends, max_length)
+    about, unusable, looked_at = _look_at(log.turns.problems, reader, config.seed)
+    return ReadLog(log.turns, looked_at, (log.about, about), (*log.turns.skipped, *unusable))
+
+
+def _look_at(
+    problems: Sequence[Problem], reader: TurnReader, seed: int
+) -> tuple[str, list[str], list[tuple[Problem, PromptPair]]]:
+    """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
+
+    Return a line with their numbers, a message for each unusable turn, and the usable turns with their prompts.
+    """
+    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
+    looked_at = [problems[number] for number in numbers]
+    turns = reader.read(looked_at)
+    for turn in turns:
+        reader.check(turn)
+    counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
+    if not counts.usable:
+        raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
+    which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
+    pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
+    return f"{which} turns were read: {counts}", unusable, pairs

@@ -1,0 +1,289 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The assistant's turns of logged conversations as the responses of a step; a turn becomes tokens when it is needed."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed import signs_of_life
+from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.weighting import LikelyTurns
+from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.metrics.step import over_all_ranks
+from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
+from megatron_selfdistill.terminal import visible
+
+
+def turn_metrics(
+    output: StepOutput, lengths: Sequence[int], accepted: Sequence[bool], weighted: bool, grid: RankGrid
+) -> dict[str, float]:
+    """Return metrics over the turns of the global batch, under flat keys; equal on all ranks.
+
+    ``lengths``: the tokens of each logged turn of the step on this replica, in the order of
+    ``PackedBatch.response_tokens``.  ``accepted``: whether each turn is the one that the user accepted.
+    ``weighted``: whether the loss had weights of `LikelyTurns`.  The keys:
+
+        turns/count
+        turns/log_prob_mean, turns/log_prob_min   mean and minimum of each turn's mean log-prob per token, nats, student
+        turns/accepted_share, turns/accepted_token_share   accepted turns per turn, their tokens per token
+        turns/unlikely_share, turns/unlikely_token_share   the same of turns whose weight is below 1 (``weighted``)
+
+    Collectives: one sum over CP and one broadcast over TP for the sums per turn, then `over_all_ranks`.
+    """
+    totals = torch.zeros(7, dtype=torch.float64, device=grid.device)
+    minus_lowest = torch.full((1,), -math.inf, dtype=torch.float64, device=grid.device)
+    if output.stats is not None:
+        sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=grid.device)
+        turn_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        counts = torch.tensor([lengths, accepted], dtype=torch.float64)
+        turn_ids, (tokens, is_accepted) = to_device_in_one_copy((turn_ids, tuple(counts)), grid.device)
+        ids = turn_ids[output.response_ids]
+        sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
+        if output.coefficients is not None:
+            sums[1].index_add_(0, ids, (output.coefficients.divergence < 1).double())
+        sums = over_last_stage(sums, grid)
+        if grid.tp_rank == 0 and grid.cp_rank == 0 and lengths:
+            means, unlikely = sums[0] / tokens, (sums[1] > 0).double()
+            shares = is_accepted, is_accepted * tokens, unlikely, unlikely * tokens
+            parts = (torch.ones_like(tokens), tokens, means, *shares)
+            totals += torch.stack([part.sum() for part in parts])
+            minus_lowest[0] = -means.min()
+    sums_over_all, (minus_lowest_of_all,) = over_all_ranks(totals, minus_lowest, grid)
+    count, num_tokens, log_prob, num_accepted, accepted_tokens, num_unlikely, unlikely_tokens = sums_over_all
+    if not count:
+        return {}
+    metrics = {
+        "turns/count": count,
+        "turns/log_prob_mean": log_prob / count,
+        "turns/log_prob_min": -minus_lowest_of_all,
+        "turns/accepted_share": num_accepted / count,
+        "turns/accepted_token_share": accepted_tokens / num_tokens,
+    }
+    if weighted:
+        metrics["turns/unlikely_share"] = num_unlikely / count
+        metrics["turns/unlikely_token_share"] = unlikely_tokens / num_tokens
+    return metrics
+
+
+SKIPPED_FILE = "skipped.txt"
+_CHUNK = 64  # turns that are tokenized at a time
+_REPORT_EVERY_S = 30.0
+
+
+class LoggedResponses(ResponseSource):
+    """One response per problem: the reply in the log, which another policy generated; no reply is sampled."""
+
+    def __init__(self, state: SourceState, config: Config, run_data: RunData, grid: RankGrid, phases: Phases) -> None:
+        super().__init__(state)
+        self._turns, self._grid, self._phases = LoggedTurns(config, run_data, grid), grid, phases
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of this replica's share of the next usable turns.
+
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left;
+        `EngineError` on all ranks where the model could not be asked for hints.
+        """
+        method, problem_sampler = self.state.method, self.state.problem_sampler.fork()
+        with self._phases("read"):
+            read = self._turns.next_turns(problem_sampler)
+        pairs = enumerate(zip(read.problems, read.turns, strict=True))
+        rollouts = [Rollout(one, turn.prompts, Response.unsampled(turn.reply), group=i) for i, (one, turn) in pairs]
+        trained, found = method.select(step, rollouts)
+        with self._phases("pack"):
+            responses, problems = [one.response for one in trained], [one.problem for one in trained]
+            contexts = build_contexts([one.prompts for one in trained], responses)
+        return StepBatch(
+            problems=problems,
+            responses=responses,
+            contexts=contexts,
+            solutions=[problem.solution for problem in problems],
+            token_coefficients=method.coefficients(step, trained, contexts),
+            metrics={**read.metrics, **found},
+            next_state=SourceState(problem_sampler, method),
+        )
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
+        accepted = [context.problem_id in self._turns.accepted for context in batch.contexts]
+        weighted = isinstance(batch.token_coefficients, LikelyTurns)
+        metrics = turn_metrics(output, batch.response_lengths, accepted, weighted, self._grid)
+        output = replace(output, coefficients=None) if weighted else output
+        return metrics | step_metrics(output, None, self._grid, response_lengths=batch.response_lengths)
+
+
+@dataclass(frozen=True)
+class StepTurns:
+    """The logged turns of one step on this replica."""
+
+    problems: list[Problem]
+    turns: list[Turn]
+    """The turn of each of ``problems``."""
+    metrics: Mapping[str, float]
+    """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad count the
+    turns that were replaced in this step; turns/shortened counts the cut solutions, where ``data.on_long_context``
+    shortens."""
+
+
+class LoggedTurns:
+    """Global batches of usable turns, each replica reading its own share.
+
+    The batch of a step is the next ``data.global_batch_size`` usable turns of the problem sampler, whatever the number
+    of replicas.  Unusable turns are remembered, so that no turn is read or listed twice: this memory, equal on all
+    ranks, is all that a call of `next_turns` changes here, and it changes no batch.
+    """
+
+    def __init__(self, config: Config, run_data: RunData, grid: RankGrid) -> None:
+        problems = run_data.problems.problems
+        self.accepted = {one.id for one in problems if one.reply is not None and one.reply.accepted}
+        """The ids of the turns whose reply the user accepted."""
+        self._num_problems, self._grid = len(problems), grid
+        self._reader = turn_reader(config.data, run_data.builder, run_data.ends, run_data.max_length)
+        self._file = Path(config.run_dir) / SKIPPED_FILE
+        self._unusable: dict[str, Unusable] = {}
+
+    def next_turns(self, problem_sampler: ProblemSampler) -> StepTurns:
+        """Return the next turns of ``problem_sampler``, which moves on; an unusable turn is replaced by the next one.
+
+        Every rank of the world calls it.  Collectives: one maximum over the data-parallel ranks, and where a turn was
+        unusable an all_gather_object and another round.
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left.
+        """
+        grid, batch = self._grid, problem_sampler.next_batch()
+        places = list(range(len(batch)))
+        mine: dict[str, Turn] = {}
+        num_long = num_bad = 0
+        while places:
+            own_places = [place for place in places if place % grid.dp_size == grid.dp_rank]
+            own = [batch[place] for place in own_places]
+            found = self._read(own)
+            mine |= {p.id: turn for p, turn in zip(own, found, strict=True) if isinstance(turn, Turn)}
+            refused = self._refused_anywhere(own_places, found)
+            num_long += sum(turn.too_long for turn in refused.values())
+            num_bad += sum(not turn.too_long for turn in refused.values())
+            places = sorted(refused)
+            self._learn([(batch[place].id, refused[place]) for place in places])
+            for place, problem in zip(places, problem_sampler.take(len(places)), strict=True):
+                batch[place] = problem
+        problems = shard(batch, grid.dp_rank, grid.dp_size)
+        turns = [mine[problem.id] for problem in problems]
+        metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
+        if self._reader.on_long_context.startswith("truncate"):
+            shortened = sum(turn.prompts.solution_truncated for turn in turns)
+            metrics["turns/shortened"] = float(sum(gather_objects(shortened, grid.dp_group)))
+        return StepTurns(problems, turns, metrics)
+
+    def _read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
+        new = [problem for problem in problems if problem.id not in self._unusable]
+        found: dict[str, Turn | Unusable] = {}
+        for chunk, turns in _read_by_chunks(self._reader, new):
+            found |= zip((problem.id for problem in chunk), turns, strict=True)
+        return [found.get(problem.id) or self._unusable[problem.id] for problem in problems]
+
+    def _refused_anywhere(self, places: Sequence[int], found: Sequence[Turn | Unusable]) -> dict[int, Unusable]:
+        """Return the unusable turns of all replicas, by place, the same on all ranks."""
+        mine = [(place, t) for place, t in zip(places, found, strict=True) if isinstance(t, Unusable)]
+        if not max_over_ranks([len(mine)], self._grid.dp_group)[0]:
+            return {}
+        return dict(gather_items(mine, self._grid.dp_group))
+
+    def _learn(self, refused: Sequence[tuple[str, Unusable]]) -> None:
+        new = [(name, turn) for name, turn in refused if name not in self._unusable]
+        self._unusable |= dict(new)
+        if self._grid.is_reporter and new:
+            list_skipped(self._file, [turn.message for _, turn in new])
+        for _, turn in new:
+            _checked(self._reader, turn)
+        if len(self._unusable) == self._num_problems:
+            first = next(iter(self._unusable.values())).message
+            raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
+
+
+def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
+    """Return ``run_data`` with counts of all turns and a message for every unusable turn; the turns themselves stay.
+
+    It comes back as it is where a run skips unusable turns as they come up; a dry run reports all turns.
+    Each rank of the world reads its share; rank 0 reports every half minute how far it is.
+    Raises: `ConfigError` on all ranks for the first unusable turn that may not be skipped.
+    """
+    reader, problems = turn_reader(config.data, run_data.builder, run_data.ends, run_data.max_length), run_data.problems
+    if not (config.dry_run or reader.has_errors):
+        return run_data
+    counts, unusable = TurnCounts(), []
+    reported_at = time.monotonic()
+    share = iter(range(grid.rank, len(problems), grid.world_size))
+    for chunk, turns in _read_by_chunks(reader, problems.problems[grid.rank :: grid.world_size]):
+        numbers = list(islice(share, len(chunk)))
+        counts += TurnCounts.of(turns)
+        unusable += [(n, turn) for n, turn in zip(numbers, turns, strict=True) if isinstance(turn, Unusable)]
+        if grid.rank == 0 and time.monotonic() - reported_at > _REPORT_EVERY_S:
+            reported_at = time.monotonic()
+            print(f"reading logged turns: {numbers[-1] + 1} of {len(problems)}", file=sys.stderr, flush=True)
+    parts = gather_objects((counts, unusable))
+    everywhere = sorted((item for _, part in parts for item in part), key=lambda item: item[0])
+    for _, turn in everywhere:
+        _checked(reader, turn)
+    total = sum((counts for counts, _ in parts), TurnCounts())
+    messages = dict.fromkeys([*problems.skipped, *(turn.message for _, turn in everywhere)])
+    about = f"all {len(problems)} turns were read: {total}"
+    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(messages))
+
+
+def _read_by_chunks(
+    reader: TurnReader, problems: Sequence[Problem]
+) -> Iterator[tuple[Sequence[Problem], list[Turn | Unusable]]]:
+    for start in range(0, len(problems), _CHUNK):
+        chunk = problems[start : start + _CHUNK]
+        yield chunk, reader.read(chunk)
+        signs_of_life.beat()
+
+
+def begun_list(run_dir: Path, messages: Sequence[str], *, anew: bool) -> list[str]:
+    """List what was skipped before the first step in ``run_dir``, and return the lines that say so.
+
+    ``anew``: whether the list of an earlier run goes.
+    """
+    file = run_dir / SKIPPED_FILE
+    if anew:
+        file.unlink(missing_ok=True)
+    if not messages:
+        return []
+    list_skipped(file, messages)
+    return [f"what was skipped, by file and line: {file}; {messages[0]}"]
+
+
+def list_skipped(file: Path, messages: Iterable[str]) -> None:
+    """Append the messages that ``file`` does not have yet, a line each."""
+    file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
+    have = set(file.read_text(encoding="utf-8", errors="replace").split("\n")) if file.exists() else set()
+    shown = dict.fromkeys(visible(message) for message in messages)  # people read the file in a terminal
+    new = [message for message in shown if message not in have]
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(f"{message}\n" for message in new)
+
+
+def _checked(reader: TurnReader, turn: Unusable) -> None:
+    try:
+        reader.check(turn)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,61 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Guided rollouts as a configuration wants them (rollout.guidance=mixed): their source, their sampler, their target."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.teachers_config import guide_of
+from megatron_selfdistill.evaluation.verify import check_answers
+from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedReplay, GuidedState
+from megatron_selfdistill.guidance.guided_tokens import GuidedParams
+from megatron_selfdistill.guidance.success_rates import Guidance, SuccessRates
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.sources.method import MethodTools
+from megatron_selfdistill.sources.on_policy import OnPolicyOptions
+from megatron_selfdistill.sources.recordings import Recording
+from megatron_selfdistill.sources.source import SourceState
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+
+
+def guided_source(
+    tools: MethodTools, state: SourceState, options: OnPolicyOptions, recording: Recording | None
+) -> GuidedOnPolicy:
+    """Return the source of guided responses.
+
+    ``state``: at the beginning of the data.  ``recording``: has the responses, in place of the sampler.
+    Raises: `ConfigError` if success rates decide and answers are missing.
+    """
+    below, judge = tools.config.rollout.guide_below, tools.judge
+    if below is not None:
+        check_answers(tools.run_data.problems.problems, judge.verifier)
+    rates = SuccessRates(below) if below is not None else None
+    guidance = Guidance(judge, options.num_samples, rates, guide_of(tools.config.teachers) or "")
+    guided = GuidedState(state.problem_sampler, state.method, guidance)
+    return GuidedOnPolicy(guided, options) if recording is None else GuidedReplay(guided, options, recording)
+
+
+def guided_sampler() -> type[GuidedSampler]:
+    """Return the class of the sampler, which imports Megatron."""
+    from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+
+    return GuidedSampler
+
+
+def guided_params(params: SamplingParams, config: Config, batch_k: float | None) -> GuidedParams:
+    """Return ``params`` with the target of guided requests.
+
+    The target is `Target.configured`, with the teacher's weight of guided tokens, or else with that of the teacher that
+    guides.
+    """
+    target, weight = Target.configured(config.target, batch_k), config.target.guided_teacher_weight
+    if weight is None and (guide := guide_of(config.teachers)) is not None:
+        weight = config.named_teachers[guide].weight
+    if weight is not None:
+        target = target.with_teacher_weight(weight)
+    return GuidedParams(**asdict(params), target=target, loss_backend=config.loss.backend)
