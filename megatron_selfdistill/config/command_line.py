@@ -23,7 +23,6 @@ from megatron_selfdistill.config.key_list import SHORT, config_dir
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.installation import version
 
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, towards what the model would predict if it knew the solution.
@@ -90,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line ``argv``, by default that of this process.
 
     They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv`` and
-    ``about``: a function that returns the text that --help, --version, --recipes or --keys asks for, or None.
+    ``about``: a function that returns the text that --help, --recipes or --keys asks for, or None.
 
     Raises: `ConfigError` for an option that is none, and for a file that is no configuration.
     """
@@ -104,8 +103,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.argv, arguments.about = argv, None
     if arguments.help:
         arguments.about = lambda: f"{parser.format_help()}\n{_more_help(directories)}"
-    elif arguments.version:
-        arguments.about = version
     elif arguments.recipes:
         arguments.about = lambda: recipes(directories)
     elif arguments.keys is not None:
@@ -230,7 +227,6 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="setting, or FILE.yaml with settings; the last one holds"
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
-    parser.add_argument("--version", action="store_true", help="show versions, and exit")
     parser.add_argument(
         "--keys",
         nargs="?",

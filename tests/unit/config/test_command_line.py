@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_selfdistill import __version__
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
 from megatron_selfdistill.config.command_line import LINE
@@ -27,15 +26,6 @@ def refused(capsys, *arguments: str) -> str:
     assert main(list(arguments)) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     return line
-
-
-def test_version_names_this_package_torch_and_megatron(capsys):
-    import importlib.metadata
-
-    lines = printed(capsys, "--version").splitlines()
-    assert lines[0] == f"megatron_selfdistill {__version__}"
-    for name in ("torch", "megatron-core"):
-        assert f"{name} {importlib.metadata.version(name)}" in lines
 
 
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
@@ -96,7 +86,6 @@ def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
     text = printed(capsys, "--help")
     for part in (
         *(
-            "--version",
             "--keys [WORD]",
             "--ranks N",
             "--dry-run",
