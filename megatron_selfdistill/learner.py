@@ -33,6 +33,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.batch_k import solve_batch_k
@@ -51,7 +52,6 @@ from megatron_selfdistill.pipeline.score import Reading, ScoringModels, candidat
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
 from megatron_selfdistill.teacher import Teachers
 

@@ -19,12 +19,12 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     refuse_adapters,
     require_adapters,
 )
+from megatron_selfdistill.commands.installation import RUN, about_missing
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer_files import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.installation import RUN, about_missing
 
 _TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.installation import require_extra
+from megatron_selfdistill.commands.installation import require_extra
 
 require_extra(__name__, "train")  # before the imports that need these packages
 
@@ -26,13 +26,13 @@ from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
+from megatron_selfdistill.distributed.terminal import guard_standard_error, silence_known_warnings, visible
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.instruments.plan import plan_checks
 from megatron_selfdistill.prechecks import require_packages
-from megatron_selfdistill.terminal import guard_standard_error, silence_known_warnings, visible
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.trainer import AccumulatedBatch, Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
@@ -147,7 +147,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.teacher import Teachers
 
     refuse_another_run(config, given)
@@ -169,7 +169,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
 def _train(
     config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None, given: Collection[str] | None
 ) -> int:
-    from megatron_selfdistill.announcement import announce, conclude
+    from megatron_selfdistill.commands.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.instruments.explorer.explored import explore_run
     from megatron_selfdistill.instruments.report.report_command import report_run
@@ -215,7 +215,7 @@ def _train(
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
-        from megatron_selfdistill.announcement import complete
+        from megatron_selfdistill.commands.announcement import complete
 
         lines = complete(config, config.num_steps, checkpoint)
         print("\n".join(lines), flush=True)

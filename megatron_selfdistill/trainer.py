@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_selfdistill.installation import require_extra
+from megatron_selfdistill.commands.installation import require_extra
 
 require_extra(__name__, "train")  # before the imports that need these packages
 
@@ -20,10 +20,12 @@ from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
+from megatron_selfdistill.checkpoint.run_log import EventLog
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -44,8 +46,6 @@ from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
-from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import (
     checked_run_data,
     configured_sampler,

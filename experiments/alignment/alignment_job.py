@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -23,7 +24,6 @@ from megatron_selfdistill.instruments.explorer.explored import ExploredResponse,
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
-from megatron_selfdistill.run_data import RunData
 
 Key = tuple[int, int, int, int]
 """A completion: the index of the problem, the position of the node, the candidate's token, the index of the sample."""

@@ -17,8 +17,8 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.run_data import RunData
 
 MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
 """A function that returns the work of a command for its configuration, on this rank."""
@@ -68,9 +68,9 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     """Do the work and write the data set, on every rank; return the exit status."""
     from megatron_selfdistill.commands.data_set_job import DataSetJob
     from megatron_selfdistill.commands.solution_journal import file_beside
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import converted
-    from megatron_selfdistill.run_data import RunData
 
     out = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)

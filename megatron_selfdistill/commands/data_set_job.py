@@ -16,6 +16,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -29,7 +30,6 @@ from megatron_selfdistill.metrics.phase_lines import phases_shown
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import learnabilities, with_reference
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
 
 WORDING = (

@@ -22,11 +22,11 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.evaluation.first_step import FirstStep
     from megatron_selfdistill.metrics.phases import Phases
-    from megatron_selfdistill.run_data import RunData
 
     Measured = tuple[EvaluationResult, FirstStep | None, float]
 
@@ -113,13 +113,13 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     if os.environ.get("RANK", "0") == "0":
         print("evaluate: imports its packages and reads the data", file=sys.stderr, flush=True)
     from megatron_selfdistill.commands.given_model import computed_in, configured, find_model, temporary_directory
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.metrics.phase_lines import phases_shown
     from megatron_selfdistill.metrics.phases import Phases
-    from megatron_selfdistill.run_data import RunData
 
     model = find_model(arguments.hf, arguments.megatron, arguments.iteration)
     config = configured(given, keys, model)

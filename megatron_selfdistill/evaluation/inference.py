@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_selfdistill.checkpoint.external import loaded_chunks, with_stored_adapters
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
@@ -26,7 +27,6 @@ from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
-from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.terminal import print_error, visible
+from megatron_selfdistill.distributed.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.interop.release import Progress
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
     # --help and a mistyped option do not wait for these imports; torch is imported after the arguments are checked.
+    from megatron_selfdistill.distributed.terminal import silence_known_warnings
     from megatron_selfdistill.errors import CheckpointError, ConfigError
-    from megatron_selfdistill.terminal import silence_known_warnings
 
     silence_known_warnings()
     try:

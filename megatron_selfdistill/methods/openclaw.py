@@ -67,13 +67,13 @@ from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
 from megatron_selfdistill.data.replies import Turn
+from megatron_selfdistill.data.run_data import turn_reader
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked_model
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.rollout.base import response_text
-from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms

@@ -16,10 +16,10 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.terminal import visible as _visible
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.terminal import visible as _visible
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -47,6 +47,7 @@ from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
@@ -58,7 +59,6 @@ from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import guide_of
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Progress, RoleWeights, Sampler, SamplingParams, ignore_progress
-from megatron_selfdistill.run_data import RunData
 
 
 def make_sampler(

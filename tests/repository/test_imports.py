@@ -20,8 +20,8 @@ PACKAGE = "megatron_selfdistill"
 
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
-    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "interop"),
-    *("checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
+    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "checkpoint.formats", "data.run_data"),
+    *("interop", "checkpoint", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
     *("environments", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),

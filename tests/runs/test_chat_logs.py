@@ -230,8 +230,9 @@ def test_shortened_solutions_are_counted(ranks, logs, tmp_path):
 
 def refused_before_the_first_step(arguments: list[str]) -> str:
     """Return the message of a run that saw only good turns before its ranks met."""
-    from megatron_selfdistill import run_data, trainer
+    from megatron_selfdistill import trainer
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data import run_data
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
     from megatron_selfdistill.errors import ConfigError
 
@@ -278,8 +279,8 @@ def test_a_dry_run_under_a_launcher_reads_and_lists_all_turns(ranks, logs, mixed
 
 def test_a_log_of_which_nothing_can_be_shown_is_refused_before_any_process_group(logs, tmp_path):
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.run_data import RunData
 
     with pytest.raises(ConfigError, match=r"none of 64 turns that were read can be used; the first: .*chats.jsonl:"):
         RunData.load(load(chats(logs, tmp_path / "run", "data.chat_template='{{ messages[0].content }}'")))

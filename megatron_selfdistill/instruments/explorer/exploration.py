@@ -15,6 +15,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import check_student_prompt, check_teacher_prompt
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import broadcast_object
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -30,7 +31,6 @@ from megatron_selfdistill.pipeline.schedule import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
-from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)

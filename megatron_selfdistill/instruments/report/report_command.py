@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from megatron_selfdistill.checkpoint.run_log import REPORT_FILE
+from megatron_selfdistill.distributed.terminal import print_error, visible
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import REPORT_FILE
-from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.trainer import Trainer

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import plan_contexts
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
 from megatron_selfdistill.rollout.factory import sampling_params
-from megatron_selfdistill.run_data import RunData
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
