@@ -48,19 +48,20 @@ def run_command(
 
 def check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.formats.hf_files import require_hugging_face
+    from megatron_selfdistill.checkpoint.formats.stored_adapters import require_model
+    from megatron_selfdistill.commands import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.prechecks import require_packages
 
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
     if arguments.hf is not None:
-        prechecks.require_hugging_face(arguments.hf)
+        require_hugging_face(arguments.hf)
     prechecks.require_data(config)
-    require_packages(config)
+    prechecks.require_packages(config)
     if config.checkpoint.load is not None:
-        prechecks.require_model(config, Path(config.checkpoint.load))
+        require_model(config.adapter, Path(config.checkpoint.load))
     check_ranks(config, world_size())
 
 
@@ -91,9 +92,9 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
 def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Config:
     """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.checkpoint.vocabulary import with_stored_tokenizer
     from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.prechecks import with_stored_tokenizer
 
     arguments.overrides = with_files(arguments.overrides)
     config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)

@@ -84,11 +84,12 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.checkpoint.formats.hf_files import require_hugging_face
+    from megatron_selfdistill.checkpoint.formats.stored_adapters import require_model
+    from megatron_selfdistill.commands import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
-    from megatron_selfdistill.prechecks import require_packages
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
@@ -96,11 +97,11 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     config, keys = loaded(arguments)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
-        prechecks.require_hugging_face(arguments.hf)
+        require_hugging_face(arguments.hf)
     else:
-        prechecks.require_model(config, arguments.megatron, arguments.iteration)
+        require_model(config.adapter, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
-    require_packages(config)
+    prechecks.require_packages(config)
     check_ranks(config, world_size())
     return config, keys
 

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import prechecks
-from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
+from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.checkpoint.formats.hf_files import require_hugging_face
+from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE, require_model
+from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
@@ -76,31 +78,31 @@ class ModelPlaces:
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
                 continue
-            if prechecks.is_hugging_face(path):
+            if directory.is_hugging_face(path):
                 if iteration is not None:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
-                prechecks.require_hugging_face(path)
+                require_hugging_face(path)
             else:
-                prechecks.require_model(config, path, iteration)
+                require_model(config.adapter, path, iteration)
 
     def found_student(self) -> dict[str, Any]:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
         from megatron_selfdistill.commands.given_model import find_model
 
-        hf, megatron = (self.student, None) if prechecks.is_hugging_face(self.student) else (None, self.student)
+        hf, megatron = (self.student, None) if directory.is_hugging_face(self.student) else (None, self.student)
         return find_model(hf, megatron, self.iteration)
 
-    def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> ModelCheckpoints:
+    def placed(self, student: dict[str, Any], converted_to: Path, stack: ExitStack) -> ModelCheckpoints:
         """Return the Megatron checkpoints of student, teacher and reference.
 
-        ``student``: the result of `found_student`.  ``directory``: holds the converted Hugging Face directories until
-        ``stack`` ends.  Every rank of the world calls this method.  Raises: `CheckpointError`.
+        ``student``: the result of `found_student`.  ``converted_to``: the directory that holds converted Hugging Face
+        directories until ``stack`` ends.  Every rank of the world calls this method.  Raises: `CheckpointError`.
         """
         from megatron_selfdistill.evaluation.inference import converted
 
         def place(model: Path, name: str) -> str:
-            is_hf = prechecks.is_hugging_face(model)
-            return str(stack.enter_context(converted(model, directory / name)) if is_hf else model)
+            is_hf = directory.is_hugging_face(model)
+            return str(stack.enter_context(converted(model, converted_to / name)) if is_hf else model)
 
         has_own_reference = self.reference is not None and self.reference != self.teacher
         return ModelCheckpoints(

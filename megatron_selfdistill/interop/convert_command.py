@@ -66,18 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.checkpoint.formats.directory import require_free
+    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face, require_checkpoint, require_free
+    from megatron_selfdistill.checkpoint.formats.hf_files import require_hugging_face
 
     named = vars(arguments)
     if "out" in named:
         require_free(arguments.out)
     if "hf" in named:
-        prechecks.require_hugging_face(arguments.hf)
+        require_hugging_face(arguments.hf)
     if "megatron" in named:
-        prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
-    if "checkpoint" in named and not prechecks.is_hugging_face(arguments.checkpoint):
-        prechecks.require_checkpoint(arguments.checkpoint)
+        require_checkpoint(arguments.megatron, arguments.iteration)
+    if "checkpoint" in named and not is_hugging_face(arguments.checkpoint):
+        require_checkpoint(arguments.checkpoint)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, weight_files
+from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
+from megatron_selfdistill.checkpoint.formats.hf_files import CONFIG, read_config, require_hugging_face, weight_files
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     NAME,
@@ -27,7 +28,7 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
-from megatron_selfdistill.checkpoint.vocabulary import difference_to
+from megatron_selfdistill.checkpoint.vocabulary import difference_to, tokenizer_directory
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
 from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
@@ -40,12 +41,6 @@ from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
-from megatron_selfdistill.prechecks import (
-    is_hugging_face,
-    require_checkpoint,
-    require_hugging_face,
-    tokenizer_directory,
-)
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""
@@ -195,7 +190,7 @@ def _stored_architecture(path: Path) -> ModelConfig | None:
         require_hugging_face(path)
         description = read_config(path)
         return family_of(description).model_config(description)
-    require_checkpoint(path)
+    directory.require_checkpoint(path)
     args = stored_args(path)
     return None if args is None else architecture_from_args(args)
 

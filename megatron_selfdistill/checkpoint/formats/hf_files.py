@@ -135,6 +135,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def require_hugging_face(path: Path) -> None:
+    """Raise `CheckpointError` if ``path`` is no directory with a config.json and files of weights."""
+    read_config(path)
+    weight_files(Path(path))
+
+
 def download_advice(path: Path) -> str:
     """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
 

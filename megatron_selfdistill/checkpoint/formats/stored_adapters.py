@@ -144,6 +144,14 @@ def require_adapters(path: Path) -> StoredAdapters:
     return stored
 
 
+def require_model(settings: AdapterConfig, path: Path, iteration: int | None = None) -> None:
+    """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
+    directory.require_checkpoint(path, iteration)
+    adapters = read_stored_adapters(directory.of_iteration(Path(path), iteration))
+    if adapters is not None:
+        directory.require_checkpoint(adapters.base_place(settings.base))
+
+
 def weight_files(path: Path) -> list[Path]:
     """Return the files of a checkpoint directory that `base_digest` reads where there is no manifest."""
     if directory.is_legacy(path):

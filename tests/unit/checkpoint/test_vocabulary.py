@@ -16,11 +16,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_selfdistill import train
-from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.prechecks import with_stored_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from saved_checkpoints import raises
 
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.external import stored_settings
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.stored_adapters import (
@@ -18,6 +17,7 @@ from megatron_selfdistill.checkpoint.formats.stored_adapters import (
     read_stored_adapters,
     refuse_adapters,
 )
+from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.config import AdapterConfig, load
 from megatron_selfdistill.errors import ConfigError
 

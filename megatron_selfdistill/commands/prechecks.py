@@ -6,27 +6,17 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
-from megatron_selfdistill.checkpoint.formats.stored_adapters import (
-    read_stored_adapters,
-    refuse_adapters,
-    require_adapters,
-)
+from megatron_selfdistill.checkpoint.formats.stored_adapters import refuse_adapters, require_adapters
 from megatron_selfdistill.commands.installation import RUN, about_missing
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer_files import tokenizer_place
-from megatron_selfdistill.errors import CheckpointError, ConfigError
-
-_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
+from megatron_selfdistill.errors import ConfigError
 
 
 def require_data(config: Config) -> None:
@@ -52,12 +42,12 @@ def require_start(config: Config) -> None:
         raise ConfigError(f"adapter.load={config.adapter.load} with adapter.rank=0: set the rank of these adapters")
     if load is None or (resumes and not config.adapter.rank):
         return
-    require_checkpoint(Path(load))
+    directory.require_checkpoint(Path(load))
     refuse_adapters(Path(load))
     if config.adapter.load is not None and not resumes:
         if Path(config.adapter.load).exists():
             require_adapters(Path(config.adapter.load))
-        require_checkpoint(Path(config.adapter.load))
+        directory.require_checkpoint(Path(config.adapter.load))
 
 
 def require_ranks(config: Config, world_size: int) -> None:
@@ -88,55 +78,6 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
             raise ConfigError(
                 f"Evaluation: expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}."
             )
-
-
-def require_checkpoint(path: Path, iteration: int | None = None) -> None:
-    """Raise `CheckpointError` if there is no Megatron checkpoint at ``path``, or no checkpoint of ``iteration``."""
-    chosen = directory.of_iteration(Path(path), iteration)
-    directory.refuse_hugging_face(chosen)
-    holder = directory.tracked(chosen) or chosen
-    if not directory.is_legacy(holder) and directory.lacks(holder):
-        directory.resolve(chosen)
-
-
-def require_model(config: Config, path: Path, iteration: int | None = None) -> None:
-    """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
-    require_checkpoint(path, iteration)
-    adapters = read_stored_adapters(directory.of_iteration(Path(path), iteration))
-    if adapters is not None:
-        require_checkpoint(adapters.base_place(config.adapter.base))
-
-
-def require_hugging_face(path: Path) -> None:
-    """Raise `CheckpointError` if ``path`` is no directory with a config.json and files of weights."""
-    read_config(path)
-    weight_files(Path(path))
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Return whether ``path`` is a Hugging Face directory and no Megatron checkpoint."""
-    try:
-        directory.refuse_hugging_face(Path(path))
-    except CheckpointError:
-        return True
-    return False
-
-
-def tokenizer_directory(path: Path) -> Path | None:
-    """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
-    assets = path if is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
-    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _TOKENIZERS) else None
-
-
-def with_stored_tokenizer(config: Config) -> Config:
-    """Return ``config`` with the tokenizer of ``checkpoint.load`` if ``data.tokenizer`` is null; rank 0 says so."""
-    load = config.checkpoint.load
-    found = tokenizer_directory(Path(load)) if load is not None and config.data.tokenizer is None else None
-    if found is None:
-        return config
-    if os.environ.get("RANK", "0") == "0":
-        print(f"data.tokenizer={found}, the tokenizer of checkpoint.load", file=sys.stderr, flush=True)
-    return replace(config, data=replace(config.data, tokenizer=str(found)))
 
 
 def require_packages(config: Config) -> None:
