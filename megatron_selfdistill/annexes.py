@@ -12,9 +12,10 @@ from typing import Any
 DOORS = {
     "environments": "environments.configured_episodes",
     "teachers": "teachers.configured_teachers",
+    "taught_records": "teachers.taught_records",
     "vllm": "engines.vllm.configured_sampler",
 }
-"""The name of an option -> the module of the package that is its door."""
+"""The name of an option, or of a part of it -> the module of the package that is its door."""
 
 
 def door(option: str) -> Any:

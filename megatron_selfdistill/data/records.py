@@ -14,12 +14,11 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, Protocol, SupportsFloat, TypeVar
 
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.errors import BadRecordError
 
 # Descriptions that the library datasets writes next to the files of a data set.
@@ -133,10 +132,21 @@ class RecordSource:
     """Number of good records after which reading ends; None reads all records."""
     section: str
     """The section of the configuration whose keys the messages name."""
-    teachers: Mapping[str, NamedTeacher] = field(default_factory=dict)
-    """The teachers that the field ``teacher`` of a record may name; without any the field is not read."""
-    choice: str | None = None
-    """The dotted path of a function of a record and the teachers' names that returns what the field would hold."""
+    teachers: RecordTeachers | None = None
+    """Who teaches each record; None if all records have the one teacher of the run."""
+
+
+class RecordTeachers(Protocol):
+    """Who teaches each record of a run with named teachers."""
+
+    def shares(self, record: Mapping[str, Any], location: str) -> Mapping[str, float]:
+        """Return the share of each teacher of a record by name, in the order of the names; the sum is 1.
+
+        Raises: `BadRecordError` if the record names no teacher; `ConfigError` if a function of the user does not.
+        """
+
+    def read_solution(self, names: Iterable[str]) -> bool:
+        """Return whether a teacher among ``names`` reads the solution."""
 
 
 def read_records(

@@ -9,7 +9,6 @@ import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
@@ -74,7 +73,7 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
     """
     rollout, target = config.rollout, Target.configured(config.target, batch_k)
     weight = config.target.guided_teacher_weight
-    if weight is None and (guide := guide_of(config.teachers)) is not None:
+    if weight is None and (guide := config.teachers.get("guide")) is not None:
         weight = config.named_teachers[guide].weight
     if weight is not None:
         target = target.with_teacher_weight(weight)

@@ -11,7 +11,6 @@ import torch
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.run_data import RunData
@@ -98,7 +97,7 @@ def _guidance(config: Config, run_data: RunData, judge: Judge) -> Guidance:
     if below is not None:
         check_answers(run_data.problems.problems, judge.verifier)
     rates = SuccessRates(below) if below is not None else None
-    return Guidance(judge, config.rollout.num_samples, rates, guide_of(config.teachers) or "")
+    return Guidance(judge, config.rollout.num_samples, rates, config.teachers.get("guide") or "")
 
 
 def configured_sampler(

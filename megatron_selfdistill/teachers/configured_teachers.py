@@ -20,7 +20,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -100,8 +100,8 @@ class ConfiguredTeachers(Teachers):
         if self._joins:
             with raise_on_all_ranks():
                 _require_weight_alone(last)
-        keeps_start = config.keeps_start or bool(adapted)
-        super().__init__(config, grid, vocab, student, build_chunks, saved, keeps_start=keeps_start)
+        reads_start = keeps_start(config) or bool(adapted)
+        super().__init__(config, grid, vocab, student, build_chunks, saved, keeps_start=reads_start)
         self.names = list(config.named_teachers)
         self._settings = config.named_teachers
         self._width = last.config.hidden_size
@@ -315,7 +315,7 @@ def about_teachers(
 
     ``widths``: the hidden size of each teacher of another architecture than the student's.
     """
-    taught = Counter(name for problem in problems for name, _ in problem.teacher_shares)
+    taught = Counter(name for problem in problems for name, _ in problem.shares or ((problem.teacher, 1.0),))
     for name, teacher in teachers.items():
         place = teacher.load or "the weights at the start"
         view = "the solutions" if teacher.is_hinted else "no solutions"

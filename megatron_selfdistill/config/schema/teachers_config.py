@@ -107,6 +107,12 @@ def guide_of(teachers: Mapping[str, Any]) -> str | None:
     return name
 
 
+def keeps_start(config: Any) -> bool:
+    """Return whether the loss reads the weights at the start of the run, as a teacher or as the reference."""
+    named = config.named_teachers.values()
+    return config.is_anchored or not named or any(teacher.load is None for teacher in named)
+
+
 def product_of(names: Iterable[str]) -> str:
     """Return the name of the product of the teachers ``names``, of one teacher its own; no teacher has such a name."""
     return "+".join(names)

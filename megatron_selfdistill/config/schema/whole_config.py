@@ -114,12 +114,6 @@ class Config:
         return self.has_teacher and self.target.anchor == "reference"
 
     @property
-    def keeps_start(self) -> bool:
-        """Whether the loss reads the weights at the start of the run, as a teacher or as the reference."""
-        named = self.named_teachers.values()
-        return self.is_anchored or not named or any(teacher.load is None for teacher in named)
-
-    @property
     def copies_reference(self) -> bool:
         """Whether the reference is a copy of the weights of its own.
 

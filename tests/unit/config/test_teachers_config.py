@@ -11,6 +11,7 @@ from megatron_selfdistill.config.schema.teachers_config import (
     chosen_by,
     factors_of,
     joins,
+    keeps_start,
     named_teachers,
     product_of,
     teacher_of_record,
@@ -42,14 +43,14 @@ def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
 
 def test_without_the_key_nothing_changes():
     config = load([])
-    assert config.named_teachers == {} and config.keeps_start
+    assert config.named_teachers == {} and keeps_start(config)
     assert not config.projects_reference
 
 
 def test_the_start_is_kept_for_the_reference_and_for_a_teacher_without_a_directory():
     beside_student = [MATH, "target.anchor=student"]
-    assert load([MATH]).keeps_start and not load(beside_student).keeps_start
-    assert load([*beside_student, "teachers.default.hint=given"]).keeps_start
+    assert keeps_start(load([MATH])) and not keeps_start(load(beside_student))
+    assert keeps_start(load([*beside_student, "teachers.default.hint=given"]))
 
 
 @pytest.mark.parametrize(
