@@ -12,6 +12,7 @@ from typing import Any
 DOORS = {
     "environments": "environments.configured_episodes",
     "teachers": "teachers.configured_teachers",
+    "teachers_config": "teachers.teachers_config",
     "taught_records": "teachers.taught_records",
     "vllm": "engines.vllm.configured_sampler",
 }

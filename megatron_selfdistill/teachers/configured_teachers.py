@@ -20,7 +20,6 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -58,6 +57,7 @@ from megatron_selfdistill.teachers.teacher_directories import (
     teaches_by_experts,
 )
 from megatron_selfdistill.teachers.teacher_groups import by_teacher
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
 
 
 class ConfiguredTeachers(Teachers):

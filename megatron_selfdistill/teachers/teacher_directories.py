@@ -30,7 +30,6 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to, tokenizer_directory
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -41,6 +40,7 @@ from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
+from megatron_selfdistill.teachers.teachers_config import guide_of
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""

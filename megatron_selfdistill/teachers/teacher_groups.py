@@ -20,7 +20,6 @@ from dataclasses import replace
 
 import torch
 
-from megatron_selfdistill.config.schema.teachers_config import product_of
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import gather_integers, gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
@@ -28,6 +27,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
 from megatron_selfdistill.sources.moved_contexts import chosen
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.teachers.teachers_config import product_of
 
 Reading = tuple[int, TeacherPrompt]
 """The index of a context in its batch, and one of its teachers."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.config.schema.teachers_config import joins, keeps_start
+from megatron_selfdistill.teachers.teachers_config import joins, keeps_start
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -16,7 +16,6 @@ from rich.console import Console
 from tiers import combinations
 
 from megatron_selfdistill.config import MetricsConfig
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
@@ -31,6 +30,7 @@ from megatron_selfdistill.metrics.samples import (
     sample_of,
     seen_hint,
 )
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 

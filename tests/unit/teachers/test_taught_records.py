@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from record_sources import load_problems
 
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.teachers.taught_records import TaughtRecords
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 TEACHERS = {"math": NamedTeacher("/m"), "code": NamedTeacher("/c", hint="none")}
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.config.schema.teachers_config import (
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.teachers.teachers_config import (
     NamedTeacher,
     chosen_by,
     factors_of,
@@ -16,7 +17,6 @@ from megatron_selfdistill.config.schema.teachers_config import (
     product_of,
     teacher_of_record,
 )
-from megatron_selfdistill.errors import ConfigError
 
 MATH = "teachers.math.load=/m"
 
