@@ -10,7 +10,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, from_mapping
-from megatron_selfdistill.config.bound_keys import BOUND, FREE, rule_of
 from megatron_selfdistill.environments import configured_episodes
 from megatron_selfdistill.errors import ConfigError
 
@@ -101,13 +100,6 @@ def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, f
         return config.method.require_start(config)
     with pytest.raises(ConfigError, match=f"needs an environment .* and at least 2 for .*max_turns, got {found}$"):
         config.method.require_start(config)
-
-
-def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
-    for name in ("name", "options.role", "max_turns", "options.model"):
-        assert rule_of(f"environment.{name}") == BOUND
-    for name in ("url", "api_key_env", "timeout_s", "retries", "concurrency"):
-        assert rule_of(f"environment.options.{name}") == FREE
 
 
 def test_a_refusal_imports_no_torch():
