@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such option; settings are key=value (`selfdistill --keys`)")
-    arguments.overrides = with_files(arguments.overrides, arguments.config)
+    arguments.overrides = with_files(arguments.overrides)
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
@@ -110,13 +110,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def with_files(words: Sequence[str], files: Sequence[str] = ()) -> list[str]:
-    """Return the overrides in ``words`` behind those of ``files`` and of the YAML files in ``words``, with long names.
+def with_files(words: Sequence[str]) -> list[str]:
+    """Return the overrides in ``words`` behind those of the YAML files in ``words``, with long names.
 
     Raises: `ConfigError` for a file that is no configuration.
     """
     named = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
-    in_files = [override for file in (*files, *named) for override in _overrides_in(Path(file))]
+    in_files = [override for file in named for override in _overrides_in(Path(file))]
     written = [word for word in words if word not in named]
     return [*key_list.long_names(in_files), *key_list.long_names(written)]
 
@@ -238,7 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
     parser.add_argument("--ranks", type=at_least_1, metavar="N", help="check, then train on N ranks of this node")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same as FILE.yaml alone")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"

@@ -22,9 +22,6 @@ from megatron_selfdistill.config.schema.ranges import (
     PositiveInt,
     Text,
     above,
-    at_least,
-    at_most,
-    below,
     taken_apart,
 )
 from megatron_selfdistill.errors import ConfigError
@@ -173,12 +170,6 @@ def test_a_command_ends_with_status_2_and_one_line_about_the_range(tmp_path):
     assert done.returncode == EXIT_BAD_INPUT
     assert "target.teacher_weight must be at most 1000, got 1e+300" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("value", [-0.5, 0, 1, 3])
-def test_a_bound_holds_as_python_compares(value):
-    found = [bound.holds(value) for bound in (at_least(1), above(0), at_most(1), below(3))]
-    assert found == [value >= 1, value > 0, value <= 1, value < 3]
 
 
 def test_the_ends_of_a_range_are_accepted():

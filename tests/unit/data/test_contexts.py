@@ -230,11 +230,6 @@ def test_a_template_that_shows_no_tools_is_refused_where_there_are_some(director
     check(PromptBuilder(load_tokenizer(directory, chat_template=shown), templates))
 
 
-def test_a_teachers_prompt_that_is_the_students_is_named_as_that(directory: Path) -> None:
-    build = builder(directory, "{{ messages[-1].content.split('@')[0] }}", teacher="{problem}@{solution}")
-    assert "to show the solution, got the " in (sentence := refusal(build)) and "of the student's prompt" in sentence
-
-
 def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(directory: Path) -> None:
     assert "to show the solution, got " in refusal(builder(directory, FIRST_WORDS, teacher="{problem}{solution}"))
     hidden = builder(directory, LAST_WORDS, teacher="{problem} It is: {solution}")

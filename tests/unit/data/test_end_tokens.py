@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from characters import Characters
 
-from megatron_selfdistill.data.end_tokens import end_tokens, stated_ends
+from megatron_selfdistill.data.end_tokens import end_tokens
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "GLM-4.5": {
@@ -139,12 +139,6 @@ def test_a_directory_without_the_files_adds_nothing_and_a_broken_file_is_named(t
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got"):
         end_tokens(Characters(), [tmp_path], [], {})
-
-
-def test_the_directory_of_a_sentencepiece_file_is_read(tmp_path):
-    model_directory(tmp_path, {"generation_config.json": [1, 2]})
-    (tmp_path / "tokenizer.model").touch()
-    assert stated_ends(tmp_path / "tokenizer.model", "generation_config.json") == [1, 2]
 
 
 def test_no_end_at_all_is_an_error_that_says_what_to_do():

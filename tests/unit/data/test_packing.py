@@ -173,14 +173,6 @@ def test_one_row_written_out() -> None:
     assert padding_share(packed.student) == 16 / 24
 
 
-def test_packing_is_deterministic_and_keeps_the_order_of_equal_lengths() -> None:
-    contexts = contexts_of([(3, 3, 3)] * 7)
-    packed = pack(contexts, PackingRules(max_tokens=13, cp_size=1, tp_size=1, paired=False))
-    rows = contexts_by_row(packed.student, [c.student_prompt for c in contexts])
-    assert rows == [[0, 1], [2, 3], [4, 5], [6]]
-    assert packed.seq_length == 12, "no longer than the fullest row"
-
-
 def test_padding_microbatches_fill_up_to_the_count() -> None:
     packed = pack(contexts_of([(2, 4, 3)]), PackingRules(max_tokens=16, cp_size=2, tp_size=1, paired=False))
     padded = pad_to_count(packed, 3, 2)

@@ -110,23 +110,13 @@ def test_a_renamed_column_that_no_record_has_is_an_error(tmp_path: Path) -> None
         ('["p", "s"]', r"expected a JSON object per record, got a list \(\[\"p\", \"s\"\]\)"),
         ('{"problem": "p"}', r"'solution': .* \(the record has: problem; data.fields.solution=COLUMN names"),
         ('{"problem": "p", "solution": 4}', r"field 'solution': expected a non-empty text, got a number \(4\)"),
-        ('{"problem": "p", "solution": "  "}', r"field 'solution': .* got a text \(\"  \"\)"),
-        ('{"problem": null, "solution": "s"}', r"field 'problem': .* got nothing"),
         ('{"problem": "p", "solution": "s", "answer": [1]}', r"field 'answer': .* a number, got a list \(\[1\]\)"),
-        ('{"problem": "p", "solution": "s", "id": true}', r"field 'id': .* or a number, got a truth value \(true\)"),
         (r'{"problem": "cut \ud83d", "solution": "s"}', r"field 'problem': .* half of a surrogate pair"),
-        (r'{"messages": [{"role": "user", "content": "\ude00"}], "solution": "s"}', r"field 'messages': .* half of"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}',
             "expected text parts",
         ),
-        (
-            '{"messages": [{"role": "user", "content": "x"}], "tools": ["a"], "solution": "s"}',
-            "'tools': expected a",
-        ),
-        ('{"messages": [], "solution": "s"}', r"field 'messages': expected a non-empty list"),
         ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got nothing"),
-        ('{"messages": [{"content": "x"}], "solution": "s"}', r"'messages\[0\]': .* 'role' and"),
         ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
     ],
 )
@@ -152,12 +142,6 @@ def test_a_missing_id_follows_the_content_and_not_the_place(tmp_path: Path) -> N
     other = load_problems(write_jsonl(tmp_path / "b.jsonl", record(2), record(1))).problems
     assert [both[0].id, both[1].id] == [other[1].id, other[0].id]
     assert both[2].id == f"{both[0].id}-1"
-
-
-def test_an_empty_set_is_an_error(tmp_path: Path) -> None:
-    assert "expected at least one problem, got none" in refusal(write_jsonl(tmp_path / "a.jsonl"))
-    file = write_jsonl(tmp_path / "b.jsonl", "{}")
-    assert "1 bad records). The first: " in refusal(file, on_bad_record="skip")
 
 
 def test_globs_lists_and_json_arrays_are_read_in_order(tmp_path: Path) -> None:
@@ -230,15 +214,6 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch: pytest.MonkeyPatch) 
     found = load_problems("lab/sums", subset="main", split="test")
     assert calls == [(("lab/sums", "main"), {"split": "test"})]
     assert found.problems[1].location == "lab/sums[test]:2"
-
-
-def test_a_hub_set_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("Couldn't reach the Hub\nwith details")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    message = refusal("lab/sums")
-    assert "could not be loaded as a hub data set" in message and message.endswith("Couldn't reach the Hub")
 
 
 def test_each_epoch_holds_every_problem_once_and_batches_may_straddle_epochs() -> None:

@@ -88,14 +88,9 @@ def test_what_is_read_is_what_the_files_say(directory):
         (["data.path=null"], "data.path is not set"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
         (["data.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.tokenizer={directory}/nothing"], "/nothing; correct data.tokenizer"),
-        (["data.tokenizer=../nothing/at/all"], "got ../nothing/at/all; correct data.tokenizer"),
-        (["data.tokenizer={directory}/problems.jsonl"], "problems.jsonl; correct data.tokenizer"),
         (["data.tokenizer={directory}/nothing.model"], "nothing.model; correct data.tokenizer"),
-        (["data.chat_template={directory}/no_template.jinja"], "no_template.jinja"),
         (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
         (["data.chat_template=null"], "has no chat template: set data.chat_template"),
-        (["data.teacher_template='{{problem}}'"], "{solution}"),
         (
             ["data.tokenizer={directory}/endless"],
             "expected an end of sequence in the tokenizer, generation_config.json or config.json",
@@ -106,25 +101,10 @@ def test_what_is_read_is_what_the_files_say(directory):
             "data.max_length (40) exceeds the longest packed sequence (39)",
         ),
         (
-            ["schedule.max_tokens=43", "parallel.context_parallel_size=2", "data.max_length=41"],
-            "data.max_length (41) exceeds the longest packed sequence (40)",
-        ),
-        (
-            ["model.max_position_embeddings=39"],
-            "data.max_length (40) exceeds model.max_position_embeddings (39)",
-        ),
-        (
             ["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"],
             "schedule.max_tokens (3) must be at least 4",
         ),
         (["data.max_length=16"], "no problem fits"),
-        (
-            ["data.on_long_context=error"],
-            "problems.jsonl:3: expected a teacher's prompt of at most 30 tokens",
-        ),
-        (["evaluation.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.fields.answer=result"], "fields.answer names the column 'result'"),
-        (["data.limit=0"], "data.limit must be at least 1"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
@@ -132,28 +112,6 @@ def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
         RunData.load(config_of(directory, *(o.replace("{directory}", str(directory)) for o in overrides)))
     text = str(caught.value)
     assert words.lower() in text.lower() and "\n" not in text
-
-
-@pytest.mark.parametrize(
-    ("policy", "lengths", "counts"),
-    [
-        ("drop", [3, 8], (2, 0, 1)),
-        ("truncate_start", [3, 8, 60], (2, 1, 0)),
-        ("truncate_end", [3, 8, 60], (2, 1, 0)),
-    ],
-)
-def test_each_policy_counts_what_it_keeps_truncates_and_drops(directory, policy, lengths, counts):
-    run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
-    assert [len(p.solution) for p in run_data.problems.problems] == lengths
-    assert (run_data.counts.kept, run_data.counts.truncated, run_data.counts.dropped) == counts
-
-
-def test_bad_records_are_skipped_and_counted_when_asked(directory, tmp_path):
-    records = tmp_path / "bad.jsonl"
-    write(records, [{"problem": "1-1=", "solution": "0"}, {"problem": "2-1="}])
-    assert "bad.jsonl:2" in sentence_of(config_of(directory, f"data.path={records}"))
-    run_data = RunData.load(config_of(directory, f"data.path={records}", "data.on_bad_record=skip"))
-    assert len(run_data.problems) == 1 and len(run_data.problems.skipped) == 1
 
 
 def test_the_chat_template_may_be_a_file(directory, tmp_path):
@@ -219,11 +177,6 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     assert "5 logged tokens, 0.600 of them in accepted turns" in run_data.about_conversations[1]
 
 
-def test_a_rule_that_is_nowhere_is_a_sentence(directory):
-    rule = "conversations.accepted_rule=nowhere.rule"
-    assert "No module named 'nowhere'" in sentence_of(config_of(directory, "data.kind=conversations", rule))
-
-
 EMPTY = "{% for m in messages %}x{% endfor %}"
 HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
 """Shows what stands before the hint."""
@@ -267,15 +220,6 @@ def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, pol
     beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
     hidden = config_of(directory, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
-
-
-def test_only_the_first_prompts_are_looked_at(directory, tmp_path):
-    problems = [{"problem": f"{n:04}-1=", "solution": "0"} for n in range(65)]
-    write(tmp_path / "a.jsonl", [*problems[:64], {**problems[64], "problem": "1|2=", "solution": "00"}])
-    cut = config_of(directory, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
-    assert len(RunData.load(cut).problems) == 65
-    write(tmp_path / "a.jsonl", [*problems[:63], {**problems[64], "problem": "1|2=", "solution": "00"}])
-    assert "a.jsonl:64: expected the student's prompt" in sentence_of(cut)
 
 
 def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(directory, tmp_path):
@@ -433,12 +377,6 @@ def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(d
     assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
 
 
-def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(directory, tmp_path):
-    write(tmp_path / "bad.jsonl", [{"problem": "1-1="}])
-    assert sentence_of(config_of(directory, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it")
-    assert sentence_of(config_of(directory, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip")
-
-
 @pytest.mark.parametrize(
     ("problems", "share"), [(["500-408="] * 19 + ["500-4u8="], "warning: 0.5%"), (["What is 7?"], None)]
 )
@@ -455,12 +393,6 @@ def test_tokens_that_the_tokenizer_does_not_know_are_a_warning_and_above_a_third
     for overrides in ((), ("method.name=grpo", "rollout.num_samples=2")):
         with pytest.raises(ConfigError, match=r"^\d+\.\d% of the tokens .* set data.tokenizer"):
             RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}", *overrides))
-
-
-def test_an_evaluation_in_an_unknown_language_is_refused(directory, tmp_path):
-    write(tmp_path / "english.jsonl", [{"problem": "What is 7?", "solution": "seven", "answer": "7"}])
-    with pytest.raises(ConfigError, match=r"of the tokens of the first prompts are '_'"):
-        RunData.load_evaluation(config_of(directory, f"evaluation.path={tmp_path / 'english.jsonl'}"))
 
 
 def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path):
@@ -513,19 +445,6 @@ def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(director
     prompts = [run_data.builder.prompt_pair(problem) for problem in run_data.problems.problems]
     decoded = [tuple(run_data.tokenizer.decode(one).replace(" ", "") for one in pair) for pair in prompts]
     assert decoded == [("500=", "9500=4|-"), ("500=", "500=||:"), ("500=", "4:500=:")]
-
-
-def all_of(record: dict[str, object], names: tuple[str, ...]) -> dict[str, int]:
-    return dict.fromkeys(names, 1)
-
-
-def test_a_function_that_chooses_gives_a_record_the_prompts_of_its_teachers(directory):
-    config = replace(config_of(directory), teachers=TEACHERS | {"choose": f"{__name__}.all_of"})
-    run_data = RunData.load(config)
-    assert {problem.shares for problem in run_data.problems.problems} == {
-        tuple((name, 1 / 3) for name in sorted(TEACHERS))
-    }
-    assert run_data.about_prompts.count("(in 2 prompts)") == 3, run_data.about_prompts
 
 
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
