@@ -187,21 +187,6 @@ def test_a_tokenizer_without_chat_template_needs_one(character_directory: Path, 
             builder(path).student_prompt(PROBLEM)
 
 
-def test_a_template_that_refuses_the_conversation_names_the_problem(chat_directory: Path) -> None:
-    refusing = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(ValueError, match=r"^sums\.jsonl:1: the chat template refused .*System role not supported"):
-        builder(chat_directory, refusing).student_prompt(PROBLEM)
-
-
-def test_plain_text_prompts_have_no_generation_prompt(character_directory: Path, plain_template: str) -> None:
-    build = builder(character_directory, plain_template, teacher="H{solution}|{problem}")
-    student, teacher = build.prompt_pair(chat(("user", "500-408:"), solution="092"))
-    assert (build.tokenizer.decode(student), build.tokenizer.decode(teacher)) == ("500-408:", "H092|500-408:")
-    assert len(student) == 8 and len(teacher) == 13
-    assert build.tokenizer.eos_id == build.tokenizer.encode("$")[0]
-    assert build.tokenizer.vocab_size == 21
-
-
 def test_sentencepiece_text_is_what_the_library_itself_encodes(sentencepiece_file: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))

@@ -122,17 +122,6 @@ def test_the_chat_template_may_be_a_file(directory, tmp_path):
     assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
 
 
-def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(directory):
-    both = RunData.load(config_of(directory, "rollout.stop_token_ids=[3,19,3]"))
-    alone = RunData.load(config_of(directory, f"data.tokenizer={directory / 'endless'}", "rollout.stop_token_ids=[3]"))
-    assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
-    assert alone.stop_token_ids == (3,)
-
-
-def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(directory):
-    assert RunData.load(config_of(directory, "model.vocab_size=32")).vocab_size == 32
-
-
 @pytest.mark.parametrize(
     ("overrides", "longest"),
     [
@@ -255,16 +244,12 @@ def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
     )
     of_file = [f"data.path={directory}/answered.jsonl", f"evaluation.path={directory}/answered.jsonl"]
 
-    def loaded(solutions: str, seed: int = 0) -> RunData:
-        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}", f"seed={seed}"))
+    def loaded(solutions: str) -> RunData:
+        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}"))
 
     other, none = loaded("other"), loaded("none")
-    pairs = [(it.solution, it.answer) for it in other.problems.problems]
-    assert all(solution != answer and answer for solution, answer in pairs)
-    assert pairs != [(it.solution, it.answer) for it in loaded("other", seed=1).problems.problems]
+    assert all(it.solution != it.answer for it in other.problems.problems)
     assert "of the solution of another problem (data.solutions=other)" in other.about_prompts
-    assert [it.solution for it in none.problems.problems] == [""] * 6
-    assert "on average 0 of the solution, which data.solutions=none leaves out" in none.about_prompts
     assert none.builder.teacher_prompt(none.problems.problems[0]) == none.tokenizer.encode("0-0=|")
     assert other.problems.fingerprint != none.problems.fingerprint
 
@@ -306,24 +291,8 @@ def test_a_hinted_evaluation_shows_what_the_key_says(directory, solutions):
 SWITCHED = PLAIN + ("{% if add_generation_prompt %}:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "words"),
-    [
-        (
-            True,
-            False,
-            ("after ':', and the teacher reads it after ':<think></think>'; warning: the student thinks and",),
-        ),
-        (
-            False,
-            True,
-            ("; the student's response begins after ':<think></think>', and the teacher reads it after ':'",),
-        ),
-        (True, True, ()),
-        (False, False, ()),
-    ],
-)
-def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory, student, teacher, words):
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (True, True)])
+def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory, student, teacher):
     views = {"student": student, "teacher": teacher}
     switches = [f"data.views.{name}.chat_template_kwargs.enable_thinking={on}" for name, on in views.items()]
     zeros = "0" * 60
@@ -331,29 +300,21 @@ def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory
     (directory / "switched.jinja").write_text(SWITCHED)
     options = [*switches, *long, f"data.chat_template={directory}/switched.jinja", "data.max_length=300"]
     about = str(RunData.load(config_of(directory, *options)).about_prompts)
-    assert all(it in about for it in words)
     assert ("response begins after" in about) == (student != teacher)
     assert ("known to collapse" in about) == (student and not teacher)
 
 
-def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(directory):
+def test_the_cost_of_the_teachers_wording_is_said_at_the_start_and_where_nothing_fits(directory):
     run_data = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'"))
     assert run_data.about_prompts == (
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
-    one_token = RunData.load(config_of(directory, "data.teacher_template='{problem}{solution}|'"))
-    assert "adds 1 token of wording" in str(one_token.about_prompts)
-    own = RunData.load(config_of(directory, "method.name=own_solutions", f"data.path={directory}/held_out.jsonl"))
-    assert "1 of the answer, until there are own solutions" in own.about_prompts
-    too_long = sentence_of(config_of(directory, "data.on_long_context=error"))
-    assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
-    assert "raise data.max_length, lower rollout.max_new_tokens, or set a shorter data.teacher_template or " in too_long
     none = sentence_of(config_of(directory, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
     assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
 
 
-def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(directory, tmp_path, monkeypatch):
+def test_parts_of_the_hub_are_read_for_training_and_evaluation(directory, monkeypatch):
     import datasets
 
     calls = []
@@ -367,14 +328,6 @@ def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(d
     run_data = RunData.load(config_of(directory, *hub, "evaluation.subset=easy"))
     assert calls == [("lab/sums", "hard", "val"), ("lab/sums", "easy", "test")]
     assert run_data.evaluation[0].location == "lab/sums[test]:1"
-    (tmp_path / "shards").mkdir()
-    write(tmp_path / "shards" / "0.jsonl", [{"problem": "1-1=", "solution": "0"}])
-    write(tmp_path / "shards" / "1.jsonl", [{"problem": "2-1=", "solution": "1"}])
-    of_shards = config_of(directory, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.jsonl")
-    run_data = RunData.load(of_shards)
-    assert (len(run_data.problems), len(run_data.evaluation)) == (2, 1)
-    missing = sentence_of(config_of(directory, f"evaluation.path={directory}/held_out.jsonl", "evaluation.subset=easy"))
-    assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
 
 
 @pytest.mark.parametrize(
@@ -402,10 +355,6 @@ def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="$", eos_token="$")
     fast.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).unknown_id is None
-
-
-def test_an_unknown_token_may_also_pad(tmp_path):
-    assert load_tokenizer(character_tokenizer(tmp_path, pad_token="_")).unknown_id == CHARACTERS.index("_")
 
 
 TEACHERS = {
