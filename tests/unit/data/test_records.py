@@ -91,9 +91,8 @@ def test_paths_that_hold_no_data_are_refused_with_what_to_do(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[" * 100_000 + "]" * 100_000, "more than 100 levels deep"),
-        ('{"problem": "p", "solution": "s", "tree": ' + "[" * 100 + "]" * 100 + "}", "more than 100 levels deep"),
-        ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN or an infinite number, which JSON does not have"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN, which JSON does not have"),
         (
             '{"messages": "' + "[" * 1000 + '", "solution": "s"}',
             "field 'messages': expected a list, got a text that is not its JSON",
