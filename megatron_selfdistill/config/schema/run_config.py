@@ -96,10 +96,6 @@ class MetricsConfig(Part, section="metrics"):
     reads the samples once more with every model.  Responses of conversations are saved only with
     conversations.show_contents=true."""
 
-    def check(self, config: Any) -> None:
-        """Raise `ConfigError` for a blank word, which every text has."""
-        require(all(word.strip() for word in self.leak_words), "metrics.leak_words must hold words, got a blank one")
-
     @property
     def num_explored(self) -> int:
         """The number of samples that are saved for the target explorer at an evaluation."""
