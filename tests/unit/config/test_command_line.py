@@ -44,20 +44,6 @@ def test_keys_searches_names_and_meanings_for_a_word_that_is_no_section(capsys):
     assert "target.anchor" in found("stands still") and found("STANDS STILL") == found("stands still")
 
 
-def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
-    text = printed(capsys, "--keys", "target")
-    keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
-    assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
-    assert "(sets several at once: target=batch|capped|" in text
-    assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-4:] == [
-        "optimizer.lr=1e-06",
-        "    Learning rate after warm-up.",
-        "    Range: a number, at least 0 and at most 100.",
-        "    Short: lr=",
-    ]
-    assert "did you mean 'rollout'?" in refused(capsys, "--keys", "rolout")
-
-
 def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_path):
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "ours.yaml").write_text("# @package _global_\n# Our own one.  With more.\nnum_steps: 3\n")

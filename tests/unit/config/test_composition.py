@@ -76,18 +76,6 @@ def test_overrides_of_files_composed_before_give_what_hydra_gives(overrides):
         assert compose._composed(overrides, "train", ()) == compose._set_values(expected)
 
 
-def test_hydra_composes_the_projects_files_once_and_those_of_a_user_each_time(tmp_path, monkeypatch):
-    load(["model=llama_1b", "optimizer=fp32"])
-    monkeypatch.setattr(compose, "compose", pytest.fail)
-    assert load(["seed=5", "model=llama_1b", "optimizer=fp32", "model.num_layers=3"]).model.num_layers == 3
-    assert load(["model=llama_1b", "optimizer=fp32"]).model.num_layers == 16
-    monkeypatch.undo()
-    (tmp_path / "model").mkdir()
-    for layers in (3, 4):
-        (tmp_path / "model" / "ours.yaml").write_text(f"num_layers: {layers}\n")
-        assert load(["model=ours"], search_path=[str(tmp_path)]).model.num_layers == layers
-
-
 def test_a_changed_configuration_changes_no_other():
     load().metrics.loggers.append("wandb")
     load().model.transformer["x"] = 3
@@ -175,16 +163,6 @@ def test_a_labs_directory_adds_groups_and_options(tmp_path):
     assert by_hydra == config
     assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
     assert load().model.num_layers == 2, "the lab's directory is forgotten by the next call"
-
-
-def test_a_labs_recipe_without_groups_must_end_its_defaults_with_them(tmp_path):
-    (tmp_path / "recipe").mkdir()
-    recipe = tmp_path / "recipe" / "ours.yaml"
-    recipe.write_text("# @package _global_\nnum_steps: 7\n")
-    assert load(["recipe=ours"], search_path=[tmp_path]).num_steps == 7
-    assert "Could not override 'model'. No match" in message_of("recipe=ours", "model=tiny", search_path=[tmp_path])
-    recipe.write_text("# @package _global_\ndefaults: [_self_, /groups]\nnum_steps: 7\n")
-    assert load(["recipe=ours", "model=tiny"], search_path=[tmp_path]).model.normalization == "LayerNorm"
 
 
 def test_free_form_dictionaries_take_new_keys():

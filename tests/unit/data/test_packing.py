@@ -19,7 +19,6 @@ from megatron_selfdistill.data.packing import (
     PackedBatch,
     PackingRules,
     context_parallel_positions,
-    length_quantum,
     pack,
     pad_to_count,
     padding_length,
@@ -206,17 +205,6 @@ def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: 
         assert (length - 2000) ** 2 > 51 * 2000**2 and pairs(holds_one) < 2 * 2000**2
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3])
-@pytest.mark.parametrize("max_tokens", [4096, 65536, 10**6])
-def test_padding_of_any_length_has_at_most_256_segments(max_tokens: int, cp_size: int) -> None:
-    rules = PackingRules(max_tokens=max_tokens, cp_size=cp_size, tp_size=1, paired=True)
-    length = max_tokens // rules.length_multiple * rules.length_multiple
-    empty = pad_to_count(pack([], rules, seq_length=length), 1, 0).student[0]
-    assert len(segments(empty)) <= 256
-    assert not any((end - start) % rules.segment_multiple for start, end in segments(empty))
-    assert pairs(empty) <= length * max(256 * rules.segment_multiple, length / 256 + rules.segment_multiple)
-
-
 def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
     layout = {"max_tokens": 64, "cp_size": 2, "tp_size": 2, "paired": True}
     assert required_seq_length([], PackingRules(**layout)) == 8
@@ -275,15 +263,6 @@ def test_a_quantum_rounds_the_length_up_within_the_budget(
     assert need <= length <= capacity and length % multiple == 0
     assert not contexts or length == capacity or (length % quantum == 0 and length - need < math.lcm(multiple, quantum))
     assert pack(contexts, PackingRules(**layout), seq_length=length).seq_length == length
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "quantum"),
-    [(1, 1), (31, 1), (32, 2), (1000, 32), (4095, 128), (4096, 256), (16384, 256), (10**6, 256)],
-)
-def test_the_quantum_is_a_power_of_two_that_costs_little(max_tokens, quantum):
-    assert length_quantum(max_tokens) == quantum
-    assert quantum == 1 or quantum <= max_tokens / 16
 
 
 def read_tokens(num_turns: int, **options: Any) -> list[int]:

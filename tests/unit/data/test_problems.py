@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_sources import load_problems, write_parquet
+from record_sources import load_problems
 
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem, ProblemSet, about_visits, with_solutions_from
@@ -144,17 +144,6 @@ def test_a_missing_id_follows_the_content_and_not_the_place(tmp_path: Path) -> N
     assert both[2].id == f"{both[0].id}-1"
 
 
-def test_globs_lists_and_json_arrays_are_read_in_order(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a1.jsonl", record(1))
-    write_jsonl(tmp_path / "a0.jsonl", record(0))
-    (tmp_path / "array.json").write_text(json.dumps([record(2), record(3)]))
-    found = load_problems([f"{tmp_path}/a?.jsonl", tmp_path / "array.json"]).problems
-    assert [problem.solution for problem in found] == [f"It is {n}." for n in (0, 2, 4, 6)]
-    assert found[-1].location.endswith("array.json:2")
-    (tmp_path / "[1].jsonl").write_text(json.dumps(record(5)))
-    assert load_problems(f"{tmp_path}/[1].jsonl").problems[0].solution == "It is 10."
-
-
 def with_texts(texts: list[str], answer: str | None = "7") -> list[Problem]:
     return [
         Problem(f"{i}", ({"role": "user", "content": "x"},), text, answer, f"f:{i}") for i, text in enumerate(texts)
@@ -191,29 +180,6 @@ def test_a_limit_takes_the_first_problems(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", record(1), "broken", record(2), "never reached")
     found = load_problems(file, limit=2, on_bad_record="skip")
     assert (len(found), found.num_skipped) == (2, 1)
-
-
-def test_parquet_holds_the_same_problems_as_jsonl(tmp_path: Path) -> None:
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    rows = [{"messages": messages, "solution": "w", "answer": 3, "id": f"r{i}"} for i in range(3)]
-    write_parquet(tmp_path / "a[b].parquet", rows)
-    from_parquet = load_problems(tmp_path / "a[b].parquet")
-    from_jsonl = load_problems(write_jsonl(tmp_path / "a.jsonl", *rows))
-    assert from_parquet.fingerprint == from_jsonl.fingerprint
-    assert from_parquet.problems[2].location == f"{tmp_path}/a[b].parquet:3"
-
-
-def test_a_hub_name_is_loaded_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, object]]:
-        calls.append((args, kwargs))
-        return [record(1), record(2)]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    found = load_problems("lab/sums", subset="main", split="test")
-    assert calls == [(("lab/sums", "main"), {"split": "test"})]
-    assert found.problems[1].location == "lab/sums[test]:2"
 
 
 def test_each_epoch_holds_every_problem_once_and_batches_may_straddle_epochs() -> None:

@@ -60,6 +60,8 @@ def test_every_format_alone_and_in_a_directory_of_shards_holds_the_same_problems
     found = load_problems([shards / f"part-00000{ending}", str(shards / f"part-00001{ending}")])
     assert found.fingerprint == wanted
     assert found.problems[2].location.startswith(f"{shards}/part-00001{ending}:")
+    (tmp_path / "[1].jsonl").write_bytes(as_jsonl(RECORDS))
+    assert load_problems(tmp_path / "[1].jsonl").fingerprint == wanted, "a name may hold the characters of a glob"
 
 
 def test_a_glob_of_directories_and_their_files_reads_each_file_once(tmp_path: Path) -> None:

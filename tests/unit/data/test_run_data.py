@@ -180,18 +180,9 @@ HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
             [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "method.name=sft"],
             None,  # no teacher reads a prompt
         ),
-        (
-            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/cut.jsonl", "method.name=sft"],
-            "cut.jsonl:2: expected the student's prompt to show the problem",
-        ),
-        (
-            [f'data.chat_template="{HALF}"', "method.name=own_solutions", "data.path={directory}/held_out.jsonl"],
-            "held_out.jsonl:1: expected the teacher's prompt to show the solution, got the 4 tokens of the student's",
-        ),
     ],
 )
 def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(directory, overrides, words):
-    write(directory / "cut.jsonl", [{"problem": text, "solution": "0"} for text in ("1-1=", "1|2-1=")])
     more = [
         o.replace("{directory}", str(directory)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)
     ]
@@ -209,23 +200,6 @@ def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, pol
     beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
     hidden = config_of(directory, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
-
-
-def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(directory, tmp_path):
-    chat = [{"role": role, "content": text} for role, text in [("user", "1-1="), ("assistant", "000"), ("user", ".")]]
-    write(tmp_path / "chats.jsonl", [{"messages": chat, "accepted": 1}])
-    template = tmp_path / "template.jinja"
-    of_template = [f"data.path={tmp_path}/chats.jsonl", "data.kind=conversations", f"data.chat_template={template}"]
-    reply = "{% if m.role == 'assistant' %}{{ m.content }}${% else %}"
-    template.write_text("{% for m in messages %}" + reply + "{{ m.content[:4] }}{% endif %}{% endfor %}")
-    for responses in ("logged", "sampled"):
-        config = config_of(directory, *of_template, f"conversations.responses={responses}")
-        assert "chats.jsonl:1, message 1: expected the teacher's prompt to show the solution, got" in (
-            sentence := sentence_of(config)
-        )
-        assert "000" not in sentence.replace("0000", "")
-    template.write_text("{% for m in messages %}" + reply + "{{ m.content }}{% endif %}{% endfor %}")
-    assert "3 of the accepted answer (in 1 prompts)" in RunData.load(config_of(directory, *of_template)).about_prompts
 
 
 def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(directory):
