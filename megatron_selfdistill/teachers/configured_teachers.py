@@ -103,7 +103,7 @@ class ConfiguredTeachers(Teachers):
         reads_start = keeps_start(config) or bool(adapted)
         super().__init__(config, grid, vocab, student, build_chunks, saved, keeps_start=reads_start)
         self.names = list(config.named_teachers)
-        self._settings = config.named_teachers
+        self._settings: Mapping[str, NamedTeacher] = config.named_teachers
         self._width = last.config.hidden_size
         self._other_widths: dict[str, int] = {}
         """The hidden size of each teacher that has another architecture than the student."""
