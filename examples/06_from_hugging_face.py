@@ -113,9 +113,9 @@ def distil(task: Task, root: Path, num_steps: int, seed: int) -> tuple[Path, flo
 def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], list[Tensor]]:
     """Run the trainer; return the tokens of a few prompts and the logits of the trained model on each prompt."""
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.train import loop
     from megatron_selfdistill.trainer import Trainer
 

@@ -35,11 +35,11 @@ from _lib.measurement import Measurement
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.run_log import METRICS_FILE, read_metrics
+from megatron_selfdistill.checkpoint.run_log import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.evaluation.inference import Inference
-    from megatron_selfdistill.run_data import RunData
 
 NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
@@ -98,9 +98,9 @@ def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outco
 
 def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     """Return NUM_SESSIONS conversations between the base and the scripted user, as OpenAI-style messages."""
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.run_data import RunData
 
     overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.directory / 'logs'}"]
     config = configuration.load(overrides, CONFIG_NAME)

@@ -23,7 +23,7 @@ from _lib.command_line import announce, console, example_parser, prepare_process
 from _lib.hf_subtraction import accuracy_of, prepared_qwen3
 from _lib.hugging_face import load
 from _lib.pretraining import write_records
-from megatron_selfdistill.installation import is_installed
+from megatron_selfdistill.commands.installation import is_installed
 
 PRETRAINING_STEPS = 600
 NUM_STEPS = 100

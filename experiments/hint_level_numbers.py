@@ -33,6 +33,7 @@ from megatron_selfdistill.choices import HINT_LEVELS
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import check_lengths
@@ -40,7 +41,6 @@ from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.pipeline.score import read_tokens
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 256
 """The largest number of problems with a sample; the first ones are taken."""

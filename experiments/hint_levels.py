@@ -124,10 +124,10 @@ def measured(base: Base, problems: Path) -> list[dict[str, Any]]:
     from hint_level_numbers import at_level, measure_hint_levels
 
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.run_data import RunData
 
     config = configuration.load([*base.overrides, f"evaluation.path={problems}"], CONFIG_NAME)
     levels = {name: RunData.load_evaluation(at_level(config, name), True) for name in LEVELS}

@@ -93,6 +93,7 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
     The function starts and ends the process group of one rank.
     """
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
@@ -100,7 +101,6 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
     from megatron_selfdistill.pipeline.score import ScoringModels, read_tokens
     from megatron_selfdistill.rollout.base import Request, response_text
     from megatron_selfdistill.rollout.sampling import sample_seed
-    from megatron_selfdistill.run_data import RunData
 
     given = (*base.overrides, f"data.path={problems}", f"data.limit={num_problems}", "loss.fused=none")
     config = configuration.load([*given], CONFIG_NAME)

@@ -21,9 +21,11 @@ DOORS = {
     "logged_responses": "chat_logs.logged_responses",
     "overlap": "overlap.ahead",
     "teachers": "teachers.configured_teachers",
+    "teachers_config": "teachers.teachers_config",
+    "taught_records": "teachers.taught_records",
     "vllm": "engines.vllm.configured_sampler",
 }
-"""The name of an option -> the module of the package that is its door."""
+"""The name of an option, or of a part of it -> the module of the package that is its door."""
 
 
 def door(option: str) -> Any:

@@ -109,9 +109,6 @@ TEACHER_WEIGHTS = ("frozen", "ema", "current")
 TEACHER_OFFLOADS = ("none", "cpu")
 """Values of teacher.offload."""
 
-TEACHER_HINTS = ("given", "none")
-"""Values of the entry hint of a teacher of the key teachers."""
-
 OPTIMIZERS = ("adam", "sgd")
 """Values of optimizer.optimizer."""
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_selfdistill.installation import MissingExtraError, install_command, require_extra, version
-from megatron_selfdistill.terminal import guard_standard_error
+from megatron_selfdistill.commands.installation import MissingExtraError, install_command, require_extra, version
+from megatron_selfdistill.distributed.terminal import guard_standard_error
 
 EXIT_USAGE = 2
 

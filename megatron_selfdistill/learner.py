@@ -30,6 +30,7 @@ from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -47,7 +48,6 @@ from megatron_selfdistill.pipeline.schedule import Reference, StepTeacher
 from megatron_selfdistill.pipeline.score import Reading
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teacher import Teachers
 
 

@@ -66,10 +66,10 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
-from megatron_selfdistill.terminal import silence_known_warnings
 
 TEACHER_WEIGHT = 0.75
 """w: the weight of the teacher's logits in the mix; the reference has the weight 1."""

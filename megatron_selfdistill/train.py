@@ -15,24 +15,24 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.installation import require_extra
+from megatron_selfdistill.commands.installation import require_extra
 
 require_extra(__name__, "train")  # before the imports that need these packages
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.run_lock import RunLock
+from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
+from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
+from megatron_selfdistill.distributed.terminal import guard_standard_error, silence_known_warnings, visible
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.instruments.plan import plan_checks
-from megatron_selfdistill.prechecks import require_packages
-from megatron_selfdistill.terminal import guard_standard_error, silence_known_warnings, visible
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.trainer import AccumulatedBatch, Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
@@ -87,7 +87,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         print(arguments.about())
         return 0
     config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
-    config = prechecks.with_stored_tokenizer(config)
+    config = with_stored_tokenizer(config)
     if arguments.print:
         print(configuration.to_yaml(config))
         return 0
@@ -137,7 +137,7 @@ def check(config: Config, world_size: int) -> None:
     prechecks.require_start(config)
     check_files(config)
     prechecks.require_ranks(config, world_size)
-    require_packages(config)
+    prechecks.require_packages(config)
     prechecks.require_data(config)
     config.method.require_start(config)
 
@@ -146,13 +146,12 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
-    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.teacher import Teachers
 
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
-    require_packages(config)  # of the architecture that a checkpoint states
+    prechecks.require_packages(config)  # of the architecture that a checkpoint states
     require_same_tokenizer(config)
     teachers = Teachers.of(config)
     teachers.require(config)
@@ -169,7 +168,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
 def _train(
     config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None, given: Collection[str] | None
 ) -> int:
-    from megatron_selfdistill.announcement import announce, conclude
+    from megatron_selfdistill.commands.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.instruments.explorer.explored import explore_run
     from megatron_selfdistill.instruments.report.report_command import report_run
@@ -215,7 +214,7 @@ def _train(
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
-        from megatron_selfdistill.announcement import complete
+        from megatron_selfdistill.commands.announcement import complete
 
         lines = complete(config, config.num_steps, checkpoint)
         print("\n".join(lines), flush=True)
@@ -228,7 +227,7 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
     This is ``dry_run=true`` without a launch.
     Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
     """
-    config = prechecks.with_stored_tokenizer(config)
+    config = with_stored_tokenizer(config)
     plan_checks.check_plan(config)
     if config.data.path and config.data.tokenizer:  # else the plan reads neither
         prechecks.require_data(config)

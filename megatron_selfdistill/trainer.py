@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_selfdistill.installation import require_extra
+from megatron_selfdistill.commands.installation import require_extra
 
 require_extra(__name__, "train")  # before the imports that need these packages
 
@@ -19,11 +19,14 @@ from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
+from megatron_selfdistill.checkpoint.run_log import EventLog
 from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, teacher_due
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -46,8 +49,6 @@ from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
-from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import (
     checked_run_data,
     configured_sampler,
@@ -171,7 +172,7 @@ class Trainer:
         Raises: `RunUnhealthy` where this check fails.
         """
         output, part = None, partial_batch_of(batch, earlier)
-        due, tolerance = self.config.metrics.teacher_due(self.step + 1), self.config.guards.start.identity_tolerance
+        due, tolerance = teacher_due(self.config, self.step + 1), self.config.guards.start.identity_tolerance
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
@@ -196,7 +197,7 @@ class Trainer:
         metrics = self.source.metrics(batch, output)
         if self.learner.teachers.names:
             metrics |= self.learner.teachers.metrics([(it.batch.teacher, it.output) for it in step if it.output])
-        if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
+        if self.config.shows_contents and samples_due(self.config, self.step + 1):
             self._show_samples(batch, output)
         if not self.checked and self.learner.has_teacher and self.step == 0:
             check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.start.max_teacher_cross_entropy)
@@ -223,7 +224,7 @@ class Trainer:
         self.log.log(self.step, metrics)
         for hook in self.after_step:
             hook(self, metrics)
-        if self.config.checkpoint.due(self.step, self.config.num_steps):
+        if checkpoint_due(self.config, self.step):
             self.save()
         if self.config.checkpoint.async_save:
             self.checkpointer.poll()
@@ -337,7 +338,7 @@ def check_guards(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 
 def evaluate_when_due(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Evaluate on held-out problems after the steps that the configuration names.  Collective."""
-    if trainer.config.evaluation.due(trainer.step, trainer.config.num_steps):
+    if evaluation_due(trainer.config, trainer.step):
         trainer.evaluate()
 
 

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.terminal import silence_known_warnings
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 CONFIG_NAME = "quickstart"
 EXAMPLES = Path(__file__).resolve().parents[1]

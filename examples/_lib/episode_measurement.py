@@ -41,8 +41,8 @@ def play(overrides: list[str], num_samples: int, *settings: str) -> PlayedEpisod
 
     ``settings`` are further overrides, such as rollout.temperature=0.
     """
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     with TemporaryDirectory() as directory:

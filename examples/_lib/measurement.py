@@ -56,8 +56,8 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     ``num_samples`` is the number of sampled responses per problem, at least 8.  Where the task has an environment, the
     episodes take the place of responses, and `Measurement.length` is the number of their responses.
     """
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     overrides = [

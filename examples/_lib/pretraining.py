@@ -106,8 +106,8 @@ def prepared_base(task: Task, seed: int, root: Path, num_steps: int | None = Non
 
 def pretrain(config: Config, task: Task) -> None:
     """Run the loop of train.py for ``num_steps`` steps of next-token training, on rows of the task's corpus."""
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     grid = ranks.initialize(config.parallel, config.seed)

@@ -18,11 +18,11 @@ def logged_conversations(base: Base, directory: Path) -> tuple[Path, Path]:
 
     The base answers the training problems at temperature 1, one response each; see `checked_subtraction.conversation`.
     """
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.rollout.base import Request, response_text
     from megatron_selfdistill.rollout.sampling import sample_seed
-    from megatron_selfdistill.run_data import RunData
 
     pairs = subtraction.distinct(subtraction.NUM_TRAINING, "train", seed=777 + base.seed)
     overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={directory / 'logged'}"]

@@ -93,8 +93,8 @@ def watch(
 def opened(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> Iterator[Trainer]:
     """Yield the trainer of a configuration, the quickstart's by default, with ``overrides``; close it at the end."""
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     given = configuration.GivenKeys(overrides)

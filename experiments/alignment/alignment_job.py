@@ -15,6 +15,7 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -26,7 +27,6 @@ from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.sampling import sample_seed
-from megatron_selfdistill.run_data import RunData
 
 Key = tuple[int, int, int, int]
 """A completion: the index of the problem, the position of the node, the candidate's token, the index of the sample."""

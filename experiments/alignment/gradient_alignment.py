@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped
 
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
-    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.data.run_data import RunData
 
 DESCRIPTION = """Measure whether distillation pushes a model towards tokens with which it succeeds.
 
@@ -97,10 +97,10 @@ def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) ->
 
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import ModelPlaces
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-    from megatron_selfdistill.run_data import RunData
 
     models = ModelPlaces.of(arguments, given)
     model = models.found_student()

@@ -33,8 +33,8 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.run_data import RunData
 
 
 logger = logging.getLogger(__name__)

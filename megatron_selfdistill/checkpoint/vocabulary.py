@@ -1,9 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Check that the tokenizer of a run is the tokenizer of its checkpoint: the same token for every id."""
+"""The tokenizer of a checkpoint: a run has the same token for every id."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import directory
@@ -12,7 +15,8 @@ from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceToken
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.prechecks import tokenizer_directory
+
+_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
 
 
 def require_same_tokenizer(config: Config) -> None:
@@ -75,3 +79,20 @@ def _stored_tokenizer(config: Config) -> Path | None:
     if path is None:
         return None
     return tokenizer_directory(Path(path))
+
+
+def tokenizer_directory(path: Path) -> Path | None:
+    """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
+    assets = path if directory.is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
+    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _TOKENIZERS) else None
+
+
+def with_stored_tokenizer(config: Config) -> Config:
+    """Return ``config`` with the tokenizer of ``checkpoint.load`` if ``data.tokenizer`` is null; rank 0 says so."""
+    load = config.checkpoint.load
+    found = tokenizer_directory(Path(load)) if load is not None and config.data.tokenizer is None else None
+    if found is None:
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        print(f"data.tokenizer={found}, the tokenizer of checkpoint.load", file=sys.stderr, flush=True)
+    return replace(config, data=replace(config.data, tokenizer=str(found)))

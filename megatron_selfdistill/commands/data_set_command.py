@@ -17,8 +17,8 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.run_data import RunData
 
 MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
 """A function that returns the work of a command for its configuration, on this rank."""
@@ -48,18 +48,17 @@ def run_command(
 
 def check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
     from megatron_selfdistill.annexes import door
+    from megatron_selfdistill.commands import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.prechecks import require_packages
 
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
     if arguments.hf is not None:
         door("hugging_face").require_hugging_face(arguments.hf)
     prechecks.require_data(config)
-    require_packages(config)
+    prechecks.require_packages(config)
     if config.checkpoint.load is not None:
         prechecks.require_model(config, Path(config.checkpoint.load))
     check_ranks(config, world_size())
@@ -69,9 +68,9 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     """Do the work and write the data set, on every rank; return the exit status."""
     from megatron_selfdistill.commands.data_set_job import DataSetJob
     from megatron_selfdistill.commands.solution_journal import file_beside
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import converted
-    from megatron_selfdistill.run_data import RunData
 
     out = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +91,9 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
 def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Config:
     """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.checkpoint.vocabulary import with_stored_tokenizer
     from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.prechecks import with_stored_tokenizer
 
     arguments.overrides = with_files(arguments.overrides)
     config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)

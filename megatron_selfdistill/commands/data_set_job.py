@@ -17,6 +17,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -32,7 +33,6 @@ from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import read_tokens
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.sampling import sample_seed
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
 
 WORDING = (

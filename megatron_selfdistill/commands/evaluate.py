@@ -22,11 +22,11 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.evaluation.first_step import FirstStep
     from megatron_selfdistill.metrics.phases import Phases
-    from megatron_selfdistill.run_data import RunData
 
     Measured = tuple[EvaluationResult, FirstStep | None, float]
 
@@ -84,12 +84,11 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill import prechecks
     from megatron_selfdistill.annexes import door
+    from megatron_selfdistill.commands import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
-    from megatron_selfdistill.prechecks import require_packages
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
@@ -101,7 +100,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     else:
         prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
-    require_packages(config)
+    prechecks.require_packages(config)
     check_ranks(config, world_size())
     return config, keys
 
@@ -114,13 +113,13 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     if os.environ.get("RANK", "0") == "0":
         print("evaluate: imports its packages and reads the data", file=sys.stderr, flush=True)
     from megatron_selfdistill.commands.given_model import computed_in, configured, find_model, temporary_directory
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.metrics.phase_lines import phases_shown
     from megatron_selfdistill.metrics.phases import Phases
-    from megatron_selfdistill.run_data import RunData
 
     model = find_model(arguments.hf, arguments.megatron, arguments.iteration)
     config = configured(given, keys, model)

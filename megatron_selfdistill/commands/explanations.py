@@ -24,8 +24,8 @@ from megatron_selfdistill.commands.data_set_command import configured, parser_of
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.run_data import RunData
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.annexes import door
-from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
+from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
@@ -78,7 +78,7 @@ class ModelPlaces:
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
                 continue
-            if is_hugging_face(path):
+            if directory.is_hugging_face(path):
                 if iteration is not None:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
                 door("hugging_face").require_hugging_face(path)
@@ -89,20 +89,20 @@ class ModelPlaces:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
         from megatron_selfdistill.commands.given_model import find_model
 
-        hf, megatron = (self.student, None) if is_hugging_face(self.student) else (None, self.student)
+        hf, megatron = (self.student, None) if directory.is_hugging_face(self.student) else (None, self.student)
         return find_model(hf, megatron, self.iteration)
 
-    def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> ModelCheckpoints:
+    def placed(self, student: dict[str, Any], converted_to: Path, stack: ExitStack) -> ModelCheckpoints:
         """Return the Megatron checkpoints of student, teacher and reference.
 
-        ``student``: the result of `found_student`.  ``directory``: holds the converted Hugging Face directories until
-        ``stack`` ends.  Every rank of the world calls this method.  Raises: `CheckpointError`.
+        ``student``: the result of `found_student`.  ``converted_to``: the directory that holds converted Hugging Face
+        directories until ``stack`` ends.  Every rank of the world calls this method.  Raises: `CheckpointError`.
         """
         from megatron_selfdistill.evaluation.inference import converted
 
         def place(model: Path, name: str) -> str:
-            is_hf = is_hugging_face(model)
-            return str(stack.enter_context(converted(model, directory / name)) if is_hf else model)
+            is_hf = directory.is_hugging_face(model)
+            return str(stack.enter_context(converted(model, converted_to / name)) if is_hf else model)
 
         has_own_reference = self.reference is not None and self.reference != self.teacher
         return ModelCheckpoints(

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_selfdistill.distributed.terminal import print_error, silence_known_warnings
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
-from megatron_selfdistill.terminal import print_error, silence_known_warnings
 
 EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 2, 4, 130
 

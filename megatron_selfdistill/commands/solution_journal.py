@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.checkpoint.run_log import json_object
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import json_object
 
 
 @dataclass(frozen=True)

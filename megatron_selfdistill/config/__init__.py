@@ -10,9 +10,9 @@ from __future__ import annotations
 from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml
 from megatron_selfdistill.config.functions import function_named, user_code
 from megatron_selfdistill.config.key_list import field_docs, groups, keys, method_keys
-from megatron_selfdistill.config.methods import method_class, method_names
+from megatron_selfdistill.config.methods import method_class
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
-from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.config.schema.model_config import ModelConfig, YarnConfig
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
@@ -44,7 +44,6 @@ __all__ = [
     "ConversationsConfig",
     "DataConfig",
     "EntropyGuards",
-    "EnvironmentConfig",
     "EvaluationConfig",
     "GivenKeys",
     "GuardsConfig",
@@ -72,7 +71,6 @@ __all__ = [
     "load",
     "method_class",
     "method_keys",
-    "method_names",
     "to_yaml",
     "user_code",
 ]

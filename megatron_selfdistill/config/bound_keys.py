@@ -16,99 +16,58 @@ from megatron_selfdistill.config.schema.whole_config import Config
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
-RULES: dict[str, str] = {
-    # BOUND: the key decides what is learned.  A run resumes with another value only with checkpoint.resume=force.
-    **dict.fromkeys(
-        (
-            *("seed", "method"),
-            *("checkpoint.load", "checkpoint.load_optimizer"),
-            *("data.kind", "data.tokenizer", "data.chat_template", "data.chat_template_kwargs", "data.system_prompt"),
-            *("data.views", "data.student_template", "data.teacher_template", "data.on_long_context", "data.solutions"),
-            *("conversations.accepted_rule", "conversations.turns", "conversations.responses"),
-            *(
-                "rollout.guidance",
-                "rollout.guide_below",
-                "rollout.num_samples",
-                "rollout.max_new_tokens",
-            ),
-            *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
-            "rollout.ids_without_token",
-            *("environment.name", "environment.options", "environment.max_turns", "environment.limits"),
-            *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
-            *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised", "adapter.load"),
-            *("target", "teachers"),
-        ),
-        BOUND,
+_FREE = {
+    "": "run_dir num_steps dry_run parallel cluster schedule metrics report guards stop",
+    # A resumed run compares the problems, not the names of the files.
+    "data": (
+        "path split subset fields limit on_bad_record max_length global_batch_size trust_remote_code "
+        "allow_other_tokenizer"
     ),
-    # FIXED: the form of a checkpoint depends on the value.  Not even force can change the key within a run.
-    **dict.fromkeys(
-        (
-            *("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"),
-            *("adapter.rank", "adapter.layers", "adapter.seed"),
-        ),
-        FIXED,
+    "conversations": "show_contents",
+    "method": "refresh_every",
+    "rollout": (
+        "engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
+        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb record"
     ),
-    # JUDGE: bound if the run trains on verdicts, otherwise free.
-    **dict.fromkeys(("evaluation.verifier", "evaluation.confidence"), JUDGE),
-    # FREE: where, how fast and how long a run trains.  A resumed run compares the problems, not the names of the files.
-    **dict.fromkeys(
-        (
-            *("run_dir", "num_steps", "dry_run"),
-            *("data.path", "data.split", "data.subset", "data.fields", "data.limit", "data.on_bad_record"),
-            *("data.max_length", "data.trust_remote_code", "data.allow_other_tokenizer"),
-            *("data.global_batch_size", "conversations.show_contents", "method.refresh_every"),
-            *("rollout.engine", "rollout.placement", "rollout.engine_tp", "rollout.engine_args", "rollout.hf_config"),
-            *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.server_env"),
-            "rollout.transfer",
-            *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
-            *("rollout.ahead", "rollout.at_update"),
-            *("rollout.kv_cache_gb", "rollout.record"),
-            *(f"environment.options.{name}" for name in ("url", "api_key_env", "timeout_s", "retries", "concurrency")),
-            *("environment.limits.seconds", "environment.limits.memory_gb", "environment.limits.concurrency"),
-            *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
-            "teacher.offload",
-            *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
-            *("optimizer.lr_decay", "optimizer.weight_decay"),
-            *(
-                "optimizer.constants",
-                "optimizer.clip_grad",
-                "optimizer.overlap_grad_reduce",
-                "optimizer.overlap_param_gather",
-            ),
-            *("checkpoint.verify", "checkpoint.save_every", "checkpoint.keep_last", "checkpoint.async_save"),
-            *("checkpoint.resume", "adapter.base"),
-            *(
-                "evaluation.path",
-                "evaluation.split",
-                "evaluation.subset",
-                "evaluation.every",
-                "evaluation.at_start",
-                "evaluation.limit",
-            ),
-            *("evaluation.num_samples", "evaluation.pass_at_k"),
-            *("parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"),
-            # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
-            # table of positions, which must fit.
-            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings"),
-            # The fields of TransformerConfig that divide the layers and choose the kernels.
-            *(
-                f"model.transformer.{name}"
-                for name in (
-                    "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
-                    "pipeline_model_parallel_layout account_for_embedding_in_pipeline_split "
-                    "account_for_loss_in_pipeline_split attention_backend deterministic_mode cp_comm_type "
-                    "gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion bias_dropout_fusion "
-                    "apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
-                    "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
-                    "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
-                ).split()
-            ),
-        ),
-        FREE,
+    "environment.options": "url api_key_env timeout_s retries concurrency",
+    "environment.limits": "seconds memory_gb concurrency",
+    "loss": "backend fused fused_chunk_tokens max_logits_gb",
+    "teacher": "offload",
+    "adapter": "base",
+    "optimizer": (
+        "precision lr min_lr lr_warmup_steps lr_decay weight_decay constants clip_grad overlap_grad_reduce "
+        "overlap_param_gather"
+    ),
+    "checkpoint": "verify save_every keep_last async_save resume",
+    "evaluation": "path split subset every at_start limit num_samples pass_at_k",
+    # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned table of
+    # positions, which must fit.
+    "model": "make_vocab_size_divisible_by max_position_embeddings",
+    # The fields of TransformerConfig that divide the layers and choose the kernels.
+    "model.transformer": (
+        "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout "
+        "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split attention_backend "
+        "deterministic_mode cp_comm_type gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion "
+        "bias_dropout_fusion apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
+        "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
+        "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
     ),
 }
-"""Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides."""
+"""Section -> its keys and items that decide where, how fast and how long a run trains."""
+
+RULES: dict[str, str] = {
+    # The form of a checkpoint depends on the value.  Not even force can change the key within a run.
+    **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
+    **dict.fromkeys(("adapter.rank", "adapter.layers", "adapter.seed"), FIXED),
+    # Bound if the run trains on verdicts, otherwise free.
+    **dict.fromkeys(("evaluation.verifier", "evaluation.confidence"), JUDGE),
+    **{f"{section}.{key}".lstrip("."): FREE for section, names in _FREE.items() for key in names.split()},
+}
+"""Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides.
+
+All other keys are BOUND: the key decides what is learned, and a run resumes with another value only with
+checkpoint.resume=force.
+"""
 
 
 KEPT = ("optimizer.lr_warmup_steps",)
@@ -152,16 +111,10 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
 
 
 def rule_of(key: str) -> str:
-    """Return the rule of a key, or of an item of a free-form key.
-
-    Raises: KeyError for a key without a rule.
-    """
+    """Return the rule of a key, or of an item of a free-form key."""
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        name = ".".join(parts[:length])
-        if name in RULES:
-            return RULES[name]
-    raise KeyError(f"{key} has no rule in {__name__}: add it to RULES")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((RULES[name] for name in names if name in RULES), BOUND)
 
 
 def _rule(key: str, free: Collection[str]) -> str:

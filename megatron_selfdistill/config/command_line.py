@@ -23,7 +23,6 @@ from megatron_selfdistill.config.key_list import SHORT, config_dir
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.installation import version
 
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, towards what the model would predict if it knew the solution.
@@ -90,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line ``argv``, by default that of this process.
 
     They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv`` and
-    ``about``: a function that returns the text that --help, --version, --recipes or --keys asks for, or None.
+    ``about``: a function that returns the text that --help, --recipes or --keys asks for, or None.
 
     Raises: `ConfigError` for an option that is none, and for a file that is no configuration.
     """
@@ -99,13 +98,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such option; settings are key=value (`selfdistill --keys`)")
-    arguments.overrides = with_files(arguments.overrides, arguments.config)
+    arguments.overrides = with_files(arguments.overrides)
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
         arguments.about = lambda: f"{parser.format_help()}\n{_more_help(directories)}"
-    elif arguments.version:
-        arguments.about = version
     elif arguments.recipes:
         arguments.about = lambda: recipes(directories)
     elif arguments.keys is not None:
@@ -113,13 +110,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def with_files(words: Sequence[str], files: Sequence[str] = ()) -> list[str]:
-    """Return the overrides in ``words`` behind those of ``files`` and of the YAML files in ``words``, with long names.
+def with_files(words: Sequence[str]) -> list[str]:
+    """Return the overrides in ``words`` behind those of the YAML files in ``words``, with long names.
 
     Raises: `ConfigError` for a file that is no configuration.
     """
     named = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
-    in_files = [override for file in (*files, *named) for override in _overrides_in(Path(file))]
+    in_files = [override for file in named for override in _overrides_in(Path(file))]
     written = [word for word in words if word not in named]
     return [*key_list.long_names(in_files), *key_list.long_names(written)]
 
@@ -230,7 +227,6 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="setting, or FILE.yaml with settings; the last one holds"
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
-    parser.add_argument("--version", action="store_true", help="show versions, and exit")
     parser.add_argument(
         "--keys",
         nargs="?",
@@ -242,7 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
     parser.add_argument("--ranks", type=at_least_1, metavar="N", help="check, then train on N ranks of this node")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same as FILE.yaml alone")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"

@@ -7,18 +7,16 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from megatron_selfdistill.config import function_named
-from megatron_selfdistill.config.schema.teachers_config import CHOOSE, NamedTeacher, teacher_of_record
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, quoted, read_records
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, RecordTeachers, is_text, kind, read_records
 from megatron_selfdistill.errors import BadRecordError, ConfigError
 
-FIELDS = ("problem", "messages", "tools", "solution", "answer", "id", "teacher")
+FIELDS = ("problem", "messages", "tools", "solution", "answer", "id")
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,6 @@ class Problem:
     shares: tuple[tuple[str, float], ...] = ()
     """Name and share of each teacher where the record has several, in the order of the names; the sum of the shares is
     1.  () for one teacher."""
-
-    @property
-    def teacher_shares(self) -> tuple[tuple[str, float], ...]:
-        """Name and share of each teacher, also of a single one."""
-        return self.shares or ((self.teacher, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -119,14 +112,13 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     Raises: ValueError, which names file, line, field, expected and found value, for a bad record, two equal ids and an
     empty set; FileNotFoundError for a missing file.
     """
-    columns = _columns(source)
-    shares_of = _shares_of_records(source, columns["teacher"])
+    columns = {name: source.fields.get(name, name) for name in FIELDS}
     places: dict[str, str] = {}
     seen_columns: set[str] = set()
 
     def read(record: dict[str, Any], location: str) -> Problem:
         seen_columns.update(record)
-        problem = _problem(record, location, columns, places, require_solution, source.teachers, shares_of)
+        problem = _problem(record, location, columns, places, require_solution, source.teachers)
         places[problem.id] = location
         return problem
 
@@ -134,7 +126,7 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     if not problems:
         first = f" The first: {next(iter(skipped))}" if skipped else ""
         raise ValueError(f"{source.path}: expected at least one problem, got none ({len(skipped)} bad records).{first}")
-    _check_columns_exist(source.path, columns, seen_columns)
+    _check_columns_exist(source, seen_columns)
     return ProblemSet(problems, len(skipped), list(skipped))
 
 
@@ -204,21 +196,12 @@ def about_visits(num_steps: int, batch_size: int, num_problems: int, what: str =
     return lines
 
 
-def _columns(source: RecordSource) -> dict[str, str | None]:
-    unknown = sorted(set(source.fields) - set(FIELDS))
-    if unknown:
-        raise ValueError(f"data.fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
-    columns = {name: source.fields.get(name, name) for name in FIELDS}
-    named = source.teachers and source.choice is None
-    return columns if named else {**columns, "teacher": None}
-
-
-def _check_columns_exist(source: object, columns: Mapping[str, str | None], seen: set[str]) -> None:
+def _check_columns_exist(source: RecordSource, seen: set[str]) -> None:
     # An optional column that was renamed and is nowhere would otherwise be read as None in silence.
-    for name, column in columns.items():
-        if column not in (None, name) and column not in seen:
+    for name, column in source.fields.items():
+        if (name in FIELDS or source.teachers) and column not in (None, name, *seen):
             raise ValueError(
-                f"{source}: data.fields.{name} names the column {column!r}, which no record has. "
+                f"{source.path}: data.fields.{name} names the column {column!r}, which no record has. "
                 f"Columns found: {', '.join(sorted(seen))}."
             )
 
@@ -229,22 +212,21 @@ def _problem(
     columns: Mapping[str, str | None],
     places: Mapping[str, str],
     require_solution: bool,
-    teachers: Mapping[str, NamedTeacher],
-    shares_of: Callable[[Mapping[str, Any], str], dict[str, float]],
+    teachers: RecordTeachers | None,
 ) -> Problem:
     values = {name: record.get(column) if column is not None else None for name, column in columns.items()}
     for name, value in values.items():
         if not is_text(value):
             raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}")
-    problem, messages, tools, solution, answer, given_id, _ = (values[name] for name in FIELDS)
+    problem, messages, tools, solution, answer, given_id = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
         conversation = _conversation(messages, str(columns["messages"]))
     else:
         text = _text(problem, "problem", columns, record)
         conversation, tools = ({"role": "user", "content": text},), None
-    shares = shares_of(record, location)
-    required = require_solution and (not teachers or any(teachers[name].is_hinted for name in shares))
+    shares = {"": 1.0} if teachers is None else teachers.shares(record, location)
+    required = require_solution and (teachers is None or teachers.read_solution(shares))
     wanted = columns["solution"] is not None and (required or solution is not None)
     solution = _text(solution, "solution", columns, record) if wanted else ""
     if answer is not None:
@@ -259,56 +241,6 @@ def _problem(
     schemas = read_tools(tools, str(columns["tools"]))
     teacher = next(iter(shares))
     return Problem(problem_id, conversation, solution, answer, location, schemas, teacher=teacher, shares=of_several)
-
-
-def _shares_of_records(
-    source: RecordSource, column: str | None
-) -> Callable[[Mapping[str, Any], str], dict[str, float]]:
-    """Return the function that gives `_shares` of a record at a location: of its ``column``, or of ``source.choice``.
-
-    The function raises `BadRecordError` for a column that names no teacher, and `ConfigError` with the location where
-    the user's function fails or names none.
-    """
-    teachers, choice = source.teachers, source.choice
-    if not teachers:
-        return lambda record, location: {"": 1.0}
-    if choice is None:
-        field_name = f"field {column!r}"
-        return lambda record, location: _shares(None if column is None else record.get(column), field_name, teachers)
-    key = f"teachers.{CHOOSE}"
-    choose, name = function_named(key, choice, {}, ConfigError), f"{key}={choice}"
-
-    def chosen(record: Mapping[str, Any], location: str) -> dict[str, float]:
-        try:
-            return _shares(choose(dict(record), tuple(teachers)), name, teachers)
-        except BadRecordError as error:
-            raise ConfigError(f"{location}: {error}: correct the function") from error
-        except ConfigError as error:
-            raise ConfigError(f"{location}: {error}") from error
-
-    return chosen
-
-
-def _shares(named: object, place: str, teachers: Mapping[str, NamedTeacher]) -> dict[str, float]:
-    """Return the share of each teacher of a record by name, in the order of the names; the sum is 1.
-
-    ``named``: the name of a teacher, a mapping of names to weights, or None, as it stands in ``place``.
-    """
-    weights: Any = named if isinstance(named, Mapping) else {teacher_of_record(named, teachers): 1}
-    weights = {name: weight for name, weight in weights.items() if weight is not None}  # columns of Parquet
-    good = weights and all(name in teachers and _is_weight(weight) for name, weight in weights.items())
-    if not good:
-        got = "no teacher, and none of them has the name default" if named is None else quoted(named)
-        raise BadRecordError(
-            f"{place}: expected the name of one of the teachers {', '.join(teachers)}, or a "
-            f"mapping of such names to weights above 0, got {got}"
-        )
-    total = math.fsum(weights.values())
-    return {name: float(weights[name] / total) for name in sorted(weights)}
-
-
-def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _conversation(messages: object, column: str) -> tuple[dict[str, Any], ...]:

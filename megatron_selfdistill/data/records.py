@@ -14,24 +14,19 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, Protocol, SupportsFloat, TypeVar
 
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.errors import BadRecordError
 
 # Descriptions that the library datasets writes next to the files of a data set.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 FORMATS = (".jsonl", ".json", ".parquet")
-MAX_DEPTH = 100
-"""Largest number of nested objects and lists in one record; chat logs with tool calls have about ten."""
 NO_TEXT = "expected text that can be written as UTF-8, got half of a surrogate pair (a cut emoji?)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TOO_DEEP = f"objects and lists nested more than {MAX_DEPTH} levels deep"
-_NOT_FINITE = "NaN or an infinite number, which JSON does not have; write null where there is no value"
 
 T = TypeVar("T")
 
@@ -133,10 +128,21 @@ class RecordSource:
     """Number of good records after which reading ends; None reads all records."""
     section: str
     """The section of the configuration whose keys the messages name."""
-    teachers: Mapping[str, NamedTeacher] = field(default_factory=dict)
-    """The teachers that the field ``teacher`` of a record may name; without any the field is not read."""
-    choice: str | None = None
-    """The dotted path of a function of a record and the teachers' names that returns what the field would hold."""
+    teachers: RecordTeachers | None = None
+    """Who teaches each record; None if all records have the one teacher of the run."""
+
+
+class RecordTeachers(Protocol):
+    """Who teaches each record of a run with named teachers."""
+
+    def shares(self, record: Mapping[str, Any], location: str) -> Mapping[str, float]:
+        """Return the share of each teacher of a record by name, in the order of the names; the sum is 1.
+
+        Raises: `BadRecordError` if the record names no teacher; `ConfigError` if a function of the user does not.
+        """
+
+    def read_solution(self, names: Iterable[str]) -> bool:
+        """Return whether a teacher among ``names`` reads the solution."""
 
 
 def read_records(
@@ -196,16 +202,14 @@ def records(source: RecordSource) -> Iterator[tuple[str, object]]:
 def from_json(text: str | bytes) -> object:
     """Return the value of the JSON ``text``; bytes are UTF-8, with or without a byte order mark.
 
-    Raises: ValueError for text that is not valid JSON, for NaN and infinite numbers, which JSON does not have, and for
-    more than `MAX_DEPTH` levels.
+    Raises: ValueError for text that is not valid JSON, for NaN and Infinity, which JSON does not have, and for more
+    levels than Python reads.
     """
     try:
-        value: object = json.loads(text)
+        value: object = json.loads(text, parse_constant=_refuse_constant)
+        is_text(value)  # which goes down all levels, as every later reader
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    fault = _fault_in(value)
-    if fault is not None:
-        raise ValueError(fault)
+        raise ValueError("objects and lists are nested too deep") from None
     return value
 
 
@@ -233,20 +237,8 @@ def quoted(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fault_in(value: object) -> str | None:
-    """Return the reason to refuse a value that json.loads accepts, or None."""
-    level, depth = [value], 0
-    while level:
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, (dict, list)):
-                if depth == MAX_DEPTH:
-                    return _TOO_DEEP
-                inner += item.values() if isinstance(item, dict) else item
-            elif isinstance(item, float) and not math.isfinite(item):
-                return _NOT_FINITE
-        level, depth = inner, depth + 1
-    return None
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}, which JSON does not have; write null where there is no value")
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, object]]:

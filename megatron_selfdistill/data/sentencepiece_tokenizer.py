@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.data.tokenizer import _RARE_LETTERS, Tokenizer
+from megatron_selfdistill.data.tokenizer import RARE_LETTERS, Tokenizer
 from megatron_selfdistill.data.tried_template import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
         }
         self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
-        self.unknown_id = special["unk"] if special["unk"] in self._sp.encode(_RARE_LETTERS) else None
+        self.unknown_id = special["unk"] if special["unk"] in self._sp.encode(RARE_LETTERS) else None
         try_chat_template(self.name, chat_template, self._special_tokens)
         self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
         # Longest first: where one piece is the beginning of another, the longer piece is meant.

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_selfdistill.data.hugging_face_tokenizer import TOKENIZERS, HuggingFaceTokenizer
 from megatron_selfdistill.data.records import is_hub_name
 from megatron_selfdistill.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_selfdistill.data.tokenizer import TOKENIZERS, HuggingFaceTokenizer, Tokenizer
+from megatron_selfdistill.data.tokenizer import Tokenizer
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Tokenizer:

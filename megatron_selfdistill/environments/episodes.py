@@ -21,6 +21,7 @@ from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.environments.bridges import bridge
 from megatron_selfdistill.environments.environment import Environment
 from megatron_selfdistill.environments.session_processes import SessionProcesses
@@ -34,7 +35,6 @@ from megatron_selfdistill.sources.episode_player import Generate
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
-from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.evaluation.calibration import Calibration
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
-from megatron_selfdistill.terminal import visible
 
 
 @dataclass(frozen=True)

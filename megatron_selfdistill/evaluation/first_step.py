@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.estimators import Interval, bootstrap
@@ -40,7 +41,6 @@ from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.pipeline.score import Reading, read
 from megatron_selfdistill.pipeline.token_losses import self_distillation
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 64
 """The largest number of problems with a sample; the first ones are taken."""

@@ -44,8 +44,8 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 from megatron_selfdistill.rollout.sampling import sample_seed
 
 if TYPE_CHECKING:
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.run_data import RunData
 
 _NUM_EXAMPLES = 3
 _END = 200  # characters of the end of a response that are shown, because the answer stands at the end

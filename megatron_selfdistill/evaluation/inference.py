@@ -17,6 +17,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.trained_weights import as_stored, loaded_chunks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -27,7 +28,6 @@ from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.sampling import sample_seed
-from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.terminal import print_error, visible
+from megatron_selfdistill.distributed.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.interop.release import Progress
@@ -213,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
     # --help and a mistyped option do not wait for these imports; torch is imported after the arguments are checked.
+    from megatron_selfdistill.distributed.terminal import silence_known_warnings
     from megatron_selfdistill.errors import CheckpointError, ConfigError
-    from megatron_selfdistill.terminal import silence_known_warnings
 
     silence_known_warnings()
     try:
@@ -232,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face
+    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face, require_checkpoint
     from megatron_selfdistill.interop.hf_files import require_hugging_face
     from megatron_selfdistill.interop.new_directory import require_free
 
@@ -243,9 +242,9 @@ def _check(arguments: argparse.Namespace) -> None:
     if "hf" in named:
         require_hugging_face(arguments.hf)
     if "megatron" in named:
-        prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+        require_checkpoint(arguments.megatron, arguments.iteration)
     if "checkpoint" in named and not is_hugging_face(arguments.checkpoint):
-        prechecks.require_checkpoint(arguments.checkpoint)
+        require_checkpoint(arguments.checkpoint)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

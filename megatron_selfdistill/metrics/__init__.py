@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from megatron_selfdistill.checkpoint.run_log import read_metrics, read_samples
 from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog, configured_log
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics, teacher_metrics
-from megatron_selfdistill.run_log import read_metrics, read_samples
 
 __all__ = [
     "COLUMNS",

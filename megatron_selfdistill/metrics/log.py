@@ -11,21 +11,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
-from megatron_selfdistill.config.command_line import LINE, Column
-from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
-from megatron_selfdistill.metrics.phase_lines import Pace, SlowPhaseLines
-from megatron_selfdistill.metrics.phases import PhaseProgress, Phases
-from megatron_selfdistill.metrics.samples import Sample, console_text
-from megatron_selfdistill.run_log import (
+from megatron_selfdistill.checkpoint.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     records,
     replace_file,
 )
-from megatron_selfdistill.terminal import visible
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
+from megatron_selfdistill.config.command_line import LINE, Column
+from megatron_selfdistill.distributed.terminal import visible
+from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
+from megatron_selfdistill.metrics.phase_lines import Pace, SlowPhaseLines
+from megatron_selfdistill.metrics.phases import PhaseProgress, Phases
+from megatron_selfdistill.metrics.samples import Sample, console_text
 
 logger = logging.getLogger(__name__)
 

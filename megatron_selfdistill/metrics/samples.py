@@ -16,15 +16,14 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.terminal import visible as _visible
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.pipeline.score import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.terminal import visible as _visible
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
     from megatron_selfdistill.data.tokenizer import Tokenizer
 
 
@@ -98,7 +97,7 @@ class SeenHint(NamedTuple):
     """The names of the teachers, with a note of each one that sees no hint; "" in a run without named teachers."""
 
 
-def seen_hint(context: ContextPair, solution: str, teachers: Mapping[str, NamedTeacher] | None) -> SeenHint:
+def seen_hint(context: ContextPair, solution: str, teachers: Mapping[str, Any] | None) -> SeenHint:
     """Return what the teachers of a response see; ``teachers``: all by name, or None in a run without a teacher."""
     if not teachers:
         return SeenHint("" if teachers is None else solution)
@@ -108,7 +107,7 @@ def seen_hint(context: ContextPair, solution: str, teachers: Mapping[str, NamedT
 
 
 def seen_hints(
-    contexts: Sequence[ContextPair], solutions: Sequence[str], teachers: Mapping[str, NamedTeacher] | None
+    contexts: Sequence[ContextPair], solutions: Sequence[str], teachers: Mapping[str, Any] | None
 ) -> list[tuple[ContextPair, SeenHint]]:
     """Return the responses of a batch with their `seen_hint`; none for a batch made by hand, without solutions."""
     pairs = zip(contexts, solutions, strict=bool(solutions))

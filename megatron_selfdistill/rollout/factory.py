@@ -10,10 +10,10 @@ import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
 from megatron_selfdistill.rollout.base import Progress, RoleWeights, Sampler, SamplingParams, ignore_progress
-from megatron_selfdistill.run_data import RunData
 
 
 def make_sampler(

@@ -14,13 +14,13 @@ from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.episode_player import EpisodePlayer
 from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge

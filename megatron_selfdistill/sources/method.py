@@ -15,11 +15,11 @@ if TYPE_CHECKING:  # a method is imported with the configuration, before Megatro
     from megatron_selfdistill.data.given_solutions import GivenSolutions
     from megatron_selfdistill.data.problem_sampler import ProblemSampler
     from megatron_selfdistill.data.problems import Problem
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.metrics import Phases
     from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
     from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.sources.judge import Judge
     from megatron_selfdistill.sources.rollouts import Rollout
     from megatron_selfdistill.sources.signals import Clip, Signals, Terms

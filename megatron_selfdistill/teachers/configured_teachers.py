@@ -20,7 +20,6 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of, guide_of, joins
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -61,6 +60,7 @@ from megatron_selfdistill.teachers.teacher_directories import (
     teaches_by_experts,
 )
 from megatron_selfdistill.teachers.teacher_groups import by_teacher
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
 
 
 class ConfiguredTeachers(Teachers):
@@ -104,10 +104,10 @@ class ConfiguredTeachers(Teachers):
         if self._joins:
             with raise_on_all_ranks():
                 _require_weight_alone(last)
-        keeps_start = config.keeps_start or bool(adapted)
-        super().__init__(config, grid, vocab, student, build_chunks, saved, start, keeps_start=keeps_start)
+        reads_start = keeps_start(config) or bool(adapted)
+        super().__init__(config, grid, vocab, student, build_chunks, saved, start, keeps_start=reads_start)
         self.names = list(config.named_teachers)
-        self._settings = config.named_teachers
+        self._settings: Mapping[str, NamedTeacher] = config.named_teachers
         self._width = last.config.hidden_size
         self._other_widths: dict[str, int] = {}
         """The hidden size of each teacher that has another architecture than the student."""
@@ -319,7 +319,7 @@ def about_teachers(
 
     ``widths``: the hidden size of each teacher of another architecture than the student's.
     """
-    taught = Counter(name for problem in problems for name, _ in problem.teacher_shares)
+    taught = Counter(name for problem in problems for name, _ in problem.shares or ((problem.teacher, 1.0),))
     for name, teacher in teachers.items():
         place = teacher.load or "the weights at the start"
         view = "the solutions" if teacher.is_hinted else "no solutions"

@@ -8,7 +8,6 @@ the frozen start's layers.
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -34,7 +33,7 @@ def require_host_memory(resting: Mapping[str, Sequence[torch.nn.Module]]) -> Non
     if not resting:
         return
     names, own = sorted(resting), sum(it.nbytes for chunks in resting.values() for it in _tensors(chunks))
-    ranks = gather_objects((socket.gethostname(), own, available_memory()))
+    ranks = gather_objects((socket.gethostname(), own, psutil.virtual_memory().available))
     for node, _, available in ranks:
         needed = sum(size for place, size, _ in ranks if place == node)
         if needed > available:
@@ -43,40 +42,6 @@ def require_host_memory(resting: Mapping[str, Sequence[torch.nn.Module]]) -> Non
                 f"{needed / 2**30:.3g} GiB of host memory on {node}, which has {available / 2**30:.3g} GiB left: name "
                 "fewer teachers, give adapters in place of full weights, or run on more nodes"
             )
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of host memory that this process may still take: of the node, or of its control groups if less.
-
-    A job of Slurm, and a container, have a limit of their own.  Files in the page cache count as available.
-    """
-    room: int = psutil.virtual_memory().available
-    lines = (root / "proc/self/cgroup").read_text().splitlines() if (root / "proc/self/cgroup").is_file() else []
-    for _, controllers, group in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):  # version 2, or the memory of version 1
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        names = (
-            ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("max", "current", "inactive_file")
-        )
-        place = top / group.lstrip("/")
-        for directory in (place, *place.parents):
-            limit = _number(directory / f"memory.{names[0]}")
-            if limit is not None:
-                used = _number(directory / f"memory.{names[1]}") or 0
-                cached = re.search(rf"^{names[2]} (\d+)$", (directory / "memory.stat").read_text(), re.MULTILINE)
-                room = min(room, limit - used + (int(cached[1]) if cached else 0))
-            if directory == top:
-                break
-    return max(room, 0)
-
-
-def _number(file: Path) -> int | None:
-    """Return the number in a file of a control group; None for no limit, and where there is no such file."""
-    text = file.read_text().strip() if file.is_file() else "max"
-    return None if text == "max" else int(text)
 
 
 class AdapterTeacher:

@@ -23,9 +23,8 @@ from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.checkpoint.formats.weights_digest import digest_of_files, known_digest
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
-from megatron_selfdistill.checkpoint.vocabulary import difference_to
+from megatron_selfdistill.checkpoint.vocabulary import difference_to, tokenizer_directory
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -36,7 +35,7 @@ from megatron_selfdistill.interop.hf_files import CONFIG, read_config, require_h
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.model_values import differences
-from megatron_selfdistill.prechecks import require_checkpoint, tokenizer_directory
+from megatron_selfdistill.teachers.teachers_config import guide_of
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""
@@ -186,7 +185,7 @@ def _stored_architecture(path: Path) -> ModelConfig | None:
         require_hugging_face(path)
         description = read_config(path)
         return family_of(description).model_config(description)
-    require_checkpoint(path)
+    directory.require_checkpoint(path)
     args = stored_args(path)
     return None if args is None else architecture_from_args(args)
 

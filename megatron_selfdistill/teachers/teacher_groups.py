@@ -20,7 +20,6 @@ from dataclasses import replace
 
 import torch
 
-from megatron_selfdistill.config.schema.teachers_config import product_of
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import gather_integers, gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
@@ -28,6 +27,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
 from megatron_selfdistill.sources.moved_contexts import chosen
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.teachers.teachers_config import product_of
 
 Reading = tuple[int, TeacherPrompt]
 """The index of a context in its batch, and one of its teachers."""
@@ -38,31 +38,22 @@ def by_teacher(
 ) -> Iterator[StepBatch]:
     """Yield the batch of a step in one batch per teacher that any replica's contexts name.
 
-    ``teachers``: the names of all teachers; without any the batch stays as it is.  All ranks yield as many batches;
-    a replica's batch may have no contexts.  Problems and responses, of which the metrics count all, stay with the first
-    one.  A batch without any contexts becomes one of the first teacher.  ``joins``: whether the teachers of a context
-    teach as their product; its batch has the name `product_of` theirs.
+    ``teachers``: the names of all teachers.  All ranks yield as many batches; a replica's batch may have no contexts.
+    Problems and responses, of which the metrics count all, stay with the first one.  A batch without any contexts
+    becomes one of the first teacher.  ``joins``: whether the teachers of a context teach as their product; its batch
+    has the name `product_of` theirs.
     Collectives: one `gather_integers` over the data-parallel ranks, and with ``joins`` one all_gather_object.
     Raises: ValueError for a context that names no teacher.
     """
     names = sorted(teachers)
     if joins:
-        named = {_product(context) for context in batch.contexts}
-        names = sorted({*names, *(name for part in gather_objects(named, grid.dp_group) for name in part)})
-    yield from _groups(batch, names, grid, joins) if teachers else [batch]
-
-
-def _product(context: ContextPair) -> str:
-    return product_of(one.teacher for one in context.of_teachers) or context.teacher
-
-
-def _groups(batch: StepBatch, teachers: Sequence[str], grid: RankGrid, joins: bool) -> Iterator[StepBatch]:
-    """Yield the batches of `by_teacher` where there are teachers."""
-    read = _readings(batch.contexts, teachers, joins)
+        products = {_product(context) for context in batch.contexts}
+        names = sorted({*names, *(name for part in gather_objects(products, grid.dp_group) for name in part)})
+    read = _readings(batch.contexts, names, joins)
     tokens = [sum(len(batch.contexts[i].response) for i, _ in readings) for readings in read]
     own = [sum(batch.response_lengths), *map(len, read), *tokens]
     num_once, *totals = [sum(column) for column in zip(*gather_integers(own, grid.dp_group), strict=True)]
-    num_contexts, num_tokens = totals[: len(teachers)], totals[len(teachers) :]
+    num_contexts, num_tokens = totals[: len(names)], totals[len(names) :]
     several = sum(num_tokens) / num_once if num_once and num_once != sum(num_tokens) else None
     named = [index for index, number in enumerate(num_contexts) if number] or [0]
     done = 0
@@ -73,8 +64,12 @@ def _groups(batch: StepBatch, teachers: Sequence[str], grid: RankGrid, joins: bo
             group = replace(group, problems=(), responses=())
         is_last = index == named[-1]
         share = 1.0 if is_last else done / (sum(num_tokens) or 1)
-        group = replace(group, teacher=teachers[index], next_teacher=teachers[following], share=share)
+        group = replace(group, teacher=names[index], next_teacher=names[following], share=share)
         yield replace(group, ends_step=is_last)
+
+
+def _product(context: ContextPair) -> str:
+    return product_of(one.teacher for one in context.of_teachers) or context.teacher
 
 
 def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str], joins: bool) -> list[list[Reading]]:

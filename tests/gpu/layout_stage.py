@@ -19,8 +19,8 @@ from pathlib import Path
 import layouts
 import torch
 
+from megatron_selfdistill.commands.installation import is_installed
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.installation import is_installed
 from tests.gpu import cases
 from tests.gpu.layout_rank import file_name
 from tests.gpu.results import Figure, Outcome, held, report, seconds_left

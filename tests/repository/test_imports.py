@@ -21,9 +21,9 @@ PACKAGE = "megatron_selfdistill"
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
     *("config", "compat", "distributed", "loss", "kernels", "data", "model", "architectures", "adapters"),
-    *("checkpoint.formats", "adapters.stored_adapters", "checkpoint", "adapters.configured_adapters"),
-    *("interop.hf", "interop", "rollout", "engines", "pipeline", "metrics", "evaluation", "sources", "teachers"),
-    *("environments", "chat_logs", "overlap", "guidance", "methods", "commands"),
+    *("checkpoint.formats", "adapters.stored_adapters", "data.run_data", "checkpoint"),
+    *("adapters.configured_adapters", "interop.hf", "interop", "rollout", "engines", "pipeline", "metrics"),
+    *("evaluation", "sources", "teachers", "environments", "chat_logs", "overlap", "guidance", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )

@@ -304,5 +304,5 @@ def test_without_the_packages_of_a_run_the_trainer_names_the_extra(with_torch, t
     assert (as_program.returncode, as_program.stderr) == (2, refusal(place))
     for module in ("megatron_selfdistill.train", "megatron_selfdistill.trainer"):
         imported = run(python, "-c", f"import {module}", cwd=tmp_path)
-        error = f"megatron_selfdistill.installation.MissingExtraError: {refusal(module)}"
+        error = f"megatron_selfdistill.commands.installation.MissingExtraError: {refusal(module)}"
         assert imported.returncode == 1 and imported.stderr.endswith(f"\n{error}")

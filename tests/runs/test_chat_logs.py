@@ -204,9 +204,9 @@ def refused_before_the_first_step(arguments: list[str]) -> str:
     from megatron_selfdistill import trainer
     from megatron_selfdistill.chat_logs import configured_logs
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import initialize, shutdown
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.run_data import RunData
 
     config = load(arguments)
     with pytest.MonkeyPatch.context() as patch:

@@ -40,11 +40,11 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
     those of a new trainer of the same run.
     """
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.engines.vllm import colocated
     from megatron_selfdistill.learner import Learner
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     found: dict[str, list[Any]] = {"sampling": [], "training": [], "gradients": [], "weights": []}

@@ -71,7 +71,7 @@ def test_an_error_that_only_rank_1_has_is_said_by_it_and_releases_rank_0(data, t
     script.write_text(
         "import os, sys\n"
         "from megatron_selfdistill import train\n"
-        "from megatron_selfdistill.run_data import RunData\n"
+        "from megatron_selfdistill.data.run_data import RunData\n"
         "def load(config):\n"
         "    raise train.ConfigError('only here')\n"
         "if os.environ['RANK'] == '1': RunData.load = load\n"

@@ -35,10 +35,10 @@ from tiny_run import (
     with_trainer,
 )
 
-from megatron_selfdistill.config.schema.teachers_config import joins
 from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.merged_weights import merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
+from megatron_selfdistill.teachers.teachers_config import joins
 
 LAYOUTS = TWO_RANKS | {
     "DP2": ["schedule.max_tokens=64"],

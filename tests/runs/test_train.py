@@ -12,8 +12,8 @@ import torch
 from tiny_run import overrides, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.metrics import read_samples
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {

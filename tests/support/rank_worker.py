@@ -49,7 +49,7 @@ PRELOADED = (
     "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron_selfdistill.announcement",
+    "megatron_selfdistill.commands.announcement",
     "megatron_selfdistill.interop.conversion",
     "megatron_selfdistill.checkpoint.resumption",
     "megatron_selfdistill.checkpoint.vocabulary",
@@ -363,7 +363,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
             importlib.import_module(name)
         if "megatron_selfdistill.config" in sys.modules:
             _fill_caches_of_configurations()
-        if "megatron_selfdistill.announcement" in sys.modules:
+        if "megatron_selfdistill.commands.announcement" in sys.modules:
             _ask_git_once()
         if "torch" in sys.modules:
             _prepare_torch()
@@ -382,7 +382,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
 
 def _ask_git_once() -> None:
     """Let every run announce the commit that git names now: each run would ask in three processes."""
-    from megatron_selfdistill import announcement
+    from megatron_selfdistill.commands import announcement
 
     commit = functools.cache(announcement.commit)
     commit(Path(announcement.__file__).parent)

@@ -165,8 +165,8 @@ def parent(pid: int) -> int:
 def config_of_the_tiny_model(directory: Path, data: Path) -> Path:
     """Write the config.json of the jobs' model, which vLLM can run on a CPU, and return its ``directory``."""
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.interop.hf.mapping import family_of_model
-    from megatron_selfdistill.run_data import RunData
 
     config = load(overrides(data, directory / "unused", *FOR_VLLM))
     model = replace(config.model, vocab_size=RunData.load(config).vocab_size)

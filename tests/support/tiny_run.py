@@ -95,8 +95,8 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
 def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
     """Return ``use(trainer)`` for the `Trainer` of a configuration."""
     from megatron_selfdistill.config import load
+    from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
     config = load(overrides)

@@ -35,7 +35,7 @@ from anchored_cost import random_batch
 from measuring_parser import measuring_parser
 from step_parts import Clock, now, timed_parts, wait
 
-from megatron_selfdistill.terminal import silence_known_warnings
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 TRAINED = ("teacher forward", "student forward", "output layer", "loss", "backward", "optimizer")
 """The parts of `step_parts.PARTS` that a step without a rollout has; the teacher's part is also the reference's."""

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measuring_parser import measuring_parser
 
-from megatron_selfdistill.terminal import silence_known_warnings
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 MAX_LENGTH = 512
 

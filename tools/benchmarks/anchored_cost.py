@@ -43,8 +43,8 @@ from folded_row_error import table as error_table
 from measuring_parser import measuring_parser
 from step_parts import now, wait
 
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.terminal import silence_known_warnings
 
 BASELINE = "anchor=student"
 TARGETS = {

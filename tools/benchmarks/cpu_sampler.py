@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_selfdistill.terminal import silence_known_warnings  # noqa: E402
+from megatron_selfdistill.distributed.terminal import silence_known_warnings  # noqa: E402
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from step_parts import PARTS, Clock, now, timed_parts, wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_selfdistill.terminal import silence_known_warnings
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
 TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
-from megatron_selfdistill.terminal import silence_known_warnings
+from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 
 def main() -> None:

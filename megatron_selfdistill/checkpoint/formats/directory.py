@@ -161,6 +161,15 @@ def refuse_hugging_face(path: Path) -> None:
         )
 
 
+def require_checkpoint(path: Path, iteration: int | None = None) -> None:
+    """Raise `CheckpointError` if there is no Megatron checkpoint at ``path``, or no checkpoint of ``iteration``."""
+    chosen = of_iteration(Path(path), iteration)
+    refuse_hugging_face(chosen)
+    holder = tracked(chosen) or chosen
+    if not is_legacy(holder) and lacks(holder):
+        resolve(chosen)
+
+
 def lacks(path: Path) -> str | None:
     """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
 

@@ -54,10 +54,6 @@ class CheckpointConfig(Part, section="checkpoint"):
     the stored weights, optimizer and teacher and the present configuration.  false refuses a directory with
     checkpoints."""
 
-    def due(self, step: int, num_steps: int) -> bool:
-        """Return whether a checkpoint is saved after ``step`` of ``num_steps`` steps."""
-        return step == num_steps or (self.save_every > 0 and step % self.save_every == 0)
-
 
 LoggerName = Annotated[str, OneOf(LOGGERS, or_dotted=True)]
 LEAK_WORDS = (
@@ -100,18 +96,6 @@ class MetricsConfig(Part, section="metrics"):
     reads the samples once more with every model.  Responses of conversations are saved only with
     conversations.show_contents=true."""
 
-    def check(self, config: Any) -> None:
-        """Raise `ConfigError` for a blank word, which every text has."""
-        require(all(word.strip() for word in self.leak_words), "metrics.leak_words must hold words, got a blank one")
-
-    def teacher_due(self, step: int) -> bool:
-        """Return whether ``step``, counted from 1, measures the teacher alone."""
-        return step == 1 or step % self.teacher_every == 0 or self.samples_due(step)
-
-    def samples_due(self, step: int) -> bool:
-        """Return whether samples of ``step``, counted from 1, are to be shown."""
-        return self.show_samples > 0 and (step == 1 or step % self.show_samples_every == 0)
-
     @property
     def num_explored(self) -> int:
         """The number of samples that are saved for the target explorer at an evaluation."""
@@ -130,12 +114,6 @@ class ReportConfig(Part, section="report"):
     """Number of held-out problems of which every evaluation keeps two responses as text, the greedy response and the
     first sample, in evaluation_samples.jsonl in the run directory, for the report.  With conversations, responses are
     kept only with conversations.show_contents=true."""
-
-    def due(self, step: int, evaluated: bool) -> bool:
-        """Return whether the report is to be written after ``step``, which has or has not ended with an evaluation."""
-        if self.every is None:
-            return evaluated
-        return self.every > 0 and (evaluated or step % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -183,10 +161,6 @@ class EvaluationConfig(Part, section="evaluation"):
     def confidence_pattern(self) -> re.Pattern[str] | None:
         """The compiled ``confidence``; None for null."""
         return None if self.confidence is None else re.compile(self.confidence)
-
-    def due(self, step: int, num_steps: int) -> bool:
-        """Return whether the run is evaluated after ``step`` of ``num_steps`` steps."""
-        return bool(self.every) and (step % self.every == 0 or step == num_steps)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config.methods import default_settings
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
@@ -30,7 +32,6 @@ from megatron_selfdistill.config.schema.step_config import (
     ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, check_teachers, named_teachers
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Config:
         check_fields("", self)
         for part in [one for one in vars(self).values() if isinstance(one, Part)]:
             part.check(self)
-        check_teachers(self)
+        if self.teachers or "teacher" in self.data.fields:
+            door("teachers_config").check_teachers(self)
         self.needs.check(f"method.name={self.method.name}", self)
         self.method.check(self)
 
@@ -94,9 +96,9 @@ class Config:
         return self.method.needs
 
     @cached_property
-    def named_teachers(self) -> dict[str, NamedTeacher]:
+    def named_teachers(self) -> Mapping[str, Any]:
         """The teachers of the key ``teachers`` by name, in the order of the names; empty without the key."""
-        return named_teachers(self.teachers)
+        return door("teachers_config").named_teachers(self.teachers) if self.teachers else {}
 
     @property
     def has_teacher(self) -> bool:
@@ -112,12 +114,6 @@ class Config:
     def is_anchored(self) -> bool:
         """Whether the target mixes the teacher with a frozen reference."""
         return self.has_teacher and self.target.anchor == "reference"
-
-    @property
-    def keeps_start(self) -> bool:
-        """Whether the loss reads the weights at the start of the run, as a teacher or as the reference."""
-        named = self.named_teachers.values()
-        return self.is_anchored or not named or any(teacher.load is None for teacher in named)
 
     @property
     def copies_reference(self) -> bool:

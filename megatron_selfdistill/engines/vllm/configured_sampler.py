@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.hf_directory import engine_directory
 from megatron_selfdistill.rollout.base import Progress, Sampler
-from megatron_selfdistill.run_data import RunData
 
 
 def vllm_sampler(

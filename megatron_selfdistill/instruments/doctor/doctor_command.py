@@ -20,7 +20,7 @@ import os
 import platform
 from collections.abc import Sequence
 
-from megatron_selfdistill.installation import install_command
+from megatron_selfdistill.commands.installation import install_command
 from megatron_selfdistill.instruments.doctor.findings import FAILURE, NOT_INSTALLED, WARNING, Finding, examine
 from megatron_selfdistill.instruments.doctor.versions import requirements
 
@@ -96,7 +96,7 @@ def examined_and_tested(arguments: argparse.Namespace) -> int:
         findings = examine(arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if (report if is_first and not arguments.brief else brief)(findings):
             return 1
-    importlib.import_module("megatron_selfdistill.terminal").silence_known_warnings()
+    importlib.import_module("megatron_selfdistill.distributed.terminal").silence_known_warnings()
     node_test = importlib.import_module("megatron_selfdistill.instruments.selftest.node_test")
     reports = node_test.selftest(arguments.overrides, limit_s=60 * (arguments.minutes or MINUTES))
     return 0 if all(report.holds for report in reports.values()) else 1

@@ -17,6 +17,7 @@ from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import check_student_prompt, check_teacher_prompt
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import broadcast_object
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -34,7 +35,6 @@ from megatron_selfdistill.pipeline.score import ScoringModels, read, sequence_fo
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.sampling import sample_seed
-from megatron_selfdistill.run_data import RunData
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.due import evaluation_due
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -222,7 +223,7 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
     The records never stop a run: an error while making or writing them becomes a warning of one line.
     """
     config, step, tokenizer = trainer.config, trainer.step + 1, trainer.run_data.tokenizer
-    due = config.evaluation.due(step, config.num_steps) or (step == 1 and config.evaluation.at_start)
+    due = evaluation_due(config, step) or (step == 1 and config.evaluation.at_start)
     if not (due and may_explore(config)):
         return
     trainer.sampler.sleep()

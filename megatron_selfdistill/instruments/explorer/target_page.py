@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.checkpoint.run_log import json_object, replace_file
 from megatron_selfdistill.instruments.html_page import asset, html_page
-from megatron_selfdistill.run_log import json_object, replace_file
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_arc
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes, engine_factors, engines
 from megatron_selfdistill.instruments.plan.host_memory import HostMemory, host_memory
@@ -27,7 +28,6 @@ from megatron_selfdistill.instruments.plan.step_time import StepPart, parts_of_s
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teachers.teacher_directories import (
     TeacherCopy,
     about_architecture,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.config.schema.teachers_config import joins
+from megatron_selfdistill.teachers.teachers_config import joins, keeps_start
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -156,8 +156,8 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
             **named,
         }
     taught = 0
-    keeps_start = config.keeps_start or bool(stage.teacher_parameters)
-    if config.keeps_teacher and keeps_start and teacher.weights != "current":
+    reads_start = keeps_start(config) or bool(stage.teacher_parameters)
+    if config.keeps_teacher and reads_start and teacher.weights != "current":
         taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)
     return {
         "weights": stage.parameters * size,

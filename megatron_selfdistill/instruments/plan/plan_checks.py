@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from megatron_selfdistill.commands.prechecks import names_its_model, require_ranks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.prechecks import names_its_model, require_ranks
 
 UNKNOWN_VOCABULARY = "the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer"
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import train
 from megatron_selfdistill.config.command_line import with_files
+from megatron_selfdistill.distributed.terminal import print_error
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.terminal import print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
@@ -26,7 +27,6 @@ from megatron_selfdistill.instruments.plan.memory import (
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import StepPart
-from megatron_selfdistill.terminal import visible
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import joins
 from megatron_selfdistill.instruments.plan.engines import (
     MEAN,
     Engines,
@@ -40,6 +39,7 @@ from megatron_selfdistill.instruments.plan.gpus import (
 from megatron_selfdistill.instruments.plan.memory import GIB, Load, element_size, engine_weight_gib, parameter_bytes
 from megatron_selfdistill.instruments.plan.stages import PlannedModel
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.teachers.teachers_config import joins
 
 
 @dataclass(frozen=True)

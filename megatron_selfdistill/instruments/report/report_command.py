@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from megatron_selfdistill.checkpoint.run_log import REPORT_FILE
+from megatron_selfdistill.distributed.terminal import print_error, visible
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import REPORT_FILE
-from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.trainer import Trainer
@@ -137,12 +137,13 @@ class ReportRefresh:
 
 def report_run(trainer: Trainer) -> ReportRefresh:
     """Return the writer of the run's report, which starts after the steps that the configuration names from now on."""
+    from megatron_selfdistill.config.due import report_due  # the command alone works without the schema's packages
+
     config = trainer.config
     report = ReportRefresh(trainer.run_dir, enabled=trainer.events.enabled and config.report.every != 0)
 
     def refresh(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        evaluated = config.evaluation.due(trainer.step, config.num_steps)
-        if config.report.due(trainer.step, evaluated) and trainer.step < config.num_steps:
+        if report_due(config, trainer.step) and trainer.step < config.num_steps:
             report.start()
 
     if report.enabled:

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import (
+from megatron_selfdistill.checkpoint.run_log import (
     METRICS_FILE,
     each_metrics,
     finite,
@@ -26,6 +25,7 @@ from megatron_selfdistill.run_log import (
     read_samples,
     shortened,
 )
+from megatron_selfdistill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from megatron_selfdistill.checkpoint.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
 from megatron_selfdistill.instruments.explorer.target_page import write_target_pages
 from megatron_selfdistill.instruments.html_page import asset, html_page
 from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
 from megatron_selfdistill.instruments.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
-from megatron_selfdistill.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
 
 MAX_POINTS = 1200
 """The largest number of points of a curve in a report; longer curves are downsampled."""

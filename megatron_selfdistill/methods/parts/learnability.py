@@ -34,8 +34,8 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_data import RunData
 
 ReadTokens = Callable[[Sequence[ContextPair]], Tensor]
 """A function that returns log p, log p_teacher and KL(p || p_teacher) of every response token, as `read_tokens`."""

@@ -262,14 +262,11 @@ BAD = {
     "no assistant turn": (chat(("u", SECRET)), "expected an assistant turn, got none"),
     "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved: expected a mark, or a closing user turn"),
     "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]': expected assistant after user, got user"),
-    "tool without call": (chat(("u", SECRET), ("a", "x"), ("t", SECRET)), "expected user after assistant, got tool"),
     "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
     "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
+    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
     "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "index of a message, got a number"),
-    "nested too deep": (
-        '{"messages": ' + "[" * 100_000 + f'"{SECRET}"' + "]" * 100_000 + "}",
-        "one JSON object per line",
-    ),
+    "messages as text that is not their JSON": ({"messages": SECRET}, "expected a list, got a text that is not"),
     "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "expected text parts only"),
     "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
     "no JSON": (f'{{"messages": "{SECRET}', "expected one JSON object per line"),
@@ -285,6 +282,13 @@ BAD = {
     "half a surrogate pair": (
         [*CORRECTED[:2], {"role": "assistant", "content": "cut \ud83d"}, *CORRECTED[3:]],
         "'messages[2]': expected text that can be written as UTF-8, got half of a surrogate pair",
+    ),
+    "half a surrogate pair in arguments as text": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": r'{"a": "\ude00"}'}}]},
+        ],
+        "'messages[1]': expected text that can be written as UTF-8",
     ),
     "broken arguments": (
         [
@@ -323,14 +327,6 @@ def test_parquet_holds_the_same_conversations(tmp_path):
     assert [(p.messages, p.solution, p.reply) for p in of_parquet] == [
         (p.messages, p.solution, p.reply) for p in of_json
     ]
-
-
-def test_messages_and_tools_may_be_their_json_as_text(tmp_path):
-    tools = [{"type": "function", "function": {"name": "add"}}]
-    record = {"id": "c", "messages": CORRECTED, "tools": tools}
-    as_text = record | {name: json.dumps(record[name]) for name in ("messages", "tools")}
-    of_text, of_lists = (log(tmp_path, it).turns for it in (as_text, record))
-    assert of_text.fingerprint == of_lists.fingerprint and of_text.problems[0].tools == tuple(tools)
 
 
 def test_a_log_with_another_reply_is_another_data_set(tmp_path):

@@ -14,11 +14,10 @@ from letters import LETTERS, save_tokenizer
 from tokenizers import decoders
 from transformers import AutoTokenizer
 
-from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.prechecks import with_stored_tokenizer
 
 
 @pytest.fixture(scope="module")

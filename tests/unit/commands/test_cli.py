@@ -66,7 +66,7 @@ def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(mon
 
 
 @pytest.mark.parametrize(
-    ("arguments", "ignored"), [(["--version"], True), (["train", "--version"], True), (["doctor", "--help"], False)]
+    ("arguments", "ignored"), [(["--version"], True), (["train", "--recipes"], True), (["doctor", "--help"], False)]
 )
 def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_others(arguments, ignored):
     code = (

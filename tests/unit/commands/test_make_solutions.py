@@ -22,11 +22,11 @@ from record_sources import load_problems
 from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.commands.data_set_command import configured
 from megatron_selfdistill.config import from_mapping
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.sampling import sample_seed
-from megatron_selfdistill.run_data import RunData
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 8
 LAYOUTS = {

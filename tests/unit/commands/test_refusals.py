@@ -13,9 +13,8 @@ import pytest
 from forked_programs import Done, ForkedPrograms
 from tiers import combinations
 
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.commands import evaluate
+from megatron_selfdistill.commands import evaluate, prechecks
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.instruments.explorer import explore_command as explore
@@ -25,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors wandb".split()
 
 # What every command imports before its checks; a heavy module among it would show in every command.
-LIGHT = ["hydra", "megatron_selfdistill.config", "megatron_selfdistill.prechecks"]
+LIGHT = ["hydra", "megatron_selfdistill.config", "megatron_selfdistill.commands.prechecks"]
 TRAIN = "megatron_selfdistill.train"
 PROGRAM = "megatron_selfdistill"
 """Run as ``python -m`` runs it, which is what ``selfdistill`` runs, too."""

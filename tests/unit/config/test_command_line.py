@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from megatron_selfdistill import __version__
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
-from megatron_selfdistill.config.command_line import LINE
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -29,15 +24,6 @@ def refused(capsys, *arguments: str) -> str:
     return line
 
 
-def test_version_names_this_package_torch_and_megatron(capsys):
-    import importlib.metadata
-
-    lines = printed(capsys, "--version").splitlines()
-    assert lines[0] == f"megatron_selfdistill {__version__}"
-    for name in ("torch", "megatron-core"):
-        assert f"{name} {importlib.metadata.version(name)}" in lines
-
-
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = printed(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
@@ -48,14 +34,6 @@ def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))
 
 
-def test_keys_begins_with_those_of_a_first_run(capsys):
-    title, *first = printed(capsys, "--keys").split("\n\n")[0].splitlines()
-    assert "a first run" in title and 12 <= len(first) <= 16 and max(map(len, first)) <= 120
-    assert [line.split(",")[0].split()[0] for line in first] == list(command_line.FIRST)
-    assert set(command_line.FIRST) <= configuration.keys().keys()
-    assert any(line.startswith("optimizer.lr, lr  ") for line in first)
-
-
 def test_keys_searches_names_and_meanings_for_a_word_that_is_no_section(capsys):
     def found(word: str) -> list[str]:
         lines = printed(capsys, "--keys", word).splitlines()
@@ -64,20 +42,6 @@ def test_keys_searches_names_and_meanings_for_a_word_that_is_no_section(capsys):
     assert {"optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"} <= set(found("lr"))
     assert "checkpoint.load" not in found("lr"), "already is no word with lr"
     assert "target.anchor" in found("stands still") and found("STANDS STILL") == found("stands still")
-
-
-def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
-    text = printed(capsys, "--keys", "target")
-    keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
-    assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
-    assert "(sets several at once: target=batch|capped|" in text
-    assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-4:] == [
-        "optimizer.lr=1e-06",
-        "    Learning rate after warm-up.",
-        "    Range: a number, at least 0 and at most 100.",
-        "    Short: lr=",
-    ]
-    assert "did you mean 'rollout'?" in refused(capsys, "--keys", "rolout")
 
 
 def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_path):
@@ -92,32 +56,6 @@ def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_p
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
 
 
-def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
-    text = printed(capsys, "--help")
-    for part in (
-        *(
-            "--version",
-            "--keys [WORD]",
-            "--ranks N",
-            "--dry-run",
-            "--config FILE",
-            "--recipes",
-            "--print",
-            "--config-dir",
-        ),
-        *(
-            "recipe=teacher_alone ",
-            "target=batch|capped",
-            "parallel=node_of_8",
-            "selfdistill --help",
-        ),
-        *("examples/slurm", "\n  2    bad input", "\n  5    ", "\n  130  "),
-    ):
-        assert part in text, part
-    for column in LINE:
-        assert f"\n  {column[1]} " in text, column
-
-
 def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "ours.yaml").write_text("num_layers: 6\n")
@@ -128,13 +66,6 @@ def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
 def test_an_option_of_another_program_is_refused(capsys):
     for option in ("--data", "--learning-rate=1e-5", "--conf"):
         assert f"{option}: there is no such option; settings are key=value" in refused(capsys, "seed=1", option, "x")
-
-
-@pytest.mark.parametrize("number", ["0", "-1", "two"])
-def test_a_launch_has_at_least_one_rank(capsys, number):
-    with pytest.raises(SystemExit) as stopped:
-        command_line.parse([f"--ranks={number}"])
-    assert stopped.value.code == 2 and f"a number of at least 1, got '{number}'" in capsys.readouterr().err
 
 
 def test_a_dry_run_is_an_option_too(capsys):
@@ -157,9 +88,8 @@ guards.max_loop_rise: null
 def test_a_file_has_the_keys_of_a_run_and_the_command_line_comes_after_it(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text(MINE)
-    for arguments in ([str(file)], ["--config", str(file)], [f"--config={file}"]):
-        config = configuration.load(command_line.parse([*arguments, "steps=7", "lr=2e-5"]).overrides)
-        assert (config.num_steps, config.optimizer.lr, config.optimizer.lr_decay.style) == (7, 2e-5, "cosine")
+    config = configuration.load(command_line.parse([str(file), "steps=7", "lr=2e-5"]).overrides)
+    assert (config.num_steps, config.optimizer.lr, config.optimizer.lr_decay.style) == (7, 2e-5, "cosine")
     assert (config.run_dir, config.target.rule) == ("runs/with 'quotes' and, commas", "teacher_alone")
     assert config.data.path is None and config.data.fields == {"problem": "Q"}
     assert config.data.teacher_template == f"{{problem}}: {{solution}}\n{os.environ['HOME']}"

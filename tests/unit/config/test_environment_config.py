@@ -10,13 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, from_mapping
-from megatron_selfdistill.config.bound_keys import BOUND, FREE, rule_of
 from megatron_selfdistill.environments import configured_episodes
 from megatron_selfdistill.errors import ConfigError
 
 OWN = "environment.name=replying.Replying"
 HTTP = ["environment.name=http", "environment.options.url=http://host:8000/v1"]
-RLTF = ["method.name=rltf", "rollout.num_samples=2"]
 SERVERS = ["rollout.engine=vllm", "rollout.placement=server"]
 TURNS, SAMPLES = "environment.max_turns=2", "rollout.num_samples=2"
 
@@ -36,29 +34,14 @@ def configured(*overrides: str) -> Config:
             "without a user and a password, which the files of the run would show, and without ? and #, got 'http://***@",
         ),
         (
-            ["method.name=grpo", SAMPLES, "method.discount=0.5"],
-            "method.credit=episode adds all rewards of an episode: set method.credit=turn",
-        ),
-        ([*RLTF, "method.reply_template='{problem}'"], "the slots {problem}, {response} and no others, got {problem}"),
-        ([*RLTF, OWN, "method.revision_weight=0.1"], "got replying.Replying and 1"),
-        ([*RLTF, "method.reply_weight=0.1"], "environment.max_turns of at least 2, got none and 1"),
-        (
             [OWN, "method.name=sft"],
             "data.kind=problems and rollout.guidance=none, got method.name=sft",
         ),
-        ([OWN, "data.kind=conversations"], "got method.name=default, conversations and none"),
         ([OWN, "rollout.guidance=mixed"], "got method.name=default, problems and mixed"),
         ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.hints=peer compares responses to one prompt"),
-        ([OWN, TURNS, SAMPLES, "method.name=uni_opd"], "method.name=uni_opd compares responses to one prompt"),
-        ([OWN, TURNS, SAMPLES, "method.name=caopd"], "method.name=caopd compares responses to one prompt"),
         (
             [OWN, SAMPLES, "environment.limits.one_sequence=true", "method.name=sdpo"],
             "method.name=sdpo gives each turn a hint of its own later: set environment.limits.one_sequence=false",
-        ),
-        ([OWN, TURNS, "method.select=a.b"], "method.select compares responses to one prompt"),
-        (
-            [OWN, TURNS, SAMPLES, "method.name=scope"],
-            "method.name=scope compares responses to one prompt, but with environment.max_turns=2",
         ),
     ],
 )
@@ -101,13 +84,6 @@ def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, f
         return config.method.require_start(config)
     with pytest.raises(ConfigError, match=f"needs an environment .* and at least 2 for .*max_turns, got {found}$"):
         config.method.require_start(config)
-
-
-def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
-    for name in ("name", "options.role", "max_turns", "options.model"):
-        assert rule_of(f"environment.{name}") == BOUND
-    for name in ("url", "api_key_env", "timeout_s", "retries", "concurrency"):
-        assert rule_of(f"environment.options.{name}") == FREE
 
 
 def test_a_refusal_imports_no_torch():

@@ -85,14 +85,6 @@ class Unmade:
 
 class Bare:
     pass
-
-class Odd:
-    Settings = dict
-
-def function():
-    return Mine
-
-function.Settings = Settings
 """
 
 
@@ -157,7 +149,6 @@ def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user
             "AttributeError: 'NoneType' object has no attribute 'state_dict'$",
         ),
         ("clip", lambda kind: kind(None, None).clip, 'ZeroDivisionError: .*methods_of_a_user.py", line'),
-        ("prompts", lambda kind: kind(None, None).prompts(None), "AttributeError: 'NoneType' .*'student_prompt'$"),
         ("select", lambda kind: kind(None, None).select(1, ()), "IndexError: list index out of range$"),
         ("coefficients", lambda kind: kind(None, None).coefficients(3), r"LookupError: 3\n  File .*methods_of_a_user"),
         ("state_dict", lambda kind: kind(None, None).state_dict(), "ValueError: Circular reference detected$"),
@@ -174,22 +165,14 @@ def test_a_hook_that_ends_the_program_settings_that_fail_and_a_class_without_mad
         method_class("methods_of_a_user.Broken")(None, None).terms(1, (), None)
     with pytest.raises(ConfigError, match=r"^method.name=methods_of_a_user.Needing: needs failed with Lookup"):
         method_class("methods_of_a_user.Needing").Settings().needs  # noqa: B018
-    with pytest.raises(
-        ConfigError, match=r"^method.name=methods_of_a_user.Unmade must be a class with a class method ma"
-    ):
-        method_class("methods_of_a_user.Unmade")
-
-
-@pytest.mark.parametrize("name", ["Bare", "Odd", "function"])
-def test_a_class_without_settings_is_one_message(name, of_a_user):
-    with pytest.raises(ConfigError, match=rf"^method.name=methods_of_a_user.{name} must be a class with an attribute "):
-        load([f"method.name=methods_of_a_user.{name}"])
+    for name, words in {"Unmade": "a class method made", "Bare": "an attribute Settings"}.items():
+        with pytest.raises(ConfigError, match=rf"^method.name=methods_of_a_user.{name} must be a class with {words}"):
+            method_class(f"methods_of_a_user.{name}")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere_at_all.Mine", "nowhere_at_all cannot be imported"),
         ("methods_of_a_user.Missing", "no attribute 'Missing'"),
         ("ending_method.Mine", "the import of ending_method tried to end the program"),
     ],
@@ -202,30 +185,15 @@ def test_a_class_that_cannot_be_imported_is_one_message(name, words, of_a_user):
 
 @pytest.mark.parametrize("name", ["gpro", "parts", "__init__", ""])
 def test_an_unknown_name_is_a_message_with_all_names(name):
-    with pytest.raises(ConfigError, match=r"method.name must be") as caught:
+    with pytest.raises(ConfigError, match=r"^method.name must be .*$"):
         from_mapping({"method": {"name": name}})
-    assert "\n" not in str(caught.value)
-    with pytest.raises(
-        ConfigError, match=r"^method.name must be one of beta_opsd, caopd, .* or the dotted path of a cla"
-    ):
-        load(["method.name=gpro"])
 
 
 def test_an_unknown_setting_is_a_message_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"'method.turn_gain'\? \(`selfdistill --keys method=sod` lists all\)"):
         load(["recipe=sod", "method.turn_gian=0.3"])
-    with pytest.raises(ConfigError, match=r"^unknown configuration key 'method.turn_gain'"):
-        load(["method.turn_gain=0.3"])
     with pytest.raises(ConfigError, match=r"^unknown keys of method.name=grpo: other, turn_gain$"):
         settings_of({"name": "grpo", "turn_gain": 0.3, "other": 1})
-    with pytest.raises(ConfigError, match=r"str is not a subclass of DefaultSettings"):
-        from_mapping({"method": "grpo"})
-
-
-def test_settings_of_a_recipe_stay_where_a_setting_is_added():
-    config = load(["recipe=sod", "environment.name=replying.Replying", "method.turn_gain=0.3"])
-    assert (config.method.name, config.method.turn_gain) == ("sod", 0.3)
-    assert config.method == dataclasses.replace(load(["recipe=sod"]).method, turn_gain=0.3)
 
 
 def test_the_list_of_keys_has_the_name_of_the_method_and_its_section_the_settings(capsys):
@@ -236,8 +204,6 @@ def test_the_list_of_keys_has_the_name_of_the_method_and_its_section_the_setting
     own = {line.partition("=")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("method.")}
     fields = {field.name for field in dataclasses.fields(settings_class("sod"))}
     assert own == {f"method.{name}" for name in fields} and {"method.name", "method.turn_gain"} <= own
-    assert main(["--keys", "method=sdo"]) == 2
-    assert "method.name must be one of" in capsys.readouterr().err
 
 
 def loaded_by(module: str) -> set[str]:

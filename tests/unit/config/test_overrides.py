@@ -27,8 +27,6 @@ def message_of(*overrides: str, lab: Path | None = None) -> str:
     ("text", "words"),
     [
         ("defaults: [nope, _self_]\n", "In 'recipe/ours': Could not load 'recipe/nope'"),
-        ("optimizer: fp32\n", "str is not a subclass of OptimizerConfig"),
-        ("num_steps: [3\n", "recipe/ours.yaml"),
         ("learning_rate: 3\n", "In 'recipe/ours': unknown configuration key 'learning_rate'"),
     ],
 )
@@ -41,25 +39,14 @@ def test_a_recipe_that_cannot_be_read_is_one_sentence_with_the_fault(tmp_path, t
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.yarn.mscal=2", "did you mean 'model.yarn.mscale'?"),
         ("metrics={consoles: 2}", "unknown configuration key 'metrics.consoles'"),
-        ("schedule.recompute={layers: 2}", "unknown configuration key 'schedule.recompute.layers'"),
         ("method.wieght=2", "'method.wieght'; did you mean 'method."),
-        ("learning_rate=1", "unknown configuration key 'learning_rate'"),
-        ("schedule.recompute=null", "field 'schedule.recompute' is not Optional"),
-        ("optimizer.constants=3", "int is not a subclass of OptimizerConstants"),
-        ("recipe=nope", "Could not find 'recipe/nope' Available options in 'recipe': beta_opsd"),
-        ("rollout=3", "Config group override must be a string or a list"),
         ("train", "expected key=value, got 'train'"),
         ("num_steps=1,2", "gives several values, and a run takes one"),
         ("rollout.servers=a=b", "quote a text for hydra and the shell, 'rollout.servers=\"a=b\"'"),
         ("num_steps=" + "9" * 5000, "cannot be read (Exceeds the limit (4300 digits)"),
         ("optimizer.lr=" + "9" * 400, "int too large to convert to float"),
-        ("rollout={engine: [1]}", "rollout.engine: Cannot convert 'ListConfig' to string"),
-        ("data.fields={problem: [1]}", "data.fields.problem must be a text, got [1]"),
         ("seed=${seed}", "seed: Recursive interpolation detected"),
-        ("model.transformer.a.b=${nothing}", "model.transformer.a.b: Interpolation key 'nothing' not found"),
-        ("run_dir=${", "no viable alternative at input '${'"),
         ("run_dir=${oc.env:MISSING}", "run_dir: KeyError raised while resolving interpolation"),
     ],
 )

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from characters import Characters
-from sums import sums
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
 from megatron_selfdistill.data.fitted_prompts import ContextCounts, fit_teacher_prompt, plan_contexts
-from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import (
     HintCost,
@@ -132,14 +130,6 @@ SOLUTION = "  É: first the UNITS,\n\tthen  the tens; ﬁnally 92, that is 数�
 PROBLEM = Problem("p", ({"role": "user", "content": " Compute 500 - 408,\nin Full."},), SOLUTION, None, "sums.jsonl:7")
 
 
-def byte_level(directory: Path) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return saved(tokenizer, directory)
-
-
 def lower_casing_word_pieces(directory: Path) -> Path:
     """Return a tokenizer like BERT's: lower case, no accents, words in pieces, unknown words as one token."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.:;!?\\{}<>/-"
@@ -175,7 +165,7 @@ def normalising_sentencepiece(directory: Path) -> Path:
     return directory
 
 
-TOKENIZERS: list[Callable[[Path], Path]] = [byte_level, lower_casing_word_pieces, normalising_sentencepiece]
+TOKENIZERS: list[Callable[[Path], Path]] = [lower_casing_word_pieces, normalising_sentencepiece]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS, ids=lambda make: make.__name__)
@@ -225,11 +215,6 @@ def test_a_template_that_shows_no_tools_is_refused_where_there_are_some(director
     check(PromptBuilder(load_tokenizer(directory, chat_template=shown), templates))
 
 
-def test_a_teachers_prompt_that_is_the_students_is_named_as_that(directory: Path) -> None:
-    build = builder(directory, "{{ messages[-1].content.split('@')[0] }}", teacher="{problem}@{solution}")
-    assert "to show the solution, got the " in (sentence := refusal(build)) and "of the student's prompt" in sentence
-
-
 def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(directory: Path) -> None:
     assert "to show the solution, got " in refusal(builder(directory, FIRST_WORDS, teacher="{problem}{solution}"))
     hidden = builder(directory, LAST_WORDS, teacher="{problem} It is: {solution}")
@@ -245,16 +230,6 @@ def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(direc
     check(builder(directory, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
 
 
-def test_a_solution_of_which_the_tokenizer_keeps_nothing_is_not_shown(tmp_path: Path) -> None:
-    digits = Tokenizer(models.WordLevel({digit: i for i, digit in enumerate("0123456789")}, unk_token="0"))
-    digits.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    digits.normalizer = normalizers.Replace(pattern=Regex("[^0-9]"), content="")
-    build = builder(saved(digits, tmp_path / "digits"), PLAIN, teacher="1{problem}{solution}")
-    assert "to show the solution" in refusal(
-        build, Problem("p", ({"role": "user", "content": "4"},), "seven", None, "sums.jsonl:7")
-    )
-
-
 def test_the_cost_is_the_wording_and_the_solution_in_tokens(chat_directory: Path) -> None:
     build = PromptBuilder(load_tokenizer(chat_directory), PromptTemplates())
     student, teacher, empty = (
@@ -266,22 +241,3 @@ def test_the_cost_is_the_wording_and_the_solution_in_tokens(chat_directory: Path
     assert cost == HintCost(len(empty) - len(student), len(teacher) - len(empty))
     assert cost.wording > 50 and cost.solution > 20, "the default wording is long"
     assert mean_cost([HintCost(2, 5), HintCost(4, 8)]) == HintCost(3, 6.5)
-
-
-def test_a_character_that_the_tokenizer_joins_with_the_wording_does_not_hide_a_solution(tmp_path: Path) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    composing = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    composing.normalizer = normalizers.NFC()
-    composing.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    composing.decoder = decoders.ByteLevel()
-    build = builder(saved(composing, tmp_path / "composing"), PLAIN, teacher="{problem} e{solution}")
-    check(build, solution="\u0301 is the accent")
-    assert "é is the accent" in build.tokenizer.decode(build.teacher_prompt(PROBLEM, "\u0301 is the accent"))
-
-
-@pytest.mark.parametrize(("policy", "fits"), [("error", False), ("drop", False), ("truncate_end", True)])
-def test_a_solution_that_does_not_fit_is_skipped_or_cut_as_the_policy_says(policy, fits):
-    builder = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
-    given = GivenSolutions(builder, max_length=12, max_new_tokens=4, policy=policy)
-    assert len(given.pair_with(sums(1)[0], "8").teacher_prompt) == len("0+8|8:")
-    assert (given.pair_with(sums(1)[0], "so it is 8") is not None) is fits

@@ -11,52 +11,22 @@ from typing import Any
 import pytest
 from characters import Characters
 
-from megatron_selfdistill.data.end_tokens import end_tokens, stated_ends
+from megatron_selfdistill.data.end_tokens import end_tokens
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "GLM-4.5": {
-        "eos": 151329,
-        "generation_config.json": [151329, 151336, 151338],
-        "config.json": [151329, 151336, 151338],
-        "turn": ("<|user|>", 151336),
-    },
-    "Phi-3-mini": {
-        "eos": 32000,
-        "generation_config.json": [32000, 32001, 32007],
-        "config.json": 32000,
-        "turn": ("<|end|>", 32007),
-    },
-    "Kimi-K2": {
-        "eos": 163585,
-        "generation_config.json": 163586,
-        "config.json": 163585,
-        "turn": ("<|im_end|>", 163586),
-    },
-    "Llama-3.1": {
-        "eos": 128009,
-        "generation_config.json": [128001, 128008, 128009],
-        "config.json": [128001, 128008, 128009],
-        "turn": ("<|eot_id|>", 128009),
-    },
-    "Qwen3": {
-        "eos": 151645,
-        "generation_config.json": [151645, 151643],
-        "config.json": 151645,
-        "turn": ("<|im_end|>", 151645),
-    },
-    "gpt-oss": {
-        "eos": 200002,
-        "generation_config.json": [200002, 199999, 200012],
-        "config.json": 200002,
-        "turn": ("<|return|>", 200002),
-    },
-    "Qwen3.5, whose text model is a part": {
-        "eos": 248046,
-        "generation_config.json": None,
-        "config.json": {"text_config": {"eos_token_id": 248044}},
-        "turn": ("<|im_end|>", 248046),
-    },
+PUBLISHED: dict[str, tuple[int, Any, Any, tuple[str, int]]] = {
+    "GLM-4.5": (151329, [151329, 151336, 151338], [151329, 151336, 151338], ("<|user|>", 151336)),
+    "Phi-3-mini": (32000, [32000, 32001, 32007], 32000, ("<|end|>", 32007)),
+    "Kimi-K2": (163585, 163586, 163585, ("<|im_end|>", 163586)),
+    "Llama-3.1": (128009, [128001, 128008, 128009], [128001, 128008, 128009], ("<|eot_id|>", 128009)),
+    "gpt-oss": (200002, [200002, 199999, 200012], 200002, ("<|return|>", 200002)),
+    "Qwen3.5, with a text part": (
+        248046,
+        None,
+        {"text_config": {"eos_token_id": 248044}},
+        ("<|im_end|>", 248046),
+    ),
 }
+"""Family -> its tokenizer's end of sequence, the ends in generation_config.json and config.json, the end of a turn."""
 
 
 class Published(Characters):
@@ -105,16 +75,13 @@ def model_directory(path: Path, files: Mapping[str, Any]) -> Path:
 @pytest.mark.parametrize("after_next", [False, True], ids=["the template ends a turn", "the next turn ends it"])
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_the_ends_of_published_models_are_those_that_their_files_name(tmp_path, family, after_next):
-    files = PUBLISHED[family]
-    tokenizer = Published(files["eos"], files["turn"], after_next)
-    found = end_tokens(tokenizer, [model_directory(tmp_path, files)], [], {})
-    stated = [files["eos"], files["generation_config.json"], files["config.json"]]
-    wanted = {
-        one for value in stated for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)
-    }
-    wanted |= {248044} if "part" in family else set()
+    eos, *stated, turn = PUBLISHED[family]
+    files = dict(zip(("generation_config.json", "config.json"), stated, strict=True))
+    found = end_tokens(Published(eos, turn, after_next), [model_directory(tmp_path, files)], [], {})
+    listed = [one for value in stated for one in (value if isinstance(value, list) else [value])]
+    wanted = {eos, *(one for one in listed if isinstance(one, int)), *([248044] if "part" in family else [])}
     assert set(found.ids) == wanted
-    assert found.ids[0] == found.reply_end == files["turn"][1], "the end of a turn goes before the end of a text"
+    assert found.ids[0] == found.reply_end == turn[1], "the end of a turn goes before the end of a text"
     assert all(f"<{one}>" in found.about for one in wanted)
 
 
@@ -139,12 +106,6 @@ def test_a_directory_without_the_files_adds_nothing_and_a_broken_file_is_named(t
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got"):
         end_tokens(Characters(), [tmp_path], [], {})
-
-
-def test_the_directory_of_a_sentencepiece_file_is_read(tmp_path):
-    model_directory(tmp_path, {"generation_config.json": [1, 2]})
-    (tmp_path / "tokenizer.model").touch()
-    assert stated_ends(tmp_path / "tokenizer.model", "generation_config.json") == [1, 2]
 
 
 def test_no_end_at_all_is_an_error_that_says_what_to_do():

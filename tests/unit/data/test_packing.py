@@ -17,7 +17,6 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import (
     context_parallel_positions,
-    length_quantum,
     pack,
     pad_to_count,
     padding_length,
@@ -171,14 +170,6 @@ def test_one_row_written_out() -> None:
     assert padding_share(packed.student) == 16 / 24
 
 
-def test_packing_is_deterministic_and_keeps_the_order_of_equal_lengths() -> None:
-    contexts = contexts_of([(3, 3, 3)] * 7)
-    packed = pack(contexts, PackingRules(max_tokens=13, cp_size=1, tp_size=1, paired=False))
-    rows = contexts_by_row(packed.student, [c.student_prompt for c in contexts])
-    assert rows == [[0, 1], [2, 3], [4, 5], [6]]
-    assert packed.seq_length == 12, "no longer than the fullest row"
-
-
 def test_padding_microbatches_fill_up_to_the_count() -> None:
     packed = pack(contexts_of([(2, 4, 3)]), PackingRules(max_tokens=16, cp_size=2, tp_size=1, paired=False))
     padded = pad_to_count(packed, 3, 2)
@@ -210,17 +201,6 @@ def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: 
     if cp_size == 1:
         # One segment of padding would cost 51 times the context; the pieces cost less than the context.
         assert (length - 2000) ** 2 > 51 * 2000**2 and pairs(holds_one) < 2 * 2000**2
-
-
-@pytest.mark.parametrize("cp_size", [1, 2, 3])
-@pytest.mark.parametrize("max_tokens", [4096, 65536, 10**6])
-def test_padding_of_any_length_has_at_most_256_segments(max_tokens: int, cp_size: int) -> None:
-    rules = PackingRules(max_tokens=max_tokens, cp_size=cp_size, tp_size=1, paired=True)
-    length = max_tokens // rules.length_multiple * rules.length_multiple
-    empty = pad_to_count(pack([], rules, seq_length=length), 1, 0).student[0]
-    assert len(segments(empty)) <= 256
-    assert not any((end - start) % rules.segment_multiple for start, end in segments(empty))
-    assert pairs(empty) <= length * max(256 * rules.segment_multiple, length / 256 + rules.segment_multiple)
 
 
 def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
@@ -281,15 +261,6 @@ def test_a_quantum_rounds_the_length_up_within_the_budget(
     assert need <= length <= capacity and length % multiple == 0
     assert not contexts or length == capacity or (length % quantum == 0 and length - need < math.lcm(multiple, quantum))
     assert pack(contexts, PackingRules(**layout), seq_length=length).seq_length == length
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "quantum"),
-    [(1, 1), (31, 1), (32, 2), (1000, 32), (4095, 128), (4096, 256), (16384, 256), (10**6, 256)],
-)
-def test_the_quantum_is_a_power_of_two_that_costs_little(max_tokens, quantum):
-    assert length_quantum(max_tokens) == quantum
-    assert quantum == 1 or quantum <= max_tokens / 16
 
 
 def read_tokens(num_turns: int, **options: Any) -> list[int]:

@@ -13,7 +13,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompt_templates import DEFAULT_TEACHER_TEMPLATE, PromptTemplates, PromptView
+from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
 from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
@@ -54,23 +54,14 @@ def test_a_template_that_ends_the_text_without_a_generation_prompt_gives_both_pr
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        ({"teacher": "{problem}"}, r"teacher_template must have .* \{solution\} and no others, got \{problem\};"),
         ({"teacher": "{solution}"}, r"got \{solution\};"),
-        ({"teacher": "{{problem}} {solution}"}, r"got \{solution\};"),
         ({"teacher": "{problem} {solution} {hint}"}, r"got \{hint\}, .*; write \{\{name\}\} for literal braces"),
-        ({"student": "Solve it."}, r"student_template must have the slots \{problem\} and no others, got none"),
         ({"student": "{problem} {solution}"}, r"student_template .* got \{problem\}, \{solution\}"),
     ],
 )
 def test_a_missing_or_unknown_slot_is_an_error(templates: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptTemplates(**templates)
-
-
-def test_the_default_wording_asks_for_a_hint_only_and_for_silence_about_it() -> None:
-    assert PromptTemplates().teacher == DEFAULT_TEACHER_TEMPLATE
-    for wish in ("only as a hint", "in your own words", "Never mention that a solution was given"):
-        assert wish in DEFAULT_TEACHER_TEMPLATE.replace("\n", " ")
 
 
 def test_prompts_are_the_chat_template_around_the_wording(chat_directory: Path) -> None:
@@ -84,18 +75,6 @@ def test_prompts_are_the_chat_template_around_the_wording(chat_directory: Path) 
     )
     assert "Hint: other<" in decode(build.teacher_prompt(PROBLEM, "other"))
     assert build.prompt_pair(PROBLEM) == (build.student_prompt(PROBLEM), build.teacher_prompt(PROBLEM))
-
-
-def test_special_tokens_are_single_ids(chat_directory: Path) -> None:
-    tokenizer = load_tokenizer(chat_directory)
-    ids = builder(chat_directory).student_prompt(PROBLEM)
-    for special in ("<|im_start|>", "<|im_end|>", "<think>"):
-        (token,) = tokenizer.encode(special)
-        assert token in ids
-    assert tokenizer.eos_id == tokenizer.encode("<|im_end|>")[0]
-    assert tokenizer.vocab_size == len(AutoTokenizer.from_pretrained(chat_directory))
-    assert tokenizer.apply_chat_template(list(PROBLEM.messages)) == ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nWhat is 3 + 4?\nassistant\n\n"
 
 
 def test_a_first_token_is_there_only_if_the_template_writes_it(chat_directory: Path, chat_template: str) -> None:
@@ -131,18 +110,6 @@ def test_the_wording_stays_at_the_problem_where_an_environment_has_replied_as_th
     )
     assert "user\n3 + 4|It is 7.<|im_end|>" in build.tokenizer.decode(build.teacher_prompt(problem))
     assert last_user_text(problem) == "3 + 4" and last_user_text(replace(problem, reworded=None)) == "Wrong."
-
-
-def test_the_system_prompt_goes_before_both(chat_directory: Path) -> None:
-    build = builder(chat_directory, system_prompt="Be brief.")
-    for prompt in build.prompt_pair(PROBLEM):
-        assert build.tokenizer.decode(prompt).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
-
-
-def test_chat_template_kwargs_reach_the_template(chat_directory: Path) -> None:
-    build = builder(chat_directory, chat_template_kwargs={"enable_thinking": False})
-    for prompt in build.prompt_pair(PROBLEM):
-        assert build.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
 THINKING = {"chat_template_kwargs": {"enable_thinking": True}}
@@ -215,21 +182,6 @@ def test_a_tokenizer_without_chat_template_needs_one(character_directory: Path, 
             builder(path).student_prompt(PROBLEM)
 
 
-def test_a_template_that_refuses_the_conversation_names_the_problem(chat_directory: Path) -> None:
-    refusing = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(ValueError, match=r"^sums\.jsonl:1: the chat template refused .*System role not supported"):
-        builder(chat_directory, refusing).student_prompt(PROBLEM)
-
-
-def test_plain_text_prompts_have_no_generation_prompt(character_directory: Path, plain_template: str) -> None:
-    build = builder(character_directory, plain_template, teacher="H{solution}|{problem}")
-    student, teacher = build.prompt_pair(chat(("user", "500-408:"), solution="092"))
-    assert (build.tokenizer.decode(student), build.tokenizer.decode(teacher)) == ("500-408:", "H092|500-408:")
-    assert len(student) == 8 and len(teacher) == 13
-    assert build.tokenizer.eos_id == build.tokenizer.encode("$")[0]
-    assert build.tokenizer.vocab_size == 21
-
-
 def test_sentencepiece_text_is_what_the_library_itself_encodes(sentencepiece_file: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
@@ -247,20 +199,6 @@ def test_sentencepiece_control_pieces_become_ids_only_as_a_whole(sentencepiece_f
     assert tokenizer.decode(ids) == "<s>What is it?</s>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "What is it?"
     assert library.bos_id() not in tokenizer.encode("<s what")
-
-
-def test_sentencepiece_prompts_go_through_the_given_template(
-    sentencepiece_file: Path, chat_template: str, chat_directory: Path
-) -> None:
-    build = builder(sentencepiece_file, "{{ bos_token }}" + chat_template)
-    student, teacher = build.prompt_pair(PROBLEM)
-    (think,) = (
-        set(build.tokenizer.encode("<think>")) - set(build.tokenizer.encode("")) - set(build.tokenizer.encode(" "))
-    )
-    for prompt in (student, teacher):
-        assert prompt[0] == 1 and think in prompt[-3:]
-    hugging_face = builder(chat_directory, "<s>" + chat_template)
-    assert build.tokenizer.decode(teacher) == hugging_face.tokenizer.decode(hugging_face.teacher_prompt(PROBLEM))
 
 
 def test_a_directory_with_only_a_sentencepiece_model_is_one(sentencepiece_file: Path, tmp_path: Path) -> None:

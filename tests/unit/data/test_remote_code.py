@@ -17,9 +17,9 @@ import remote_code
 import transformers
 
 from megatron_selfdistill.config import from_mapping
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_data import RunData
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

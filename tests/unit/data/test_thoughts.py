@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import FORMATS, final_part, num_thoughts, parts, readable
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
-from megatron_selfdistill.evaluation.verify import exact_match, judged_text, load_verifier, math_verify, mentions_answer
+from megatron_selfdistill.evaluation.verify import exact_match, judged_text, math_verify, mentions_answer
 from megatron_selfdistill.rollout.base import Response, response_text
 
 WRITTEN = {
@@ -83,16 +83,6 @@ def test_verifiers_read_the_final_answer_alone(tokenizer, written, answer):
 def test_thoughts_that_do_not_end_have_no_final_answer(tokenizer, written):
     text = response_text(response(tokenizer, written), tokenizer)
     assert final_part(text) == "" and not exact_match(text, problem("42"))
-
-
-def test_a_verifier_of_the_user_reads_the_final_answer_alone(tokenizer):
-    contains = load_verifier(f"{__name__}.contains")
-    text = response_text(response(tokenizer, WRITTEN["gpt-oss"]), tokenizer)
-    assert contains(text, problem("42")) and not contains(text, problem("7"))
-
-
-def contains(text: str, problem: Problem) -> bool:
-    return str(problem.answer) in text
 
 
 def test_a_text_for_people_has_one_form_of_thoughts_and_no_special_tokens(tokenizer):

@@ -25,12 +25,12 @@ from megatron_selfdistill.data.fitted_prompts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Transcript, Verdict
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, Played, evaluate
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.run_data import RunData
 
 PARAMS = SamplingParams(max_new_tokens=4, temperature=1.0, stop_token_ids=(STOP,))
 

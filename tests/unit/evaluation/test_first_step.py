@@ -22,6 +22,7 @@ from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.given_model import configured, find_model
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed import ranks as grids
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.first_step import (
@@ -39,7 +40,6 @@ from megatron_selfdistill.evaluation.first_step import (
 from megatron_selfdistill.evaluation.inference import open_inference
 from megatron_selfdistill.evaluation.tables import show_first_step, show_readiness
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.run_data import RunData
 
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
 Samples = list[tuple[list[int], list[int], list[int], bool]]

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tiers import combinations
 from torch import Tensor
 
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
+from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.commands.given_model import find_model
 from megatron_selfdistill.config import ParallelConfig, load
 from megatron_selfdistill.errors import CheckpointError, ConfigError

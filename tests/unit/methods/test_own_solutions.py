@@ -17,10 +17,10 @@ from sums import answered, sums, written
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.methods.own_solutions import OwnSolutions, Solution
 from megatron_selfdistill.methods.parts.solution_search import Search
-from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.rollouts import Rollout
 
 BUILDER = given_with(Characters()).builder

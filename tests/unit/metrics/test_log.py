@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_selfdistill.checkpoint.run_log import read_evaluation_samples
 from megatron_selfdistill.evaluation.evaluation_result import Transcript
 from megatron_selfdistill.metrics import (
     COLUMNS,
@@ -24,7 +25,6 @@ from megatron_selfdistill.metrics import (
     phase_lines,
     read_metrics,
 )
-from megatron_selfdistill.run_log import read_evaluation_samples
 
 TENSORBOARD = ["tensorboard"]
 

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from tiers import combinations
 
-from megatron_selfdistill.config import MetricsConfig
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
+from megatron_selfdistill.config import Config, MetricsConfig
+from megatron_selfdistill.config.due import samples_due
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
@@ -31,6 +31,7 @@ from megatron_selfdistill.metrics.samples import (
     sample_of,
     seen_hint,
 )
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 
@@ -314,8 +315,9 @@ def test_only_the_reporter_makes_samples(tmp_path):
 
 
 def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
-    assert [step for step in range(1, 12) if MetricsConfig(show_samples_every=5).samples_due(step)] == [1, 5, 10]
-    assert not any(MetricsConfig(show_samples=0).samples_due(step) for step in range(1, 12))
+    some, none = (Config(metrics=MetricsConfig(**keys)) for keys in ({"show_samples_every": 5}, {"show_samples": 0}))
+    assert [step for step in range(1, 12) if samples_due(some, step)] == [1, 5, 10]
+    assert not any(samples_due(none, step) for step in range(1, 12))
 
 
 def run_of(own_data: Any, name: str, *options: str) -> list[str]:

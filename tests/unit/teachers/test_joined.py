@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.loss import Target
 from megatron_selfdistill.pipeline.batch import Packing
 from megatron_selfdistill.teachers import configured_teachers
 from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
 from megatron_selfdistill.teachers.joined import JoinedHiddenStates
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 NAMES = ["code", "default", "math"]
 WIDTHS = {"code": 3, "default": 2, "math": 4}

@@ -121,35 +121,6 @@ def test_a_node_without_room_for_the_weights_of_all_its_ranks_is_refused_with_bo
         assert f"take {2 * one / 2**30:.3g} GiB of host memory on {socket.gethostname()}, which has" in message
 
 
-@pytest.mark.parametrize(
-    ("cgroup", "files", "left"),
-    [
-        ("0::/job/step", {"job/memory.max": "900", "job/memory.current": "500", "job/step/memory.max": "max"}, 450),
-        ("0::/gone", {"memory.max": "900", "memory.current": "500"}, 450),
-        (
-            "7:cpu:/job\n3:memory:/job",
-            {"memory/job/memory.limit_in_bytes": "800", "memory/job/memory.usage_in_bytes": "900"},
-            0,
-        ),
-        ("3:memory:/job", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096)}, 1000),
-        ("0::/", {}, 1000),
-        (None, {}, 1000),
-    ],
-)
-def test_the_limit_of_a_job_bounds_the_memory_that_is_left(tmp_path, monkeypatch, cgroup, files, left):
-    """Of 1000 bytes of the node; 50 of those in use are files in the page cache."""
-    monkeypatch.setattr(teacher_copies.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    if cgroup is not None:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(cgroup + "\n")
-    for name, text in files.items():
-        place = tmp_path / "sys/fs/cgroup" / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text + "\n")
-        (place.parent / "memory.stat").write_text("anon 3\ninactive_file 50\ntotal_inactive_file 50\n")
-    assert teacher_copies.available_memory(tmp_path) == left
-
-
 def resting(offload: bool) -> int:
     chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
     teachers = NamedTeachers({"one": Path("one")}, lambda: chunks, lambda path, into: None, offload=offload)

@@ -133,11 +133,6 @@ def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_co
     assert [name for name, *_ in other] == ["code", "code+math", "math"] and other[1][1] == []
 
 
-def test_without_teachers_the_batch_stays_the_object_that_it_is(ranks):
-    batch = replace(batch_of(("", 2)), token_coefficients=None)
-    assert list(by_teacher(batch, {}, None)) == [batch]  # type: ignore[arg-type]
-
-
 def test_a_context_without_a_known_teacher_is_an_error(ranks):
     with pytest.raises(Exception, match=r"problem 'p0' names the teacher '', expected one of code, default, math, nev"):
         divided(ranks, batch_of(("", 2)))

@@ -19,11 +19,11 @@ from explored_records import summary_of, target_of
 from summed_target import matching_beta
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.explorer import explore_command as tool
 from megatron_selfdistill.instruments.explorer.explore_command import given_text
+from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0.1", "target.teacher_weight=2")
 TEXTS = ("--problem", "500-408:", "--solution", "092")

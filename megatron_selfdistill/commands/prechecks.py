@@ -6,22 +6,17 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.commands.installation import RUN, about_missing
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer_files import tokenizer_place
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.installation import RUN, about_missing
-
-_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
 
 
 def require_data(config: Config) -> None:
@@ -40,7 +35,7 @@ def require_data(config: Config) -> None:
 def require_start(config: Config) -> None:
     """Raise `CheckpointError` if there is no checkpoint at ``checkpoint.load``, unless the run resumes."""
     if config.checkpoint.load is not None and not _resumes(config):
-        require_checkpoint(Path(config.checkpoint.load))
+        directory.require_checkpoint(Path(config.checkpoint.load))
 
 
 def require_ranks(config: Config, world_size: int) -> None:
@@ -73,38 +68,12 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
             )
 
 
-def require_checkpoint(path: Path, iteration: int | None = None) -> None:
-    """Raise `CheckpointError` if there is no Megatron checkpoint at ``path``, or no checkpoint of ``iteration``."""
-    chosen = directory.of_iteration(Path(path), iteration)
-    directory.refuse_hugging_face(chosen)
-    holder = directory.tracked(chosen) or chosen
-    if not directory.is_legacy(holder) and directory.lacks(holder):
-        directory.resolve(chosen)
-
-
 def require_model(config: Config, path: Path, iteration: int | None = None) -> None:
     """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
-    require_checkpoint(path, iteration)
+    directory.require_checkpoint(path, iteration)
     chosen = directory.of_iteration(Path(path), iteration)
     if directory.holds_adapters(chosen):
-        require_checkpoint(door("adapters").full_weights_of(chosen, config.adapter.base))
-
-
-def tokenizer_directory(path: Path) -> Path | None:
-    """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
-    assets = path if directory.is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
-    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _TOKENIZERS) else None
-
-
-def with_stored_tokenizer(config: Config) -> Config:
-    """Return ``config`` with the tokenizer of ``checkpoint.load`` if ``data.tokenizer`` is null; rank 0 says so."""
-    load = config.checkpoint.load
-    found = tokenizer_directory(Path(load)) if load is not None and config.data.tokenizer is None else None
-    if found is None:
-        return config
-    if os.environ.get("RANK", "0") == "0":
-        print(f"data.tokenizer={found}, the tokenizer of checkpoint.load", file=sys.stderr, flush=True)
-    return replace(config, data=replace(config.data, tokenizer=str(found)))
+        directory.require_checkpoint(door("adapters").full_weights_of(chosen, config.adapter.base))
 
 
 def require_packages(config: Config) -> None:

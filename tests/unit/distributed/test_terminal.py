@@ -12,8 +12,8 @@ import pytest
 
 from megatron_selfdistill.chat_logs.logged_responses import list_skipped
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.terminal import _Pipe, guard_standard_error
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
-from megatron_selfdistill.terminal import _Pipe, guard_standard_error
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_a_traceback_shows_control_characters_as_escapes(capsys):
 WITHOUT_READERS = """
 import os, sys
 from megatron_selfdistill.distributed.stop import _say
-from megatron_selfdistill.terminal import guard_standard_error
+from megatron_selfdistill.distributed.terminal import guard_standard_error
 guard_standard_error()
 sys.stdin.readline()
 for stream in (sys.stdout, sys.stderr):

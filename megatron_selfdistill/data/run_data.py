@@ -16,7 +16,6 @@ from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
-from megatron_selfdistill.config.schema.teachers_config import chosen_by
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
@@ -200,13 +199,13 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
     """Return the records of ``data.path``, which is set, with their columns."""
     data = config.data
     assert data.path is not None
-    teachers = config.named_teachers
-    return RecordSource(
-        *(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit),
-        section="data",
-        teachers=teachers,
-        choice=chosen_by(config.teachers),
-    )
+    place = (data.path, data.split, data.subset, fields, data.on_bad_record, data.limit)
+    return RecordSource(*place, section="data", teachers=_record_teachers(config))
+
+
+def _record_teachers(config: Config) -> Any:
+    """Return what the key ``teachers`` says of the records; None without the key."""
+    return door("taught_records").TaughtRecords.of(config) if config.named_teachers else None
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
@@ -314,6 +313,7 @@ def _fitting_problems(
     kept, counts = [], ContextCounts()
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
+    teachers = _record_teachers(config)
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
@@ -328,21 +328,13 @@ def _fitting_problems(
         counts += count
         if pairs:
             kept.append(problem)
-            for teacher, _ in problem.teacher_shares:
-                of_teacher[teacher] += 1
-                if of_teacher[teacher] <= LOOKED_AT:
-                    looked_at.append(_of_teacher(shown, pairs[0], teacher))
+            for taught, pair in teachers.each(shown, pairs[0]) if teachers else [(shown, pairs[0])]:
+                of_teacher[taught.teacher] += 1
+                if of_teacher[taught.teacher] <= LOOKED_AT:
+                    looked_at.append((taught, pair))
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
     return replace(problems, problems=kept), counts, looked_at
-
-
-def _of_teacher(problem: Problem, pair: PromptPair, teacher: str) -> tuple[Problem, PromptPair]:
-    """Return a problem and its prompts for one of its teachers alone."""
-    if not problem.shares:
-        return problem, pair
-    prompt = next(one.prompt for one in pair.of_teachers if one.teacher == teacher)
-    return replace(problem, teacher=teacher, shares=()), replace(pair, teacher_prompt=prompt, teacher=teacher)
 
 
 _SHOWN = {
@@ -373,22 +365,17 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data, shown = config.data, _shown_tools(config)
+    data, shown, teachers = config.data, _shown_tools(config), _record_teachers(config)
+
+    def teacher_view(own: Mapping[str, Any]) -> PromptView:
+        return _view(data, data.views.get("teacher", {}) | own, shown)
+
     return PromptTemplates(
         teacher=data.teacher_template or config.method.teacher_template or DEFAULT_TEACHER_TEMPLATE,
         student=data.student_template,
         student_view=_view(data, data.views.get("student", {}), shown),
-        teacher_view=_view(data, data.views.get("teacher", {}), shown),
-        of_teachers={
-            name: teacher.template or data.student_template
-            for name, teacher in config.named_teachers.items()
-            if teacher.template is not None or not teacher.is_hinted
-        },
-        views_of_teachers={
-            name: _view(data, data.views.get("teacher", {}) | teacher.view, shown)
-            for name, teacher in config.named_teachers.items()
-            if teacher.view
-        },
+        teacher_view=teacher_view({}),
+        **(teachers.templates(data.student_template, teacher_view) if teachers else {}),
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import TEACHER_HINTS
 from megatron_selfdistill.config.schema.data_config import check_view
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_slots
 from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED, STUDENT
@@ -34,7 +33,7 @@ class NamedTeacher:
     load: FilePath | None = None
     """Checkpoint of Megatron or Hugging Face directory with the weights, or adapters on the weights at the start of the
     run (a checkpoint of adapters, or a directory of PEFT); null: the weights at the start of the run."""
-    hint: Annotated[str, OneOf(TEACHER_HINTS)] = "given"
+    hint: Annotated[str, OneOf(("given", "none"))] = "given"
     """What this teacher's prompt shows beside the problem: given (the solution) or none."""
     template: Text | None = None
     """This teacher's user message, with the slot {problem} and, with a hint, {solution}; null is data.teacher_template,
@@ -105,6 +104,12 @@ def guide_of(teachers: Mapping[str, Any]) -> str | None:
         f"teacher may have this name, got {name!r}",
     )
     return name
+
+
+def keeps_start(config: Any) -> bool:
+    """Return whether the loss reads the weights at the start of the run, as a teacher or as the reference."""
+    named = config.named_teachers.values()
+    return config.is_anchored or not named or any(teacher.load is None for teacher in named)
 
 
 def product_of(names: Iterable[str]) -> str:

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.fitted_prompts import plan_contexts
+from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
 from megatron_selfdistill.rollout.factory import sampling_params
-from megatron_selfdistill.run_data import RunData
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
@@ -88,14 +88,9 @@ def test_what_is_read_is_what_the_files_say(directory):
         (["data.path=null"], "data.path is not set"),
         (["data.tokenizer=null"], "data.tokenizer is not set"),
         (["data.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.tokenizer={directory}/nothing"], "/nothing; correct data.tokenizer"),
-        (["data.tokenizer=../nothing/at/all"], "got ../nothing/at/all; correct data.tokenizer"),
-        (["data.tokenizer={directory}/problems.jsonl"], "problems.jsonl; correct data.tokenizer"),
         (["data.tokenizer={directory}/nothing.model"], "nothing.model; correct data.tokenizer"),
-        (["data.chat_template={directory}/no_template.jinja"], "no_template.jinja"),
         (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
         (["data.chat_template=null"], "has no chat template: set data.chat_template"),
-        (["data.teacher_template='{{problem}}'"], "{solution}"),
         (
             ["data.tokenizer={directory}/endless"],
             "expected an end of sequence in the tokenizer, generation_config.json or config.json",
@@ -106,25 +101,10 @@ def test_what_is_read_is_what_the_files_say(directory):
             "data.max_length (40) exceeds the longest packed sequence (39)",
         ),
         (
-            ["schedule.max_tokens=43", "parallel.context_parallel_size=2", "data.max_length=41"],
-            "data.max_length (41) exceeds the longest packed sequence (40)",
-        ),
-        (
-            ["model.max_position_embeddings=39"],
-            "data.max_length (40) exceeds model.max_position_embeddings (39)",
-        ),
-        (
             ["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"],
             "schedule.max_tokens (3) must be at least 4",
         ),
         (["data.max_length=16"], "no problem fits"),
-        (
-            ["data.on_long_context=error"],
-            "problems.jsonl:3: expected a teacher's prompt of at most 30 tokens",
-        ),
-        (["evaluation.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.fields.answer=result"], "fields.answer names the column 'result'"),
-        (["data.limit=0"], "data.limit must be at least 1"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
@@ -134,45 +114,12 @@ def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
     assert words.lower() in text.lower() and "\n" not in text
 
 
-@pytest.mark.parametrize(
-    ("policy", "lengths", "counts"),
-    [
-        ("drop", [3, 8], (2, 0, 1)),
-        ("truncate_start", [3, 8, 60], (2, 1, 0)),
-        ("truncate_end", [3, 8, 60], (2, 1, 0)),
-    ],
-)
-def test_each_policy_counts_what_it_keeps_truncates_and_drops(directory, policy, lengths, counts):
-    run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
-    assert [len(p.solution) for p in run_data.problems.problems] == lengths
-    assert (run_data.counts.kept, run_data.counts.truncated, run_data.counts.dropped) == counts
-
-
-def test_bad_records_are_skipped_and_counted_when_asked(directory, tmp_path):
-    records = tmp_path / "bad.jsonl"
-    write(records, [{"problem": "1-1=", "solution": "0"}, {"problem": "2-1="}])
-    assert "bad.jsonl:2" in sentence_of(config_of(directory, f"data.path={records}"))
-    run_data = RunData.load(config_of(directory, f"data.path={records}", "data.on_bad_record=skip"))
-    assert len(run_data.problems) == 1 and len(run_data.problems.skipped) == 1
-
-
 def test_the_chat_template_may_be_a_file(directory, tmp_path):
     (tmp_path / "template.jinja").write_text(PLAIN)
     by_text = RunData.load(config_of(directory))
     by_file = RunData.load(config_of(directory, f"data.chat_template={tmp_path / 'template.jinja'}"))
     problem = by_text.problems.problems[0]
     assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
-
-
-def test_more_stop_tokens_join_the_tokenizers_own_and_may_replace_a_missing_one(directory):
-    both = RunData.load(config_of(directory, "rollout.stop_token_ids=[3,19,3]"))
-    alone = RunData.load(config_of(directory, f"data.tokenizer={directory / 'endless'}", "rollout.stop_token_ids=[3]"))
-    assert both.stop_token_ids == (CHARACTERS.index("$"), 3)
-    assert alone.stop_token_ids == (3,)
-
-
-def test_a_models_own_vocabulary_may_be_larger_than_the_tokenizers(directory):
-    assert RunData.load(config_of(directory, "model.vocab_size=32")).vocab_size == 32
 
 
 @pytest.mark.parametrize(
@@ -219,11 +166,6 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     assert "5 logged tokens, 0.600 of them in accepted turns" in run_data.about_conversations[1]
 
 
-def test_a_rule_that_is_nowhere_is_a_sentence(directory):
-    rule = "conversations.accepted_rule=nowhere.rule"
-    assert "No module named 'nowhere'" in sentence_of(config_of(directory, "data.kind=conversations", rule))
-
-
 EMPTY = "{% for m in messages %}x{% endfor %}"
 HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
 """Shows what stands before the hint."""
@@ -238,18 +180,9 @@ HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
             [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "method.name=sft"],
             None,  # no teacher reads a prompt
         ),
-        (
-            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/cut.jsonl", "method.name=sft"],
-            "cut.jsonl:2: expected the student's prompt to show the problem",
-        ),
-        (
-            [f'data.chat_template="{HALF}"', "method.name=own_solutions", "data.path={directory}/held_out.jsonl"],
-            "held_out.jsonl:1: expected the teacher's prompt to show the solution, got the 4 tokens of the student's",
-        ),
     ],
 )
 def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(directory, overrides, words):
-    write(directory / "cut.jsonl", [{"problem": text, "solution": "0"} for text in ("1-1=", "1|2-1=")])
     more = [
         o.replace("{directory}", str(directory)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)
     ]
@@ -269,32 +202,6 @@ def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, pol
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
 
 
-def test_only_the_first_prompts_are_looked_at(directory, tmp_path):
-    problems = [{"problem": f"{n:04}-1=", "solution": "0"} for n in range(65)]
-    write(tmp_path / "a.jsonl", [*problems[:64], {**problems[64], "problem": "1|2=", "solution": "00"}])
-    cut = config_of(directory, f"data.path={tmp_path}/a.jsonl", f'data.chat_template="{HALF}"')
-    assert len(RunData.load(cut).problems) == 65
-    write(tmp_path / "a.jsonl", [*problems[:63], {**problems[64], "problem": "1|2=", "solution": "00"}])
-    assert "a.jsonl:64: expected the student's prompt" in sentence_of(cut)
-
-
-def test_the_accepted_answer_of_a_log_must_be_in_the_teachers_prompt_and_is_not_quoted(directory, tmp_path):
-    chat = [{"role": role, "content": text} for role, text in [("user", "1-1="), ("assistant", "000"), ("user", ".")]]
-    write(tmp_path / "chats.jsonl", [{"messages": chat, "accepted": 1}])
-    template = tmp_path / "template.jinja"
-    of_template = [f"data.path={tmp_path}/chats.jsonl", "data.kind=conversations", f"data.chat_template={template}"]
-    reply = "{% if m.role == 'assistant' %}{{ m.content }}${% else %}"
-    template.write_text("{% for m in messages %}" + reply + "{{ m.content[:4] }}{% endif %}{% endfor %}")
-    for responses in ("logged", "sampled"):
-        config = config_of(directory, *of_template, f"conversations.responses={responses}")
-        assert "chats.jsonl:1, message 1: expected the teacher's prompt to show the solution, got" in (
-            sentence := sentence_of(config)
-        )
-        assert "000" not in sentence.replace("0000", "")
-    template.write_text("{% for m in messages %}" + reply + "{{ m.content }}{% endif %}{% endfor %}")
-    assert "3 of the accepted answer (in 1 prompts)" in RunData.load(config_of(directory, *of_template)).about_prompts
-
-
 def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(directory):
     path = f"evaluation.path={directory}/held_out.jsonl"
     hidden = config_of(directory, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
@@ -311,16 +218,12 @@ def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
     )
     of_file = [f"data.path={directory}/answered.jsonl", f"evaluation.path={directory}/answered.jsonl"]
 
-    def loaded(solutions: str, seed: int = 0) -> RunData:
-        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}", f"seed={seed}"))
+    def loaded(solutions: str) -> RunData:
+        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}"))
 
     other, none = loaded("other"), loaded("none")
-    pairs = [(it.solution, it.answer) for it in other.problems.problems]
-    assert all(solution != answer and answer for solution, answer in pairs)
-    assert pairs != [(it.solution, it.answer) for it in loaded("other", seed=1).problems.problems]
+    assert all(it.solution != it.answer for it in other.problems.problems)
     assert "of the solution of another problem (data.solutions=other)" in other.about_prompts
-    assert [it.solution for it in none.problems.problems] == [""] * 6
-    assert "on average 0 of the solution, which data.solutions=none leaves out" in none.about_prompts
     assert none.builder.teacher_prompt(none.problems.problems[0]) == none.tokenizer.encode("0-0=|")
     assert other.problems.fingerprint != none.problems.fingerprint
 
@@ -362,24 +265,8 @@ def test_a_hinted_evaluation_shows_what_the_key_says(directory, solutions):
 SWITCHED = PLAIN + ("{% if add_generation_prompt %}:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "words"),
-    [
-        (
-            True,
-            False,
-            ("after ':', and the teacher reads it after ':<think></think>'; warning: the student thinks and",),
-        ),
-        (
-            False,
-            True,
-            ("; the student's response begins after ':<think></think>', and the teacher reads it after ':'",),
-        ),
-        (True, True, ()),
-        (False, False, ()),
-    ],
-)
-def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory, student, teacher, words):
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (True, True)])
+def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory, student, teacher):
     views = {"student": student, "teacher": teacher}
     switches = [f"data.views.{name}.chat_template_kwargs.enable_thinking={on}" for name, on in views.items()]
     zeros = "0" * 60
@@ -387,29 +274,21 @@ def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory
     (directory / "switched.jinja").write_text(SWITCHED)
     options = [*switches, *long, f"data.chat_template={directory}/switched.jinja", "data.max_length=300"]
     about = str(RunData.load(config_of(directory, *options)).about_prompts)
-    assert all(it in about for it in words)
     assert ("response begins after" in about) == (student != teacher)
     assert ("known to collapse" in about) == (student and not teacher)
 
 
-def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(directory):
+def test_the_cost_of_the_teachers_wording_is_said_at_the_start_and_where_nothing_fits(directory):
     run_data = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'"))
     assert run_data.about_prompts == (
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
-    one_token = RunData.load(config_of(directory, "data.teacher_template='{problem}{solution}|'"))
-    assert "adds 1 token of wording" in str(one_token.about_prompts)
-    own = RunData.load(config_of(directory, "method.name=own_solutions", f"data.path={directory}/held_out.jsonl"))
-    assert "1 of the answer, until there are own solutions" in own.about_prompts
-    too_long = sentence_of(config_of(directory, "data.on_long_context=error"))
-    assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
-    assert "raise data.max_length, lower rollout.max_new_tokens, or set a shorter data.teacher_template or " in too_long
     none = sentence_of(config_of(directory, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
     assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
 
 
-def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(directory, tmp_path, monkeypatch):
+def test_parts_of_the_hub_are_read_for_training_and_evaluation(directory, monkeypatch):
     import datasets
 
     calls = []
@@ -423,20 +302,6 @@ def test_other_formats_and_hub_parts_are_read_for_training_evaluation_and_logs(d
     run_data = RunData.load(config_of(directory, *hub, "evaluation.subset=easy"))
     assert calls == [("lab/sums", "hard", "val"), ("lab/sums", "easy", "test")]
     assert run_data.evaluation[0].location == "lab/sums[test]:1"
-    (tmp_path / "shards").mkdir()
-    write(tmp_path / "shards" / "0.jsonl", [{"problem": "1-1=", "solution": "0"}])
-    write(tmp_path / "shards" / "1.jsonl", [{"problem": "2-1=", "solution": "1"}])
-    of_shards = config_of(directory, f"data.path={tmp_path}/shards", f"evaluation.path={tmp_path}/shards/1.jsonl")
-    run_data = RunData.load(of_shards)
-    assert (len(run_data.problems), len(run_data.evaluation)) == (2, 1)
-    missing = sentence_of(config_of(directory, f"evaluation.path={directory}/held_out.jsonl", "evaluation.subset=easy"))
-    assert "held_out.jsonl: expected the name of a hub data set with the subset 'easy'" in missing
-
-
-def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(directory, tmp_path):
-    write(tmp_path / "bad.jsonl", [{"problem": "1-1="}])
-    assert sentence_of(config_of(directory, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it")
-    assert sentence_of(config_of(directory, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip")
 
 
 @pytest.mark.parametrize(
@@ -457,12 +322,6 @@ def test_tokens_that_the_tokenizer_does_not_know_are_a_warning_and_above_a_third
             RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}", *overrides))
 
 
-def test_an_evaluation_in_an_unknown_language_is_refused(directory, tmp_path):
-    write(tmp_path / "english.jsonl", [{"problem": "What is 7?", "solution": "seven", "answer": "7"}])
-    with pytest.raises(ConfigError, match=r"of the tokens of the first prompts are '_'"):
-        RunData.load_evaluation(config_of(directory, f"evaluation.path={tmp_path / 'english.jsonl'}"))
-
-
 def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path):
     bytes_of_text = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE({**bytes_of_text, "$": 256}, merges=[]))
@@ -470,10 +329,6 @@ def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="$", eos_token="$")
     fast.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).unknown_id is None
-
-
-def test_an_unknown_token_may_also_pad(tmp_path):
-    assert load_tokenizer(character_tokenizer(tmp_path, pad_token="_")).unknown_id == CHARACTERS.index("_")
 
 
 TEACHERS = {
@@ -513,19 +368,6 @@ def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(director
     prompts = [run_data.builder.prompt_pair(problem) for problem in run_data.problems.problems]
     decoded = [tuple(run_data.tokenizer.decode(one).replace(" ", "") for one in pair) for pair in prompts]
     assert decoded == [("500=", "9500=4|-"), ("500=", "500=||:"), ("500=", "4:500=:")]
-
-
-def all_of(record: dict[str, object], names: tuple[str, ...]) -> dict[str, int]:
-    return dict.fromkeys(names, 1)
-
-
-def test_a_function_that_chooses_gives_a_record_the_prompts_of_its_teachers(directory):
-    config = replace(config_of(directory), teachers=TEACHERS | {"choose": f"{__name__}.all_of"})
-    run_data = RunData.load(config)
-    assert {problem.shares for problem in run_data.problems.problems} == {
-        tuple((name, 1 / 3) for name in sorted(TEACHERS))
-    }
-    assert run_data.about_prompts.count("(in 2 prompts)") == 3, run_data.about_prompts
 
 
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):

@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 
-from megatron_selfdistill import prechecks, train
+from megatron_selfdistill import train
+from megatron_selfdistill.commands import prechecks
+from megatron_selfdistill.commands.prechecks import require_packages
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.prechecks import require_packages
 
 SERVERS = ("rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[http://n1:8000]")
 

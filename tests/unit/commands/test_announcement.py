@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from megatron_selfdistill import announcement
+from megatron_selfdistill.commands import announcement
 from megatron_selfdistill.config import GivenKeys
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_selfdistill import installation
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.installation import MissingExtraError, about_missing, is_installed, require_extra
+from megatron_selfdistill.commands import installation
+from megatron_selfdistill.commands.installation import MissingExtraError, about_missing, is_installed, require_extra
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SETUP = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
 
 

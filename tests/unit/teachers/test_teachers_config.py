@@ -6,16 +6,17 @@ from __future__ import annotations
 import pytest
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.config.schema.teachers_config import (
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.teachers.teachers_config import (
     NamedTeacher,
     chosen_by,
     factors_of,
     joins,
+    keeps_start,
     named_teachers,
     product_of,
     teacher_of_record,
 )
-from megatron_selfdistill.errors import ConfigError
 
 MATH = "teachers.math.load=/m"
 
@@ -42,14 +43,14 @@ def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
 
 def test_without_the_key_nothing_changes():
     config = load([])
-    assert config.named_teachers == {} and config.keeps_start
+    assert config.named_teachers == {} and keeps_start(config)
     assert not config.projects_reference
 
 
 def test_the_start_is_kept_for_the_reference_and_for_a_teacher_without_a_directory():
     beside_student = [MATH, "target.anchor=student"]
-    assert load([MATH]).keeps_start and not load(beside_student).keeps_start
-    assert load([*beside_student, "teachers.default.hint=given"]).keeps_start
+    assert keeps_start(load([MATH])) and not keeps_start(load(beside_student))
+    assert keeps_start(load([*beside_student, "teachers.default.hint=given"]))
 
 
 @pytest.mark.parametrize(
@@ -75,13 +76,7 @@ def test_a_name_is_one_word(name):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teachers.math=/m"], r"teachers.math must be a mapping, such as \{load: DIR\}, got '/m'"),
         (["teachers.math.path=/m"], "teachers.math has no entry 'path': its entries are load, hint, template, weight"),
-        ([MATH, "teachers.math.view=think"], "teachers.math.view must be a mapping, got 'think'"),
-        ([MATH, "teachers.math.view.prompt=a"], "a key of teachers.math.view must be one of .*, got 'prompt'"),
-        ([MATH, "teachers.math.view.system_prompt=1"], "teachers.math.view.system_prompt must be a text"),
-        ([MATH, "teachers.math.hint=some"], "teachers.math.hint must be one of given, none, got 'some'"),
-        ([MATH, "teachers.math.weight=-1"], "teachers.math.weight must be at least 0, or null, got -1"),
         ([MATH, "teachers.math.template='{problem}'"], r"teachers.math.template must have the slots .*\{solution\}"),
         (
             [MATH, "teachers.math.hint=none", "teachers.math.template='{problem}{solution}'"],
@@ -89,20 +84,11 @@ def test_a_name_is_one_word(name):
         ),
         ([MATH, "teacher.weights=ema"], "teacher.weights=frozen and no environment, got problems, ema"),
         ([MATH, "rollout.guidance=mixed"], "samples from the target of one teacher: set teachers.guide to math, or"),
-        (
-            [MATH, "rollout.guidance=mixed", "teachers.guide=code"],
-            "teachers.guide must be the name of one of the teach",
-        ),
-        (
-            [MATH, "teachers.choose={load: /m}"],
-            "teachers.choose must be the dotted path of a function .* no teacher may",
-        ),
         ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
         (
             [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
             "and with teachers.join=product target.anchor=reference, got entropy_matched and student",
         ),
-        (["teachers.choose=my.choose"], "teachers.choose=my.choose has no teacher to choose: name teachers"),
         (
             [MATH, "teachers.choose=my.choose", "data.fields.teacher=it"],
             "but no record names a teacher: set the key teachers without choose",
@@ -111,8 +97,6 @@ def test_a_name_is_one_word(name):
             [MATH, "method.name=grpo", "rollout.num_samples=2"],
             "teachers need a method whose teacher reads sampled responses",
         ),
-        ([MATH, "method.name=own_solutions"], "teachers need a method whose teacher reads sampled responses"),
-        ([MATH, "environment.name=my.Environment"], "teachers need the records of data.kind=problems"),
         ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight needs target.rule=entropy_match"),
         ([MATH, "teachers.math.weight=1", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
         (["data.fields.teacher=expert"], "data.fields.teacher names the column .* but no record names a teacher"),
