@@ -25,9 +25,9 @@ from megatron_selfdistill.metrics.first_checks import (
     check_teacher_canary,
     first_step_warnings,
     warning_of_a_silent_teacher,
-    warning_of_an_untrained_step,
 )
 from megatron_selfdistill.metrics.guards import Guards, RunUnhealthy, student_samples
+from megatron_selfdistill.metrics.step_warnings import warning_of_an_untrained_step
 from megatron_selfdistill.rollout.factory import engines_of
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)

@@ -29,7 +29,7 @@ from megatron_selfdistill.metrics import (
     step_metrics,
     teacher_metrics,
 )
-from megatron_selfdistill.metrics.first_step_lines import first_step_lines, largest_change
+from megatron_selfdistill.metrics.first_checks import first_step_lines, largest_change
 from megatron_selfdistill.metrics.step import K_RESOLUTION
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
