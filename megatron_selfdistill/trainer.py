@@ -22,9 +22,7 @@ from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, late
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
-from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
@@ -35,15 +33,13 @@ from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary
 from megatron_selfdistill.metrics.guards import Guards
-from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
-from megatron_selfdistill.metrics.phases import overlap_metrics
+from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.metrics.step_warnings import step_warnings
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
@@ -229,14 +225,12 @@ class Trainer:
         self, metrics: Mapping[str, float], batch: StepBatch, packs: Sequence[PackedBatch]
     ) -> dict[str, float]:
         """Return the ``metrics`` of a step with those of its responses, its tokens and its time.  Collective."""
-        has_teacher = self.learner.has_teacher
-        leaks = leaks_of(batch.contexts, self.leak_words, self.run_data.tokenizer, self.grid) if has_teacher else None
-        rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
+        own, has_teacher = batch.contexts[self.grid.replica_rank :: self.grid.replica_size], self.learner.has_teacher
+        leaks = leak_counts(own, self.leak_words, self.run_data.tokenizer) if has_teacher else None
+        rollout = rollout_metrics(batch.responses, self.grid, packs, leaks, has_teacher=has_teacher)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
-        read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
-        metrics |= {"data/epoch": self.source.state.problem_sampler.epochs, "tokens/read": read}
-        metrics |= self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
-        return metrics | (overlap_metrics(metrics) if "rollout/generation_seconds" in metrics else {})
+        metrics["data/epoch"] = self.source.state.problem_sampler.epochs
+        return metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=metrics["tokens/read"])
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
@@ -251,7 +245,9 @@ class Trainer:
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts, self.leak_words)
+        options = EvaluationOptions.configured(
+            self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words
+        )
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
@@ -261,7 +257,7 @@ class Trainer:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
-        self.log.log_evaluation_samples(self.step, result.records(0 if hinted else _num_shown(self.config)))
+        self.log.log_evaluation_samples(self.step, result.records(options.num_shown))
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
@@ -293,7 +289,7 @@ class Trainer:
         self.stop.leave_marker(self.step)
         checkpoint = self.checkpoint if self.step else None
         self.events.record(self.step, "stopped", reason=self.stop.reason)
-        self.log.message(stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
+        self.log.message(self.stop.last_line(self.step, self.config.num_steps, checkpoint))
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
@@ -338,61 +334,6 @@ def evaluate_when_due(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         trainer.evaluate()
 
 
-def evaluation_options(
-    config: Config,
-    params: SamplingParams,
-    step: int,
-    hinted: bool,
-    num_transcripts: int | None,
-    leak_words: Sequence[str],
-) -> EvaluationOptions:
-    """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""
-    num_shown = 0 if hinted else _num_shown(config)
-    return EvaluationOptions(
-        params=params,
-        num_samples=config.evaluation.num_samples,
-        pass_at_k=config.evaluation.pass_at_k,
-        seed=config.seed,
-        step=step,
-        hinted=hinted,
-        num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
-        leak_words=leak_words,
-        confidence=config.evaluation.confidence_pattern,
-    )
-
-
-def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
-    """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
-    if checkpoint is None:
-        return f"stopped before step 1 of {num_steps}: {reason}; no step was done; the same command starts anew"
-    where = f"started again, the same command continues; checkpoint: {checkpoint}"
-    return f"stopped after step {step} of {num_steps}: {reason}; {where}"
-
-
-def leaks_of(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid) -> LeakCounts:
-    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has.
-
-    Without ``words`` nobody reads the texts, and none is decoded.
-    """
-    own = contexts[grid.replica_rank :: grid.replica_size]
-    texts = [tokenizer.decode(context.response, skip_special_tokens=True) if words else "" for context in own]
-    return leak_counts(own, texts, words)
-
-
-def tokens_read(
-    packs: Sequence[PackedBatch], metrics: Mapping[str, float], num_replicas: int, has_teacher: bool
-) -> float:
-    """Return the tokens, without padding, that student and teacher read in a step, over the global batch.
-
-    ``packs``: the partial batches of one replica; ``metrics``: with padding/student and padding/teacher over all
-    replicas.
-    """
-    read = sum(len(packed.student) * packed.seq_length for packed in packs) * (1 - metrics["padding/student"])
-    if has_teacher:
-        read += sum(len(packed.teacher) * packed.seq_length for packed in packs) * (1 - metrics["padding/teacher"])
-    return num_replicas * read
-
-
 def partial_batch_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> PartialBatch:
     """Return the place of ``batch`` in its step, after the ``earlier`` batches."""
     outputs = [one.output for one in earlier if one.output is not None]
@@ -407,8 +348,3 @@ def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | No
     if not used:
         return batch, None
     return batch, StepOutput.joined([output for output, _ in used], [num_tokens for _, num_tokens in used])
-
-
-def _num_shown(config: Config) -> int:
-    """Return the number of held-out problems of which an evaluation keeps responses as text."""
-    return config.report.num_problems if config.shows_contents else 0

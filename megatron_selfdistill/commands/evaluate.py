@@ -159,7 +159,6 @@ def _measured(
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.sources.configured_source import evaluation_player
-    from megatron_selfdistill.trainer import evaluation_options
 
     verifier = load_verifier(config.evaluation.verifier)
     with (
@@ -168,11 +167,11 @@ def _measured(
     ):
         began = time.perf_counter()
         # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
-        words = telling_words(config.metrics.leak_words, run_data.evaluation)
-        options = evaluation_options(config, inference.sampling, 0, arguments.hinted, arguments.responses, words)
-        options = dataclasses.replace(
-            options, majority_at_k=arguments.majority_at_k, num_transcripts=arguments.responses
+        words, votes = telling_words(config.metrics.leak_words, run_data.evaluation), arguments.majority_at_k
+        options = held_out.EvaluationOptions.configured(
+            config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
         )
+        options = dataclasses.replace(options, num_transcripts=arguments.responses)
         with phases("evaluation"):
             result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
         seconds = time.perf_counter() - began

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -74,6 +75,30 @@ class EvaluationOptions:
     """The words and phrases by which a response speaks of its hint (`word_pattern`)."""
     confidence: re.Pattern[str] | None = None
     """The pattern of a text that states the confidence in the response (`split_confidence`)."""
+    num_shown: int = 0
+    """The number of first problems of which a run writes responses; at most ``num_transcripts``."""
+
+    @classmethod
+    def configured(
+        cls, config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None, **more: Any
+    ) -> EvaluationOptions:
+        """Return the settings of an evaluation after ``step`` steps; ``more``: further fields.
+
+        The evaluation keeps ``num_transcripts``, and at least the responses that a run writes.
+        """
+        num_shown = config.report.num_problems if config.shows_contents and not hinted else 0
+        return cls(
+            params=params,
+            num_samples=config.evaluation.num_samples,
+            pass_at_k=config.evaluation.pass_at_k,
+            seed=config.seed,
+            step=step,
+            hinted=hinted,
+            num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
+            confidence=config.evaluation.confidence_pattern,
+            num_shown=num_shown,
+            **more,
+        )
 
 
 @dataclass(frozen=True)

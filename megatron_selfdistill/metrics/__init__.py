@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog, configured_log
+from megatron_selfdistill.metrics.log import MetricsLog, configured_log
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics, teacher_metrics
+from megatron_selfdistill.metrics.step import rollout_metrics, step_metrics
 from megatron_selfdistill.run_log import read_metrics, read_samples
 
 __all__ = [
-    "COLUMNS",
     "MetricsLog",
     "Phases",
-    "batch_entropies",
     "configured_log",
     "read_metrics",
     "read_samples",
     "rollout_metrics",
     "step_metrics",
-    "teacher_metrics",
 ]

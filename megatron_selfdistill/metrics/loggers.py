@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_selfdistill.config import function_named, user_code
-from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics.samples import Sample, sample_html
+from megatron_selfdistill.metrics.sample_text import sample_html
+from megatron_selfdistill.metrics.samples import Sample
 from megatron_selfdistill.run_log import replace_file
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
 from megatron_selfdistill.distributed import signs_of_life
+from megatron_selfdistill.metrics.phase_under_way import PhaseUnderWay
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
@@ -110,28 +111,6 @@ BETWEEN_STEPS = ("checkpoint", "evaluation")
 """The phases that belong to the steps done, and to no step under way."""
 
 
-@dataclass(frozen=True)
-class PhaseUnderWay:
-    """A phase that has been entered and not left."""
-
-    name: str
-    began: float
-    """The clock (`time.monotonic`) when the phase was entered."""
-    finished: int = 0
-    """The finished responses of the last call of a sampler."""
-    total: int = 0
-    """All responses of this call; 0 without a call."""
-    whose: str = ""
-
-    @property
-    def text(self) -> str:
-        """The phase, such as ``evaluation, 12 of 64 responses, 2:10`` or ``train, microbatch 3 of 8, 1:03``."""
-        microbatch, of = signs_of_life.microbatch()
-        count = f"microbatch {microbatch} of {of}" if of else ""
-        count = f"{self.finished} of {self.total} responses {self.whose}".rstrip() if self.total else count
-        return ", ".join(filter(None, [self.name, count, duration(time.monotonic() - self.began)]))
-
-
 class PhaseProgress:
     """The phase under way on this rank, of which `Phases` informs this object.  Any thread may read."""
 
@@ -174,23 +153,3 @@ class PhaseProgress:
         if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
             return f"after step {self.done}: "
         return f"step {self.done + 1}: "
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in minutes and seconds, with hours where there are any: ``5:15``, ``2:05:15``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def overlap_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of a step whose responses come from servers.
-
-    ``metrics`` holds seconds/step, rollout/generation_seconds (in which the servers worked on requests, also on those
-    of later steps) and rollout/waited_seconds (in which the trainer waited for responses).
-    """
-    generation, step = metrics["rollout/generation_seconds"], metrics["seconds/step"]
-    return {
-        "overlap/share": max(generation - metrics["rollout/waited_seconds"], 0.0) / step,
-        "rollout/servers_waited_seconds": max(step - generation, 0.0),
-    }

@@ -33,8 +33,6 @@ K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
 K_RANGE = 2.0**10
 """The bound of the histogram of k, [1 / K_RANGE, K_RANGE]; a k beyond a bound counts as the bound."""
-MAX_GRID = 16
-"""The largest number of betas in a target's grid."""
 FORKS_ARE_ONE_IN = 10
 """The forks are one in this number of tokens: those at which the anchor is least certain."""
 FORK_RESOLUTION = 0.02
@@ -108,12 +106,12 @@ def step_metrics(
     Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 5 maxima; the host
     waits once; before them one sum over the context-parallel ranks, where responses are compared with the sampler.
     """
-    stats = output.stats if _holds_tokens(grid) else None
+    stats = output.stats if holds_tokens(grid) else None
     forks = find_forks(None if stats is None else output.anchor_entropy, grid)
     by_key: dict[str, Tensor] = {}
     worst: Tensor | None = None
     if stats is not None:
-        by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
+        by_key = token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         if output.measures is not None:
             by_key |= measured_values(output.measures)
         if forks is not None:
@@ -126,31 +124,6 @@ def step_metrics(
         if response_lengths is not None and "sampled" in by_key:
             worst = _worst_response(by_key, output.response_ids, response_lengths, grid)
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, worst, grid), grid))
-
-
-def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -> dict[str, float]:
-    """Return what each teacher's tokens of a step say of this teacher, under flat keys, equal on all ranks.
-
-    ``outputs``: the name of the teacher and the results of each partial batch, with the same names on all ranks.
-    docs/metrics.md defines the keys, which have the names of the teachers.
-
-    A token with several teachers counts for each of them.  Collectives: those of `over_all_ranks`.
-    """
-    keys, names = ("tokens/response", "loss/mean", "measured", "top1_agreement"), sorted({name for name, _ in outputs})
-    sums = torch.zeros(len(names), len(keys), dtype=torch.float64, device=grid.device)
-    for name, output in outputs:
-        if output.stats is not None and _holds_tokens(grid):
-            values = _token_values(output.stats, output.response_ids, None, output.measures_teacher)
-            for place, key in enumerate(keys):
-                sums[names.index(name), place] += values[key].sum() if key in values else 0.0
-    totals, _ = over_all_ranks(sums.flatten(), sums.new_full((1,), -math.inf), grid)
-    metrics: dict[str, float] = {}
-    for index, name in enumerate(names):
-        tokens, loss, measured, agreement = totals[len(keys) * index :][: len(keys)]
-        metrics |= {f"teacher_tokens/{name}": tokens, f"teacher_loss/{name}": loss / tokens}
-        if measured:
-            metrics[f"teacher_top1_agreement/{name}"] = agreement / measured
-    return metrics
 
 
 def _worst_response(
@@ -220,40 +193,19 @@ def _means(total: list[float], maximum: list[float]) -> dict[str, float]:
     return metrics
 
 
-def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
-    """Return (mean entropy that is wanted, betas, mean H(softmax(beta m)) at each beta) over the global batch.
-
-    The wanted entropy is `TokenStats.wanted_entropy`.  The results are equal on all ranks.
-
-    `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
-    Collectives as in `step_metrics`.
-    """
-    sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
-    betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
-    stats = output.stats
-    if stats is not None and _holds_tokens(grid):
-        num_betas = len(stats.grid_betas)
-        betas[:num_betas] = stats.grid_betas.double()
-        entropies = torch.cat([stats.wanted_entropy[:, None], stats.grid_entropies], dim=1).double()
-        known = torch.isfinite(entropies).all(1)
-        sums[0] = known.sum()
-        sums[1 : 2 + num_betas] = torch.where(known[:, None], entropies, 0.0).sum(0)
-    total, found = over_all_ranks(sums, betas, grid)
-    grid_betas = [beta for beta in found if beta > 0]
-    means = [value / total[0] for value in total[1 : 2 + len(grid_betas)]]
-    return means[0], grid_betas, means[1:]
-
-
 def rollout_metrics(
     responses: Sequence[Response],
     grid: RankGrid,
     packs: Sequence[PackedBatch] = (),
     leaks: LeakCounts | None = None,
+    *,
+    has_teacher: bool = True,
 ) -> dict[str, float]:
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
     ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
-    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.
+    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.  ``has_teacher``: whether the step has a
+    teacher that reads its microbatches.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
     sums = torch.zeros(17, dtype=torch.float64, device=grid.device)
@@ -282,17 +234,21 @@ def rollout_metrics(
     if num_guided:
         metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
     if packs:
+        read = 0.0
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):
-            metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
+            share = metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
+            if stream == "student" or has_teacher:
+                read += sum(len(getattr(pack, stream)) * pack.seq_length for pack in packs) * (1 - share)
+        metrics["tokens/read"] = grid.dp_size * read
     return metrics
 
 
-def _holds_tokens(grid: RankGrid) -> bool:
+def holds_tokens(grid: RankGrid) -> bool:
     """Return whether this rank's tokens count: the last stage has tokens, the same on each tensor-parallel rank."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
-def _token_values(
+def token_values(
     stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None, measures_teacher: bool
 ) -> dict[str, Tensor]:
     """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
@@ -469,29 +425,3 @@ def tenth_values(stats: TokenStats, tenths: Tensor) -> dict[str, Tensor]:
         here = tenths == number
         values |= {tenth: here.double(), f"reverse_kl/{tenth}": torch.where(here, stats.reverse_kl.double(), 0.0)}
     return values
-
-
-def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) -> dict[str, float]:
-    """Return the ages of the tokens of the global batch's responses, in optimizer steps, equal on all ranks.
-
-    ``responses``: those of this replica, the same on each of its ranks; a token of unknown weights is left out.
-    ``step``: the number of optimizer steps of the student's present weights.
-    No keys without a token.
-    Collectives as in `over_all_ranks`.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=grid.device)
-    oldest = torch.zeros(1, dtype=torch.float64, device=grid.device)
-    if grid.is_first_of_replica:
-        ages = [step - version for one in responses for version in one.token_versions if version is not None]
-        num_mixed = sum(len({version for version, _ in one.weight_spans}) > 1 for one in responses)
-        numbers = [len(ages), sum(ages), len(responses), num_mixed]
-        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
-        oldest += max(ages, default=0)
-    (num_tokens, age, num_responses, mixed), (age_max,) = over_all_ranks(sums, oldest, grid)
-    if not num_tokens:
-        return {}
-    return {
-        "rollout/staleness_mean": age / num_tokens,
-        "rollout/staleness_max": age_max,
-        "rollout/mixed_share": mixed / num_responses,
-    }

@@ -29,6 +29,7 @@ from megatron_selfdistill.metrics.leakage import (
 
 ONE_RANK = SimpleNamespace(is_first_of_replica=True, world_size=1, device=torch.device("cpu"))
 WORDS = ["hint", "reference solution"]
+TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i))  # 0 is special
 
 
 def ids(text: str) -> list[int]:
@@ -47,8 +48,7 @@ def contexts() -> list[ContextPair]:
 
 
 def leakage_metrics(contexts, words, grid):
-    texts = ["".join(chr(i) for i in context.response if i) for context in contexts]  # token 0 is special
-    found = rollout_metrics([], grid, leaks=leak_counts(contexts, texts, words))
+    found = rollout_metrics([], grid, leaks=leak_counts(contexts, words, TOKENIZER))
     assert found.pop("tokens/rollout") == 0
     return found
 
@@ -107,7 +107,7 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
         ContextPair(str(i), student, teacher, ids(text), False)
         for i, (student, (teacher, text)) in enumerate(zip(students, pairs, strict=True))
     ]
-    counts = leak_counts(contexts, [""] * 4, [])
+    counts = leak_counts(contexts, [], TOKENIZER)
     assert (counts.quoting, counts.hinted) == (1, 2)
     assert leakage_metrics(contexts, [], ONE_RANK)["response/quoted_hint_share"] == 0.5
     assert "response/quoted_hint_share" not in leakage_metrics(contexts[:2], [], ONE_RANK)

@@ -17,13 +17,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_selfdistill.config.command_line import COLUMNS
 from megatron_selfdistill.evaluation.evaluation_result import Transcript
-from megatron_selfdistill.metrics import (
-    COLUMNS,
-    MetricsLog,
-    phase_lines,
-    read_metrics,
-)
+from megatron_selfdistill.metrics import MetricsLog, console, read_metrics
 from megatron_selfdistill.run_log import read_evaluation_samples
 
 TENSORBOARD = ["tensorboard"]
@@ -182,13 +178,13 @@ def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of `Pace`; what is returned moves it on."""
     now = [1000.0]
-    monkeypatch.setattr(phase_lines.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
 @pytest.mark.parametrize("done", [0, 40])
 def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypatch, done):
-    wait, speed, left = clock(monkeypatch), phase_lines.Pace(done + 20), []
+    wait, speed, left = clock(monkeypatch), console.Pace(done + 20), []
     for step, seconds in enumerate([315.0, 2.0, 4.0, 3.0], done + 1):
         wait(seconds)
         speed.advance(step)
@@ -197,7 +193,7 @@ def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypat
 
 
 def test_the_time_left_counts_hours(monkeypatch):
-    wait, speed = clock(monkeypatch), phase_lines.Pace(1003)
+    wait, speed = clock(monkeypatch), console.Pace(1003)
     for step in (1, 2, 3):
         wait(7.509)
         speed.advance(step)

@@ -18,7 +18,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
 from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines
 from megatron_selfdistill.metrics import phases as metrics_phases
-from megatron_selfdistill.metrics.phases import duration
+from megatron_selfdistill.metrics.phase_under_way import duration
 
 
 def console(*, terminal: bool) -> Console:

@@ -20,14 +20,13 @@ from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
+from megatron_selfdistill.metrics.sample_text import console_text, sample_html
 from megatron_selfdistill.metrics.samples import (
     NUMBERS,
     Sample,
     SampleToken,
     SeenHint,
     chosen,
-    console_text,
-    sample_html,
     sample_of,
     seen_hint,
 )

@@ -24,19 +24,25 @@ from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.metrics import (
     Phases,
-    batch_entropies,
     rollout_metrics,
     step_metrics,
-    teacher_metrics,
 )
+from megatron_selfdistill.metrics.batch_entropies import batch_entropies
 from megatron_selfdistill.metrics.first_checks import first_step_lines, largest_change
 from megatron_selfdistill.metrics.step import K_RESOLUTION
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.teachers.teacher_groups import teacher_metrics
 
 VOCAB_SIZE, NUM_TOKENS = 50, 231
 ONE_RANK = SimpleNamespace(
-    world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0, cp_size=1
+    world_size=1,
+    device=torch.device("cpu"),
+    is_last_stage=True,
+    is_first_of_replica=True,
+    tp_rank=0,
+    cp_size=1,
+    dp_size=1,
 )
 LAYOUTS = [
     pytest.param(4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="cp2pp2"),
@@ -470,7 +476,7 @@ RESPONSES = [
 
 
 def measured(layout: dict[str, int], responses: list[Response]) -> dict[str, float]:
-    from megatron_selfdistill.metrics.step import staleness_metrics
+    from megatron_selfdistill.metrics.staleness import staleness_metrics
 
     _, grid = models.build(models.model_config("gqa", num_layers=2), models.parallel(**layout))
     return staleness_metrics(responses[grid.dp_rank :: grid.dp_size], 5, grid)
