@@ -11,6 +11,9 @@ from typing import Any
 
 DOORS = {
     "environments": "environments.configured_episodes",
+    "explorer": "instruments.explorer.explored",
+    "plan": "instruments.plan.plan_command",
+    "report": "instruments.report.report_command",
     "teachers": "teachers.configured_teachers",
     "vllm": "engines.vllm.configured_sampler",
 }

@@ -29,7 +29,6 @@ ORDER = (
 NEVER_BY_CORE = ("instruments", "methods", "teachers", "environments", "engines")
 """Packages that the core does not know."""
 EXCEPTIONS = {
-    "train": {"instruments"},  # the loop fills the two hooks with instruments
     "commands.solutions": {"methods.own_solutions"},  # the command writes the solutions that this method searches
     "commands.explanations": {"methods.rlt"},  # the command writes the explanations of this method's teacher
     "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts.solution_search"},  # both commands
