@@ -198,7 +198,7 @@ class Stop:
 
         Collectives: one all-reduce of an integer over the world.
         """
-        from megatron_selfdistill.distributed.collectives import max_over_ranks
+        from megatron_selfdistill.distributed.integers import max_over_ranks
 
         own = max(_received, default=0)
         if self._is_late():

@@ -17,7 +17,8 @@ from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, Prom
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
-from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import gather_objects, raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.environments.environment import Environment

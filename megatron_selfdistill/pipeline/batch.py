@@ -45,8 +45,8 @@ from megatron_selfdistill.data.packing import (
     required_seq_length,
     segments_of,
 )
-from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import gather_integers, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
 

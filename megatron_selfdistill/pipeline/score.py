@@ -47,7 +47,7 @@ from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.distributed.collectives import max_over_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target

@@ -25,8 +25,9 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
+from megatron_selfdistill.distributed.collectives import gather_items, gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.weighting import LikelyTurns

@@ -23,8 +23,9 @@ import torch
 
 from megatron_selfdistill.config.schema.teachers_config import product_of
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.distributed.collectives import gather_integers, gather_objects
+from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import gather_integers
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
 from megatron_selfdistill.metrics.step import holds_tokens, over_all_ranks, token_values

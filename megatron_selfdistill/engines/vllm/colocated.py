@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
-from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import broadcast_object, raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import min_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine import engine_request, response_of
 from megatron_selfdistill.engines.vllm.engine_adapter import why_not_adapted

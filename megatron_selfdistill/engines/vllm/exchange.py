@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.arrays import (

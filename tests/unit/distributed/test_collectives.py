@@ -18,13 +18,12 @@ from megatron_selfdistill.distributed.collectives import (
     broadcast_object,
     gather_items,
     gather_objects,
-    max_over_ranks,
-    min_over_ranks,
     raise_on_all_ranks,
     run_long_on_rank_0,
     run_on_each_rank,
     run_on_rank_0,
 )
+from megatron_selfdistill.distributed.integers import max_over_ranks, min_over_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
