@@ -12,17 +12,6 @@ and on a failing rank the original exception is its cause.
 
 ``work`` may call a collective only if that collective fails on all ranks alike.  An error of a collective itself (a
 rank died, a timeout) is different: it leaves the process group unusable, and the process must end.
-
-Arrays of any lengths travel from rank to rank without pickles, and without messages to ranks that need none::
-
-    # On every rank of the world; the first rank of each data-parallel replica sends and receives.
-    outgoing = {grid.first_rank_of(1): [token_ids, log_probs]} if grid.rank == grid.first_rank_of(0) else {}
-    sources = [grid.first_rank_of(0)] if grid.rank == grid.first_rank_of(1) else []
-    received = exchange_parcels(outgoing, sources, grid.device)  # {source: arrays}
-    arrays = broadcast_in_replica(received.get(grid.first_rank_of(0), []), grid)  # on all ranks of the replica
-
-A *parcel* is the list of NumPy arrays that one rank sends to another; they arrive with equal bits.  A parcel is one
-message of bytes, after one message of its size.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_selfdistill.config.command_line import LINE
 from megatron_selfdistill.metrics.phase_lines import SlowPhaseLines
-from megatron_selfdistill.metrics.phase_under_way import duration
-from megatron_selfdistill.metrics.phases import PhaseProgress
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress, duration
 from megatron_selfdistill.metrics.sample_text import console_text
 from megatron_selfdistill.metrics.samples import Sample
 from megatron_selfdistill.terminal import visible

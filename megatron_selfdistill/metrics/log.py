@@ -61,7 +61,7 @@ class MetricsLog:
         self.samples_path = Path(run_dir) / SAMPLES_FILE
         self.evaluation_samples_path = Path(run_dir) / EVALUATION_SAMPLES_FILE
         self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
-        self._loggers = Loggers()
+        self._loggers: Loggers | None = None
         self._console = RunConsole(num_steps, console_every, output) if console_every and enabled else None
 
     def show_phases(self, phases: Phases) -> None:
@@ -82,7 +82,8 @@ class MetricsLog:
         for path in (self.path, self.samples_path, self.evaluation_samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
-        self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
+        if self._logger_names:
+            self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
             self._console.start(step)
 
@@ -118,7 +119,8 @@ class MetricsLog:
             samples = make()
             _append(self.samples_path, step, [sample.record() for sample in samples])
             shown = [one for i, one in enumerate(samples) if i == 0 or not one.continues(samples[i - 1])]
-            self._loggers.add_samples(step, shown)
+            if self._loggers is not None:
+                self._loggers.add_samples(step, shown)
             if self._console is not None:
                 for number, sample in enumerate(shown, 1):
                     self._console.sample(sample, f"step {step}, sample {number} of {len(shown)}")
@@ -149,7 +151,8 @@ class MetricsLog:
         if self._console is not None:
             self._console.close()
         self._console = None
-        self._loggers.close()  # may print, and may wait for a server
+        if self._loggers is not None:
+            self._loggers.close()  # may print, and may wait for a server
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -159,7 +162,8 @@ class MetricsLog:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         _append(self.path, step, [{key: _json_number(float(value)) for key, value in metrics.items()}])
-        self._loggers.add_scalars(step, metrics)
+        if self._loggers is not None:
+            self._loggers.add_scalars(step, metrics)
 
 
 def _append(path: Path, step: int, records: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_selfdistill.metrics.phases import PhaseProgress, Phases
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress
+from megatron_selfdistill.metrics.phases import Phases
 
 LINE_SECONDS = 60.0
 """The seconds that a phase lasts before its first plain line, and the seconds between two plain lines."""

@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.metrics.phase_under_way import PhaseUnderWay
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
@@ -105,51 +104,3 @@ def _memory(device: torch.device) -> dict[str, float]:
     import psutil
 
     return {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
-
-
-BETWEEN_STEPS = ("checkpoint", "evaluation")
-"""The phases that belong to the steps done, and to no step under way."""
-
-
-class PhaseProgress:
-    """The phase under way on this rank, of which `Phases` informs this object.  Any thread may read."""
-
-    def __init__(self, num_steps: int | None = None) -> None:
-        """``num_steps``: the steps of the whole run; None for a command without steps."""
-        self._num_steps = num_steps
-        self._open: tuple[PhaseUnderWay, ...] = ()  # from the outermost phase to the innermost
-        self.done = 0
-        """The steps that are done."""
-
-    def entered(self, name: str) -> None:
-        """Record that the phase ``name`` begins."""
-        self._open = (*self._open, PhaseUnderWay(name, time.monotonic()))
-
-    def left(self) -> None:
-        """Record that the phase entered last has ended, also where it raised."""
-        self._open = self._open[:-1]
-
-    def counted(self, finished: int, total: int, whose: str = "") -> None:
-        """Record that ``finished`` of ``total`` responses are finished; does nothing outside of a phase.
-
-        ``whose``: the part of the world that the responses belong to, such as ``of this replica``.
-        """
-        phase = self.now
-        if phase is not None and total:
-            self._open = (*self._open[:-1], replace(phase, finished=finished, total=total, whose=whose))
-
-    @property
-    def now(self) -> PhaseUnderWay | None:
-        """The phase under way; None between two phases."""
-        under_way = self._open  # one read, since another thread may replace it
-        return under_way[-1] if under_way else None
-
-    @property
-    def place(self) -> str:
-        """The step of the phase under way, as the beginning of a line: ``step 3: ``, ``after step 3: `` between two."""
-        phase = self.now
-        if self._num_steps is None:
-            return ""
-        if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
-            return f"after step {self.done}: "
-        return f"step {self.done + 1}: "

@@ -16,9 +16,8 @@ from rich.console import Console
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines
-from megatron_selfdistill.metrics import phases as metrics_phases
-from megatron_selfdistill.metrics.phase_under_way import duration
+from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines, phase_progress
+from megatron_selfdistill.metrics.phase_progress import duration
 
 
 def console(*, terminal: bool) -> Console:
@@ -45,7 +44,7 @@ def shown(tmp_path: Path, output: Console, done: int = 0) -> Iterator[tuple[Metr
 def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of the progress; what is returned moves it on."""
     now = [1000.0]
-    monkeypatch.setattr(metrics_phases.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(phase_progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 1e6)  # the tests tick
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
@@ -91,7 +90,7 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
 
 def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
     shown_lines: list[str] = []
-    progress = metrics_phases.PhaseProgress()
+    progress = phase_progress.PhaseProgress()
     lines = phase_lines.SlowPhaseLines(progress, shown_lines.append, at_once=True)
     for name in ("loading the model", "evaluation"):
         progress.entered(name)
@@ -185,7 +184,7 @@ def test_ranks_that_do_not_report_show_nothing(tmp_path, capsys):
         assert phases.listener is None
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
     with configured_log(config, phases, enabled=True):
-        assert isinstance(phases.listener, metrics_phases.PhaseProgress)
+        assert isinstance(phases.listener, phase_progress.PhaseProgress)
 
 
 def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
