@@ -216,7 +216,7 @@ def test_a_journal_goes_on_behind_any_text_and_half_of_a_character(tmp_path):
         file.write('{"problem_id": "é'.encode()[:-1])
     assert journal.begin(3) == 2 and list(journal.lines()) == lines
     journal.path.write_bytes(b'{"model": ' + b"[" * 100_000 + b"\n")
-    with pytest.raises(ConfigError, match="line 1 is nested too deeply: remove it and the lines after it"):
+    with pytest.raises(ConfigError, match="line 1 is not JSON in UTF-8 .*: remove it and the lines after it"):
         journal.begin(3)
 
 

@@ -11,9 +11,9 @@ from megatron_selfdistill.sources.recordings import Recording
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        (b"[1, 2]", r"got '\[1, 2\]\\n' \(is not an object but a list\)"),
-        (b"\xff", r"\(is not text in UTF-8\)"),
-        (b"[" * 100_000, r"\(is nested too deeply\)"),
+        (b"[1, 2]", r"got '\[1, 2\]\\n' \(is not an object\)"),
+        (b"\xff", r"\(is not JSON in UTF-8"),
+        (b"[" * 100_000, r"\(is not JSON in UTF-8"),
         (b"{}", r"\('step'\)"),
     ],
     ids=lambda value: repr(value[:9]),
