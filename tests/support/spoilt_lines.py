@@ -24,6 +24,7 @@ NO_OBJECTS = [
 ]
 """Lines that are no objects with a step."""
 
+
 def without(line: bytes, key: str) -> bytes:
     """Return a line of JSON without one of its keys."""
     return json.dumps({name: value for name, value in json.loads(line).items() if name != key}).encode()

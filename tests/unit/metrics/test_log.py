@@ -192,19 +192,6 @@ def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypat
     assert left == ["", "", "0:51 left", "0:48 left"]
 
 
-def test_the_time_left_counts_hours(monkeypatch):
-    wait, speed = clock(monkeypatch), console.Pace(1003)
-    for step in (1, 2, 3):
-        wait(7.509)
-        speed.advance(step)
-    assert speed.left == "2:05:09 left"
-
-
-def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
-    _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
-    assert [" left" in line for line in lines] == [False, False, True]
-
-
 def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False)
     with MetricsLog(tmp_path, num_steps=9, output=output) as log:

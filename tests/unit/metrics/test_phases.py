@@ -17,7 +17,6 @@ from rich.console import Console
 from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
 from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines, phase_progress
-from megatron_selfdistill.metrics.phase_progress import duration
 
 
 def console(*, terminal: bool) -> Console:
@@ -115,17 +114,6 @@ def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_lines_of_two_slow_phases_are_a_minute_apart(tmp_path, wait):
-    output = console(terminal=False)
-    with shown(tmp_path, output) as (log, phases):
-        for name in ("rollout", "train"):
-            with phases(name):
-                for _ in range(61):
-                    wait(1)
-                    tick(log)
-    assert text_of(output).splitlines() == ["step 1: rollout, 1:00", "step 1: train, 1:00"]
-
-
 def test_evaluations_and_checkpoints_belong_to_the_steps_done(tmp_path, wait):
     output = console(terminal=False)
     with shown(tmp_path, output, done=7) as (log, phases):
@@ -197,7 +185,3 @@ def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
         assert printed.wait(20)
         assert any(thread.name == "slow phases" for thread in threading.enumerate())
     assert not any(thread.name == "slow phases" for thread in threading.enumerate())
-
-
-def test_durations_have_hours_only_where_there_are_any():
-    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]

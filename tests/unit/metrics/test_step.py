@@ -210,13 +210,6 @@ def test_a_step_with_a_policy_term_reports_both_coefficients_and_no_correction()
     assert corrected["correction/capped"] == pytest.approx((w == 0.5).mean())
 
 
-def test_the_share_of_tokens_whose_entropies_do_not_match_is_logged():
-    stats = all_rows()
-    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == 0
-    stats.status[:21] = Status.UNCONVERGED
-    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == pytest.approx(21 / NUM_TOKENS)
-
-
 @pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ranks, world_size, sizes):
     stats = all_rows()
@@ -524,18 +517,3 @@ def test_the_largest_change_bounds_that_of_a_random_matrix_which_adam_moves_one_
     moved = 12 * 1e-3 * torch.ones(1280, 1280)
     ratio = torch.linalg.matrix_norm(moved, 2) / torch.linalg.matrix_norm(weight, 2)
     assert largest_change(config) == pytest.approx(ratio.item(), rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("settings", "lines"),
-    [
-        (["recipe=rft"], ["rewards: evaluation.verifier=math_verify; 0.13 of the responses are right"]),
-        (["recipe=rft", "method.reward=a.b"], ["rewards: method.reward=a.b; 0.13 on average"]),
-        (["recipe=rft", "environment.name=replying.Replying"], []),
-        (["recipe=rlt"], []),  # a method with a hook of its own
-        ([], []),
-    ],
-)
-def test_a_method_with_rewards_names_the_verifier_and_the_share_of_right_responses(settings, lines):
-    config = load(["data.path=x", "optimizer.lr=1e-3", *settings])
-    assert first_step_lines(config, {"rewards/mean": 0.126}) == lines

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 from forks import in_a_fork
 
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.instruments.doctor import doctor_command as doctor
 from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -137,13 +135,6 @@ def test_the_command_that_a_user_types():
     assert done.returncode == 0 and done.stdout.count("\nok       ") == 3, done.stdout + done.stderr
 
 
-def test_a_layout_that_does_not_fit_the_launch_is_refused():
-    from megatron_selfdistill.instruments.selftest import node_test
-
-    with pytest.raises(ConfigError, match="world size 1 must be a multiple of"):
-        node_test.selftest(["parallel.tensor_model_parallel_size=3"])
-
-
 def meet(what: str, limit_s: float) -> None:
     """Hold a proof that holds, and one from which rank 1 never returns or in which it raises."""
     rank = int(os.environ["RANK"])
@@ -184,18 +175,3 @@ def test_nan_is_the_worst_error_and_no_allowed_one():
     reports = [WorstError(0.5, "a"), WorstError(float("nan"), "b"), WorstError(2.0, "c")]
     assert WorstError.worst(reports).case == "b" and not WorstError.worst(reports).holds
     assert [report.holds for report in reports] == [True, False, False]
-
-
-def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
-    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "fix")
-    monkeypatch.setattr(doctor, "examine", lambda ranks: [failure])
-    monkeypatch.setitem(sys.modules, "megatron_selfdistill.instruments.selftest.node_test", None)  # an error to import
-    assert doctor.main(["--selftest"]) == 1
-    assert "a run cannot start here: torch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("option", [["parallel.tensor_model_parallel_size=2"], ["--minutes", "3"]])
-def test_what_is_about_the_selftest_is_refused_without_one(capsys, option):
-    with pytest.raises(SystemExit, match="2"):
-        doctor.main(option)
-    assert f"{option[0]} needs --selftest" in capsys.readouterr().err
