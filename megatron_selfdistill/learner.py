@@ -38,8 +38,8 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.metrics.batch_entropies import batch_entropies
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, unwrapped

@@ -30,11 +30,13 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner, loss_backend
-from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary
 from megatron_selfdistill.metrics.guards import Guards
 from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
+from megatron_selfdistill.metrics.log import configured_log
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
+from megatron_selfdistill.metrics.step import rollout_metrics
 from megatron_selfdistill.metrics.step_warnings import step_warnings
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere

@@ -26,7 +26,7 @@ from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.on_policy import Generate

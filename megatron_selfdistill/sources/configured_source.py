@@ -17,7 +17,7 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData

@@ -31,8 +31,8 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.weighting import LikelyTurns
-from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.metrics.step import over_all_ranks
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.step import over_all_ranks, step_metrics
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams

@@ -20,7 +20,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.loss.sharded.target_measures import RARE
 from megatron_selfdistill.loss.target import Divergence, Target, entropy, mixed_target
-from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher

@@ -16,7 +16,7 @@ from tiny_run import overrides, saved_step, train
 from megatron_selfdistill import announcement
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
-from megatron_selfdistill.metrics import MetricsLog
+from megatron_selfdistill.metrics.log import MetricsLog
 from megatron_selfdistill.run_log import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -30,7 +30,7 @@ from megatron_selfdistill.loss.divergence import divergence, divergence_gradient
 from megatron_selfdistill.loss.functional import self_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
-from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.model.build import new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher

@@ -20,7 +20,7 @@ from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.metrics import Phases
+    from megatron_selfdistill.metrics.phases import Phases
 
 
 class HintedLater(OpsdRl):

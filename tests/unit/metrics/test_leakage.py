@@ -13,7 +13,6 @@ from loops import loops
 
 from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.metrics import rollout_metrics
 from megatron_selfdistill.metrics.leakage import (
     LeakCounts,
     are_one_hint,
@@ -24,6 +23,7 @@ from megatron_selfdistill.metrics.leakage import (
     word_counts,
     word_pattern,
 )
+from megatron_selfdistill.metrics.step import rollout_metrics
 
 ONE_RANK = SimpleNamespace(is_first_of_replica=True, world_size=1, device=torch.device("cpu"))
 WORDS = ["hint", "reference solution"]

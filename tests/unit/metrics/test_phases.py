@@ -16,7 +16,9 @@ from rich.console import Console
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines, phase_progress
+from megatron_selfdistill.metrics import phase_lines, phase_progress
+from megatron_selfdistill.metrics.log import MetricsLog, configured_log
+from megatron_selfdistill.metrics.phases import Phases
 
 
 def console(*, terminal: bool) -> Console:

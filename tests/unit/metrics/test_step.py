@@ -22,14 +22,10 @@ from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.metrics import (
-    Phases,
-    rollout_metrics,
-    step_metrics,
-)
 from megatron_selfdistill.metrics.batch_entropies import batch_entropies
 from megatron_selfdistill.metrics.first_checks import first_step_lines, largest_change
-from megatron_selfdistill.metrics.step import K_RESOLUTION
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.step import K_RESOLUTION, rollout_metrics, step_metrics
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teachers.teacher_groups import teacher_metrics

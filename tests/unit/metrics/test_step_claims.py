@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.metrics import step_metrics
-from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths
+from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths, step_metrics
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 VOCAB_SIZE, LENGTHS = 40, [1, 37, 9, 100, 0, 10, 63, 23]

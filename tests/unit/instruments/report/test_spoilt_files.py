@@ -18,7 +18,7 @@ from spoilt_lines import NO_OBJECTS, insert, spoilt, with_value, without
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, write_explored
 from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.loss import Target
-from megatron_selfdistill.metrics import MetricsLog
+from megatron_selfdistill.metrics.log import MetricsLog
 from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics, read_samples
 
 READERS = {
