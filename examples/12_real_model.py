@@ -39,7 +39,7 @@ from _lib.task import Record
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands.model_command import ended
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
-from megatron_selfdistill.run_log import read_evaluation_samples, read_metrics
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics
 
 TASK = TASKS["one_sentence"]
 NUM_STEPS = 10

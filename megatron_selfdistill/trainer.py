@@ -35,6 +35,7 @@ from megatron_selfdistill.metrics.guards import Guards
 from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
 from megatron_selfdistill.metrics.log import configured_log
 from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.run_log import EventLog
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.metrics.step import rollout_metrics
 from megatron_selfdistill.metrics.step_warnings import step_warnings
@@ -44,7 +45,6 @@ from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import (
     checked_run_data,
     configured_sampler,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import json_object
+from megatron_selfdistill.metrics.run_log import json_object
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.metrics.console import RunConsole
 from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.metrics.samples import Sample
-from megatron_selfdistill.run_log import (
+from megatron_selfdistill.metrics.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     records,
     replace_file,
 )
+from megatron_selfdistill.metrics.samples import Sample
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from megatron_selfdistill.config import function_named, user_code
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics.run_log import replace_file
 from megatron_selfdistill.metrics.sample_text import sample_html
 from megatron_selfdistill.metrics.samples import Sample
-from megatron_selfdistill.run_log import replace_file
 
 logger = logging.getLogger(__name__)
 

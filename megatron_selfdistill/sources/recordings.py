@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.distributed.collectives import gather_items
+from megatron_selfdistill.metrics.run_log import json_object, shortened
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.run_log import json_object, shortened
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 

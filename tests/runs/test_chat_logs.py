@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train, train_each
 
-from megatron_selfdistill.run_log import read_samples
+from megatron_selfdistill.metrics.run_log import read_samples
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 SECRET = "314-159:2653"  # of characters that the tokenizer knows

@@ -17,7 +17,7 @@ from megatron_selfdistill import announcement
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.metrics.log import MetricsLog
-from megatron_selfdistill.run_log import read_events
+from megatron_selfdistill.metrics.run_log import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

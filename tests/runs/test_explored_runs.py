@@ -17,7 +17,7 @@ from megatron_selfdistill.instruments.explorer.target_page import (
     forget_explored_after,
     read_explored,
 )
-from megatron_selfdistill.run_log import read_metrics, read_samples
+from megatron_selfdistill.metrics.run_log import read_metrics, read_samples
 
 OPTIONS = [
     *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),

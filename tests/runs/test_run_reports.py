@@ -8,7 +8,7 @@ import json
 from reported_runs import blocks_of
 from tiny_run import overrides, train, train_each
 
-from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_events, read_metrics
 
 NOISY = ("seconds/", "tokens_per_second/", "memory/")
 

@@ -14,8 +14,8 @@ from tiers import combinations
 from tiny_run import overrides, recorded, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.metrics.run_log import read_samples
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.run_log import read_samples
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.instruments.html_page import asset, html_page
-from megatron_selfdistill.run_log import json_object, replace_file
+from megatron_selfdistill.metrics.run_log import json_object, replace_file
 
 logger = logging.getLogger(__name__)
 

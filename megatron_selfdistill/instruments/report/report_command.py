@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import REPORT_FILE
+from megatron_selfdistill.metrics.run_log import REPORT_FILE
 from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_log import (
+from megatron_selfdistill.metrics.run_log import (
     METRICS_FILE,
     each_metrics,
     finite,

@@ -18,7 +18,7 @@ from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
 from megatron_selfdistill.instruments.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
-from megatron_selfdistill.run_log import REPORT_FILE, finite, replace_file
+from megatron_selfdistill.metrics.run_log import REPORT_FILE, finite, replace_file
 
 MAX_POINTS = 1200
 """The largest number of points of a curve in a report; longer curves are downsampled."""

@@ -21,7 +21,7 @@ from megatron_selfdistill.config.command_line import COLUMNS
 from megatron_selfdistill.evaluation.evaluation_result import Transcript
 from megatron_selfdistill.metrics import console
 from megatron_selfdistill.metrics.log import MetricsLog
-from megatron_selfdistill.run_log import read_evaluation_samples, read_metrics
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics
 
 TENSORBOARD = ["tensorboard"]
 

@@ -15,7 +15,7 @@ from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import loggers
 from megatron_selfdistill.metrics.log import MetricsLog
-from megatron_selfdistill.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 from tests.unit.metrics.test_samples import MARKED
 
 RECORDED, FAILING, LEAVING, NO_START = (

@@ -20,6 +20,7 @@ from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics.log import MetricsLog
+from megatron_selfdistill.metrics.run_log import read_samples
 from megatron_selfdistill.metrics.sample_text import console_text, sample_html
 from megatron_selfdistill.metrics.samples import (
     NUMBERS,
@@ -30,7 +31,6 @@ from megatron_selfdistill.metrics.samples import (
     sample_of,
     seen_hint,
 )
-from megatron_selfdistill.run_log import read_samples
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 

@@ -19,7 +19,7 @@ from megatron_selfdistill.instruments.explorer.target_page import explored_files
 from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.loss import Target
 from megatron_selfdistill.metrics.log import MetricsLog
-from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics, read_samples
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_events, read_metrics, read_samples
 
 READERS = {
     "metrics.jsonl": read_metrics,
