@@ -80,9 +80,9 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill.commands.given_models import check_reading
+    from megatron_selfdistill.commands.given_models import check_reading, given_config
 
-    given, keys = _loaded(arguments)
+    given, keys = given_config(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
     check_contexts(arguments.teacher_context)
     check_reading(arguments, given)
     return given, keys
@@ -147,12 +147,6 @@ def _write(
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     show_alignment(groups, len(problems), f"written to {arguments.out}")
-
-
-def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    from megatron_selfdistill.commands.given_models import config_before_the_model
-
-    return config_before_the_model(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
     from megatron_selfdistill import prechecks
+    from megatron_selfdistill.commands.given_models import given_config
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
@@ -93,7 +94,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
         raise ConfigError("--iteration chooses among Megatron checkpoints: it needs --megatron, not --hf")
-    config, keys = loaded(arguments)
+    measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
+    config, keys = given_config(arguments, RESERVED, measured)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
@@ -217,15 +219,6 @@ def _report(
         tables.show_first_step(about["first_step"], advice)
     if result.overlooked is not None:
         print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
-
-
-def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill.commands.given_models import given_config
-
-    measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
-    given = given_config(arguments, RESERVED, measured)
-    return given.config, given.keys
 
 
 def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:

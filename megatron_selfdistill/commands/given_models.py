@@ -114,19 +114,6 @@ class ModelPlaces:
         return f"student: {self.student}; teacher: {self.teacher or self.student}"
 
 
-def config_before_the_model(
-    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
-) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set.
-
-    A run directory gives the settings of its run.  Arguments and errors: as for `given_config`.
-    """
-    given = given_config(arguments, reserved, evaluation)
-    if is_run(arguments.checkpoint):
-        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
-    return given.config, given.keys
-
-
 def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for models, an output file or ranks that cannot be used."""
     if not config.has_teacher:
@@ -140,23 +127,14 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     check_ranks(config, world_size())
 
 
-class CommandConfig(NamedTuple):
-    """The configuration before the model is known, and what the user has set."""
-
-    config: Config
-    keys: frozenset[str]
-    """The keys that the user has set, in files or on the command line."""
-    overridden: frozenset[str]
-    """The keys that the user has set on the command line."""
-
-
 def given_config(
     arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
-) -> CommandConfig:
-    """Return the configuration of ``arguments`` (overrides, config_name, config_dir).
+) -> tuple[Config, frozenset[str]]:
+    """Return the configuration of the command line before the model is known, and the keys that the user has set.
 
-    ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values of that section.
-    The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
+    ``arguments``: overrides, config_name, config_dir, and for some commands a checkpoint: a run directory gives the
+    settings of its run.  ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values
+    of that section.  The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
     Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
     """
     named = (with_files(arguments.overrides), arguments.config_name, arguments.config_dir)
@@ -169,7 +147,10 @@ def given_config(
         data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
         evaluation=dataclasses.replace(config.evaluation, **evaluation),
     )
-    return CommandConfig(config, keys, overridden)
+    checkpoint: Path | None = getattr(arguments, "checkpoint", None)
+    if checkpoint is not None and is_run(checkpoint):
+        config = with_settings_of(checkpoint, config, overridden)
+    return config, keys
 
 
 def is_run(path: Path) -> bool:
@@ -227,7 +208,4 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
-    for section in (*SETTINGS, "checkpoint", "adapter", "teacher"):
-        if not isinstance(stored.get(section, {}), dict):
-            raise ConfigError(f"expected the keys of section {section} in {path}, got {stored[section]!r}")
     return stored

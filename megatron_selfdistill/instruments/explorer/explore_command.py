@@ -69,12 +69,12 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill.commands.given_models import check_reading
+    from megatron_selfdistill.commands.given_models import check_reading, given_config
 
     for option in ("problem", "solution", "response"):
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
-    given, keys = _loaded(arguments)
+    given, keys = given_config(arguments, RESERVED, {"path": None})
     check_reading(arguments, given)
     return given, keys
 
@@ -109,12 +109,6 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     if summary is not None:
         print(models.about(), about_types, summary, sep="\n", flush=True)
     return 0
-
-
-def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    from megatron_selfdistill.commands.given_models import config_before_the_model
-
-    return config_before_the_model(arguments, RESERVED, {"path": None})
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:

@@ -69,7 +69,7 @@ def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
     settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE, *options]
     arguments = tool.evaluation_arguments([*given, "--out", str(directory / "out"), *settings])
     model = find_model(arguments.hf, arguments.megatron, None)
-    config = configured(*tool.loaded(arguments), model)
+    config = configured(*tool.checked(arguments), model)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=model["path"]))
     run_data, drawn = RunData.load_evaluation(config, True), []
     grid = grids.initialize(config.parallel, config.seed)
