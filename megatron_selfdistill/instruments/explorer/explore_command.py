@@ -101,9 +101,8 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
             placed = models.placed(model, directory, stack)
-            exploration = exploration.with_models(**placed._asdict(), run_dir=str(directory / "run"))
             about = {"model": str(models.student), "teacher": str(models.teacher or models.student)}
-            summary = exploration.write_page(arguments.out, grid, about)
+            summary = exploration.write_page(arguments.out, placed, directory / "run", grid, about)
     finally:
         ranks.shutdown()
     if summary is not None:
