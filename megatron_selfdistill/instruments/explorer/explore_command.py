@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,9 +40,6 @@ rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 """
 """The text of --help."""
 
-_LONGEST_NAME = 255
-_TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".tex")
-
 RESERVED = {
     "data.path": "--problem and --solution",
     "evaluation.path": "--problem and --solution",
@@ -71,9 +69,6 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """
     from megatron_selfdistill.commands.given_models import check_reading, given_config
 
-    for option in ("problem", "solution", "response"):
-        if getattr(arguments, option) is not None:
-            given_text(f"--{option}", getattr(arguments, option))
     given, keys = given_config(arguments, RESERVED, {"path": None})
     check_reading(arguments, given)
     return given, keys
@@ -94,7 +89,7 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     model = models.found_student()
     config = configured(given, keys, model)
     check_world(config, world_size())
-    response = None if arguments.response is None else given_text("--response", arguments.response)
+    response = None if arguments.response is None else given_text(arguments.response)
     exploration = Exploration.of_problem(config, _problem(arguments), response)
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
@@ -113,7 +108,7 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
 def _problem(arguments: argparse.Namespace) -> Problem:
     from megatron_selfdistill.data.problems import Problem
 
-    text, solution = (given_text(f"--{name}", getattr(arguments, name)) for name in ("problem", "solution"))
+    text, solution = (given_text(getattr(arguments, name)) for name in ("problem", "solution"))
     return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
 
 
@@ -133,21 +128,9 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parsed(parser, argv)
 
 
-def given_text(option: str, value: str) -> str:
-    """Return the text of an option: the contents of the file that ``value`` names, else ``value`` itself.
-
-    Raises: `ConfigError` for an empty text, and for a name of a text file that does not exist.
-    """
-    is_name = len(value) <= _LONGEST_NAME and "\n" not in value
-    if is_name and Path(value).is_file():
-        try:
-            text = Path(value).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{option}: expected a text in UTF-8, got {value}: {error}") from error
-    elif is_name and len(value.split()) == 1 and Path(value).suffix in _TEXT_FILES:
-        raise ConfigError(f"{option}: expected a text or a file, got {value}, which does not exist")
-    else:
-        text = value
+def given_text(value: str) -> str:
+    """Return the contents of the file that ``value`` names, else ``value`` itself.  Raises: `ConfigError`, OSError."""
+    text = Path(value).read_text(encoding="utf-8") if os.path.isfile(value) else value
     if not text.strip():
-        raise ConfigError(f"{option}: expected a text, got only white space")
+        raise ConfigError("--problem, --solution and --response: expected a text, got only white space")
     return text

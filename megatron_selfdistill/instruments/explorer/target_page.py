@@ -25,9 +25,6 @@ MAX_BYTES = 2**28
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
 
-_KL = {"order": 1, "forward_above": None}
-"""The settings that older records lack, whose divergence is KL or the JSD."""
-
 VERSION = 1
 """The version of the form of a record that the page reads."""
 
@@ -97,7 +94,6 @@ def target_page(record: Mapping[str, Any]) -> str:
             "use the version of this package that has written it"
         )
     overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
-    overview["settings"] = _KL | record["settings"]
     blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
     scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
     data = {"overview": overview, "texts": record["texts"], **blocks}

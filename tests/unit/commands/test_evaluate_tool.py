@@ -218,11 +218,6 @@ def test_with_hints_the_model_sees_the_hint_of_each_turn(directory, ranks, tmp_p
         assert said["prompt"].endswith("___H_____|"), "the text and the hint of the session: ' go' and 'north'"
 
 
-def test_an_environment_that_cannot_be_imported_is_refused_before_the_model(directory, tmp_path, capfd):
-    assert run_tool(arguments(directory, tmp_path / "out", "environment.name=sessions.Missing")) == 2
-    assert "environment.name" in capfd.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     template = "data.teacher_template='{problem}H{solution}|'"
     options = ("--hinted", template, "--responses", "1", "--num-samples", "0")
@@ -255,33 +250,3 @@ def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
     assert of["avg_at_k"]["b"] == pytest.approx(summary_of(tmp_path / "b")["metrics"]["avg_at_8"])
     assert of["avg_at_k"]["low"] <= of["avg_at_k"]["difference"] <= of["avg_at_k"]["high"]
     assert compared["num_problems"] == 12
-
-
-# test_refusals.py has what is refused without a look at the model and the data.
-BAD_INPUT = {
-    "another iteration": (["--iteration", "7"], "iter_0000007 does not exist"),
-    "too few votes": (["--majority-at-k", "5"], "majority@k from 1 to the 4 samples"),
-    "no such verifier": (["evaluation.verifier=best"], "dotted path"),
-    "a prompt that does not fit": (["data.max_length=20"], "a prompt of at most 6 tokens"),
-    "another architecture": (["model.num_layers=3"], "model.num_layers is 3"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, capfd, name):
-    options, expected = BAD_INPUT[name]
-    assert run_tool(arguments(directory, tmp_path / "results" / "x", *options)) == 2
-    error = capfd.readouterr().err.strip().splitlines()
-    assert expected in error[-1] and not any(line.startswith("evaluate: ") for line in error[1:-1])
-    assert list(tmp_path.rglob("*.json*")) == [] and not any(tmp_path.glob("results/*"))
-
-
-@pytest.mark.full
-def test_results_are_overwritten_only_when_asked(directory, alone, ranks, tmp_path, capfd):
-    out = tmp_path / "results"
-    shutil.copytree(alone, out)
-    (out / RESPONSES).write_text("of the model before\n")
-    assert run_tool(arguments(directory, out)) == 2
-    assert "add --overwrite" in capfd.readouterr().err
-    assert evaluate(ranks, directory, out, "--overwrite", "seed=1", "--num-samples", "1") == [0]
-    assert summary_of(out)["settings"]["num_samples"] == 1 and not (out / RESPONSES).exists()
