@@ -15,9 +15,9 @@ from megatron_selfdistill.config.command_line import at_least_1, with_files
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetWork
     from megatron_selfdistill.run_data import RunData
 
 MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
@@ -68,10 +68,10 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     """Do the work and write the data set, on every rank; return the exit status."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.commands import given_model
-    from megatron_selfdistill.commands.data_set_job import DataSetJob
-    from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetJob
+    from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
     from megatron_selfdistill.run_data import RunData
 
     out = arguments.out
@@ -95,8 +95,8 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
 def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Config:
     """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
     from megatron_selfdistill.prechecks import with_stored_tokenizer
 
     arguments.overrides = with_files(arguments.overrides)

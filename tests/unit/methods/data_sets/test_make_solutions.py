@@ -19,10 +19,10 @@ import tiny_run
 from ranks import RankError
 from record_sources import load_problems
 
-from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop import conversion
+from megatron_selfdistill.methods.data_sets import solution_journal, solutions
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import sample_seed
 from megatron_selfdistill.run_data import RunData

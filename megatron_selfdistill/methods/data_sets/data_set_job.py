@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 
 from megatron_selfdistill.checkpoint.formats.directory import find, iteration_of
-from megatron_selfdistill.commands.solution_journal import Journal, summarize
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
@@ -22,6 +21,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
+from megatron_selfdistill.methods.data_sets.solution_journal import Journal, summarize
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 
-from megatron_selfdistill.commands import explanations
+from megatron_selfdistill.methods.data_sets import explanations
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 4
 TAG = "method.closing_tag=-"  # a character that an untrained model writes now and then
