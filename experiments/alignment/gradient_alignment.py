@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.choices import HINT_LEVELS
-from megatron_selfdistill.commands.model_command import add_models, ended, parsed
+from megatron_selfdistill.commands.given_models import add_models
+from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.data.records import from_json
@@ -80,12 +81,10 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill.commands.given_models import check_reading, given_config
+    from megatron_selfdistill.commands.given_models import config_of_reading
 
-    given, keys = given_config(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
     check_contexts(arguments.teacher_context)
-    check_reading(arguments, given)
-    return given, keys
+    return config_of_reading(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
 
 
 def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:

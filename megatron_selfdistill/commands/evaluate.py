@@ -85,7 +85,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
     from megatron_selfdistill import prechecks
-    from megatron_selfdistill.commands.given_models import given_config
+    from megatron_selfdistill.commands.given_config import given_config
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.formats.stored_adapters import KEPT_BASE
+from megatron_selfdistill.commands.given_config import given_config, overridden_keys
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
@@ -114,8 +113,37 @@ class ModelPlaces:
         return f"student: {self.student}; teacher: {self.teacher or self.student}"
 
 
-def check_reading(arguments: argparse.Namespace, config: Config) -> None:
-    """Raise `ConfigError` or `CheckpointError` for models, an output file or ranks that cannot be used."""
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the models, as `ModelPlaces.of` takes them."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
+        "Face directory",
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
+        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
+    )
+
+
+def config_of_reading(
+    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
+) -> tuple[Config, frozenset[str]]:
+    """Return `given_config`, with the settings of a run whose directory ``arguments.checkpoint`` is.
+
+    Raises: `ConfigError` or `CheckpointError` also for models, an output file or ranks that cannot be used.
+    """
+    config, keys = given_config(arguments, reserved, evaluation)
+    if is_run(arguments.checkpoint):
+        config = with_settings_of(arguments.checkpoint, config, overridden_keys(arguments))
     if not config.has_teacher:
         raise ConfigError(
             f"expected a method with a target, such as method.name=default, got method.name={config.method.name}"
@@ -125,31 +153,6 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     ModelPlaces.of(arguments, config).check(config)
     prechecks.require_data(config)
     check_ranks(config, world_size())
-
-
-def given_config(
-    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
-) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set.
-
-    ``arguments``: overrides, config_name, config_dir, and for some commands a checkpoint: a run directory gives the
-    settings of its run.  ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values
-    of that section.  The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
-    Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
-    """
-    named = (with_files(arguments.overrides), arguments.config_name, arguments.config_dir)
-    config, keys = configuration.load(*named), configuration.given_keys(*named)
-    overridden = frozenset(override.lstrip("+~").partition("=")[0] for override in arguments.overrides)
-    if taken := sorted(overridden & reserved.keys()):
-        raise ConfigError(f"{taken[0]} cannot be set here: use {reserved[taken[0]]}")
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
-        evaluation=dataclasses.replace(config.evaluation, **evaluation),
-    )
-    checkpoint: Path | None = getattr(arguments, "checkpoint", None)
-    if checkpoint is not None and is_run(checkpoint):
-        config = with_settings_of(checkpoint, config, overridden)
     return config, keys
 
 

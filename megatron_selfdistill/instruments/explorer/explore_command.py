@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.model_command import add_models, ended, parsed
+from megatron_selfdistill.commands.given_models import ModelPlaces, add_models, config_of_reading
+from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
 
 DESCRIPTION = """Write a page that shows the target of every token of a response.
@@ -56,31 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = exploration_arguments(list(sys.argv[1:] if argv is None else argv))
 
-    def work() -> int:
-        return explore(arguments, *checked(arguments))
-
-    return ended("explore", work)
+    return ended("explore", lambda: explore(arguments))
 
 
-def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration before the model is known, and the keys that the user has set.
-
-    Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
-    """
-    from megatron_selfdistill.commands.given_models import check_reading, given_config
-
-    given, keys = given_config(arguments, RESERVED, {"path": None})
-    check_reading(arguments, given)
-    return given, keys
-
-
-def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
-    """Write the page, on every rank, and return the exit status; rank 0 writes and prints.
-
-    ``given``, ``keys``: the result of `checked`.
-    """
+def explore(arguments: argparse.Namespace) -> int:
+    """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
+    given, keys = config_of_reading(arguments, RESERVED, {"path": None})
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.instruments.explorer.exploration import Exploration
