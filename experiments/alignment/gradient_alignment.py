@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.choices import HINT_LEVELS
-from megatron_selfdistill.commands.given_models import add_models
 from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.explorer.given_models import add_models
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from alignment_nodes import MeasuredNode
@@ -81,7 +81,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill.commands.given_models import config_of_reading
+    from megatron_selfdistill.instruments.explorer.given_models import config_of_reading
 
     check_contexts(arguments.teacher_context)
     return config_of_reading(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
@@ -95,10 +95,10 @@ def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) ->
     from alignment_job import AlignmentJob
 
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+    from megatron_selfdistill.instruments.explorer.given_models import ModelPlaces
     from megatron_selfdistill.run_data import RunData
 
     models = ModelPlaces.of(arguments, given)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.checkpoint.external import loaded_chunks
-from megatron_selfdistill.commands.given_models import ModelCheckpoints
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem
@@ -21,6 +20,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.instruments.explorer.given_models import ModelCheckpoints
 from megatron_selfdistill.instruments.explorer.target_page import write_target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target

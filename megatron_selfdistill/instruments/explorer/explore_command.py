@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.given_models import ModelPlaces, add_models, config_of_reading
 from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.explorer.given_models import ModelPlaces, add_models, config_of_reading
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.data.problems import Problem
