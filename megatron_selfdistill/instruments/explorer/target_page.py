@@ -25,9 +25,6 @@ MAX_BYTES = 2**28
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
 
-VERSION = 1
-"""The version of the form of a record that the page reads."""
-
 _BODY = """\
 <header>
 <div id="title"><h1>Target explorer</h1></div>
@@ -86,13 +83,7 @@ def target_page(record: Mapping[str, Any]) -> str:
 
     ``record``: as `ExploredResponse.record` returns it.  The page decodes the logits of 64 tokens at a time, when it
     needs them.
-    Raises: ValueError for a record of another version.
     """
-    if record.get("version") != VERSION:
-        raise ValueError(
-            f"expected an explored response of version {VERSION}, got version {record.get('version')}: "
-            "use the version of this package that has written it"
-        )
     overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
     blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
     scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
@@ -101,7 +92,7 @@ def target_page(record: Mapping[str, Any]) -> str:
 
 
 def write_target_page(record: Mapping[str, Any], path: Path) -> None:
-    """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
+    """Write the page of an explored response in one move.  Raises: OSError."""
     replace_file(path, target_page(record))
 
 
