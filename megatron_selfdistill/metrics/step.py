@@ -20,14 +20,13 @@ from megatron_selfdistill.data.packing import Microbatch, PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
-from megatron_selfdistill.loss.weighting import Coefficients
+from megatron_selfdistill.metrics.further_summands import coefficient_values, measured_values
 from megatron_selfdistill.metrics.leakage import LeakCounts, ends_in_loop
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.pipeline.token_losses import StepOutput
-    from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
@@ -120,7 +119,7 @@ def step_metrics(
             tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
             by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.coefficients is not None:
-            by_key |= _coefficient_values(output.coefficients, weight_cap)
+            by_key |= coefficient_values(output.coefficients, weight_cap)
         if response_lengths is not None and "sampled" in by_key:
             worst = _worst_response(by_key, output.response_ids, response_lengths, grid)
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, worst, grid), grid))
@@ -281,26 +280,6 @@ def token_values(
     return values
 
 
-def _coefficient_values(coefficients: Coefficients, weight_cap: float) -> dict[str, Tensor]:
-    """Return the summands of `_SUMS` for the coefficients of the tokens, [R] float64 each."""
-    weights = coefficients.divergence.double()
-    one = torch.ones_like(weights)
-    if coefficients.policy is None:
-        capped = (weights >= weight_cap).double()
-        return {"weighted": one, "correction/weight_mean": weights, "correction/capped": capped}
-    policy = coefficients.policy.double()
-    values = {
-        "two_terms": one,
-        "terms/divergence_mean": weights,
-        "terms/policy_mean": policy,
-        "terms/policy_abs_mean": policy.abs(),
-        "terms/silent_share": ((weights == 0) & (policy == 0)).double(),
-    }
-    if coefficients.clipped is not None:
-        values |= {"may_be_clipped": one, "terms/clipped_share": coefficients.clipped.double()}
-    return values
-
-
 def _histogram(k: Tensor, known: Tensor) -> Tensor:
     """Return the histogram of the values of ``k`` that are ``known``, in bins of equal width in log k.
 
@@ -334,18 +313,16 @@ def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[f
     their own, and a broadcast of the sum.
     """
     if grid.world_size == 1:
-        return _split(torch.cat([sums, maxima]).tolist(), len(sums))
+        found = torch.cat([sums, maxima]).tolist()
+        return found[: len(sums)], found[len(sums) :]
     places = maxima.new_zeros(grid.world_size, len(maxima))
     places[grid.rank] = maxima
     everything = torch.cat([sums, places.flatten()])
     dist.all_reduce(everything)
     dist.broadcast(everything, src=0)  # an all-reduce may give the ranks different bits
-    total, by_rank = _split(everything.tolist(), len(sums))
+    found = everything.tolist()
+    total, by_rank = found[: len(sums)], found[len(sums) :]
     return total, [max(by_rank[i :: len(maxima)]) for i in range(len(maxima))]
-
-
-def _split(values: list[float], at: int) -> tuple[list[float], list[float]]:
-    return values[:at], values[at:]
 
 
 @dataclass(frozen=True)
@@ -393,19 +370,6 @@ def fork_values(stats: TokenStats, forks: Forks) -> dict[str, Tensor]:
         "forks/capped": stats.status == Status.CAPPED,
     }
     return {key: torch.where(forks.mask, value.double(), 0.0) for key, value in values.items()}
-
-
-def measured_values(measures: TokenMeasures) -> dict[str, Tensor]:
-    """Return the summands [R] float64 of what a target asks for, with the counts of the tokens that have them."""
-    student, reference = measures.mass_on_rare_student, measures.mass_on_rare_reference
-    values = {"with_measures": torch.ones_like(student), "target/mass_on_rare_student": student}
-    if reference is not None:
-        values |= {"with_reference": torch.ones_like(reference), "target/mass_on_rare_reference": reference}
-    if measures.kl_to_anchor is not None:
-        of_target, of_teacher = measures.kl_to_anchor.unbind(1)
-        values |= {"with_kl": torch.ones_like(student), "teacher/kl_to_anchor": of_teacher}
-        values |= {"kl_to_anchor": of_teacher, "target/let_through": of_target}
-    return values
 
 
 def response_tenths(lengths: Sequence[int]) -> Tensor:

@@ -138,29 +138,6 @@ def test_another_seed_draws_others_and_responses_are_written_when_asked(director
     assert set(summary_of(tmp_path / "other")["metrics"]) >= {"pass_at_4", "majority_at_4"}
 
 
-@pytest.fixture(scope="module")
-def without_solutions(directory) -> str:
-    """Return the name of a file with the same problems, without their solutions."""
-    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["solution"]
-    (directory / "bare.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return "bare.jsonl"
-
-
-def test_problems_need_solutions_where_these_are_shown(directory, without_solutions, tmp_path, capfd):
-    assert run_tool(arguments(directory, tmp_path / "hinted", "--hinted", data=without_solutions)) == 2
-    assert "bare.jsonl:1: field 'solution'" in capfd.readouterr().err
-
-
-@pytest.mark.full
-def test_problems_need_no_solutions_where_none_is_shown(directory, without_solutions, alone, ranks, tmp_path):
-    options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15")
-    assert evaluate(ranks, directory, tmp_path / "bare", *options, data=without_solutions) == [0]
-    assert (tmp_path / "bare" / PROBLEMS).read_bytes() == (alone / PROBLEMS).read_bytes()
-    assert summary_of(tmp_path / "bare")["data"]["fingerprint"] == summary_of(alone)["data"]["fingerprint"]
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("environment", ["replying.Replying", "sessions.Session"])
 def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compared(

@@ -321,10 +321,3 @@ def test_a_run_that_would_teach_little_has_one_cause_and_one_change(name):
     ready = judged(**given)
     assert cause in ready.cause
     assert change in ready.change
-
-
-def test_an_untrained_model_gets_no_advice_about_the_temperature():
-    shares = {CONFIGURED: LetThrough(0.3, 0.3)}
-    for entropy, expected in ((0.89 * math.log(23), 1), (0.91 * math.log(23), 0)):
-        found = FirstStep(24, 99, -entropy, entropy, 0.0, 0.0, 0.3, 0.0, (False,) * 24, 24, 23, shares)
-        assert len(found.advice(Config())) == expected

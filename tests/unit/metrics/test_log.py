@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_selfdistill.config.command_line import COLUMNS
 from megatron_selfdistill.evaluation.evaluation_result import Transcript
 from megatron_selfdistill.metrics import console
 from megatron_selfdistill.metrics.log import MetricsLog
@@ -135,21 +133,6 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
     assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
 
 
-EVERY_COLUMN = {
-    "loss/mean": 0.1,
-    "entropy/student": 0.2,
-    "k/mean": 1.4,
-    "top1_agreement": 0.9,
-    "response/length_mean": 20.0,
-    "response/truncated_share": 0.5,
-    "rewards/mean": 0.25,
-    "episodes/turns_mean": 2.5,
-    "gradient_norm": 1.5,
-    "learning_rate": 1e-6,
-    "seconds/step": 3.25,
-}
-
-
 def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
     with MetricsLog(tmp_path, num_steps=9, output=output) as log:
@@ -157,17 +140,6 @@ def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
         for step in (1, 2, 3):
             log.log(step, metrics)
     return output.file.getvalue().splitlines()
-
-
-def test_every_column_of_the_console_is_explained(tmp_path):
-    line = console_lines(tmp_path, EVERY_COLUMN)[-1]
-    place, *columns = line.split("  ")
-    assert place.endswith(" left:") and len(columns) == len(EVERY_COLUMN)
-    explained = dict(re.findall(r"^  (\S+) +(\S.*)$", COLUMNS, re.MULTILINE))
-    assert explained.keys() == {column.rpartition(" ")[0] for column in columns} | {"left"}
-    for (key, value), column in zip(EVERY_COLUMN.items(), columns, strict=True):
-        label, _, shown = column.rpartition(" ")
-        assert float(shown) == value and explained[label].endswith(f"({key})")
 
 
 def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path):

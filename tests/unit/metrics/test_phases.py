@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,19 +100,6 @@ def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
         progress.left()
     seconds = ("0:00", "0:05", "0:10", "0:20", "0:40", "1:20", "2:20")
     assert shown_lines == [f"{name}, {at}" for name in ("loading the model", "evaluation") for at in seconds]
-
-
-def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys):
-    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 0.001)
-    phases = Phases(torch.device("cpu"))
-    with phase_lines.phases_shown(phases, enabled=True), phases("evaluation"):
-        phases.counted(1, 4, "")
-        time.sleep(0.6)
-    out, err = capsys.readouterr()
-    assert out == "" and "evaluation, 1 of 4 responses, 0:0" in err
-    with phase_lines.phases_shown(phases, enabled=False), phases("evaluation"):
-        pass
-    assert capsys.readouterr().err == ""
 
 
 def test_evaluations_and_checkpoints_belong_to_the_steps_done(tmp_path, wait):

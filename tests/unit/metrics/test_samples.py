@@ -197,15 +197,6 @@ def test_a_terminal_shows_disagreement_in_colours():
     assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in text
 
 
-def test_tensorboard_keeps_the_marks_and_shows_texts_as_they_are():
-    """By the function with which TensorBoard cleans what it shows: it would strip colours."""
-    from tensorboard.plugin_util import markdown_to_safe_html
-
-    tokens = token("a *b*\n\n# c <i> &amp;"), token(" 137", -3.2), token(" now", 1.5), token("```")
-    page = markdown_to_safe_html(sample_html(sample(*tokens, solution="- one\n\n- two")))
-    assert "a *b*\n\n# c &lt;i&gt; &amp;amp;[- 137-]{+ now+}```\n" in page and "hint: - one\n\n- two\n" in page
-
-
 def test_what_could_steer_a_terminal_is_shown_as_its_escape():
     text = console_text(sample(token("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬")), "", coloured=True).plain
     assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text

@@ -208,13 +208,7 @@ SERVERS = (
     ("overrides", "command"),
     [
         (["cluster.num_gpus=8"], "sbatch examples/slurm/one_node.sbatch"),
-        (["cluster.num_gpus=4"], "GPUS_PER_NODE=4 sbatch --gpus-per-node=4 examples/slurm/one_node.sbatch"),
         (["cluster.num_gpus=16"], "sbatch --nodes=2 examples/slurm/many_nodes.sbatch"),
-        (
-            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=4"],
-            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=2 sbatch --nodes=4 "
-            "examples/slurm/rollout_nodes.sbatch",
-        ),
         (
             ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=16"],
             "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=16 SERVER_NODES=2 ROLLOUT_NODES=6 "
@@ -225,11 +219,6 @@ SERVERS = (
             "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=python SERVER_GPUS=16 SERVER_ARGS='--adapter-rank=32 "
             "--adapter-modules=down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj' SERVER_NODES=2 ROLLOUT_NODES=2 "
             "sbatch --nodes=4 examples/slurm/rollout_nodes.sbatch",
-        ),
-        (
-            ["cluster.num_gpus=4", *SERVERS, "rollout.engine_tp=4"],  # the script's nodes are all alike
-            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=3 GPUS_PER_NODE=4 "
-            "sbatch --gpus-per-node=4 --nodes=4 examples/slurm/rollout_nodes.sbatch",
         ),
     ],
 )

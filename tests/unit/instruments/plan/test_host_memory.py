@@ -12,7 +12,7 @@ import torch
 from checkpointed_run import ADAM, Setup
 from models import model_config, planned
 
-from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig, load
+from megatron_selfdistill.config import Config, ModelConfig, load
 from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
@@ -140,34 +140,6 @@ def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_me
     ]
     beside_student = dry_run(load(["recipe=qwen3_8b", math, "target.anchor=student"])).memory[0].training
     assert beside_student["teacher"] == 0 < beside_student["named teachers"], "nothing reads the start"
-
-
-def test_adapters_as_teachers_take_megabytes_and_need_the_start(absent, monkeypatch):
-    settings = AdapterConfig(rank=16)
-    monkeypatch.setattr(dry_run_module, "teacher_copies", lambda config: [])
-    monkeypatch.setattr(dry_run_module, "adapter_teachers", lambda config: {"math": settings, "code": settings})
-    plan = dry_run(load(["recipe=qwen3_8b", "target.anchor=student", "teachers={math: {load: /m}, code: {load: /c}}"]))
-    as_student = dry_run(load(["recipe=qwen3_8b", "adapter.rank=16"])).adapter_parameters * 2
-    training, rests = plan.memory[0].training, plan.host.resting["named teachers"]
-    assert training["teacher"] > 100 * training["named teachers"] > 0
-    assert rests == pytest.approx(2 * 8 * training["named teachers"])
-    assert as_student / GIB / 8 <= training["named teachers"] < as_student / GIB
-    lines = [line for line in summary(plan) if line.startswith("teachers.")]
-    assert len(lines) == 2 and all(line.endswith("adapters on the start of the run") for line in lines)
-
-
-def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(absent):
-    named = ["recipe=qwen3_8b", "teachers={a: {load: /a}, b: {load: /b}, c: {load: /c}}"]
-    of_sum, of_product = (dry_run(load([*named, f"teachers.join={it}"])) for it in ("sum", "product"))
-    last = of_product.memory[-1].training
-    tp = of_product.config.parallel.tensor_model_parallel_size
-    assert last["output layers of teachers"] * GIB == pytest.approx(3 * 151_936 * 4096 * 2 / tp, rel=0.01)
-    assert "output layers of teachers" not in of_sum.memory[-1].training
-    states = [
-        plan.memory[-1].training["teacher states"] + plan.host.resting["teacher states"]
-        for plan in (of_sum, of_product)
-    ]
-    assert states[1] >= 2 * states[0] > 0, "four models in place of two"
 
 
 def planned_beside(monkeypatch, *options: str) -> Plan:

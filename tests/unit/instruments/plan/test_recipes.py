@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.engines import Engines
 from megatron_selfdistill.instruments.plan.gpus import RATES
-from megatron_selfdistill.train import main
 
 size_table = load_script(Path(__file__).resolve().parents[4] / "tools" / "size_table.py")
 
@@ -53,19 +51,6 @@ GPUS = {
     "kimi_k2": 512,
     "kimi_k2_lora": 64,
 }
-SERVER_NODES = {
-    "llama31_405b": 2,
-    "llama31_405b_lora": 2,
-    "qwen3_235b_a22b": 1,
-    "gpt_oss_120b": 1,
-    "deepseek_v3": 4,
-    "deepseek_v3_lora": 4,
-    "glm45_air": 1,
-    "kimi_k2": 4,
-    "kimi_k2_lora": 4,
-}
-"""Nodes that a recipe's rollout server fills, besides the trainer's."""
-
 REAL_SIZES = sorted(PUBLISHED)
 
 
@@ -161,27 +146,6 @@ def test_a_mixture_of_experts_reads_more_than_it_computes():
     assert engines_of("qwen3_8b").balance == pytest.approx(RATES["H100"].balance)
     active = 5.13 + 0.58  # as published, and the embedding, which its authors leave out
     assert engines_of("gpt_oss_120b").balance == pytest.approx(RATES["H100"].balance * 116.83 / active, rel=0.02)
-
-
-@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "qwen3_32b"]}, strength=1)
-def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
-    assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
-    out = capsys.readouterr().out
-    assert f"{PUBLISHED[recipe] / 1e9:.2f} B parameters on {GPUS[recipe]} GPUs" in out
-    assert "= while training" in out and "bubble" in out
-    sbatch, torchrun = map(shlex.split, out.strip().splitlines()[-2:])
-    assert "sbatch" in sbatch and "RUN_DIR=my runs/first" in sbatch
-    num_nodes = GPUS[recipe] // 8 + SERVER_NODES.get(recipe, 0)
-    assert f"--nodes={num_nodes}" in sbatch or num_nodes == 1
-    words = torchrun
-    assert words[0] == "torchrun" and "megatron_selfdistill.train" in words
-    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
-    assert nodes * int(words[words.index("--nproc-per-node") + 1]) == GPUS[recipe]
-    overrides = words[words.index("megatron_selfdistill.train") + 1 :]
-    assert overrides[:2] == ["run_dir=my runs/first", f"recipe={recipe}"]
-    missing = {"checkpoint.load", "data.tokenizer", "data.path"}
-    assert {word.split("=")[0] for word in overrides[2:]} == missing
-    assert load(overrides).dry_run is False
 
 
 @each(_ADAPTED)

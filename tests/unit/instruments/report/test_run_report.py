@@ -100,26 +100,6 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     assert limits(record, "loss/mean") == {}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "limit"),
-    [
-        ([], {"guards.max_log_prob_distance": 1.0}),
-        (["guards.max_log_prob_distance=0.3"], {"guards.max_log_prob_distance": 0.3}),
-        (["guards.max_log_prob_distance=null"], {}),
-        (["rollout.replay=recorded.jsonl"], {}),
-    ],
-)
-def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(tmp_path, overrides, limit):
-    path = write_run(tmp_path / "run", 2, *overrides)
-    overview = blocks_of(page_of(path))["overview"]
-    assert overview["runs"][0]["limits"]["sampler/log_prob_mean_abs_diff"] == limit
-    assert [figure["title"] for group in overview["groups"] for figure in group["figures"] if figure["guarded"]] == [
-        "Length of the responses",
-        "Entropy of the student and its limits",
-        "Mean difference of the log-probs and its limit",
-    ]
-
-
 def test_a_figure_knows_which_runs_are_sick_by_it(tmp_path):
     falls = {(step, "entropy/student"): 9.0 for step in range(14, 31)}
     paths = [write_run(tmp_path / "first"), write_run(tmp_path / "second", changes=falls)]
