@@ -121,7 +121,7 @@ class Trainer:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.before_gradients: list[Callable[[Trainer, StepBatch], None]] = []
         """Instruments that read the first batch of a step under the weights that have generated it; collective."""
-        self.after_step: list[Hook] = [warn, check_guards, evaluate_when_due]
+        self.after_step: list[Hook] = [judge, evaluate_when_due]
         """What looks at the run after each step, in this order; `train.train` adds instruments to both lists."""
         self.stop = Stop(
             None if config.dry_run else self.run_dir,
@@ -317,16 +317,12 @@ class Trainer:
         self.log.log_samples(self.step + 1, step_samples(output, hints, count, self.run_data.tokenizer, self.grid))
 
 
-def warn(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Log what the metrics of a step warn of."""
+def judge(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log what the metrics of a step warn of, and raise `RunUnhealthy` on all ranks if they break a guard."""
     of_step, method = step_warnings(trainer.config, trainer.step, metrics), trainer.source.state.method
     of_method = method.warnings(metrics) if method.warnings is not None else []
     for warning in (*of_step, *of_method, *trainer.guards.warnings(metrics)):
         trainer.log.message(warning)
-
-
-def check_guards(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Raise `RunUnhealthy` on all ranks if the metrics of a step break a guard."""
     trainer.guards.check(trainer.step, metrics)
 
 

@@ -227,7 +227,7 @@ class _Judge:
         hint = None  # a problem without a solution has none
         if problem.solution:
             hint = grams_of_hint(self._builder.student_prompt(problem), self._builder.teacher_prompt(problem))
-        judged, texts, answers = [], [], []
+        judged, texts, answers = list[_JudgedResponse](), list[str](), list[str]()
         for one in played:
             text, stated, answering = judged_text(one.responses[-1], self._tokenizer, self._options.confidence)
             judged.append(self._judged(problem, one, text, stated, answering, hint))

@@ -50,7 +50,7 @@ def selftest(overrides: Sequence[str] = (), *, limit_s: float = 180.0) -> dict[s
     if rank == 0:
         print(f"self-test: {world_size} rank{'s' * (world_size > 1)}, {device}")
     store = roll_call.launch_store("selfdistill/selftest", world_size, limit_s + 60, may_keep=rank == 0)
-    launch, reports = Launch(rank, world_size, store, limit_s), {}
+    launch, reports = Launch(rank, world_size, store, limit_s), dict[str, WorstError]()
     stacks = Path(tempfile.gettempdir(), f"selfdistill_selftest_{os.environ.get('MASTER_PORT', os.getpid())}", "stacks")
     with watchdog.watched(rank, world_size, stacks, limit_s):
         for name, proof in PROOFS.items():
