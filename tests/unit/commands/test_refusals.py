@@ -183,14 +183,6 @@ def test_a_name_in_a_message_does_not_steer_the_terminal(run, arguments):
     assert not set(done.stderr) & {"\x1b", "\x07"}
 
 
-@pytest.mark.parametrize(
-    ("option", "word"), [("--version", "torch "), ("--keys", "num_steps="), ("--recipes", "recipe=")]
-)
-def test_what_the_program_tells_about_itself_imports_nothing_heavy(run, option, word):
-    done = run(PROGRAM, option)
-    assert (done.status, heavy_modules(done)) == (0, set()) and word in done.stdout
-
-
 @combinations(name=list(COMMANDS), quick={"name": ["train", "evaluate"]}, strength=1)
 def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, name):
     done = run(PROGRAM, name, "--help")

@@ -385,30 +385,6 @@ def warning(metrics: dict[str, float], *keys: str) -> str | None:
     return warning_of_an_untrained_step(from_mapping(OmegaConf.from_dotlist(list(keys))), 3, metrics)
 
 
-@pytest.mark.parametrize(
-    ("metrics", "keys", "words"),
-    [
-        ({"correction/weight_mean": 0.0}, ["loss.skip_first_tokens=50"], "look at loss.skip_first_tokens=50"),
-        (
-            {"terms/silent_share": 1.0},
-            [
-                "method.name=grpo",
-                "evaluation.verifier=exact_match",
-                "rollout.num_samples=2",
-                "loss.skip_first_tokens=2",
-            ],
-            "look at loss.skip_first_tokens=2, method.name=grpo (equal rewards train nothing), "
-            "evaluation.verifier=exact_match",
-        ),
-        ({"terms/silent_share": 1.0}, ["data.on_long_context=drop"], "look at data.on_long_context=drop"),
-    ],
-)
-def test_a_step_whose_tokens_all_have_no_weight_is_a_warning_with_the_keys_that_can_cause_it(metrics, keys, words):
-    text = warning(TRAINED | metrics, *keys) or ""
-    assert text.startswith("warning: step 3 trains on nothing") and "got 40 tokens without one" in text
-    assert text.endswith(words)
-
-
 def test_a_step_without_any_response_is_a_warning():
     assert "got 0 tokens without one; look at data.on_long_context=drop" in (
         warning({"tokens/rollout": 0.0}, "data.on_long_context=drop") or ""

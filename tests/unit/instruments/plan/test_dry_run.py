@@ -163,15 +163,6 @@ def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(ca
     assert all(memory.rollout == {} and memory.peak == memory.training_peak > 0 for memory in plan.memory)
 
 
-def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
-    evaluated = [*LOGS, f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=5"]
-    assert main([*evaluated, "dry_run=true"]) == 0
-    out = capsys.readouterr().out
-    assert "responses: from the log; evaluations: sampled in process" in out and "KV cache" in out
-    assert main([*evaluated, "rollout.max_new_tokens=128", "dry_run=true"]) == EXIT_BAD_INPUT
-    assert "rollout.max_new_tokens (128) leaves no room" in capsys.readouterr().err
-
-
 def test_the_replies_of_a_log_may_fill_their_contexts():
     def rows(*overrides: str) -> float:
         plan = dry_run(load([*LOGS, "schedule.pair_order=teacher_first", *overrides]))

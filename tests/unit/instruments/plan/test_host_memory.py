@@ -83,18 +83,6 @@ def test_the_offloaded_teacher_and_rows_that_exceed_their_store_are_held_all_the
     assert offloaded["reference"] == 0, "a frozen teacher is the reference"
 
 
-def test_buckets_that_servers_read_from_host_memory_count_where_they_are_asked_for():
-    servers = [
-        "rollout.placement=server",
-        "rollout.num_servers=1",
-        "rollout.server_python=python",
-        "rollout.bucket_mb=512",
-    ]
-    assert host(*servers, "rollout.transfer=nccl")["weight bucket"] == 0
-    assert host(*servers, "rollout.transfer=gloo")["weight bucket"] == 0.5
-    assert host(*servers, "rollout.transfer=shared_memory")["weight bucket"] == 1
-
-
 def test_frozen_weights_of_sleeping_engines_rest_in_host_memory():
     weights = 8 * 8_190_735_360 * 2 / GIB  # an engine on each GPU of the node
     assert host()["engine weights"] == 0

@@ -9,7 +9,6 @@ import random
 import shutil
 
 import pytest
-import yaml
 from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
@@ -43,28 +42,6 @@ def test_the_curves_are_those_of_the_log(run):
         }
 
 
-def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run):
-    (shown,) = blocks_of(page_of(run))["overview"]["runs"]
-    facts = dict(shown["facts"])
-    assert facts["recipe"] == "anchored" and facts["command"].startswith("torchrun --nproc-per-node=8")
-    assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
-    assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
-    assert (facts["seed"], facts["launches"]) == ("0", "2")
-    assert facts["method"].startswith(
-        "method.name=default, target.rule=entropy_matched, target.anchor=reference, target.teacher_weight"
-    )
-    assert shown["status"] == "30 of 30 steps; the run is complete"
-    assert [row[1:3] for row in shown["events"]] == [
-        ["0", "started"],
-        ["15", "saved"],
-        ["15", "stopped"],
-        ["15", "resumed"],
-        ["30", "saved"],
-        ["30", "finished"],
-    ]
-    assert shown["resumed"] == [15] and shown["events"][2][3] == "SIGTERM"
-
-
 def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_path):
     other = write_run(tmp_path / "second", 30, "optimizer.lr=1e-3", "seed=4", shift=1.0)
     blocks = blocks_of(page_of(run, other))
@@ -74,18 +51,6 @@ def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_
     loss = next(row for row in last["rows"] if row[0].startswith("loss"))
     assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
     assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_a_difference_is_shown_once(run, tmp_path):
-    """Two runs that differ in one key of an empty section and in the recipe that stands for other keys."""
-    other = write_run(tmp_path / "second")
-    config = yaml.safe_load((other / "config.yaml").read_text())
-    config["data"]["fields"] = {"solution": "answer"}
-    (other / "config.yaml").write_text(yaml.safe_dump(config))
-    events = (other / "events.jsonl").read_text()
-    (other / "events.jsonl").write_text(events.replace('"recipe": "anchored"', '"recipe": "teacher_alone"'))
-    keys, facts_, _ = blocks_of(page_of(run, other))["overview"]["differences"]
-    assert keys["rows"] == [["data.fields.solution", "-", "answer"]] and facts_["rows"] == []
 
 
 def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
