@@ -16,7 +16,7 @@ from statistics import mean
 from _lib import ragged_subtraction, tables, variants
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.pretraining import prepared_base, write_records
-from megatron_selfdistill.checkpoint.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.REJECTION)
 

@@ -35,7 +35,7 @@ from _lib.measurement import Measurement
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.run_log import METRICS_FILE, read_metrics
+from megatron_selfdistill.metrics.run_log import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
     from megatron_selfdistill.data.run_data import RunData

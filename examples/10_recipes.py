@@ -44,7 +44,7 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.task import Task
 from _lib.variants import Outcome, Variant, run_variant
 from _lib.watched_runs import WITHOUT_GUARDS
-from megatron_selfdistill.checkpoint.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 NUM_RESPONSES, NUM_STEPS = 32, 100
 REWARD = "episodes/reward_mean"

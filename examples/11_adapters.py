@@ -25,7 +25,7 @@ from _lib.command_line import console, example_parser, prepare_process
 from _lib.curves import GREEDY, SAMPLED
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Variant, train_variant
-from megatron_selfdistill.checkpoint.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 ALL_WEIGHTS = Variant("All weights")
 LEARNING_RATE = 3e-3

@@ -37,9 +37,9 @@ from _lib.real_tasks import TASKS
 from _lib.retention import NUM_NEW_TOKENS, QUESTIONS, Retention, retention
 from _lib.task import Record
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.run_log import read_evaluation_samples, read_metrics
 from megatron_selfdistill.commands.model_command import ended
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics
 
 TASK = TASKS["one_sentence"]
 NUM_STEPS = 10

@@ -64,12 +64,12 @@ COMMANDS = {
         "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
     ),
     "solutions": Command(
-        "commands.solutions",
+        "methods.data_sets.solutions",
         "Sample solutions from a model, verify them, and write the best ones.",
         "--out own.jsonl --hf /models/Qwen3-8B data.path=problems.jsonl",
     ),
     "explanations": Command(
-        "commands.explanations",
+        "methods.data_sets.explanations",
         "Sample explanations of given solutions from a teacher that sees them, as data for a student.",
         "--out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints ..",
     ),

@@ -20,6 +20,7 @@ from megatron_selfdistill.commands.installation import require_extra
 require_extra(__name__, "train")  # before the imports that need these packages
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
 from megatron_selfdistill.commands import prechecks
@@ -29,7 +30,6 @@ from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
 from megatron_selfdistill.distributed.terminal import guard_standard_error, silence_known_warnings, visible
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
-from megatron_selfdistill.instruments.plan import plan_checks
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.run_data import RunData
@@ -93,7 +93,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         return 0
     given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
-        return plan(config, given, arguments.argv)
+        return int(door("plan").plan(config, given, arguments.argv))
     if arguments.ranks and "RANK" not in os.environ:
         check(config, arguments.ranks)
         return launch(arguments.ranks, arguments.argv)
@@ -170,8 +170,6 @@ def _train(
 ) -> int:
     from megatron_selfdistill.commands.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.instruments.explorer.explored import explore_run
-    from megatron_selfdistill.instruments.report.report_command import report_run
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 
@@ -185,8 +183,8 @@ def _train(
         ):
             with signs_of_life.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
-                explore_run(trainer)
-                report = report_run(trainer)
+                door("explorer").explore_run(trainer)
+                report = door("report").report_run(trainer)
             try:
                 announce(trainer, given)
                 if not config.dry_run:
@@ -218,29 +216,6 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
 
         lines = complete(config, config.num_steps, checkpoint)
         print("\n".join(lines), flush=True)
-    return 0
-
-
-def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
-    """Print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch it.
-
-    This is ``dry_run=true`` without a launch.
-    Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
-    """
-    config = with_stored_tokenizer(config)
-    plan_checks.check_plan(config)
-    if config.data.path and config.data.tokenizer:  # else the plan reads neither
-        prechecks.require_data(config)
-    prechecks.require_start(config)
-    silence_known_warnings()
-    from megatron_selfdistill.instruments.plan.dry_run import dry_run
-    from megatron_selfdistill.instruments.plan.plan_tables import show
-
-    planned = dry_run(config, given)
-    show(planned, arguments)
-    misfit = planned.misfit()
-    if misfit is not None:
-        raise ConfigError(misfit)
     return 0
 
 

@@ -19,15 +19,12 @@ from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.checkpoint.resumption import PROMPTS, Resumption, latest_resumption, with_warmup
 from megatron_selfdistill.checkpoint.run_directory import RunDirectory
-from megatron_selfdistill.checkpoint.run_log import EventLog
 from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, teacher_due
-from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.run_data import RunData
-from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
@@ -35,19 +32,21 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner
-from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
-from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary, step_warnings
+from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary
 from megatron_selfdistill.metrics.guards import Guards
-from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
-from megatron_selfdistill.metrics.phases import overlap_metrics
+from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
+from megatron_selfdistill.metrics.log import configured_log
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.run_log import EventLog
 from megatron_selfdistill.metrics.samples import seen_hints, step_samples
+from megatron_selfdistill.metrics.step import rollout_metrics
+from megatron_selfdistill.metrics.step_warnings import step_warnings
 from megatron_selfdistill.model.output_layer import loss_backend
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.sources.configured_source import (
     checked_run_data,
@@ -127,7 +126,7 @@ class Trainer:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.before_gradients: list[Callable[[Trainer, StepBatch], None]] = []
         """Instruments that read the first batch of a step under the weights that have generated it; collective."""
-        self.after_step: list[Hook] = [warn, check_guards, evaluate_when_due]
+        self.after_step: list[Hook] = [judge, evaluate_when_due]
         """What looks at the run after each step, in this order; `train.train` adds instruments to both lists."""
         self.stop = Stop(
             None if config.dry_run else self.run_dir,
@@ -233,14 +232,12 @@ class Trainer:
         self, metrics: Mapping[str, float], batch: StepBatch, packs: Sequence[PackedBatch]
     ) -> dict[str, float]:
         """Return the ``metrics`` of a step with those of its responses, its tokens and its time.  Collective."""
-        has_teacher = self.learner.has_teacher
-        leaks = leaks_of(batch.contexts, self.leak_words, self.run_data.tokenizer, self.grid) if has_teacher else None
-        rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
+        own, has_teacher = batch.contexts[self.grid.replica_rank :: self.grid.replica_size], self.learner.has_teacher
+        leaks = leak_counts(own, self.leak_words, self.run_data.tokenizer) if has_teacher else None
+        rollout = rollout_metrics(batch.responses, self.grid, packs, leaks, has_teacher=has_teacher)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
-        read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
-        metrics |= {"data/epoch": self.source.state.problem_sampler.epochs, "tokens/read": read}
-        metrics |= self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
-        return metrics | (overlap_metrics(metrics) if "rollout/generation_seconds" in metrics else {})
+        metrics["data/epoch"] = self.source.state.problem_sampler.epochs
+        return metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=metrics["tokens/read"])
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
@@ -255,7 +252,9 @@ class Trainer:
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts, self.leak_words)
+        options = EvaluationOptions.configured(
+            self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words
+        )
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
@@ -265,7 +264,7 @@ class Trainer:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
-        self.log.log_evaluation_samples(self.step, result.records(0 if hinted else _num_shown(self.config)))
+        self.log.log_evaluation_samples(self.step, result.records(options.num_shown))
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
@@ -297,7 +296,7 @@ class Trainer:
         self.stop.leave_marker(self.step)
         checkpoint = self.checkpoint if self.step else None
         self.events.record(self.step, "stopped", reason=self.stop.reason)
-        self.log.message(stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
+        self.log.message(self.stop.last_line(self.step, self.config.num_steps, checkpoint))
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
@@ -323,16 +322,12 @@ class Trainer:
         self.log.log_samples(self.step + 1, step_samples(output, hints, count, self.run_data.tokenizer, self.grid))
 
 
-def warn(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Log what the metrics of a step warn of."""
+def judge(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log what the metrics of a step warn of, and raise `RunUnhealthy` on all ranks if they break a guard."""
     of_step, method = step_warnings(trainer.config, trainer.step, metrics), trainer.source.state.method
     of_method = method.warnings(metrics) if method.warnings is not None else []
     for warning in (*of_step, *of_method, *trainer.guards.warnings(metrics)):
         trainer.log.message(warning)
-
-
-def check_guards(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Raise `RunUnhealthy` on all ranks if the metrics of a step break a guard."""
     trainer.guards.check(trainer.step, metrics)
 
 
@@ -340,61 +335,6 @@ def evaluate_when_due(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Evaluate on held-out problems after the steps that the configuration names.  Collective."""
     if evaluation_due(trainer.config, trainer.step):
         trainer.evaluate()
-
-
-def evaluation_options(
-    config: Config,
-    params: SamplingParams,
-    step: int,
-    hinted: bool,
-    num_transcripts: int | None,
-    leak_words: Sequence[str],
-) -> EvaluationOptions:
-    """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""
-    num_shown = 0 if hinted else _num_shown(config)
-    return EvaluationOptions(
-        params=params,
-        num_samples=config.evaluation.num_samples,
-        pass_at_k=config.evaluation.pass_at_k,
-        seed=config.seed,
-        step=step,
-        hinted=hinted,
-        num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
-        leak_words=leak_words,
-        confidence=config.evaluation.confidence_pattern,
-    )
-
-
-def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
-    """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
-    if checkpoint is None:
-        return f"stopped before step 1 of {num_steps}: {reason}; no step was done; the same command starts anew"
-    where = f"started again, the same command continues; checkpoint: {checkpoint}"
-    return f"stopped after step {step} of {num_steps}: {reason}; {where}"
-
-
-def leaks_of(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid) -> LeakCounts:
-    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has.
-
-    Without ``words`` nobody reads the texts, and none is decoded.
-    """
-    own = contexts[grid.replica_rank :: grid.replica_size]
-    texts = [tokenizer.decode(context.response, skip_special_tokens=True) if words else "" for context in own]
-    return leak_counts(own, texts, words)
-
-
-def tokens_read(
-    packs: Sequence[PackedBatch], metrics: Mapping[str, float], num_replicas: int, has_teacher: bool
-) -> float:
-    """Return the tokens, without padding, that student and teacher read in a step, over the global batch.
-
-    ``packs``: the partial batches of one replica; ``metrics``: with padding/student and padding/teacher over all
-    replicas.
-    """
-    read = sum(len(packed.student) * packed.seq_length for packed in packs) * (1 - metrics["padding/student"])
-    if has_teacher:
-        read += sum(len(packed.teacher) * packed.seq_length for packed in packs) * (1 - metrics["padding/teacher"])
-    return num_replicas * read
 
 
 def partial_batch_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> PartialBatch:
@@ -413,8 +353,3 @@ def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | No
     if len(used) == 1:
         return batch, used[0][0]
     return batch, joined_output([output for output, _ in used], [num_tokens for _, num_tokens in used])
-
-
-def _num_shown(config: Config) -> int:
-    """Return the number of held-out problems of which an evaluation keeps responses as text."""
-    return config.report.num_problems if config.shows_contents else 0

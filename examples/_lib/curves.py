@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_selfdistill.checkpoint.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 
 @dataclass(frozen=True)

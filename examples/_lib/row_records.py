@@ -69,7 +69,7 @@ def explained_problems(
     ``teacher``: the checkpoint of the model that explains; ``settings``: the overrides of its training; ``name``: the
     name of the file.  `selfdistill explanations` does the work.
     """
-    from megatron_selfdistill.commands import explanations
+    from megatron_selfdistill.methods.data_sets import explanations
 
     out = directory / f"{name}.jsonl"
     options = ["--out", str(out), "--config-name", CONFIG_NAME]

@@ -14,7 +14,7 @@ from _lib.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base
 from _lib.variants import Outcome, Variant, run_variant
-from megatron_selfdistill.checkpoint.run_log import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "greedy": lambda m: f"{m.greedy:.3f}",

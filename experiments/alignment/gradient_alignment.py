@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.choices import HINT_LEVELS
-from megatron_selfdistill.commands.model_command import add_models, ended, parsed
+from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.explorer.given_models import add_models
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from alignment_nodes import MeasuredNode
@@ -80,12 +81,10 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
 
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
-    from megatron_selfdistill.commands.given_models import check_reading
+    from megatron_selfdistill.instruments.explorer.given_models import config_of_reading
 
-    given, keys = _loaded(arguments)
     check_contexts(arguments.teacher_context)
-    check_reading(arguments, given)
-    return given, keys
+    return config_of_reading(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
 
 
 def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
@@ -96,11 +95,11 @@ def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) ->
     from alignment_job import AlignmentJob
 
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+    from megatron_selfdistill.instruments.explorer.given_models import ModelPlaces
 
     models = ModelPlaces.of(arguments, given)
     model = models.found_student()
@@ -147,12 +146,6 @@ def _write(
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     show_alignment(groups, len(problems), f"written to {arguments.out}")
-
-
-def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    from megatron_selfdistill.commands.given_models import config_before_the_model
-
-    return config_before_the_model(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
 
 
 def _settings(config: Config) -> dict[str, Any]:

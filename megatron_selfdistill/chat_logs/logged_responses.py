@@ -20,15 +20,16 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
+from megatron_selfdistill.distributed.collectives import gather_items, gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.weighting import LikelyTurns
-from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.metrics.step import over_all_ranks
-from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.step import over_all_ranks, step_metrics
+from megatron_selfdistill.pipeline.score import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.rollouts import Rollout

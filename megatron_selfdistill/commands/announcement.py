@@ -22,7 +22,7 @@ from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.config import Config, GivenKeys
 from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.metrics.leakage import are_one_hint
-from megatron_selfdistill.metrics.phases import duration
+from megatron_selfdistill.metrics.phase_progress import duration
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.model.forward import unwrapped

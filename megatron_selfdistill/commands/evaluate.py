@@ -86,6 +86,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """
     from megatron_selfdistill.annexes import door
     from megatron_selfdistill.commands import prechecks
+    from megatron_selfdistill.commands.given_config import given_config
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
@@ -93,7 +94,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
         raise ConfigError("--iteration chooses among Megatron checkpoints: it needs --megatron, not --hf")
-    config, keys = loaded(arguments)
+    measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
+    config, keys = given_config(arguments, RESERVED, measured)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
         door("hugging_face").require_hugging_face(arguments.hf)
@@ -159,7 +161,6 @@ def _measured(
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.sources.configured_source import evaluation_player
-    from megatron_selfdistill.trainer import evaluation_options
 
     verifier = load_verifier(config.evaluation.verifier)
     with (
@@ -168,11 +169,11 @@ def _measured(
     ):
         began = time.perf_counter()
         # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
-        words = telling_words(config.metrics.leak_words, run_data.evaluation)
-        options = evaluation_options(config, inference.sampling, 0, arguments.hinted, arguments.responses, words)
-        options = dataclasses.replace(
-            options, majority_at_k=arguments.majority_at_k, num_transcripts=arguments.responses
+        words, votes = telling_words(config.metrics.leak_words, run_data.evaluation), arguments.majority_at_k
+        options = held_out.EvaluationOptions.configured(
+            config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
         )
+        options = dataclasses.replace(options, num_transcripts=arguments.responses)
         with phases("evaluation"):
             result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
         seconds = time.perf_counter() - began
@@ -218,15 +219,6 @@ def _report(
         tables.show_first_step(about["first_step"], advice)
     if result.overlooked is not None:
         print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
-
-
-def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill.commands.given_models import given_config
-
-    measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
-    given = given_config(arguments, RESERVED, measured)
-    return given.config, given.keys
 
 
 def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:

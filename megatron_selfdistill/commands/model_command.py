@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What the commands that read a model share: their options, and the exit status and message of each ending."""
+"""What the commands that read a model share: options, and the exit status and message of each ending."""
 
 from __future__ import annotations
 
@@ -13,27 +13,6 @@ from megatron_selfdistill.distributed.terminal import print_error, silence_known
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 
 EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 2, 4, 130
-
-
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the models, as `ModelPlaces.of` takes them."""
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
-        "Face directory",
-    )
-    parser.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
-        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
-    )
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

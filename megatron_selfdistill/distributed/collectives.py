@@ -12,17 +12,6 @@ and on a failing rank the original exception is its cause.
 
 ``work`` may call a collective only if that collective fails on all ranks alike.  An error of a collective itself (a
 rank died, a timeout) is different: it leaves the process group unusable, and the process must end.
-
-Arrays of any lengths travel from rank to rank without pickles, and without messages to ranks that need none::
-
-    # On every rank of the world; the first rank of each data-parallel replica sends and receives.
-    outgoing = {grid.first_rank_of(1): [token_ids, log_probs]} if grid.rank == grid.first_rank_of(0) else {}
-    sources = [grid.first_rank_of(0)] if grid.rank == grid.first_rank_of(1) else []
-    received = exchange_parcels(outgoing, sources, grid.device)  # {source: arrays}
-    arrays = broadcast_in_replica(received.get(grid.first_rank_of(0), []), grid)  # on all ranks of the replica
-
-A *parcel* is the list of NumPy arrays that one rank sends to another; they arrive with equal bits.  A parcel is one
-message of bytes, after one message of its size.
 """
 
 from __future__ import annotations
@@ -30,16 +19,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_selfdistill.distributed.integers import device_of_world, max_over_ranks
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError, first_few
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 
@@ -79,7 +65,7 @@ def run_long_on_rank_0(work: Callable[[], T], unexpected: type[Exception] = Chec
     results: list[T] = []
     errors: list[Exception] = []
     ended = threading.Event()
-    device, is_rank_0 = _device(), dist.get_rank() == 0
+    device, is_rank_0 = device_of_world(), dist.get_rank() == 0
 
     def run() -> None:
         try:
@@ -157,20 +143,6 @@ def gather_items(items: Sequence[T], group: dist.ProcessGroup | None = None) -> 
     return [item for part in gather_objects(items, group) for item in part]
 
 
-def gather_integers(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
-    """Return the ``values`` of each rank of ``group`` (None: the world), in the order of its ranks.
-
-    The ranks may have different numbers of values.  Collectives: a maximum, and an all-gather of int64 that is as long
-    as the longest ``values``; the host waits for both.
-    """
-    (longest,) = max_over_ranks([len(values)], group)
-    padding = [0] * (longest - len(values))
-    mine = torch.tensor([len(values), *values, *padding], dtype=torch.int64, device=_device())
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, mine, group=group)
-    return [rest[:count] for count, *rest in torch.stack(parts).tolist()]
-
-
 def broadcast_object(value: T) -> T:
     """Return rank 0's ``value``, pickled, on every rank of the world.  Collectives: one broadcast."""
     values = [value]
@@ -178,30 +150,9 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
-def max_over_ranks(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
-    """Return the maximum of each value over the ranks of ``group`` (None: the world).
-
-    Every rank passes the same number of values.  Collectives: one all-reduce of int64, for whose result the host waits.
-    """
-    maxima = torch.tensor([int(value) for value in values], dtype=torch.int64, device=_device())
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-    return maxima.tolist()
-
-
-def min_over_ranks(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
-    """Return the minimum of each value over the ranks of ``group``; see `max_over_ranks`."""
-    return [-value for value in max_over_ranks([-value for value in values], group)]
-
-
 def error_message(error: BaseException) -> str:
     """Return one line for ``error``: the message of an error of this package, else the type's name and the message."""
     return str(error) if isinstance(error, _KEPT) else f"{type(error).__name__}: {error}"
-
-
-def _device() -> torch.device:
-    """Return the device from which the world's process group takes tensors."""
-    on_gpu = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _failure(error: Exception, unexpected: type[Exception]) -> _Failure:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Iterator, MutableMapping
@@ -160,29 +159,13 @@ def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False
     if config.tensor_model_parallel_size > 1:
         # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with _named_limits():
-        if not dist.is_initialized():
-            _init_process_group(config)
-        if not cpu.ON_CPU:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        _initialize_groups(config, create_gloo_process_groups=not cpu.ON_CPU)  # on CPU every group is gloo already
+    if not dist.is_initialized():
+        _init_process_group(config)
+    if not cpu.ON_CPU:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _initialize_groups(config, create_gloo_process_groups=not cpu.ON_CPU)  # on CPU every group is gloo already
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current_grid(config)
-
-
-@contextlib.contextmanager
-def _named_limits() -> Iterator[None]:
-    """Raise `ConfigError` where a limit of the process, which torch's error does not name, ends the block."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        reasons = map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM))
-        if not any(reason in str(error) for reason in reasons):
-            raise
-        raise ConfigError(
-            f"the ranks cannot connect, since a limit of the process is too low: raise `ulimit -n` (open files), `-u` "
-            f"(processes) or `-v` (memory) ({str(error).splitlines()[0]})"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ class Stop:
 
         Collectives: one all-reduce of an integer over the world.
         """
-        from megatron_selfdistill.distributed.collectives import max_over_ranks
+        from megatron_selfdistill.distributed.integers import max_over_ranks
 
         own = max(_received, default=0)
         if self._is_late():
@@ -207,6 +207,14 @@ class Stop:
         if code:
             self.reason = "its time is nearly over" if code == _TIME_IS_UP else signal.Signals(code).name
         return bool(code)
+
+    def last_line(self, step: int, num_steps: int, checkpoint: Path | None) -> str:
+        """Return the last line of a run that ends early; ``checkpoint``: None if no step is done."""
+        where, then = f"before step 1 of {num_steps}", "no step was done; the same command starts anew"
+        if checkpoint is not None:
+            where = f"after step {step} of {num_steps}"
+            then = f"started again, the same command continues; checkpoint: {checkpoint}"
+        return f"stopped {where}: {self.reason}; {then}"
 
     def leave_marker(self, step: int) -> None:
         """Write on rank 0 that the run can be started again, after the checkpoint of ``step`` is complete."""

@@ -23,7 +23,7 @@ from megatron_selfdistill.environments.episodes import (
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Sampler
 from megatron_selfdistill.sources.recordings import Recording
 

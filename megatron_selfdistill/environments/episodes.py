@@ -18,7 +18,8 @@ from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
-from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import gather_objects, raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.distributed.terminal import visible
@@ -28,7 +29,7 @@ from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.episode_player import Generate

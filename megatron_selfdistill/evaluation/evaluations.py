@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_selfdistill.checkpoint.run_log import json_object
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.estimators import NUM_RESAMPLES, bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
+from megatron_selfdistill.metrics.run_log import json_object
 
 
 @dataclass(frozen=True)

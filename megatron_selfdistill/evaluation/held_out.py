@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.calibration import Confidence, calibration
 from megatron_selfdistill.evaluation.estimators import distinct_grams, distinct_right
@@ -75,6 +74,30 @@ class EvaluationOptions:
     """The words and phrases by which a response speaks of its hint (`word_pattern`)."""
     confidence: re.Pattern[str] | None = None
     """The pattern of a text that states the confidence in the response (`split_confidence`)."""
+    num_shown: int = 0
+    """The number of first problems of which a run writes responses; at most ``num_transcripts``."""
+
+    @classmethod
+    def configured(
+        cls, config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None, **more: Any
+    ) -> EvaluationOptions:
+        """Return the settings of an evaluation after ``step`` steps; ``more``: further fields.
+
+        The evaluation keeps ``num_transcripts``, and at least the responses that a run writes.
+        """
+        num_shown = config.report.num_problems if config.shows_contents and not hinted else 0
+        return cls(
+            params=params,
+            num_samples=config.evaluation.num_samples,
+            pass_at_k=config.evaluation.pass_at_k,
+            seed=config.seed,
+            step=step,
+            hinted=hinted,
+            num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
+            confidence=config.evaluation.confidence_pattern,
+            num_shown=num_shown,
+            **more,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,7 @@ def evaluate(
     Raises: `ConfigError` before the first sample for problems that have no answer or do not fit
     ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
     """
-    problems, builder, tokenizer = run_data.evaluation, run_data.builder, run_data.tokenizer
+    problems, builder = run_data.evaluation, run_data.builder
     if not problems:
         raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
     check_answers(problems, verifier)
@@ -134,15 +157,9 @@ def evaluate(
     check_lengths(problems, prompts, options.params.max_new_tokens, run_data)
     responses = _sample(sampler, problems, prompts, options, grid, player)
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
-    kept_ids = {problem.id for problem in problems[:num_kept]}
-    hints = _Hints(builder, word_pattern(options.leak_words))
-    judge = _Judge(
-        verifier, tokenizer, kept_ids, hints, options.confidence, reads_answers=options.majority_at_k is not None
-    )
-    questions = {key: (problems[key[0]], _asked(key, responses, options.num_samples)) for key in responses}
-    verdicts = judged_by_all(questions, judge, grid)
-    transcripts = _transcripts(verdicts, problems[:num_kept], options.num_samples)
-    return _result(verdicts, problems, options, transcripts)
+    judge = _Judge(verifier, run_data, options, {problem.id for problem in problems[:num_kept]})
+    found = judged_by_all({p: (problems[p], responses[p]) for p in responses}, judge, grid)
+    return _result([found[p] for p in range(len(problems))], problems, options)
 
 
 def _sample(
@@ -152,9 +169,9 @@ def _sample(
     options: EvaluationOptions,
     grid: RankGrid,
     player: Player | None,
-) -> dict[_Key, Played]:
-    """Return what the model says to this replica's problems."""
-    own = range(grid.dp_rank, len(problems), grid.dp_size)
+) -> dict[int, list[Played]]:
+    """Return what the model says to each problem of this replica: the greedy response, then the samples."""
+    own, num_samples = range(grid.dp_rank, len(problems), grid.dp_size), options.num_samples
 
     def played(num_samples: int, params: SamplingParams) -> list[Played]:
         samples = [(p, i) for p in own for i in range(num_samples)]
@@ -167,97 +184,107 @@ def _sample(
         responses = sampler.generate(requests, params)
         return [Played(prompts[p], [response]) for (p, _), response in zip(samples, responses, strict=True)]
 
-    greedy = replace(options.params, temperature=0.0, top_k=0, top_p=1.0)
-    found: dict[_Key, Played] = dict(zip(((p, None) for p in own), played(1, greedy), strict=True))
-    if options.num_samples:
-        keys = [(p, i) for p in own for i in range(options.num_samples)]
-        found |= zip(keys, played(options.num_samples, options.params), strict=True)
-    return found
-
-
-_Key = tuple[int, "int | None"]
-"""The index of a problem, and the index of the sample; None is the greedy response."""
+    greedy = played(1, replace(options.params, temperature=0.0, top_k=0, top_p=1.0))
+    sampled = played(num_samples, options.params) if num_samples else []
+    return {
+        p: [greedy[place], *sampled[place * num_samples : (place + 1) * num_samples]] for place, p in enumerate(own)
+    }
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the judgement of a response reads."""
+class _JudgedResponse:
+    """The judgement of a response, as one rank makes it."""
 
-    played: Played
-    samples: Sequence[Response]
-    """The last responses of all samples of the problem with the first sample; empty with all other responses."""
-
-
-def _asked(key: _Key, found: Mapping[_Key, Played], num_samples: int) -> _Asked:
-    p, sample = key
-    return _Asked(found[key], [found[p, i].responses[-1] for i in range(num_samples)] if sample == 0 else [])
+    verdict: Verdict
+    confidence: Confidence
+    leakage: LeakCounts
+    mentions_answer: bool
+    """Whether the text mentions the answer, although the verifier judged the response as wrong."""
 
 
-class _Hints:
-    """The leakage of responses.
+@dataclass(frozen=True)
+class _JudgedProblem:
+    """The judgement of all responses to a problem, as one rank makes it."""
 
-    The object keeps the 8-grams of the last problem's hint: the responses to a problem mostly come one after the other.
-    """
-
-    def __init__(self, builder: PromptBuilder, pattern: re.Pattern[str] | None) -> None:
-        self._builder, self._pattern = builder, pattern
-        self._problem: Problem | None = None
-        self._grams: frozenset[Gram] = frozenset()
-
-    def leakage(self, problem: Problem, response: Response, text: str) -> LeakCounts:
-        """Return the counts of one response; a problem without a solution has no hint."""
-        counts = word_counts(text, len(response.token_ids), self._pattern)
-        if not problem.solution:
-            return counts
-        if problem is not self._problem:
-            student, teacher = self._builder.student_prompt(problem), self._builder.teacher_prompt(problem)
-            self._problem, self._grams = problem, grams_of_hint(student, teacher)
-        return counts + hint_counts(response.token_ids, self._grams)
+    result: ProblemResult
+    responses: list[_JudgedResponse]
+    """The greedy response, then the samples."""
+    transcripts: list[Transcript]
+    """The responses as text; empty unless they are kept."""
+    end: str | None
+    """The end of the first response that mentions the answer; None without one."""
 
 
 class _Judge:
-    """The judgement of one response, with the few ends of responses that this rank keeps as examples."""
+    """The judgement of the responses to one problem."""
 
     def __init__(
-        self,
-        verifier: Verifier,
-        tokenizer: Tokenizer,
-        kept_ids: set[str],
-        hints: _Hints,
-        pattern: re.Pattern[str] | None,
-        *,
-        reads_answers: bool,
+        self, verifier: Verifier, run_data: RunData, options: EvaluationOptions, kept_ids: Collection[str]
     ) -> None:
-        self._verifier, self._tokenizer, self._hints, self._pattern = verifier, tokenizer, hints, pattern
-        self._kept_ids, self._reads_answers = kept_ids, reads_answers
-        self._num_ends = 0
+        self._verifier, self._builder, self._tokenizer = verifier, run_data.builder, run_data.tokenizer
+        self._options, self._kept_ids, self._words = options, kept_ids, word_pattern(options.leak_words)
 
-    def __call__(self, problem: Problem, asked: _Asked) -> _Judged:
-        played, response = asked.played, asked.played.responses[-1]
-        truncated = response.truncated
-        text, stated, answering = judged_text(response, self._tokenizer, self._pattern)
+    def __call__(self, problem: Problem, played: Sequence[Played]) -> _JudgedProblem:
+        hint = None  # a problem without a solution has none
+        if problem.solution:
+            hint = grams_of_hint(self._builder.student_prompt(problem), self._builder.teacher_prompt(problem))
+        judged, texts, answers = list[_JudgedResponse](), list[str](), list[str]()
+        for one in played:
+            text, stated, answering = judged_text(one.responses[-1], self._tokenizer, self._options.confidence)
+            judged.append(self._judged(problem, one, text, stated, answering, hint))
+            texts.append(text)
+            answers.append(final_answer(answering) if judged[-1].verdict.correct else "")
+        greedy, *samples = verdicts = [it.verdict for it in judged]
+        result = ProblemResult(
+            problem.id,
+            greedy,
+            samples,
+            distinct_right(answers[1:], [it.correct for it in samples]) if samples else None,
+            distinct_grams(it.responses[-1].token_ids for it in played[1:]) if samples else None,
+        )
+        transcripts = []
+        if problem.id in self._kept_ids:
+            for sample, one, text, it in zip((None, *range(len(samples))), played, texts, verdicts, strict=True):
+                shown = self._tokenizer.decode(one.prompt), self._conversation(one, text)
+                transcripts.append(Transcript(problem.id, sample, *shown, it.correct, it.length, it.truncated))
+        ends = [text[-_END:] for text, it in zip(texts, judged, strict=True) if it.mentions_answer]
+        return _JudgedProblem(result, judged, transcripts, ends[0] if ends else None)
+
+    def _judged(
+        self,
+        problem: Problem,
+        played: Played,
+        text: str,
+        stated: float | None,
+        answering: str,
+        hint: frozenset[Gram] | None,
+    ) -> _JudgedResponse:
+        response, truncated = played.responses[-1], played.responses[-1].truncated
         correct = not truncated and bool(self._verifier(answering, problem))
-        answer = voted_answer(answering, self._verifier) if self._reads_answers and not truncated else None
-        kept = self._kept(played, text) if problem.id in self._kept_ids else None
-        mentions = not truncated and not correct and mentions_answer(answering, problem)
-        self._num_ends += mentions
-        end = text[-_END:] if mentions and self._num_ends <= _NUM_EXAMPLES else None
+        votes = self._options.majority_at_k is not None and not truncated
         confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
-        known = None if math.isnan(confidence.value) else confidence.value
-        num_tokens, turns = sum(len(one.token_ids) for one in played.responses), len(played.responses)
-        of_tokens = num_tokens, truncated, answer, known, confidence.is_stated
-        verdict = Verdict(correct, *of_tokens, ends_in_loop(response.token_ids), turns, played.reward)
-        leakage = self._hints.leakage(problem, response, text)
-        right = final_answer(answering) if correct else ""
-        grams = distinct_grams(it.token_ids for it in asked.samples)
-        return _Judged(verdict, kept, mentions, end, leakage, confidence, right, grams)
+        verdict = Verdict(
+            correct,
+            sum(len(one.token_ids) for one in played.responses),
+            truncated,
+            voted_answer(answering, self._verifier) if votes else None,
+            None if math.isnan(confidence.value) else confidence.value,
+            confidence.is_stated,
+            ends_in_loop(response.token_ids),
+            len(played.responses),
+            played.reward,
+        )
+        leakage = word_counts(text, len(response.token_ids), self._words)
+        leakage += LeakCounts() if hint is None else hint_counts(response.token_ids, hint)
+        mentions = not truncated and not correct and mentions_answer(answering, problem)
+        return _JudgedResponse(verdict, confidence, leakage, mentions)
 
-    def _kept(self, played: Played, last: str) -> tuple[str, str]:
-        """Return prompt and response as texts: of an episode the conversation up to ``last``."""
+    def _conversation(self, played: Played, last: str) -> str:
+        """Return the text of a response, and of an episode the conversation up to ``last``."""
         parts = []
         for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
             parts.append(f"{response_text(response, self._tokenizer)}\n--- environment\n{reply}\n--- turn {number}\n")
-        return self._tokenizer.decode(played.prompt), "".join([*parts, last])
+        return "".join([*parts, last])
 
 
 def check_lengths(
@@ -274,47 +301,13 @@ def check_lengths(
             )
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """The judgement of a response, as one rank makes it."""
-
-    verdict: Verdict
-    texts: tuple[str, str] | None
-    """Prompt and response, as texts, of a response that becomes a transcript; None for every other response."""
-    mentions_answer: bool
-    """Whether the text mentions the answer, although the verifier judged the response as wrong."""
-    end: str | None
-    """The end of the text; None except for the first few responses on each rank that mention the answer."""
-    leakage: LeakCounts
-    confidence: Confidence
-    right_answer: str
-    """The final answer of a right response; empty for a wrong one."""
-    distinct_4grams: float | None
-    """Distinct-4 of the samples of the problem, with the first sample; None with all other responses."""
-
-
-_Verdicts = dict[_Key, _Judged]
-
-
-def _overlooked(verdicts: _Verdicts, problems: Sequence[Problem]) -> Overlooked | None:
-    count = sum(judged.mentions_answer for judged in verdicts.values())
-    if not count or any(judged.verdict.correct for judged in verdicts.values()):
+def _overlooked(found: Sequence[_JudgedProblem], problems: Sequence[Problem]) -> Overlooked | None:
+    judged = [it for one in found for it in one.responses]
+    count = sum(it.mentions_answer for it in judged)
+    if not count or any(it.verdict.correct for it in judged):
         return None
-    # Every rank judged its part in this order, so the first of all examples are among the first examples of a rank.
-    ordered = sorted(verdicts.items(), key=lambda item: (item[0][1] is not None, item[0][0], item[0][1] or 0))
-    ends = [(problems[p], judged.end) for (p, _), judged in ordered if judged.end is not None]
-    return Overlooked(len(verdicts), count, ends[:_NUM_EXAMPLES])
-
-
-def _transcripts(verdicts: _Verdicts, problems: Sequence[Problem], num_samples: int) -> list[Transcript]:
-    """Return the transcripts of the first ``problems``, whose texts are kept."""
-    transcripts = []
-    for p, problem in enumerate(problems):
-        for sample in (None, *range(num_samples)):
-            verdict, (prompt, response) = verdicts[p, sample].verdict, verdicts[p, sample].texts or ("", "")
-            outcome = verdict.correct, verdict.length, verdict.truncated
-            transcripts.append(Transcript(problem.id, sample, prompt, response, *outcome))
-    return transcripts
+    ends = [(problem, one.end) for problem, one in zip(problems, found, strict=True) if one.end is not None]
+    return Overlooked(len(judged), count, ends[:_NUM_EXAMPLES])
 
 
 _SHARES = {"accuracy": "correct", "mean_length": "length", "truncated_share": "truncated", "loop_share": "loops"}
@@ -323,10 +316,9 @@ _SHARES_OF_EPISODES = {"mean_reward": "reward", "mean_turns": "turns"}
 
 
 def _result(
-    verdicts: _Verdicts, problems: Sequence[Problem], options: EvaluationOptions, transcripts: list[Transcript]
+    found: Sequence[_JudgedProblem], problems: Sequence[Problem], options: EvaluationOptions
 ) -> EvaluationResult:
-    num_samples = options.num_samples
-    results = [_problem_result(p, problem, verdicts, num_samples) for p, problem in enumerate(problems)]
+    num_samples, results = options.num_samples, [one.result for one in found]
     ks, majority_ks = (options.pass_at_k, options.majority_at_k or ()) if num_samples else ((), ())
     grams = [result.distinct_4grams for result in results if result.distinct_4grams is not None]
     plays = results[0].greedy.reward is not None
@@ -335,8 +327,8 @@ def _result(
         return sum(values) / len(values)
 
     numbers: dict[str, Any] = {}
-    greedy = [verdicts[p, None] for p in range(len(problems))]
-    sampled = [verdicts[p, i] for p in range(len(problems)) for i in range(num_samples)]
+    greedy = [one.responses[0] for one in found]
+    sampled = [it for one in found for it in one.responses[1:]]
     for kind, judged in (("greedy", greedy), ("sampled", sampled)):
         for name, field in (_SHARES | _SHARES_OF_EPISODES if plays else _SHARES).items():
             numbers[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged]) if judged else None
@@ -352,22 +344,9 @@ def _result(
         pass_at_k={k: mean([result.pass_at_k(k) for result in results]) for k in ks},
         majority_at_k={k: mean([result.majority_at_k(k) for result in results]) for k in majority_ks},
         problems=results,
-        transcripts=transcripts,
-        overlooked=_overlooked(verdicts, problems),
+        transcripts=[transcript for one in found for transcript in one.transcripts],
+        overlooked=_overlooked(found, problems),
         distinct_right=mean([result.distinct_right or 0 for result in results]) if num_samples else None,
         distinct_4grams=mean(grams) if grams else None,
         **numbers,
-    )
-
-
-def _problem_result(p: int, problem: Problem, verdicts: _Verdicts, num_samples: int) -> ProblemResult:
-    """Return the result of problem number ``p``."""
-    samples = [verdicts[p, i] for i in range(num_samples)]
-    right = [it.verdict.correct for it in samples]
-    return ProblemResult(
-        problem.id,
-        verdicts[p, None].verdict,
-        [it.verdict for it in samples],
-        distinct_right((it.right_answer for it in samples), right) if samples else None,
-        samples[0].distinct_4grams if samples else None,
     )

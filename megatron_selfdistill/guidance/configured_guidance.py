@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import guide_of
 from megatron_selfdistill.evaluation.verify import check_answers
 from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedReplay, GuidedState
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
@@ -35,7 +34,7 @@ def guided_source(
     if below is not None:
         check_answers(tools.run_data.problems.problems, judge.verifier)
     rates = SuccessRates(below) if below is not None else None
-    guidance = Guidance(judge, options.num_samples, rates, guide_of(tools.config.teachers) or "")
+    guidance = Guidance(judge, options.num_samples, rates, tools.config.teachers.get("guide") or "")
     guided = GuidedState(state.problem_sampler, state.method, guidance)
     return GuidedOnPolicy(guided, options) if recording is None else GuidedReplay(guided, options, recording)
 
@@ -54,7 +53,7 @@ def guided_params(params: SamplingParams, config: Config, batch_k: float | None)
     guides.
     """
     target, weight = Target.configured(config.target, batch_k), config.target.guided_teacher_weight
-    if weight is None and (guide := guide_of(config.teachers)) is not None:
+    if weight is None and (guide := config.teachers.get("guide")) is not None:
         weight = config.named_teachers[guide].weight
     if weight is not None:
         target = target.with_teacher_weight(weight)

@@ -61,7 +61,8 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import filled, last_user_text
 from megatron_selfdistill.data.records import text_or_none
 from megatron_selfdistill.data.thoughts import final_part
-from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
+from megatron_selfdistill.distributed.collectives import gather_items
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked, chosen_with_hints

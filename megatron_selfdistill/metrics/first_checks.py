@@ -3,28 +3,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from megatron_selfdistill.config import Config, Needs
-from megatron_selfdistill.metrics.first_step_lines import first_step_lines
-from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
+from megatron_selfdistill.config import Config, method_class
+from megatron_selfdistill.metrics.guard_limits import LOOPS
+from megatron_selfdistill.metrics.guards import MANY_LOOPS, RunUnhealthy, student_samples
 
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
-
-
 WANDERING = 1.5
 """The entropy and the mean negative log-prob, in nats per token, above both of which samples wander off."""
-
-
 MANY_CUT = 1 / 3
 """The share of responses cut at the limit of tokens above which the ends of responses are hardly trained."""
-
-
 LITTLE_LET_THROUGH = 0.1
 """The share of the hint that the target lets through below which a run learns little of the hint.
 
 At k = 1 + w and a small difference between teacher and anchor, the share is (w / (1 + w))^2, .18 for the default w."""
+LITTLE_CHANGE = 0.01
+"""The change of what a layer computes, relative to its size, below which a run learns nothing that shows.  A run of
+`docs/real_model.md` that learns its instruction in ten steps has .06, and the default learning rate there has .003."""
 
 
 def check_identity(loss: float, tolerance: float | None) -> None:
@@ -70,6 +68,17 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
         f"warning: the mean KL of the first step is {kl:.1e} nats per token, so that there is nearly nothing to learn: "
         "teacher and student predict the same; look at data.teacher_template, data.chat_template and the solutions"
     )
+
+
+def warnings_of_the_first_step(config: Config, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the metrics of the first step say of the whole run, in lines for people.
+
+    If student and teacher read one prompt, equal weights say the same, so that a silent teacher is no warning.
+    """
+    one_prompt = config.needs.reads_one_prompt
+    silent = None if one_prompt else warning_of_a_silent_teacher(metrics, config.target.teacher_weight)
+    first = [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
+    return first if silent is None else [silent, *first]
 
 
 def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
@@ -137,35 +146,35 @@ def first_step_advice(
     return found
 
 
-def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
-    """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
-    without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
-    if "tokens/response" in metrics and not without_weight:
-        return None
-    loss, data, needs = config.loss, config.data, config.needs
-    rewards = " (equal rewards train nothing)" * needs.rewards
-    causes = {
-        f"loss.skip_first_tokens={loss.skip_first_tokens}": loss.skip_first_tokens > 0,
-        f"data.on_long_context={data.on_long_context}": data.on_long_context == "drop",
-        f"method.name={config.method.name}{rewards}": needs != Needs(),
-        f"evaluation.verifier={config.evaluation.verifier}": needs.rewards,
-    }
-    keys = ", ".join(key for key, is_set in causes.items() if is_set) or "the lengths of the responses in samples.jsonl"
-    return (
-        f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
-        f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
-    )
+def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the first step shows: where the rewards come from and their mean, and steps that are too small."""
+    lines, steps, lr = [], config.num_steps, config.optimizer.lr
+    # The rewards of an environment, and those of a method with a hook of its own, are none of a verifier.
+    hook = method_class(config.method.name).rewarded.__qualname__
+    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.environment.exists:
+        reward, mean = getattr(config.method, "reward", None), metrics.get("rewards/mean", math.nan)
+        judge = f"evaluation.verifier={config.evaluation.verifier}" if reward is None else f"method.reward={reward}"
+        lines.append(f"rewards: {judge}; {mean:.2f} {'of the responses are right' if reward is None else 'on average'}")
+    if 0 < (change := largest_change(config)) < LITTLE_CHANGE:
+        norm, factor = metrics.get("gradient_norm", math.nan), LITTLE_CHANGE / change
+        lines.append(
+            f"warning: optimizer.lr={lr:g} is small for {steps} steps: Adam moves a weight by at most this much per "
+            f"step, whatever the gradient (its norm is {norm:.2g}), so that the run changes what a layer computes by "
+            f"at most {change:.2%}, expected at least {LITTLE_CHANGE:.0%}: nothing will be learned; try "
+            f"optimizer.lr={10 * lr * factor:.0e}, or num_steps above {math.ceil(steps * factor)}"
+        )
+    return lines
 
 
-def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
-    """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn.
+def largest_change(config: Config) -> float:
+    """Return the largest relative change of what a layer computes over all steps of a run.
 
-    If student and teacher read one prompt, equal weights say the same, so that a silent teacher is no warning.
+    Adam moves each element of a weight by about lr per step, whatever the size of its gradient.  If all N steps point
+    the same way, the spectral norm of the change of a d x d matrix is at most N lr d, while that of random elements
+    with the standard deviation s is 2 s sqrt(d).  The ratio is N lr sqrt(d) / (2 s).
+    It is infinite for SGD, whose steps have no bound, and for adapters, one of whose factors begins at 0.
     """
-    untrained = warning_of_an_untrained_step(config, step, metrics)
-    if step > 1:
-        return [] if untrained is None else [untrained]
-    one_prompt = config.needs.reads_one_prompt
-    silent = None if one_prompt else warning_of_a_silent_teacher(metrics, config.target.teacher_weight)
-    first = [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
-    return [warning for warning in (silent, untrained, *first) if warning is not None]
+    model, optimizer = config.model, config.optimizer
+    if optimizer.optimizer != "adam" or config.adapter.rank or not model.init_method_std:
+        return math.inf
+    return config.num_steps * optimizer.lr * math.sqrt(model.hidden_size) / (2 * model.init_method_std)

@@ -5,27 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config import Config, GuardsConfig
 from megatron_selfdistill.config.schema.method_config import STUDENT
+from megatron_selfdistill.metrics.guard_limits import LOOPS, LOSS, Limit, limits_of
 
-LOSS = "loss/mean"
-"""The metric whose rise `GuardsConfig.max_loss_ratio` bounds."""
 DISTANCE = "sampler/log_prob_mean_abs_diff"
 """The metric that compares the log-probs of the engine and the trainer over all sampled tokens."""
 WORST = "sampler/log_prob_worst_response"
 """The same for the response that differs most, in which one wrong engine among many shows."""
 WARNED_DISTANCE = 0.1
 """The distance in nats per token above which a run warns; rounding in bf16 makes a tenth of it."""
-LOOPS = "response/loop_share"
-"""The metric of the share of responses that end in a loop."""
 MANY_LOOPS = 0.1
 """The share of responses that end in a loop above which a first step warns, and the rise of the share that warns later.
 """
-LOSS_RISE = 0.1
-"""The smallest rise of the loss, in nats per token, for which guards.max_loss_ratio stops a run."""
 
 
 class RunUnhealthy(RuntimeError):
@@ -65,7 +59,7 @@ class Guards:
         self.config, self.engines, self.student_samples = config, engines, student_samples
         self.has_warned: set[str] = set()
         """The metrics of which this launch has warned."""
-        self.limits = _limits(config, loss_should_fall, student_samples)
+        self.limits = limits_of(config, loss_should_fall, student_samples)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.violations: dict[str, int] = {}
@@ -184,68 +178,13 @@ class Guards:
         self.violations[option] = self.violations.get(option, 0) + 1 if violated else 0
         return self.violations[option]
 
-    def _judge(self, step: int, limit: _Limit, value: float) -> None:
+    def _judge(self, step: int, limit: Limit, value: float) -> None:
         reference = self.sums[limit.key] / self.counts[limit.key]
         in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
         if in_a_row >= self.config.patience:
-            side, count = "below" if limit.is_minimum else "above", self.counts[limit.key]
-            first = "its first value" if count == 1 else f"its mean over the first {count} steps"
-            raise RunUnhealthy(
-                f"step {step}: {limit.name}: {limit.key} has been {side} {limit.bound} "
-                f"for {in_a_row} steps; it is {value:.4g}, and {first} was {reference:.4g}; {limit.advice} "
-                f"(guards.{limit.option}=null turns this guard off)"
-            )
+            raise RunUnhealthy(f"step {step}: {limit.message(in_a_row, value, reference, self.counts[limit.key])}")
 
 
 def student_samples(config: Config) -> bool:
     """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
     return config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
-
-
-@dataclass(frozen=True)
-class _Limit:
-    """A limit: ``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
-
-    name: str
-    key: str
-    option: str
-    ratio: float
-    advice: str
-    is_minimum: bool = True
-    slack: float = 0.0
-    """The distance from the reference, in the metric's unit, that never violates a maximum."""
-
-    @property
-    def bound(self) -> str:
-        """The bound in words."""
-        return f"its reference plus {self.slack:g}" if self.ratio == 1 else f"{self.ratio:g} times its reference"
-
-    def violated(self, value: float, reference: float) -> bool:
-        """Return whether ``value`` is beyond the limit for this ``reference``."""
-        if self.is_minimum:
-            return not value >= self.ratio * reference  # NaN violates the limit
-        return not value <= max(self.ratio * reference, reference + self.slack)
-
-
-def _limits(config: GuardsConfig, loss_should_fall: bool, student_samples: bool) -> list[_Limit]:
-    """Return the limits that the configuration sets."""
-    entropy, key = config.entropy, "entropy/student"
-    steps_too_large = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
-    certain = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
-    defaults = "use the defaults (reverse KL, k_max = 1 + w, a frozen teacher and reference), or lower optimizer.lr"
-    no_work = (
-        "responses no longer show their work: read some responses, and change data.teacher_template or the teacher"
-    )
-    earlier = "read the samples, and resume from an earlier checkpoint with a lower optimizer.lr"
-    limits = []
-    if loss_should_fall and (most := config.max_loss_ratio) is not None:
-        limits.append(_Limit("loss explosion", LOSS, "max_loss_ratio", most, steps_too_large, False, LOSS_RISE))
-    if (least := entropy.min_ratio) is not None:
-        limits.append(_Limit("entropy collapse", key, "entropy.min_ratio", least, certain))
-    if (most := entropy.max_ratio) is not None:
-        limits.append(_Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, entropy.min_rise))
-    if (least := config.min_length_ratio) is not None:
-        limits.append(_Limit("length collapse", "response/length_mean", "min_length_ratio", least, no_work))
-    if student_samples and (rise := config.max_loop_rise) is not None:
-        limits.append(_Limit("loops", LOOPS, "max_loop_rise", 1.0, earlier, False, rise))
-    return limits

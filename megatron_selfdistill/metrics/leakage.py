@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.tokenizer import Tokenizer
 
 NUM_TOKENS = 8
 """The length in tokens of the sequences that are searched for: the n of n-grams."""
@@ -112,14 +113,15 @@ def word_counts(text: str, num_tokens: int, pattern: re.Pattern[str] | None) -> 
     return LeakCounts(words=len({" ".join(word.lower().split()) for word in pattern.findall(text)}), tokens=num_tokens)
 
 
-def leak_counts(contexts: Sequence[ContextPair], texts: Sequence[str], words: Sequence[str]) -> LeakCounts:
-    """Return the counts of the responses of ``contexts``, whose ``texts`` show no special tokens.
+def leak_counts(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer) -> LeakCounts:
+    """Return the counts of the responses of ``contexts``; ``words``: words and phrases that speak of the hint.
 
-    ``words``: words and phrases that speak of the hint.
+    Without ``words`` nobody reads the texts, and none is decoded.
     """
     pattern, counts = word_pattern(words), LeakCounts()
-    for context, text in zip(contexts, texts, strict=True):
+    for context in contexts:
         counts += hint_counts(context.response, grams_of_hint(context.student_prompt, context.teacher_prompt))
+        text = "" if pattern is None else tokenizer.decode(context.response, skip_special_tokens=True)
         counts += word_counts(text, len(context.response), pattern)
     return counts
 

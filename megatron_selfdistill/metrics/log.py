@@ -11,21 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.run_log import (
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.metrics.console import RunConsole
+from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     records,
     replace_file,
 )
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
-from megatron_selfdistill.config.command_line import LINE, Column
-from megatron_selfdistill.distributed.terminal import visible
-from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
-from megatron_selfdistill.metrics.phase_lines import Pace, SlowPhaseLines
-from megatron_selfdistill.metrics.phases import PhaseProgress, Phases
-from megatron_selfdistill.metrics.samples import Sample, console_text
+from megatron_selfdistill.metrics.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +57,12 @@ class MetricsLog:
         enabled: bool = True,
         output: Any = None,
     ) -> None:
-        self.path, self.num_steps, self.console_every = Path(run_dir) / METRICS_FILE, num_steps, console_every
+        self.path = Path(run_dir) / METRICS_FILE
         self.samples_path = Path(run_dir) / SAMPLES_FILE
         self.evaluation_samples_path = Path(run_dir) / EVALUATION_SAMPLES_FILE
         self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
-        self._loggers = Loggers()
-        self._console = _Console(num_steps, output) if console_every and enabled else None
+        self._loggers: Loggers | None = None
+        self._console = RunConsole(num_steps, console_every, output) if console_every and enabled else None
 
     def show_phases(self, phases: Phases) -> None:
         """Show from now on the phases of this rank on the console, where this rank has a console."""
@@ -85,7 +82,8 @@ class MetricsLog:
         for path in (self.path, self.samples_path, self.evaluation_samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
-        self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
+        if self._logger_names:
+            self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
             self._console.start(step)
 
@@ -95,9 +93,7 @@ class MetricsLog:
             return
         self._write(step, metrics)
         if self._console is not None:
-            self._console.advance(step)
-            if step % self.console_every == 0 or step == self.num_steps:
-                self._console.step_line(step, [column for column in LINE if column.key in metrics], metrics)
+            self._console.step(step, metrics)
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an evaluation after ``step`` steps, with one line on the console.
@@ -123,7 +119,8 @@ class MetricsLog:
             samples = make()
             _append(self.samples_path, step, [sample.record() for sample in samples])
             shown = [one for i, one in enumerate(samples) if i == 0 or not one.continues(samples[i - 1])]
-            self._loggers.add_samples(step, shown)
+            if self._loggers is not None:
+                self._loggers.add_samples(step, shown)
             if self._console is not None:
                 for number, sample in enumerate(shown, 1):
                     self._console.sample(sample, f"step {step}, sample {number} of {len(shown)}")
@@ -154,7 +151,8 @@ class MetricsLog:
         if self._console is not None:
             self._console.close()
         self._console = None
-        self._loggers.close()  # may print, and may wait for a server
+        if self._loggers is not None:
+            self._loggers.close()  # may print, and may wait for a server
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -164,7 +162,8 @@ class MetricsLog:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         _append(self.path, step, [{key: _json_number(float(value)) for key, value in metrics.items()}])
-        self._loggers.add_scalars(step, metrics)
+        if self._loggers is not None:
+            self._loggers.add_scalars(step, metrics)
 
 
 def _append(path: Path, step: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -200,47 +199,3 @@ def _json_number(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-class _Console:
-    """The lines of a run on the console, with the remaining time."""
-
-    def __init__(self, num_steps: int, output: Any) -> None:
-        from rich.console import Console
-
-        self.num_steps = num_steps
-        self.output = output if output is not None else Console()
-        self.progress = PhaseProgress(num_steps)
-        self.slow_phases = SlowPhaseLines(self.progress, self._print)
-        self.pace = Pace(num_steps)
-        self.explained = False
-
-    def start(self, step: int) -> None:
-        self.pace = Pace(self.num_steps)
-        self.progress.done = step
-        self.slow_phases.start()
-
-    def advance(self, completed: int) -> None:
-        self.pace.advance(completed)
-        self.progress.done = completed
-
-    def step_line(self, step: int, columns: Sequence[Column], metrics: Mapping[str, float]) -> None:
-        if not self.explained:
-            self.explained = True
-            self._print("columns: " + "; ".join(f"{column.label} = {column.meaning}" for column in columns))
-        left = f", {self.pace.left}" if self.pace.left else ""
-        shown = [f"{column.label} {metrics[column.key]:{column.form}}" for column in columns]
-        self._print("  ".join([f"step {step} of {self.num_steps}{left}:", *shown]))
-
-    def sample(self, sample: Sample, heading: str) -> None:
-        coloured = self.output.is_terminal and self.output.color_system is not None and not self.output.no_color
-        self._print(console_text(sample, heading, coloured=coloured))
-
-    def print(self, text: str) -> None:
-        self._print(visible(text))
-
-    def _print(self, text: Any) -> None:
-        self.output.print(text, markup=False, highlight=False, soft_wrap=not self.output.is_terminal)
-
-    def close(self) -> None:
-        self.slow_phases.close()

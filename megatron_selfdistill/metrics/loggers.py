@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.checkpoint.run_log import replace_file
 from megatron_selfdistill.config import function_named, user_code
-from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics.samples import Sample, sample_html
+from megatron_selfdistill.metrics.run_log import replace_file
+from megatron_selfdistill.metrics.sample_text import sample_html
+from megatron_selfdistill.metrics.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -144,18 +144,18 @@ BUILT_IN: Mapping[str, Callable[[LoggedRun], MetricsLogger]] = {"tensorboard": T
 class Loggers:
     """The loggers of a launch.  A logger that raises an error is dropped with a warning: it never stops the run."""
 
-    def __init__(self, names: Sequence[str] = (), run: LoggedRun | None = None) -> None:
+    def __init__(self, names: Sequence[str], run: LoggedRun) -> None:
         """Start a logger for each of ``names``, the values of metrics.loggers.
 
         Raises: `ConfigError` if a logger cannot start in a new run.  A resumed run, which may have been requeued while
         nobody watches, continues without this logger and warns.
         """
         self._running: dict[str, MetricsLogger] = {}
-        for name in names if run is not None else ():
+        for name in names:
             try:
                 self._running[name] = function_named("metrics.loggers", name, BUILT_IN)(run)
             except Exception as error:
-                if run is not None and run.step:
+                if run.step:
                     logger.warning("metrics.loggers: this launch runs without %s: %s", name, _one_line(error))
                     continue
                 self.close()

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The lines about phases that take long, and the pace of a run."""
+"""The lines about phases that take long."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_selfdistill.metrics.phases import PhaseProgress, Phases, duration
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress
+from megatron_selfdistill.metrics.phases import Phases
 
 LINE_SECONDS = 60.0
 """The seconds that a phase lasts before its first plain line, and the seconds between two plain lines."""
-
 
 _FIRST_SECONDS, _TICK_SECONDS = 5.0, 0.5
 
@@ -79,30 +79,3 @@ def phases_shown(phases: Phases, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         lines.close()
-
-
-class Pace:
-    """The speed of a launch without its first step, which allocates memory and compiles."""
-
-    def __init__(self, num_steps: int) -> None:
-        """Start the clock for a run of ``num_steps`` steps in all."""
-        self.num_steps = num_steps
-        self._warm: tuple[int, float] | None = None  # (steps done, clock) after the first step of this launch
-        self._now = (0, 0.0)
-
-    def advance(self, done: int) -> None:
-        """Record that ``done`` steps of the run are complete."""
-        self._now = (done, time.monotonic())
-        self._warm = self._warm or self._now
-
-    @property
-    def left(self) -> str:
-        """Return the time until the last step, such as ``5:15 left`` or ``2:05:15 left``; empty before the third step.
-
-        The estimate is the mean of all steps of the launch except the first one.
-        """
-        done, now = self._now
-        if self._warm is None or done < self._warm[0] + 2:
-            return ""
-        seconds_per_step = (now - self._warm[1]) / (done - self._warm[0])
-        return f"{duration(seconds_per_step * (self.num_steps - done))} left"

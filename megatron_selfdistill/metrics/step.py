@@ -20,21 +20,18 @@ from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
-from megatron_selfdistill.loss.weighting import Coefficients
+from megatron_selfdistill.metrics.further_summands import coefficient_values, measured_values
 from megatron_selfdistill.metrics.leakage import LeakCounts, ends_in_loop
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.pipeline.token_losses import StepOutput
-    from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
 K_RANGE = 2.0**10
 """The bound of the histogram of k, [1 / K_RANGE, K_RANGE]; a k beyond a bound counts as the bound."""
-MAX_GRID = 16
-"""The largest number of betas in a target's grid."""
 FORKS_ARE_ONE_IN = 10
 """The forks are one in this number of tokens: those at which the anchor is least certain."""
 FORK_RESOLUTION = 0.02
@@ -108,12 +105,12 @@ def step_metrics(
     Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 5 maxima; the host
     waits once; before them one sum over the context-parallel ranks, where responses are compared with the sampler.
     """
-    stats = output.stats if _holds_tokens(grid) else None
+    stats = output.stats if holds_tokens(grid) else None
     forks = find_forks(None if stats is None else output.anchor_entropy, grid)
     by_key: dict[str, Tensor] = {}
     worst: Tensor | None = None
     if stats is not None:
-        by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
+        by_key = token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         if output.measures is not None:
             by_key |= measured_values(output.measures)
         if forks is not None:
@@ -122,35 +119,10 @@ def step_metrics(
             tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
             by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.coefficients is not None:
-            by_key |= _coefficient_values(output.coefficients, weight_cap)
+            by_key |= coefficient_values(output.coefficients, weight_cap)
         if response_lengths is not None and "sampled" in by_key:
             worst = _worst_response(by_key, output.response_ids, response_lengths, grid)
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, worst, grid), grid))
-
-
-def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -> dict[str, float]:
-    """Return what each teacher's tokens of a step say of this teacher, under flat keys, equal on all ranks.
-
-    ``outputs``: the name of the teacher and the results of each partial batch, with the same names on all ranks.
-    docs/metrics.md defines the keys, which have the names of the teachers.
-
-    A token with several teachers counts for each of them.  Collectives: those of `over_all_ranks`.
-    """
-    keys, names = ("tokens/response", "loss/mean", "measured", "top1_agreement"), sorted({name for name, _ in outputs})
-    sums = torch.zeros(len(names), len(keys), dtype=torch.float64, device=grid.device)
-    for name, output in outputs:
-        if output.stats is not None and _holds_tokens(grid):
-            values = _token_values(output.stats, output.response_ids, None, output.measures_teacher)
-            for place, key in enumerate(keys):
-                sums[names.index(name), place] += values[key].sum() if key in values else 0.0
-    totals, _ = over_all_ranks(sums.flatten(), sums.new_full((1,), -math.inf), grid)
-    metrics: dict[str, float] = {}
-    for index, name in enumerate(names):
-        tokens, loss, measured, agreement = totals[len(keys) * index :][: len(keys)]
-        metrics |= {f"teacher_tokens/{name}": tokens, f"teacher_loss/{name}": loss / tokens}
-        if measured:
-            metrics[f"teacher_top1_agreement/{name}"] = agreement / measured
-    return metrics
 
 
 def _worst_response(
@@ -220,40 +192,19 @@ def _means(total: list[float], maximum: list[float]) -> dict[str, float]:
     return metrics
 
 
-def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[float], list[float]]:
-    """Return (mean entropy that is wanted, betas, mean H(softmax(beta m)) at each beta) over the global batch.
-
-    The wanted entropy is `TokenStats.wanted_entropy`.  The results are equal on all ranks.
-
-    `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
-    Collectives as in `step_metrics`.
-    """
-    sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
-    betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
-    stats = output.stats
-    if stats is not None and _holds_tokens(grid):
-        num_betas = len(stats.grid_betas)
-        betas[:num_betas] = stats.grid_betas.double()
-        entropies = torch.cat([stats.wanted_entropy[:, None], stats.grid_entropies], dim=1).double()
-        known = torch.isfinite(entropies).all(1)
-        sums[0] = known.sum()
-        sums[1 : 2 + num_betas] = torch.where(known[:, None], entropies, 0.0).sum(0)
-    total, found = over_all_ranks(sums, betas, grid)
-    grid_betas = [beta for beta in found if beta > 0]
-    means = [value / total[0] for value in total[1 : 2 + len(grid_betas)]]
-    return means[0], grid_betas, means[1:]
-
-
 def rollout_metrics(
     responses: Sequence[Response],
     grid: RankGrid,
     packs: Sequence[PackedBatch] = (),
     leaks: LeakCounts | None = None,
+    *,
+    has_teacher: bool = True,
 ) -> dict[str, float]:
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
     ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
-    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.
+    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.  ``has_teacher``: whether the step has a
+    teacher that reads its microbatches.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
     sums = torch.zeros(17, dtype=torch.float64, device=grid.device)
@@ -282,17 +233,21 @@ def rollout_metrics(
     if num_guided:
         metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
     if packs:
+        read = 0.0
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):
-            metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
+            share = metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
+            if stream == "student" or has_teacher:
+                read += sum(len(getattr(pack, stream)) * pack.seq_length for pack in packs) * (1 - share)
+        metrics["tokens/read"] = grid.dp_size * read
     return metrics
 
 
-def _holds_tokens(grid: RankGrid) -> bool:
+def holds_tokens(grid: RankGrid) -> bool:
     """Return whether this rank's tokens count: the last stage has tokens, the same on each tensor-parallel rank."""
     return grid.is_last_stage and grid.tp_rank == 0
 
 
-def _token_values(
+def token_values(
     stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None, measures_teacher: bool
 ) -> dict[str, Tensor]:
     """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
@@ -322,26 +277,6 @@ def _token_values(
         sampled = theirs != math.inf
         differences = torch.where(sampled, (theirs - student_log_prob).abs(), 0.0)
         values |= {"sampled": sampled.double(), "sampler/log_prob_mean_abs_diff": differences}
-    return values
-
-
-def _coefficient_values(coefficients: Coefficients, weight_cap: float) -> dict[str, Tensor]:
-    """Return the summands of `_SUMS` for the coefficients of the tokens, [R] float64 each."""
-    weights = coefficients.divergence.double()
-    one = torch.ones_like(weights)
-    if coefficients.policy is None:
-        capped = (weights >= weight_cap).double()
-        return {"weighted": one, "correction/weight_mean": weights, "correction/capped": capped}
-    policy = coefficients.policy.double()
-    values = {
-        "two_terms": one,
-        "terms/divergence_mean": weights,
-        "terms/policy_mean": policy,
-        "terms/policy_abs_mean": policy.abs(),
-        "terms/silent_share": ((weights == 0) & (policy == 0)).double(),
-    }
-    if coefficients.clipped is not None:
-        values |= {"may_be_clipped": one, "terms/clipped_share": coefficients.clipped.double()}
     return values
 
 
@@ -378,18 +313,16 @@ def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[f
     their own, and a broadcast of the sum.
     """
     if grid.world_size == 1:
-        return _split(torch.cat([sums, maxima]).tolist(), len(sums))
+        found = torch.cat([sums, maxima]).tolist()
+        return found[: len(sums)], found[len(sums) :]
     places = maxima.new_zeros(grid.world_size, len(maxima))
     places[grid.rank] = maxima
     everything = torch.cat([sums, places.flatten()])
     dist.all_reduce(everything)
     dist.broadcast(everything, src=0)  # an all-reduce may give the ranks different bits
-    total, by_rank = _split(everything.tolist(), len(sums))
+    found = everything.tolist()
+    total, by_rank = found[: len(sums)], found[len(sums) :]
     return total, [max(by_rank[i :: len(maxima)]) for i in range(len(maxima))]
-
-
-def _split(values: list[float], at: int) -> tuple[list[float], list[float]]:
-    return values[:at], values[at:]
 
 
 @dataclass(frozen=True)
@@ -439,19 +372,6 @@ def fork_values(stats: TokenStats, forks: Forks) -> dict[str, Tensor]:
     return {key: torch.where(forks.mask, value.double(), 0.0) for key, value in values.items()}
 
 
-def measured_values(measures: TokenMeasures) -> dict[str, Tensor]:
-    """Return the summands [R] float64 of what a target asks for, with the counts of the tokens that have them."""
-    student, reference = measures.mass_on_rare_student, measures.mass_on_rare_reference
-    values = {"with_measures": torch.ones_like(student), "target/mass_on_rare_student": student}
-    if reference is not None:
-        values |= {"with_reference": torch.ones_like(reference), "target/mass_on_rare_reference": reference}
-    if measures.kl_to_anchor is not None:
-        of_target, of_teacher = measures.kl_to_anchor.unbind(1)
-        values |= {"with_kl": torch.ones_like(student), "teacher/kl_to_anchor": of_teacher}
-        values |= {"kl_to_anchor": of_teacher, "target/let_through": of_target}
-    return values
-
-
 def response_tenths(lengths: Sequence[int]) -> Tensor:
     """Return the tenth of its response in which each token lies, from 0 to 9, [sum of lengths] int64 on the host.
 
@@ -469,29 +389,3 @@ def tenth_values(stats: TokenStats, tenths: Tensor) -> dict[str, Tensor]:
         here = tenths == number
         values |= {tenth: here.double(), f"reverse_kl/{tenth}": torch.where(here, stats.reverse_kl.double(), 0.0)}
     return values
-
-
-def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) -> dict[str, float]:
-    """Return the ages of the tokens of the global batch's responses, in optimizer steps, equal on all ranks.
-
-    ``responses``: those of this replica, the same on each of its ranks; a token of unknown weights is left out.
-    ``step``: the number of optimizer steps of the student's present weights.
-    No keys without a token.
-    Collectives as in `over_all_ranks`.
-    """
-    sums = torch.zeros(4, dtype=torch.float64, device=grid.device)
-    oldest = torch.zeros(1, dtype=torch.float64, device=grid.device)
-    if grid.is_first_of_replica:
-        ages = [step - version for one in responses for version in one.token_versions if version is not None]
-        num_mixed = sum(len({version for version, _ in one.weight_spans}) > 1 for one in responses)
-        numbers = [len(ages), sum(ages), len(responses), num_mixed]
-        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
-        oldest += max(ages, default=0)
-    (num_tokens, age, num_responses, mixed), (age_max,) = over_all_ranks(sums, oldest, grid)
-    if not num_tokens:
-        return {}
-    return {
-        "rollout/staleness_mean": age / num_tokens,
-        "rollout/staleness_max": age_max,
-        "rollout/mixed_share": mixed / num_responses,
-    }

@@ -37,8 +37,8 @@ from megatron_selfdistill.data.packing import (
     planned_sequences,
     required_seq_length,
 )
-from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
 

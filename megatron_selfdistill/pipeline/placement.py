@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.packing import (
-    PackingRules,
-    padded_lengths,
-    segments_of,
-)
-from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import padded_lengths, segments_of
+from megatron_selfdistill.distributed.integers import gather_integers, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.batch import Packing, budgets_of, counts_by_budget
 

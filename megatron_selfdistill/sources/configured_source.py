@@ -18,7 +18,7 @@ from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import load_verifier
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.sources.episode_player import EpisodePlayer

@@ -14,7 +14,8 @@ from megatron_selfdistill.data.problem_sampler import shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.schedule import NoResponseTokens, ScheduledTeacher
 from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, read_tokens

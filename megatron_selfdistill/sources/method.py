@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # a method is imported with the configuration, before Megatro
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.metrics import Phases
+    from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
     from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
     from megatron_selfdistill.sources.judge import Judge

@@ -17,8 +17,9 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.metrics.step import staleness_metrics
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.staleness import staleness_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey

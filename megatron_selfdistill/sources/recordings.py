@@ -11,9 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.run_log import json_object
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.distributed.collectives import gather_items
+from megatron_selfdistill.metrics.run_log import json_object
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.rollouts import Rollout

@@ -29,7 +29,6 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.metrics import teacher_metrics
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
 from megatron_selfdistill.model.forward import unwrapped
@@ -59,7 +58,7 @@ from megatron_selfdistill.teachers.teacher_directories import (
     teacher_directories,
     teaches_by_experts,
 )
-from megatron_selfdistill.teachers.teacher_groups import by_teacher
+from megatron_selfdistill.teachers.teacher_groups import by_teacher, teacher_metrics
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
 
 

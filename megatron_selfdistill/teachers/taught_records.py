@@ -11,7 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptView
+from megatron_selfdistill.data.prompt_templates import PromptView
 from megatron_selfdistill.data.records import quoted
 from megatron_selfdistill.errors import BadRecordError, ConfigError
 from megatron_selfdistill.teachers.teachers_config import CHOOSE, NamedTeacher, chosen_by, teacher_of_record

@@ -15,16 +15,20 @@ Where the teachers of a response teach as their product, it is in one batch alon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.distributed.collectives import gather_integers, gather_objects
+from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.integers import gather_integers
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
+from megatron_selfdistill.metrics.step import holds_tokens, over_all_ranks, token_values
+from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.moved_contexts import chosen
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teachers.teachers_config import product_of
@@ -109,3 +113,28 @@ def _group(
     of_tokens = factors.repeat_interleave(torch.tensor(group.response_lengths, dtype=torch.int64))
     shared = SharedTokens(to_device_in_one_copy(of_tokens, grid.device), group.token_coefficients)
     return replace(group, token_coefficients=shared)
+
+
+def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -> dict[str, float]:
+    """Return what each teacher's tokens of a step say of this teacher, under flat keys, equal on all ranks.
+
+    ``outputs``: the name of the teacher and the results of each partial batch, with the same names on all ranks.
+    docs/metrics.md defines the keys, which have the names of the teachers.
+
+    A token with several teachers counts for each of them.  Collectives: those of `over_all_ranks`.
+    """
+    keys, names = ("tokens/response", "loss/mean", "measured", "top1_agreement"), sorted({name for name, _ in outputs})
+    sums = torch.zeros(len(names), len(keys), dtype=torch.float64, device=grid.device)
+    for name, output in outputs:
+        if output.stats is not None and holds_tokens(grid):
+            values = token_values(output.stats, output.response_ids, None, output.measures_teacher)
+            for place, key in enumerate(keys):
+                sums[names.index(name), place] += values[key].sum() if key in values else 0.0
+    totals, _ = over_all_ranks(sums.flatten(), sums.new_full((1,), -math.inf), grid)
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(names):
+        tokens, loss, measured, agreement = totals[len(keys) * index :][: len(keys)]
+        metrics |= {f"teacher_tokens/{name}": tokens, f"teacher_loss/{name}": loss / tokens}
+        if measured:
+            metrics[f"teacher_top1_agreement/{name}"] = agreement / measured
+    return metrics

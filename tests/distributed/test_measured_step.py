@@ -21,7 +21,7 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.loss.definition import entropy, mixed_target
 from megatron_selfdistill.loss.sharded.target_measures import RARE
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher

@@ -55,7 +55,7 @@ def trained(directory: Path, engine: str) -> Outcome:
 
 def agreement(run_dir: Path, num_steps: int, bound: float) -> Outcome:
     """Return the number of finished steps, and how far the log-probs of sampler and trainer are apart in any step."""
-    from megatron_selfdistill.metrics import read_metrics
+    from megatron_selfdistill.metrics.run_log import read_metrics
 
     lines = list(read_metrics(run_dir))
     off = max((line["sampler/log_prob_mean_abs_diff"] for line in lines), default=None)

@@ -28,7 +28,7 @@ def fp8(directory: Path) -> Outcome:
     """Compare the first loss of a run in fp8, which is refused unless asked for, with that of a run in bf16."""
     if importlib.util.find_spec("transformer_engine") is None:
         return Outcome(not_done="Transformer Engine, which has the fp8 layers, is not installed")
-    from megatron_selfdistill.metrics import read_metrics
+    from megatron_selfdistill.metrics.run_log import read_metrics
 
     losses = {}
     for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid"]}.items():

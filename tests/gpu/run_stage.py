@@ -162,7 +162,7 @@ def planned_memory(directory: Path) -> Outcome:
     """Compare the most memory that a run has allocated on the device with the dry run's figure, reserved room aside."""
     if not ON_GPU:
         return Outcome(not_done="the plan is about a GPU's memory, and this is a CPU")
-    from megatron_selfdistill.metrics import read_metrics
+    from megatron_selfdistill.metrics.run_log import read_metrics
 
     run_dir = directory / "planned"
     arguments = [a for a in tiny_run.overrides(directory, run_dir, *PLANNED) if a != "optimizer=fp32"]

@@ -9,7 +9,7 @@ import pytest
 
 from _lib import subtraction_chats
 from megatron_selfdistill.chat_logs.acceptance import closing_turn
-from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 
 def test_the_scripted_user_thanks_asks_again_or_gives_the_answer(load_example):

@@ -24,8 +24,8 @@ from _lib import (
 from _lib.command_line import command
 from _lib.measurement import measure
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.guards import Guards
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_EVALUATED = ("evaluation.every=0", "evaluation.at_start=false")

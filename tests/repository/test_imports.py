@@ -24,6 +24,7 @@ ORDER = (
     *("checkpoint.formats", "adapters.stored_adapters", "data.run_data", "checkpoint"),
     *("adapters.configured_adapters", "interop.hf", "interop", "rollout", "engines", "pipeline", "metrics"),
     *("evaluation", "sources", "teachers", "environments", "chat_logs", "overlap", "guidance", "methods", "commands"),
+    "methods.data_sets",
     *("instruments", "instruments.explorer", "instruments.report", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
@@ -32,13 +33,6 @@ NEVER_BY_CORE = (
     *("kernels", "methods", "overlap", "teachers"),
 )
 """Packages that the core does not know."""
-EXCEPTIONS = {
-    "train": {"instruments"},  # the loop fills the two hooks with instruments
-    "commands.solutions": {"methods.own_solutions"},  # the command writes the solutions that this method searches
-    "commands.explanations": {"methods.rlt"},  # the command writes the explanations of this method's teacher
-    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts"},  # both commands
-}
-"""Module of the core -> the packages and modules of `NEVER_BY_CORE` that it imports nevertheless."""
 REGISTRY = "config.methods"
 """The one module of the core that imports methods by their names."""
 LOSS_MAY_IMPORT = {"torch"}
@@ -90,15 +84,9 @@ def wrong_way_imports(source: str, module: str) -> list[str]:
             continue
         if importer is not None and ORDER.index(imported) > ORDER.index(importer):
             wrong.append(f"{module} imports {name}, whose package comes later")
-        elif ring_of(importer) == "core" and ring_of(imported) in NEVER_BY_CORE and not is_exception(module, name):
+        elif ring_of(importer) == "core" and ring_of(imported) in NEVER_BY_CORE:
             wrong.append(f"{module} of the core imports {name}")
     return wrong
-
-
-def is_exception(module: str, name: str) -> bool:
-    """Return whether `EXCEPTIONS` lets ``module`` import ``name``."""
-    allowed = EXCEPTIONS.get(module.removeprefix(f"{PACKAGE}."), ())
-    return any(f"{name}.".startswith(f"{PACKAGE}.{one}.") for one in allowed)
 
 
 def named_modules(source: str, prefix: str) -> list[str]:
@@ -167,20 +155,12 @@ def test_imports_run_one_way(path):
         ("loss.target", "from ..model.build import build"),
         ("sources.on_policy", "from megatron_selfdistill.instruments.plan.memory import f"),
         ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
-        ("commands.solutions", "from megatron_selfdistill.methods.rlt import RltSettings"),
+        ("commands.evaluate", "from megatron_selfdistill.methods.rlt import RltSettings"),
         ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
     ],
 )
 def test_a_wrong_way_import_is_found(module, source):
     assert len(wrong_way_imports(source, f"{PACKAGE}.{module}")) == 1
-
-
-def test_every_exception_is_an_import_that_exists():
-    for module, allowed in EXCEPTIONS.items():
-        path = REPOSITORY / PACKAGE / f"{module.replace('.', '/')}.py"
-        names = list(imported_names(path.read_text(), f"{PACKAGE}.{module}"))
-        for one in allowed:
-            assert any(f"{name}.".startswith(f"{PACKAGE}.{one}.") for name in names), f"{module} imports no {one}"
 
 
 def test_only_the_registry_names_the_package_of_methods():

@@ -19,7 +19,7 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
 ]
 NOT_KEYS = {
-    *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
+    *("loss.solver", "metrics.run_log", "metrics.tensorboard", "model.num_carried_mtp_layers"),
     *("rollout.extra_problems", "rollout.overlap"),
     *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.guide", "teachers.join"),
     *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),

@@ -20,7 +20,7 @@ from tiny_run import (
     write_conversations,
 )
 
-from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.metrics.run_log import read_samples
 
 SECRET = "314-159:2653"  # of characters that the tokenizer knows
 

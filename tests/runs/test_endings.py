@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from tiny_run import overrides, saved_step, start_and_listen, train
 
-from megatron_selfdistill.checkpoint.run_log import read_events
 from megatron_selfdistill.commands import announcement
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
+from megatron_selfdistill.metrics.run_log import read_events
 
 
 def lines_of(ranks: Any, arguments: list[str], world_size: int = 1, start: Any = start_and_listen) -> list[str]:

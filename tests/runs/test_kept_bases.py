@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import assert_equal_runs, assert_resumes_equal, go_back_to_step, overrides, refusal, train
 
-from megatron_selfdistill.commands.given_models import initial_weights
+from megatron_selfdistill.instruments.explorer.given_models import initial_weights
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 

@@ -15,7 +15,7 @@ from tiny_run import (
     train,
 )
 
-from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.metrics.run_log import read_samples
 
 OWN = [
     "method.name=own_solutions",

@@ -13,9 +13,8 @@ import tiny_run
 from reported_runs import blocks_of
 from tiny_run import overrides, reproducible_metrics, train, train_each
 
-from megatron_selfdistill.checkpoint.run_log import read_evaluation_samples, read_events, read_metrics
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, forget_explored_after, read_explored
-from megatron_selfdistill.metrics import read_metrics, read_samples
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_events, read_metrics, read_samples
 
 TARGETS = {"student": ["target.anchor=student", "target.teacher_weight=2"], "reference": ["teacher.weights=ema"]}
 SHOWN = ["report.every=1", "metrics.explore_samples=2"]

@@ -14,10 +14,9 @@ import pytest
 from reported_runs import blocks_of
 from tiny_run import overrides, reproducible_metrics, train
 
-from megatron_selfdistill.checkpoint.run_log import read_evaluation_samples
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
-from megatron_selfdistill.metrics import read_metrics, read_samples
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics, read_samples
 from megatron_selfdistill.rollout.base import Response, response_text
 
 TURN = ("episode", "turn", "reward", "hint", "reply")

@@ -64,7 +64,7 @@ def test_a_step_reads_from_the_device_six_times_beside_sampling(ranks, data, tmp
         for part, lines in json.loads(found.read_text()).items()
     }
     assert traffic == {
-        "pack": ["collectives.py", "collectives.py"],
+        "pack": ["integers.py", "integers.py"],
         "forward_backward": ["schedule.py"],
         "update": ["step.py", "clip_grads.py"],
         "finish_step": ["step.py"],

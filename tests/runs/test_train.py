@@ -13,7 +13,7 @@ from tiny_run import overrides, reproducible_metrics, saved_step, train, train_e
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.run_data import RunData
-from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.metrics.run_log import read_samples
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {

@@ -14,8 +14,8 @@ import pytest
 import tiny_run
 import yaml
 
-from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.loggers import WANDB_RUN_ID, LoggedRun, Loggers
+from megatron_selfdistill.metrics.run_log import read_metrics
 from tests.unit.metrics.test_samples import sample, token
 
 pytestmark = pytest.mark.full  # importing wandb and starting its process takes seconds of CPU time

@@ -53,7 +53,7 @@ PRELOADED = (
     "megatron_selfdistill.interop.conversion",
     "megatron_selfdistill.checkpoint.resumption",
     "megatron_selfdistill.checkpoint.vocabulary",
-    "megatron_selfdistill.commands.data_set_job",
+    "megatron_selfdistill.methods.data_sets.data_set_job",
     "megatron_selfdistill.evaluation.held_out",
     "megatron_selfdistill.evaluation.tables",
     "megatron_selfdistill.instruments.report.report_command",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.checkpoint.run_log import EVALUATION_SAMPLES_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE
+from megatron_selfdistill.metrics.run_log import EVALUATION_SAMPLES_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE
 
 NASTY = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 """A text that would become code in a page which shows it as markup."""

@@ -211,7 +211,7 @@ def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Return metrics.jsonl without times and memory; assert that docs/metrics.md explains every key."""
     from metric_keys import undocumented
 
-    from megatron_selfdistill.metrics import read_metrics
+    from megatron_selfdistill.metrics.run_log import read_metrics
 
     assert undocumented(key for line in read_metrics(run_dir) for key in line) == set()
     return [{k: v for k, v in line.items() if not k.startswith(NOT_REPRODUCIBLE)} for line in read_metrics(run_dir)]

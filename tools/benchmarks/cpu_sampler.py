@@ -145,7 +145,7 @@ class Bench:
     def training(self, responses: Sequence[list[int]]) -> list[dict[str, float]]:
         """Return the seconds of each round of a step on the first responses."""
         from megatron_selfdistill.data.contexts import ContextPair
-        from megatron_selfdistill.metrics import step_metrics
+        from megatron_selfdistill.metrics.step import step_metrics
 
         contexts = [
             ContextPair(str(number), prompt, hint + prompt, response, False)

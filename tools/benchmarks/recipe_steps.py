@@ -100,7 +100,7 @@ def table(
     is_anchored: bool,
 ) -> str:
     """Return Markdown: medians over the steps behind the first one.  ``is_anchored``: whether there is a reference."""
-    from megatron_selfdistill.metrics import read_metrics
+    from megatron_selfdistill.metrics.run_log import read_metrics
 
     lines = [line for line in read_metrics(run_dir) if "seconds/train" in line][1:]
 

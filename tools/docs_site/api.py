@@ -41,7 +41,7 @@ PAGES = {
         "interop.conversion interop.describe interop.merged_weights interop.peft_adapters "
         "adapters.stored_adapters adapters.low_rank_adapters interop.export",
     ),
-    "metrics": ("Metrics and guards", "metrics.log checkpoint.run_log metrics.step metrics.guards"),
+    "metrics": ("Metrics and guards", "metrics.log metrics.run_log metrics.step metrics.guards"),
 }
 """Name of a page under reference/api -> its title, and its modules in the order of the page."""
 

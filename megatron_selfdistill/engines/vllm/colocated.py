@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import broadcast_object, raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import min_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine import engine_request
 from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory, device_memory

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.engines.vllm.arrays import (
     NUM_RESPONSE_ARRAYS,

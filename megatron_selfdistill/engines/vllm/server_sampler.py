@@ -78,6 +78,7 @@ class ServerSampler:
         self._pool = ServerPool([])
         self._under_way: list[ServerBatch] = []
         self._busy_time, self._waiting_time = BusyTime(), BusyTime()
+        self._step_began = time.monotonic()
         self._transfer: Transfer | None = None
         self._started: list[ServerProcess] = []
         if grid.rank == 0:
@@ -209,12 +210,19 @@ class ServerSampler:
     def metrics(self) -> dict[str, float]:
         """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
 
-        The others are rollout/generation_seconds (in which servers worked on requests), rollout/waited_seconds (in
-        which the trainer waited for responses), rollout/servers_alive, and rollout/requests_retried.
+        The others are rollout/generation_seconds (in which servers worked on requests, also on those of later steps),
+        rollout/waited_seconds (in which the trainer waited for responses), what both leave of the time since the last
+        call (docs/metrics.md), rollout/servers_alive, and rollout/requests_retried.
         """
-        self._metrics["rollout/servers_alive"] = self._pool.num_alive
-        self._metrics["rollout/generation_seconds"] = self._busy_time.take()
-        self._metrics["rollout/waited_seconds"] = self._waiting_time.take()
+        generation, waited, now = self._busy_time.take(), self._waiting_time.take(), time.monotonic()
+        step, self._step_began = now - self._step_began, now
+        self._metrics |= {
+            "rollout/servers_alive": self._pool.num_alive,
+            "rollout/generation_seconds": generation,
+            "rollout/waited_seconds": waited,
+            "rollout/servers_waited_seconds": max(step - generation, 0.0),
+            "overlap/share": max(generation - waited, 0.0) / step,
+        }
         metrics = broadcast_object(self._metrics)
         self._metrics = {}
         return metrics

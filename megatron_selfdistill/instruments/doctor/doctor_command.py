@@ -25,7 +25,7 @@ from megatron_selfdistill.instruments.doctor.findings import FAILURE, NOT_INSTAL
 from megatron_selfdistill.instruments.doctor.versions import requirements
 
 MINUTES = 3.0
-"""The limit in minutes for each proof of the self-test; a cold node compiles meanwhile."""
+"""The minutes without progress after which a self-test has hung; a cold node compiles meanwhile."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--brief", action="store_true", help="print one line, or one line for each failure")
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks that will start here; fewer GPUs are a failure")
     parser.add_argument("--selftest", action="store_true", help="let the ranks of this launch compute and compare")
-    parser.add_argument("--minutes", type=float, metavar="M", help="limit for each proof (default: 3)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="without progress until the end (default: 3)")
     parser.add_argument("overrides", nargs="*", metavar="parallel.KEY=VALUE", help="the layout of the self-test")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.selftest:

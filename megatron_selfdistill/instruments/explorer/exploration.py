@@ -23,6 +23,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.instruments.explorer.given_models import ModelCheckpoints
 from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
 from megatron_selfdistill.instruments.explorer.target_page import write_target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -39,23 +40,17 @@ from megatron_selfdistill.rollout.sampling import sample_seed
 
 @dataclass(frozen=True)
 class Exploration:
-    """One problem, its response where one is given, and the models that read the response."""
+    """One problem, and its response if one is given."""
 
     config: Config
-    """The configuration, whose ``checkpoint.load`` names the student."""
     run_data: RunData
-    problem: Problem
     prompts: PromptPair
     response: Response | None
     """The given response; None if the student generates one."""
-    teacher: str | None = None
-    """The Megatron checkpoint of the teacher; None if the student is its own teacher."""
-    reference: str | None = None
-    """The Megatron checkpoint of a reference that is not the teacher; None if the teacher is also the reference."""
 
     @classmethod
     def of_problem(cls, config: Config, problem: Problem, text: str | None) -> Exploration:
-        """Return the exploration of ``text``, or of a response that the student generates; it has no models yet.
+        """Return the exploration of ``text``, or of a response that the student generates.
 
         Raises: `ConfigError` for a problem that does not fit or that the prompts do not show.
         """
@@ -77,30 +72,26 @@ class Exploration:
             check_teacher_prompt(run_data.builder, problem, student, teacher, problem.solution)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return cls(config, run_data, problem, prompts, response)
+        return cls(config, run_data, prompts, response)
 
-    def with_models(self, *, student: str, teacher: str | None, reference: str | None, run_dir: str) -> Exploration:
-        """Return the exploration with the Megatron checkpoints of its models, and a directory for an engine's files."""
-        checkpoint = replace(self.config.checkpoint, load=student)
-        config = replace(self.config, checkpoint=checkpoint, run_dir=run_dir)
-        return replace(self, config=config, teacher=teacher, reference=reference)
-
-    def write_page(self, out: Path, grid: RankGrid, about: Mapping[str, Any]) -> str | None:
+    def write_page(
+        self, out: Path, models: ModelCheckpoints, run_dir: Path, grid: RankGrid, about: Mapping[str, Any]
+    ) -> str | None:
         """Write the page of the explored response, and return lines for the user on rank 0, None on other ranks.
 
-        ``about``: further entries of the record.
+        ``run_dir``: a directory for an engine's files.  ``about``: further entries of the record.
         Every rank of the world calls this method.  Raises: `ConfigError`, `CheckpointError`, `EngineError`.
         """
-        if self.response is None:
-            with open_inference(self.config, self.run_data, grid) as inference:
+        checkpoint = replace(self.config.checkpoint, load=models.student)
+        config, response = replace(self.config, checkpoint=checkpoint, run_dir=str(run_dir)), self.response
+        if response is None:
+            with open_inference(config, self.run_data, grid) as inference:
                 response = self._generated(inference, grid)
                 inference.sampler.sleep()
-                found = self._explored(self._contexts(response, grid), inference.chunks, grid)
+                found = self._explored(response, inference.chunks, models, grid)
         else:
-            student = self.config.checkpoint.load
-            assert student is not None, "with_models has set the checkpoint"
-            chunks = load_chunks(self.config, self.run_data, student, grid)
-            found = self._explored(self._contexts(self.response, grid), chunks, grid)
+            chunks = loaded_chunks(config, grid, self.run_data.vocab_size, models.student)
+            found = self._explored(response, chunks, models, grid)
         if not grid.is_reporter:
             return None
         (explored,) = found
@@ -110,26 +101,23 @@ class Exploration:
 
     def _generated(self, inference: Inference, grid: RankGrid) -> Response:
         """Return the student's response on every rank; the first replica generates it."""
-        seed = sample_seed(self.config.seed, 0, self.problem.id, 0)
+        seed = sample_seed(self.config.seed, 0, self.prompts.problem_id, 0)
         requests = [Request(self.prompts.student_prompt, seed)] if grid.dp_rank == 0 else []
         responses = inference.sampler.generate(requests, inference.sampling)
         found: Sequence[Response] = broadcast_object(list(responses))
         return found[0]
 
-    def _contexts(self, response: Response, grid: RankGrid) -> list[ContextPair]:
-        """Return both contexts of the response on the first replica, and none on the others."""
+    def _explored(
+        self, response: Response, student: list[torch.nn.Module], models: ModelCheckpoints, grid: RankGrid
+    ) -> list[ExploredResponse]:
+        """Return the response as every model reads it, on each rank of the first replica, and nothing on the others."""
         (context,) = build_contexts([self.prompts], [response])
         if not context.response:
             raise ConfigError("expected a response of at least one token, got none; give one with --response")
-        return [cut(context)] if grid.dp_rank == 0 else []
-
-    def _explored(
-        self, contexts: Sequence[ContextPair], student: list[torch.nn.Module], grid: RankGrid
-    ) -> list[ExploredResponse]:
-        """Return the contexts of this replica, read by every model, on each of its ranks."""
-        models = AllModels.load(self.config, self.run_data, grid, student, self.teacher, self.reference)
+        contexts = [cut(context)] if grid.dp_rank == 0 else []
+        every = AllModels.load(self.config, self.run_data, grid, student, models.teacher, models.reference)
         solutions = [self.prompts.solution] * len(contexts)
-        return read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid)
+        return read_by_all_models(self.config, self.run_data, every, contexts, solutions, grid)
 
 
 def _summary(explored: ExploredResponse, out: Path) -> str:
@@ -167,15 +155,11 @@ class AllModels:
         ``reference``: None if the reference has the teacher's weights.
         Every rank of the world calls this method.  Raises: `CheckpointError`.
         """
-        own = student if teacher is None else load_chunks(config, run_data, teacher, grid)
+        size = run_data.vocab_size
+        own = student if teacher is None else loaded_chunks(config, grid, size, teacher)
         if not Target.configured(config.target).is_anchored:
             return cls(student, own, None)
-        return cls(student, own, own if reference is None else load_chunks(config, run_data, reference, grid))
-
-
-def load_chunks(config: Config, run_data: RunData, checkpoint: str, grid: RankGrid) -> list[torch.nn.Module]:
-    """Return this rank's chunks of the model with the weights of a Megatron checkpoint.  Raises: `CheckpointError`."""
-    return loaded_chunks(config, grid, run_data.vocab_size, checkpoint)
+        return cls(student, own, own if reference is None else loaded_chunks(config, grid, size, reference))
 
 
 def read_by_all_models(

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.model_command import add_models, ended, parsed
+from megatron_selfdistill.commands.model_command import ended, parsed
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.explorer.given_models import ModelPlaces, add_models, config_of_reading
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
 
 DESCRIPTION = """Write a page that shows the target of every token of a response.
@@ -39,9 +40,6 @@ rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 """
 """The text of --help."""
 
-_LONGEST_NAME = 255
-_TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".tex")
-
 RESERVED = {
     "data.path": "--problem and --solution",
     "evaluation.path": "--problem and --solution",
@@ -58,34 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = exploration_arguments(list(sys.argv[1:] if argv is None else argv))
 
-    def work() -> int:
-        return explore(arguments, *checked(arguments))
-
-    return ended("explore", work)
+    return ended("explore", lambda: explore(arguments))
 
 
-def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration before the model is known, and the keys that the user has set.
-
-    Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
-    """
-    from megatron_selfdistill.commands.given_models import check_reading
-
-    for option in ("problem", "solution", "response"):
-        if getattr(arguments, option) is not None:
-            given_text(f"--{option}", getattr(arguments, option))
-    given, keys = _loaded(arguments)
-    check_reading(arguments, given)
-    return given, keys
-
-
-def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
-    """Write the page, on every rank, and return the exit status; rank 0 writes and prints.
-
-    ``given``, ``keys``: the result of `checked`.
-    """
+def explore(arguments: argparse.Namespace) -> int:
+    """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
+    given, keys = config_of_reading(arguments, RESERVED, {"path": None})
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
-    from megatron_selfdistill.commands.given_models import ModelPlaces
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.instruments.explorer.exploration import Exploration
@@ -94,16 +71,15 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     model = models.found_student()
     config = configured(given, keys, model)
     check_world(config, world_size())
-    response = None if arguments.response is None else given_text("--response", arguments.response)
+    response = None if arguments.response is None else given_text(arguments.response)
     exploration = Exploration.of_problem(config, _problem(arguments), response)
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
             placed = models.placed(model, directory, stack)
-            exploration = exploration.with_models(**placed._asdict(), run_dir=str(directory / "run"))
             about = {"model": str(models.student), "teacher": str(models.teacher or models.student)}
-            summary = exploration.write_page(arguments.out, grid, about)
+            summary = exploration.write_page(arguments.out, placed, directory / "run", grid, about)
     finally:
         ranks.shutdown()
     if summary is not None:
@@ -111,16 +87,10 @@ def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) 
     return 0
 
 
-def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    from megatron_selfdistill.commands.given_models import config_before_the_model
-
-    return config_before_the_model(arguments, RESERVED, {"path": None})
-
-
 def _problem(arguments: argparse.Namespace) -> Problem:
     from megatron_selfdistill.data.problems import Problem
 
-    text, solution = (given_text(f"--{name}", getattr(arguments, name)) for name in ("problem", "solution"))
+    text, solution = (given_text(getattr(arguments, name)) for name in ("problem", "solution"))
     return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
 
 
@@ -140,21 +110,9 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parsed(parser, argv)
 
 
-def given_text(option: str, value: str) -> str:
-    """Return the text of an option: the contents of the file that ``value`` names, else ``value`` itself.
-
-    Raises: `ConfigError` for an empty text, and for a name of a text file that does not exist.
-    """
-    is_name = len(value) <= _LONGEST_NAME and "\n" not in value
-    if is_name and Path(value).is_file():
-        try:
-            text = Path(value).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{option}: expected a text in UTF-8, got {value}: {error}") from error
-    elif is_name and len(value.split()) == 1 and Path(value).suffix in _TEXT_FILES:
-        raise ConfigError(f"{option}: expected a text or a file, got {value}, which does not exist")
-    else:
-        text = value
+def given_text(value: str) -> str:
+    """Return the contents of the file that ``value`` names, else ``value`` itself.  Raises: `ConfigError`, OSError."""
+    text = Path(value).read_text(encoding="utf-8") if os.path.isfile(value) else value
     if not text.strip():
-        raise ConfigError(f"{option}: expected a text, got only white space")
+        raise ConfigError("--problem, --solution and --response: expected a text, got only white space")
     return text

@@ -32,8 +32,6 @@ from megatron_selfdistill.trainer import Trainer
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer
 
-VERSION = 1
-"""The version of the form of `ExploredResponse.record`."""
 LONGEST = 8192
 """The largest number of tokens of a response that is explored; later tokens are left out."""
 BLOCK_TOKENS = 64
@@ -112,7 +110,6 @@ class ExploredResponse:
         numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
         del numbers["status"]
         return {
-            "version": VERSION,
             **about,
             "problem_id": self.context.problem_id,
             "prompt": tokenizer.decode(self.context.student_prompt),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.run_log import json_object, replace_file
 from megatron_selfdistill.instruments.html_page import asset, html_page
+from megatron_selfdistill.metrics.run_log import json_object, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,6 @@ MAX_BYTES = 2**28
 """The greatest length of a record; one of 8192 tokens has a tenth of it."""
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
-
-_KL = {"order": 1, "forward_above": None}
-"""The settings that older records lack, whose divergence is KL or the JSD."""
-
-VERSION = 1
-"""The version of the form of a record that the page reads."""
 
 _BODY = """\
 <header>
@@ -89,15 +83,8 @@ def target_page(record: Mapping[str, Any]) -> str:
 
     ``record``: as `ExploredResponse.record` returns it.  The page decodes the logits of 64 tokens at a time, when it
     needs them.
-    Raises: ValueError for a record of another version.
     """
-    if record.get("version") != VERSION:
-        raise ValueError(
-            f"expected an explored response of version {VERSION}, got version {record.get('version')}: "
-            "use the version of this package that has written it"
-        )
     overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
-    overview["settings"] = _KL | record["settings"]
     blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
     scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
     data = {"overview": overview, "texts": record["texts"], **blocks}
@@ -105,7 +92,7 @@ def target_page(record: Mapping[str, Any]) -> str:
 
 
 def write_target_page(record: Mapping[str, Any], path: Path) -> None:
-    """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
+    """Write the page of an explored response in one move.  Raises: OSError."""
     replace_file(path, target_page(record))
 
 

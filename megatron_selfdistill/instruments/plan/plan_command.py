@@ -16,13 +16,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill import train
+from megatron_selfdistill.checkpoint.vocabulary import with_stored_tokenizer
+from megatron_selfdistill.commands import prechecks
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
-from megatron_selfdistill.distributed.terminal import print_error
+from megatron_selfdistill.distributed.terminal import print_error, silence_known_warnings
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.instruments.plan.plan_checks import check_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +42,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configuration.load(*named)
         if not config.dry_run:
             raise ConfigError("dry_run=false contradicts `selfdistill plan`: remove dry_run=false")
-        return train.plan(config, configuration.given_keys(*named), argv)
+        return plan(config, configuration.given_keys(*named), argv)
     except (ConfigError, CheckpointError) as error:
         print_error("plan:", error)
-        return train.EXIT_BAD_INPUT
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]) -> int:
+    """Print what the run will need on ``cluster.num_gpus`` GPUs, and how to launch it.
+
+    This is ``dry_run=true`` without a launch.  Returns the exit status 0.
+    Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
+    """
+    config = with_stored_tokenizer(config)
+    check_plan(config)
+    if config.data.path and config.data.tokenizer:  # else the plan reads neither
+        prechecks.require_data(config)
+    prechecks.require_start(config)
+    silence_known_warnings()
+    from megatron_selfdistill.instruments.plan.dry_run import dry_run
+    from megatron_selfdistill.instruments.plan.plan_tables import show
+
+    planned = dry_run(config, given)
+    show(planned, arguments)
+    misfit = planned.misfit()
+    if misfit is not None:
+        raise ConfigError(misfit)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,14 +19,13 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from megatron_selfdistill.checkpoint.run_log import REPORT_FILE
 from megatron_selfdistill.distributed.terminal import print_error, visible
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics.run_log import REPORT_FILE
 
 if TYPE_CHECKING:
     from megatron_selfdistill.trainer import Trainer
@@ -64,7 +63,7 @@ END_SECONDS = 20.0
 class ReportRefresh:
     """The writer of a run's own report, which calls the command in a process of its own.
 
-    Training never waits for a report and never fails by it: a report that fails becomes one warning per reason.
+    Training never waits for a report and never fails by it: the process prints on standard error why it fails.
     ``enabled``: False if this rank writes no report.
     """
 
@@ -73,32 +72,26 @@ class ReportRefresh:
         self.path = self.run_dir / REPORT_FILE if enabled else None
         """The file of the report; None if this rank writes no report."""
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] | None = None
-        self._warned: set[str] = set()
 
     def start(self) -> None:
         """Start writing the report of the present files; does nothing while an earlier report is being written."""
-        if not self.enabled or self._is_writing():
+        if not self.enabled or (self._process is not None and self._process.poll() is None):
             return
         here = str(Path(__file__).resolve().parents[3])
         places = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the process has ended)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(self.run_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self._errors,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
                 start_new_session=True,  # a Ctrl-C is for the run
             )
         except OSError as error:
-            self._warn(str(error))
+            logger.warning("the report of %s is not written: %s", self.run_dir, error)
 
     def finish(self, seconds: float = END_SECONDS) -> None:
         """Write the last report, and wait for it at most ``seconds``; a process that needs longer goes on alone."""
-        if not self.enabled:
-            return
         self._wait(seconds)
         self.start()
         self._wait(seconds)
@@ -108,31 +101,7 @@ class ReportRefresh:
             try:
                 self._process.wait(seconds)
             except subprocess.TimeoutExpired:
-                self._warn(f"it is not written after {seconds:.0f} s")
-            self._is_writing()
-
-    def _is_writing(self) -> bool:
-        """Return whether a report is being written; warn if the last one failed."""
-        if self._process is None:
-            return False
-        status = self._process.poll()
-        if status is None:
-            return True
-        self._process = None
-        if self._errors is not None:
-            self._errors.seek(0)
-            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            self._errors.close()
-            self._errors = None
-            if status != 0:
-                self._warn(last[0].removeprefix("report: ") if last else f"exit status {status}")
-        return False
-
-    def _warn(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            text = f"the report of {self.run_dir} is not written: {reason}; `selfdistill report` writes it"
-            logger.warning("%s", text)
+                logger.warning("the report of %s is not written after %.0f s", self.run_dir, seconds)
 
 
 def report_run(trainer: Trainer) -> ReportRefresh:

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from megatron_selfdistill.checkpoint.run_log import (
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics.run_log import (
     METRICS_FILE,
     each_metrics,
     finite,
@@ -25,7 +26,6 @@ from megatron_selfdistill.checkpoint.run_log import (
     read_samples,
     shortened,
 )
-from megatron_selfdistill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

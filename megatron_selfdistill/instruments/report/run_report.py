@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from megatron_selfdistill.checkpoint.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
 from megatron_selfdistill.instruments.explorer.target_page import write_target_pages
 from megatron_selfdistill.instruments.html_page import asset, html_page
 from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
 from megatron_selfdistill.instruments.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
+from megatron_selfdistill.metrics.run_log import REPORT_FILE, finite, replace_file
 
 MAX_POINTS = 1200
 """The largest number of points of a curve in a report; longer curves are downsampled."""
+_OF_TURNS = ("episode", "turn", "reward", "hint", "reply")  # the fields of a sample that is a turn of an episode
 _DIGITS = 5  # significant digits of a value in a report
 
 MAX_STEPS_WITH_TEXT = 12
@@ -170,7 +171,7 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
         "solution": record["solution"],
         "teacher": str(record.get("teacher", "")),
         "truncated": record["truncated"],
-        **{name: record[name] for name in TURN_FIELDS if "turn" in record},
+        **{name: record[name] for name in _OF_TURNS if "turn" in record},
         "tokens": [
             [text, _difference(teacher, student), _number(loss), _number(k), status]
             for text, student, teacher, loss, k, status in columns

@@ -27,8 +27,8 @@ from fractions import Fraction
 from statistics import NormalDist, median
 from typing import Any
 
-from megatron_selfdistill.checkpoint.run_log import finite
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits
+from megatron_selfdistill.metrics.run_log import finite
 
 Span = tuple[float, float] | None
 Rule = Callable[[RunRecord], int | None]

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import count, product
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from megatron_selfdistill.config import Config, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
+from megatron_selfdistill.distributed.signs_of_life import entered
 from megatron_selfdistill.loss.definition import divergence, divergence_gradient, mixed_target
 from megatron_selfdistill.loss.functional import self_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.model.build import new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher
@@ -43,6 +44,48 @@ GRADIENT_BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 8e-3}
 STEP_BOUNDS = {"loss": 1e-5, "gradients": 1e-3} if cpu.ON_CPU else {"loss": 0.05, "gradients": 0.4}
 """The allowed relative differences of two layouts: in float32, or in bf16 on GPUs, whose attention kernels need it.  A
 sum that is missing or counted twice changes the gradient by half of it or more."""
+
+
+@dataclass(frozen=True)
+class WorstError:
+    """The worst error of a proof, over its cases or over the ranks."""
+
+    error: float
+    """The error as a share of the allowed error; NaN counts as the worst."""
+    case: str
+    """The case with this error."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is an allowed one."""
+        return self.error <= 1
+
+    @classmethod
+    def worst(cls, reports: Sequence[WorstError]) -> WorstError:
+        """Return the report with the largest error."""
+        return max(reports, key=lambda report: report.error if report.error == report.error else float("inf"))
+
+
+class Launch:
+    """The ranks of one launch, which open one process group after the other."""
+
+    def __init__(self, rank: int, world_size: int, store: Any, limit_s: float) -> None:
+        """``store``: that of the launch; ``limit_s``: the seconds after which the watchdog ends a hang."""
+        self.rank, self.world_size, self._store, self._numbers = rank, world_size, store, count()
+        self._timeout = timedelta(seconds=limit_s + 120)  # NCCL ends the process then, after the watchdog
+
+    def grid(self, layout: ParallelConfig, *, alone: bool = False) -> RankGrid:
+        """Open a new process group over all ranks, or of this rank ``alone``, and the groups of ``layout`` in it."""
+        entered("opening the groups of the layout")
+        prefix = f"group {next(self._numbers)}" + (f" of rank {self.rank}" if alone else "")
+        dist.init_process_group(
+            "gloo" if cpu.ON_CPU else "nccl",
+            store=dist.PrefixStore(prefix, self._store),
+            rank=0 if alone else self.rank,
+            world_size=1 if alone else self.world_size,
+            timeout=self._timeout,
+        )
+        return ranks.initialize(layout, seed=1)
 
 
 def tiny_model(overrides: Sequence[str], world_size: int) -> Config:
@@ -63,22 +106,22 @@ def tiny_model(overrides: Sequence[str], world_size: int) -> Config:
     return configuration.load([*(f"model.{key}" for key in model), *(f"optimizer.{key}" for key in optimizer), *layout])
 
 
-def all_ranks_meet(meeting: Meeting, config: Config) -> WorstError:
+def all_ranks_meet(launch: Launch, config: Config) -> WorstError:
     """Let every rank add its number in the world and in each group of the layout."""
-    grid = meeting.grid(config.parallel)
+    grid = launch.grid(config.parallel)
     groups = {"world": dist.group.WORLD, "tensor": grid.tp_group, "pipeline": grid.pp_group, "data": grid.dp_cp_group}
     wrong = []
     for name, group in groups.items():
-        meeting.phase(f"the sum over the group '{name}'")
+        entered(f"the sum over the group '{name}'")
         found = torch.tensor([float(grid.rank)], device=grid.device)
         dist.all_reduce(found, group=group)
         wrong += [f"group '{name}'"] * (found.item() != sum(dist.get_process_group_ranks(group)))
     return WorstError(2.0, wrong[0]) if wrong else WorstError(0.0, f"{len(groups)} groups")
 
 
-def sharded_loss(meeting: Meeting, config: Config) -> WorstError:
+def sharded_loss(launch: Launch, config: Config) -> WorstError:
     """Compare each divergence on vocabulary shards, and its gradient, with `loss.target` in float64 on full rows."""
-    grid = meeting.grid(config.parallel)
+    grid = launch.grid(config.parallel)
     rules: dict[str, dict[str, Any]] = {
         "k <= 1 + w": {},
         "no k_max": {"k_max": None},
@@ -87,7 +130,7 @@ def sharded_loss(meeting: Meeting, config: Config) -> WorstError:
     reports = []
     for dtype, kind, rule in product(GRADIENT_BOUNDS, DIVERGENCES, rules):
         case = f"{kind}, {rule}, {dtype}, TP {grid.tp_size}"
-        meeting.phase(f"the loss {case} (its kernels are compiled the first time)")
+        entered(f"the loss {case} (its kernels are compiled the first time)")
         loss, gradient = _errors_of_loss(dtype, Target(anchor="student", **rules[rule]), Divergence(kind), grid)
         reports.append(WorstError(loss / LOSS_BOUND, f"loss, {case}"))
         reports.append(WorstError(gradient / GRADIENT_BOUNDS[dtype], f"gradient, {case}"))
@@ -117,18 +160,18 @@ def _errors_of_loss(dtype: torch.dtype, target: Target, kind: Divergence, grid: 
     return float(((loss - wanted).abs() / (1 + wanted)).max()), float(off.max())
 
 
-def training_step(meeting: Meeting, config: Config) -> WorstError:
+def training_step(launch: Launch, config: Config) -> WorstError:
     """Compare the loss and every gradient of a step in the layout with those of the same step on one rank."""
     rows = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
     model = replace(config.model, make_vocab_size_divisible_by=rows)  # as much padding as in the layout
-    one, grid = replace(config, model=model, parallel=ParallelConfig()), meeting.grid(ParallelConfig(), alone=True)
-    num_contexts, weights = 3 * meeting.world_size + 1, dict[str, Tensor]()
-    meeting.phase("the step of one rank (its functions are compiled the first time)")
+    one, grid = replace(config, model=model, parallel=ParallelConfig()), launch.grid(ParallelConfig(), alone=True)
+    num_contexts, weights = 3 * launch.world_size + 1, dict[str, Tensor]()
+    entered("the step of one rank (its functions are compiled the first time)")
     alone, expected_loss = _step(one, grid, num_contexts, weights)
     expected = _whole(alone)
     ranks.shutdown()
-    grid = meeting.grid(config.parallel)
-    meeting.phase("the step in the layout")
+    grid = launch.grid(config.parallel)
+    entered("the step in the layout")
     student, loss = _step(config, grid, num_contexts, weights)
     # A gradient of less than a hundredth of all together is mostly rounding.
     total = float(sum(gradient.double().pow(2).sum() for gradient in expected.values()) ** 0.5)

@@ -31,7 +31,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.run_data import RunData

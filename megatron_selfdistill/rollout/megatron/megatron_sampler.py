@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks
+from megatron_selfdistill.distributed.collectives import gather_objects
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.decoding import (

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -15,7 +14,7 @@ from megatron_selfdistill.commands import announcement
 from megatron_selfdistill.config import GivenKeys
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.trainer import Trainer, stopped
+from megatron_selfdistill.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -86,10 +85,3 @@ def test_the_lines_before_the_first_step_have_the_warning_if_the_target_has_an_a
     arguments = tiny_run.overrides(data, tmp_path / "run", *given)
     (lines,) = ranks.run(tiny_run.with_trainer, arguments, lines_before_the_first_step, world_size=1)
     assert any("solutions are one text" in line for line in lines) == (anchor == "reference")
-
-
-def test_a_run_that_ends_before_its_first_step_has_nothing_that_could_continue():
-    assert stopped(0, 8, "SIGINT", None) == (
-        "stopped before step 1 of 8: SIGINT; no step was done; the same command starts anew"
-    )
-    assert "the same command continues; checkpoint: c" in stopped(2, 8, "SIGINT", Path("c"))

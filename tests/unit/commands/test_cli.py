@@ -40,17 +40,6 @@ def test_the_first_word_chooses_who_gets_the_other_arguments(monkeypatch, argume
     assert got == [(f"megatron_selfdistill.{called}", handed_on)]
 
 
-def test_a_server_that_ends_without_a_status_ends_well(monkeypatch):
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: None))
-    assert cli.main(["serve"]) == 0
-
-
-def test_a_word_that_is_near_no_command_lists_all(capsys):
-    assert cli.main(["zzz"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert all(name in line for name in cli.COMMANDS)
-
-
 def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(monkeypatch, capsys):
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {lacking!r}", name=lacking)
@@ -79,15 +68,6 @@ def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 10 + ignored, done.stderr
-
-
-def test_help_shows_each_command_once_below_its_group():
-    text = cli.overview()
-    assert "`make quickstart`" in text.partition("\ntrain:\n")[0]
-    grouped = text.partition("\ntrain:\n")[2].partition("examples:")[0]
-    listed = [line.split()[0] for line in grouped.splitlines() if line.startswith("  ")]
-    assert sorted(listed) == sorted(cli.COMMANDS)
-    assert [line for line in text.splitlines() if line.endswith(":")] == ["train:", "look:", "prepare:", "examples:"]
 
 
 @pytest.mark.parametrize("arguments", [["--keys"], ["--help"], ["--recipes"]], ids=" ".join)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import hf_models
 import pytest
@@ -17,13 +16,8 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
-from megatron_selfdistill.commands.evaluate import evaluation_arguments
-from megatron_selfdistill.commands.given_model import computed_in, configured, find_model
-from megatron_selfdistill.config import load
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
-from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
 SETTINGS = (
@@ -144,39 +138,6 @@ def test_another_seed_draws_others_and_responses_are_written_when_asked(director
     assert set(summary_of(tmp_path / "other")["metrics"]) >= {"pass_at_4", "majority_at_4"}
 
 
-def test_a_line_says_in_which_type_a_command_computes(directory):
-    bf16, fp32 = (load([f"optimizer.precision={precision}"]) for precision in ("bf16", "fp32"))
-    for model in (find_model(directory / "hf", None, None), find_model(None, directory / "megatron", None)):
-        assert computed_in(fp32, model) == "computed in float32, the type of the weights"
-        assert computed_in(bf16, model) == (
-            "computed in bfloat16 (optimizer.precision=bf16), and the weights are float32: optimizer.precision=fp32 "
-            "computes in float32"
-        )
-
-
-@pytest.fixture(scope="module")
-def without_solutions(directory) -> str:
-    """Return the name of a file with the same problems, without their solutions."""
-    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["solution"]
-    (directory / "bare.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return "bare.jsonl"
-
-
-def test_problems_need_solutions_where_these_are_shown(directory, without_solutions, tmp_path, capfd):
-    assert run_tool(arguments(directory, tmp_path / "hinted", "--hinted", data=without_solutions)) == 2
-    assert "bare.jsonl:1: field 'solution'" in capfd.readouterr().err
-
-
-@pytest.mark.full
-def test_problems_need_no_solutions_where_none_is_shown(directory, without_solutions, alone, ranks, tmp_path):
-    options = ("--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15")
-    assert evaluate(ranks, directory, tmp_path / "bare", *options, data=without_solutions) == [0]
-    assert (tmp_path / "bare" / PROBLEMS).read_bytes() == (alone / PROBLEMS).read_bytes()
-    assert summary_of(tmp_path / "bare")["data"]["fingerprint"] == summary_of(alone)["data"]["fingerprint"]
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("environment", ["replying.Replying", "sessions.Session"])
 def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compared(
@@ -234,11 +195,6 @@ def test_with_hints_the_model_sees_the_hint_of_each_turn(directory, ranks, tmp_p
         assert said["prompt"].endswith("___H_____|"), "the text and the hint of the session: ' go' and 'north'"
 
 
-def test_an_environment_that_cannot_be_imported_is_refused_before_the_model(directory, tmp_path, capfd):
-    assert run_tool(arguments(directory, tmp_path / "out", "environment.name=sessions.Missing")) == 2
-    assert "environment.name" in capfd.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     template = "data.teacher_template='{problem}H{solution}|'"
     options = ("--hinted", template, "--responses", "1", "--num-samples", "0")
@@ -271,85 +227,3 @@ def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
     assert of["avg_at_k"]["b"] == pytest.approx(summary_of(tmp_path / "b")["metrics"]["avg_at_8"])
     assert of["avg_at_k"]["low"] <= of["avg_at_k"]["difference"] <= of["avg_at_k"]["high"]
     assert compared["num_problems"] == 12
-
-
-def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(directory, tmp_path, monkeypatch, capsys):
-    from megatron_selfdistill.data.problems import Problem
-    from megatron_selfdistill.evaluation import evaluations, tables
-
-    problem = Problem("p", (), "", "163", "held.jsonl:7")
-    overlooked = Overlooked(60, 43, [(problem, "so the answer is 163.")])
-    result = SimpleNamespace(overlooked=overlooked, problems=[])
-    monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(tables, "show_summary", lambda *_, **__: print("the table"))
-    given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
-    config = configured(*tool.loaded(given), find_model(None, directory / "megatron", None))
-    inputs = SimpleNamespace(evaluation=[problem], stop_token_ids=())
-    tool._report((result, None, 1.0), config, inputs, given, {})
-    table, line, example = capsys.readouterr().out.splitlines()
-    assert (
-        table == "the table" and "43 of them mention the answer" in line and "evaluation.verifier=math_verify" in line
-    )
-    assert example == '  held.jsonl:7: the answer "163", the end of the response "so the answer is 163."'
-
-
-def test_the_verdict_stands_first_and_progress_goes_to_standard_error(directory, tmp_path):
-    template = "data.teacher_template='{problem}H{solution}|'"
-    command = [sys.executable, str(TOOL), *arguments(directory, tmp_path / "x", "--hinted", template)]
-    paths = os.pathsep.join([str(tiny_run.REPOSITORY), str(tiny_run.REPOSITORY / "tests" / "support")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    plain, hinted, gain, verdict, cause, following, *_ = done.stdout.splitlines()
-    assert plain.startswith("without the hint  ") and hinted.startswith("with the hint  ") and gain.startswith("gain ")
-    assert verdict.startswith("do not train yet: ") and cause.startswith("cause: 79% of the responses with the hint")
-    assert following == "change: rollout.max_new_tokens=28"
-    said = done.stderr.splitlines()
-    assert said[0] == "evaluate: imports its packages and reads the data" and said[1].startswith("computed in float32")
-
-
-# test_refusals.py has what is refused without a look at the model and the data.
-BAD_INPUT = {
-    "another iteration": (["--iteration", "7"], "iter_0000007 does not exist"),
-    "too few votes": (["--majority-at-k", "5"], "majority@k from 1 to the 4 samples"),
-    "no such verifier": (["evaluation.verifier=best"], "dotted path"),
-    "a prompt that does not fit": (["data.max_length=20"], "a prompt of at most 6 tokens"),
-    "another architecture": (["model.num_layers=3"], "model.num_layers is 3"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, capfd, name):
-    options, expected = BAD_INPUT[name]
-    assert run_tool(arguments(directory, tmp_path / "results" / "x", *options)) == 2
-    error = capfd.readouterr().err.strip().splitlines()
-    assert expected in error[-1] and not any(line.startswith("evaluate: ") for line in error[1:-1])
-    assert list(tmp_path.rglob("*.json*")) == [] and not any(tmp_path.glob("results/*"))
-
-
-@pytest.mark.full
-def test_results_are_overwritten_only_when_asked(directory, alone, ranks, tmp_path, capfd):
-    out = tmp_path / "results"
-    shutil.copytree(alone, out)
-    (out / RESPONSES).write_text("of the model before\n")
-    assert run_tool(arguments(directory, out)) == 2
-    assert "add --overwrite" in capfd.readouterr().err
-    assert evaluate(ranks, directory, out, "--overwrite", "seed=1", "--num-samples", "1") == [0]
-    assert summary_of(out)["settings"]["num_samples"] == 1 and not (out / RESPONSES).exists()
-
-
-def test_iteration_with_a_hugging_face_directory_and_a_checkpoint_without_tokenizer(directory, tmp_path, capfd):
-    assert run_tool(arguments(directory, tmp_path / "x", "--iteration", "3", model="hf")) == 2
-    assert "--iteration chooses among Megatron checkpoints" in capfd.readouterr().err
-    shutil.copytree(directory / "megatron", tmp_path / "megatron")
-    shutil.rmtree(tmp_path / "megatron" / "release" / HF_ASSETS)
-    bare = ["--megatron", str(tmp_path / "megatron")]
-    assert run_tool([*arguments(directory, tmp_path / "x"), *bare]) == 2
-    assert "data.tokenizer=DIR" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [[], ["--hf", "a", "--megatron", "b"]])
-def test_options_that_contradict_or_are_missing_show_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_tool([*arguments, "--data", "x", "--out", "y"])
-    assert stopped.value.code == 2 and "usage: selfdistill evaluate" in capsys.readouterr().err

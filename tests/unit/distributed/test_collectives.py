@@ -18,13 +18,12 @@ from megatron_selfdistill.distributed.collectives import (
     broadcast_object,
     gather_items,
     gather_objects,
-    max_over_ranks,
-    min_over_ranks,
     raise_on_all_ranks,
     run_long_on_rank_0,
     run_on_each_rank,
     run_on_rank_0,
 )
+from megatron_selfdistill.distributed.integers import max_over_ranks, min_over_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
@@ -75,10 +74,6 @@ def test_what_one_rank_raises_all_ranks_raise(ranks, errors, expected):
             assert found is None
         else:
             assert (found[0], found[1].startswith(expected[1])) == (expected[0], True), found
-
-
-def test_an_error_of_another_type_becomes_the_one_that_the_caller_names(ranks):
-    assert ranks.run(raised, [OSError("full")], CheckpointError, world_size=1) == [("CheckpointError", "OSError: full")]
 
 
 def fails(error: Exception) -> Any:

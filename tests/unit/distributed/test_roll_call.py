@@ -113,18 +113,6 @@ def test_a_world_of_one_waits_for_nobody(monkeypatch):
     ranks.leave()
 
 
-@pytest.mark.parametrize(
-    ("environment", "shown"),
-    [({}, ""), ({"RANK": "0", "WORLD_SIZE": "1"}, ""), ({"RANK": "1", "WORLD_SIZE": "2"}, "[rank 1] ")],
-)
-def test_a_message_names_its_rank_only_where_there_are_several(monkeypatch, environment, shown):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert roll_call.speaker() == shown
-
-
 def failure(exitcode: int) -> ChildFailedError:
     return ChildFailedError("train", {1: ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")})
 

@@ -59,11 +59,6 @@ def test_where_no_frame_shows_who_waits_the_one_that_missed_a_collective_is_the_
     assert list(found) == [3] and "in phase 'train': others are in a collective of tp2 without it" in found[3]
 
 
-def test_of_several_that_seem_to_wait_for_nobody_the_one_that_missed_a_collective_is_the_one():
-    ranks = {0: report(world=5), 1: report(waits=False, world=5), 2: report(waits=False, world=4)}
-    assert list(hanging(ranks, frozenset())) == [2]
-
-
 def test_a_world_of_one_hangs_by_itself():
     assert list(hanging({0: report()}, frozenset())) == [0]
 
@@ -117,13 +112,6 @@ def test_a_rank_that_hangs_under_torchrun_is_named_with_every_ranks_stack_and_th
     assert time.monotonic() - started < 200 and ended.returncode != 0
     assert_named_with_stacks(tmp_path / "run", rank, "0.1", ended.stderr)
     assert "exitcode  : 5" in ended.stderr
-
-
-@pytest.mark.full
-def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
-    hung(data, tmp_path / "run", "sleeps in the start", 1)
-    verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
-    assert ": rank 1 on " in verdict and "rank 0 on" not in verdict
 
 
 def copies(directory: Path) -> None:
@@ -181,12 +169,6 @@ def test_whatever_loads_and_saves_counts_the_files_that_it_moves(ranks, data, tm
     notes = (tmp_path / "notes").read_text().split("\n")
     expected = {"read True", "write_now True", "_finalize True True"}
     assert expected == {note for note in notes if note}
-
-
-def test_a_run_that_is_refused_while_it_is_built_leaves_no_directory(tmp_path):
-    with pytest.raises(RuntimeError), watchdog.watched(0, 1, tmp_path / "run" / "stacks", 60.0):
-        raise RuntimeError
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.full

@@ -7,18 +7,15 @@ import math
 import re
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_selfdistill.config import EvaluationConfig
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.calibration import (
     Calibration,
     Confidence,
     calibration,
-    separation,
     split_confidence,
 )
 
@@ -62,21 +59,11 @@ def test_every_number_equals_its_definition(responses):
         assert number is None if expected is None else number == pytest.approx(float(expected), abs=1e-14), name
 
 
-def test_the_last_bin_has_the_certain_responses_too():
-    found = calibration([Confidence.stated(1.0), Confidence.stated(0.9)], [False, True])
-    assert found is not None and found.ece == pytest.approx(0.45)
-
-
 def test_long_responses_are_ordered_although_their_probabilities_are_0():
     better, worse = (Confidence.of_log_probs([-0.5] * length) for length in (2000, 2001))
     assert better.value == worse.value == 0
     assert calibration([better, worse], [True, False]).spr == 1
     assert calibration([better, worse], [False, True]).spr == 0
-
-
-@pytest.mark.parametrize("right", [[True, True], [False, False], []])
-def test_there_is_no_separation_without_right_and_wrong_responses(right):
-    assert separation(np.array([0.2, 0.9][: len(right)]), np.array(right, dtype=bool)) is None
 
 
 def test_an_unknown_confidence_gives_no_numbers():
@@ -122,15 +109,3 @@ def test_a_pattern_of_ones_own_may_capture_what_is_no_number():
     assert split_confidence("7 [sure]", pattern) == (None, "7 [sure]")
     assert split_confidence("7 [nan]", re.compile(r"\[(nan)\]")) == (None, "7 [nan]")
     assert split_confidence("7 [1]", None) == (None, "7 [1]")
-
-
-@pytest.mark.parametrize("pattern", [r"sure(\d", "*"])
-def test_a_pattern_that_is_no_regular_expression_is_refused(pattern):
-    with pytest.raises(ConfigError, match=rf"^evaluation\.confidence={re.escape(pattern)}: "):
-        EvaluationConfig(confidence=pattern).check(None)
-
-
-def test_a_pattern_without_a_number_is_refused():
-    with pytest.raises(ConfigError, match=r"^evaluation\.confidence must have a group .* got 'sure \(\?:\\\\d\)'"):
-        EvaluationConfig(confidence=r"sure (?:\d)").check(None)
-    assert EvaluationConfig(confidence=None).confidence_pattern is None

@@ -18,12 +18,6 @@ def test_only_right_answers_count_and_white_space_does_not():
     assert distinct_right(answers, [False] * 5) == distinct_right([], []) == 0
 
 
-def test_4grams_within_responses_are_compared_over_responses():
-    assert distinct_grams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [9, 9, 9, 9, 9]]) == 3 / 5
-    assert distinct_grams([[1, 2, 3], [4, 5, 6]]) is None
-    assert distinct_grams([]) is None
-
-
 @given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=5))
 def test_distinct_4_equals_its_definition(responses):
     found = [tuple(tokens[i : i + 4]) for tokens in responses for i in range(len(tokens) - 3)]

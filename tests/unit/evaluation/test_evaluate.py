@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from answers import problem_with
@@ -19,7 +18,7 @@ from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_selfdistill.config import Config, EvaluationConfig
+from megatron_selfdistill.config import EvaluationConfig
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.fitted_prompts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
@@ -184,17 +183,6 @@ def test_each_problem_has_its_verdicts_and_answers():
     assert result.metrics("test")["test/avg_at_6"] == result.sampled_accuracy
 
 
-def test_an_evaluation_without_majorities_reads_no_votes(monkeypatch):
-    from megatron_selfdistill.evaluation import held_out as module
-
-    with_votes = run(sums(), majority_at_k=[])
-    assert any(verdict.answer is not None for problem in with_votes.problems for verdict in problem.samples)
-    monkeypatch.setattr(module, "voted_answer", None)  # a run that evaluates while it trains asks for none
-    without = run(sums())
-    assert all(verdict.answer is None for problem in without.problems for verdict in problem.samples)
-    assert without.metrics("test") == with_votes.metrics("test")
-
-
 def test_transcripts_are_what_was_read_and_written():
     result = run(sums(3), num_transcripts=2, num_samples=1, pass_at_k=[1])
     assert [(t.problem_id, t.sample) for t in result.transcripts] == [
@@ -254,12 +242,6 @@ def test_without_samples_only_greedy_is_reported():
     assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
     names = "accuracy mean_length truncated_share loop_share quoted_hint_share ece brier spr ocg stated_confidence"
     assert result.metrics().keys() == {f"evaluation/greedy_{name}" for name in names.split()}
-
-
-def test_metrics_are_flat_numbers():
-    metrics = run(sums()).metrics("test")
-    assert metrics["test/pass_at_4"] > metrics["test/sampled_accuracy"] > 0
-    assert all(isinstance(value, float) for value in metrics.values())
 
 
 class Reciting(FakeSampler):
@@ -536,20 +518,6 @@ def test_what_is_overlooked_is_said_without_responses_of_a_private_log_and_only_
     one_right = run(sums(), sampler=Talkative(), verifier=lambda text, problem: problem.id == "p0", max_length=1000)
     assert one_right.overlooked is None
     assert run([problem_with("163")], verifier=lambda *_: False, sampler=Silent()).overlooked is None
-
-
-@pytest.mark.parametrize(("show_contents", "num_lines"), [(True, 4), (False, 1)])
-def test_the_log_of_a_run_says_what_its_verifier_overlooked(monkeypatch, show_contents, num_lines):
-    from megatron_selfdistill import trainer as module
-
-    result, messages, logged = run(sums(), sampler=Talkative(), max_length=1000), [], []
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: result)
-    config = Config(evaluation=EvaluationConfig(verifier="exact_match"))
-    it = MagicMock(step=3, config=config)
-    it.run_data.builder.show_contents = show_contents
-    it.log.message, it.log.log_evaluation = messages.append, lambda step, metrics: logged.append(step)
-    assert module.Trainer.evaluate(it) is result and logged == [3]
-    assert len(messages) == num_lines and "set evaluation.verifier=math_verify" in messages[0]
 
 
 class Silent(FakeSampler):

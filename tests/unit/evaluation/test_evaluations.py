@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from megatron_selfdistill.evaluation.evaluations import (
     read_evaluation,
     write_evaluation,
 )
-from megatron_selfdistill.evaluation.tables import first_metrics, show_comparison, show_summary
+from megatron_selfdistill.evaluation.tables import show_comparison
 
 RNG_SEED = 7
 
@@ -153,43 +152,6 @@ def test_what_is_written_is_read_back(tmp_path):
     }  # fmt: skip
 
 
-def test_a_single_problem_is_shown_without_intervals(tmp_path, capsys):
-    summary = read_evaluation(write(tmp_path / "a", [[True, False, True]], num_samples=2)).summary
-    assert summary["intervals"] == {}
-    show_summary(summary | {"model": {"path": "model", "iteration": 7}}, "done")
-    shown = capsys.readouterr().out
-    assert "model, iteration 7" in shown and "1 problem, 2 samples each" in shown
-    assert "greedy_accuracy │ 1.000" in " ".join(shown.split()) and "avg_at_2 │ 0.500" in " ".join(shown.split())
-
-
-FIRST = "greedy_accuracy avg_at_4 pass_at_2 majority_at_2 sampled_mean_length sampled_truncated_share".split()
-
-
-def rows_of(shown: str) -> list[str]:
-    return re.findall(r"^│ ([a-z0-9_]+) +│", shown, re.MULTILINE)
-
-
-def test_an_evaluation_and_a_comparison_show_six_metrics(tmp_path, capsys):
-    summary = read_evaluation(write(tmp_path / "a", outcomes_of(1))).summary
-    about = {"model": {"path": "model", "iteration": None}, "settings": {"num_samples": 4}}
-    show_summary(summary | about, "done")
-    assert rows_of(capsys.readouterr().out) == FIRST
-    a, b = (read_evaluation(write(tmp_path / str(seed), outcomes_of(seed))) for seed in (1, 2))
-    show_comparison(compare(a, b))
-    assert rows_of(capsys.readouterr().out) == FIRST
-
-
-@pytest.mark.parametrize("ks", [(1, 4, 16), (16, 2)])
-def test_the_largest_k_is_shown_first_and_by_its_number(ks):
-    names = ["greedy_accuracy", *(f"{rate}_at_{k}" for rate in ("pass", "pass_over_avg", "majority") for k in ks)]
-    assert first_metrics(names) == ["greedy_accuracy", "pass_at_16", "majority_at_16"]
-
-
-def test_without_samples_the_greedy_responses_are_shown_first():
-    names = "greedy_accuracy greedy_mean_length greedy_truncated_share".split()
-    assert first_metrics([*names, "greedy_ece", "greedy_brier"]) == names
-
-
 def test_problems_are_paired(tmp_path):
     """Ease that scatters over problems is the same for both models, and leaves the interval of their difference."""
     a = write(tmp_path / "a", outcomes_of(1))
@@ -269,17 +231,6 @@ def test_a_directory_without_a_whole_evaluation_is_refused(tmp_path):
         read_evaluation(directory)
     (directory / PROBLEMS).unlink()
     with pytest.raises(ConfigError, match=f"got no {PROBLEMS}"):
-        read_evaluation(directory)
-
-
-@pytest.mark.parametrize("name", [SUMMARY, PROBLEMS])
-@pytest.mark.parametrize(
-    "odd", [b"[1]", b"{}", b"\xff", b"[" * 100_000, b'{"greedy": [], "samples": 3}'], ids=lambda odd: repr(odd[:9])
-)
-def test_an_odd_file_of_an_evaluation_is_refused_by_its_name(tmp_path, name, odd):
-    directory = write(tmp_path / "a", outcomes_of(1, 1))
-    (directory / name).write_bytes(odd + b"\n")
-    with pytest.raises(ConfigError, match=r"expected the files of an evaluation in .*/a, got other files"):
         read_evaluation(directory)
 
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 from answers import problem_with
 
-from megatron_selfdistill.config import EvaluationConfig
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
 
@@ -135,14 +133,6 @@ def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
     (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_verifier("lab_verifiers.even")("4", problem_with(None))
-    for name, message in [
-        ("lab_verifiers.odd", "no attribute 'odd'"),
-        ("lab_verifiers.limit", "which is a int"),
-        ("no_such_lab.even", "PYTHONPATH"),
-        ("exactmatch", "must be exact_match, math_verify or the dotted path"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            load_verifier(name)
 
 
 @pytest.mark.parametrize("verdict", ["no", (False, "reason"), None, 0.5])
@@ -172,11 +162,3 @@ def test_a_verdict_of_a_user_may_be_a_number_or_of_another_library(verdict, monk
 )
 def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
     assert module.mentions_answer(response, problem_with(answer)) is mentions
-
-
-def test_the_default_verifier_takes_answers_in_a_sentence():
-    assert load_verifier(EvaluationConfig().verifier)("so the answer is 163.", problem_with("163"))
-
-
-def test_the_built_in_verifiers_have_names():
-    assert load_verifier("exact_match") is exact_match and load_verifier("math_verify") is math_verify

@@ -16,7 +16,7 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedState
 from megatron_selfdistill.guidance.success_rates import PROBE_EVERY, WINDOW, Guidance, SuccessRates
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicyOptions

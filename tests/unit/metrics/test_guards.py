@@ -6,17 +6,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from unittest.mock import MagicMock
 
 import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import (
-    Config,
     EntropyGuards,
     GuardsConfig,
-    OptimizerConfig,
-    RolloutConfig,
     from_mapping,
     load,
 )
@@ -25,10 +21,9 @@ from megatron_selfdistill.metrics.first_checks import (
     check_teacher_canary,
     first_step_warnings,
     warning_of_a_silent_teacher,
-    warning_of_an_untrained_step,
 )
 from megatron_selfdistill.metrics.guards import Guards, RunUnhealthy, student_samples
-from megatron_selfdistill.rollout.factory import engines_of
+from megatron_selfdistill.metrics.step_warnings import warning_of_an_untrained_step
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)
 WARNS = dataclasses.replace(CONFIG, max_loop_rise=None)
@@ -239,15 +234,6 @@ def test_a_resumed_run_warns_of_loops_as_if_it_had_never_stopped(killed_at):
     assert warned_at(after, shares, killed_at) == [4]
 
 
-def test_the_warning_of_loops_says_what_was_expected_and_what_to_do():
-    guards = Guards(WARNS, student_samples=True)
-    assert warned_at(guards, [0.1, 0.2, 0.3, 0.31]) == []
-    [text] = guards.warnings({"response/loop_share": 0.31})
-    assert text.startswith("warning: more responses end in a loop than at the start: expected a response/loop_share")
-    assert "at most 0.30 (0.1 above the mean of the first 3 steps), got 0.31 after 2 such steps" in text
-    assert "optimizer.lr" in text and "\n" not in text
-
-
 @pytest.mark.parametrize("max_loop_rise", [0.5, 0.25])
 def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_loop_rise):
     """The mean of the first three shares is .25."""
@@ -268,28 +254,6 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
 )
 def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wanted):
     assert student_samples(load([*keys, "run_dir=x"])) == wanted
-
-
-def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
-    before, after = Guards(CONFIG, ENGINES), Guards(CONFIG, ENGINES)
-    assert stopped_at(before, distances(9.0)) is None
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    assert stopped_at(after, distances(9.0)) is not None
-
-
-@pytest.mark.parametrize(
-    ("rollout", "engines"),
-    [
-        ({}, "the sampler in process"),
-        ({"engine": "vllm"}, "the vLLM engines on the trainer's ranks"),
-        ({"engine": "vllm", "placement": "server", "servers": ["http://a:1", "http://b:2"]}, "http://a:1, http://b:2"),
-        ({"engine": "vllm", "placement": "server", "num_servers": 2}, "with logs in runs/x/servers"),
-        ({"replay": "responses.jsonl"}, None),
-    ],
-)
-def test_a_message_names_the_engines_unless_the_responses_are_those_of_another_run(rollout, engines):
-    named = engines_of(dataclasses.replace(Config(), rollout=RolloutConfig(**rollout), run_dir="runs/x"))
-    assert named is None if engines is None else engines in str(named)
 
 
 @pytest.mark.parametrize("only", ["min_ratio", "max_ratio"])
@@ -379,37 +343,8 @@ def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher
     assert not warns or ("data.teacher_template" in warning and "\n" not in warning)
 
 
-def test_the_run_warns_after_its_first_step_only(monkeypatch):
-    from megatron_selfdistill import trainer as module
-    from megatron_selfdistill.sources.source import StepBatch
-    from megatron_selfdistill.trainer import AccumulatedBatch
-
-    messages = []
-    run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9, optimizer=OptimizerConfig(lr=1e-3)))
-    run.log.message = messages.append
-    metrics = {"loss/reverse_kl": 1e-9, "tokens/response": 8, "response/truncated_share": 0.5}
-    run.after_step, run._completed.return_value = [module.warn], metrics
-    for _ in range(3):
-        module.Trainer.finish_step(run, [AccumulatedBatch(StepBatch(), None, None)], {})
-        silent, cut = messages
-        assert silent.startswith("warning: the mean KL of the first step is 1.0e-09")
-        assert cut.startswith("warning: 50% of the responses of the first step are cut")
-
-
 FIRST = {"student_nll": 2.3, "entropy/student": 2.4, "response/truncated_share": 0.9, "response/loop_share": 0.4}
 FIRST |= {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.031}
-
-
-def test_a_first_step_that_can_teach_little_warns_with_the_keys_to_try():
-    wander, cut, looping, little = first_step_warnings(Config(), FIRST)
-    assert "got 2.4 and 2.3; try rollout.temperature=0.7" in wander
-    assert "90% of the responses" in cut and "rollout.max_new_tokens=512" in cut
-    assert "40% of the responses of the first step end in a loop, expected at most 10%" in looping
-    assert "a rollout.temperature above 1" in looping and "data.chat_template" in looping
-    assert "lets 3.1% of the hint through, expected at least 10%" in little
-    keys = ("target.teacher_weight above 0.75", "target.anchor=student", "loss.divergence=forward_kl")
-    assert all(key in little for key in keys)
-    assert all(line.startswith("warning: ") and "\n" not in line for line in (wander, cut, looping, little))
 
 
 @pytest.mark.parametrize(
@@ -443,42 +378,11 @@ def test_a_number_in_its_bounds_or_of_other_samples_is_no_warning(keys, metrics,
     assert len(first_step_warnings(load([*keys, "run_dir=x"]), FIRST | metrics)) == number
 
 
-def test_a_divergence_that_is_set_is_not_proposed():
-    (text,) = first_step_warnings(
-        load(["run_dir=x", "loss.divergence=forward_kl"]), {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.09}
-    )
-    assert text.endswith("target.anchor=student (equal at the first step, then it follows the student)")
-
-
 TRAINED = {"tokens/response": 40.0, "loss/mean": 0.1}
 
 
 def warning(metrics: dict[str, float], *keys: str) -> str | None:
     return warning_of_an_untrained_step(from_mapping(OmegaConf.from_dotlist(list(keys))), 3, metrics)
-
-
-@pytest.mark.parametrize(
-    ("metrics", "keys", "words"),
-    [
-        ({"correction/weight_mean": 0.0}, ["loss.skip_first_tokens=50"], "look at loss.skip_first_tokens=50"),
-        (
-            {"terms/silent_share": 1.0},
-            [
-                "method.name=grpo",
-                "evaluation.verifier=exact_match",
-                "rollout.num_samples=2",
-                "loss.skip_first_tokens=2",
-            ],
-            "look at loss.skip_first_tokens=2, method.name=grpo (equal rewards train nothing), "
-            "evaluation.verifier=exact_match",
-        ),
-        ({"terms/silent_share": 1.0}, ["data.on_long_context=drop"], "look at data.on_long_context=drop"),
-    ],
-)
-def test_a_step_whose_tokens_all_have_no_weight_is_a_warning_with_the_keys_that_can_cause_it(metrics, keys, words):
-    text = warning(TRAINED | metrics, *keys) or ""
-    assert text.startswith("warning: step 3 trains on nothing") and "got 40 tokens without one" in text
-    assert text.endswith(words)
 
 
 def test_a_step_without_any_response_is_a_warning():

@@ -11,12 +11,9 @@ import pytest
 import torch
 from loops import loops
 
-from megatron_selfdistill.config import MetricsConfig, from_mapping
+from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics import rollout_metrics
 from megatron_selfdistill.metrics.leakage import (
-    MAX_PERIOD,
     LeakCounts,
     are_one_hint,
     ends_in_loop,
@@ -26,9 +23,11 @@ from megatron_selfdistill.metrics.leakage import (
     word_counts,
     word_pattern,
 )
+from megatron_selfdistill.metrics.step import rollout_metrics
 
 ONE_RANK = SimpleNamespace(is_first_of_replica=True, world_size=1, device=torch.device("cpu"))
 WORDS = ["hint", "reference solution"]
+TOKENIZER = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(chr(i) for i in ids if i))  # 0 is special
 
 
 def ids(text: str) -> list[int]:
@@ -47,8 +46,7 @@ def contexts() -> list[ContextPair]:
 
 
 def leakage_metrics(contexts, words, grid):
-    texts = ["".join(chr(i) for i in context.response if i) for context in contexts]  # token 0 is special
-    found = rollout_metrics([], grid, leaks=leak_counts(contexts, texts, words))
+    found = rollout_metrics([], grid, leaks=leak_counts(contexts, words, TOKENIZER))
     assert found.pop("tokens/rollout") == 0
     return found
 
@@ -107,7 +105,7 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
         ContextPair(str(i), student, teacher, ids(text), False)
         for i, (student, (teacher, text)) in enumerate(zip(students, pairs, strict=True))
     ]
-    counts = leak_counts(contexts, [""] * 4, [])
+    counts = leak_counts(contexts, [], TOKENIZER)
     assert (counts.quoting, counts.hinted) == (1, 2)
     assert leakage_metrics(contexts, [], ONE_RANK)["response/quoted_hint_share"] == 0.5
     assert "response/quoted_hint_share" not in leakage_metrics(contexts[:2], [], ONE_RANK)
@@ -129,10 +127,6 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
 )
 def test_words_are_whole_words_in_either_case(text, count):
     assert word_counts(text, 50, word_pattern(WORDS)) == LeakCounts(words=count, tokens=50)
-
-
-def test_a_loop_that_repeats_a_phrase_counts_once():
-    assert word_counts("the reference  solution " * 20 + "reference\nsolution", 99, word_pattern(WORDS)).words == 1
 
 
 @pytest.mark.parametrize("text", ["Tea is a drink with a hint of flavor.", "Hints of lemon.", "a solution of salt"])
@@ -169,12 +163,6 @@ def test_what_cannot_be_counted_has_no_key():
     assert leakage_metrics([], WORDS, ONE_RANK) == {}
 
 
-@pytest.mark.parametrize("words", [[""], ["hint", "  "]])
-def test_a_list_with_anything_but_words_is_refused(words):
-    with pytest.raises(ConfigError, match=r"metrics\.leak_words(\[0\] must be a text| must hold words)"):
-        from_mapping({"metrics": {"leak_words": words}})
-
-
 @pytest.mark.parametrize("length", [0, 1, 2, 23, 24, 25, 26])
 def test_every_short_end_of_two_tokens_loops_as_defined(length):
     """All ends of up to 6 tokens, behind each part of up to 3 tokens that repeats."""
@@ -203,16 +191,6 @@ def test_random_responses_loop_as_defined():
             found.append(ends_in_loop(tokens))
             assert found[-1] == loops(tokens), tokens
     assert 0.2 < sum(found) / len(found) < 0.8
-
-
-def test_the_shortest_loop_and_what_is_too_short_or_too_long():
-    stop = 999
-    assert ends_in_loop([7] * 24) and ends_in_loop([1, 2] * 12) and ends_in_loop([*range(9)] * 3)
-    assert not ends_in_loop([7] * 23) and not ends_in_loop([*range(9)] * 2 + [*range(8)])
-    longest = [*range(MAX_PERIOD)] * 3
-    assert MAX_PERIOD == 64 and ends_in_loop(longest) and ends_in_loop([5, 5, 6, *longest, stop])
-    assert not ends_in_loop(longest[1:]) and not ends_in_loop([*range(MAX_PERIOD + 1)] * 9)
-    assert not ends_in_loop([]) and not ends_in_loop([stop])
 
 
 def test_one_stop_token_hides_no_loop_and_two_tokens_do():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,14 +16,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_selfdistill.checkpoint.run_log import read_evaluation_samples
 from megatron_selfdistill.evaluation.evaluation_result import Transcript
-from megatron_selfdistill.metrics import (
-    COLUMNS,
-    MetricsLog,
-    phase_lines,
-    read_metrics,
-)
+from megatron_selfdistill.metrics import console
+from megatron_selfdistill.metrics.log import MetricsLog
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics
 
 TENSORBOARD = ["tensorboard"]
 
@@ -138,21 +133,6 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
     assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
 
 
-EVERY_COLUMN = {
-    "loss/mean": 0.1,
-    "entropy/student": 0.2,
-    "k/mean": 1.4,
-    "top1_agreement": 0.9,
-    "response/length_mean": 20.0,
-    "response/truncated_share": 0.5,
-    "rewards/mean": 0.25,
-    "episodes/turns_mean": 2.5,
-    "gradient_norm": 1.5,
-    "learning_rate": 1e-6,
-    "seconds/step": 3.25,
-}
-
-
 def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
     with MetricsLog(tmp_path, num_steps=9, output=output) as log:
@@ -160,17 +140,6 @@ def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
         for step in (1, 2, 3):
             log.log(step, metrics)
     return output.file.getvalue().splitlines()
-
-
-def test_every_column_of_the_console_is_explained(tmp_path):
-    line = console_lines(tmp_path, EVERY_COLUMN)[-1]
-    place, *columns = line.split("  ")
-    assert place.endswith(" left:") and len(columns) == len(EVERY_COLUMN)
-    explained = dict(re.findall(r"^  (\S+) +(\S.*)$", COLUMNS, re.MULTILINE))
-    assert explained.keys() == {column.rpartition(" ")[0] for column in columns} | {"left"}
-    for (key, value), column in zip(EVERY_COLUMN.items(), columns, strict=True):
-        label, _, shown = column.rpartition(" ")
-        assert float(shown) == value and explained[label].endswith(f"({key})")
 
 
 def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path):
@@ -182,31 +151,18 @@ def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of `Pace`; what is returned moves it on."""
     now = [1000.0]
-    monkeypatch.setattr(phase_lines.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
 @pytest.mark.parametrize("done", [0, 40])
 def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypatch, done):
-    wait, speed, left = clock(monkeypatch), phase_lines.Pace(done + 20), []
+    wait, speed, left = clock(monkeypatch), console.Pace(done + 20), []
     for step, seconds in enumerate([315.0, 2.0, 4.0, 3.0], done + 1):
         wait(seconds)
         speed.advance(step)
         left.append(speed.left)
     assert left == ["", "", "0:51 left", "0:48 left"]
-
-
-def test_the_time_left_counts_hours(monkeypatch):
-    wait, speed = clock(monkeypatch), phase_lines.Pace(1003)
-    for step in (1, 2, 3):
-        wait(7.509)
-        speed.advance(step)
-    assert speed.left == "2:05:09 left"
-
-
-def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
-    _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
-    assert [" left" in line for line in lines] == [False, False, True]
 
 
 def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):

@@ -13,7 +13,9 @@ import yaml
 
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.metrics import MetricsLog, loggers, read_metrics
+from megatron_selfdistill.metrics import loggers
+from megatron_selfdistill.metrics.log import MetricsLog
+from megatron_selfdistill.metrics.run_log import read_metrics
 from tests.unit.metrics.test_samples import MARKED
 
 RECORDED, FAILING, LEAVING, NO_START = (
@@ -98,9 +100,3 @@ def test_a_logger_that_cannot_start_ends_all_ranks_with_one_message(ranks, data,
     found = ranks.run(tiny_run.start_and_listen, arguments, world_size=2, init_process_group=False)
     assert [status for status, _ in found] == [2, 2]
     assert sum(output.count("cannot start: ConnectionError: no answer") for _, output in found) == 1
-
-
-@pytest.mark.parametrize("name", ["nowhere.Logger", "recorded_logger.Nothing", "recorded_logger.CALLS"])
-def test_a_dotted_path_without_a_function_is_refused_where_the_logger_starts(tmp_path, name):
-    with log_of(tmp_path, name) as log, pytest.raises(ConfigError, match=rf"{name} cannot start: .* dotted path .*"):
-        log.resume(0)

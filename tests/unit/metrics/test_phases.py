@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,9 @@ from rich.console import Console
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log, phase_lines
-from megatron_selfdistill.metrics import phases as metrics_phases
-from megatron_selfdistill.metrics.phases import duration
+from megatron_selfdistill.metrics import phase_lines, phase_progress
+from megatron_selfdistill.metrics.log import MetricsLog, configured_log
+from megatron_selfdistill.metrics.phases import Phases
 
 
 def console(*, terminal: bool) -> Console:
@@ -45,7 +44,7 @@ def shown(tmp_path: Path, output: Console, done: int = 0) -> Iterator[tuple[Metr
 def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of the progress; what is returned moves it on."""
     now = [1000.0]
-    monkeypatch.setattr(metrics_phases.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(phase_progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 1e6)  # the tests tick
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
@@ -91,7 +90,7 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
 
 def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
     shown_lines: list[str] = []
-    progress = metrics_phases.PhaseProgress()
+    progress = phase_progress.PhaseProgress()
     lines = phase_lines.SlowPhaseLines(progress, shown_lines.append, at_once=True)
     for name in ("loading the model", "evaluation"):
         progress.entered(name)
@@ -101,30 +100,6 @@ def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
         progress.left()
     seconds = ("0:00", "0:05", "0:10", "0:20", "0:40", "1:20", "2:20")
     assert shown_lines == [f"{name}, {at}" for name in ("loading the model", "evaluation") for at in seconds]
-
-
-def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys):
-    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 0.001)
-    phases = Phases(torch.device("cpu"))
-    with phase_lines.phases_shown(phases, enabled=True), phases("evaluation"):
-        phases.counted(1, 4, "")
-        time.sleep(0.6)
-    out, err = capsys.readouterr()
-    assert out == "" and "evaluation, 1 of 4 responses, 0:0" in err
-    with phase_lines.phases_shown(phases, enabled=False), phases("evaluation"):
-        pass
-    assert capsys.readouterr().err == ""
-
-
-def test_the_lines_of_two_slow_phases_are_a_minute_apart(tmp_path, wait):
-    output = console(terminal=False)
-    with shown(tmp_path, output) as (log, phases):
-        for name in ("rollout", "train"):
-            with phases(name):
-                for _ in range(61):
-                    wait(1)
-                    tick(log)
-    assert text_of(output).splitlines() == ["step 1: rollout, 1:00", "step 1: train, 1:00"]
 
 
 def test_evaluations_and_checkpoints_belong_to_the_steps_done(tmp_path, wait):
@@ -185,7 +160,7 @@ def test_ranks_that_do_not_report_show_nothing(tmp_path, capsys):
         assert phases.listener is None
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
     with configured_log(config, phases, enabled=True):
-        assert isinstance(phases.listener, metrics_phases.PhaseProgress)
+        assert isinstance(phases.listener, phase_progress.PhaseProgress)
 
 
 def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
@@ -198,7 +173,3 @@ def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
         assert printed.wait(20)
         assert any(thread.name == "slow phases" for thread in threading.enumerate())
     assert not any(thread.name == "slow phases" for thread in threading.enumerate())
-
-
-def test_durations_have_hours_only_where_there_are_any():
-    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]

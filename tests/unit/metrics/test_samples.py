@@ -19,15 +19,15 @@ from megatron_selfdistill.config import Config, MetricsConfig
 from megatron_selfdistill.config.due import samples_due
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
-from megatron_selfdistill.metrics import MetricsLog, read_samples
+from megatron_selfdistill.metrics.log import MetricsLog
+from megatron_selfdistill.metrics.run_log import read_samples
+from megatron_selfdistill.metrics.sample_text import console_text, sample_html
 from megatron_selfdistill.metrics.samples import (
     NUMBERS,
     Sample,
     SampleToken,
     SeenHint,
     chosen,
-    console_text,
-    sample_html,
     sample_of,
     seen_hint,
 )
@@ -175,14 +175,6 @@ def test_a_sample_shows_what_its_own_teachers_see_and_names_them():
     assert seen_hint(context("a", [4]), "the hint", None) == SeenHint(""), "a run without a teacher"
 
 
-def test_tokens_without_a_loss_are_not_listed_as_the_largest():
-    numbers = {name: [1.0, 1.0] for name in NUMBERS} | {"loss": [0.0, 0.0]}
-    equal = sample_of(context("a", [4, 5]), SeenHint(""), numbers, Letters())
-    assert "largest loss: 0 at every token: teacher and student agree" in console_text(equal, "", coloured=False).plain
-    one = sample_of(context("a", [4, 5]), SeenHint(""), numbers | {"loss": [0.0, 0.5]}, Letters())
-    assert "largest loss: 'f' 0.5 (" in console_text(one, "", coloured=False).plain
-
-
 def test_without_a_teacher_a_response_is_shown_without_marks():
     numbers = {name: [math.nan] for name in NUMBERS} | {"loss": [0.5], "student_log_prob": [-0.5], "status": [0.0]}
     found = sample_of(context("a", [4]), SeenHint(""), numbers, Letters())
@@ -204,28 +196,6 @@ MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), 
 def test_a_terminal_shows_disagreement_in_colours():
     text = shown(MARKED, terminal=True, color_system="standard")
     assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in text
-
-
-@pytest.mark.parametrize("options", [{"terminal": False}, {"terminal": True, "no_color": True}])
-def test_without_colours_the_marks_are_brackets(options):
-    text = shown(MARKED, **options)
-    assert "so[- 137-]{+ now+} or" in text
-    assert "[-less likely-] or {+more likely+} by 1 nat or more for the teacher" in text
-    assert "step 3, sample 1 of 2: problem p7" in text and "prompt: 1+1=" in text and "hint: two" in text
-
-
-def test_the_tokens_with_the_largest_loss_are_named_with_what_it_is_made_of():
-    text = console_text(MARKED, "", coloured=False).plain
-    assert "largest loss: ' 137' 2 (teacher - student -3.20, k 1.25, matched), " in text
-
-
-def test_tensorboard_keeps_the_marks_and_shows_texts_as_they_are():
-    """By the function with which TensorBoard cleans what it shows: it would strip colours."""
-    from tensorboard.plugin_util import markdown_to_safe_html
-
-    tokens = token("a *b*\n\n# c <i> &amp;"), token(" 137", -3.2), token(" now", 1.5), token("```")
-    page = markdown_to_safe_html(sample_html(sample(*tokens, solution="- one\n\n- two")))
-    assert "a *b*\n\n# c &lt;i&gt; &amp;amp;[- 137-]{+ now+}```\n" in page and "hint: - one\n\n- two\n" in page
 
 
 def test_what_could_steer_a_terminal_is_shown_as_its_escape():
@@ -260,24 +230,6 @@ def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
             log.log_samples(step, lambda: [MARKED, MARKED])
 
 
-def test_a_resumed_run_writes_no_sample_twice(tmp_path):
-    log_samples(tmp_path, range(1, 6), done=0)  # killed after step 5; the checkpoint is of step 3
-    log_samples(tmp_path, range(4, 6), done=3)
-    assert [record["step"] for record in read_samples(tmp_path)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    log_samples(tmp_path, range(1, 2), done=0)
-    assert [record["step"] for record in read_samples(tmp_path)] == [1, 1]
-
-
-def test_numbers_that_json_lacks_are_written_as_texts(tmp_path):
-    with MetricsLog(tmp_path, num_steps=1, console_every=0) as log:
-        log.resume(0)
-        log.log_samples(1, lambda: [sample(token("a", 0.0, loss=math.inf), token("b", math.nan))])
-    line = (tmp_path / "samples.jsonl").read_text()
-    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    [record] = read_samples(tmp_path)
-    assert record["tokens"]["loss"] == ["inf", 0.1] and record["tokens"]["teacher_log_prob"] == [-2.0, "nan"]
-
-
 def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -305,13 +257,6 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
         log.resume(3)
         log.log_samples(4, broken)
     assert "the samples of step 4 are not shown" in caplog.text
-
-
-def test_only_the_reporter_makes_samples(tmp_path):
-    with MetricsLog(tmp_path / "run", num_steps=9, enabled=False) as log:
-        log.resume(0)
-        log.log_samples(1, lambda: pytest.fail("made on another rank"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
@@ -370,18 +315,3 @@ def test_a_sample_is_what_was_recorded_behind_what_the_data_has(own_data, one):
             problems[problem_id]["problem"],
             problems[problem_id]["solution"],
         )
-
-
-def start_where_nothing_can_be_gathered(arguments: list[str]) -> int:
-    from megatron_selfdistill.metrics import samples
-
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("numbers were gathered")
-
-    return tiny_run.start_with(arguments, samples, "token_numbers", refuse)
-
-
-def test_a_run_without_samples_gathers_and_writes_nothing(ranks, own_data, tmp_path):
-    arguments = tiny_run.overrides(own_data, tmp_path / "run", "num_steps=1", "metrics.show_samples=0")
-    tiny_run.train(ranks, arguments, start=start_where_nothing_can_be_gathered)
-    assert (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "samples.jsonl").exists()

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from host_traffic import host_traffic
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.metrics import step_metrics
-from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths
+from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths, step_metrics
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
 VOCAB_SIZE, LENGTHS = 40, [1, 37, 9, 100, 0, 10, 63, 23]
@@ -176,10 +174,3 @@ def test_short_responses_leave_tenths_empty():
     output, _ = output_of_rank()
     keys = metrics_of(output, [1] * NUM_TOKENS).keys()
     assert {key for key in keys if key.startswith("reverse_kl/")} == {"reverse_kl/tenth_01"}
-
-
-def test_the_metrics_wait_for_the_device_once():
-    output, lengths = output_of_rank()
-    with host_traffic() as found:
-        metrics_of(output, lengths)
-    assert [line.partition(" at ")[0] for line in found] == ["tolist"]

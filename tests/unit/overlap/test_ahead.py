@@ -15,7 +15,7 @@ import torch
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.overlap.ahead import AheadOnPolicy, synced_sampler
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.source import SourceState

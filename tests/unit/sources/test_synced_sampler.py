@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import torch
 
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 

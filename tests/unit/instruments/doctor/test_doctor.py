@@ -30,18 +30,6 @@ def test_a_bare_python_gets_a_report_and_every_fix(tmp_path):
     assert "a run cannot start here: torch, megatron-core, psutil" in report.stdout
 
 
-@pytest.mark.full
-def test_the_report_of_a_node_that_can_run_has_a_line_for_each_package():
-    report = subprocess.run([sys.executable, str(DOCTOR)], capture_output=True, text=True, timeout=600)
-    assert report.returncode == 0, report.stdout + report.stderr
-    for words in ("python", "megatron-core", "psutil", "transformer-engine", "a run can start here"):
-        assert words in report.stdout
-    import megatron.core
-
-    [line] = [line for line in report.stdout.splitlines() if line.startswith("megatron-core ")]
-    assert line.startswith(f"megatron-core           ok       {megatron.core.__version__}")
-
-
 def test_what_is_needed_is_what_setup_installs():
     required, optional = versions.requirements()
     assert required["megatron-core"] == ">=0.16.1,<0.20" and "psutil" in required
@@ -116,12 +104,6 @@ def test_a_package_is_judged_by_its_version_and_its_import(on, python, name, ver
     assert (found.status, found.found) == (status, words) and bool(found.fix) is (status != "ok")
 
 
-def test_libraries_of_the_driver_are_asked_of_a_node_that_has_it():
-    error = "OSError: libcuda.so.1: cannot open shared object file"
-    found = findings.package("transformer-engine", "2.9", ">=2.9", error, required=False)
-    assert found.status == findings.FAILURE and "ask a node with GPUs" in found.fix
-
-
 @pytest.mark.parametrize(
     ("answer", "usable", "ranks", "expected"),
     [
@@ -137,11 +119,6 @@ def test_a_node_whose_gpus_cannot_be_used_cannot_run(monkeypatch, answer, usable
     monkeypatch.setattr(findings.subprocess, "run", lambda *_, **__: done)
     monkeypatch.setattr(findings, "num_gpus", lambda: usable)
     assert {found.name: found.status for found in findings.gpus(ranks)} == expected
-
-
-def test_a_node_without_a_driver_runs_on_its_cpu(monkeypatch):
-    monkeypatch.setattr(findings.shutil, "which", lambda name: None)
-    assert [found.status for found in findings.gpus(8)] == [findings.ABSENT]
 
 
 BROKEN = {
@@ -209,23 +186,6 @@ def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys)
     assert line(doctor.Finding("numpy", "2.4.7")) != plain
     warned = line(doctor.Finding("numpy", "2.4.6", doctor.WARNING))
     assert warned == f"{plain.rstrip()}; warnings about numpy\n"
-
-
-def test_in_brief_a_node_that_cannot_run_says_only_why(capsys):
-    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "pip install torch")
-    assert doctor.brief([doctor.Finding("python", "3.11", short="3.11"), failure]) == 1
-    line = capsys.readouterr().out
-    assert line.endswith(": FAILURE: torch: not installed -> pip install torch\n") and line.count("\n") == 1
-
-
-def test_the_line_of_a_sound_node_has_its_versions(monkeypatch, capsys):
-    monkeypatch.setattr(findings, "_started", lambda name: None)
-    monkeypatch.setattr(findings, "_result", lambda child, deadline: ("", ""))
-    assert doctor.main(["--brief", "--ranks", "4"]) == 0
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1
-    for words in (": ok; python 3.", "megatron-core 0.", "vllm ", "other packages "):
-        assert words in line
 
 
 @pytest.mark.parametrize(("local_rank", "asked"), [("0", [8]), ("5", [])])

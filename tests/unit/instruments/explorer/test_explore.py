@@ -20,9 +20,7 @@ from summed_target import matching_beta
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.explorer import explore_command as tool
-from megatron_selfdistill.instruments.explorer.explore_command import given_text
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0.1", "target.teacher_weight=2")
@@ -132,55 +130,10 @@ def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the
         assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
 
 
-def test_a_configuration_that_cannot_be_used_is_one_sentence(tmp_path, capsys):
-    for text in ("data: {", "\xff", "[" * 3000, "7"):
-        (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
-        assert tool.main([str(tmp_path), *TEXTS]) == 2
-        assert "expected the configuration of a run in" in capsys.readouterr().err
-    for section in ("data", "checkpoint", "teacher"):
-        (tmp_path / "config.yaml").write_text(f"{section}: [3]", encoding="utf-8")
-        assert tool.main([str(tmp_path), *TEXTS]) == 2
-        assert f"expected the keys of section {section} in" in capsys.readouterr().err
-
-
-REFUSALS = {
-    "no file": (["--problem", "nope.txt"], "--problem: expected a text or a file, got nope.txt, which does not exist"),
-    "an empty text": (["--solution", "  "], "--solution: expected a text, got only white space"),
-    "a key that an option sets": (["data.path=x.jsonl"], "data.path cannot be set here: use --problem and --solution"),
-    "no target": (
-        ["method.name=sft"],
-        "expected a method with a target, such as method.name=default, got method.name=sft",
-    ),
-    "a directory": (["--out", "."], "--out: expected a file, got the directory ."),
-    "an iteration of a Hugging Face model": (["--iteration", "3"], "--iteration chooses among Megatron checkpoints"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_bad_input_gets_one_sentence(directory, capsys, name):
-    changes, message = REFUSALS[name]
-    assert tool.main([str(directory / "hf"), *TEXTS, *changes]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_missing_checkpoint_is_refused(directory, capsys):
-    assert tool.main([str(directory / "nowhere"), *TEXTS]) == 2
-    assert "nowhere" in capsys.readouterr().err
-
-
 def test_a_prompt_that_does_not_show_the_solution_is_refused(directory, capsys):
     template = "data.chat_template=\"{% for message in messages %}{{ 'H' }}{% endfor %}\""
     assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, template]) == 2
     assert "expected the student's prompt to show the problem" in capsys.readouterr().err
-
-
-def test_a_text_is_a_file_only_where_the_file_exists(tmp_path):
-    (tmp_path / "a.txt").write_text("from a file", encoding="utf-8")
-    assert given_text("--problem", str(tmp_path / "a.txt")) == "from a file"
-    assert given_text("--problem", "x" * 5000) == "x" * 5000
-    (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="expected a text in UTF-8"):
-        given_text("--problem", str(tmp_path / "b.bin"))
 
 
 def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(monkeypatch):

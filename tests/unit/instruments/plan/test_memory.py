@@ -33,7 +33,6 @@ from megatron_selfdistill.instruments.plan.memory import (
     Load,
     activation_bytes,
     communicators,
-    graphs_gib,
     layer_bytes,
     memory,
     parameter_bytes,
@@ -365,23 +364,6 @@ def test_the_communicators_are_the_groups_with_collectives_in_a_run(ranks, tmp_p
 
 def plan_of(*overrides: str) -> Plan:
     return dry_run(load(["recipe=qwen3_8b", *overrides]))
-
-
-def test_the_reserve_grows_with_communicators_and_the_graphs_of_a_colocated_engine():
-    def reserved(*overrides: str) -> float:
-        (memory,) = plan_of(*overrides).memory
-        assert not memory.rollout or memory.rollout["reserved"] == memory.training["reserved"]
-        return memory.training["reserved"]
-
-    assert reserved() == pytest.approx(3 + 5 * 0.3 + 1), "world, TP, DP, DP with CP, the optimizer's; graphs"
-    assert reserved("rollout.engine=megatron") == pytest.approx(3 + 5 * 0.3)
-    assert reserved("rollout.engine_tp=2") == pytest.approx(reserved() + 0.3)
-    alone = ("cluster.num_gpus=1", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false")
-    assert reserved(*alone, "rollout.engine=megatron") == 3
-    served = ("rollout.placement=server", "rollout.num_servers=1")
-    assert reserved(*served) == pytest.approx(3 + 6 * 0.3), "also the group with the servers"
-    assert reserved(*served, "rollout.transfer=gloo") == pytest.approx(3 + 5 * 0.3)
-    assert [graphs_gib(layers) for layers in (12, 36, 72, 126)] == [1, 1, 2, 3]
 
 
 def test_the_gradient_of_the_output_layer_is_counted_where_the_layer_is_trained():

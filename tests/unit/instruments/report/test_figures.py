@@ -43,13 +43,3 @@ def test_the_page_on_monitoring_has_the_sentences_of_the_figures():
     assert len(shared) >= 10
     for key in shared:
         assert rows[key] == (by_metric[key].healthy, by_metric[key].sick), key
-
-
-def test_a_star_stands_for_numbers_in_their_order():
-    (figure,) = [figure for figure in FIGURES if figure.title == "Several samples per problem"]
-    keys = ["evaluation/pass_at_16", "evaluation/pass_at_2", "evaluation/avg_at_4", "evaluation/majority_at_4"]
-    assert list(figure.present(keys).items()) == [
-        ("evaluation/pass_at_2", "pass@2"),
-        ("evaluation/pass_at_16", "pass@16"),
-        ("evaluation/majority_at_4", "majority@4"),
-    ]

@@ -7,16 +7,12 @@ import json
 import math
 import random
 import shutil
-from pathlib import Path
 
 import pytest
-import yaml
-from reported_runs import NASTY, _sample, blocks_of, write_run
+from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.instruments.report import run_report
 from megatron_selfdistill.instruments.report.figures import GROUPS
-from megatron_selfdistill.instruments.report.run_facts import differences
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.run_report import Curve, curve_of, report_page, write_report
 
@@ -46,28 +42,6 @@ def test_the_curves_are_those_of_the_log(run):
         }
 
 
-def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run):
-    (shown,) = blocks_of(page_of(run))["overview"]["runs"]
-    facts = dict(shown["facts"])
-    assert facts["recipe"] == "anchored" and facts["command"].startswith("torchrun --nproc-per-node=8")
-    assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
-    assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
-    assert (facts["seed"], facts["launches"]) == ("0", "2")
-    assert facts["method"].startswith(
-        "method.name=default, target.rule=entropy_matched, target.anchor=reference, target.teacher_weight"
-    )
-    assert shown["status"] == "30 of 30 steps; the run is complete"
-    assert [row[1:3] for row in shown["events"]] == [
-        ["0", "started"],
-        ["15", "saved"],
-        ["15", "stopped"],
-        ["15", "resumed"],
-        ["30", "saved"],
-        ["30", "finished"],
-    ]
-    assert shown["resumed"] == [15] and shown["events"][2][3] == "SIGTERM"
-
-
 def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_path):
     other = write_run(tmp_path / "second", 30, "optimizer.lr=1e-3", "seed=4", shift=1.0)
     blocks = blocks_of(page_of(run, other))
@@ -77,40 +51,6 @@ def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_
     loss = next(row for row in last["rows"] if row[0].startswith("loss"))
     assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
     assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_a_difference_is_shown_once(run, tmp_path):
-    """Two runs that differ in one key of an empty section and in the recipe that stands for other keys."""
-    other = write_run(tmp_path / "second")
-    config = yaml.safe_load((other / "config.yaml").read_text())
-    config["data"]["fields"] = {"solution": "answer"}
-    (other / "config.yaml").write_text(yaml.safe_dump(config))
-    events = (other / "events.jsonl").read_text()
-    (other / "events.jsonl").write_text(events.replace('"recipe": "anchored"', '"recipe": "teacher_alone"'))
-    keys, facts_, _ = blocks_of(page_of(run, other))["overview"]["differences"]
-    assert keys["rows"] == [["data.fields.solution", "-", "answer"]] and facts_["rows"] == []
-
-
-def test_epochs_and_tokens_are_facts_of_a_run(tmp_path):
-    run_dir = write_run(tmp_path / "first")
-    assert "seen so far" not in dict(read_facts(run_dir))
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        for step in (31, 32):
-            file.write(json.dumps({"step": step, "data/epoch": step / 8, "tokens/response": 704}) + "\n")
-    assert dict(read_facts(run_dir))["seen so far"] == "4 epochs, 1,408 response tokens"
-
-
-def read_facts(run_dir):
-    return blocks_of(page_of(run_dir))["overview"]["runs"][0]["facts"]
-
-
-def test_a_teacher_alone_is_described_without_a_mix(run, tmp_path):
-    alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    config = yaml.safe_load((alone / "config.yaml").read_text())
-    config["target"] |= {"rule": "teacher_alone", "anchor": "student"}
-    (alone / "config.yaml").write_text(yaml.safe_dump(config))
-    (shown,) = blocks_of(page_of(alone))["overview"]["runs"]
-    assert dict(shown["facts"])["method"].startswith("method.name=default, target.rule=teacher_alone, loss.divergence=")
 
 
 def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
@@ -123,38 +63,6 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     }
     assert list(limits(record, "response/length_mean")) == ["guards.min_length_ratio"]
     assert limits(record, "loss/mean") == {}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "limit"),
-    [
-        ([], {"guards.max_log_prob_distance": 1.0}),
-        (["guards.max_log_prob_distance=0.3"], {"guards.max_log_prob_distance": 0.3}),
-        (["guards.max_log_prob_distance=null"], {}),
-        (["rollout.replay=recorded.jsonl"], {}),
-    ],
-)
-def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(tmp_path, overrides, limit):
-    path = write_run(tmp_path / "run", 2, *overrides)
-    overview = blocks_of(page_of(path))["overview"]
-    assert overview["runs"][0]["limits"]["sampler/log_prob_mean_abs_diff"] == limit
-    assert [figure["title"] for group in overview["groups"] for figure in group["figures"] if figure["guarded"]] == [
-        "Length of the responses",
-        "Entropy of the student and its limits",
-        "Mean difference of the log-probs and its limit",
-    ]
-
-
-def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
-    tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
-    (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])
-    assert limits(record, "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
-
-
-def test_a_key_that_one_method_lacks_does_not_differ_from_null():
-    runs = [RunRecord("one", {"method.view": None, "seed": 1, "target.k": None}, {}, [], [], [])]
-    runs.append(RunRecord("two", {"seed": 2, "target.k": 1.5}, {}, [], [], []))
-    assert differences(runs)[0]["rows"] == [["seed", "1", "2"], ["target.k", "-", "1.5"]]
 
 
 def test_a_figure_knows_which_runs_are_sick_by_it(tmp_path):
@@ -209,13 +117,6 @@ def test_the_log_of_another_trainer_has_a_report_with_the_names_of_this_project(
     assert shown["status"] == "8 steps"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"log_history": [{"loss": 1}]}', '{"log_history": 3}'])
-def test_a_file_that_is_no_log_of_a_trainer_is_a_warning(tmp_path, text, caplog):
-    (tmp_path / "trainer_state.json").write_text(text)
-    assert write_report([tmp_path]).exists()
-    assert "is not the log of a Trainer" in caplog.text
-
-
 def test_a_page_has_the_licence_of_the_library_in_it(run):
     assert "The MIT License (MIT)" in page_of(run) and "Copyright (c) 2022 Leon Sorokin" in page_of(run)
 
@@ -230,12 +131,6 @@ def test_responses_are_blocks_and_never_markup(run):
 
 
 CHATS = ("data.kind=conversations",)
-
-
-def test_a_sample_names_its_teacher_where_the_run_has_several():
-    record = _sample(3, "one")
-    assert run_report._sampled(record)["teacher"] == ""
-    assert run_report._sampled(record | {"teacher": "code (sees no hint)"})["teacher"] == "code (sees no hint)"
 
 
 @pytest.mark.parametrize(("overrides", "shown"), [(CHATS, False), ((*CHATS, "conversations.show_contents=true"), True)])
@@ -268,12 +163,6 @@ def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
     page = report_page(runs)
     assert len(set(keys)) > 60 and len(page) < 5e6
     assert 1000 < len(blocks_of(page)["curves"]["loss/mean"][2][0]) < 1210
-
-
-def test_runs_of_one_name_have_labels_that_differ(run, tmp_path):
-    shutil.copytree(run, tmp_path / "b" / "first")
-    labels = [record.label for record in read_runs([run, tmp_path / "b" / "first"])]
-    assert labels == [f"{run.parent.name}/first", "b/first"]
 
 
 def test_directories_that_are_no_runs_are_refused(run, tmp_path):
@@ -325,7 +214,3 @@ def test_values_that_are_not_finite_stay_as_gaps_and_do_not_hide_the_others():
     kept = dict(zip(curve.steps, curve.values, strict=True))
     assert kept[2000] is None and kept[2002] == 9.0 and kept[400] is None
     assert curve.means[1] is None and curve.means[5] == pytest.approx((397 + 9) / 398, rel=1e-4)
-
-
-def test_the_block_has_steps_as_differences():
-    assert Curve([3, 4, 10], [1.0, None, 2.0], [10], [1.5]).block() == [[3, 1, 6], [1.0, None, 2.0], [10], [1.5]]

@@ -284,17 +284,6 @@ def test_a_sick_run_names_its_figures_and_its_guard():
     ]
 
 
-def test_an_accuracy_that_fell_again_names_its_best_step():
-    best = {GREEDY: lambda step: 0.9 if step == 20 else 0.5}
-    assert summary(run_of(best))[0].text == "accuracy (greedy) 0.500 → 0.500, steps 0 to 40; best 0.900 at step 20"
-
-
-def test_a_run_without_evaluations_says_so_and_shows_its_loss():
-    line = summary(run_of({"loss/mean": lambda step: 1 / step}))[0]
-    assert line == ("Learns?", "no evaluation; loss 1 → 0.025, steps 1 to 40", "open")
-    assert summary(run_of({}))[0].text == "neither an evaluation nor a loss is logged"
-
-
 def test_a_run_of_few_steps_is_not_called_healthy():
     run = RunRecord("run", {}, {"entropy/student": ([1, 2, 3], [0.5] * 3), GREEDY: ([0], [0.3])}, [], [], [])
     learns, healthy, _ = summary(run)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 from forks import in_a_fork
 
-from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.instruments.doctor import doctor_command as doctor
-from megatron_selfdistill.instruments.selftest.meeting import Meeting, WorstError
+from megatron_selfdistill.distributed.integers import max_over_ranks
+from megatron_selfdistill.distributed.signs_of_life import entered
+from megatron_selfdistill.distributed.watchdog import EXIT_HUNG
+from megatron_selfdistill.instruments.selftest.proofs import WorstError
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 PATIENT_S = 1200.0
@@ -137,65 +139,35 @@ def test_the_command_that_a_user_types():
     assert done.returncode == 0 and done.stdout.count("\nok       ") == 3, done.stdout + done.stderr
 
 
-def test_a_layout_that_does_not_fit_the_launch_is_refused():
+def hang(limit_s: float) -> None:
+    """Test a launch with a proof that holds, and one from which rank 1 never returns."""
     from megatron_selfdistill.instruments.selftest import node_test
 
-    with pytest.raises(ConfigError, match="world size 1 must be a multiple of"):
-        node_test.selftest(["parallel.tensor_model_parallel_size=3"])
+    def sound(launch: Any, config: Any) -> WorstError:
+        launch.grid(config.parallel)
+        return WorstError(float(launch.rank), "a case")
 
-
-def meet(what: str, limit_s: float) -> None:
-    """Hold a proof that holds, and one from which rank 1 never returns or in which it raises."""
-    rank = int(os.environ["RANK"])
-
-    def deaf() -> WorstError:
-        meeting.phase("the second half")
-        if rank == 1 and what == "raises":
-            raise OSError("no space left")
-        if rank == 1 or what == "raises":
+    def deaf(launch: Any, config: Any) -> WorstError:
+        grid = launch.grid(config.parallel)
+        entered("the second half")
+        if launch.rank == 1:
             time.sleep(1000)  # longer than the test waits
+        max_over_ranks([grid.rank])
         return WorstError(0.0, "")
 
-    with Meeting(rank, 2, limit_s) as meeting:
-        print(meeting.hold("sound", lambda: WorstError(float(rank), "a case")))
-        meeting.hold("deaf", deaf)
+    node_test.PROOFS = {"sound": sound, "deaf": deaf}
+    node_test.selftest(limit_s=limit_s)
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize(
-    ("what", "limit_s", "message"),
-    [
-        (
-            "hangs",
-            4.0,
-            "not all ranks have returned within 4 s (--minutes gives them more): rank 1 at: the second half",
-        ),
-        ("raises", 500.0, "rank 1: OSError: no space left"),
-    ],
-)
-def test_a_rank_that_never_returns_or_raises_is_named_and_all_processes_end(ranks, what, limit_s, message):
-    ended = ranks.run(in_a_fork, meet, what, limit_s, world_size=2, init_process_group=False)
-    assert [status for status, _ in ended] == [1, 1]
-    worst = "WorstError(error=1.0, case='a case')\n"
-    assert [output for _, output in ended] == [f"{worst}FAILURE  deaf: {message}\n", worst], "the worst is known to all"
+def test_a_rank_that_never_returns_is_named_and_all_processes_end(ranks):
+    ended = ranks.run(in_a_fork, hang, 6.0, world_size=2, init_process_group=False)
+    assert [status for status, _ in ended] == [EXIT_HUNG] * 2
+    assert "ok       sound: 1 of the allowed error (a case)" in ended[0][1], "the worst is known to all"
+    assert re.search("rank 1 on [^;]* gets nowhere in phase 'the second half'", "".join(output for _, output in ended))
 
 
 def test_nan_is_the_worst_error_and_no_allowed_one():
     reports = [WorstError(0.5, "a"), WorstError(float("nan"), "b"), WorstError(2.0, "c")]
     assert WorstError.worst(reports).case == "b" and not WorstError.worst(reports).holds
     assert [report.holds for report in reports] == [True, False, False]
-
-
-def test_a_node_that_cannot_run_is_not_tested(monkeypatch, capsys):
-    failure = doctor.Finding("torch", "not installed", doctor.FAILURE, "fix")
-    monkeypatch.setattr(doctor, "examine", lambda ranks: [failure])
-    monkeypatch.setitem(sys.modules, "megatron_selfdistill.instruments.selftest.node_test", None)  # an error to import
-    assert doctor.main(["--selftest"]) == 1
-    assert "a run cannot start here: torch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("option", [["parallel.tensor_model_parallel_size=2"], ["--minutes", "3"]])
-def test_what_is_about_the_selftest_is_refused_without_one(capsys, option):
-    with pytest.raises(SystemExit, match="2"):
-        doctor.main(option)
-    assert f"{option[0]} needs --selftest" in capsys.readouterr().err

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from megatron_selfdistill import config as configuration
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.commands import prechecks
+from megatron_selfdistill.commands.given_config import given_config, overridden_keys
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
@@ -116,21 +115,37 @@ class ModelPlaces:
         return f"student: {self.student}; teacher: {self.teacher or self.student}"
 
 
-def config_before_the_model(
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the models, as `ModelPlaces.of` takes them."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
+        "Face directory",
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
+        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
+    )
+
+
+def config_of_reading(
     arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
 ) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set.
+    """Return `given_config`, with the settings of a run whose directory ``arguments.checkpoint`` is.
 
-    A run directory gives the settings of its run.  Arguments and errors: as for `given_config`.
+    Raises: `ConfigError` or `CheckpointError` also for models, an output file or ranks that cannot be used.
     """
-    given = given_config(arguments, reserved, evaluation)
+    config, keys = given_config(arguments, reserved, evaluation)
     if is_run(arguments.checkpoint):
-        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
-    return given.config, given.keys
-
-
-def check_reading(arguments: argparse.Namespace, config: Config) -> None:
-    """Raise `ConfigError` or `CheckpointError` for models, an output file or ranks that cannot be used."""
+        config = with_settings_of(arguments.checkpoint, config, overridden_keys(arguments))
     if not config.has_teacher:
         raise ConfigError(
             f"expected a method with a target, such as method.name=default, got method.name={config.method.name}"
@@ -140,38 +155,7 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     ModelPlaces.of(arguments, config).check(config)
     prechecks.require_data(config)
     check_ranks(config, world_size())
-
-
-class CommandConfig(NamedTuple):
-    """The configuration before the model is known, and what the user has set."""
-
-    config: Config
-    keys: frozenset[str]
-    """The keys that the user has set, in files or on the command line."""
-    overridden: frozenset[str]
-    """The keys that the user has set on the command line."""
-
-
-def given_config(
-    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
-) -> CommandConfig:
-    """Return the configuration of ``arguments`` (overrides, config_name, config_dir).
-
-    ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values of that section.
-    The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
-    Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
-    """
-    named = (with_files(arguments.overrides), arguments.config_name, arguments.config_dir)
-    config, keys = configuration.load(*named), configuration.given_keys(*named)
-    overridden = frozenset(override.lstrip("+~").partition("=")[0] for override in arguments.overrides)
-    if taken := sorted(overridden & reserved.keys()):
-        raise ConfigError(f"{taken[0]} cannot be set here: use {reserved[taken[0]]}")
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
-        evaluation=dataclasses.replace(config.evaluation, **evaluation),
-    )
-    return CommandConfig(config, keys, overridden)
+    return config, keys
 
 
 def is_run(path: Path) -> bool:
@@ -224,7 +208,4 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
-    for section in (*SETTINGS, "checkpoint", "teacher"):
-        if not isinstance(stored.get(section, {}), dict):
-            raise ConfigError(f"expected the keys of section {section} in {path}, got {stored[section]!r}")
     return stored

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint.run_log import json_object
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics.run_log import json_object
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,29 @@ class Journal:
         temporary.replace(self.out)
 
 
-def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -> None:
-    """Print the share of right samples, and the number of solutions in ``out``."""
-    num_problems = num_right = num_solutions = num_without = num_truncated = 0
-    for attempt in attempts:
+def summarize(
+    lines: Iterator[dict[str, Any]],
+    out: Path,
+    num_samples: int,
+    noun: str,
+    rate: str,
+    good: Callable[[dict[str, Any]], int],
+) -> None:
+    """Print the share of good samples, which ``rate`` names, and the number of results in ``out``.
+
+    ``noun``: a result, such as solution.  ``good``: the number of good samples of a line.
+    """
+    num_problems = num_good = num_kept = num_without = num_truncated = 0
+    for line in lines:
         num_problems += 1
-        num_right += attempt["num_correct"]
-        num_solutions += len(attempt["solutions"])
-        num_without += not attempt["solutions"]
-        num_truncated += sum(attempt["truncated"])
+        num_good += good(line)
+        num_kept += len(line["solutions"])
+        num_without += not line["solutions"]
+        num_truncated += sum(line["truncated"])
     number = num_problems * num_samples
-    print(f"{num_problems} problems, pass rate {num_right / number:.1%}, {num_truncated / number:.1%} cut off")
-    print(f"{num_without} problems without a solution")
-    print(f"{num_solutions} solutions in {out}", flush=True)
+    print(f"{num_problems} problems, {rate} {num_good / number:.1%}, {num_truncated / number:.1%} cut off")
+    print(f"{num_without} problems without {'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+    print(f"{num_kept} {noun}s in {out}", flush=True)
 
 
 def file_beside(out: Path, ending: str) -> Path:

@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.data_set_command import configured, parser_of, run_command
+from megatron_selfdistill.methods.data_sets.data_set_command import configured, parser_of, run_command
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetWork
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return found
 
     def work(config: Config, run_data: RunData, grid: RankGrid) -> DataSetWork:
-        from megatron_selfdistill.commands.data_set_job import ExplanationWork
+        from megatron_selfdistill.methods.data_sets.data_set_job import ExplanationWork
         from megatron_selfdistill.methods.rlt import RltSettings
 
         settings = config.method if isinstance(config.method, RltSettings) else RltSettings("rlt")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 
-from megatron_selfdistill.checkpoint.run_log import EventLog, read_events
+from megatron_selfdistill.metrics.run_log import EventLog, read_events
 
 
 def test_an_event_has_time_step_and_details_and_a_resumed_run_appends(tmp_path):

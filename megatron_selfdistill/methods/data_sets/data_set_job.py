@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 
 from megatron_selfdistill.checkpoint.formats.directory import find, iteration_of
-from megatron_selfdistill.commands.solution_journal import Journal, summarize
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
@@ -24,6 +23,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
+from megatron_selfdistill.methods.data_sets.solution_journal import Journal, summarize
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.learnability import learnabilities, with_reference
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
@@ -117,6 +117,22 @@ def provenance_of(config: Config, run_data: RunData, model: Path | None, wording
     }
 
 
+def line_of(
+    problem: Problem, prompt: str, responses: Sequence[Response], kept: list[dict[str, Any]], **found: Any
+) -> dict[str, Any]:
+    """Return the journal's line of one problem; ``found``: what the work has found in the ``responses``."""
+    return {
+        "problem_id": problem.id,
+        **question_of(problem),
+        "answer": problem.answer,
+        "prompt": prompt,
+        **found,
+        "lengths": [len(response.token_ids) for response in responses],
+        "truncated": [response.truncated for response in responses],
+        "solutions": kept,
+    }
+
+
 def question_of(problem: Problem) -> dict[str, Any]:
     """Return the fields of a line that ask ``problem``, as ``data.path`` reads them: its text, or its messages."""
     messages = list(problem.messages)
@@ -174,7 +190,7 @@ class SolutionWork:
 
     def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
         """Print the share of right samples, and the number of solutions in ``out``."""
-        summarize(lines, out, self.settings.num_samples)
+        summarize(lines, out, self.settings.num_samples, "solution", "pass rate", lambda line: line["num_correct"])
 
     def _solve(self, group: Sequence[Problem], inference: Inference, score: Score | None) -> Lines:
         solutions = self.settings
@@ -210,17 +226,11 @@ class SolutionWork:
     def _line(self, attempt: Attempt) -> dict[str, Any]:
         """Return the journal's line of one problem."""
         problem, candidates = attempt.problem, attempt.candidates
-        return {
-            "problem_id": problem.id,
-            **question_of(problem),
-            "answer": problem.answer,
-            "prompt": self.run_data.tokenizer.decode(self.run_data.builder.student_prompt(problem)),
-            "num_correct": sum(candidate.correct for candidate in candidates),
-            "verdicts": [candidate.correct for candidate in candidates],
-            "lengths": [len(candidate.response.token_ids) for candidate in candidates],
-            "truncated": [candidate.response.truncated for candidate in candidates],
-            "solutions": [_solution(candidate) for candidate in attempt.kept],
-        }
+        prompt = self.run_data.tokenizer.decode(self.run_data.builder.student_prompt(problem))
+        verdicts = [candidate.correct for candidate in candidates]
+        kept = [_solution(candidate) for candidate in attempt.kept]
+        responses = [candidate.response for candidate in candidates]
+        return line_of(problem, prompt, responses, kept, num_correct=sum(verdicts), verdicts=verdicts)
 
 
 def _solution(candidate: Candidate) -> dict[str, Any]:
@@ -271,18 +281,8 @@ class ExplanationWork:
 
     def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
         """Print the share of samples with a closing tag, and the number of explanations in ``out``."""
-        num_problems = num_tags = num_truncated = num_kept = num_without = 0
-        for line in lines:
-            num_problems += 1
-            num_tags += sum(line["closing_tags"])
-            num_truncated += sum(line["truncated"])
-            num_kept += len(line["solutions"])
-            num_without += not line["solutions"]
-        number = num_problems * self.num_samples
-        print(f"{num_problems} problems, {num_tags / number:.1%} of the samples with the closing tag, ", end="")
-        print(f"{num_truncated / number:.1%} cut off")
-        print(f"{num_without} problems without an explanation")
-        print(f"{num_kept} explanations in {out}", flush=True)
+        good, rate = (lambda line: sum(line["closing_tags"])), "samples with the closing tag"
+        summarize(lines, out, self.num_samples, "explanation", rate, good)
 
     def _explain(self, group: Sequence[Problem], inference: Inference) -> Lines:
         """Return the lines of this replica's problems of ``group``.  Collective over the world."""
@@ -317,13 +317,5 @@ class ExplanationWork:
                         "mean_log_prob": sum(response.log_probs) / len(response.log_probs),
                     }
                 )
-        return {
-            "problem_id": problem.id,
-            **question_of(problem),
-            "answer": problem.answer,
-            "prompt": tokenizer.decode(pair.teacher_prompt),
-            "closing_tags": [explanation.has_closing_tag for explanation in explanations],
-            "lengths": [len(response.token_ids) for response in responses],
-            "truncated": [response.truncated for response in responses],
-            "solutions": kept,
-        }
+        tags = [explanation.has_closing_tag for explanation in explanations]
+        return line_of(problem, tokenizer.decode(pair.teacher_prompt), responses, kept, closing_tags=tags)

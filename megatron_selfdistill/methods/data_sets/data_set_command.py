@@ -15,10 +15,10 @@ from megatron_selfdistill.config.command_line import at_least_1, with_files
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetWork
 
 MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
 """A function that returns the work of a command for its configuration, on this rank."""
@@ -66,11 +66,13 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
 
 def make_data_set(arguments: argparse.Namespace, config: Config, make_work: MakeWork) -> int:
     """Do the work and write the data set, on every rank; return the exit status."""
-    from megatron_selfdistill.commands.data_set_job import DataSetJob
-    from megatron_selfdistill.commands.solution_journal import file_beside
+    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.commands import given_model
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetJob
+    from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
 
     out = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,9 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     try:
         hf = arguments.hf
         with converted(hf, file_beside(out, ".model")) if hf is not None else nullcontext() as checkpoint:
-            config = _of_checkpoint(config, arguments, checkpoint)
+            model = {"format": "megatron", "path": str(checkpoint or config.checkpoint.load)}
+            keys = configuration.given_keys(arguments.overrides, arguments.config_name)
+            config = given_model.configured(config, keys, model)
             check_world(config, grid.world_size)
             run_data = RunData.load(config)
             work = make_work(config, run_data, grid)
@@ -92,8 +96,8 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
     """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.checkpoint.vocabulary import with_stored_tokenizer
-    from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
 
     arguments.overrides = with_files(arguments.overrides)
     config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)
@@ -107,19 +111,6 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
     # No run is resumed here: run_dir only holds the files that an engine needs beside the weights.
     checkpoint = replace(config.checkpoint, resume=False)
     return replace(config, checkpoint=checkpoint, run_dir=str(file_beside(arguments.out, ".engine")))
-
-
-def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Path | None) -> Config:
-    """Return ``config`` with the architecture of the model at ``checkpoint``; None is the model at checkpoint.load."""
-    from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
-    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
-
-    if checkpoint is not None:
-        config = replace(config, checkpoint=replace(config.checkpoint, load=str(checkpoint)))
-    config = with_stored_architecture(config, configuration.given_keys(arguments.overrides, arguments.config_name))
-    require_same_tokenizer(config)
-    return config
 
 
 def parser_of(name: str, description: str | None, *, wanted: str, num_samples: int) -> argparse.ArgumentParser:

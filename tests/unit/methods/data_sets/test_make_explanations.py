@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_run
 
-from megatron_selfdistill.commands import explanations
+from megatron_selfdistill.methods.data_sets import explanations
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 4
 TAG = "method.closing_tag=-"  # a character that an untrained model writes now and then
@@ -86,15 +86,6 @@ def test_a_record_is_an_explanation_the_tag_and_the_given_solution(directory, su
         assert record["provenance"]["closing_tag"] == "-" and record["provenance"]["iteration"] == 1
 
 
-def test_the_summary_counts_what_the_attempts_say(directory, summary):
-    _, *attempts = lines_of(directory / "explained.attempts.jsonl")
-    tags = sum(sum(attempt["closing_tags"]) for attempt in attempts) / (NUM_PROBLEMS * NUM_SAMPLES)
-    kept = sum(len(attempt["solutions"]) for attempt in attempts)
-    assert len(attempts) == NUM_PROBLEMS and 0 < tags < 1
-    assert f"{NUM_PROBLEMS} problems, {tags:.1%} of the samples with the closing tag" in summary
-    assert f"{kept} explanations in {directory}/explained.jsonl" in summary
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_writes_the_same_explanations(ranks, directory, summary, layout):
@@ -104,12 +95,6 @@ def test_every_layout_writes_the_same_explanations(ranks, directory, summary, la
     ):
         assert got.pop("mean_log_prob") == pytest.approx(expected.pop("mean_log_prob"), abs=1e-4)
         assert got == expected
-
-
-def test_another_tag_does_not_continue_the_file(ranks, directory, summary):
-    arguments = arguments_of(directory, "explained.jsonl", "method.closing_tag=b")
-    ((status, shown),) = ranks.run(run_tool, arguments, world_size=1, init_process_group=False)
-    assert status == 2 and "was begun with closing_tag = '-', and now it is 'b'" in shown
 
 
 def test_a_student_is_fine_tuned_on_the_explanations(ranks, directory, summary):

@@ -21,14 +21,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
-from megatron_selfdistill.commands.data_set_command import configured, parser_of, run_command
 from megatron_selfdistill.config.methods import settings_of
+from megatron_selfdistill.methods.data_sets.data_set_command import configured, parser_of, run_command
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
-    from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetWork
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return replace(config, method=settings)
 
     def work(config: Config, run_data: RunData, grid: RankGrid) -> DataSetWork:
-        from megatron_selfdistill.commands.data_set_job import SolutionWork
+        from megatron_selfdistill.methods.data_sets.data_set_job import SolutionWork
         from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 
         assert isinstance(config.method, OwnSolutionsSettings)

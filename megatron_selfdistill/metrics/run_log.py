@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 EVALUATION_SAMPLES_FILE, EVENTS_FILE = "evaluation_samples.jsonl", "events.jsonl"
 REPORT_FILE = "report.html"
-SAMPLE_COLUMNS = ("text", "student_log_prob", "teacher_log_prob", "loss", "k", "status")
-"""The columns of a sample's tokens that its readers need."""
 
 _LARGEST_STEP = 2**53
 """No step reaches this number, from which on JSON's readers round integers."""
@@ -31,31 +29,29 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 def each_metrics(run_dir: str | Path) -> Iterator[dict[str, float]]:
     """Yield what `read_metrics` returns, one line at a time."""
-    for _, values in records(Path(run_dir) / METRICS_FILE, _metrics):
-        yield values
+    for _, record in records(Path(run_dir) / METRICS_FILE):
+        step = record.pop("step")
+        yield {"step": step} | {key: float(value) for key, value in record.items()}  # "NaN" and "Infinity", too
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's samples.jsonl in order; see `records` for lines that are skipped."""
-    return [values for _, values in records(Path(run_dir) / SAMPLES_FILE, _sample)]
+    return [record for _, record in records(Path(run_dir) / SAMPLES_FILE)]
 
 
 def read_evaluation_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's evaluation_samples.jsonl in order; see `records` for lines that are skipped."""
-    return [values for _, values in records(Path(run_dir) / EVALUATION_SAMPLES_FILE, _evaluation_sample)]
+    return [record for _, record in records(Path(run_dir) / EVALUATION_SAMPLES_FILE)]
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's events.jsonl in order, over all launches; see `EventLog` and `records`."""
-    return [values for _, values in records(Path(run_dir) / EVENTS_FILE, _event)]
+    return [record for _, record in records(Path(run_dir) / EVENTS_FILE)]
 
 
-def records(
-    path: Path, form: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record
-) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield (line, record) for each complete line of a file of JSON lines that is an object with a step.
 
-    ``form``: returns the record as the caller wants it, or raises ValueError with the end of a sentence about the line.
     A file that is not there, or is no regular file, has no records.  Whatever else stands in the file stops nobody: the
     function skips it, and then logs one warning with the file, the number of skipped lines and the first of them.  A
     last line that a kill cut short, and empty lines, are no reason for a warning.
@@ -68,7 +64,9 @@ def records(
             if not line.endswith(b"\n") or not line.strip():
                 continue
             try:
-                record = form(_with_step(json_object(line)))
+                record = json_object(line)
+                if type(step := record.get("step")) is not int or not 0 <= step < _LARGEST_STEP:
+                    raise ValueError("has no step, an integer from 0 on")
             except ValueError as error:
                 first, skipped = first or f"line {number}, which {error}", skipped + 1
             else:
@@ -82,111 +80,22 @@ def json_object(line: bytes) -> dict[str, Any]:
     """Return the object of a line of JSON.  Raises: ValueError with the end of a sentence about the line."""
     try:
         value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("is not text in UTF-8") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except ValueError:
-        raise ValueError("is not JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON in UTF-8 ({type(error).__name__})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"is not an object but {_KINDS[type(value)]}")
+        raise ValueError("is not an object")
     return value
-
-
-_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def finite(value: Any) -> float | None:
     """Return ``value``, a value of JSON, as a finite number; None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer of more than 308 digits
-        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
 
 
 def shortened(text: str, length: int = 40) -> str:
     """Return at most ``length`` characters of a foreign text, for a message; all of them can be printed."""
     return repr(text if len(text) <= length else text[:length] + "...")[1:-1]
-
-
-def _with_step(record: dict[str, Any]) -> dict[str, Any]:
-    step = record.get("step")
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _LARGEST_STEP:
-        raise ValueError("has no step, an integer from 0 on")
-    return record
-
-
-_SPELT = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _metrics(record: dict[str, Any]) -> dict[str, float]:
-    return {key: value if key == "step" else _metric(key, value) for key, value in record.items()}
-
-
-def _metric(key: str, value: Any) -> float:
-    if isinstance(value, str) and value in _SPELT:
-        return _SPELT[value]
-    if isinstance(value, float):
-        return value
-    number = finite(value)
-    if number is None:
-        raise ValueError(f"has no number as its {shortened(key)}")
-    return number
-
-
-def _event(record: dict[str, Any]) -> dict[str, Any]:
-    return _typed(record, time=str, event=str)
-
-
-def _sample(record: dict[str, Any]) -> dict[str, Any]:
-    _typed(record, problem_id=str, prompt=str, solution=str, truncated=bool, tokens=dict)
-    check_token_columns(record["tokens"], *SAMPLE_COLUMNS)
-    return check_turn(record)
-
-
-def check_turn(record: dict[str, Any]) -> dict[str, Any]:
-    """Return ``record``, the record of a response, whose `TURN_FIELDS` have their types if it has a turn.
-
-    Raises: ValueError with the end of a sentence about the line.
-    """
-    if "turn" in record:
-        _typed(record, **TURN_FIELDS)
-        if finite(record["reward"]) is None:
-            raise ValueError("has a reward that is not finite")
-    return record
-
-
-TURN_FIELDS: dict[str, Any] = {"episode": int, "turn": int, "reward": int | float, "hint": str, "reply": str | None}
-"""The fields of a response that is a turn of an episode (`EpisodeTurn`), with their types."""
-
-
-def _evaluation_sample(record: dict[str, Any]) -> dict[str, Any]:
-    _typed(record, problem_id=str, prompt=str, response=str, correct=bool, length=int, truncated=bool)
-    return _typed(record, sample=int | None)
-
-
-def check_token_columns(tokens: dict[str, Any], *names: str) -> None:
-    """Check that ``names`` are lists with one entry per token, with texts in the columns text and status.
-
-    Raises: ValueError with the end of a sentence about the line.
-    """
-    _typed(tokens, **dict.fromkeys(names, list))
-    if len({len(tokens[name]) for name in names}) > 1:
-        raise ValueError("has columns of different lengths")
-    if not all(isinstance(text, str) for text in tokens["text"]):
-        raise ValueError("has a token without text")
-    if not all(isinstance(name, str | None) for name in tokens["status"]):
-        raise ValueError("has a status that is not a name")
-
-
-def _typed(record: dict[str, Any], **types: Any) -> dict[str, Any]:
-    for name, kind in types.items():
-        value = record.get(name, ...)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"has no {name} of the right type")
-    return record
 
 
 class EventLog:

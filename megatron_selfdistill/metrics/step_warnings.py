@@ -1,0 +1,36 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the metrics of a step warn of, besides the guards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_selfdistill.config import Config, Needs
+from megatron_selfdistill.metrics.first_checks import warnings_of_the_first_step
+
+
+def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn."""
+    first = warnings_of_the_first_step(config, metrics) if step <= 1 else []
+    untrained = warning_of_an_untrained_step(config, step, metrics)
+    return first if untrained is None else [untrained, *first]
+
+
+def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
+    """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
+    without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
+    if "tokens/response" in metrics and not without_weight:
+        return None
+    loss, data, needs = config.loss, config.data, config.needs
+    rewards = " (equal rewards train nothing)" * needs.rewards
+    causes = {
+        f"loss.skip_first_tokens={loss.skip_first_tokens}": loss.skip_first_tokens > 0,
+        f"data.on_long_context={data.on_long_context}": data.on_long_context == "drop",
+        f"method.name={config.method.name}{rewards}": needs != Needs(),
+        f"evaluation.verifier={config.evaluation.verifier}": needs.rewards,
+    }
+    keys = ", ".join(key for key, is_set in causes.items() if is_set) or "the lengths of the responses in samples.jsonl"
+    return (
+        f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
+        f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
+    )
