@@ -18,7 +18,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "megatron_selfdistill"
 BUDGETS = REPOSITORY / "tools" / "ring_budgets.toml"
-ANNEXES = ("engines", "environments", "instruments", "interop", "methods", "teachers")
+ANNEXES = (
+    *("adapters", "architectures", "chat_logs", "engines", "environments", "guidance", "instruments", "interop"),
+    *("kernels", "methods", "overlap", "teachers"),
+)
 
 
 def ring_of(path: Path) -> str:
