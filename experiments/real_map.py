@@ -445,7 +445,7 @@ def chosen_on_real(task: str, lines: Sequence[Line]) -> str:
 
 def chosen_arm(accuracy: float, hinted_accuracy: float, num_hints: int) -> str:
     """Return the arm with the settings that `selfdistill evaluate --hinted` recommends."""
-    from megatron_selfdistill.evaluation.first_step import recommended
+    from megatron_selfdistill.instruments.evaluate.first_step import recommended
 
     overrides = recommended(num_hints, NUM_HELD_OUT, accuracy, hinted_accuracy).overrides
     return BY_OVERRIDES.get(overrides, "anchored_forward_w2_guided")

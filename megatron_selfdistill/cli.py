@@ -43,7 +43,7 @@ COMMANDS = {
         "recipe=qwen3_8b data.global_batch_size=64",
     ),
     "evaluate": Command(
-        "commands.evaluate",
+        "instruments.evaluate.evaluate_command",
         "Evaluate a model on problems with answers, and compare two evaluations.",
         "--hf /models/Qwen3-8B --data test.jsonl --out results/before",
     ),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # an installed package comes first
-from megatron_selfdistill.commands.evaluate import main
+from megatron_selfdistill.instruments.evaluate.evaluate_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

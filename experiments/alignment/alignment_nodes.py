@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from megatron_selfdistill.choices import DIVERGENCES
-from megatron_selfdistill.evaluation.tables import console
+from megatron_selfdistill.instruments.evaluate.evaluation_tables import console
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer

@@ -16,9 +16,9 @@ import transformers
 from layout_logits import logits_through_the_pipeline
 from torch import Tensor
 
-from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.evaluation.evaluation_directory import RESPONSES
+from megatron_selfdistill.instruments.evaluate import evaluate_command as evaluate
 from megatron_selfdistill.interop.convert_command import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

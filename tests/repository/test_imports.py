@@ -155,7 +155,7 @@ def test_imports_run_one_way(path):
         ("loss.target", "from ..model.build import build"),
         ("sources.on_policy", "from megatron_selfdistill.instruments.plan.memory import f"),
         ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
-        ("commands.evaluate", "from megatron_selfdistill.methods.rlt import RltSettings"),
+        ("evaluation.held_out", "from megatron_selfdistill.methods.rlt import RltSettings"),
         ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
     ],
 )

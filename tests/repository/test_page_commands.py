@@ -16,10 +16,10 @@ import pytest
 import tiny_run
 from scripts import page_of_method
 
-from megatron_selfdistill.commands.evaluate import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.evaluate.evaluate_command import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.interop.convert_command import _parser as convert_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]

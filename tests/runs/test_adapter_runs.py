@@ -25,8 +25,8 @@ from tiny_run import (
 )
 
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
-from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.instruments.evaluate import evaluate_command as evaluate
 from megatron_selfdistill.instruments.explorer import explore_command as explore
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.interop.describe import describe

@@ -55,7 +55,7 @@ PRELOADED = (
     "megatron_selfdistill.checkpoint.vocabulary",
     "megatron_selfdistill.methods.data_sets.data_set_job",
     "megatron_selfdistill.evaluation.held_out",
-    "megatron_selfdistill.evaluation.tables",
+    "megatron_selfdistill.instruments.evaluate.evaluation_tables",
     "megatron_selfdistill.instruments.report.report_command",
     "megatron_selfdistill.rollout.megatron.megatron_sampler",
     "megatron_selfdistill.sources.step_terms",

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
         (["+model.new=1"], "train", ["+model.new=1"]),
         (["~target"], "train", ["~target"]),
         (["seed=1", "convert"], "train", ["seed=1", "convert"]),
-        (["evaluate", "compare", "a", "b"], "commands.evaluate", ["compare", "a", "b"]),
+        (["evaluate", "compare", "a", "b"], "instruments.evaluate.evaluate_command", ["compare", "a", "b"]),
         (["serve", "--port", "1", "--", "train"], "engines.vllm.server.serve", ["--port", "1", "--", "train"]),
     ],
 )

@@ -27,7 +27,7 @@ from megatron_selfdistill.evaluation.evaluations import (
     read_evaluation,
     write_evaluation,
 )
-from megatron_selfdistill.evaluation.tables import show_comparison
+from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_comparison
 
 RNG_SEED = 7
 

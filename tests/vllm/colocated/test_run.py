@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TRACKER, overrides, reproducible_metrics, train
 
-from megatron_selfdistill.commands import evaluate
+from megatron_selfdistill.instruments.evaluate import evaluate_command as evaluate
 
 TIMEOUT = 600.0  # the first call on a rank imports vLLM
 VLLM = [

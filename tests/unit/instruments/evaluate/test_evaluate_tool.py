@@ -16,8 +16,8 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
-from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
+from megatron_selfdistill.instruments.evaluate import evaluate_command as tool
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
 SETTINGS = (

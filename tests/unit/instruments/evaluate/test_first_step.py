@@ -18,14 +18,16 @@ from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.given_model import configured, find_model
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed import ranks as grids
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked, ProblemResult, Verdict
-from megatron_selfdistill.evaluation.first_step import (
+from megatron_selfdistill.evaluation.inference import open_inference
+from megatron_selfdistill.instruments.evaluate import evaluate_command as tool
+from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_readiness
+from megatron_selfdistill.instruments.evaluate.first_step import (
     CONFIGURED,
     GUIDED,
     TEACHER_ALONE,
@@ -37,8 +39,6 @@ from megatron_selfdistill.evaluation.first_step import (
     readiness,
     recommended,
 )
-from megatron_selfdistill.evaluation.inference import open_inference
-from megatron_selfdistill.evaluation.tables import show_readiness
 from megatron_selfdistill.loss.target import Target
 
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"

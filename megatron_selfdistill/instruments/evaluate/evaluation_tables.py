@@ -15,7 +15,7 @@ from megatron_selfdistill.evaluation.evaluation_directory import SUMMARY
 from megatron_selfdistill.evaluation.evaluations import Comparison
 
 if TYPE_CHECKING:  # torch, which takes seconds
-    from megatron_selfdistill.evaluation.first_step import Readiness, Recommended
+    from megatron_selfdistill.instruments.evaluate.first_step import Readiness, Recommended
 
 
 def first_metrics(names: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
-    from megatron_selfdistill.evaluation.first_step import FirstStep
+    from megatron_selfdistill.instruments.evaluate.first_step import FirstStep
     from megatron_selfdistill.metrics.phases import Phases
 
     Measured = tuple[EvaluationResult, FirstStep | None, float]
@@ -156,9 +156,9 @@ def _measured(
 ) -> Measured:
     """Return the result, what the first step would see, and the seconds, the same on every rank."""
     from megatron_selfdistill.evaluation import held_out
-    from megatron_selfdistill.evaluation.first_step import measure_first_step
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
+    from megatron_selfdistill.instruments.evaluate.first_step import measure_first_step
     from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.sources.configured_source import evaluation_player
 
@@ -188,9 +188,9 @@ def _report(
     measured: Measured, config: Config, run_data: RunData, arguments: argparse.Namespace, model: dict[str, Any]
 ) -> None:
     """Write the files, and print the verdict and the tables."""
-    from megatron_selfdistill.evaluation import tables
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
-    from megatron_selfdistill.evaluation.first_step import readiness, recommended
+    from megatron_selfdistill.instruments.evaluate import evaluation_tables as tables
+    from megatron_selfdistill.instruments.evaluate.first_step import readiness, recommended
 
     result, first, seconds = measured
     problems = run_data.evaluation
@@ -252,7 +252,7 @@ def compare(arguments: argparse.Namespace) -> int:
     for directory in (arguments.a, arguments.b):
         require_evaluation(directory)
     from megatron_selfdistill.evaluation import evaluations
-    from megatron_selfdistill.evaluation.tables import show_comparison
+    from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_comparison
 
     compared = evaluations.compare(
         evaluations.read_evaluation(arguments.a),
