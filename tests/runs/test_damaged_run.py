@@ -98,7 +98,7 @@ def test_odd_lines_of_the_log_stop_no_resumed_run(ranks, data, run):
         (run / name).write_bytes(b"".join([lines[0], b"\xff\n[1, 2]\n", *lines[1:]]))
     status, output = started(ranks, overrides(data, run, "num_steps=7"))
     assert status == 0 and "Traceback" not in output
-    assert f"{run}/metrics.jsonl: 2 lines were skipped, the first: line 2, which is not text in UTF-8" in output
+    assert f"{run}/metrics.jsonl: 2 lines were skipped, the first: line 2, which is not JSON in UTF-8" in output
     assert reproducible_metrics(run)[:6] == before and reproducible_metrics(run)[6]["step"] == 7
 
 

@@ -17,7 +17,7 @@ READS = ("tolist ", "_local_scalar_dense ", "nonzero ", "masked_select ", "binco
 # Where host tensors become a `DeviceBatch`, and the optimizer that GPUs have from elsewhere.
 NOT_ON_THE_DEVICE = (
     "megatron_selfdistill/pipeline/batch.py",
-    "megatron_selfdistill/data/packing.py",
+    "megatron_selfdistill/data/packed_batch.py",
     "megatron_selfdistill/model/local_attention.py",
     "megatron/core/optimizer/optimizer.py",
     "megatron/core/utils.py",
