@@ -73,7 +73,7 @@ def teachers_with(weights: dict[str, float], monkeypatch: pytest.MonkeyPatch) ->
     }
     for name, function in replaced.items():
         monkeypatch.setattr(found, name, function)
-    monkeypatch.setattr(configured_teachers.Packing, "configured", lambda *_: Packing(1, "alternating", True))
+    monkeypatch.setattr(configured_teachers, "configured_packing", lambda *_: Packing(1, "alternating", True))
     return found
 
 
