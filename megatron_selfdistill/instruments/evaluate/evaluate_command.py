@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.model_command import ended, parsed
-from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
@@ -247,19 +246,10 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Print the comparison of two evaluations, write it with --out, and return the exit status."""
-    from megatron_selfdistill.evaluation.evaluation_directory import require_evaluation
-
-    for directory in (arguments.a, arguments.b):
-        require_evaluation(directory)
     from megatron_selfdistill.evaluation import evaluations
     from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_comparison
 
-    compared = evaluations.compare(
-        evaluations.read_evaluation(arguments.a),
-        evaluations.read_evaluation(arguments.b),
-        num_resamples=arguments.resamples,
-        seed=arguments.seed,
-    )
+    compared = evaluations.compare(*map(evaluations.read_evaluation, (arguments.a, arguments.b)))
     show_comparison(compared)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -332,13 +322,5 @@ def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("a", type=Path, metavar="A", help="results of the first evaluation")
     parser.add_argument("b", type=Path, metavar="B", help="results of the second evaluation")
-    parser.add_argument(
-        "--resamples",
-        type=at_least_1,
-        default=10_000,
-        metavar="N",
-        help="number of resamples of the problems (default: 10000)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
     return parser.parse_args(argv)
