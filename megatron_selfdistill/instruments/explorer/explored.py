@@ -7,7 +7,7 @@ import base64
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Divergence, Status, Target
-from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint, turn_record
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
@@ -50,14 +50,6 @@ class TokenTarget:
 
     target: Target
     divergence: Divergence
-
-    @property
-    def divergence_text(self) -> str:
-        """The name of the divergence with the numbers that change it."""
-        own = self.divergence
-        if own.forward_above is not None:
-            return f"{own.kind}, and also forward_kl above {own.forward_above:g} nats of target entropy"
-        return f"Renyi {own.kind} of order {own.order:g}" if own.is_renyi else own.kind
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values.
@@ -115,7 +107,7 @@ class ExploredResponse:
             "prompt": tokenizer.decode(self.context.student_prompt),
             "solution": self.solution,
             "truncated": self.context.truncated,
-            **turn_record(self.context.turn),
+            **(asdict(self.context.turn) if self.context.turn else {}),
             "vocab_size": self.vocab_size,
             "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
             "settings": self.settings.record(),

@@ -41,14 +41,14 @@ def facts(run: RunRecord) -> list[list[str]]:
     launch = run.launches[-1] if run.launches else {}
     config = run.config
     rows = [
-        ("model", _model(config)),
+        ("model", config and _model(config)),
         ("start", _text(config.get("checkpoint.load") or "random weights") if config else None),
-        ("method", _method(config)),
+        ("method", config and _method(config)),
         ("recipe", launch.get("recipe")),
         ("layout", launch.get("layout")),
-        ("data", _data(config)),
+        ("data", config and _data(config)),
         ("seen so far", _seen(run)),
-        ("optimizer", _optimizer(config)),
+        ("optimizer", config and _optimizer(config)),
         ("seed", _text(config.get("seed")) if config else None),
         ("hardware", launch.get("hardware")),
         ("versions", _versions(launch.get("versions"))),
@@ -129,9 +129,7 @@ def _text(value: Any) -> str:
         return str(value)
 
 
-def _model(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _model(config: Mapping[str, Any]) -> str:
     if config.get("model.provider"):
         return f"model.provider={config['model.provider']}"
     parts = [
@@ -145,18 +143,14 @@ def _model(config: Mapping[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
-def _method(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _method(config: Mapping[str, Any]) -> str:
     mixed = ("target.anchor", "target.teacher_weight", "target.k_max")
     mixes = config.get("target.rule") != "teacher_alone"
     names = ("method.name", "target.rule", *(mixed if mixes else ()), "loss.divergence", "teacher.weights")
     return ", ".join(f"{name}={_text(config[name])}" for name in names if name in config)
 
 
-def _data(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _data(config: Mapping[str, Any]) -> str:
     batch, samples = config.get("data.global_batch_size"), config.get("rollout.num_samples")
     responses = "1 response" if samples == 1 else f"{samples} responses"
     return f"{_text(config.get('data.path'))}; {batch} problems per step, {responses} each"
@@ -170,9 +164,7 @@ def _seen(run: RunRecord) -> str | None:
     return ", ".join(parts) or None
 
 
-def _optimizer(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _optimizer(config: Mapping[str, Any]) -> str:
     names = ("optimizer.optimizer", "optimizer.precision", "optimizer.lr")
     return ", ".join(f"{name.partition('.')[2]}={_text(config[name])}" for name in names if name in config)
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -69,12 +68,9 @@ def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[s
     if any(run.samples for run in runs):
         data["samples"] = [_spread(run.samples, _sampled) for run in runs]
     title = " and ".join(run.label for run in runs)
-    body = (
-        files("megatron_selfdistill.instruments.report").joinpath("page", "run_report.html").read_text(encoding="utf-8")
-    )
     licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
     scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
-    return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
+    return html_page(f"{title} · report", asset("run_report.html"), [asset(name) for name in STYLES], scripts, data)
 
 
 def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any]]:
@@ -82,9 +78,8 @@ def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any
     if not run.shows_contents:
         return []
     return [
-        {"href": _reference(page.path, target.parent), "step": page.step, "sample": page.sample}
-        | ({"turn": page.turn} if page.turn else {})
-        for page in write_target_pages(run_dir)
+        {"href": _reference(path, target.parent), "step": step, "sample": sample} | ({"turn": turn} if turn else {})
+        for path, (step, sample, turn) in write_target_pages(run_dir).items()
     ]
 
 
@@ -156,15 +151,8 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
     A turn of an episode keeps the fields that only turns have.
     """
     tokens = record["tokens"]
-    columns = zip(
-        tokens["text"],
-        tokens["student_log_prob"],
-        tokens["teacher_log_prob"],
-        tokens["loss"],
-        tokens["k"],
-        tokens["status"],
-        strict=True,
-    )
+    names = "text student_log_prob teacher_log_prob loss k status".split()
+    columns = zip(*(tokens[name] for name in names), strict=True)
     return {
         "problem_id": record["problem_id"],
         "prompt": record["prompt"],
