@@ -10,7 +10,7 @@ from typing import Any
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.evaluation.calibration import Calibration
-from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
+from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 
 
 @dataclass(frozen=True)
@@ -181,16 +181,16 @@ class EvaluationResult:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.
 
         avg_at_N of N samples is another name of sampled_accuracy.  pass_over_avg_at_k is pass_at_k over avg_at_N, for
-        each k above 1.
+        each k above 1: 1 if the samples of each problem are all right or all wrong, and at most k.
         """
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
         if self.sampled_accuracy is not None:
             numbers[f"avg_at_{self.num_samples}"] = self.sampled_accuracy
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at_k.items()}
         numbers |= {f"majority_at_{k}": value for k, value in self.majority_at_k.items()}
-        for k, value in self.pass_at_k.items():
-            ratio = pass_over_avg(value, self.sampled_accuracy or 0.0) if k > 1 else None
-            numbers |= {} if ratio is None else {f"pass_over_avg_at_{k}": ratio}
+        if self.sampled_accuracy:
+            above_1 = {k: value for k, value in self.pass_at_k.items() if k > 1}
+            numbers |= {f"pass_over_avg_at_{k}": value / self.sampled_accuracy for k, value in above_1.items()}
         for kind, found in (("greedy", self.greedy_calibration), ("sampled", self.sampled_calibration)):
             measured = {} if found is None else vars(found)
             numbers |= {f"{kind}_{name}": value for name, value in measured.items() if value is not None}
