@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, method_class
-from megatron_selfdistill.metrics.guard_limits import LOOPS
-from megatron_selfdistill.metrics.guards import MANY_LOOPS, RunUnhealthy, student_samples
+from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
 
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
