@@ -312,6 +312,11 @@ def _overlooked(found: Sequence[_JudgedProblem], problems: Sequence[Problem]) ->
 
 _SHARES = {"accuracy": "correct", "mean_length": "length", "truncated_share": "truncated", "loop_share": "loops"}
 _SHARES_OF_EPISODES = {"mean_reward": "reward", "mean_turns": "turns"}
+_LEAKS = {
+    "leak/hint_8grams": "hint_8grams",
+    "leak/words_per_1000": "leak_words_per_1000",
+    "response/quoted_hint_share": "quoted_hint_share",
+}
 """The names of shares and means in `EvaluationResult` -> the field of `Verdict` over which each is taken."""
 
 
@@ -327,17 +332,22 @@ def _result(
         return sum(values) / len(values)
 
     numbers: dict[str, Any] = {}
+    further: dict[str, float] = {}
     greedy = [one.responses[0] for one in found]
     sampled = [it for one in found for it in one.responses[1:]]
     for kind, judged in (("greedy", greedy), ("sampled", sampled)):
-        for name, field in (_SHARES | _SHARES_OF_EPISODES if plays else _SHARES).items():
+        for name, field in _SHARES.items():
             numbers[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged]) if judged else None
+        for name, field in _SHARES_OF_EPISODES.items() if plays and judged else ():
+            further[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged])
         leaks = sum((it.leakage for it in judged), LeakCounts())
-        numbers[f"{kind}_hint_8grams"] = leaks.hint_share
-        numbers[f"{kind}_leak_words_per_1000"] = leaks.words_per_1000
-        numbers[f"{kind}_quoted_hint_share"] = leaks.quoted_hint_share
+        further |= {f"{kind}_{_LEAKS[key]}": value for key, value in leaks.metrics().items()}
         right = [it.verdict.correct for it in judged]
         numbers[f"{kind}_calibration"] = calibration([it.confidence for it in judged], right)
+    if num_samples:
+        further["distinct_right"] = mean([result.distinct_right or 0 for result in results])
+    if grams:
+        further["distinct_4grams"] = mean(grams)
     return EvaluationResult(
         num_problems=len(results),
         num_samples=num_samples,
@@ -346,7 +356,6 @@ def _result(
         problems=results,
         transcripts=[transcript for one in found for transcript in one.transcripts],
         overlooked=_overlooked(found, problems),
-        distinct_right=mean([result.distinct_right or 0 for result in results]) if num_samples else None,
-        distinct_4grams=mean(grams) if grams else None,
+        further=further,
         **numbers,
     )

@@ -107,8 +107,7 @@ def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[
         majority_at_k={k: float(np.mean([it.majority_at_k(k) for it in problems])) for k in ks},
         problems=problems,
         transcripts=[],
-        distinct_right=float(np.mean([it.num_correct for it in problems])),
-        distinct_4grams=0.5,
+        further={"distinct_right": float(np.mean([it.num_correct for it in problems])), "distinct_4grams": 0.5},
         greedy_calibration=calibration_of([it.greedy for it in problems]),
         sampled_calibration=calibration_of([verdict for it in problems for verdict in it.samples]),
     )
