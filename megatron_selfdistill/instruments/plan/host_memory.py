@@ -20,6 +20,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     Load,
     element_size,
     engine_weight_gib,
+    optimizer_state_bytes,
     resting_teacher_bytes,
     teacher_state_bytes,
 )
@@ -101,15 +102,10 @@ def checkpoint_bytes(config: Config, parameters: float) -> float:
 
 def _saved_bytes(config: Config) -> dict[str, float]:
     """Return the bytes that a checkpoint holds of each trained parameter, by part."""
-    optimizer = config.optimizer
-    if optimizer.use_distributed_optimizer:
-        state = 12  # the float32 parameter and both moments, in either precision
-    else:
-        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
-        state += 4 if optimizer.precision == "bf16" else 0
     is_average = config.keeps_teacher and config.teacher.weights == "ema"
+    distributed = config.optimizer.use_distributed_optimizer  # saves the float32 parameter in either precision
     return {
-        "optimizer in a save": state,
+        "optimizer in a save": 12 if distributed else optimizer_state_bytes(config),
         "weights in a save": element_size(config),
         "teacher in a save": 4.0 if is_average else 0.0,
     }

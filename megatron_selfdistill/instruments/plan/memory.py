@@ -84,10 +84,12 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     resident = parameter_bytes(config, stage)
     frozen = {name: resident.pop(name) for name in ("teacher", "reference", NAMED) if name in resident}
     reserved = reserved_gib(config, stage, transformer.num_layers) * GIB
+    # Host memory holds the states of the teacher beyond this limit.
+    states = min(teacher_state_bytes(config, transformer, load), config.schedule.teacher_store_gb * GIB)
     working = {
         **frozen,
         "activations": activation_bytes(transformer, stage, load),
-        "teacher states": teacher_state_bytes_on_device(config, transformer, load) if stage.projects else 0.0,
+        "teacher states": states if stage.projects else 0.0,
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
         "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": reserved,
@@ -143,8 +145,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     size = element_size(config)
     of_teachers = [max(kind.values()) for kind in _kinds_of_teachers(config, stage)]
     named = {NAMED: sum(of_teachers)} if of_teachers else {}
-    state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
-    state += 4 if optimizer.precision == "bf16" else 0
+    state = optimizer_state_bytes(config)
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
     if config.adapter.rank:
         return {
@@ -167,6 +168,12 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
         "reference": stage.parameters * size if config.copies_reference else 0,
         **named,
     }
+
+
+def optimizer_state_bytes(config: Config) -> int:
+    """Return the bytes of the moments and of the float32 copy that the optimizer keeps of each trained parameter."""
+    state = 8 if config.optimizer.optimizer == "adam" else 4 if config.optimizer.constants.sgd_momentum else 0
+    return state + (4 if config.optimizer.precision == "bf16" else 0)
 
 
 def named_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
@@ -290,14 +297,6 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
         "moe_act": topk * 2 * width / cut,
         "shared_experts": (3 if config.gated_linear_unit else 2) * shared,
     }
-
-
-def teacher_state_bytes_on_device(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of the teacher's hidden states on the device of the last stage.
-
-    The device holds `teacher_state_bytes` up to ``schedule.teacher_store_gb``; host memory holds the rest.
-    """
-    return min(teacher_state_bytes(config, transformer, load), config.schedule.teacher_store_gb * GIB)
 
 
 def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

@@ -64,11 +64,11 @@ def summary(plan: Plan) -> list[str]:
     vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
-    student, teacher = plan.num_microbatches
+    (student, teacher), run_data = plan.step.num_microbatches, plan.run_data
     reference = f"{student} reference, " if config.is_anchored else ""
     samples = config.rollout.num_samples
     what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.max_new_tokens} tokens"
-    data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
+    data = "data.path is not set" if run_data is None else f"{len(run_data.problems)} problems fit"
     if config.logged:
         what = "logged turns"
         data = data.replace("problems fit", "turns in the log")
@@ -76,13 +76,12 @@ def summary(plan: Plan) -> list[str]:
         verdict(plan),
         f"{counted(plan.parameters)} parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
-        f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
+        f"CP {p.context_parallel_size} x DP {plan.step.dp_size}{experts}",
         f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
         f"sequences of at most {plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
-        f"{plan.pair_order}; "
-        f"bubble {plan.bubble:.1%} of the step",
-        *([plan.about_prompts] if plan.about_prompts else []),
+        f"{plan.step.pair_order}; bubble {plan.step.bubble:.1%} of the step",
+        *([run_data.about_prompts] if run_data is not None and run_data.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
         *_teachers(plan),
