@@ -127,7 +127,16 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     sizes = vocab_size, num_gpus
     built = stages(config.model, transformer, config.parallel, *sizes, config.adapter, adapter_teachers(config))
     teachers = _planned_teachers(config, copies, *sizes)
-    built = [_with_teachers(stage, copies, teachers) for stage in built]
+    built = [
+        replace(
+            stage,
+            teacher_copies=[
+                {name: (teachers[name].stages[i] if name in teachers else stage).parameters for name in directories}
+                for _, directories in copies
+            ],
+        )
+        for i, stage in enumerate(built)
+    ]
     step = PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
@@ -179,14 +188,6 @@ def _planned_teachers(
                 built = stages(model, transformer, config.parallel, vocab_size, num_gpus)
             found |= dict.fromkeys(directories, PlannedModel(model, transformer, built))
     return found
-
-
-def _with_teachers(stage: Stage, copies: Sequence[TeacherCopy], others: Mapping[str, PlannedModel]) -> Stage:
-    sizes = [
-        {name: (others[name].stages[stage.pp_rank] if name in others else stage).parameters for name in directories}
-        for _, directories in copies
-    ]
-    return replace(stage, teacher_copies=sizes)
 
 
 @dataclass(frozen=True)

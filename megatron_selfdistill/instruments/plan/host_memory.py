@@ -63,8 +63,10 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
         ranks = range(first, min(first + config.cluster.gpus_per_node, num_gpus))
         held = [per_stage[rank // ranks_of_a_stage] for rank in ranks]
         resting, saving = (_sum([parts[which] for parts in held]) for which in (0, 1))
-        if first == 0:
-            resting["weight bucket"] += _bucket_bytes(config) / GIB
+        rollout = config.rollout
+        if first == 0 and config.samples and rollout.engine == "vllm" and rollout.placement == "server":
+            copies = _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0)
+            resting["weight bucket"] += copies * rollout.bucket_mb * 2**20 / GIB
         nodes.append(HostMemory(resting, saving))
     return max(nodes, key=lambda node: node.peak)
 
@@ -121,13 +123,6 @@ def _saving(config: Config, stage: Stage) -> dict[str, float]:
     if config.adapter.rank:
         trained = stage.adapter_parameters / stage.dp_cp_size
     return {part: size * trained for part, size in _saved_bytes(config).items()}
-
-
-def _bucket_bytes(config: Config) -> float:
-    rollout = config.rollout
-    if not config.samples or rollout.engine != "vllm" or rollout.placement != "server":
-        return 0.0
-    return _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0) * rollout.bucket_mb * 2**20
 
 
 def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:

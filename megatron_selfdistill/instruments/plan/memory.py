@@ -26,7 +26,7 @@ CONTEXT_GIB = 3.0
 """The GiB of CUDA's context, the libraries' workspaces and fragmentation."""
 COMMUNICATOR_GIB = 0.3
 """The GiB of the buffers of one communicator of NCCL."""
-_LAYERS_PER_GIB = 36
+_LAYERS_PER_GIB = 36  # of the CUDA graphs of a vLLM engine, which stay when the engine sleeps
 
 GIB = 2**30
 NAMED = "named teachers"
@@ -106,9 +106,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     if rollout.engine == "vllm":
         engine["weight bucket"] = rollout.bucket_mb * 2**20
-        if (
-            rollout.placement == "colocated"
-        ):  # the engine sleeps while the trainer trains, and then holds neither weights nor cache
+        if rollout.placement == "colocated":  # the engine sleeps while the trainer trains
             engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
             engine["engine weights"] += load.engine_factors * element_size(config)
     engine["reserved"] = reserved
@@ -359,16 +357,8 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
 
 def reserved_gib(config: Config, stage: Stage, num_layers: int) -> float:
     """Return the GiB that a rank of ``stage`` holds besides tensors; ``num_layers``: those of the whole model."""
-    held = CONTEXT_GIB + COMMUNICATOR_GIB * len(communicators(config, stage))
-    return held + (graphs_gib(num_layers) if _is_colocated(config) else 0.0)
-
-
-def graphs_gib(num_layers: int) -> float:
-    """Return the GiB of the CUDA graphs of a vLLM engine: 1 to 3, by the layers of its model.
-
-    The graphs stay when the engine sleeps.
-    """
-    return min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0)
+    graphs = min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0) if _is_colocated(config) else 0.0
+    return CONTEXT_GIB + COMMUNICATOR_GIB * len(communicators(config, stage)) + graphs
 
 
 def communicators(config: Config, stage: Stage) -> dict[str, int]:

@@ -32,9 +32,6 @@ ENDINGS = {
 }
 """The events that end a launch of a run -> what each says about the run."""
 
-# These keys differ between any two runs and say nothing about them.
-_PLACES = ("run_dir",)
-
 
 def facts(run: RunRecord) -> list[list[str]]:
     """Return rows of (name, text): what ran, where, and how to repeat it."""
@@ -74,7 +71,8 @@ def event_rows(run: RunRecord) -> list[list[str]]:
     rows = []
     for event in run.events:
         name = "resumed" if event["event"] == "started" and event["step"] > 0 else event["event"]
-        rows.append([str(event["time"]), str(event["step"]), name, _details(event)])
+        details = (event[key] for key in ("reason", "checkpoint", "start") if isinstance(event.get(key), str))
+        rows.append([str(event["time"]), str(event["step"]), name, next(details, "")])
     return rows
 
 
@@ -88,7 +86,7 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         rows = [[name, _value(values[0]), _value(values[-1])] for name, (values,) in _results(runs)]
         return [{"title": "First and last values", "columns": ["first", "last"], "rows": rows}]
     labels = [run.label for run in runs]
-    keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
+    keys = sorted({key for run in runs for key in run.config} - {"run_dir"})  # which differs between any two runs
     # An empty section of one run, and its keys in another run, are one difference.
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     configured = [  # a key that a method lacks is as good as null
@@ -173,10 +171,3 @@ def _versions(versions: Any) -> str | None:
     if not isinstance(versions, dict):
         return None
     return ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
-
-
-def _details(event: Mapping[str, Any]) -> str:
-    for name in ("reason", "checkpoint", "start"):
-        if isinstance(event.get(name), str):
-            return str(event[name])
-    return ""

@@ -6,6 +6,7 @@ The directory of a Trainer of transformers or TRL has metrics alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -227,8 +228,5 @@ def _columns(lines: Iterable[Mapping[str, float]]) -> dict[str, tuple[list[int],
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(path) for path in paths]
+    candidates = (["/".join(path.parts[-length:]) for path in paths] for length in itertools.count(1))
+    return next(labels for labels in candidates if len(set(labels)) == len(labels))
