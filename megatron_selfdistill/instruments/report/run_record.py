@@ -20,10 +20,10 @@ import yaml
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics.run_log import (
     METRICS_FILE,
-    each_metrics,
     finite,
     read_evaluation_samples,
     read_events,
+    read_metrics,
     read_samples,
     shortened,
 )
@@ -102,7 +102,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     return RunRecord(
         label=label,
         config=config,
-        metrics=_columns(each_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else _trainer_metrics(run_dir)),
+        metrics=_columns(read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else _trainer_metrics(run_dir)),
         events=read_events(run_dir),
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
