@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.due import evaluation_due
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
@@ -197,13 +196,10 @@ def explore_run(trainer: Trainer) -> None:
         with raise_on_all_ranks():
             if trainer.grid.is_reporter:
                 forget_explored_after(trainer.run_dir, trainer.step)
-    if may_explore(trainer.config) and (trainer.config.evaluation.every or trainer.config.evaluation.at_start):
+    config = trainer.config
+    is_evaluated = config.evaluation.every or config.evaluation.at_start
+    if is_evaluated and config.has_teacher and config.shows_contents and config.metrics.num_explored > 0:
         trainer.before_gradients.append(_save_explored)
-
-
-def may_explore(config: Config) -> bool:
-    """Return whether a run of ``config`` may save samples for the explorer at all."""
-    return config.has_teacher and config.shows_contents and config.metrics.num_explored > 0
 
 
 def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
@@ -212,8 +208,7 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
     The records never stop a run: an error while making or writing them becomes a warning of one line.
     """
     config, step, tokenizer = trainer.config, trainer.step + 1, trainer.run_data.tokenizer
-    due = evaluation_due(config, step) or (step == 1 and config.evaluation.at_start)
-    if not (due and may_explore(config)):
+    if not (evaluation_due(config, step) or (step == 1 and config.evaluation.at_start)):
         return
     trainer.sampler.sleep()
     with trainer.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
