@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.estimators import bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
-from megatron_selfdistill.metrics.run_log import json_object
+from megatron_selfdistill.metrics.run_log import json_object, replace_file
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ def write_evaluation(directory: Path, result: EvaluationResult, about: Mapping[s
     (directory / SUMMARY).unlink(missing_ok=True)  # the summary states that the other files are complete
     (directory / RESPONSES).unlink(missing_ok=True)
     if result.transcripts:
-        _replace(directory / RESPONSES, map(_json, map(dataclasses.asdict, result.transcripts)))
-    _replace(directory / PROBLEMS, map(_json, lines))
-    _replace(directory / SUMMARY, [json.dumps(summary, indent=2, ensure_ascii=False)])
+        replace_file(directory / RESPONSES, _json_lines(map(dataclasses.asdict, result.transcripts)))
+    replace_file(directory / PROBLEMS, _json_lines(lines))
+    replace_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
@@ -233,12 +232,5 @@ def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}
 
 
-def _json(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-    os.replace(temporary, path)
+def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -31,7 +31,6 @@ from megatron_selfdistill.evaluation.verify import (
     voted_answer,
 )
 from megatron_selfdistill.metrics.leakage import (
-    Gram,
     LeakCounts,
     ends_in_loop,
     grams_of_hint,
@@ -231,9 +230,27 @@ class _Judge:
         judged, texts, answers = list[_JudgedResponse](), list[str](), list[str]()
         for one in played:
             text, stated, answering = judged_text(one.responses[-1], self._tokenizer, self._options.confidence)
-            judged.append(self._judged(problem, one, text, stated, answering, hint))
+            response, truncated = one.responses[-1], one.responses[-1].truncated
+            correct = not truncated and bool(self._verifier(answering, problem))
+            votes = self._options.majority_at_k is not None and not truncated
+            confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
+            verdict = Verdict(
+                correct,
+                sum(len(response.token_ids) for response in one.responses),
+                truncated,
+                voted_answer(answering, self._verifier) if votes else None,
+                None if math.isnan(confidence.value) else confidence.value,
+                confidence.is_stated,
+                ends_in_loop(response.token_ids),
+                len(one.responses),
+                one.reward,
+            )
+            leakage = word_counts(text, len(response.token_ids), self._words)
+            leakage += LeakCounts() if hint is None else hint_counts(response.token_ids, hint)
+            mentions = not truncated and not correct and mentions_answer(answering, problem)
+            judged.append(_JudgedResponse(verdict, confidence, leakage, mentions))
             texts.append(text)
-            answers.append(final_answer(answering) if judged[-1].verdict.correct else "")
+            answers.append(final_answer(answering) if correct else "")
         greedy, *samples = verdicts = [it.verdict for it in judged]
         result = ProblemResult(
             problem.id,
@@ -249,35 +266,6 @@ class _Judge:
                 transcripts.append(Transcript(problem.id, sample, *shown, it.correct, it.length, it.truncated))
         ends = [text[-_END:] for text, it in zip(texts, judged, strict=True) if it.mentions_answer]
         return _JudgedProblem(result, judged, transcripts, ends[0] if ends else None)
-
-    def _judged(
-        self,
-        problem: Problem,
-        played: Played,
-        text: str,
-        stated: float | None,
-        answering: str,
-        hint: frozenset[Gram] | None,
-    ) -> _JudgedResponse:
-        response, truncated = played.responses[-1], played.responses[-1].truncated
-        correct = not truncated and bool(self._verifier(answering, problem))
-        votes = self._options.majority_at_k is not None and not truncated
-        confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
-        verdict = Verdict(
-            correct,
-            sum(len(one.token_ids) for one in played.responses),
-            truncated,
-            voted_answer(answering, self._verifier) if votes else None,
-            None if math.isnan(confidence.value) else confidence.value,
-            confidence.is_stated,
-            ends_in_loop(response.token_ids),
-            len(played.responses),
-            played.reward,
-        )
-        leakage = word_counts(text, len(response.token_ids), self._words)
-        leakage += LeakCounts() if hint is None else hint_counts(response.token_ids, hint)
-        mentions = not truncated and not correct and mentions_answer(answering, problem)
-        return _JudgedResponse(verdict, confidence, leakage, mentions)
 
     def _conversation(self, played: Played, last: str) -> str:
         """Return the text of a response, and of an episode the conversation up to ``last``."""

@@ -22,6 +22,7 @@ from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Divergence, Status, Target
+from megatron_selfdistill.metrics.run_log import finite
 from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
@@ -96,7 +97,7 @@ class ExploredResponse:
         """
         ids = self.context.response
         known = self.summary.ids[self.summary.ids >= 0].long().unique().tolist()
-        numbers = {name: [_number(value) for value in values] for name, values in self.numbers.items()}
+        numbers = {name: [finite(value) for value in values] for name, values in self.numbers.items()}
         beta = numbers.pop("beta")
         numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
         del numbers["status"]
@@ -118,10 +119,11 @@ class ExploredResponse:
 
     def _block(self, start: int) -> dict[str, str]:
         rows = slice(start, start + BLOCK_TOKENS)
-        return {
-            name: _base64(values[rows], torch.int32 if name == "ids" else torch.float32)
-            for name, values in vars(self.summary).items()
-        }
+        encoded = {}
+        for name, values in vars(self.summary).items():
+            numbers = values[rows].contiguous().numpy().astype("<i4" if name == "ids" else "<f4")
+            encoded[name] = base64.b64encode(numbers.tobytes()).decode()
+        return encoded
 
 
 def cut(context: ContextPair) -> ContextPair:
@@ -172,18 +174,6 @@ def _rows(output: StepOutput) -> Tensor | None:
     columns = [getattr(stats, name).double() for name in _STATS]
     columns += [measures.mass_on_rare_student, unknown if entropy is None else entropy.double()]
     return torch.cat([torch.stack(columns, 1), measures.summary], 1)
-
-
-def _base64(values: Tensor, dtype: torch.dtype) -> str:
-    return base64.b64encode(values.to(dtype).contiguous().numpy().astype(_ORDER[dtype]).tobytes()).decode()
-
-
-_ORDER = {torch.int32: "<i4", torch.float32: "<f4"}
-
-
-def _number(value: float) -> float | None:
-    """Return ``value``, or None for a value that JSON lacks."""
-    return value if math.isfinite(value) else None
 
 
 def explore_run(trainer: Trainer) -> None:
