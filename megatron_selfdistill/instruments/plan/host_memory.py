@@ -85,7 +85,7 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
     resting = resting_teacher_bytes(config, stage)
     named = {NAMED: sum(resting.values())} if resting else {}
     rollout, engine = config.rollout, 0.0
-    if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
+    if config.adapter.rank and config.samples and rollout.is_colocated:
         engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)
     return {
         "teacher": weights,

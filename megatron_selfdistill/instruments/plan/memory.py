@@ -106,11 +106,10 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     if rollout.engine == "vllm":
         engine["weight bucket"] = rollout.bucket_mb * 2**20
-        if rollout.placement == "colocated":  # the engine sleeps while the trainer trains
-            engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
-            engine["engine weights"] += load.engine_factors * element_size(config)
     engine["reserved"] = reserved
-    if rollout.is_colocated:
+    if rollout.is_colocated:  # the engine sleeps while the trainer trains
+        engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
+        engine["engine weights"] += load.engine_factors * element_size(config)
         resident = resident | {"gradients": 0.0}  # `Learner.release_gradients`
     if rollout.engine == "megatron" or rollout.placement == "colocated":
         free = config.cluster.memory_of_gpu * GIB - sum(resident.values()) - sum(engine.values())
@@ -357,7 +356,7 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
 
 def reserved_gib(config: Config, stage: Stage, num_layers: int) -> float:
     """Return the GiB that a rank of ``stage`` holds besides tensors; ``num_layers``: those of the whole model."""
-    graphs = min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0) if _is_colocated(config) else 0.0
+    graphs = min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0) if config.samples and config.rollout.is_colocated else 0.0
     return CONTEXT_GIB + COMMUNICATOR_GIB * len(communicators(config, stage)) + graphs
 
 
@@ -389,12 +388,8 @@ def communicators(config: Config, stage: Stage) -> dict[str, int]:
             "expert tensor and expert": etp * ep,
             "expert data": stage.expert_dp_size,
         }
-    if _is_colocated(config):
+    if config.samples and config.rollout.is_colocated:
         sizes["engine"] = config.rollout.engine_tp
     elif config.samples and config.rollout.engine == "vllm" and config.rollout.transfer in (None, "nccl"):
         sizes["weights to servers"] = 1 + config.rollout.engine_tp
     return {name: size for name, size in sizes.items() if size > 1}
-
-
-def _is_colocated(config: Config) -> bool:
-    return config.samples and config.rollout.engine == "vllm" and config.rollout.placement == "colocated"
