@@ -87,7 +87,7 @@ def row(recipe: str, plan: Plan) -> str:
         "TP": p.tensor_model_parallel_size,
         "PP": p.pipeline_model_parallel_size,
         "EP": p.expert_model_parallel_size if config.model.num_moe_experts else 1,
-        "DP": plan.dp_size,
+        "DP": plan.step.dp_size,
     }
     training, sampling = (max(getattr(one, f"{what}_peak") for one in plan.memory) for what in ("training", "rollout"))
     update = plan.engines.update_bytes / 1e9
@@ -102,7 +102,7 @@ def row(recipe: str, plan: Plan) -> str:
         f"{training:.1f} / {sampling:.1f}",
         f"{engine_weight_gib(config, plan.parameters):.1f}" if on_servers else "",
         str(config.data.global_batch_size),
-        f"{plan.bubble:.1%}" if plan.bubble else "none",
+        f"{plan.step.bubble:.1%}" if plan.step.bubble else "none",
         seconds,
         f"{update:.0f}" if update > 10 else f"{update:.2f}",
         f"{checkpoint_bytes(config, trained) / 1e9:.0f}",

@@ -103,14 +103,6 @@ def distinct_grams(responses: Iterable[Sequence[int]]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def pass_over_avg(pass_at_k: float, avg_at_k: float) -> float | None:
-    """Return pass@k / avg@k over the same problems; None if no sample is right.
-
-    The ratio is 1 if the k samples of a problem are either all right or all wrong.  It is k at most.
-    """
-    return pass_at_k / avg_at_k if avg_at_k else None
-
-
 @dataclass(frozen=True)
 class Interval:
     """A mean over problems, and the interval of 95 % of the means of resampled problems."""

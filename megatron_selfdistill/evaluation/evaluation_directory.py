@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The names of the files of an evaluation, and checks of its directory.  This module imports no torch."""
+"""The names of the files of an evaluation, and the check of its place.  This module imports no torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,3 @@ def require_free(directory: Path, overwrite: bool) -> None:
         raise ConfigError(f"expected a new directory for the results, got {directory}, which exists; add --overwrite")
     if not (directory / SUMMARY).is_file():
         raise ConfigError(f"expected an evaluation to overwrite, got {directory}, which has no {SUMMARY}")
-
-
-def require_evaluation(directory: Path) -> None:
-    """Raise `ConfigError` unless ``directory`` has the files of an evaluation."""
-    for name in (SUMMARY, PROBLEMS):
-        if not (directory / name).is_file():
-            raise ConfigError(
-                f"expected an evaluation in {directory}, got no {name}; make one with selfdistill evaluate"
-            )

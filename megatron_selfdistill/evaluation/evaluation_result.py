@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.evaluation.calibration import Calibration
-from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
+from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 
 
 @dataclass(frozen=True)
@@ -152,45 +153,28 @@ class EvaluationResult:
     """The responses to the first problems as text: for each problem the greedy response, then the samples."""
     overlooked: Overlooked | None = None
     """The wrong responses that mention the answer; None if a response is right or no response mentions the answer."""
-    greedy_hint_8grams: float | None = None
-    """The share of the 8-grams of the greedy responses that occur in the teacher's prompt and not in the student's,
-    over the problems that have a solution; None if there are no 8-grams."""
-    greedy_leak_words_per_1000: float | None = None
-    """The number of words that speak of the hint per 1000 tokens of the greedy responses; None if none is listed."""
-    greedy_quoted_hint_share: float | None = None
-    """The share of the greedy responses with one of these 8-grams, over the problems that have a solution; None if no
-    problem has one."""
-    sampled_hint_8grams: float | None = None
-    sampled_leak_words_per_1000: float | None = None
-    sampled_quoted_hint_share: float | None = None
-    distinct_right: float | None = None
-    """The mean over problems of the number of different answers among the right samples."""
-    distinct_4grams: float | None = None
-    """The mean of distinct-4 over the problems whose samples have a 4-gram; None if no problem has one."""
+    further: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers by the names that docs/metrics.md has under ``evaluation/``; a mean over nothing is not there.
+    They are hint_8grams, leak_words_per_1000 and quoted_hint_share of both kinds of responses, over the problems that
+    have a solution; of episodes mean_reward and mean_turns; distinct_right and distinct_4grams of the samples."""
     greedy_calibration: Calibration | None = None
     """The calibration of the greedy responses; None if a confidence is unknown."""
     sampled_calibration: Calibration | None = None
-    greedy_mean_reward: float | None = None
-    """The mean reward of the episodes with greedy responses; None without an environment."""
-    greedy_mean_turns: float | None = None
-    """The mean number of responses of these episodes; None without an environment."""
-    sampled_mean_reward: float | None = None
-    sampled_mean_turns: float | None = None
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.
 
         avg_at_N of N samples is another name of sampled_accuracy.  pass_over_avg_at_k is pass_at_k over avg_at_N, for
-        each k above 1.
+        each k above 1: 1 if the samples of each problem are all right or all wrong, and at most k.
         """
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)} | dict(self.further)
         if self.sampled_accuracy is not None:
             numbers[f"avg_at_{self.num_samples}"] = self.sampled_accuracy
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at_k.items()}
         numbers |= {f"majority_at_{k}": value for k, value in self.majority_at_k.items()}
-        for k, value in self.pass_at_k.items():
-            ratio = pass_over_avg(value, self.sampled_accuracy or 0.0) if k > 1 else None
-            numbers |= {} if ratio is None else {f"pass_over_avg_at_{k}": ratio}
+        if self.sampled_accuracy:
+            above_1 = {k: value for k, value in self.pass_at_k.items() if k > 1}
+            numbers |= {f"pass_over_avg_at_{k}": value / self.sampled_accuracy for k, value in above_1.items()}
         for kind, found in (("greedy", self.greedy_calibration), ("sampled", self.sampled_calibration)):
             measured = {} if found is None else vars(found)
             numbers |= {f"{kind}_{name}": value for name, value in measured.items() if value is not None}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ import numpy as np
 
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.estimators import NUM_RESAMPLES, bootstrap
-from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
+from megatron_selfdistill.evaluation.estimators import bootstrap
+from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
-from megatron_selfdistill.metrics.run_log import json_object
+from megatron_selfdistill.metrics.run_log import json_object, replace_file
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,14 @@ def write_evaluation(directory: Path, result: EvaluationResult, about: Mapping[s
     (directory / SUMMARY).unlink(missing_ok=True)  # the summary states that the other files are complete
     (directory / RESPONSES).unlink(missing_ok=True)
     if result.transcripts:
-        _replace(directory / RESPONSES, map(_json, map(dataclasses.asdict, result.transcripts)))
-    _replace(directory / PROBLEMS, map(_json, lines))
-    _replace(directory / SUMMARY, [json.dumps(summary, indent=2, ensure_ascii=False)])
+        replace_file(directory / RESPONSES, _json_lines(map(dataclasses.asdict, result.transcripts)))
+    replace_file(directory / PROBLEMS, _json_lines(lines))
+    replace_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
 def read_evaluation(directory: Path) -> Evaluation:
     """Return the evaluation in ``directory``.  Raises: `ConfigError` if the files are incomplete."""
-    directory = Path(directory)
-    require_evaluation(directory)
     try:
         summary = json_object((directory / SUMMARY).read_bytes())
         with (directory / PROBLEMS).open("rb") as stream:
@@ -72,9 +69,9 @@ def read_evaluation(directory: Path) -> Evaluation:
         if len(lines) != summary["data"]["num_problems"]:
             raise ValueError(f"{len(lines)} lines for {summary['data']['num_problems']} problems")
         return Evaluation(directory, summary, ids, values)
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
-            f"expected the files of an evaluation in {directory}, got other files ({type(error).__name__}: {error})"
+            f"expected the files that selfdistill evaluate writes in {directory}, got {type(error).__name__}: {error}"
         ) from error
 
 
@@ -111,20 +108,12 @@ class Comparison:
     a: str
     b: str
     num_problems: int
-    num_resamples: int
-    seed: int
     differences: list[Difference]
     other_settings: dict[str, list[Any]]
     """The settings that differ between the evaluations: name -> [value in A, value in B]."""
 
-    @property
-    def neither_answered(self) -> bool:
-        """Whether neither A nor B has a correct response."""
-        rates = ("greedy_accuracy", "avg_at_", "pass_at_")
-        return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
 
-
-def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
+def compare(a: Evaluation, b: Evaluation) -> Comparison:
     """Compare B with A by a paired bootstrap over problems: `bootstrap` of the differences of all metrics.
 
     avg@k, pass@k and majority@k are unbiased estimates, so A and B may have different numbers of samples; avg_at_N is
@@ -140,13 +129,11 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
     is_fair = avg_a == avg_b
     names = [name for name in values_a if name in values_b and (is_fair or not name.startswith("distinct_"))]
     differences = np.stack([values_b[name] - values_a[name] for name in names], axis=1)
-    found = bootstrap(differences, num_resamples, seed)
+    found = bootstrap(differences)
     return Comparison(
         a=str(a.directory),
         b=str(b.directory),
         num_problems=len(a.ids),
-        num_resamples=num_resamples,
-        seed=seed,
         differences=[
             Difference(
                 name,
@@ -245,12 +232,5 @@ def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}
 
 
-def _json(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-    os.replace(temporary, path)
+def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

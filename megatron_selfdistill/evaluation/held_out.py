@@ -31,7 +31,6 @@ from megatron_selfdistill.evaluation.verify import (
     voted_answer,
 )
 from megatron_selfdistill.metrics.leakage import (
-    Gram,
     LeakCounts,
     ends_in_loop,
     grams_of_hint,
@@ -231,9 +230,27 @@ class _Judge:
         judged, texts, answers = list[_JudgedResponse](), list[str](), list[str]()
         for one in played:
             text, stated, answering = judged_text(one.responses[-1], self._tokenizer, self._options.confidence)
-            judged.append(self._judged(problem, one, text, stated, answering, hint))
+            response, truncated = one.responses[-1], one.responses[-1].truncated
+            correct = not truncated and bool(self._verifier(answering, problem))
+            votes = self._options.majority_at_k is not None and not truncated
+            confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
+            verdict = Verdict(
+                correct,
+                sum(len(response.token_ids) for response in one.responses),
+                truncated,
+                voted_answer(answering, self._verifier) if votes else None,
+                None if math.isnan(confidence.value) else confidence.value,
+                confidence.is_stated,
+                ends_in_loop(response.token_ids),
+                len(one.responses),
+                one.reward,
+            )
+            leakage = word_counts(text, len(response.token_ids), self._words)
+            leakage += LeakCounts() if hint is None else hint_counts(response.token_ids, hint)
+            mentions = not truncated and not correct and mentions_answer(answering, problem)
+            judged.append(_JudgedResponse(verdict, confidence, leakage, mentions))
             texts.append(text)
-            answers.append(final_answer(answering) if judged[-1].verdict.correct else "")
+            answers.append(final_answer(answering) if correct else "")
         greedy, *samples = verdicts = [it.verdict for it in judged]
         result = ProblemResult(
             problem.id,
@@ -249,35 +266,6 @@ class _Judge:
                 transcripts.append(Transcript(problem.id, sample, *shown, it.correct, it.length, it.truncated))
         ends = [text[-_END:] for text, it in zip(texts, judged, strict=True) if it.mentions_answer]
         return _JudgedProblem(result, judged, transcripts, ends[0] if ends else None)
-
-    def _judged(
-        self,
-        problem: Problem,
-        played: Played,
-        text: str,
-        stated: float | None,
-        answering: str,
-        hint: frozenset[Gram] | None,
-    ) -> _JudgedResponse:
-        response, truncated = played.responses[-1], played.responses[-1].truncated
-        correct = not truncated and bool(self._verifier(answering, problem))
-        votes = self._options.majority_at_k is not None and not truncated
-        confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
-        verdict = Verdict(
-            correct,
-            sum(len(one.token_ids) for one in played.responses),
-            truncated,
-            voted_answer(answering, self._verifier) if votes else None,
-            None if math.isnan(confidence.value) else confidence.value,
-            confidence.is_stated,
-            ends_in_loop(response.token_ids),
-            len(played.responses),
-            played.reward,
-        )
-        leakage = word_counts(text, len(response.token_ids), self._words)
-        leakage += LeakCounts() if hint is None else hint_counts(response.token_ids, hint)
-        mentions = not truncated and not correct and mentions_answer(answering, problem)
-        return _JudgedResponse(verdict, confidence, leakage, mentions)
 
     def _conversation(self, played: Played, last: str) -> str:
         """Return the text of a response, and of an episode the conversation up to ``last``."""
@@ -312,6 +300,11 @@ def _overlooked(found: Sequence[_JudgedProblem], problems: Sequence[Problem]) ->
 
 _SHARES = {"accuracy": "correct", "mean_length": "length", "truncated_share": "truncated", "loop_share": "loops"}
 _SHARES_OF_EPISODES = {"mean_reward": "reward", "mean_turns": "turns"}
+_LEAKS = {
+    "leak/hint_8grams": "hint_8grams",
+    "leak/words_per_1000": "leak_words_per_1000",
+    "response/quoted_hint_share": "quoted_hint_share",
+}
 """The names of shares and means in `EvaluationResult` -> the field of `Verdict` over which each is taken."""
 
 
@@ -327,17 +320,22 @@ def _result(
         return sum(values) / len(values)
 
     numbers: dict[str, Any] = {}
+    further: dict[str, float] = {}
     greedy = [one.responses[0] for one in found]
     sampled = [it for one in found for it in one.responses[1:]]
     for kind, judged in (("greedy", greedy), ("sampled", sampled)):
-        for name, field in (_SHARES | _SHARES_OF_EPISODES if plays else _SHARES).items():
+        for name, field in _SHARES.items():
             numbers[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged]) if judged else None
+        for name, field in _SHARES_OF_EPISODES.items() if plays and judged else ():
+            further[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged])
         leaks = sum((it.leakage for it in judged), LeakCounts())
-        numbers[f"{kind}_hint_8grams"] = leaks.hint_share
-        numbers[f"{kind}_leak_words_per_1000"] = leaks.words_per_1000
-        numbers[f"{kind}_quoted_hint_share"] = leaks.quoted_hint_share
+        further |= {f"{kind}_{_LEAKS[key]}": value for key, value in leaks.metrics().items()}
         right = [it.verdict.correct for it in judged]
         numbers[f"{kind}_calibration"] = calibration([it.confidence for it in judged], right)
+    if num_samples:
+        further["distinct_right"] = mean([result.distinct_right or 0 for result in results])
+    if grams:
+        further["distinct_4grams"] = mean(grams)
     return EvaluationResult(
         num_problems=len(results),
         num_samples=num_samples,
@@ -346,7 +344,6 @@ def _result(
         problems=results,
         transcripts=[transcript for one in found for transcript in one.transcripts],
         overlooked=_overlooked(found, problems),
-        distinct_right=mean([result.distinct_right or 0 for result in results]) if num_samples else None,
-        distinct_4grams=mean(grams) if grams else None,
+        further=further,
         **numbers,
     )

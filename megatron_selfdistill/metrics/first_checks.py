@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, method_class
-from megatron_selfdistill.metrics.guard_limits import LOOPS
-from megatron_selfdistill.metrics.guards import MANY_LOOPS, RunUnhealthy, student_samples
+from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
 
+OF_SAMPLES = ("student_nll", "entropy/student", "response/truncated_share", LOOPS)
+"""The metrics that say something about the student only if the student samples the responses."""
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
 WANDERING = 1.5
@@ -77,8 +78,7 @@ def warnings_of_the_first_step(config: Config, metrics: Mapping[str, float]) -> 
     """
     one_prompt = config.needs.reads_one_prompt
     silent = None if one_prompt else warning_of_a_silent_teacher(metrics, config.target.teacher_weight)
-    first = [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
-    return first if silent is None else [silent, *first]
+    return [*filter(None, [silent]), *first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
 
 
 def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
@@ -87,55 +87,43 @@ def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[st
     The responses are judged if `student_samples`.  The target is judged if the teacher differs from its
     anchor, by more than `SILENT_KL`.
     """
-    judged = student_samples(config)
     differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.needs.reads_one_prompt
-    advice = first_step_advice(
-        config,
-        nll=metrics.get("student_nll") if judged else None,
-        entropy=metrics.get("entropy/student") if judged else None,
-        truncated_share=metrics.get("response/truncated_share") if judged else None,
-        loop_share=metrics.get(LOOPS) if judged else None,
-        let_through=metrics.get("target/let_through") if differs else None,
-    )
-    return [f"warning: {sentence}" for sentence in advice]
+    known = {
+        key: value
+        for key, value in metrics.items()
+        if (student_samples(config) or key not in OF_SAMPLES) and (differs or key != "target/let_through")
+    }
+    return [f"warning: {sentence}" for sentence in first_step_advice(config, known)]
 
 
-def first_step_advice(
-    config: Config,
-    *,
-    nll: float | None,
-    entropy: float | None,
-    truncated_share: float | None,
-    loop_share: float | None,
-    let_through: float | None,
-) -> list[str]:
+def first_step_advice(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return a sentence, with keys to try, for each number of a first step with which a run learns little.
 
-    ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``,
-    ``loop_share``: of the responses, those that are cut and those that end in a loop.  ``let_through``: the metric
-    target/let_through, which bounds what a run learns only with a frozen reference: with target.anchor=student, every
-    step starts where the last one ended.  None is an unknown number.
+    ``metrics``: `OF_SAMPLES` and target/let_through, as far as they are known.  The last one bounds what a run learns
+    only with a frozen reference: with target.anchor=student, every step starts where the last one ended.
     """
     rollout, target, found = config.rollout, config.target, []
-    if nll is not None and entropy is not None and min(nll, entropy) > WANDERING:
+    nll, entropy, truncated_share, loop_share = (metrics.get(key, 0.0) for key in OF_SAMPLES)
+    if min(nll, entropy) > WANDERING:
         found.append(
             f"the samples of the first step wander: expected an entropy or a mean -log p of at most {WANDERING:g} nats "
             f"per token, got {entropy:.3g} and {nll:.3g}; try rollout.temperature={0.7 * rollout.temperature:.2g}"
         )
     shortens = config.guards.min_length_ratio is None
-    if truncated_share is not None and truncated_share > MANY_CUT and not shortens:
+    if truncated_share > MANY_CUT and not shortens:
         found.append(
             f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
             f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}, or "
             "guards.min_length_ratio=null where the hint asks for shorter responses"
         )
-    if loop_share is not None and loop_share > MANY_LOOPS:
+    if loop_share > MANY_LOOPS:
         found.append(
             f"{loop_share:.0%} of the responses of the first step end in a loop, expected at most {MANY_LOOPS:.0%}; "
             f"try a rollout.temperature above {rollout.temperature:g}, and compare the prompts in the samples with the "
             "format that the model knows (data.chat_template)"
         )
-    if config.is_anchored and let_through is not None and let_through < LITTLE_LET_THROUGH:
+    let_through = metrics.get("target/let_through", math.inf)
+    if config.is_anchored and let_through < LITTLE_LET_THROUGH:
         keys = [f"a target.teacher_weight above {target.teacher_weight:g}"]
         keys += ["target.anchor=student (equal at the first step, then it follows the student)"]
         keys += ["loss.divergence=forward_kl"] * (config.loss.divergence != "forward_kl")

@@ -48,26 +48,17 @@ class LeakCounts:
         """Return the six counts in their order."""
         return self.hint_grams, self.grams, self.words, self.tokens, self.quoting, self.hinted
 
-    @property
-    def hint_share(self) -> float | None:
-        """The share of the 8-grams that occur in the hint only; None if there are no 8-grams."""
-        return self.hint_grams / self.grams if self.grams else None
-
-    @property
-    def words_per_1000(self) -> float | None:
-        """The number of words per 1000 tokens; None if no words were counted."""
-        return 1000 * self.words / self.tokens if self.tokens else None
-
-    @property
-    def quoted_hint_share(self) -> float | None:
-        """The share of the hinted responses that quote the hint; None if no response is hinted."""
-        return self.quoting / self.hinted if self.hinted else None
-
     def metrics(self) -> dict[str, float]:
-        """Return the two shares and the words per 1000 tokens under flat keys, without what is None."""
-        named = {"leak/hint_8grams": self.hint_share, "leak/words_per_1000": self.words_per_1000}
-        named["response/quoted_hint_share"] = self.quoted_hint_share
-        return {key: value for key, value in named.items() if value is not None}
+        """Return the shares of 8-grams and of responses with the hint, and the words per 1000 tokens, under flat keys.
+
+        A share of nothing has no key.
+        """
+        parts = {
+            "leak/hint_8grams": (self.hint_grams, self.grams),
+            "leak/words_per_1000": (1000 * self.words, self.tokens),
+            "response/quoted_hint_share": (self.quoting, self.hinted),
+        }
+        return {key: value / count for key, (value, count) in parts.items() if count}
 
 
 def grams_of_hint(student_prompt: Sequence[int], teacher_prompt: Sequence[int]) -> frozenset[Gram]:

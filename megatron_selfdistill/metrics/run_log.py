@@ -24,14 +24,9 @@ _LARGEST_STEP = 2**53
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.jsonl in order, as numbers; see `records` for lines that are skipped."""
-    return list(each_metrics(run_dir))
-
-
-def each_metrics(run_dir: str | Path) -> Iterator[dict[str, float]]:
-    """Yield what `read_metrics` returns, one line at a time."""
-    for _, record in records(Path(run_dir) / METRICS_FILE):
-        step = record.pop("step")
-        yield {"step": step} | {key: float(value) for key, value in record.items()}  # "NaN" and "Infinity", too
+    lines = (record for _, record in records(Path(run_dir) / METRICS_FILE))
+    # float also takes "NaN" and "Infinity"
+    return [{"step": line.pop("step")} | {key: float(value) for key, value in line.items()} for line in lines]
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:

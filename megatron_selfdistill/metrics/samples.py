@@ -191,16 +191,9 @@ class Sample:
             **({"teacher": self.teacher} if self.teacher else {}),
             "response": self.response,
             "truncated": self.truncated,
-            **turn_record(self.turn),
+            **(asdict(self.turn) if self.turn else {}),
             "tokens": token_lists,
         }
-
-
-def turn_record(turn: EpisodeTurn | None) -> dict[str, Any]:
-    """Return the fields of ``turn`` for a record; none for None."""
-    if turn is None:
-        return {}
-    return asdict(turn)
 
 
 def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPair, range]]:

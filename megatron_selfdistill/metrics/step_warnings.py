@@ -12,8 +12,7 @@ from megatron_selfdistill.metrics.first_checks import warnings_of_the_first_step
 def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
     """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn."""
     first = warnings_of_the_first_step(config, metrics) if step <= 1 else []
-    untrained = warning_of_an_untrained_step(config, step, metrics)
-    return first if untrained is None else [untrained, *first]
+    return [*filter(None, [warning_of_an_untrained_step(config, step, metrics)]), *first]
 
 
 def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:

@@ -14,7 +14,7 @@ from explored_records import Words, logit_rows, record_of
 from reported_runs import write_run
 from torch import Tensor
 
-from megatron_selfdistill.instruments.explorer.target_page import target_page, write_explored, write_target_page
+from megatron_selfdistill.instruments.explorer.target_page import target_page, write_explored
 from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.loss import Divergence, Target, mixed_target
 from megatron_selfdistill.loss.definition import divergence as divergence_of_rows
@@ -75,7 +75,7 @@ def rows() -> list[Tensor]:
 @pytest.fixture(scope="module")
 def page(rows, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("explorer") / "target.html"
-    write_target_page(record_of(rows, SAVED, step=100), path)
+    path.write_text(target_page(record_of(rows, SAVED, step=100)), encoding="utf-8")
     return path
 
 
@@ -131,7 +131,7 @@ def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
 )
 def test_the_page_opens_with_the_divergence_of_the_run_and_comes_back_to_it(browser, rows, tmp_path, divergence, words):
     record = record_of([each[:40] for each in rows], SAVED, divergence)
-    write_target_page(record, tmp_path / "own.html")
+    (tmp_path / "own.html").write_text(target_page(record), encoding="utf-8")
     tab = shown(browser, tmp_path / "own.html")
     assert f"Mean {words}: " in tab.text("#progress")
     found = tab.value("[...explorer.values]")
@@ -157,7 +157,7 @@ def test_a_divergence_that_hangs_on_unstored_logits_is_said_to_be_unknown(browse
         each[:, 1000:] -= 4
         each[0, 1000:] = each[0].max() - depth - torch.rand(2000, generator=torch.Generator().manual_seed(1))
     alone = Target("teacher_alone", anchor="student")
-    write_target_page(record_of(rows, alone, Divergence(order=4)), tmp_path / "far.html")
+    (tmp_path / "far.html").write_text(target_page(record_of(rows, alone, Divergence(order=4))), encoding="utf-8")
     tab = shown(browser, tmp_path / "far.html")
     unknown = "The stored logits do not determine the divergence at 1 of 2 tokens, which the mean leaves out."
     assert unknown in tab.text("#progress")

@@ -17,18 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.model_command import ended, parsed
-from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.run_data import RunData
-    from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.instruments.evaluate.first_step import FirstStep
-    from megatron_selfdistill.metrics.phases import Phases
-
-    Measured = tuple[EvaluationResult, FirstStep | None, float]
 
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
 
@@ -118,81 +113,73 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.evaluation import held_out
+    from megatron_selfdistill.evaluation.inference import converted, open_inference
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+    from megatron_selfdistill.instruments.evaluate.first_step import measure_first_step
+    from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.metrics.phase_lines import phases_shown
     from megatron_selfdistill.metrics.phases import Phases
+    from megatron_selfdistill.sources.configured_source import evaluation_player
 
     model = find_model(arguments.hf, arguments.megatron, arguments.iteration)
     config = configured(given, keys, model)
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
-    check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
+    verifier = load_verifier(config.evaluation.verifier)
+    check_answers(run_data.evaluation, verifier)
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     if grid.is_reporter:
         print(about_types, file=sys.stderr, flush=True)
     phases = Phases(grid.device)
+    first: FirstStep | None = None
     try:
         with ExitStack() as stack:
             directory = stack.enter_context(temporary_directory(arguments.tmp or arguments.out.parent, grid))
+            stack.enter_context(phases_shown(phases, enabled=grid.is_reporter))
             load = model["path"]
-            with phases_shown(phases, enabled=grid.is_reporter):
-                if arguments.hf is not None:
-                    with phases("converting the model"):
-                        load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
-                checkpoint = dataclasses.replace(config.checkpoint, load=load)
-                config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
-                measured = _measured(config, run_data, grid, arguments, phases)
-            if grid.is_reporter:
-                _report(measured, config, run_data, arguments, model)
+            if arguments.hf is not None:
+                with phases("converting the model"):
+                    load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
+            checkpoint = dataclasses.replace(config.checkpoint, load=load)
+            config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
+            inference = stack.enter_context(open_inference(config, run_data, grid, phases))
+            player = stack.enter_context(evaluation_player(config, run_data, inference.sampler, 0, grid))
+            began = time.perf_counter()
+            # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
+            words, votes = telling_words(config.metrics.leak_words, run_data.evaluation), arguments.majority_at_k
+            options = held_out.EvaluationOptions.configured(
+                config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
+            )
+            options = dataclasses.replace(options, num_transcripts=arguments.responses)
+            with phases("evaluation"):
+                result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
+            seconds = time.perf_counter() - began
+            if arguments.hinted:
+                with phases("first step"):
+                    first = measure_first_step(inference, config, run_data, verifier, grid)
+        if grid.is_reporter:
+            _report(result, first, seconds, config, run_data, arguments, model)
     finally:
         ranks.shutdown()
     return 0
 
 
-def _measured(
-    config: Config, run_data: RunData, grid: RankGrid, arguments: argparse.Namespace, phases: Phases
-) -> Measured:
-    """Return the result, what the first step would see, and the seconds, the same on every rank."""
-    from megatron_selfdistill.evaluation import held_out
-    from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.instruments.evaluate.first_step import measure_first_step
-    from megatron_selfdistill.metrics.leakage import telling_words
-    from megatron_selfdistill.sources.configured_source import evaluation_player
-
-    verifier = load_verifier(config.evaluation.verifier)
-    with (
-        open_inference(config, run_data, grid, phases) as inference,
-        evaluation_player(config, run_data, inference.sampler, 0, grid) as player,
-    ):
-        began = time.perf_counter()
-        # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
-        words, votes = telling_words(config.metrics.leak_words, run_data.evaluation), arguments.majority_at_k
-        options = held_out.EvaluationOptions.configured(
-            config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
-        )
-        options = dataclasses.replace(options, num_transcripts=arguments.responses)
-        with phases("evaluation"):
-            result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
-        seconds = time.perf_counter() - began
-        first = None
-        if arguments.hinted:
-            with phases("first step"):
-                first = measure_first_step(inference, config, run_data, verifier, grid)
-    return result, first, seconds
-
-
 def _report(
-    measured: Measured, config: Config, run_data: RunData, arguments: argparse.Namespace, model: dict[str, Any]
+    result: EvaluationResult,
+    first: FirstStep | None,
+    seconds: float,
+    config: Config,
+    run_data: RunData,
+    arguments: argparse.Namespace,
+    model: dict[str, Any],
 ) -> None:
     """Write the files, and print the verdict and the tables."""
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
     from megatron_selfdistill.instruments.evaluate import evaluation_tables as tables
     from megatron_selfdistill.instruments.evaluate.first_step import readiness, recommended
 
-    result, first, seconds = measured
     problems = run_data.evaluation
     about: dict[str, Any] = {
         "model": model,
@@ -247,19 +234,10 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Print the comparison of two evaluations, write it with --out, and return the exit status."""
-    from megatron_selfdistill.evaluation.evaluation_directory import require_evaluation
-
-    for directory in (arguments.a, arguments.b):
-        require_evaluation(directory)
     from megatron_selfdistill.evaluation import evaluations
     from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_comparison
 
-    compared = evaluations.compare(
-        evaluations.read_evaluation(arguments.a),
-        evaluations.read_evaluation(arguments.b),
-        num_resamples=arguments.resamples,
-        seed=arguments.seed,
-    )
+    compared = evaluations.compare(*map(evaluations.read_evaluation, (arguments.a, arguments.b)))
     show_comparison(compared)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -332,13 +310,5 @@ def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("a", type=Path, metavar="A", help="results of the first evaluation")
     parser.add_argument("b", type=Path, metavar="B", help="results of the second evaluation")
-    parser.add_argument(
-        "--resamples",
-        type=at_least_1,
-        default=10_000,
-        metavar="N",
-        help="number of resamples of the problems (default: 10000)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
     return parser.parse_args(argv)

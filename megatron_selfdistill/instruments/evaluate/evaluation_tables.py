@@ -97,10 +97,7 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
 def show_comparison(compared: Comparison) -> None:
     """Print the `first_metrics` of the comparison as a table, with a line for each setting that differs."""
     shown = first_metrics(it.metric for it in compared.differences)
-    caption = (
-        f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "
-        f"seed {compared.seed}\n--out FILE writes all metrics"
-    )
+    caption = f"paired bootstrap over {compared.num_problems} problems\n--out FILE writes all metrics"
     table = Table(title=f"A = {compared.a}\nB = {compared.b}", caption=caption)
     table.add_column("metric", no_wrap=True)
     for column in ("A", "B", "B - A", "95 %", "P(B <= A)"):
@@ -111,13 +108,6 @@ def show_comparison(compared: Comparison) -> None:
         numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, probability)
         table.add_row(it.metric, *numbers)
     console().print(table)
-    if compared.neither_answered:
-        console().print(
-            f"neither A nor B answered any of the {compared.num_problems} problems right, so nothing shows "
-            "which model is better: read responses (--responses 3), and look at evaluation.verifier",
-            style="yellow",
-            markup=False,
-        )
     for name, (a, b) in compared.other_settings.items():
         console().print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
 

@@ -36,7 +36,7 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics.first_checks import MANY_CUT, SILENT_KL, first_step_advice
+from megatron_selfdistill.metrics.first_checks import MANY_CUT, OF_SAMPLES, SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.pipeline.score import Reading, read
 from megatron_selfdistill.pipeline.token_losses import self_distillation
@@ -105,14 +105,10 @@ class FirstStep:
 
     def advice(self, config: Config) -> list[str]:
         """Return a sentence, with keys to try, for each number with which a run learns little."""
-        return first_step_advice(
-            config,
-            nll=None if self.is_untrained else -self.log_prob_mean,  # no temperature helps such a model
-            entropy=self.entropy_mean,
-            truncated_share=self.truncated_share,
-            loop_share=self.loop_share,
-            let_through=self.let_through[CONFIGURED].all_tokens,
-        )
+        nll = 0.0 if self.is_untrained else -self.log_prob_mean  # no temperature helps an untrained model
+        numbers = dict(zip(OF_SAMPLES, (nll, self.entropy_mean, self.truncated_share, self.loop_share), strict=True))
+        let_through = self.let_through[CONFIGURED].all_tokens
+        return first_step_advice(config, numbers | ({} if let_through is None else {"target/let_through": let_through}))
 
 
 @dataclass(frozen=True)

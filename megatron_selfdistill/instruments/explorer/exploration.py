@@ -25,9 +25,10 @@ from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
 from megatron_selfdistill.instruments.explorer.given_models import ModelCheckpoints
 from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
-from megatron_selfdistill.instruments.explorer.target_page import write_target_page
+from megatron_selfdistill.instruments.explorer.target_page import target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.metrics.run_log import replace_file
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.output_layer import decided_output_layer
 from megatron_selfdistill.pipeline import token_losses
@@ -96,7 +97,7 @@ class Exploration:
             return None
         (explored,) = found
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_target_page(explored.record(self.run_data.tokenizer, **about), out)
+        replace_file(out, target_page(explored.record(self.run_data.tokenizer, **about)))
         return _summary(explored, out)
 
     def _generated(self, inference: Inference, grid: RankGrid) -> Response:
@@ -125,7 +126,7 @@ def _summary(explored: ExploredResponse, out: Path) -> str:
     text = ", ".join(f"{name.replace('_', ' ')} {status.count(name)}" for name in dict.fromkeys(status))
     mean = sum(losses) / len(losses)
     return (
-        f"{len(losses)} tokens, mean {explored.settings.divergence_text}: {mean:.4g} nats per token; k: {text}\n"
+        f"{len(losses)} tokens, mean {explored.settings.divergence.kind}: {mean:.4g} nats per token; k: {text}\n"
         f"written to {out}: open it in a browser"
     )
 

@@ -7,13 +7,12 @@ import base64
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.due import evaluation_due
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
@@ -23,7 +22,8 @@ from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Divergence, Status, Target
-from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint, turn_record
+from megatron_selfdistill.metrics.run_log import finite
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
@@ -50,14 +50,6 @@ class TokenTarget:
 
     target: Target
     divergence: Divergence
-
-    @property
-    def divergence_text(self) -> str:
-        """The name of the divergence with the numbers that change it."""
-        own = self.divergence
-        if own.forward_above is not None:
-            return f"{own.kind}, and also forward_kl above {own.forward_above:g} nats of target entropy"
-        return f"Renyi {own.kind} of order {own.order:g}" if own.is_renyi else own.kind
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values.
@@ -105,7 +97,7 @@ class ExploredResponse:
         """
         ids = self.context.response
         known = self.summary.ids[self.summary.ids >= 0].long().unique().tolist()
-        numbers = {name: [_number(value) for value in values] for name, values in self.numbers.items()}
+        numbers = {name: [finite(value) for value in values] for name, values in self.numbers.items()}
         beta = numbers.pop("beta")
         numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
         del numbers["status"]
@@ -115,7 +107,7 @@ class ExploredResponse:
             "prompt": tokenizer.decode(self.context.student_prompt),
             "solution": self.solution,
             "truncated": self.context.truncated,
-            **turn_record(self.context.turn),
+            **(asdict(self.context.turn) if self.context.turn else {}),
             "vocab_size": self.vocab_size,
             "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
             "settings": self.settings.record(),
@@ -127,10 +119,11 @@ class ExploredResponse:
 
     def _block(self, start: int) -> dict[str, str]:
         rows = slice(start, start + BLOCK_TOKENS)
-        return {
-            name: _base64(values[rows], torch.int32 if name == "ids" else torch.float32)
-            for name, values in vars(self.summary).items()
-        }
+        encoded = {}
+        for name, values in vars(self.summary).items():
+            numbers = values[rows].contiguous().numpy().astype("<i4" if name == "ids" else "<f4")
+            encoded[name] = base64.b64encode(numbers.tobytes()).decode()
+        return encoded
 
 
 def cut(context: ContextPair) -> ContextPair:
@@ -183,18 +176,6 @@ def _rows(output: StepOutput) -> Tensor | None:
     return torch.cat([torch.stack(columns, 1), measures.summary], 1)
 
 
-def _base64(values: Tensor, dtype: torch.dtype) -> str:
-    return base64.b64encode(values.to(dtype).contiguous().numpy().astype(_ORDER[dtype]).tobytes()).decode()
-
-
-_ORDER = {torch.int32: "<i4", torch.float32: "<f4"}
-
-
-def _number(value: float) -> float | None:
-    """Return ``value``, or None for a value that JSON lacks."""
-    return value if math.isfinite(value) else None
-
-
 def explore_run(trainer: Trainer) -> None:
     """Keep responses of the run for the explorer from now on, and forget those of steps that the run repeats.
 
@@ -205,13 +186,10 @@ def explore_run(trainer: Trainer) -> None:
         with raise_on_all_ranks():
             if trainer.grid.is_reporter:
                 forget_explored_after(trainer.run_dir, trainer.step)
-    if may_explore(trainer.config) and (trainer.config.evaluation.every or trainer.config.evaluation.at_start):
+    config = trainer.config
+    is_evaluated = config.evaluation.every or config.evaluation.at_start
+    if is_evaluated and config.has_teacher and config.shows_contents and config.metrics.num_explored > 0:
         trainer.before_gradients.append(_save_explored)
-
-
-def may_explore(config: Config) -> bool:
-    """Return whether a run of ``config`` may save samples for the explorer at all."""
-    return config.has_teacher and config.shows_contents and config.metrics.num_explored > 0
 
 
 def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
@@ -220,8 +198,7 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
     The records never stop a run: an error while making or writing them becomes a warning of one line.
     """
     config, step, tokenizer = trainer.config, trainer.step + 1, trainer.run_data.tokenizer
-    due = evaluation_due(config, step) or (step == 1 and config.evaluation.at_start)
-    if not (due and may_explore(config)):
+    if not (evaluation_due(config, step) or (step == 1 and config.evaluation.at_start)):
         return
     trainer.sampler.sleep()
     with trainer.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):

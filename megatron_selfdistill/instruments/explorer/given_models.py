@@ -68,7 +68,7 @@ class ModelPlaces:
         if not is_run(path):
             return cls(path, arguments.iteration, teacher, teacher if config.is_anchored else None)
         initial = teacher or initial_weights(path)
-        if has_frozen_teacher(path):
+        if _configuration(path).get("teacher", {}).get("weights") == "frozen":
             teacher = initial
         return cls(path, arguments.iteration, teacher, initial if config.is_anchored else None)
 
@@ -192,12 +192,6 @@ def initial_weights(run_dir: Path) -> Path | None:
     load = _configuration(run_dir).get("checkpoint", {}).get("load")
     kept = run_dir / KEPT_BASE
     return Path(load) if load is not None else kept if kept.is_dir() else None
-
-
-def has_frozen_teacher(run_dir: Path) -> bool:
-    """Return whether the weights that a run has started from are its teacher."""
-    frozen: bool = _configuration(run_dir).get("teacher", {}).get("weights") == "frozen"
-    return frozen
 
 
 def _configuration(run_dir: Path) -> dict[str, Any]:

@@ -55,11 +55,6 @@ class LogitSummary:
     student_means: Tensor
     """[T, M] the mean of each model's logits under the distribution of model 0, the student."""
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[LogitSummary]) -> LogitSummary:
-        """Return the summaries of all parts, at least one, in their order."""
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
     def flat(self) -> Tensor:
         """Return everything as one tensor [T, F], float64; see `of_flat`."""
         return torch.cat([getattr(self, f.name).flatten(1) for f in fields(self)], 1)
@@ -114,8 +109,8 @@ def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard) -> LogitSummar
     parts = []
     for start in range(0, expected[0], step):
         rows = [each[start : start + step, : vocab.num_valid].double() for each in logits]
-        parts.append(_summary(torch.stack(rows, 1), vocab))
-    return LogitSummary.concatenate(parts)
+        parts.append(_summary(torch.stack(rows, 1), vocab).flat())
+    return LogitSummary.of_flat(torch.cat(parts), len(logits))
 
 
 def flat_summaries(logits: Sequence[Tensor], vocab: VocabShard) -> Tensor:

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +64,6 @@ In the table of candidates, bold numbers are the first choice of a model.</p></d
 """
 
 
-@dataclass(frozen=True)
-class TargetPage:
-    """The page of one explored response of a run."""
-
-    path: Path
-    step: int
-    """The step of the response, counted from 1."""
-    sample: int
-    """The number of the sample within the step, counted from 1; the turns of an episode are one sample."""
-    turn: int
-    """The number of the turn within its episode, counted from 1; 0 outside of episodes of several turns."""
-
-
 def target_page(record: Mapping[str, Any]) -> str:
     """Return the page of an explored response: one HTML file that needs nothing else.
 
@@ -91,29 +77,24 @@ def target_page(record: Mapping[str, Any]) -> str:
     return html_page("Target explorer", _BODY, [asset("explorer.css")], scripts, data)
 
 
-def write_target_page(record: Mapping[str, Any], path: Path) -> None:
-    """Write the page of an explored response in one move.  Raises: OSError."""
-    replace_file(path, target_page(record))
-
-
-def write_target_pages(run_dir: Path) -> list[TargetPage]:
-    """Write the missing pages of a run's explored responses beside their files, and return all pages in their order.
+def write_target_pages(run_dir: Path) -> dict[Path, tuple[int, int, int]]:
+    """Write the missing pages of a run's explored responses beside their files; return path -> `place_of` of all pages.
 
     A page is written again where its file is newer.  A file that is no record gets no page, and a warning.
     Raises: OSError if a page cannot be written.
     """
-    pages = []
+    pages = {}
     for source in explored_files(run_dir):
-        page = TargetPage(page_of(source), *place_of(source))
-        if not page.path.exists() or page.path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+        page = page_of(source)
+        if not page.exists() or page.stat().st_mtime_ns < source.stat().st_mtime_ns:
             try:
                 text = target_page(read_explored(source))
             except Exception as error:  # a damaged file costs its own page, and not the report
                 reason = getattr(error, "strerror", None) or error  # str(OSError) repeats the path
                 logger.warning("%s has no page: %s: %s", source, type(error).__name__, reason)
                 continue
-            replace_file(page.path, text)
-        pages.append(page)
+            replace_file(page, text)
+        pages[page] = place_of(source)
     return pages
 
 
@@ -149,7 +130,7 @@ def explored_files(run_dir: Path) -> list[Path]:
 
 
 def place_of(path: Path) -> tuple[int, int, int]:
-    """Return step, sample and turn of a file of `explored_files`, as `TargetPage` counts them."""
+    """Return step, sample and turn of a file of `explored_files`, counted from 1; the turn is 0 outside of episodes."""
     match = _FILE.fullmatch(path.name)
     if match is None:
         raise ValueError(f"expected a file step_STEP_SAMPLE.json.gz, got {path}")

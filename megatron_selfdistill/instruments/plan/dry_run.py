@@ -47,10 +47,8 @@ class Plan:
 
     config: Config
     """The configuration, with the architecture of its checkpoint if the configuration names a checkpoint."""
-    num_problems: int | None
-    """The number of problems whose contexts fit, or of all logged turns; None if the configuration names no data."""
-    about_prompts: str | None
-    """The tokens that the teacher's prompts add; None without data or without a teacher."""
+    run_data: RunData | None
+    """The problems whose contexts fit, or all logged turns; None if the configuration names no data."""
     stages: list[Stage]
     memory: list[Memory]
     """The memory of one GPU of each stage."""
@@ -58,16 +56,11 @@ class Plan:
     """The host memory of the node whose ranks hold most."""
     parameters: int
     """The parameters of the whole model."""
-    dp_size: int
+    step: PlannedStep
     max_length: int
     """The longest context in tokens."""
     seq_length: int
     """The longest packed sequence in tokens."""
-    num_microbatches: tuple[int, int]
-    """The microbatches of student and teacher per step and replica, if every context has the largest allowed length."""
-    pair_order: str
-    bubble: float
-    """The share of a step's training in which a pipeline stage waits (`bubble`)."""
     output_layer: OutputLayer
     engines: Engines | None
     """The vLLM engines; None for another sampler, or without a sampler."""
@@ -134,8 +127,17 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     sizes = vocab_size, num_gpus
     built = stages(config.model, transformer, config.parallel, *sizes, config.adapter, adapter_teachers(config))
     teachers = _planned_teachers(config, copies, *sizes)
-    built = [_with_teachers(stage, copies, teachers) for stage in built]
-    step = _PlannedStep.of(config, num_gpus, max_length, seq_length)
+    built = [
+        replace(
+            stage,
+            teacher_copies=[
+                {name: (teachers[name].stages[i] if name in teachers else stage).parameters for name in directories}
+                for _, directories in copies
+            ],
+        )
+        for i, stage in enumerate(built)
+    ]
+    step = PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
         response_tokens=step.response_tokens,
@@ -159,17 +161,13 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     parts = [] if config.logged else parts_of_step(config, student, teachers, of_engines, load, step.bubble)
     return Plan(
         config=config,
-        num_problems=len(run_data.problems) if run_data is not None else None,
-        about_prompts=run_data.about_prompts if run_data is not None else None,
+        run_data=run_data,
         stages=built,
         memory=needed,
         parameters=load.model_parameters,
-        dp_size=step.dp_size,
+        step=step,
         max_length=max_length,
         seq_length=seq_length,
-        num_microbatches=step.num_microbatches,
-        pair_order=step.pair_order,
-        bubble=step.bubble,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
         engines=of_engines,
@@ -192,16 +190,8 @@ def _planned_teachers(
     return found
 
 
-def _with_teachers(stage: Stage, copies: Sequence[TeacherCopy], others: Mapping[str, PlannedModel]) -> Stage:
-    sizes = [
-        {name: (others[name].stages[stage.pp_rank] if name in others else stage).parameters for name in directories}
-        for _, directories in copies
-    ]
-    return replace(stage, teacher_copies=sizes)
-
-
 @dataclass(frozen=True)
-class _PlannedStep:
+class PlannedStep:
     """A step of one replica in which every context has the largest allowed length."""
 
     dp_size: int
@@ -210,11 +200,12 @@ class _PlannedStep:
     """The microbatches of student and teacher."""
     pair_order: str
     bubble: float
+    """The share of a step's training in which a pipeline stage waits (`bubble`)."""
     in_flight: list[int]
     """The largest number of student microbatches, of one chunk each, whose activations each stage holds."""
 
     @classmethod
-    def of(cls, config: Config, num_gpus: int, max_length: int, seq_length: int) -> _PlannedStep:
+    def of(cls, config: Config, num_gpus: int, max_length: int, seq_length: int) -> PlannedStep:
         """Return the step with contexts of ``max_length`` tokens, packed into sequences of ``seq_length`` tokens."""
         p = config.parallel
         pp_size = p.pipeline_model_parallel_size

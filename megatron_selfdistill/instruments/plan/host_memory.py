@@ -20,6 +20,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     Load,
     element_size,
     engine_weight_gib,
+    optimizer_state_bytes,
     resting_teacher_bytes,
     teacher_state_bytes,
 )
@@ -62,8 +63,10 @@ def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence
         ranks = range(first, min(first + config.cluster.gpus_per_node, num_gpus))
         held = [per_stage[rank // ranks_of_a_stage] for rank in ranks]
         resting, saving = (_sum([parts[which] for parts in held]) for which in (0, 1))
-        if first == 0:
-            resting["weight bucket"] += _bucket_bytes(config) / GIB
+        rollout = config.rollout
+        if first == 0 and config.samples and rollout.engine == "vllm" and rollout.placement == "server":
+            copies = _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0)
+            resting["weight bucket"] += copies * rollout.bucket_mb * 2**20 / GIB
         nodes.append(HostMemory(resting, saving))
     return max(nodes, key=lambda node: node.peak)
 
@@ -82,7 +85,7 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
     resting = resting_teacher_bytes(config, stage)
     named = {NAMED: sum(resting.values())} if resting else {}
     rollout, engine = config.rollout, 0.0
-    if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
+    if config.adapter.rank and config.samples and rollout.is_colocated:
         engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)
     return {
         "teacher": weights,
@@ -101,15 +104,10 @@ def checkpoint_bytes(config: Config, parameters: float) -> float:
 
 def _saved_bytes(config: Config) -> dict[str, float]:
     """Return the bytes that a checkpoint holds of each trained parameter, by part."""
-    optimizer = config.optimizer
-    if optimizer.use_distributed_optimizer:
-        state = 12  # the float32 parameter and both moments, in either precision
-    else:
-        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
-        state += 4 if optimizer.precision == "bf16" else 0
     is_average = config.keeps_teacher and config.teacher.weights == "ema"
+    distributed = config.optimizer.use_distributed_optimizer  # saves the float32 parameter in either precision
     return {
-        "optimizer in a save": state,
+        "optimizer in a save": 12 if distributed else optimizer_state_bytes(config),
         "weights in a save": element_size(config),
         "teacher in a save": 4.0 if is_average else 0.0,
     }
@@ -125,13 +123,6 @@ def _saving(config: Config, stage: Stage) -> dict[str, float]:
     if config.adapter.rank:
         trained = stage.adapter_parameters / stage.dp_cp_size
     return {part: size * trained for part, size in _saved_bytes(config).items()}
-
-
-def _bucket_bytes(config: Config) -> float:
-    rollout = config.rollout
-    if not config.samples or rollout.engine != "vllm" or rollout.placement != "server":
-        return 0.0
-    return _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0) * rollout.bucket_mb * 2**20
 
 
 def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:

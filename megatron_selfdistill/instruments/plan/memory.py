@@ -26,7 +26,7 @@ CONTEXT_GIB = 3.0
 """The GiB of CUDA's context, the libraries' workspaces and fragmentation."""
 COMMUNICATOR_GIB = 0.3
 """The GiB of the buffers of one communicator of NCCL."""
-_LAYERS_PER_GIB = 36
+_LAYERS_PER_GIB = 36  # of the CUDA graphs of a vLLM engine, which stay when the engine sleeps
 
 GIB = 2**30
 NAMED = "named teachers"
@@ -84,10 +84,12 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     resident = parameter_bytes(config, stage)
     frozen = {name: resident.pop(name) for name in ("teacher", "reference", NAMED) if name in resident}
     reserved = reserved_gib(config, stage, transformer.num_layers) * GIB
+    # Host memory holds the states of the teacher beyond this limit.
+    states = min(teacher_state_bytes(config, transformer, load), config.schedule.teacher_store_gb * GIB)
     working = {
         **frozen,
         "activations": activation_bytes(transformer, stage, load),
-        "teacher states": teacher_state_bytes_on_device(config, transformer, load) if stage.projects else 0.0,
+        "teacher states": states if stage.projects else 0.0,
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
         "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": reserved,
@@ -104,13 +106,10 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     if rollout.engine == "vllm":
         engine["weight bucket"] = rollout.bucket_mb * 2**20
-        if (
-            rollout.placement == "colocated"
-        ):  # the engine sleeps while the trainer trains, and then holds neither weights nor cache
-            engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
-            engine["engine weights"] += load.engine_factors * element_size(config)
     engine["reserved"] = reserved
-    if rollout.is_colocated:
+    if rollout.is_colocated:  # the engine sleeps while the trainer trains
+        engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
+        engine["engine weights"] += load.engine_factors * element_size(config)
         resident = resident | {"gradients": 0.0}  # `Learner.release_gradients`
     if rollout.engine == "megatron" or rollout.placement == "colocated":
         free = config.cluster.memory_of_gpu * GIB - sum(resident.values()) - sum(engine.values())
@@ -143,8 +142,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     size = element_size(config)
     of_teachers = [max(kind.values()) for kind in _kinds_of_teachers(config, stage)]
     named = {NAMED: sum(of_teachers)} if of_teachers else {}
-    state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
-    state += 4 if optimizer.precision == "bf16" else 0
+    state = optimizer_state_bytes(config)
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
     if config.adapter.rank:
         return {
@@ -167,6 +165,12 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
         "reference": stage.parameters * size if config.copies_reference else 0,
         **named,
     }
+
+
+def optimizer_state_bytes(config: Config) -> int:
+    """Return the bytes of the moments and of the float32 copy that the optimizer keeps of each trained parameter."""
+    state = 8 if config.optimizer.optimizer == "adam" else 4 if config.optimizer.constants.sgd_momentum else 0
+    return state + (4 if config.optimizer.precision == "bf16" else 0)
 
 
 def named_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
@@ -292,14 +296,6 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
     }
 
 
-def teacher_state_bytes_on_device(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of the teacher's hidden states on the device of the last stage.
-
-    The device holds `teacher_state_bytes` up to ``schedule.teacher_store_gb``; host memory holds the rest.
-    """
-    return min(teacher_state_bytes(config, transformer, load), config.schedule.teacher_store_gb * GIB)
-
-
 def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
 
@@ -360,16 +356,8 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
 
 def reserved_gib(config: Config, stage: Stage, num_layers: int) -> float:
     """Return the GiB that a rank of ``stage`` holds besides tensors; ``num_layers``: those of the whole model."""
-    held = CONTEXT_GIB + COMMUNICATOR_GIB * len(communicators(config, stage))
-    return held + (graphs_gib(num_layers) if _is_colocated(config) else 0.0)
-
-
-def graphs_gib(num_layers: int) -> float:
-    """Return the GiB of the CUDA graphs of a vLLM engine: 1 to 3, by the layers of its model.
-
-    The graphs stay when the engine sleeps.
-    """
-    return min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0)
+    graphs = min(max(num_layers / _LAYERS_PER_GIB, 1.0), 3.0) if config.samples and config.rollout.is_colocated else 0.0
+    return CONTEXT_GIB + COMMUNICATOR_GIB * len(communicators(config, stage)) + graphs
 
 
 def communicators(config: Config, stage: Stage) -> dict[str, int]:
@@ -400,12 +388,8 @@ def communicators(config: Config, stage: Stage) -> dict[str, int]:
             "expert tensor and expert": etp * ep,
             "expert data": stage.expert_dp_size,
         }
-    if _is_colocated(config):
+    if config.samples and config.rollout.is_colocated:
         sizes["engine"] = config.rollout.engine_tp
     elif config.samples and config.rollout.engine == "vllm" and config.rollout.transfer in (None, "nccl"):
         sizes["weights to servers"] = 1 + config.rollout.engine_tp
     return {name: size for name, size in sizes.items() if size > 1}
-
-
-def _is_colocated(config: Config) -> bool:
-    return config.samples and config.rollout.engine == "vllm" and config.rollout.placement == "colocated"

@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("a plan is made by one process: start it without torchrun, or train with dry_run=true")
         named = (["dry_run=true", *with_files(arguments.overrides)], arguments.config_name, arguments.config_dir)
         config = configuration.load(*named)
-        if not config.dry_run:
-            raise ConfigError("dry_run=false contradicts `selfdistill plan`: remove dry_run=false")
         return plan(config, configuration.given_keys(*named), argv)
     except (ConfigError, CheckpointError) as error:
         print_error("plan:", error)

@@ -28,16 +28,8 @@ from megatron_selfdistill.instruments.plan.memory import (
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import StepPart
 
-NEEDED = {
-    "checkpoint.load": "/path/to/megatron/checkpoint",
-    "data.tokenizer": "/path/to/tokenizer",
-    "data.path": "/path/to/problems.jsonl",
-}
-"""The keys that every training needs -> their placeholder in the command."""
 _RUN_DIR = "runs/first"  # used if run_dir is not set
 _SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
-
-_COLUMNS = ("phase", "part", "work", "rate", "time")
 
 _WIDEST = 240
 TRAINING, SAMPLING = "= while training", "= while sampling"
@@ -64,39 +56,32 @@ def summary(plan: Plan) -> list[str]:
     vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
     nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
-    student, teacher = plan.num_microbatches
+    (student, teacher), run_data = plan.step.num_microbatches, plan.run_data
     reference = f"{student} reference, " if config.is_anchored else ""
     samples = config.rollout.num_samples
     what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.max_new_tokens} tokens"
-    data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
+    data = "data.path is not set" if run_data is None else f"{len(run_data.problems)} problems fit"
     if config.logged:
         what = "logged turns"
         data = data.replace("problems fit", "turns in the log")
+    peak, misfit = max(stage.peak for stage in plan.memory), plan.misfit()
+    fits = f"fits: {peak:.1f} of {cluster.memory_of_gpu:g} GiB per GPU"
     return [
-        verdict(plan),
+        fits if misfit is None else f"does not fit: {misfit}",
         f"{counted(plan.parameters)} parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
-        f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
+        f"CP {p.context_parallel_size} x DP {plan.step.dp_size}{experts}",
         f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
         f"sequences of at most {plan.seq_length}; {data}",
         f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
-        f"{plan.pair_order}; "
-        f"bubble {plan.bubble:.1%} of the step",
-        *([plan.about_prompts] if plan.about_prompts else []),
+        f"{plan.step.pair_order}; bubble {plan.step.bubble:.1%} of the step",
+        *([run_data.about_prompts] if run_data is not None and run_data.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
         *_teachers(plan),
         *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g} GiB; processes are not counted",
     ]
-
-
-def verdict(plan: Plan) -> str:
-    """Return whether the run fits, with the memory of the fullest stage, as the first line of a plan."""
-    if misfit := plan.misfit():
-        return f"does not fit: {misfit}"
-    peak, room = max(stage.peak for stage in plan.memory), plan.config.cluster.memory_of_gpu
-    return f"fits: {peak:.1f} of {room:g} GiB per GPU"
 
 
 def counted(number: float) -> str:
@@ -157,7 +142,7 @@ def memory_table(plan: Plan) -> Table:
     Sampling adds its parts to weights, gradients, optimizer and reserved memory, and to the teacher unless it is
     offloaded.
     """
-    columns: list[tuple[str, tuple[tuple[str, str], ...]]] = []
+    columns: list[tuple[str, dict[str, str]]] = []
     pairs = zip(plan.stages, plan.memory, strict=True)
     for cells, alike in groupby(pairs, key=lambda pair: _cells(*pair)):
         ranks = [stage.pp_rank for stage, _ in alike]
@@ -166,20 +151,21 @@ def memory_table(plan: Plan) -> Table:
     table.add_column("stage", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    names = [name for name, _ in columns[0][1] if any(dict(cells)[name] != "0.0" for _, cells in columns)]
-    for name in names:
-        table.add_row(name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters", TRAINING))
+    for name in columns[0][1]:
+        row = [cells[name] for _, cells in columns]
+        if set(row) != {"0.0"}:
+            table.add_row(name, *row, end_section=name in ("parameters", TRAINING))
     return table
 
 
-def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
-    """Return (row, cell) of a stage's column, in order."""
+def _cells(stage: Stage, memory: Memory) -> dict[str, str]:
+    """Return row -> cell of a stage's column, in order."""
     parts = {"layers": str(stage.num_layers), "parameters": counted(stage.parameters)}
     parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
     parts[TRAINING] = f"{memory.training_peak:.1f}"
     parts |= {name: f"{size:.1f}" for name, size in memory.rollout.items() if name not in memory.training}
     parts[SAMPLING] = f"{memory.rollout_peak:.1f}"
-    return tuple(parts.items())
+    return parts
 
 
 def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
@@ -189,9 +175,12 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
     as the user wrote them.
     """
     kept = [one for one in arguments if one.split("=")[0] not in ("dry_run", "run_dir")]
-    given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
-    given["data.path"] = config.data.path
-    kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
+    for key, given, placeholder in (
+        ("checkpoint.load", config.checkpoint.load, "/path/to/megatron/checkpoint"),
+        ("data.tokenizer", config.data.tokenizer, "/path/to/tokenizer"),
+        ("data.path", config.data.path, "/path/to/problems.jsonl"),
+    ):
+        kept += [f"{key}={placeholder}"] * (given is None)
     return _sbatch(config, kept), _torchrun(config, kept)
 
 
@@ -272,22 +261,17 @@ def assumptions(plan: Plan) -> str:
 def time_table(parts: Sequence[StepPart]) -> Table:
     """Return the table of the parts of a step, with their sum."""
     table = Table(box=box.SIMPLE)
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in ("work", "rate", "time") else "left", no_wrap=True)
+    for name in ("phase", "part", "work", "rate", "time"):
+        table.add_column(name, justify="left" if name in ("phase", "part") else "right", no_wrap=True)
     for place, part in enumerate(parts, 1):
-        table.add_row(*cells(part), end_section=place == len(parts))
+        work = rate = ""
+        if part.unit == "FLOP":
+            work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
+        elif part.work:
+            work, rate = sized(part.work), f"{part.rate / 1e9:.0f} GB/s"
+        table.add_row(part.phase, part.name, work, rate, seconds(part.seconds), end_section=place == len(parts))
     table.add_row("", "= a step", "", "", seconds(sum(part.seconds for part in parts)))
     return table
-
-
-def cells(part: StepPart) -> tuple[str, ...]:
-    """Return the cells of a row of `time_table`."""
-    work = rate = ""
-    if part.unit == "FLOP":
-        work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
-    elif part.work:
-        work, rate = sized(part.work), f"{part.rate / 1e9:.0f} GB/s"
-    return part.phase, part.name, work, rate, seconds(part.seconds)
 
 
 def seconds(value: float) -> str:

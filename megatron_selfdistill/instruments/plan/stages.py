@@ -101,27 +101,19 @@ def stages(
             except (ValueError, AssertionError, RuntimeError) as error:
                 message = " ".join(str(error).split())
                 raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {message}") from error
+            own = [adapter_sizes(chunk, adapter, grid.tp_size) for chunk in chunks] if adapter and adapter.rank else []
             stage = replace(
                 _stage(chunks, cut, grid, vocab_size),
+                adapter_parameters=sum(size.parameters for size in own),
+                adapter_model_parameters=sum(size.model_parameters for size in own),
+                adapter_columns=tuple(size.columns for size in own),
                 teacher_parameters={
                     name: sum(adapter_sizes(chunk, settings, grid.tp_size).parameters for chunk in chunks)
                     for name, settings in (teachers or {}).items()
                 },
             )
-            found.append(
-                _with_adapters(stage, chunks, adapter, grid) if adapter is not None and adapter.rank else stage
-            )
+            found.append(stage)
     return found
-
-
-def _with_adapters(stage: Stage, chunks: Sequence[GPTModel], adapter: AdapterConfig, grid: RankGrid) -> Stage:
-    sizes = [adapter_sizes(chunk, adapter, grid.tp_size) for chunk in chunks]
-    return replace(
-        stage,
-        adapter_parameters=sum(size.parameters for size in sizes),
-        adapter_model_parameters=sum(size.model_parameters for size in sizes),
-        adapter_columns=tuple(size.columns for size in sizes),
-    )
 
 
 def _stage(chunks: Sequence[GPTModel], cut: ParallelConfig, grid: RankGrid, vocab_size: int) -> Stage:

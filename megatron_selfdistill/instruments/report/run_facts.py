@@ -32,23 +32,20 @@ ENDINGS = {
 }
 """The events that end a launch of a run -> what each says about the run."""
 
-# These keys differ between any two runs and say nothing about them.
-_PLACES = ("run_dir",)
-
 
 def facts(run: RunRecord) -> list[list[str]]:
     """Return rows of (name, text): what ran, where, and how to repeat it."""
     launch = run.launches[-1] if run.launches else {}
     config = run.config
     rows = [
-        ("model", _model(config)),
+        ("model", config and _model(config)),
         ("start", _text(config.get("checkpoint.load") or "random weights") if config else None),
-        ("method", _method(config)),
+        ("method", config and _method(config)),
         ("recipe", launch.get("recipe")),
         ("layout", launch.get("layout")),
-        ("data", _data(config)),
+        ("data", config and _data(config)),
         ("seen so far", _seen(run)),
-        ("optimizer", _optimizer(config)),
+        ("optimizer", config and _optimizer(config)),
         ("seed", _text(config.get("seed")) if config else None),
         ("hardware", launch.get("hardware")),
         ("versions", _versions(launch.get("versions"))),
@@ -74,7 +71,8 @@ def event_rows(run: RunRecord) -> list[list[str]]:
     rows = []
     for event in run.events:
         name = "resumed" if event["event"] == "started" and event["step"] > 0 else event["event"]
-        rows.append([str(event["time"]), str(event["step"]), name, _details(event)])
+        details = (event[key] for key in ("reason", "checkpoint", "start") if isinstance(event.get(key), str))
+        rows.append([str(event["time"]), str(event["step"]), name, next(details, "")])
     return rows
 
 
@@ -88,7 +86,7 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         rows = [[name, _value(values[0]), _value(values[-1])] for name, (values,) in _results(runs)]
         return [{"title": "First and last values", "columns": ["first", "last"], "rows": rows}]
     labels = [run.label for run in runs]
-    keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
+    keys = sorted({key for run in runs for key in run.config} - {"run_dir"})  # which differs between any two runs
     # An empty section of one run, and its keys in another run, are one difference.
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     configured = [  # a key that a method lacks is as good as null
@@ -129,9 +127,7 @@ def _text(value: Any) -> str:
         return str(value)
 
 
-def _model(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _model(config: Mapping[str, Any]) -> str:
     if config.get("model.provider"):
         return f"model.provider={config['model.provider']}"
     parts = [
@@ -145,18 +141,14 @@ def _model(config: Mapping[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
-def _method(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _method(config: Mapping[str, Any]) -> str:
     mixed = ("target.anchor", "target.teacher_weight", "target.k_max")
     mixes = config.get("target.rule") != "teacher_alone"
     names = ("method.name", "target.rule", *(mixed if mixes else ()), "loss.divergence", "teacher.weights")
     return ", ".join(f"{name}={_text(config[name])}" for name in names if name in config)
 
 
-def _data(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _data(config: Mapping[str, Any]) -> str:
     batch, samples = config.get("data.global_batch_size"), config.get("rollout.num_samples")
     responses = "1 response" if samples == 1 else f"{samples} responses"
     return f"{_text(config.get('data.path'))}; {batch} problems per step, {responses} each"
@@ -170,9 +162,7 @@ def _seen(run: RunRecord) -> str | None:
     return ", ".join(parts) or None
 
 
-def _optimizer(config: Mapping[str, Any]) -> str | None:
-    if not config:
-        return None
+def _optimizer(config: Mapping[str, Any]) -> str:
     names = ("optimizer.optimizer", "optimizer.precision", "optimizer.lr")
     return ", ".join(f"{name.partition('.')[2]}={_text(config[name])}" for name in names if name in config)
 
@@ -181,10 +171,3 @@ def _versions(versions: Any) -> str | None:
     if not isinstance(versions, dict):
         return None
     return ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
-
-
-def _details(event: Mapping[str, Any]) -> str:
-    for name in ("reason", "checkpoint", "start"):
-        if isinstance(event.get(name), str):
-            return str(event[name])
-    return ""

@@ -6,6 +6,7 @@ The directory of a Trainer of transformers or TRL has metrics alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -19,10 +20,10 @@ import yaml
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics.run_log import (
     METRICS_FILE,
-    each_metrics,
     finite,
     read_evaluation_samples,
     read_events,
+    read_metrics,
     read_samples,
     shortened,
 )
@@ -101,7 +102,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     return RunRecord(
         label=label,
         config=config,
-        metrics=_columns(each_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else _trainer_metrics(run_dir)),
+        metrics=_columns(read_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else _trainer_metrics(run_dir)),
         events=read_events(run_dir),
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
@@ -227,8 +228,5 @@ def _columns(lines: Iterable[Mapping[str, float]]) -> dict[str, tuple[list[int],
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(path) for path in paths]
+    candidates = (["/".join(path.parts[-length:]) for path in paths] for length in itertools.count(1))
+    return next(labels for labels in candidates if len(set(labels)) == len(labels))

@@ -7,14 +7,13 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from megatron_selfdistill.instruments.explorer.target_page import write_target_pages
 from megatron_selfdistill.instruments.html_page import asset, html_page
-from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
+from megatron_selfdistill.instruments.report.figures import GROUPS
 from megatron_selfdistill.instruments.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
@@ -69,12 +68,9 @@ def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[s
     if any(run.samples for run in runs):
         data["samples"] = [_spread(run.samples, _sampled) for run in runs]
     title = " and ".join(run.label for run in runs)
-    body = (
-        files("megatron_selfdistill.instruments.report").joinpath("page", "run_report.html").read_text(encoding="utf-8")
-    )
     licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
     scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
-    return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
+    return html_page(f"{title} · report", asset("run_report.html"), [asset(name) for name in STYLES], scripts, data)
 
 
 def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any]]:
@@ -82,9 +78,8 @@ def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any
     if not run.shows_contents:
         return []
     return [
-        {"href": _reference(page.path, target.parent), "step": page.step, "sample": page.sample}
-        | ({"turn": page.turn} if page.turn else {})
-        for page in write_target_pages(run_dir)
+        {"href": _reference(path, target.parent), "step": step, "sample": sample} | ({"turn": turn} if turn else {})
+        for path, (step, sample, turn) in write_target_pages(run_dir).items()
     ]
 
 
@@ -96,21 +91,15 @@ def _groups(keys: Collection[str]) -> list[dict[str, Any]]:
     """Return the groups of figures that have a metric among ``keys``."""
     groups = []
     for title, figures in GROUPS.items():
-        kept = [_figure(figure, metrics) for figure in figures if (metrics := figure.present(keys))]
+        shown = ("title", "unit", "healthy", "sick", "guarded")
+        kept = [
+            {name: getattr(figure, name) for name in shown} | {"lines": list(metrics.items())}
+            for figure in figures
+            if (metrics := figure.present(keys))
+        ]
         if kept:
             groups.append({"title": title, "figures": kept})
     return groups
-
-
-def _figure(figure: ReportFigure, metrics: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "title": figure.title,
-        "unit": figure.unit,
-        "healthy": figure.healthy,
-        "sick": figure.sick,
-        "guarded": figure.guarded,
-        "lines": list(metrics.items()),
-    }
 
 
 def _run(run: RunRecord) -> dict[str, Any]:
@@ -129,8 +118,11 @@ def _run(run: RunRecord) -> dict[str, Any]:
 
 
 def _curve(run: RunRecord, key: str) -> Any:
-    steps, values = run.metrics.get(key, ([], []))
-    return curve_of(steps, values).block() if steps else None
+    """Return a curve as JSON: steps, values, steps of the means, means; steps as differences from the last."""
+    if key not in run.metrics:
+        return None
+    curve = curve_of(*run.metrics[key])
+    return [_differences(curve.steps), curve.values, _differences(curve.mean_steps), curve.means]
 
 
 def _spread(
@@ -156,15 +148,8 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
     A turn of an episode keeps the fields that only turns have.
     """
     tokens = record["tokens"]
-    columns = zip(
-        tokens["text"],
-        tokens["student_log_prob"],
-        tokens["teacher_log_prob"],
-        tokens["loss"],
-        tokens["k"],
-        tokens["status"],
-        strict=True,
-    )
+    names = "text student_log_prob teacher_log_prob loss k status".split()
+    columns = zip(*(tokens[name] for name in names), strict=True)
     return {
         "problem_id": record["problem_id"],
         "prompt": record["prompt"],
@@ -243,10 +228,13 @@ def _learns(run: RunRecord) -> SummaryLine:
 
 
 def _is_healthy(run: RunRecord) -> SummaryLine:
+    stops = [event for event in run.events if event["event"] == "guard"]
+    # What the guard has found, without its advice.
+    reasons = [
+        f" ({event['reason'].partition(';')[0]})" if isinstance(event.get("reason"), str) else "" for event in stops
+    ]
     spoken = [
-        f"a guard stopped the run after step {event['step']}{_short_reason(event.get('reason'))}"
-        for event in run.events
-        if event["event"] == "guard"
+        f"a guard stopped the run after step {stop['step']}{why}" for stop, why in zip(stops, reasons, strict=True)
     ]
     sick = [f"{title} (since step {since})" for title, since in sick_figures(run)]
     if spoken or sick:
@@ -267,11 +255,6 @@ def _changed(run: RunRecord) -> SummaryLine:
     return SummaryLine("Changed", ", ".join(parts.values()) or "neither entropy nor length is logged", "open")
 
 
-def _short_reason(reason: object) -> str:
-    """Return what a guard has found, in parentheses, without its advice."""
-    return f" ({reason.partition(';')[0]})" if isinstance(reason, str) else ""
-
-
 def _finite(run: RunRecord, key: str) -> tuple[list[int], list[float]]:
     steps, values = run.metrics.get(key, ([], []))
     return [step for step, value in zip(steps, values, strict=True) if math.isfinite(value)], run.values(key)
@@ -289,10 +272,6 @@ class Curve:
     """The last steps of the buckets; empty if every value is a point."""
     means: list[float | None]
     """The means of the finite values of the buckets, which a smoothed curve uses; None without a finite value."""
-
-    def block(self) -> list[list[int] | list[float | None]]:
-        """Return the curve as JSON: steps, values, steps of the means, means; steps as differences from the last."""
-        return [_differences(self.steps), self.values, _differences(self.mean_steps), self.means]
 
 
 def curve_of(steps: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> Curve:

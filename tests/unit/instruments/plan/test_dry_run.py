@@ -157,7 +157,7 @@ def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(ca
     assert "responses: from the log; nothing is sampled" in out
     assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
     plan = dry_run(load([*LOGS, *long_responses]))
-    assert plan.num_microbatches == dry_run(load(LOGS)).num_microbatches
+    assert plan.step.num_microbatches == dry_run(load(LOGS)).step.num_microbatches
     assert all(memory.rollout == {} and memory.peak == memory.training_peak > 0 for memory in plan.memory)
 
 

@@ -26,6 +26,6 @@ def test_frozen_weights_take_no_pass_for_their_gradients():
     found = [backward_passes(load(keys)) for keys in (("recipe=qwen3_8b",), adapters, adapters + recompute)]
     assert found == [2, 1, 2]
     stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=2")
-    bubbles = [dry_run(load([*adapters[: 2 + few], *stages])).bubble for few in (0, 1)]
+    bubbles = [dry_run(load([*adapters[: 2 + few], *stages])).step.bubble for few in (0, 1)]
     # 256 microbatches of all models with a backward pass of 2 and of 1; three stages wait for one of the student's.
     assert bubbles == pytest.approx([9 / (256 * 5 + 9), 6 / (256 * 4 + 6)])

@@ -86,7 +86,7 @@ def test_parts_between_nodes_take_the_network_and_one_sender_serves_all_servers(
 
 def test_a_bubble_is_a_part_of_training():
     keys = ("recipe=qwen3_8b", "parallel.pipeline_model_parallel_size=2", "parallel.tensor_model_parallel_size=2")
-    parts, bubble = parts_of(*keys), plan_of(*keys).bubble
+    parts, bubble = parts_of(*keys), plan_of(*keys).step.bubble
     busy = sum(parts[name].seconds for name in ("student", "teacher", "reference", "output layer"))
     waited = parts["pipeline bubble"].seconds
     assert bubble > 0 and waited / (busy + waited) == pytest.approx(bubble)
