@@ -99,9 +99,9 @@ def extras_require() -> dict[str, list[str]]:
 class BuildWithConfigs(build_py):
     """The command ``build_py``, which also copies the configs and writes the versions above.
 
-    The configs go to ``<package>/configs``, where ``paths.config_dir`` looks first.  The versions above go to
-    ``<package>/requirements.json`` for ``selfdistill doctor``.  An editable install writes none of these files: it
-    reads those of the checkout.
+    The configs go to ``<package>/configs``, where ``paths.config_dir`` looks first.  The versions above and the lock
+    of tested versions go to ``<package>/requirements.json`` and ``<package>/tested_versions.txt`` for ``selfdistill
+    doctor``.  An editable install writes none of these files: it reads those of the checkout.
     """
 
     def run(self) -> None:
@@ -113,12 +113,13 @@ class BuildWithConfigs(build_py):
                 shutil.copyfile(source, target)
             versions = {"REQUIREMENTS": REQUIREMENTS, "EXTRAS": EXTRAS}
             self._built("requirements.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(HERE / "tools" / "tested_versions.txt", self._built("tested_versions.txt"))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """Return the paths of the built files, including the configs and the versions."""
         outputs = super().get_outputs(include_bytecode)
-        added = [*self._configs().values(), self._built("requirements.json")]
-        return outputs if self.editable_mode else [*outputs, *map(str, added)]
+        versions = [self._built("requirements.json"), self._built("tested_versions.txt")]
+        return outputs if self.editable_mode else [*outputs, *map(str, [*self._configs().values(), *versions])]
 
     def _built(self, name: str) -> Path:
         return Path(self.build_lib) / PACKAGE / name

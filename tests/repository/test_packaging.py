@@ -138,6 +138,12 @@ def test_every_tested_version_is_one_that_an_install_takes(python):
     assert not unpinned, "the environments of the tests have versions that the lock does not name"
 
 
+@pytest.mark.full
+def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
+
+
 def metadata(wheel: Path) -> list[Requirement]:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]

@@ -5,8 +5,8 @@
     srun --label selfdistill doctor --brief --ranks 8        # a line per node
     torchrun --nproc-per-node 8 -m megatron_selfdistill doctor --selftest parallel.tensor_model_parallel_size=4
 
-The command exits with 1 if a run cannot start here, and reports the fix.  It needs only Python: a missing package is a
-line of the report.  With --selftest the ranks of the launch then
+The command exits with 1 if a run cannot start here, reports the fix, and warns about versions that are newer than
+tested.  It needs only Python: a missing package is a line of the report.  With --selftest the ranks of the launch then
 prove that they meet, that they compute the same loss on shards of the vocabulary, and that a tiny training step in the
 layout of the keys of parallel equals the step of one rank.  The command exits with 1 if a proof fails.
 """

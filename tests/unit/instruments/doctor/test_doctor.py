@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,17 +54,41 @@ def test_versions_are_compared_as_numbers(version, wanted, fits):
     assert versions.satisfies(version, wanted) is fits
 
 
+LOCKED = """[project]
+a==1.5
+megatron-core==0.16.1; python_version < "3.12"
+megatron-core==0.19.2; python_version >= "3.12"
+torch==2.13.0+cpu
+transformers==5.23.0
+[vllm]
+megatron-core==0.15.0; python_version < "3.12"
+megatron-core==0.20.0; python_version >= "3.12"
+"""
+
+
+@pytest.fixture
+def on(monkeypatch, tmp_path) -> Callable[[str], None]:
+    """Return a function that lets the doctor read `LOCKED` on a version of Python."""
+    (tmp_path / "lock.txt").write_text(LOCKED)
+    monkeypatch.setattr(versions, "_LOCK", str(tmp_path / "lock.txt"))
+    return lambda python: monkeypatch.setattr(versions.platform, "python_version", lambda: f"{python}.7")
+
+
 @pytest.mark.parametrize(
     ("python", "name", "version", "error", "status", "words"),
     [
         ("3.11", "megatron-core", "0.16.1", "", "ok", "0.16.1"),
+        ("3.12", "megatron-core", "0.16.1", "", "ok", "0.16.1"),  # the lock has a higher one, but for this Python
         ("3.12", "megatron-core", "0.19.2", "", "ok", "0.19.2"),
+        ("3.11", "megatron-core", "0.16.2", "", "warning", "0.16.2, newer than tested (0.16.1)"),
+        ("3.13", "megatron-core", "0.19.3", "", "warning", "0.19.3, newer than tested (0.19.2)"),
         ("3.12", "megatron-core", "0.15.0", "", "FAILURE", "0.15.0, expected >=0.16.1,<0.20"),
         ("3.12", "megatron-core", "0.20.0", "", "FAILURE", "0.20.0, expected >=0.16.1,<0.20"),
         ("3.12", "megatron-core", "", "", "FAILURE", "not installed"),
         ("3.12", "torch", "2.13.1+cu130", "", "ok", "2.13.1+cu130"),
-        ("3.12", "torch", "2.15.0", "", "warning", "2.15.0, expected >=2.6,<2.15"),  # as in a lab's container
+        ("3.12", "torch", "2.15.0", "", "warning", "2.15.0, newer than tested (2.13)"),  # as in a lab's container
         ("3.12", "torch", "2.5.1", "", "FAILURE", "2.5.1, expected >=2.6,<2.15"),
+        ("3.12", "transformers", "5.24.0", "", "warning", "5.24.0, newer than tested (5.23)"),
         ("3.12", "transformers", "6.0.0", "", "FAILURE", "6.0.0, expected >=5,<6"),
         ("3.11", "transformer-engine", "2.12.0", "", "warning", "2.12.0, expected >=2.9.0a0,<2.12.0"),
         ("3.12", "transformer-engine", "2.12.0", "", "ok", "2.12.0"),
@@ -71,8 +96,8 @@ def test_versions_are_compared_as_numbers(version, wanted, fits):
         ("3.12", "transformer-engine", "2.12.0", f"E: {ABI}", "FAILURE", f"2.12.0 cannot be imported: E: {ABI}"),
     ],
 )
-def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, python, name, version, error, status, words):
-    monkeypatch.setattr(versions.platform, "python_version", lambda: f"{python}.7")
+def test_a_package_is_judged_by_its_version_and_its_import(on, python, name, version, error, status, words):
+    on(python)
     required, optional = versions.requirements()
     wanted = (required | optional)[name]
     found = findings.package(name, version, wanted, error, required=name in required)
