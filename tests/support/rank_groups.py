@@ -14,12 +14,15 @@ from torch.distributed import distributed_c10d
 class OneDeviceGloo(dist.ProcessGroupGloo):
     """A gloo group whose connections belong to one device for all groups of the process.
 
-    By default, torch makes a device, which is a thread and a socket, for each group.
+    By default, torch makes a device, which is a thread and a socket, for each group.  ``of_newer_torch``: what torch
+    2.14 passes besides, at its defaults.
     """
 
     _device: Any = None
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: timedelta | None = None, **of_newer_torch: Any
+    ) -> None:
         if OneDeviceGloo._device is None:
             OneDeviceGloo._device = dist.ProcessGroupGloo.create_default_device()
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
