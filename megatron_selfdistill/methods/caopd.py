@@ -25,9 +25,6 @@ Expected: On a base whose stated confidence is honest (docs/recipes/comparison.m
 accuracy by .004 after CaOPD and by .61 after SDFT. The sampled accuracy is .28, from .35 before (SDFT: .36). An
 evaluation shows the effect: `sampled_ece`, `sampled_ocg` and `sampled_spr` (docs/evaluation.md).
 
-Cost: A step samples and judges 8 responses per problem and runs the teacher once. The average is one more copy of the
-weights.
-
 Known failure:
 - P from few responses is coarse.
 - A model that never writes the field learns it from the edited responses alone: look at `sampled_stated_confidence` of

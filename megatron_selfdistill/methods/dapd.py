@@ -39,9 +39,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .57 to .67 o
 .0008 on subtraction with worked solutions (seed 21, the tasks of docs/recipes/comparison.md, with their learning rate;
 one run each). Without both terms whose teacher sees the response, subtraction ends at .09.
 
-Cost: A step samples one response per problem and trains on six texts in place of one, so that its training costs six
-times that of `opsd`. Three of them have two texts in their context.
-
 Known failure:
 - Four terms train the student after prompts that it never gets later. Nothing says how much they change after x alone.
 - The solution must have the form of a response: else the terms on z teach another style.

@@ -39,9 +39,6 @@ Command:
 Expected: At thirty times the published rate the method collapses on the small task: .32 to .035 sampled, and .007 with
 the full divergence (docs/recipes/comparison.md). The log is static, and nobody trains the prompt with the hint.
 
-Cost: A step asks the model twice per turn and vote, and measures student and teacher in one forward pass before it
-trains. A run with method.judge and method.reward of your own builds no sampler.
-
 Known failure:
 - A hint that tells the answer leaks it: look at `leak/hint_8grams`, and at samples (conversations.show_contents=true).
 - The change of a token's likelihood under hindsight is near chance as its credit (AUC .505), and the outcome alone did

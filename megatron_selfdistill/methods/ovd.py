@@ -36,9 +36,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .32 to .50 where GRPO ends at .84
 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and one more for each response that is replaced. The frozen weights read
-one question per response and per step of a replaced response, and are one more copy of the weights.
-
 Known failure:
 - Scores inflate, and they favour long responses. `verbal/digit_mass` shows whether the teacher answers with a digit.
 - A model that scores itself rates its own errors high: look at `verbal/auroc` before you trust a filter.

@@ -47,9 +47,6 @@ steps). `loss/mean` of the teacher's part is 5.8 nats per token at the first ste
 learn: the prompt takes the teacher far from the student. No base that can read an attempt from the start was measured,
 and the rows of docs/recipes/comparison.md have not run on its seeds.
 
-Cost: A step samples 4 retries for each failed attempt, and trains on attempts, on right attempts a second time, and on
-retries. The teacher's prompt is longer by a whole response. No copy of the weights is needed.
-
 Known failure:
 - The attempt in its prompt lets the teacher copy it: then it confirms every token, also of a failed attempt. Only the
   rewards of the retries work against this.

@@ -26,9 +26,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .79 on subtraction and from .51 to .83 on
 additions, and from 0 to .67 on problems that the base never solves (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and trains on each of them in two contexts, so its batch has twice as many
-tokens as its rollout. No copy of the weights is needed.
-
 Known failure:
 - The teacher collapses onto the student where the hint says little.
 - A large divergence between both prompts is hard to fit.

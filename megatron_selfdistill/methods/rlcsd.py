@@ -33,9 +33,6 @@ Command: The data need answers and no solutions.
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .37 to .91 on subtraction (.93 after 75 steps)
 and from .57 to .98 on additions; `grpo` ends at .94 and .96 (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem. Student and teacher each read a response up to 5 times before it trains,
-although only the teacher's reading counts. The average is one more copy of the weights.
-
 Known failure:
 - Where all responses are right or all are wrong, nothing is trained, as for `grpo`; `hints/share` is the share of the
   responses with a contrast.

@@ -39,9 +39,6 @@ data.max_length together.
 Expected: A student that is fine-tuned on explanations of the trained policy reaches .91 sampled, from .32, and .79 on
 explanations of the base (docs/recipes/comparison.md).
 
-Cost: Two passes without gradients read each of 64 explanations per problem, under both models. The frozen weights are
-one more copy of the weights.
-
 Known failure:
 - r_SS is maximal for an explanation that quotes the solution, and only r_KL holds this back. The terms are
   `explanations/solution_log_prob` and `explanations/log_ratio`.

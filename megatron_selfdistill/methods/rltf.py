@@ -37,9 +37,6 @@ Command:
 Expected: 100 steps of 2 x 16 responses raise the sampled accuracy from .32 to .75 (rltf_sd) and .67 (rltf_fm), where
 GRPO ends at .84 (docs/recipes/comparison.md).
 
-Cost: A step samples up to 16 responses per problem, one after the other in two turns, and trains on up to 24 contexts
-per problem.
-
 Known failure:
 - A critique that tells the answer: y1 copies it, and rltf_sd teaches the answer without the way to it; under rltf_fm
   the model learns to guess it.

@@ -23,9 +23,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .67 on subtraction and from .51 to .91 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem, measures their log-probs under both models in one forward pass, and then
-trains with one more pass of the teacher: 6 forward passes' worth of work where the default takes 4.
-
 Known failure:
 - Sums over tokens favour long responses.
 - A single right response of a group has a weight of 1, whatever it is.

@@ -32,9 +32,6 @@ Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .7
 .32 to .83 on another task. On additions the average breaks at the table's learning rate (.51 to .023), while
 teacher.weights=frozen reaches .92 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem, judges them or asks the environment for a reply to each, and runs the
-teacher once over those with a hint. The average is one more copy of the weights.
-
 Known failure:
 - A group without any right response teaches nothing: `hints/share` is the share of responses with a hint.
 - Feedback that names the answer leaks it.

@@ -43,9 +43,6 @@ ends at .97 (SKALD at 1e-4: .74, at 1e-3: .89). After 25 steps it is .49, and .8
 the rewards. The gate is open for .24 of the responses. These are validation problems of the last task of
 docs/recipes/comparison.md, whose base reads skills (seed 20, one run each); the other seeds have not run.
 
-Cost: A step samples twice as many responses as GRPO, and runs the teacher once over the student's responses with an
-open gate. No copy of the weights is needed.
-
 Known failure:
 - The gate is an estimate from few samples: with 8 responses on each side, a card that does nothing opens it for many of
   the problems that are sometimes solved. method.num_hinted and rollout.num_samples make it sharper.

@@ -34,9 +34,6 @@ Command: The data need answers and no solutions.
 Expected: 100 steps of 4 x 8 responses on 100 problems raise the sampled accuracy from .32 to .80, where GRPO ends at
 .84 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem, one more response for each skill that is written, and measures student and
-teacher in one forward pass before it trains. No copy of the weights is needed.
-
 Known failure:
 - lambda = .01 over-regularises, and .0005 is too weak (published).
 - Responses of another policy, and a skill in the student's prompt, are worse (published).

@@ -30,9 +30,6 @@ Command: An environment with at least two turns is needed (docs/environments.md)
 Expected: 100 steps of 4 x 8 episodes with a calculator raise the sampled accuracy from .47 to .96, where GRPO ends at
 .97 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 episodes per problem, measures the log-probs of every turn under both models in one forward pass,
-and then trains with one more pass of the teacher. Each turn reads its whole conversation again.
-
 Known failure: Where the first turn is almost equal under teacher and student, d_1 is near 0 and all later turns have
 tiny weights. A form of the calculator whose first call was certain (d_1 4e-5 nats) gave the teacher's part of the
 advantages at most 4e-4 in the first step, and the run equalled GRPO in four digits (one seed). The calculator in the

@@ -31,9 +31,6 @@ Command:
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .99 on subtraction and from .57 to .95 on
 additions, as `eopd` does, which trains on all tokens (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step measures all tokens before it trains. This takes one more forward pass of student and teacher than a step
-of target=teacher_alone, and one exchange of two numbers per token between the replicas.
-
 Known failure:
 - One token with an extreme divergence moves all others towards d = 0, so that the entropy alone orders them.
 - A student that is certain and agrees with its teacher still trains on the share of the tokens: the score is relative.

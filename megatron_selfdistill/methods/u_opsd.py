@@ -27,8 +27,6 @@ Expected: 100 steps of 4 x 8 responses lower the sampled accuracy on subtraction
 is mostly wrong teaches itself its errors. On additions no answer reaches half of the votes, nothing is trained, and
 the accuracy stays at .57 (seed 21, the tasks of docs/recipes/comparison.md). No base that is mostly right was measured.
 
-Cost: A step samples 8 responses per problem, reads their answers, and runs the teacher over those that disagree.
-
 Known failure:
 - A majority can be wrong, and nothing notices it: the teacher then shows the wrong solution to the right responses.
   Measure the greedy accuracy first, which the majority tends to follow: it was .37 for the subtraction above.

@@ -24,9 +24,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .54 on subtraction and from .51 to .90 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 16 responses per problem, measures their log-probs under both models in one forward pass, and then
-trains with one more pass of the teacher.
-
 Known failure:
 - A margin that is large against the log-ratios turns the advantage into a plain reward.
 - A group with one kind of responses has no shift.
