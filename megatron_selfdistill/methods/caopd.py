@@ -73,13 +73,7 @@ class CaopdSettings(RewardSettings):
 
 
 class Caopd(SelfDistillation):
-    """CaOPD: responses that state how often their group is right, which the teacher is told, too.
-
-    With P = the share of right responses of the group, the text of a response loses its statements of confidence and
-    ends in a line "Confidence: P" with two decimals.  So does the solution in the teacher's prompt, and `NOTE` follows
-    it.  A truncated response, an edited response that is longer than the limit, and a response whose teacher's prompt
-    becomes too long are dropped.  The sampler's log-probs of an edited response are unknown.
-    """
+    """CaOPD: responses that state how often their group is right, which the teacher is told, too."""
 
     Settings = CaopdSettings
 
@@ -89,7 +83,7 @@ class Caopd(SelfDistillation):
         return False
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
-        """Return the edited rollouts, in their order, and no metrics."""
+        """Return the edited rollouts without truncated and too long ones, in their order, and no metrics."""
         edited = []
         for _, members in groupby(rollouts, key=lambda rollout: rollout.group):
             group = list(members)

@@ -60,7 +60,7 @@ from megatron_selfdistill.config.schema.method_config import MethodSettings, Nee
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import require_problems
+from megatron_selfdistill.methods.parts.settings import require_problems, require_single_turn
 from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -99,11 +99,7 @@ class DapdSettings(MethodSettings):
         """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""
         super().check(config)
         require_problems(config, "method.name=dapd trains on the texts of given solutions: it")
-        turns = config.environment.max_turns
-        require(
-            turns == 1,
-            f"method.name=dapd shows a response to its own problem: set environment.max_turns=1, got {turns}",
-        )
+        require_single_turn(config, "method.name=dapd")
         kind = config.loss.normalize
         require(kind == "tokens", f"method.name=dapd has means of its own: leave loss.normalize=tokens, got {kind}")
         solutions, correction = config.data.solutions, config.loss.rollout_correction

@@ -240,10 +240,7 @@ class Openclaw(HintedLater):
         return trained, self._metrics(rewarded, trained, judges)
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
-        """Return the teacher's part, plus the rewards as advantages.
-
-        Source: OpenClaw-RL (arXiv 2603.10165), where every turn has one response.
-        """
+        """Return the teacher's part, plus the rewards as advantages."""
         own = self.settings
         terms = uniform(signals, weight=own.distill_weight, signal=own.signal)
         if own.weight > 0:

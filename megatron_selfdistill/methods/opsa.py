@@ -74,11 +74,7 @@ class Opsa(SelfDistillation):
 
 
 def opsa(signals: Signals, *, threshold: float, penalty: float) -> Terms:
-    """Return the advantage ``-penalty`` for the tokens with mu < ``threshold``, and 0 for the others.
-
-    mu: the probability that each token had when it was sampled, `Signals.sampled_log_prob`.
-    Source: the analysis of arXiv 2608.31046, as its abstract states it.
-    """
+    """Return the advantage ``-penalty`` for the tokens with mu < ``threshold``, and 0 for the others."""
     unlikely = signals.sampled_log_prob < math.log(threshold)
     return Terms.of(
         signals.sampled_log_prob, advantage=torch.where(unlikely, -penalty, 0.0).to(signals.sampled_log_prob)

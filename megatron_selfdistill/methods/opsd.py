@@ -54,10 +54,8 @@ Known failure:
 
 from __future__ import annotations
 
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
+from megatron_selfdistill.methods.default import SelfDistillation
 
 
 class Opsd(SelfDistillation):
     """The default method; the recipe sets target, divergence, wording and teacher as published."""
-
-    Settings = DefaultSettings

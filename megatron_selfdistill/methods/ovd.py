@@ -89,9 +89,7 @@ class OvdSettings(GrpoSettings):
     reward of the response)."""
     template: Text | None = None
     """Wording of the last user message with which the teacher is asked for a score.  It has the slots {problem} and
-    {response}, and may have {solution}.  Null shows all three and asks for one digit from 0 to 9.  The score is the
-    mean of the digits 0 to 9, each with its probability as the first token of the answer; each digit must be one
-    token."""
+    {response}, and may have {solution}.  Null shows all three and asks for one digit from 0 to 9."""
     threshold: Annotated[float, at_least(0), at_most(9)] = 5.0
     """Score below which use=filter replaces a response."""
     step_separator: Text | None = None
@@ -124,15 +122,7 @@ class OvdSettings(GrpoSettings):
 
 
 class Ovd(Grpo):
-    """GRPO on responses that the teacher has scored.
-
-    Under use=filter, the replacement of a response is sampled after the teacher's prompt with the student's weights,
-    and has its own reward and its own mu.  With a separator of steps, it continues the response after its last good
-    step: the longest beginning that ends with a step, has a score of the threshold or more, and leaves room for a whole
-    response.  The kept tokens keep their mu, and the whole has at most ``max_new_tokens`` tokens.  In a step whose
-    scores do not tell right from wrong responses, with an AUROC of at most .5 or with responses of one kind only, all
-    responses stay.
-    """
+    """GRPO on responses that the teacher has scored."""
 
     Settings = OvdSettings
 

@@ -77,7 +77,6 @@ def position_weights(signals: Signals, *, least: float, midpoint: float, width: 
     """Return the weight [R] float64 of each token: ``least + (1 - least) sigmoid((x - midpoint) / width)``.
 
     x: the middle of the token in its response, (i - 1/2) / n for token i = 1 ... n, so that 0 < x < 1.
-    Source: PW-OPSD (arXiv 2605.21606) and its published code.
     """
     starts = signals.per_token(signals.lengths.cumsum(0) - signals.lengths)
     place = torch.arange(len(starts), device=starts.device) - starts

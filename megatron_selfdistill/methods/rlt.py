@@ -114,12 +114,7 @@ class RltSettings(GrpoSettings):
 
 
 class Rlt(Grpo):
-    """GRPO on explanations, with a KL penalty.
-
-    The policy reads an explanation after the teacher's prompt, which shows the solution.  The frozen weights S read it
-    after the student's prompt, and the solution after prompt, explanation and closing tag.  An explanation without
-    tokens has r_KL = 0.
-    """
+    """GRPO on explanations, with a KL penalty."""
 
     Settings = RltSettings
 

@@ -202,14 +202,7 @@ def _revision(first: Rollout, last: Rollout) -> Rollout:
 
 
 def revision_advantages(signals: Signals, baseline: str) -> Tensor:
-    """Return [B]: the advantage of each response as an answer to the problem alone.
-
-    ``baseline``: what is subtracted from the reward of the response: "first_turn" (the mean reward of the first turns
-    of the group, R(y1) - mean_j R(y0_j): what the model achieves without the environment's text) or "same_turn" (the
-    mean reward of the responses of the same turn).
-    Source: RLTF-SD, Song et al. 2026 (arXiv 2602.02482); their formula is "first_turn", and their released code runs
-    with "same_turn".
-    """
+    """Return [B]: the advantage of each response as an answer to the problem alone; ``baseline``: as the setting."""
     if baseline == "same_turn":
         return group_advantages(signals, "none", "turn", 0.0)
     assert signals.turns is not None, "an environment gives turns"
@@ -219,8 +212,5 @@ def revision_advantages(signals: Signals, baseline: str) -> Tensor:
 
 
 def weight_at(step: int, weight: float, warmup_steps: int) -> float:
-    """Return the weight of revisions in the step that ``step`` optimizer steps precede: weight min(1, step / warm-up).
-
-    Source: RLTF-SD raises it linearly from 0 for mathematics.
-    """
+    """Return the weight of revisions after ``step`` optimizer steps: weight min(1, step / warm-up)."""
     return weight if step >= warmup_steps else weight * step / warmup_steps

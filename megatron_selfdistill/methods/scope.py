@@ -84,16 +84,10 @@ class Scope(SelfDistillation):
 
 
 def scope(signals: Signals, *, weight: float, tau: float) -> Terms:
-    """Return the terms of SCOPE, which weighs responses by PPL = exp(-mean log-prob of their tokens).
+    """Return the terms of SCOPE (arXiv 2604.10688, equations 2 to 6).
 
-        right responses: likelihood of their tokens with rho, weight PPL_p^(1 / tau) / sum over the group's right ones
-        wrong responses: sampled reverse KL to q with rho, weight PPL_q^(-1 / tau) / sum over the group's wrong ones
-
-    A right response has more weight where the student finds it unlikely, and a wrong response where the teacher finds
-    it likely, because the teacher's corrections of such a response can be trusted.  A wrong response without a hint has
-    a weight of 0 and does not count in the sum.  Needs both log-probs of a measuring pass.  The paper sums over tokens
-    and averages over problems: loss.normalize=prompts.
-    Source: SCOPE (arXiv 2604.10688), equations 2 to 6.
+    A wrong response without a hint has a weight of 0 and does not count in the sum.  Needs both log-probs of a
+    measuring pass.  The paper sums over tokens and averages over problems: loss.normalize=prompts.
     """
     assert signals.student_log_prob is not None and signals.target_log_prob is not None, "scope needs a measuring pass"
     like, right = signals.sampled_log_prob, signals.right

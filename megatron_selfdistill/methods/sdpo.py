@@ -155,10 +155,7 @@ class Sdpo(HintedLater):
 
 
 def peer_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
-    """Return for each rollout the first other right response of its group, without its thinking; None if there is none.
-
-    Source: SDPO (arXiv 2601.20802).
-    """
+    """Return for each rollout the first other right response of its group, without thinking; None if there is none."""
     right: dict[int, list[int]] = {}
     for i, one in enumerate(rollouts):
         if one.correct:
@@ -174,10 +171,7 @@ def feedback_hints(rollouts: Sequence[Rollout]) -> list[str | None]:
 
 
 def peer_or_feedback_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
-    """Return the peer of each response in `PEER_SECTION`, or where it has none its feedback under `FEEDBACK_HEADING`.
-
-    Source: SDPO (arXiv 2601.20802), with feedback only where there is no solution.
-    """
+    """Return the peer of each response in `PEER_SECTION`, or else its feedback under `FEEDBACK_HEADING`."""
     sections: list[str | None] = []
     for peer, feedback in zip(peer_hints(rollouts, tokenizer), feedback_hints(rollouts), strict=True):
         if peer is not None:

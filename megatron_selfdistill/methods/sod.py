@@ -103,10 +103,8 @@ class Sod(SelfDistillation):
 def sod(signals: Signals, *, weight: float, gain: float) -> Terms:
     """Return the teacher's advantage of SOD: ``weight * w_k * (log q - log mu)`` for the tokens of turn k.
 
-    w_k: `turn_weights` of the turn's distance d_k, the mean of |log mu - log q| over its tokens.  The turns of an
-    episode are the steps of the published method: the responses between the replies of the environment.  Responses
-    without a hint have an advantage of 0.  Needs `Signals.target_log_prob`, `Signals.episodes` and `Signals.turns`.
-    Source: SOD (arXiv 2605.07725) and its published code.
+    Responses without a hint have an advantage of 0.  Needs `Signals.target_log_prob`, `Signals.episodes` and
+    `Signals.turns`.
     """
     assert signals.target_log_prob is not None, "sod needs a measuring pass"
     log_ratio = signals.target_log_prob - signals.sampled_log_prob
@@ -117,11 +115,9 @@ def sod(signals: Signals, *, weight: float, gain: float) -> Terms:
 
 
 def turn_weights(signals: Signals, distances: Tensor, gain: float) -> Tensor:
-    """Return the weight [B] of each response within its episode, from the ``distances [B]`` of the responses.
+    """Return the weight w_k [B] of each response within its episode, from the ``distances [B]`` d_k of the responses.
 
-    The first turn of an episode has w_1 = 1, and turn k has w_k = min((d_1 + eps) / (d_k + eps), 1 + ``gain``) with
-    eps = `EPSILON`.  This is the product of the ratios (d_u + eps) / (d_(u+1) + eps) of all earlier turns u, bounded
-    once.  The first turn is the earliest one of the episode among the responses of the step.
+    The first turn is the earliest one of the episode among the responses of the step.
     """
     assert signals.episodes is not None and signals.turns is not None, "sod needs episodes"
     turns, episodes = signals.turns, signals.episodes

@@ -108,7 +108,6 @@ def importance(entropy: Tensor, divergence: Tensor, score: str) -> Tensor:
     """Return the score of each token, [N] from 0 to 1: ``h + d - h d``, or h or d alone.
 
     h and d are the tokens' places between the smallest and the largest entropy and divergence.
-    Source: TIP (arXiv 2604.14084), equations 2 to 5.
     """
     h, d = _place(entropy), _place(divergence)
     return {SOFT_OR: h + d - h * d, ENTROPY: h, DIVERGENCE: d}[score]

@@ -119,9 +119,7 @@ def pseudo_solutions(texts: Sequence[str | None], answers: Sequence[str | None],
     """Return the hint of each response to one problem: the first text of the majority, for those that disagree.
 
     ``texts``, ``answers``: text and answer of each response; None is a truncated response or one without an answer,
-    which votes for nothing and disagrees with every majority.  A majority is an answer of at least the share
-    ``threshold`` of all responses, and of more responses than any other answer; without one, every hint is None.
-    Source: U-OPSD (arXiv 2608.06296), as its abstract states it.
+    which votes for nothing and disagrees with every majority.  Without a majority every hint is None.
     """
     ranked = Counter(answer for answer in answers if answer is not None).most_common(2)
     counts = [count for _, count in ranked]

@@ -34,10 +34,8 @@ student gets there, and what only a leaking hint explains arrives later, but it 
 
 from __future__ import annotations
 
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
+from megatron_selfdistill.methods.default import SelfDistillation
 
 
 class Veto(SelfDistillation):
     """The default method; the recipe sets target, divergence and teacher."""
-
-    Settings = DefaultSettings
