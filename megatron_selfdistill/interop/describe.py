@@ -89,7 +89,7 @@ def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[st
         parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(assets / "tokenizer.model")]
     if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
         parts.append("--no-position-embedding")  # pretrain_gpt.py compares the flag with the stored argument
-    lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}
+    lines = {f"flags of Megatron-LM {MEGATRON_LM}": shlex.join([*parts, *flags.arguments])}
     if flags.not_expressible:
         lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
     return lines

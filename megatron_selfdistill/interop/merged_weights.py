@@ -24,7 +24,7 @@ from megatron_selfdistill.adapters.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, weight_shapes
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
@@ -167,22 +167,17 @@ def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Mer
         leading = shape[:-2] if len(shape) > 2 else ()
         for index in itertools.product(*map(range, leading)):
             read: Callable[[], Tensor] = functools.partial(source.read, key, index)
-            a, b = (_factor_place(factors, key, index, name) for name in "ab")
+            a, b = (factors.place(factor_key(key, name), index) for name in "ab")
             if a is not None and b is not None:
                 unused[a[0]] -= 1
                 unused[b[0]] -= 1
                 read = functools.partial(_merged, read, factors, (a, b), merge, finite, shown(key, index))
             offset, sizes = (*index, *(0 for _ in shape[len(leading) :])), (*(1 for _ in index), *shape[len(leading) :])
             make = functools.partial(_reshaped, read, sizes)
-            pieces.append(Piece(key, shape, offset, sizes, source.dtype(key), make))
+            pieces.append(Piece(key, shape, offset, sizes, source.dtype_at((key, ())), make))
     faults = [f"{key} is unexpected" for key, count in sorted(unused.items()) if count]
     raise_misfit(factors.directory, faults)
     return pieces
-
-
-def _factor_place(factors: TorchDistReader, key: str, index: tuple[int, ...], name: str) -> Place | None:
-    candidates = places(factor_key(key, name), index)
-    return next((place for place in candidates if place[0] in factors.shapes), None)
 
 
 def _merged(

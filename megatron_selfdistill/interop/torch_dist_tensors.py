@@ -310,7 +310,7 @@ class TorchDistReader:
 
     def dtype_at(self, place: Place) -> torch.dtype:
         """Return the type of the tensor at ``place``."""
-        return self.dtype(place[0])
+        return self._tensors[place[0]].properties.dtype
 
     def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
         """Return the tensor at ``place``, or its first ``num_rows`` rows; see `read`."""
@@ -320,7 +320,7 @@ class TorchDistReader:
         """Return the number of elements of the model's tensors by type, including padding."""
         sizes: Counter[torch.dtype] = Counter()
         for key, shape in weight_shapes(self.shapes).items():
-            sizes[self.dtype(key)] += math.prod(shape)
+            sizes[self.dtype_at((key, ()))] += math.prod(shape)
         return sizes
 
     def unused(self, used: Collection[Place]) -> list[str]:
@@ -333,10 +333,6 @@ class TorchDistReader:
             elif (count := math.prod(shape[: depths[key]])) != counts[key]:
                 faults.append(f"{key} holds {count} tensors, expected {counts[key]}")
         return faults
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the type of the tensor that is stored under ``key``."""
-        return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
         """Return ``stored[key][index]``, or its first ``num_rows`` rows."""

@@ -12,7 +12,7 @@ from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields
 from megatron_selfdistill.interop.hf.experts import require_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
-from megatron_selfdistill.interop.hf.rules import Rule, renamed
+from megatron_selfdistill.interop.hf.rules import renamed
 from megatron_selfdistill.interop.hf.sigmoid_router import ROUTER_FIELDS, ROUTER_KEYS, require_normalised
 
 _ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -79,10 +79,6 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rename(rule: Rule) -> Rule:
-    return renamed(rule, {".gate.e_score_correction_bias": ".e_score_correction_bias"})
-
-
 MINIMAX_M2 = Family(
     "MiniMaxM2ForCausalLM",
     "minimax_m2",
@@ -103,5 +99,5 @@ MINIMAX_M2 = Family(
     models="MiniMax-M2 and M2.1",
     limits="`scoring_func=sigmoid`, `use_routing_bias=true`, `qk_norm_type=per_layer`, no shared experts; one of "
     "`rotary_dim` and `partial_rotary_factor`",
-    adapt=_rename,
+    adapt=lambda rule: renamed(rule, lambda name: name.replace(".gate.e_score", ".e_score")),
 )
