@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from megatron_selfdistill.checkpoint.formats import manifest
@@ -370,8 +371,9 @@ class TorchDistReader:
         self._kept = None  # frees the memory before the next chunk needs it
         place = self._metadata.storage_data[index]
         try:
-            with _Window(self.directory / place.relative_path, place.offset, place.length) as window:
-                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            with (self.directory / place.relative_path).open("rb", buffering=0) as file:
+                window: Any = _create_file_view(file, place.offset, place.length)
+                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
@@ -410,36 +412,3 @@ class _ChunkTable:
             for chunk in near
             if all(o < b and a < o + s for a, b, o, s in zip(start, end, chunk.offsets, chunk.sizes, strict=True))
         ]
-
-
-class _Window(io.RawIOBase):
-    """A range of bytes of a file as a file of its own, which reads straight into the caller's memory."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._offset, self._length, self._position = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the position on, up to the end of the range; return the number of bytes."""
-        view = memoryview(buffer).cast("B")[: max(self._length - self._position, 0)]
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view) or 0
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
