@@ -277,26 +277,8 @@ def _progress() -> Iterator[Progress]:
         )
 
 
-class ListOfFamilies(argparse.Action):
-    """The option that prints the architectures that convert, one per line, and ends the command."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        """Print a table of architecture, published models and limits."""
-        from rich.console import Console
-        from rich.table import Table
-
-        from megatron_selfdistill.interop.hf.mapping import FAMILIES
-
-        table = Table("architectures in config.json", "models", "what is required", box=None, pad_edge=False)
-        for family in FAMILIES.values():
-            table.add_row(family.architecture, family.models, family.limits.replace("`", ""))
-        Console(highlight=False, soft_wrap=False).print(table)
-        parser.exit()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
-    parser.add_argument("--list", action=ListOfFamilies, nargs=0, help="print what converts and with what limits")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for conversion in CONVERSIONS:
         command = commands.add_parser(

@@ -138,8 +138,6 @@ LLAMA = Family(
     _reader(windows=no_layer, bias=False),
     lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
-    models="Llama 2, 3, 3.1, 3.2 and 3.3",
-    limits="no biases",
 )
 MISTRAL = Family(
     "MistralForCausalLM",
@@ -147,8 +145,6 @@ MISTRAL = Family(
     _reader(windows=mistral_layers, bias=False),
     _write_with_window,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
-    models="Mistral 7B, Mistral Nemo, Mistral Small of 2024",
-    limits="a sliding window in every layer, in the layers of `layer_types`, or none",
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",
@@ -156,9 +152,6 @@ QWEN2 = Family(
     _reader(windows=qwen_layers, bias=True),
     _write_without_head_dim,
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    models="Qwen2, Qwen2.5, QwQ",
-    limits="sliding windows as `use_sliding_window` and `layer_types` say; `attention_bias` is ignored, as "
-    "transformers ignores it",
 )
 QWEN3 = Family(
     "Qwen3ForCausalLM",
@@ -166,8 +159,6 @@ QWEN3 = Family(
     _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
     lambda arch: _write(arch) | write_qwen_windows(arch) | {"attention_bias": False},
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    models="Qwen3",
-    limits="no biases; sliding windows as for Qwen2",
 )
 
 
@@ -203,9 +194,6 @@ PHI3 = Family(
     _write_phi,
     COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
     adapt=_fuse_phi,
-    models="Phi-3-mini-4k, Phi-4, Phi-4-reasoning",
-    limits="default RoPE on all channels (no longrope, as in the mini models); a sliding window in every layer, or "
-    "none",
 )
 
 
@@ -232,8 +220,6 @@ SEED_OSS = Family(
     _read_seed_oss,
     _write_seed_oss,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
-    models="Seed-OSS-36B",
-    limits="`attention_bias` (of q, k and v) may be true or false; no other biases",
 )
 
 
@@ -295,6 +281,4 @@ SMOLLM3 = Family(
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
-    models="SmolLM3-3B",
-    limits="no biases; sliding windows as `layer_types` says; `no_rope_layers` names one entry per layer",
 )

@@ -131,8 +131,6 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
     },
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    models="Mixtral 8x7B and 8x22B",
-    limits="a sliding window in every layer, or none",
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
@@ -150,8 +148,6 @@ QWEN3_MOE = Family(
         "mlp_only_layers": None,
         "sliding_window": 4096,
     },
-    models="Qwen3-30B-A3B, Qwen3-235B-A22B",
-    limits="no biases; a sliding window in every layer, or none; dense layers between the others are allowed",
 )
 
 
@@ -198,8 +194,6 @@ OLMOE = Family(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
-    models="OLMoE-1B-7B",
-    limits="no biases, no `clip_qkv`, no sliding window; `head_dim` is `hidden_size / num_attention_heads`",
 )
 
 
@@ -262,6 +256,4 @@ QWEN2_MOE = Family(
         "sliding_window": 4096,
     },
     TensorNames(shared="shared_expert"),
-    models="Qwen1.5-MoE, Qwen2-57B-A14B",
-    limits="no sliding window; `qkv_bias` may be true or false; dense layers between the others are allowed",
 )

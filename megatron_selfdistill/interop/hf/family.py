@@ -62,10 +62,6 @@ class Family:
     """The defaults of transformers' configuration class."""
     tensor_names: TensorNames = field(default_factory=TensorNames)
     """The parts of tensors' names that differ between families."""
-    models: str = ""
-    """The published models of the family, for users."""
-    limits: str = ""
-    """What a config.json must have to be converted, for users, as words of Markdown."""
     adapt: Callable[[Rule], Rule] = lambda rule: rule
     """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
     quantizations: tuple[str, ...] = ("fp8",)

@@ -109,7 +109,4 @@ GPT_OSS = Family(
     _DEFAULTS,
     TensorNames(gate="gate", router="router", fused=True),
     quantizations=("mxfp4",),
-    models="gpt-oss-20b and gpt-oss-120b",
-    limits="`attention_bias=true`, `swiglu_alpha=1.702`; MXFP4 experts become bf16; layers with a window as "
-    "`layer_types` says",
 )

@@ -96,8 +96,5 @@ MINIMAX_M2 = Family(
         **dict.fromkeys(_ALWAYS.keys() - COMMON_DEFAULTS.keys()),
     },
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    models="MiniMax-M2 and M2.1",
-    limits="`scoring_func=sigmoid`, `use_routing_bias=true`, `qk_norm_type=per_layer`, no shared experts; one of "
-    "`rotary_dim` and `partial_rotary_factor`",
     adapt=lambda rule: renamed(rule, lambda name: name.replace(".gate.e_score", ".e_score")),
 )

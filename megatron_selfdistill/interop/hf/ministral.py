@@ -83,9 +83,6 @@ MINISTRAL3 = Family(
             _BETA: 0.1,
         },
     },
-    models="Ministral 3, the text model alone",
-    limits="no biases; a sliding window in every layer, or none; `max_position_embeddings` is at most "
-    "`original_max_position_embeddings` (16384), from which position on queries grow",
 )
 
 
@@ -133,9 +130,6 @@ MISTRAL3 = Family(
     "mistral3",
     _read_mistral3,
     _write_mistral3,
-    models="Mistral Small 3.1 and 3.2, Ministral 3",
-    limits="the text model as `MistralForCausalLM` or `Ministral3ForCausalLM`; the vision tower is carried along "
-    "and not trained",
     adapt=lambda rule: renamed(rule, lambda name: f"language_model.{name}"),
     text_config=_text_config,
     carried=("vision_tower.", "multi_modal_projector."),

@@ -141,11 +141,6 @@ _EXPERT_DEFAULTS = {
     "mlp_only_layers": None,
 }
 
-_LIMITS = (
-    "no biases; no YaRN; no context parallelism; "
-    "the module for multi-token prediction is kept for the way back and not trained"
-)
-
 QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     "qwen3_next",
@@ -153,8 +148,6 @@ QWEN3_NEXT = Family(
     _writer(write_experts),
     _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
     TensorNames(shared="shared_expert", mtp="mtp"),
-    models="Qwen3-Next-80B-A3B",
-    limits=_LIMITS,
 )
 QWEN3_5 = Family(
     "Qwen3_5ForCausalLM",
@@ -163,8 +156,6 @@ QWEN3_5 = Family(
     _writer(),
     _DEFAULTS | {"num_key_value_heads": 4},
     TensorNames(fused_projections=False, mtp="mtp"),
-    models="text models of Qwen3.5",
-    limits="as Qwen3-Next; a directory with `Qwen3_5ForConditionalGeneration` is refused",
 )
 QWEN3_5_MOE = Family(
     "Qwen3_5MoeForCausalLM",
@@ -173,6 +164,4 @@ QWEN3_5_MOE = Family(
     _writer(write_expert_sizes),
     _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
     TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
-    models="text models of Qwen3.5 with experts",
-    limits="as Qwen3-Next; a directory with `Qwen3_5MoeForConditionalGeneration` is refused",
 )
