@@ -95,13 +95,6 @@ _NON_FINITE = {
 }
 
 
-def _megatron_advice(target: Path, given: argparse.Namespace) -> str:
-    from megatron_selfdistill.interop.describe import megatron_lm_usage
-
-    usage = (f"{name}: {visible(value)}" for name, value in megatron_lm_usage(target).items())
-    return "\n".join([f"{target}: load it with checkpoint.load={given.out}", *usage])
-
-
 def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
     from megatron_selfdistill.adapters.stored_adapters import require_adapters
 
@@ -119,7 +112,10 @@ CONVERSIONS = (
             "--hf": _directory("directory with config.json and weights", required=True),
             **_NON_FINITE,
         },
-        _megatron_advice,
+        lambda target, given: (
+            f"{target}: load it with checkpoint.load={given.out}; `selfdistill convert inspect {given.out}` prints the "
+            "flags with which Megatron-LM loads it"
+        ),
         "--hf /models/Qwen3-8B --out qwen3 --dtype bf16",
     ),
     Conversion(

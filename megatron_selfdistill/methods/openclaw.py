@@ -22,11 +22,8 @@ of hints, their place in the prompt, the rule for tools, the reward without norm
 Differences:
 - By default logs take the place of a live service, and therefore rho = 1; our wording of the request around the rule;
   turns with a reward of 0 stay.
-- An answer to the request ends in `\boxed{1}` and has a hint of 1 to 3 sentences between [HINT_START] and [HINT_END],
-  or ends in `\boxed{-1}`. The longest hint of more than method.min_length characters counts. The request says which
-  role the next state has, and that the result of a tool was not available before the assistant's action.
-- method.judge=your.module.judge names a function `judge(problem, response_text, next_state)` that returns a text or
-  None. method.reward names a function `reward(response_text, problem)`; `problem.reply.next_state` has the messages.
+- The request says which role the next state has, and that the result of a tool was not available before the
+  assistant's action. For a function of method.reward, `problem.reply.next_state` has the messages.
 - method.signal=full method.weight=0 optimizer.lr=1e-6 has the divergence over the whole vocabulary in place of the
   sampled token. Peers of the authors report full or top-k distillation as much better than the sampled token; their
   variant has the student's 50 likeliest tokens and a learning rate of 1e-6.

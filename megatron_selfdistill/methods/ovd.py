@@ -25,7 +25,6 @@ Differences:
 - A later version of the paper continues a response from its last good step. With method.step_separator a replaced
   response keeps its beginning up to the last step whose score is at least the threshold. Ours: a step ends with a token
   that contains a line feed, and a beginning is kept only where data.max_length leaves room for a whole response.
-- method.use=reward makes the score the reward: S / 9, without a verifier.
 - A step whose AUROC of scores and verdicts (`verbal/auroc`) does not exceed .5, or whose responses are all right or all
   wrong, is not filtered: `verbal/filters` is 0. Each digit must be one token of the tokenizer.
 

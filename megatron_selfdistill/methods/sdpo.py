@@ -20,7 +20,6 @@ Differences:
   a bin for the rest.
 - method.hints=feedback shows feedback alone, and needs neither answers nor rewards. The section with feedback begins
   with "The following is feedback from your unsuccessful earlier attempt:".
-- method.hints=your.module.hints names a function that returns a hint or None for each response to a problem.
 
 Command:
 

@@ -22,9 +22,7 @@ Differences:
 - Ours are c = 1, 8 skills per problem, that no skill is written for a full bank, which response is summarized, the
   wording, 8 responses, the advantages and the clip of GRPO, and that the model writes its own skills (published: an
   external model).
-- The model writes a skill as a JSON object of success_analysis, mistake_analysis and golden_workflow
-  (method.summarizer_template); a reply without such an object is no skill. method.summarizer=your.module.summarize
-  names a function `summarize(problem, response_text, reward)` that returns a text or None.
+- The model writes a skill as a JSON object (method.summarizer_template); a reply without such an object is no skill.
 - The bank is in the checkpoint, and equal on all ranks in every layout.
 
 Command: The data need answers and no solutions.

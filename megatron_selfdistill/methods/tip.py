@@ -13,7 +13,7 @@ Equation:
 
 H is the student's entropy, and D the divergence of the loss, KL(student || q). Minimum and maximum go over the N tokens
 of the step, of all replicas, whose teacher sees a hint. Because of the weight N / K the loss is the mean over the K
-tokens. method.score=entropy takes h in place of s, and divergence takes d.
+tokens.
 
 Paper: TIP, Xu et al. (arXiv 2604.14084), equations 2 to 5, of which the abstract and accounts by others were read, and
 the authors' public code, which draws tokens at random with weights H^x D^y in place of the score s. Published are the

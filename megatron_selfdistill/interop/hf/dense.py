@@ -115,13 +115,14 @@ def _reader(
     return read
 
 
-def _write(arch: dict[str, Any]) -> dict[str, Any]:
+def write_decoder(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the shared fields of config.json for ``arch``, and those of ordinary rotary positions."""
     return write_common(arch) | write_rotary(arch)
 
 
 def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json without ``head_dim`` where transformers' Qwen2 derives it; old versions do not read it."""
-    config = _write(arch) | write_qwen_windows(arch)
+    config = write_decoder(arch) | write_qwen_windows(arch)
     if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
     return config
@@ -129,14 +130,14 @@ def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json with ``sliding_window``, for which transformers' Mistral has a default of its own."""
-    return _write(arch) | {"sliding_window": write_window(arch)}
+    return write_decoder(arch) | {"sliding_window": write_window(arch)}
 
 
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
     _reader(windows=no_layer, bias=False),
-    lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
+    lambda arch: write_decoder(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
 )
 MISTRAL = Family(
@@ -157,7 +158,7 @@ QWEN3 = Family(
     "Qwen3ForCausalLM",
     "qwen3",
     _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
-    lambda arch: _write(arch) | write_qwen_windows(arch) | {"attention_bias": False},
+    lambda arch: write_decoder(arch) | write_qwen_windows(arch) | {"attention_bias": False},
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
 )
 
@@ -206,8 +207,7 @@ def _read_seed_oss(config: HFConfig) -> ModelConfig:
 
 def _write_seed_oss(arch: dict[str, Any]) -> dict[str, Any]:
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": arch["add_qkv_bias"],
         "attention_out_bias": False,
         "mlp_bias": False,
@@ -256,8 +256,7 @@ def _windows_smollm(config: HFConfig, has_rope: list[int]) -> list[bool]:
 def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
     without = arch["no_rope_freq"] or [0] * arch["num_layers"]
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.interop.hf.sliding_windows import (
     SLIDING,
@@ -37,8 +37,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
 def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
         "sliding_window": write_window(arch),
@@ -83,8 +82,7 @@ def softmax_router(config: HFConfig) -> dict[str, Any]:
 def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": False,
         **write_experts(arch),
         "use_sliding_window": arch["window_size"] is not None,
@@ -170,7 +168,7 @@ def _write_olmoe(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     if arch["kv_channels"] != arch["hidden_size"] // arch["num_attention_heads"]:
         raise ConfigError(f"OlmoeForCausalLM has no heads of {arch['kv_channels']} channels")
-    config = write_common(arch) | write_rotary(arch)
+    config = write_decoder(arch)
     del config["head_dim"]  # transformers derives it
     return config | {
         "attention_bias": False,
@@ -228,8 +226,7 @@ def _write_qwen2_moe(arch: dict[str, Any]) -> dict[str, Any]:
     if not arch["moe_shared_expert_gate"]:
         raise ConfigError("Qwen2MoeForCausalLM has a gated shared expert, this model has not")
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "qkv_bias": arch["add_qkv_bias"],
         **write_experts(arch),
         "shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"],

@@ -8,10 +8,10 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.experts import require_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.rules import renamed
 from megatron_selfdistill.interop.hf.sigmoid_router import ROUTER_FIELDS, ROUTER_KEYS, require_normalised
 
@@ -66,8 +66,7 @@ def _with_share(config: HFConfig) -> HFConfig:
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "rotary_dim": int(arch["kv_channels"] * arch["rotary_percent"]),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
