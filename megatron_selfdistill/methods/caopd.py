@@ -36,8 +36,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.evaluation.calibration import split_confidence
@@ -45,9 +45,6 @@ from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 NOTE = "Note: The empirical confidence for this question is {:.2f}. Output this exact value in the 'Confidence:' field."
 """The note to the teacher, after the solution, under `StatedConfidence`."""

@@ -50,10 +50,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
-from megatron_selfdistill.config import ConversationsConfig, function_named
+from megatron_selfdistill.config import Config, ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
@@ -70,9 +70,6 @@ from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = "{problem}\n\n[user's hint / instruction]\n{solution}"
 """The teacher's wording where data.teacher_template is null."""

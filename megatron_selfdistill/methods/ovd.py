@@ -45,11 +45,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import OneOf, Text, at_least, at_most
@@ -64,9 +65,6 @@ from megatron_selfdistill.rollout.base import Request, Response, response_text
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 DIGITS = "0123456789"
 QUESTION = (

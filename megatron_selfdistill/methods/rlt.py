@@ -50,10 +50,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAME, TEACHER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, Temperature, Text
@@ -67,9 +67,6 @@ from megatron_selfdistill.methods.grpo import Grpo, GrpoSettings
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)

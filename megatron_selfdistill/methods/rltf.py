@@ -51,11 +51,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import LogProb, NonNegativeFloat, NonNegativeInt, OneOf, Text
@@ -67,9 +68,6 @@ from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint
 from megatron_selfdistill.sources.signals import Signals, Terms, signals_of
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 DEFAULT_REPLY_TEMPLATE = """\
 You are given a question and an attempt to answer it below. Write a critique of the attempt.

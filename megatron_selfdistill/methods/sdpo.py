@@ -42,9 +42,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
 from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
@@ -61,9 +61,6 @@ from megatron_selfdistill.methods.parts.settings import (
 )
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 CLOSING = "\n\nCorrectly solve the original question."
 TEMPLATES = {

@@ -56,8 +56,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
@@ -68,9 +68,6 @@ from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = (
     "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"

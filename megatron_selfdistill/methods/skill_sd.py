@@ -45,9 +45,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Text
@@ -65,9 +65,6 @@ from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewar
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = (
     "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"

@@ -40,11 +40,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.errors import ConfigError
@@ -53,9 +53,6 @@ from megatron_selfdistill.methods.parts.settings import AdvantageSettings, Disti
 from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 EPSILON = 1e-6
 """The number added to both distances of a ratio."""

@@ -44,15 +44,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from megatron_selfdistill.choices import MAX_RENYI_ORDER
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import above, at_most
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config.schema.whole_config import Config
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.data.problems import Problem
@@ -55,9 +55,6 @@ from megatron_selfdistill.methods.parts.settings import (
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)
