@@ -54,8 +54,10 @@ Known failure:
 
 from __future__ import annotations
 
-from megatron_selfdistill.methods.default import SelfDistillation
+from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
 
 
 class Opsd(SelfDistillation):
     """The default method; the recipe sets target, divergence, wording and teacher as published."""
+
+    Settings = DefaultSettings

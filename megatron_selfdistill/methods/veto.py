@@ -34,8 +34,10 @@ student gets there, and what only a leaking hint explains arrives later, but it 
 
 from __future__ import annotations
 
-from megatron_selfdistill.methods.default import SelfDistillation
+from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
 
 
 class Veto(SelfDistillation):
     """The default method; the recipe sets target, divergence and teacher."""
+
+    Settings = DefaultSettings
