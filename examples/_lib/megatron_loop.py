@@ -25,7 +25,7 @@ from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_arc
 from megatron_selfdistill.checkpoint.trained_weights import loaded_chunks
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.interop import conversion
-from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
@@ -84,7 +84,7 @@ def train(
                 line = {"step": step, "loss/mean": loss / num_tokens, "gradient_norm": float(norm)}
                 log.write(json.dumps(line) + "\n")
         rules = family_of(read_config(hf)).rules(config.model)
-        tensors = {name: tensor for bucket in export(student, grid, rules) for name, tensor in bucket}
+        tensors = {name: tensor for bucket in Exporter(student, grid, rules).stream() for name, tensor in bucket}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:  # a tied output layer is not exported
             raise ValueError(f"expected the tensors of {hf}, got {unexpected} beside them and none for {missing}")

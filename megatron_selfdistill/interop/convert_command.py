@@ -95,13 +95,6 @@ _NON_FINITE = {
 }
 
 
-def _megatron_advice(target: Path, given: argparse.Namespace) -> str:
-    from megatron_selfdistill.interop.describe import megatron_lm_usage
-
-    usage = (f"{name}: {visible(value)}" for name, value in megatron_lm_usage(target).items())
-    return "\n".join([f"{target}: load it with checkpoint.load={given.out}", *usage])
-
-
 def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
     from megatron_selfdistill.adapters.stored_adapters import require_adapters
 
@@ -119,7 +112,10 @@ CONVERSIONS = (
             "--hf": _directory("directory with config.json and weights", required=True),
             **_NON_FINITE,
         },
-        _megatron_advice,
+        lambda target, given: (
+            f"{target}: load it with checkpoint.load={given.out}; `selfdistill convert inspect {given.out}` prints the "
+            "flags with which Megatron-LM loads it"
+        ),
         "--hf /models/Qwen3-8B --out qwen3 --dtype bf16",
     ),
     Conversion(
@@ -218,7 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     silence_known_warnings()
     try:
-        _check(arguments)
         return int(arguments.run(arguments))
     except (CheckpointError, ConfigError) as error:
         print_error("convert:", error)
@@ -228,23 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     return EXIT_REFUSED
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
-    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face, require_checkpoint
-    from megatron_selfdistill.interop.hf_files import require_hugging_face
-    from megatron_selfdistill.interop.new_directory import require_free
-
-    named = vars(arguments)
-    if "out" in named:
-        require_free(arguments.out)
-    if "hf" in named:
-        require_hugging_face(arguments.hf)
-    if "megatron" in named:
-        require_checkpoint(arguments.megatron, arguments.iteration)
-    if "checkpoint" in named and not is_hugging_face(arguments.checkpoint):
-        require_checkpoint(arguments.checkpoint)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -295,26 +273,8 @@ def _progress() -> Iterator[Progress]:
         )
 
 
-class ListOfFamilies(argparse.Action):
-    """The option that prints the architectures that convert, one per line, and ends the command."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        """Print a table of architecture, published models and limits."""
-        from rich.console import Console
-        from rich.table import Table
-
-        from megatron_selfdistill.interop.hf.mapping import FAMILIES
-
-        table = Table("architectures in config.json", "models", "what is required", box=None, pad_edge=False)
-        for family in FAMILIES.values():
-            table.add_row(family.architecture, family.models, family.limits.replace("`", ""))
-        Console(highlight=False, soft_wrap=False).print(table)
-        parser.exit()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
-    parser.add_argument("--list", action=ListOfFamilies, nargs=0, help="print what converts and with what limits")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for conversion in CONVERSIONS:
         command = commands.add_parser(

@@ -66,18 +66,8 @@ def _origin(weights: Weights) -> dict[str, str]:
     return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())}
 
 
-def megatron_lm_usage(path: Path) -> dict[str, str]:
-    """Return the flags with which Megatron-LM's ``pretrain_gpt.py`` loads a checkpoint, and the limits of the flags.
-
-    Raises: CheckpointError where there is no checkpoint, or where the checkpoint stores no arguments.
-    """
-    weights = open_weights(path)
-    if weights.args is None:
-        raise CheckpointError(f"{weights.path} stores no arguments, from which Megatron-LM's flags follow")
-    return _usage(weights, architecture_from_args(weights.args), hf_assets_of(weights.path))
-
-
 def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[str, str]:
+    """Return the flags with which Megatron-LM's ``pretrain_gpt.py`` loads a checkpoint, and the limits of the flags."""
     sizes = weights.sizes()
     flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
     parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
@@ -89,7 +79,7 @@ def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[st
         parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(assets / "tokenizer.model")]
     if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
         parts.append("--no-position-embedding")  # pretrain_gpt.py compares the flag with the stored argument
-    lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}
+    lines = {f"flags of Megatron-LM {MEGATRON_LM}": shlex.join([*parts, *flags.arguments])}
     if flags.not_expressible:
         lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
     return lines

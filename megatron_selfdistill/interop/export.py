@@ -25,6 +25,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from megatron_selfdistill.checkpoint.formats.tensor_names import shown
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
@@ -35,19 +36,6 @@ from megatron_selfdistill.model.forward import unwrapped
 
 _ALIGNMENT = 16  # bytes: a suitable start for a tensor of any dtype
 _MOST_PADDING = 1.25  # an all-gather of unequal shares may move up to this factor of their bytes
-
-
-def export(
-    chunks: Sequence[torch.nn.Module],
-    grid: RankGrid,
-    rules: Sequence[Rule],
-    *,
-    bucket_bytes: int = 2**30,
-    on_ranks: Collection[int] | None = None,
-    part: Callable[[str], bool] | None = None,
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Return the stream of a new `Exporter`, for a single export."""
-    return Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=part).stream()
 
 
 class Exporter:
@@ -277,12 +265,13 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
     rules = [rule for rule in rules if not rule.is_passthrough]
     loads: defaultdict[tuple[int, bool], Counter[int]] = defaultdict(Counter)
     mapped = Counter(rule.megatron for rule in rules)
-    faults = [f"{_name(where)} has no rule" for where in held if where not in mapped]
-    faults += [f"{_name(where)} has {count} rules" for where, count in mapped.items() if count > 1]
+    faults = [f"{shown(where.key, where.index)} has no rule" for where in held if where not in mapped]
+    faults += [f"{shown(where.key, where.index)} has {count} rules" for where, count in mapped.items() if count > 1]
     tensors = []
     for rule in rules:
+        name = shown(rule.megatron.key, rule.megatron.index)
         if rule.megatron not in held:
-            faults.append(f"{_name(rule.megatron)} is not in the model")
+            faults.append(f"{name} is not in the model")
             continue
         # Tied embeddings are in the first and in the last stage.
         number, found = min(held[rule.megatron].items())
@@ -290,9 +279,9 @@ def _locate(rules: Sequence[Rule], stages: Sequence[_Stage]) -> list[_Tensor]:
         padded = rule.vocabulary and shape[0] >= rule.shape[0] and shape[1:] == rule.shape[1:]
         parts = _senders(found, rule.shape, loads[number, expert])
         if shape != rule.shape and not padded:
-            faults.append(f"{_name(rule.megatron)} has shape {list(shape)}, expected {list(rule.shape)}")
+            faults.append(f"{name} has shape {list(shape)}, expected {list(rule.shape)}")
         elif sum(math.prod(part.size) for part in parts) != math.prod(rule.shape):
-            faults.append(f"{_name(rule.megatron)} is incomplete: the ranks of its stage do not hold all of it")
+            faults.append(f"{name} is incomplete: the ranks of its stage do not hold all of it")
         else:
             tensors.append(_Tensor(rule, number, expert, dtype, parts))
     if faults:
@@ -378,10 +367,6 @@ def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup
 
 def _is_expert(where: MegatronSlice) -> bool:
     return ".experts." in where.key  # shared experts are dense, since every token uses them
-
-
-def _name(where: MegatronSlice) -> str:
-    return f"{where.key}{list(where.index)}" if where.index else where.key
 
 
 Place = tuple[MegatronSlice, tuple[int, ...]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,29 +32,18 @@ from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
+@dataclass(eq=False)
 class Weights:
     """The weights of a complete Megatron checkpoint."""
 
-    def __init__(
-        self,
-        path: Path,
-        checkpoint_format: str,
-        source: TorchDistReader | LegacyReader,
-        args: argparse.Namespace | None,
-        iteration: int,
-    ) -> None:
-        """Read from ``source``, the tensors of the checkpoint ``path``.
-
-        ``checkpoint_format``: ``torch_dist``, or ``torch`` for legacy.  ``args``: the stored arguments; None if the
-        checkpoint stores none.  ``iteration``: that of the checkpoint; 0 for ``release``.
-        """
-        self.path, self.format, self.source, self.args, self.iteration = (
-            path,
-            checkpoint_format,
-            source,
-            args,
-            iteration,
-        )
+    path: Path
+    format: str
+    """``torch_dist``, or ``torch`` for legacy."""
+    source: TorchDistReader | LegacyReader
+    args: argparse.Namespace | None
+    """The stored arguments; None if the checkpoint stores none."""
+    iteration: int
+    """The iteration of the checkpoint; 0 for ``release``."""
 
     @property
     def num_rows(self) -> int:

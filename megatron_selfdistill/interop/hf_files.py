@@ -38,8 +38,6 @@ class WeightFiles:
     """Whether the files are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
     tensors: dict[Path, set[str] | None]
     """The names of the tensors that the index assigns to each file; None if there is no index."""
-    index: str | None = None
-    """The name of the index file; None if there is no index."""
 
 
 def weight_files(directory: Path) -> WeightFiles:
@@ -57,7 +55,7 @@ def weight_files(directory: Path) -> WeightFiles:
             return WeightFiles(is_safetensors, {contained(directory, single): None})
         index = directory / f"{single}.index.json"
         if _is_there(index):
-            return WeightFiles(is_safetensors, _indexed(directory, index), index.name)
+            return WeightFiles(is_safetensors, _indexed(directory, index))
     others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not others:
         raise CheckpointError(
@@ -151,14 +149,13 @@ def copy_description(source: Path, target: Path, report: Callable[[str], None] =
     sync(target)
 
 
-def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:
-    """Copy all files that are neither weights nor config.json, with their subdirectories; return their names.
+def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> None:
+    """Copy all files that are neither weights nor config.json, with their subdirectories.
 
     The files are tokenizers, chat templates, generation defaults, licences and the Python files of remote code.
     The function skips hidden files, links that lead out of the directory, and files of more than 256 MiB; ``report``
     receives one message for each skipped link and each skipped large file.
     """
-    copied = []
     for file in hf_assets(source):
         name = str(file.relative_to(source))
         if not _is_inside(source, file):
@@ -172,8 +169,6 @@ def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = l
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)
             sync(target / name)
-            copied.append(name)
-    return copied
 
 
 def hf_assets(source: Path) -> Iterator[Path]:

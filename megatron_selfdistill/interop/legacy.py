@@ -92,18 +92,14 @@ class LegacyReader:
 
     def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
         """Return the full tensor, in the shape of `full_shape`, or its first ``num_rows`` rows."""
-        tensor = self._joined(place, expected)
-        return tensor if num_rows is None else tensor[:num_rows]
-
-    def _joined(self, place: Place, expected: tuple[int, ...]) -> Tensor:
         parts = [self._load(shard) for shard in self._tensor_parallel(place)]
         axis = _cut_axis(place[0], [tuple(part.shape) for part in parts], expected)
         if axis is None:
-            return parts[0]
+            return parts[0][:num_rows]
         if ".linear_fc1." in place[0] and self._gated and axis == 0:
             halves = [part.chunk(2) for part in parts]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-        return torch.cat(parts, dim=axis)
+        return torch.cat(parts, dim=axis)[:num_rows]
 
     def sizes(self) -> dict[torch.dtype, int]:
         """Return the number of elements of the model's tensors by type, including padding."""

@@ -2,7 +2,7 @@
 """The command-line flags with which Megatron-LM builds the model of a checkpoint.
 
     flags = megatron_flags(model)
-    flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
+    flags.arguments               # ["--num-layers", "36", ..., "--qk-layernorm", "--norm-epsilon", "1e-06"]
     flags.not_expressible         # ("rope_scaling_factor=32.0",)
 
 Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
@@ -13,7 +13,6 @@ Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of core_v0.16
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,20 +46,10 @@ _WITHOUT_FLAGS = ("beta_fast", "beta_slow", "original_max_position_embeddings", 
 class MegatronFlags:
     """The flags of one model, and the properties that no flag expresses."""
 
-    flags: tuple[tuple[str, ...], ...]
-    """The flags, each with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
+    arguments: list[str]
+    """The flags with their values as an argument vector."""
     not_expressible: tuple[str, ...]
     """Each property of the model that no flag sets, as name=value; empty if Megatron-LM computes the same numbers."""
-
-    @property
-    def arguments(self) -> list[str]:
-        """The flags as an argument vector."""
-        return [word for flag in self.flags for word in flag]
-
-    @property
-    def line(self) -> str:
-        """The flags as a line for a shell."""
-        return shlex.join(self.arguments)
 
 
 def megatron_flags(
@@ -77,7 +66,7 @@ def megatron_flags(
     flags += [*_moe(model, arch), *_further(arch)]
     if dtype in _PRECISIONS:
         flags.append((_PRECISIONS[dtype],))
-    return MegatronFlags(tuple(flags), tuple(_not_expressible(arch)))
+    return MegatronFlags([word for flag in flags for word in flag], tuple(_not_expressible(arch)))
 
 
 def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -24,7 +24,7 @@ from megatron_selfdistill.adapters.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, weight_shapes
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
@@ -163,39 +163,24 @@ def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Mer
     """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
     unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors.shapes).items() if is_adapter_key(key)}
     pieces = []
+
+    def made(key: str, index: tuple[int, ...], pair: tuple[Place, Place] | None, sizes: tuple[int, ...]) -> Tensor:
+        weight = source.read(key, index)
+        if pair is not None:
+            a, b = (factors.read(*place) for place in pair)
+            weight = finite.checked(shown(key, index), merge.merged(weight, a, b))
+        return weight.reshape(sizes)
+
     for key, shape in weight_shapes(source.shapes).items():
         leading = shape[:-2] if len(shape) > 2 else ()
         for index in itertools.product(*map(range, leading)):
-            read: Callable[[], Tensor] = functools.partial(source.read, key, index)
-            a, b = (_factor_place(factors, key, index, name) for name in "ab")
-            if a is not None and b is not None:
-                unused[a[0]] -= 1
-                unused[b[0]] -= 1
-                read = functools.partial(_merged, read, factors, (a, b), merge, finite, shown(key, index))
+            a, b = (factors.place(factor_key(key, name), index) for name in "ab")
+            pair = None if a is None or b is None else (a, b)
+            for place in pair or ():
+                unused[place[0]] -= 1
             offset, sizes = (*index, *(0 for _ in shape[len(leading) :])), (*(1 for _ in index), *shape[len(leading) :])
-            make = functools.partial(_reshaped, read, sizes)
-            pieces.append(Piece(key, shape, offset, sizes, source.dtype(key), make))
+            make = functools.partial(made, key, index, pair, sizes)
+            pieces.append(Piece(key, shape, offset, sizes, source.dtype_at((key, ())), make))
     faults = [f"{key} is unexpected" for key, count in sorted(unused.items()) if count]
     raise_misfit(factors.directory, faults)
     return pieces
-
-
-def _factor_place(factors: TorchDistReader, key: str, index: tuple[int, ...], name: str) -> Place | None:
-    candidates = places(factor_key(key, name), index)
-    return next((place for place in candidates if place[0] in factors.shapes), None)
-
-
-def _merged(
-    read: Callable[[], Tensor],
-    factors: TorchDistReader,
-    pair: tuple[Place, Place],
-    merge: Merge,
-    finite: FiniteCheck,
-    name: str,
-) -> Tensor:
-    a, b = (factors.read(*place) for place in pair)
-    return finite.checked(name, merge.merged(read(), a, b))
-
-
-def _reshaped(read: Callable[[], Tensor], sizes: tuple[int, ...]) -> Tensor:
-    return read().reshape(sizes)

@@ -8,7 +8,6 @@ bfloat16.
 from __future__ import annotations
 
 import json
-import math
 import re
 import zipfile
 from collections.abc import Sequence
@@ -41,11 +40,6 @@ class Stored:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of the tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightsDirectory(Protocol):

@@ -6,22 +6,20 @@
     write(path, pieces, common)            # the writer makes each Piece when its turn comes
 
 Memory of a reader: one slice, and one stored chunk where the chunks of the checkpoint are larger than the slice.
-Memory of the writer: one piece, and the next one where the next one is small.
+Memory of the writer: one piece.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import io
 import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import xxhash
@@ -39,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from megatron_selfdistill.checkpoint.formats import manifest
@@ -52,8 +51,6 @@ from megatron_selfdistill.errors import CheckpointError
 
 MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -177,9 +174,8 @@ class _SerialWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         stream: _ChecksummedFile | None = None
-        tensors = read_ahead(plan.items, planner.resolve_data, _data_bytes)
         for item in plan.items:
-            data = next(tensors)  # zip would keep a reference to the tensor
+            data = planner.resolve_data(item)
             if stream is None:
                 stream = _ChecksummedFile(self._directory / f"__0_{len(self.checksums)}.distcp")
             start = stream.size
@@ -197,12 +193,6 @@ class _SerialWriter(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
-
-
-def _data_bytes(item: WriteItem) -> int:
-    """Return the size in bytes of the tensor of ``item``; 0 for an object."""
-    data = item.tensor_data
-    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _ChecksummedFile(io.RawIOBase):
@@ -256,25 +246,6 @@ class _ChecksummedFile(io.RawIOBase):
         return Entry(self.size, self._sum.hexdigest())
 
 
-def read_ahead(items: Sequence[T], make: Callable[[T], R], num_bytes: Callable[[T], int]) -> Iterator[R]:
-    """Yield ``make(item)`` of each item in order; another thread makes the results one after the other.
-
-    The thread makes the next result while the caller uses the present result, if memory allows: ``num_bytes`` of the
-    present result, plus twice that of the next result (its inputs and itself), is at most twice the largest
-    ``num_bytes``.  Else the thread starts when the caller, which must have dropped the present result, asks for the
-    next result.  The function raises the exceptions of ``make``.
-    """
-    room = 2 * max(map(num_bytes, items), default=0)
-    ahead: concurrent.futures.Future[R] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            made = [(ahead or pool.submit(make, item)).result()]
-            ahead = None
-            if following is not None and num_bytes(item) + 2 * num_bytes(following) <= room:
-                ahead = pool.submit(make, following)
-            yield made.pop()  # no reference stays here
-
-
 class TorchDistReader:
     """The weights of a torch_dist checkpoint, which it reads slice by slice.
 
@@ -310,7 +281,7 @@ class TorchDistReader:
 
     def dtype_at(self, place: Place) -> torch.dtype:
         """Return the type of the tensor at ``place``."""
-        return self.dtype(place[0])
+        return self._tensors[place[0]].properties.dtype
 
     def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
         """Return the tensor at ``place``, or its first ``num_rows`` rows; see `read`."""
@@ -320,7 +291,7 @@ class TorchDistReader:
         """Return the number of elements of the model's tensors by type, including padding."""
         sizes: Counter[torch.dtype] = Counter()
         for key, shape in weight_shapes(self.shapes).items():
-            sizes[self.dtype(key)] += math.prod(shape)
+            sizes[self.dtype_at((key, ()))] += math.prod(shape)
         return sizes
 
     def unused(self, used: Collection[Place]) -> list[str]:
@@ -333,10 +304,6 @@ class TorchDistReader:
             elif (count := math.prod(shape[: depths[key]])) != counts[key]:
                 faults.append(f"{key} holds {count} tensors, expected {counts[key]}")
         return faults
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the type of the tensor that is stored under ``key``."""
-        return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
         """Return ``stored[key][index]``, or its first ``num_rows`` rows."""
@@ -374,8 +341,9 @@ class TorchDistReader:
         self._kept = None  # frees the memory before the next chunk needs it
         place = self._metadata.storage_data[index]
         try:
-            with _Window(self.directory / place.relative_path, place.offset, place.length) as window:
-                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            with (self.directory / place.relative_path).open("rb", buffering=0) as file:
+                window: Any = _create_file_view(file, place.offset, place.length)
+                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)
         except Exception as error:
             name = place.relative_path
             raise CheckpointError(
@@ -414,36 +382,3 @@ class _ChunkTable:
             for chunk in near
             if all(o < b and a < o + s for a, b, o, s in zip(start, end, chunk.offsets, chunk.sizes, strict=True))
         ]
-
-
-class _Window(io.RawIOBase):
-    """A range of bytes of a file as a file of its own, which reads straight into the caller's memory."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._offset, self._length, self._position = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        self._position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the position on, up to the end of the range; return the number of bytes."""
-        view = memoryview(buffer).cast("B")[: max(self._length - self._position, 0)]
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view) or 0
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

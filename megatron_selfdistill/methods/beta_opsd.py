@@ -32,9 +32,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .98 o
 additions. method.signal=advantage reaches .93 and .92, and method.discount=0.9 beside it .95 and .93 (seed 21, the
 tasks of docs/recipes/comparison.md).
 
-Cost: As the default without its search for k: one response per problem, one pass of the teacher, and one pass of the
-reference. method.signal=advantage takes another forward pass of all models per step.
-
 Known failure:
 - What the hint makes nearly certain passes the interpolation: with beta = 2, a token to which the reference gives 10 %
   and the teacher 99 % has 77 % of the target where the rest lies on one other token. The default's match is for that.

@@ -25,9 +25,6 @@ Expected: On a base whose stated confidence is honest (docs/recipes/comparison.m
 accuracy by .004 after CaOPD and by .61 after SDFT. The sampled accuracy is .28, from .35 before (SDFT: .36). An
 evaluation shows the effect: `sampled_ece`, `sampled_ocg` and `sampled_spr` (docs/evaluation.md).
 
-Cost: A step samples and judges 8 responses per problem and runs the teacher once. The average is one more copy of the
-weights.
-
 Known failure:
 - P from few responses is coarse.
 - A model that never writes the field learns it from the edited responses alone: look at `sampled_stated_confidence` of
@@ -39,8 +36,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.evaluation.calibration import split_confidence
@@ -48,9 +45,6 @@ from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 NOTE = "Note: The empirical confidence for this question is {:.2f}. Output this exact value in the 'Confidence:' field."
 """The note to the teacher, after the solution, under `StatedConfidence`."""
@@ -76,13 +70,7 @@ class CaopdSettings(RewardSettings):
 
 
 class Caopd(SelfDistillation):
-    """CaOPD: responses that state how often their group is right, which the teacher is told, too.
-
-    With P = the share of right responses of the group, the text of a response loses its statements of confidence and
-    ends in a line "Confidence: P" with two decimals.  So does the solution in the teacher's prompt, and `NOTE` follows
-    it.  A truncated response, an edited response that is longer than the limit, and a response whose teacher's prompt
-    becomes too long are dropped.  The sampler's log-probs of an edited response are unknown.
-    """
+    """CaOPD: responses that state how often their group is right, which the teacher is told, too."""
 
     Settings = CaopdSettings
 
@@ -92,7 +80,7 @@ class Caopd(SelfDistillation):
         return False
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
-        """Return the edited rollouts, in their order, and no metrics."""
+        """Return the edited rollouts without truncated and too long ones, in their order, and no metrics."""
         edited = []
         for _, members in groupby(rollouts, key=lambda rollout: rollout.group):
             group = list(members)

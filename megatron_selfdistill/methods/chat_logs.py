@@ -28,9 +28,6 @@ Expected: `examples/08_chat_logs.py --seeds 5 6 7`, 2000 conversations of the ba
     chat logs, target.anchor=student      .597   .737   .763
     the same turns, sampled again         .877  1.000  1.000
 
-Cost: With target.anchor=student, a step takes 0.071 s, and a step that samples the same turns again takes 0.159 s (two
-CPU cores). The reference adds one forward pass to both (docs/benchmarks.md).
-
 Known failure:
 - With target.anchor=student accuracy may fall again: seed 6 is at .74 after 50 steps and at .52 after 100. With the
   reference the greatest fall between two evaluations is .08. Evaluate while training.

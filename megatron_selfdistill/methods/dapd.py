@@ -39,9 +39,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .57 to .67 o
 .0008 on subtraction with worked solutions (seed 21, the tasks of docs/recipes/comparison.md, with their learning rate;
 one run each). Without both terms whose teacher sees the response, subtraction ends at .09.
 
-Cost: A step samples one response per problem and trains on six texts in place of one, so that its training costs six
-times that of `opsd`. Three of them have two texts in their context.
-
 Known failure:
 - Four terms train the student after prompts that it never gets later. Nothing says how much they change after x alone.
 - The solution must have the form of a response: else the terms on z teach another style.
@@ -53,24 +50,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import require_problems
+from megatron_selfdistill.methods.parts.settings import require_problems, require_single_turn
 from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TERMS = (
     *("entangled_rollout", "inference_reference", "privileged_rollout"),
@@ -102,11 +96,7 @@ class DapdSettings(MethodSettings):
         """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""
         super().check(config)
         require_problems(config, "method.name=dapd trains on the texts of given solutions: it")
-        turns = config.environment.max_turns
-        require(
-            turns == 1,
-            f"method.name=dapd shows a response to its own problem: set environment.max_turns=1, got {turns}",
-        )
+        require_single_turn(config, "method.name=dapd")
         kind = config.loss.normalize
         require(kind == "tokens", f"method.name=dapd has means of its own: leave loss.normalize=tokens, got {kind}")
         solutions, correction = config.data.solutions, config.loss.rollout_correction

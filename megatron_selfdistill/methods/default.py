@@ -33,11 +33,6 @@ to .968 sampled (seed 5). The teacher alone ends at 1.000 / .988, 1.000 / .968, 
 6, 7), and with 30 % wrong hints at .980, .960, .991 sampled. The literal recipe stops with exit status 3 at step 37,
 because the guard of entropy ends it (seed 5). docs/results.md has hard problems and problems with many answers.
 
-Cost: The frozen teacher is a second copy of the weights (2 bytes per parameter in bf16), which is also the reference's.
-A step of a mix with the student takes 1.43 times as long as next-token training on the same tokens, and with sampling
-2.66 times (4 layers of 256, CPU). The reference makes a step without sampling 1.3 times as long (docs/benchmarks.md).
-The teacher alone needs no search for k and no reference. The literal recipe needs no copy of the weights.
-
 Known failure:
 - A base that can hardly use its hints gets worse: .18 to .11 in `examples/04_many_answers.py` (mix with the student)
   and .18 to .09 (teacher alone). Measure the hinted accuracy first.

@@ -32,9 +32,6 @@ additions. With method.threshold=100, which is reverse KL alone, they reach .99 
 forward KL everywhere, .98 and .95: the teacher of these tasks is hardly ever uncertain. On subtraction the runs with
 .1, .3, .8 and 100 end alike (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step costs what a step of target=teacher_alone costs: one response per problem, and one pass of the teacher. The
-loss exchanges 44 bytes per token in place of 24, as for forward KL, and keeps one more number per token.
-
 Known failure:
 - tau is an absolute number of nats. A teacher that sees the solution is more certain than a teacher that does not, so
   that fewer tokens have forward KL: compare the metric entropy/target with tau.

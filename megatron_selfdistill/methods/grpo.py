@@ -23,9 +23,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .78 on subtraction and from .51 to .92 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and runs one forward and backward pass over them. There is no teacher's
-pass and no copy of the weights.
-
 Known failure: A problem whose responses are all right or all wrong has advantages of 0. `rewards/mixed_groups` is the
 share of the other problems: where it is near 0, nothing is learned.
 """

@@ -22,11 +22,8 @@ of hints, their place in the prompt, the rule for tools, the reward without norm
 Differences:
 - By default logs take the place of a live service, and therefore rho = 1; our wording of the request around the rule;
   turns with a reward of 0 stay.
-- An answer to the request ends in `\boxed{1}` and has a hint of 1 to 3 sentences between [HINT_START] and [HINT_END],
-  or ends in `\boxed{-1}`. The longest hint of more than method.min_length characters counts. The request says which
-  role the next state has, and that the result of a tool was not available before the assistant's action.
-- method.judge=your.module.judge names a function `judge(problem, response_text, next_state)` that returns a text or
-  None. method.reward names a function `reward(response_text, problem)`; `problem.reply.next_state` has the messages.
+- The request says which role the next state has, and that the result of a tool was not available before the
+  assistant's action. For a function of method.reward, `problem.reply.next_state` has the messages.
 - method.signal=full method.weight=0 optimizer.lr=1e-6 has the divergence over the whole vocabulary in place of the
   sampled token. Peers of the authors report full or top-k distillation as much better than the sampled token; their
   variant has the student's 50 likeliest tokens and a learning rate of 1e-6.
@@ -38,9 +35,6 @@ Command:
 
 Expected: At thirty times the published rate the method collapses on the small task: .32 to .035 sampled, and .007 with
 the full divergence (docs/recipes/comparison.md). The log is static, and nobody trains the prompt with the hint.
-
-Cost: A step asks the model twice per turn and vote, and measures student and teacher in one forward pass before it
-trains. A run with method.judge and method.reward of your own builds no sampler.
 
 Known failure:
 - A hint that tells the answer leaks it: look at `leak/hint_8grams`, and at samples (conversations.show_contents=true).
@@ -56,10 +50,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
-from megatron_selfdistill.config import ConversationsConfig, function_named
+from megatron_selfdistill.config import Config, ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
@@ -76,9 +70,6 @@ from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = "{problem}\n\n[user's hint / instruction]\n{solution}"
 """The teacher's wording where data.teacher_template is null."""
@@ -243,10 +234,7 @@ class Openclaw(HintedLater):
         return trained, self._metrics(rewarded, trained, judges)
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
-        """Return the teacher's part, plus the rewards as advantages.
-
-        Source: OpenClaw-RL (arXiv 2603.10165), where every turn has one response.
-        """
+        """Return the teacher's part, plus the rewards as advantages."""
         own = self.settings
         terms = uniform(signals, weight=own.distill_weight, signal=own.signal)
         if own.weight > 0:

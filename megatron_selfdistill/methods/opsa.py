@@ -26,9 +26,6 @@ Command:
 Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .57 to .82, and the entropy falls from
 .91 to .19 nats. On subtraction they halve the accuracy: .37 to .18 (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step samples one response per problem and runs one forward and backward pass over them. There is no teacher's
-pass and no copy of the weights.
-
 Known failure:
 - The method does not know which answer is right. On subtraction the base is certain of nearly every token (.04 nats),
   and the model loses right answers.
@@ -77,11 +74,7 @@ class Opsa(SelfDistillation):
 
 
 def opsa(signals: Signals, *, threshold: float, penalty: float) -> Terms:
-    """Return the advantage ``-penalty`` for the tokens with mu < ``threshold``, and 0 for the others.
-
-    mu: the probability that each token had when it was sampled, `Signals.sampled_log_prob`.
-    Source: the analysis of arXiv 2608.31046, as its abstract states it.
-    """
+    """Return the advantage ``-penalty`` for the tokens with mu < ``threshold``, and 0 for the others."""
     unlikely = signals.sampled_log_prob < math.log(threshold)
     return Terms.of(
         signals.sampled_log_prob, advantage=torch.where(unlikely, -penalty, 0.0).to(signals.sampled_log_prob)

@@ -46,8 +46,6 @@ forward KL on the 128 most likely tokens, without clamp, at steps 25 and 200 (ar
 
 A run whose student thinks and whose teacher does not is warned of at its start.
 
-Cost: A step samples one response per problem and runs the teacher once.
-
 Known failure:
 - Collapse after 100 to 200 steps.
 - Tokens of style carry 6 to 15 times the divergence of other tokens.

@@ -24,8 +24,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .84 on subtraction and from .51 to .92 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and runs the teacher once. No copy of the weights is needed.
-
 Known failure:
 - It is reported to be competitive in some settings only.
 - A hint that leaks is learned, as by every teacher that is not mixed: target=capped target.anchor=reference

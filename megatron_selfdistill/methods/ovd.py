@@ -25,7 +25,6 @@ Differences:
 - A later version of the paper continues a response from its last good step. With method.step_separator a replaced
   response keeps its beginning up to the last step whose score is at least the threshold. Ours: a step ends with a token
   that contains a line feed, and a beginning is kept only where data.max_length leaves room for a whole response.
-- method.use=reward makes the score the reward: S / 9, without a verifier.
 - A step whose AUROC of scores and verdicts (`verbal/auroc`) does not exceed .5, or whose responses are all right or all
   wrong, is not filtered: `verbal/filters` is 0. Each digit must be one token of the tokenizer.
 
@@ -35,9 +34,6 @@ Command:
 
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .32 to .50 where GRPO ends at .84
 (docs/recipes/comparison.md).
-
-Cost: A step samples 8 responses per problem and one more for each response that is replaced. The frozen weights read
-one question per response and per step of a replaced response, and are one more copy of the weights.
 
 Known failure:
 - Scores inflate, and they favour long responses. `verbal/digit_mass` shows whether the teacher answers with a digit.
@@ -49,11 +45,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import OneOf, Text, at_least, at_most
@@ -68,9 +65,6 @@ from megatron_selfdistill.rollout.base import Request, Response, response_text
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 DIGITS = "0123456789"
 QUESTION = (
@@ -92,9 +86,7 @@ class OvdSettings(GrpoSettings):
     reward of the response)."""
     template: Text | None = None
     """Wording of the last user message with which the teacher is asked for a score.  It has the slots {problem} and
-    {response}, and may have {solution}.  Null shows all three and asks for one digit from 0 to 9.  The score is the
-    mean of the digits 0 to 9, each with its probability as the first token of the answer; each digit must be one
-    token."""
+    {response}, and may have {solution}.  Null shows all three and asks for one digit from 0 to 9."""
     threshold: Annotated[float, at_least(0), at_most(9)] = 5.0
     """Score below which use=filter replaces a response."""
     step_separator: Text | None = None
@@ -127,15 +119,7 @@ class OvdSettings(GrpoSettings):
 
 
 class Ovd(Grpo):
-    """GRPO on responses that the teacher has scored.
-
-    Under use=filter, the replacement of a response is sampled after the teacher's prompt with the student's weights,
-    and has its own reward and its own mu.  With a separator of steps, it continues the response after its last good
-    step: the longest beginning that ends with a step, has a score of the threshold or more, and leaves room for a whole
-    response.  The kept tokens keep their mu, and the whole has at most ``max_new_tokens`` tokens.  In a step whose
-    scores do not tell right from wrong responses, with an AUROC of at most .5 or with responses of one kind only, all
-    responses stay.
-    """
+    """GRPO on responses that the teacher has scored."""
 
     Settings = OvdSettings
 

@@ -23,9 +23,6 @@ Command:
 Expected: 100 steps of 32 responses raise the sampled accuracy from .36 to .88 on subtraction (.95 with the given
 solutions) and from .51 to .85 on additions (.85 with them); docs/recipes/comparison.md.
 
-Cost: A refresh samples method.num_samples responses to each problem of the next steps. method.pick=learnable takes one
-pass of student and teacher over the right responses.
-
 Known failure: Where the model solves almost no problem, there are few solutions: look at `solutions/available_share`,
 and use given solutions or docs/rollouts.md.
 """

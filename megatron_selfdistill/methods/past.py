@@ -47,9 +47,6 @@ steps). `loss/mean` of the teacher's part is 5.8 nats per token at the first ste
 learn: the prompt takes the teacher far from the student. No base that can read an attempt from the start was measured,
 and the rows of docs/recipes/comparison.md have not run on its seeds.
 
-Cost: A step samples 4 retries for each failed attempt, and trains on attempts, on right attempts a second time, and on
-retries. The teacher's prompt is longer by a whole response. No copy of the weights is needed.
-
 Known failure:
 - The attempt in its prompt lets the teacher copy it: then it confirms every token, also of a failed attempt. Only the
   rewards of the retries work against this.
@@ -63,11 +60,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import FUNCTION, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Text
@@ -81,9 +78,6 @@ from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = (
     "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"

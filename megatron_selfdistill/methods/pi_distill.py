@@ -26,9 +26,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .79 on subtraction and from .51 to .83 on
 additions, and from 0 to .67 on problems that the base never solves (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and trains on each of them in two contexts, so its batch has twice as many
-tokens as its rollout. No copy of the weights is needed.
-
 Known failure:
 - The teacher collapses onto the student where the hint says little.
 - A large divergence between both prompts is hard to fit.
@@ -86,17 +83,10 @@ class PiDistill(SelfDistillation):
 
 
 def pi_distill(signals: Signals, advantages: Tensor, *, beta: float, alpha: float) -> Terms:
-    """Return the terms of pi-Distill, whose responses occur twice: after the privileged prompt and after the plain one.
-
-    With the teacher pi_T (after the privileged prompt), the student pi_S (after the plain prompt), rho = pi_S / pi_T,
-    A = ``advantages [B]`` and sg = a constant, the objective is alpha J_T + (1 - alpha) J_S:
-
-        J_T = E[A] - beta KL(pi_T || sg pi_S)        privileged: w = alpha beta,  advantage alpha A
-        J_S = E[rho A] - beta KL(sg pi_T || pi_S)    plain: advantage (1 - alpha) A,  likelihood (1 - alpha) beta
+    """Return the terms of pi-Distill, whose responses occur twice; A = ``advantages [B]``.
 
     The divergence of the privileged response must be reverse KL to the model after the plain prompt, which is the
     teacher of that context.  All terms are doubled, because each objective is a mean over its own half of the tokens.
-    Source: Penaloza et al. (arXiv 2602.04942).
     """
     privileged = signals.per_token(signals.privileged)
     advantage = signals.per_token(advantages)

@@ -28,8 +28,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .47 o
 to .95 on additions (`opsd`: .94). Under the default's target the weights change nothing: .97 and .90 with and without
 them (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step costs what a step of `opsd` costs: one response per problem, and one pass of the teacher.
-
 Known failure:
 - The weights depend on the length alone. A response that restarts has small weights at the wrong tokens, and of a
   truncated response nobody knows the true length.
@@ -79,7 +77,6 @@ def position_weights(signals: Signals, *, least: float, midpoint: float, width: 
     """Return the weight [R] float64 of each token: ``least + (1 - least) sigmoid((x - midpoint) / width)``.
 
     x: the middle of the token in its response, (i - 1/2) / n for token i = 1 ... n, so that 0 < x < 1.
-    Source: PW-OPSD (arXiv 2605.21606) and its published code.
     """
     starts = signals.per_token(signals.lengths.cumsum(0) - signals.lengths)
     place = torch.arange(len(starts), device=starts.device) - starts

@@ -20,8 +20,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .83 on subtraction and from .51 to .95 on
 additions, with 17.2 different right answers where GRPO has 19.3 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem and runs one forward and backward pass over the right ones.
-
 Known failure:
 - The model narrows to what it does already: the number of different right answers falls.
 - A problem without any right response teaches nothing.

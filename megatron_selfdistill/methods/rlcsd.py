@@ -33,9 +33,6 @@ Command: The data need answers and no solutions.
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .37 to .91 on subtraction (.93 after 75 steps)
 and from .57 to .98 on additions; `grpo` ends at .94 and .96 (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem. Student and teacher each read a response up to 5 times before it trains,
-although only the teacher's reading counts. The average is one more copy of the weights.
-
 Known failure:
 - Where all responses are right or all are wrong, nothing is trained, as for `grpo`; `hints/share` is the share of the
   responses with a contrast.
@@ -47,11 +44,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import LATER, SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -69,9 +66,6 @@ from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)

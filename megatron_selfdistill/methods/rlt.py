@@ -39,9 +39,6 @@ data.max_length together.
 Expected: A student that is fine-tuned on explanations of the trained policy reaches .91 sampled, from .32, and .79 on
 explanations of the base (docs/recipes/comparison.md).
 
-Cost: Two passes without gradients read each of 64 explanations per problem, under both models. The frozen weights are
-one more copy of the weights.
-
 Known failure:
 - r_SS is maximal for an explanation that quotes the solution, and only r_KL holds this back. The terms are
   `explanations/solution_log_prob` and `explanations/log_ratio`.
@@ -53,10 +50,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAME, TEACHER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, Temperature, Text
@@ -70,9 +67,6 @@ from megatron_selfdistill.methods.grpo import Grpo, GrpoSettings
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)
@@ -117,12 +111,7 @@ class RltSettings(GrpoSettings):
 
 
 class Rlt(Grpo):
-    """GRPO on explanations, with a KL penalty.
-
-    The policy reads an explanation after the teacher's prompt, which shows the solution.  The frozen weights S read it
-    after the student's prompt, and the solution after prompt, explanation and closing tag.  An explanation without
-    tokens has r_KL = 0.
-    """
+    """GRPO on explanations, with a KL penalty."""
 
     Settings = RltSettings
 

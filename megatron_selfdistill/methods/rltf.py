@@ -37,9 +37,6 @@ Command:
 Expected: 100 steps of 2 x 16 responses raise the sampled accuracy from .32 to .75 (rltf_sd) and .67 (rltf_fm), where
 GRPO ends at .84 (docs/recipes/comparison.md).
 
-Cost: A step samples up to 16 responses per problem, one after the other in two turns, and trains on up to 24 contexts
-per problem.
-
 Known failure:
 - A critique that tells the answer: y1 copies it, and rltf_sd teaches the answer without the way to it; under rltf_fm
   the model learns to guess it.
@@ -54,11 +51,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import LogProb, NonNegativeFloat, NonNegativeInt, OneOf, Text
@@ -70,9 +68,6 @@ from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint
 from megatron_selfdistill.sources.signals import Signals, Terms, signals_of
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 DEFAULT_REPLY_TEMPLATE = """\
 You are given a question and an attempt to answer it below. Write a critique of the attempt.
@@ -205,14 +200,7 @@ def _revision(first: Rollout, last: Rollout) -> Rollout:
 
 
 def revision_advantages(signals: Signals, baseline: str) -> Tensor:
-    """Return [B]: the advantage of each response as an answer to the problem alone.
-
-    ``baseline``: what is subtracted from the reward of the response: "first_turn" (the mean reward of the first turns
-    of the group, R(y1) - mean_j R(y0_j): what the model achieves without the environment's text) or "same_turn" (the
-    mean reward of the responses of the same turn).
-    Source: RLTF-SD, Song et al. 2026 (arXiv 2602.02482); their formula is "first_turn", and their released code runs
-    with "same_turn".
-    """
+    """Return [B]: the advantage of each response as an answer to the problem alone; ``baseline``: as the setting."""
     if baseline == "same_turn":
         return group_advantages(signals, "none", "turn", 0.0)
     assert signals.turns is not None, "an environment gives turns"
@@ -222,8 +210,5 @@ def revision_advantages(signals: Signals, baseline: str) -> Tensor:
 
 
 def weight_at(step: int, weight: float, warmup_steps: int) -> float:
-    """Return the weight of revisions in the step that ``step`` optimizer steps precede: weight min(1, step / warm-up).
-
-    Source: RLTF-SD raises it linearly from 0 for mathematics.
-    """
+    """Return the weight of revisions after ``step`` optimizer steps: weight min(1, step / warm-up)."""
     return weight if step >= warmup_steps else weight * step / warmup_steps

@@ -23,9 +23,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .67 on subtraction and from .51 to .91 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 8 responses per problem, measures their log-probs under both models in one forward pass, and then
-trains with one more pass of the teacher: 6 forward passes' worth of work where the default takes 4.
-
 Known failure:
 - Sums over tokens favour long responses.
 - A single right response of a group has a weight of 1, whatever it is.
@@ -36,11 +33,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, Temperature
 from megatron_selfdistill.methods.default import SelfDistillation
@@ -53,9 +50,6 @@ from megatron_selfdistill.methods.parts.settings import (
 from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)
@@ -87,16 +81,10 @@ class Scope(SelfDistillation):
 
 
 def scope(signals: Signals, *, weight: float, tau: float) -> Terms:
-    """Return the terms of SCOPE, which weighs responses by PPL = exp(-mean log-prob of their tokens).
+    """Return the terms of SCOPE (arXiv 2604.10688, equations 2 to 6).
 
-        right responses: likelihood of their tokens with rho, weight PPL_p^(1 / tau) / sum over the group's right ones
-        wrong responses: sampled reverse KL to q with rho, weight PPL_q^(-1 / tau) / sum over the group's wrong ones
-
-    A right response has more weight where the student finds it unlikely, and a wrong response where the teacher finds
-    it likely, because the teacher's corrections of such a response can be trusted.  A wrong response without a hint has
-    a weight of 0 and does not count in the sum.  Needs both log-probs of a measuring pass.  The paper sums over tokens
-    and averages over problems: loss.normalize=prompts.
-    Source: SCOPE (arXiv 2604.10688), equations 2 to 6.
+    A wrong response without a hint has a weight of 0 and does not count in the sum.  Needs both log-probs of a
+    measuring pass.  The paper sums over tokens and averages over problems: loss.normalize=prompts.
     """
     assert signals.student_log_prob is not None and signals.target_log_prob is not None, "scope needs a measuring pass"
     like, right = signals.sampled_log_prob, signals.right

@@ -24,8 +24,6 @@ Command:
 Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .51 to .81, and lower it on subtraction
 from .36 to .29 (docs/recipes/comparison.md). The decay belongs to a smaller learning rate than the table's.
 
-Cost: A step samples one response per problem and runs the teacher once. The average is one more copy of the weights.
-
 Known failure:
 - Models with long thinking, unless the demonstrations are regenerated with it.
 - Demonstrations in another style than the model's: forward KL moves the student to the teacher's style.

@@ -20,7 +20,6 @@ Differences:
   a bin for the rest.
 - method.hints=feedback shows feedback alone, and needs neither answers nor rewards. The section with feedback begins
   with "The following is feedback from your unsuccessful earlier attempt:".
-- method.hints=your.module.hints names a function that returns a hint or None for each response to a problem.
 
 Command:
 
@@ -31,9 +30,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .78 on subtraction, and with feedback from
 .32 to .83 on another task. On additions the average breaks at the table's learning rate (.51 to .023), while
 teacher.weights=frozen reaches .92 (docs/recipes/comparison.md).
-
-Cost: A step samples 8 responses per problem, judges them or asks the environment for a reply to each, and runs the
-teacher once over those with a hint. The average is one more copy of the weights.
 
 Known failure:
 - A group without any right response teaches nothing: `hints/share` is the share of responses with a hint.
@@ -46,9 +42,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
 from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
@@ -65,9 +61,6 @@ from megatron_selfdistill.methods.parts.settings import (
 )
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 CLOSING = "\n\nCorrectly solve the original question."
 TEMPLATES = {
@@ -158,10 +151,7 @@ class Sdpo(HintedLater):
 
 
 def peer_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
-    """Return for each rollout the first other right response of its group, without its thinking; None if there is none.
-
-    Source: SDPO (arXiv 2601.20802).
-    """
+    """Return for each rollout the first other right response of its group, without thinking; None if there is none."""
     right: dict[int, list[int]] = {}
     for i, one in enumerate(rollouts):
         if one.correct:
@@ -177,10 +167,7 @@ def feedback_hints(rollouts: Sequence[Rollout]) -> list[str | None]:
 
 
 def peer_or_feedback_hints(rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[str | None]:
-    """Return the peer of each response in `PEER_SECTION`, or where it has none its feedback under `FEEDBACK_HEADING`.
-
-    Source: SDPO (arXiv 2601.20802), with feedback only where there is no solution.
-    """
+    """Return the peer of each response in `PEER_SECTION`, or else its feedback under `FEEDBACK_HEADING`."""
     sections: list[str | None] = []
     for peer, feedback in zip(peer_hints(rollouts, tokenizer), feedback_hints(rollouts), strict=True):
         if peer is not None:

@@ -20,23 +20,18 @@ Expected: On additions, whose solutions are one right answer, 100 steps of 32 te
 to .92. On subtraction, whose solutions are answers without work, it falls from .36 to .006 at the best of three
 learning rates. With worked solutions it rises to .97 (docs/recipes/comparison.md).
 
-Cost: A step is one forward and backward pass over the solutions.
-
 Known failure: The student learns the form of the solutions: short solutions without work end the work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.methods.default import SelfDistillation
 from megatron_selfdistill.methods.parts.settings import require_problems
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,6 @@ ends at .97 (SKALD at 1e-4: .74, at 1e-3: .89). After 25 steps it is .49, and .8
 the rewards. The gate is open for .24 of the responses. These are validation problems of the last task of
 docs/recipes/comparison.md, whose base reads skills (seed 20, one run each); the other seeds have not run.
 
-Cost: A step samples twice as many responses as GRPO, and runs the teacher once over the student's responses with an
-open gate. No copy of the weights is needed.
-
 Known failure:
 - The gate is an estimate from few samples: with 8 responses on each side, a card that does nothing opens it for many of
   the problems that are sometimes solved. method.num_hinted and rollout.num_samples make it sharper.
@@ -59,8 +56,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
@@ -71,9 +68,6 @@ from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = (
     "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"

@@ -22,9 +22,7 @@ Differences:
 - Ours are c = 1, 8 skills per problem, that no skill is written for a full bank, which response is summarized, the
   wording, 8 responses, the advantages and the clip of GRPO, and that the model writes its own skills (published: an
   external model).
-- The model writes a skill as a JSON object of success_analysis, mistake_analysis and golden_workflow
-  (method.summarizer_template); a reply without such an object is no skill. method.summarizer=your.module.summarize
-  names a function `summarize(problem, response_text, reward)` that returns a text or None.
+- The model writes a skill as a JSON object (method.summarizer_template); a reply without such an object is no skill.
 - The bank is in the checkpoint, and equal on all ranks in every layout.
 
 Command: The data need answers and no solutions.
@@ -33,9 +31,6 @@ Command: The data need answers and no solutions.
 
 Expected: 100 steps of 4 x 8 responses on 100 problems raise the sampled accuracy from .32 to .80, where GRPO ends at
 .84 (docs/recipes/comparison.md).
-
-Cost: A step samples 8 responses per problem, one more response for each skill that is written, and measures student and
-teacher in one forward pass before it trains. No copy of the weights is needed.
 
 Known failure:
 - lambda = .01 over-regularises, and .0005 is too weak (published).
@@ -50,10 +45,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from megatron_selfdistill.config import function_named
-from megatron_selfdistill.config.schema.field_checks import require, require_slots
+from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Text
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
@@ -66,13 +61,10 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked, chosen_with_hints
-from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings
+from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings, require_problems
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 TEACHER_TEMPLATE = (
     "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"
@@ -115,8 +107,7 @@ class SkillSdSettings(DistillAndRewardSettings):
     keep: PositiveInt = 8
     """Number of skills per problem in the bank; no further skill is written for a problem that has so many."""
     exploration: NonNegativeFloat = 1.0
-    """Weight c of exploration in the choice of a skill: the skill with the greatest mean reward + c sqrt(ln N / n),
-    for n uses of the skill among N uses of all skills of the problem; skills without a use come first."""
+    """Weight c of exploration in the choice of a skill: of the number of its uses against its mean reward."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,8 +129,7 @@ class SkillSdSettings(DistillAndRewardSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses answer no problems."""
         super().check(config)
-        kind = config.data.kind
-        require(kind == "problems", f"method.name=skill_sd keeps lessons about problems, not about {kind}")
+        require_problems(config, "method.name=skill_sd keeps lessons about problems: it")
 
 
 @dataclass(frozen=True)
@@ -167,11 +157,7 @@ class SkillBank:
     """Problem id -> its skills, oldest first."""
 
     def chosen(self, problem_id: str) -> int | None:
-        """Return the index of the skill that the teacher sees next; None if the problem has no skill.
-
-        Skills without a use come first.  Otherwise it is the skill with the greatest mean reward + c sqrt(ln N / n),
-        for its n uses and the N uses of all skills of the problem.  Among equals the oldest one wins.
-        """
+        """Return the index of the skill that the teacher sees next, the oldest of equals; None if there is no skill."""
         skills = self.skills.get(problem_id, ())
         total = sum(skill.uses for skill in skills)
 
@@ -217,12 +203,7 @@ class SkillBank:
 
 @dataclass(frozen=True)
 class SkillSd(HintedLater):
-    """Skill-SD: the teacher sees a skill from the bank; the student never sees a skill.
-
-    After the responses of a visit are rewarded, the skill that was shown is credited with their mean reward.  The best
-    response, the first among equals, is summarized as another skill until the bank of the problem is full.  In
-    episodes of several turns, the last response stands for its episode, with the sum of the episode's rewards.
-    """
+    """Skill-SD; in episodes of several turns, the last response stands for its episode, with the sum of its rewards."""
 
     Settings = SkillSdSettings
     bank: SkillBank = field(default_factory=lambda: SkillBank(1, 0.0))

@@ -30,9 +30,6 @@ Command: An environment with at least two turns is needed (docs/environments.md)
 Expected: 100 steps of 4 x 8 episodes with a calculator raise the sampled accuracy from .47 to .96, where GRPO ends at
 .97 (docs/recipes/comparison.md).
 
-Cost: A step samples 8 episodes per problem, measures the log-probs of every turn under both models in one forward pass,
-and then trains with one more pass of the teacher. Each turn reads its whole conversation again.
-
 Known failure: Where the first turn is almost equal under teacher and student, d_1 is near 0 and all later turns have
 tiny weights. A form of the calculator whose first call was certain (d_1 4e-5 nats) gave the teacher's part of the
 advantages at most 4e-4 in the first step, and the run equalled GRPO in four digits (one seed). The calculator in the
@@ -43,11 +40,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.errors import ConfigError
@@ -56,9 +53,6 @@ from megatron_selfdistill.methods.parts.settings import AdvantageSettings, Disti
 from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 EPSILON = 1e-6
 """The number added to both distances of a ratio."""
@@ -106,10 +100,8 @@ class Sod(SelfDistillation):
 def sod(signals: Signals, *, weight: float, gain: float) -> Terms:
     """Return the teacher's advantage of SOD: ``weight * w_k * (log q - log mu)`` for the tokens of turn k.
 
-    w_k: `turn_weights` of the turn's distance d_k, the mean of |log mu - log q| over its tokens.  The turns of an
-    episode are the steps of the published method: the responses between the replies of the environment.  Responses
-    without a hint have an advantage of 0.  Needs `Signals.target_log_prob`, `Signals.episodes` and `Signals.turns`.
-    Source: SOD (arXiv 2605.07725) and its published code.
+    Responses without a hint have an advantage of 0.  Needs `Signals.target_log_prob`, `Signals.episodes` and
+    `Signals.turns`.
     """
     assert signals.target_log_prob is not None, "sod needs a measuring pass"
     log_ratio = signals.target_log_prob - signals.sampled_log_prob
@@ -120,11 +112,9 @@ def sod(signals: Signals, *, weight: float, gain: float) -> Terms:
 
 
 def turn_weights(signals: Signals, distances: Tensor, gain: float) -> Tensor:
-    """Return the weight [B] of each response within its episode, from the ``distances [B]`` of the responses.
+    """Return the weight w_k [B] of each response within its episode, from the ``distances [B]`` d_k of the responses.
 
-    The first turn of an episode has w_1 = 1, and turn k has w_k = min((d_1 + eps) / (d_k + eps), 1 + ``gain``) with
-    eps = `EPSILON`.  This is the product of the ratios (d_u + eps) / (d_(u+1) + eps) of all earlier turns u, bounded
-    once.  The first turn is the earliest one of the episode among the responses of the step.
+    The first turn is the earliest one of the episode among the responses of the step.
     """
     assert signals.episodes is not None and signals.turns is not None, "sod needs episodes"
     turns, episodes = signals.turns, signals.episodes

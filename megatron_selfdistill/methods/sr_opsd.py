@@ -34,9 +34,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .96 o
 additions; with method.order=1, which is KL, to .98 and .92, and with 2 to .99 and .93. The second command's settings
 reach .58 and .95 (seed 21, the tasks of docs/recipes/comparison.md; one run each).
 
-Cost: As beta_opsd: one response per problem, one pass of the teacher and one of the reference. The loss reads the
-logits once more than for KL, as the JSD does, and exchanges 8 bytes more per token and rank.
-
 Known failure:
 - For an order above 1, the gradient follows the few tokens that the student finds much more likely than the target.
 - For a small order, D is about alpha times the divergence in the other direction, so that the gradient is small.
@@ -47,15 +44,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from megatron_selfdistill.choices import MAX_RENYI_ORDER
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import above, at_most
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config.schema.whole_config import Config
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Equation:
 
 H is the student's entropy, and D the divergence of the loss, KL(student || q). Minimum and maximum go over the N tokens
 of the step, of all replicas, whose teacher sees a hint. Because of the weight N / K the loss is the mean over the K
-tokens. method.score=entropy takes h in place of s, and divergence takes d.
+tokens.
 
 Paper: TIP, Xu et al. (arXiv 2604.14084), equations 2 to 5, of which the abstract and accounts by others were read, and
 the authors' public code, which draws tokens at random with weights H^x D^y in place of the score s. Published are the
@@ -30,9 +30,6 @@ Command:
 
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .99 on subtraction and from .57 to .95 on
 additions, as `eopd` does, which trains on all tokens (seed 21, the tasks of docs/recipes/comparison.md).
-
-Cost: A step measures all tokens before it trains. This takes one more forward pass of student and teacher than a step
-of target=teacher_alone, and one exchange of two numbers per token between the replicas.
 
 Known failure:
 - One token with an extreme divergence moves all others towards d = 0, so that the entropy alone orders them.
@@ -111,7 +108,6 @@ def importance(entropy: Tensor, divergence: Tensor, score: str) -> Tensor:
     """Return the score of each token, [N] from 0 to 1: ``h + d - h d``, or h or d alone.
 
     h and d are the tokens' places between the smallest and the largest entropy and divergence.
-    Source: TIP (arXiv 2604.14084), equations 2 to 5.
     """
     h, d = _place(entropy), _place(divergence)
     return {SOFT_OR: h + d - h * d, ENTROPY: h, DIVERGENCE: d}[score]

@@ -27,8 +27,6 @@ Expected: 100 steps of 4 x 8 responses lower the sampled accuracy on subtraction
 is mostly wrong teaches itself its errors. On additions no answer reaches half of the votes, nothing is trained, and
 the accuracy stays at .57 (seed 21, the tasks of docs/recipes/comparison.md). No base that is mostly right was measured.
 
-Cost: A step samples 8 responses per problem, reads their answers, and runs the teacher over those that disagree.
-
 Known failure:
 - A majority can be wrong, and nothing notices it: the teacher then shows the wrong solution to the right responses.
   Measure the greedy accuracy first, which the majority tends to follow: it was .37 for the subtraction above.
@@ -40,8 +38,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.data.problems import Problem
@@ -57,9 +55,6 @@ from megatron_selfdistill.methods.parts.settings import (
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)
@@ -121,9 +116,7 @@ def pseudo_solutions(texts: Sequence[str | None], answers: Sequence[str | None],
     """Return the hint of each response to one problem: the first text of the majority, for those that disagree.
 
     ``texts``, ``answers``: text and answer of each response; None is a truncated response or one without an answer,
-    which votes for nothing and disagrees with every majority.  A majority is an answer of at least the share
-    ``threshold`` of all responses, and of more responses than any other answer; without one, every hint is None.
-    Source: U-OPSD (arXiv 2608.06296), as its abstract states it.
+    which votes for nothing and disagrees with every majority.  Without a majority every hint is None.
     """
     ranked = Counter(answer for answer in answers if answer is not None).most_common(2)
     counts = [count for _, count in ranked]

@@ -24,9 +24,6 @@ Command:
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .54 on subtraction and from .51 to .90 on
 additions (docs/recipes/comparison.md).
 
-Cost: A step samples 16 responses per problem, measures their log-probs under both models in one forward pass, and then
-trains with one more pass of the teacher.
-
 Known failure:
 - A margin that is large against the log-ratios turns the advantage into a plain reward.
 - A group with one kind of responses has no shift.
@@ -38,11 +35,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat
@@ -57,9 +55,6 @@ from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 
 @dataclass(frozen=True)
@@ -134,12 +129,7 @@ def balanced(rollouts: Sequence[Rollout], seed: int, step: int) -> list[Rollout]
 
 
 def uni_opd(signals: Signals, *, weight: float, margin: float, gap: str, max_log_ratio: float) -> Terms:
-    """Return the advantage of Uni-OPD: log q - log mu of every token, plus the `margin_shift` of its response.
-
-    Tokens whose |log q - log mu| is at least ``max_log_ratio`` have an advantage of 0, and so have the tokens of
-    responses without a hint.  Needs `Signals.target_log_prob`.
-    Source: Uni-OPD (arXiv 2605.03677) and its published code.
-    """
+    """Return the advantage of Uni-OPD, 0 for responses without a hint.  Needs `Signals.target_log_prob`."""
     assert signals.target_log_prob is not None, "uni_opd needs a measuring pass"
     log_ratio = signals.target_log_prob - signals.sampled_log_prob
     shift = margin_shift(signals, signals.mean_per_sample(log_ratio), margin, gap)
@@ -151,9 +141,7 @@ def uni_opd(signals: Signals, *, weight: float, margin: float, gap: str, max_log
 def margin_shift(signals: Signals, mean_log_ratio: Tensor, margin: float, gap: str) -> Tensor:
     """Return the shift [B] that puts the right responses of each group at least ``margin`` above its wrong ones.
 
-    The gap of a group is the mean of ``mean_log_ratio [B]`` over the right responses minus the mean over the wrong ones
-    ("mean"), or the least right minus the greatest wrong value ("min_max").  Where the gap is below the margin, the
-    right responses get half of the difference, and the wrong ones lose the other half.  Responses without a hint do not
+    ``mean_log_ratio [B]``: log q - log mu per token.  ``gap``: the setting margin_gap.  Responses without a hint do not
     count, and a group that lacks either kind has no shift.
     """
     kinds = signals.right & signals.hinted, ~signals.right & signals.hinted

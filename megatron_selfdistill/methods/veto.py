@@ -28,9 +28,6 @@ Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .61 o
 additions. With loss.divergence=reverse_kl they raise it to .99 and .95 (seed 21, the tasks of
 docs/recipes/comparison.md).
 
-Cost: A step samples one response per problem and runs the teacher once. The target needs no reference and no search for
-k.
-
 Known failure: The target moves with the student, and the teacher is its only fixed point. So alpha sets how fast the
 student gets there, and what only a leaking hint explains arrives later, but it arrives (docs/method.md).
 """

@@ -72,8 +72,7 @@ def read(words: list[str]) -> None:
     elif name == "evaluate":
         load(evaluation_arguments(rest).overrides)
     elif name == "convert":
-        if rest != ["--list"]:
-            convert_parser().parse_args(rest)
+        convert_parser().parse_args(rest)
     elif name in ("train", "plan") or "=" in name:
         given = [word for word in (rest if name in ("train", "plan") else words) if not word.startswith("--")]
         load(given)

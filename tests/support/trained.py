@@ -11,7 +11,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 from megatron_selfdistill.rollout.sampling import sample_seed
@@ -55,7 +55,8 @@ def greedy_by_transformers(prompts: list[list[int]], count: int, seed: int) -> l
     from transformers import AutoConfig, AutoModelForCausalLM
 
     chunks, grid = models.build(MODEL, models.parallel(), seed=seed)
-    tensors = {name: tensor for bucket in export(chunks, grid, FAMILY.rules(MODEL)) for name, tensor in bucket}
+    stream = Exporter(chunks, grid, FAMILY.rules(MODEL)).stream()
+    tensors = {name: tensor for bucket in stream for name, tensor in bucket}
     hf_config: dict[str, Any] = FAMILY.hf_config(MODEL, "float32")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config)).eval()
     model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})

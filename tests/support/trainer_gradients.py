@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
 from megatron_selfdistill.model.build import wrap_for_training
@@ -116,4 +116,4 @@ def _gradients(student: Sequence[torch.nn.Module], grid: RankGrid, rules: Sequen
     for chunk in student:
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    return {name: tensor.clone() for bucket in export(student, grid, rules) for name, tensor in bucket}
+    return {name: tensor.clone() for bucket in Exporter(student, grid, rules).stream() for name, tensor in bucket}

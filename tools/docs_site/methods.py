@@ -33,10 +33,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 METHODS = "megatron_selfdistill.methods"
 DIRECTORY = REPOSITORY / "docs" / "recipes"
 """Where the pages would stand, if they were files: their links lead from here."""
-HEADINGS = (
-    *("Algorithm", "Equation", "Paper", "Differences"),
-    *("Command", "Expected", "Cost", "Known failure"),
-)
+HEADINGS = ("Algorithm", "Equation", "Paper", "Differences", "Command", "Expected", "Known failure")
 """The parts of a docstring after its first sentence, in their order; each begins a paragraph with its name and ":"."""
 NOTE = "<!-- tools/docs_site/methods.py makes this page from the file {name}.py of the methods and its recipes. -->"
 LETTERS = (
@@ -72,11 +69,11 @@ def docstring(name: str) -> str:
 def taken_apart(text: str) -> tuple[str, dict[str, str]]:
     """Return the first sentence of a docstring, and heading -> text of each part.
 
-    Raises: ValueError unless each part is there once, in the order of `HEADINGS`; Cost may be missing.
+    Raises: ValueError unless each part is there once, in the order of `HEADINGS`.
     """
     summary, *parts = re.split(rf"\n\n(?=(?:{'|'.join(HEADINGS)}):)", text)
     found = {heading: rest.lstrip(" ").strip("\n") for heading, _, rest in (one.partition(":") for one in parts)}
-    if list(found) not in (list(HEADINGS), [one for one in HEADINGS if one != "Cost"]) or len(parts) != len(found):
+    if tuple(found) != HEADINGS or len(parts) != len(found):
         raise ValueError(f"expected the parts {', '.join(HEADINGS)}, got {', '.join(found)}: {summary}")
     return summary, found
 

@@ -115,13 +115,14 @@ def _reader(
     return read
 
 
-def _write(arch: dict[str, Any]) -> dict[str, Any]:
+def write_decoder(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the shared fields of config.json for ``arch``, and those of ordinary rotary positions."""
     return write_common(arch) | write_rotary(arch)
 
 
 def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json without ``head_dim`` where transformers' Qwen2 derives it; old versions do not read it."""
-    config = _write(arch) | write_qwen_windows(arch)
+    config = write_decoder(arch) | write_qwen_windows(arch)
     if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
     return config
@@ -129,17 +130,15 @@ def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json with ``sliding_window``, for which transformers' Mistral has a default of its own."""
-    return _write(arch) | {"sliding_window": write_window(arch)}
+    return write_decoder(arch) | {"sliding_window": write_window(arch)}
 
 
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
     _reader(windows=no_layer, bias=False),
-    lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
+    lambda arch: write_decoder(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
-    models="Llama 2, 3, 3.1, 3.2 and 3.3",
-    limits="no biases",
 )
 MISTRAL = Family(
     "MistralForCausalLM",
@@ -147,8 +146,6 @@ MISTRAL = Family(
     _reader(windows=mistral_layers, bias=False),
     _write_with_window,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
-    models="Mistral 7B, Mistral Nemo, Mistral Small of 2024",
-    limits="a sliding window in every layer, in the layers of `layer_types`, or none",
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",
@@ -156,18 +153,13 @@ QWEN2 = Family(
     _reader(windows=qwen_layers, bias=True),
     _write_without_head_dim,
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    models="Qwen2, Qwen2.5, QwQ",
-    limits="sliding windows as `use_sliding_window` and `layer_types` say; `attention_bias` is ignored, as "
-    "transformers ignores it",
 )
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     "qwen3",
     _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
-    lambda arch: _write(arch) | write_qwen_windows(arch) | {"attention_bias": False},
+    lambda arch: write_decoder(arch) | write_qwen_windows(arch) | {"attention_bias": False},
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
-    models="Qwen3",
-    limits="no biases; sliding windows as for Qwen2",
 )
 
 
@@ -203,9 +195,6 @@ PHI3 = Family(
     _write_phi,
     COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
     adapt=_fuse_phi,
-    models="Phi-3-mini-4k, Phi-4, Phi-4-reasoning",
-    limits="default RoPE on all channels (no longrope, as in the mini models); a sliding window in every layer, or "
-    "none",
 )
 
 
@@ -218,8 +207,7 @@ def _read_seed_oss(config: HFConfig) -> ModelConfig:
 
 def _write_seed_oss(arch: dict[str, Any]) -> dict[str, Any]:
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": arch["add_qkv_bias"],
         "attention_out_bias": False,
         "mlp_bias": False,
@@ -232,8 +220,6 @@ SEED_OSS = Family(
     _read_seed_oss,
     _write_seed_oss,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
-    models="Seed-OSS-36B",
-    limits="`attention_bias` (of q, k and v) may be true or false; no other biases",
 )
 
 
@@ -270,8 +256,7 @@ def _windows_smollm(config: HFConfig, has_rope: list[int]) -> list[bool]:
 def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
     without = arch["no_rope_freq"] or [0] * arch["num_layers"]
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],
@@ -295,6 +280,4 @@ SMOLLM3 = Family(
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
-    models="SmolLM3-3B",
-    limits="no biases; sliding windows as `layer_types` says; `no_rope_layers` names one entry per layer",
 )

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.interop.hf.sliding_windows import (
     SLIDING,
@@ -37,8 +37,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
 def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
         "sliding_window": write_window(arch),
@@ -83,8 +82,7 @@ def softmax_router(config: HFConfig) -> dict[str, Any]:
 def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": False,
         **write_experts(arch),
         "use_sliding_window": arch["window_size"] is not None,
@@ -131,8 +129,6 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
     },
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    models="Mixtral 8x7B and 8x22B",
-    limits="a sliding window in every layer, or none",
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
@@ -150,8 +146,6 @@ QWEN3_MOE = Family(
         "mlp_only_layers": None,
         "sliding_window": 4096,
     },
-    models="Qwen3-30B-A3B, Qwen3-235B-A22B",
-    limits="no biases; a sliding window in every layer, or none; dense layers between the others are allowed",
 )
 
 
@@ -174,7 +168,7 @@ def _write_olmoe(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     if arch["kv_channels"] != arch["hidden_size"] // arch["num_attention_heads"]:
         raise ConfigError(f"OlmoeForCausalLM has no heads of {arch['kv_channels']} channels")
-    config = write_common(arch) | write_rotary(arch)
+    config = write_decoder(arch)
     del config["head_dim"]  # transformers derives it
     return config | {
         "attention_bias": False,
@@ -198,8 +192,6 @@ OLMOE = Family(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
-    models="OLMoE-1B-7B",
-    limits="no biases, no `clip_qkv`, no sliding window; `head_dim` is `hidden_size / num_attention_heads`",
 )
 
 
@@ -234,8 +226,7 @@ def _write_qwen2_moe(arch: dict[str, Any]) -> dict[str, Any]:
     if not arch["moe_shared_expert_gate"]:
         raise ConfigError("Qwen2MoeForCausalLM has a gated shared expert, this model has not")
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "qkv_bias": arch["add_qkv_bias"],
         **write_experts(arch),
         "shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"],
@@ -262,6 +253,4 @@ QWEN2_MOE = Family(
         "sliding_window": 4096,
     },
     TensorNames(shared="shared_expert"),
-    models="Qwen1.5-MoE, Qwen2-57B-A14B",
-    limits="no sliding window; `qkv_bias` may be true or false; dense layers between the others are allowed",
 )

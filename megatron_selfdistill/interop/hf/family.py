@@ -17,20 +17,20 @@ from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture, differences
 
 
+@dataclass(frozen=True)
 class HFConfig:
     """The values of a config.json, completed by the defaults of transformers' configuration class."""
 
-    def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self.architecture, self.values, self.defaults = architecture, values, defaults
-        self.owner = f"config.json of {architecture}"
-        """The beginning of a message about this file."""
+    architecture: str
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
     def __getitem__(self, key: str) -> Any:
         if key in self.values:
             return self.values[key]
         if key in self.defaults:
             return self.defaults[key]
-        raise ConfigError(f"{self.owner} has no {key}")
+        raise self.error(f"has no {key}")
 
     def given(self, key: str) -> Any:
         """Return the value of ``key`` in the config.json itself; None if it has none."""
@@ -38,7 +38,7 @@ class HFConfig:
 
     def error(self, fault: str) -> ConfigError:
         """Return the error of a config.json that ``fault``, such as "has no layer with experts"."""
-        return ConfigError(f"{self.owner} {fault}")
+        return ConfigError(f"config.json of {self.architecture} {fault}")
 
     def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
         """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
@@ -62,10 +62,6 @@ class Family:
     """The defaults of transformers' configuration class."""
     tensor_names: TensorNames = field(default_factory=TensorNames)
     """The parts of tensors' names that differ between families."""
-    models: str = ""
-    """The published models of the family, for users."""
-    limits: str = ""
-    """What a config.json must have to be converted, for users, as words of Markdown."""
     adapt: Callable[[Rule], Rule] = lambda rule: rule
     """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
     quantizations: tuple[str, ...] = ("fp8",)

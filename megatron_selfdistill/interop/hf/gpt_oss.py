@@ -8,9 +8,9 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.interop.hf.sliding_windows import listed_layers, window_keys, write_layer_types, write_window
 
@@ -70,8 +70,7 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("GptOssForCausalLM has experts with a clamped GLU, this model has not")
     sliding = arch["window_attn_skip_freq"] or [0] * arch["num_layers"]
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "attention_bias": True,
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
@@ -109,7 +108,4 @@ GPT_OSS = Family(
     _DEFAULTS,
     TensorNames(gate="gate", router="router", fused=True),
     quantizations=("mxfp4",),
-    models="gpt-oss-20b and gpt-oss-120b",
-    limits="`attention_bias=true`, `swiglu_alpha=1.702`; MXFP4 experts become bf16; layers with a window as "
-    "`layer_types` says",
 )

@@ -75,9 +75,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             if family.model_type == model_type:
                 return family
     got = ", ".join(named) or f"model_type {model_type!r}"
-    raise ConfigError(
-        f"config.json has {got}, which is not known here: `selfdistill convert --list` shows what converts"
-    )
+    raise ConfigError(f"config.json has {got}, which is not known here: docs/conversion.md lists what converts")
 
 
 def _require_type(hf_config: Mapping[str, Any], family: Family, model_type: str | None) -> None:

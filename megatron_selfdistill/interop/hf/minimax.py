@@ -8,11 +8,11 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.experts import require_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
-from megatron_selfdistill.interop.hf.rules import Rule, renamed
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
+from megatron_selfdistill.interop.hf.rules import renamed
 from megatron_selfdistill.interop.hf.sigmoid_router import ROUTER_FIELDS, ROUTER_KEYS, require_normalised
 
 _ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -66,8 +66,7 @@ def _with_share(config: HFConfig) -> HFConfig:
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
     require_experts(arch)
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         "rotary_dim": int(arch["kv_channels"] * arch["rotary_percent"]),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
@@ -77,10 +76,6 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         "qk_norm_type": "per_layer",
         "attn_type_list": [1] * arch["num_layers"],
     }
-
-
-def _rename(rule: Rule) -> Rule:
-    return renamed(rule, {".gate.e_score_correction_bias": ".e_score_correction_bias"})
 
 
 MINIMAX_M2 = Family(
@@ -100,8 +95,5 @@ MINIMAX_M2 = Family(
         **dict.fromkeys(_ALWAYS.keys() - COMMON_DEFAULTS.keys()),
     },
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
-    models="MiniMax-M2 and M2.1",
-    limits="`scoring_func=sigmoid`, `use_routing_bias=true`, `qk_norm_type=per_layer`, no shared experts; one of "
-    "`rotary_dim` and `partial_rotary_factor`",
-    adapt=_rename,
+    adapt=lambda rule: renamed(rule, lambda name: name.replace(".gate.e_score", ".e_score")),
 )

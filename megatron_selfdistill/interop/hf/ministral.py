@@ -15,7 +15,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
-from megatron_selfdistill.interop.hf.rules import Rule, prefixed
+from megatron_selfdistill.interop.hf.rules import renamed
 from megatron_selfdistill.interop.hf.sliding_windows import every_layer, window_keys, write_window
 from megatron_selfdistill.model.model_values import differences
 
@@ -83,9 +83,6 @@ MINISTRAL3 = Family(
             _BETA: 0.1,
         },
     },
-    models="Ministral 3, the text model alone",
-    limits="no biases; a sliding window in every layer, or none; `max_position_embeddings` is at most "
-    "`original_max_position_embeddings` (16384), from which position on queries grow",
 )
 
 
@@ -128,19 +125,12 @@ def _write_mistral3(arch: dict[str, Any]) -> dict[str, Any]:
     raise ConfigError("Mistral3ForConditionalGeneration has a vision tower, which a model of this program has not")
 
 
-def _prefix(rule: Rule) -> Rule:
-    return prefixed(rule, "language_model.")
-
-
 MISTRAL3 = Family(
     "Mistral3ForConditionalGeneration",
     "mistral3",
     _read_mistral3,
     _write_mistral3,
-    models="Mistral Small 3.1 and 3.2, Ministral 3",
-    limits="the text model as `MistralForCausalLM` or `Ministral3ForCausalLM`; the vision tower is carried along "
-    "and not trained",
-    adapt=_prefix,
+    adapt=lambda rule: renamed(rule, lambda name: f"language_model.{name}"),
     text_config=_text_config,
     carried=("vision_tower.", "multi_modal_projector."),
 )

@@ -111,21 +111,11 @@ def _writer(
         }
         if arch["linear_attention_freq"] is not None:
             config |= {name: arch[name] for name in _SIZES}
-        return config | ({} if experts is None else experts(arch))
+        if experts is not None:
+            config |= experts(arch) | {"shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"]}
+        return config
 
     return write
-
-
-def _write_experts(arch: dict[str, Any]) -> dict[str, Any]:
-    return write_expert_sizes(arch) | _write_shared_expert(arch)
-
-
-def _write_experts_of_some_layers(arch: dict[str, Any]) -> dict[str, Any]:
-    return write_experts(arch) | _write_shared_expert(arch)
-
-
-def _write_shared_expert(arch: dict[str, Any]) -> dict[str, Any]:
-    return {"shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"]}
 
 
 _DEFAULTS = COMMON_DEFAULTS | {
@@ -151,20 +141,13 @@ _EXPERT_DEFAULTS = {
     "mlp_only_layers": None,
 }
 
-_LIMITS = (
-    "no biases; no YaRN; no context parallelism; "
-    "the module for multi-token prediction is kept for the way back and not trained"
-)
-
 QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     "qwen3_next",
     _reader(_experts_of_some_layers),
-    _writer(_write_experts_of_some_layers),
+    _writer(write_experts),
     _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
     TensorNames(shared="shared_expert", mtp="mtp"),
-    models="Qwen3-Next-80B-A3B",
-    limits=_LIMITS,
 )
 QWEN3_5 = Family(
     "Qwen3_5ForCausalLM",
@@ -173,16 +156,12 @@ QWEN3_5 = Family(
     _writer(),
     _DEFAULTS | {"num_key_value_heads": 4},
     TensorNames(fused_projections=False, mtp="mtp"),
-    models="text models of Qwen3.5",
-    limits="as Qwen3-Next; a directory with `Qwen3_5ForConditionalGeneration` is refused",
 )
 QWEN3_5_MOE = Family(
     "Qwen3_5MoeForCausalLM",
     "qwen3_5_moe_text",
     _reader(_normalised_experts),
-    _writer(_write_experts),
+    _writer(write_expert_sizes),
     _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
     TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
-    models="text models of Qwen3.5 with experts",
-    limits="as Qwen3-Next; a directory with `Qwen3_5MoeForConditionalGeneration` is refused",
 )

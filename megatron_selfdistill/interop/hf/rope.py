@@ -7,7 +7,7 @@ The older spelling has ``rope_theta`` and ``rope_scaling``; transformers 5 has `
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_selfdistill.config import YarnConfig
@@ -46,20 +46,16 @@ def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     programs drop ``rope_scaling``), for a base that is not an integer, and where only some of the channels rotate in a
     family without ``partial``.
     """
-    rope = _rope(config)
-    if rope.partial != 1 and not partial:
-        raise config.error(f"has partial_rotary_factor={rope.partial}: only 1 is known here")
-    return rope
-
-
-def _rope(config: HFConfig) -> Rope:
     scaling, parameters = config.given("rope_scaling"), config.given("rope_parameters")
     if scaling and parameters and _read(config, "rope_scaling") != _read(config, "rope_parameters"):
         raise config.error(
             f"has rope_scaling={scaling} and rope_parameters={parameters}, which "
             "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
         )
-    return _read(config, "rope_scaling" if scaling else "rope_parameters")
+    rope = _read(config, "rope_scaling" if scaling else "rope_parameters")
+    if rope.partial != 1 and not partial:
+        raise config.error(f"has partial_rotary_factor={rope.partial}: only 1 is known here")
+    return rope
 
 
 def _read(config: HFConfig, entry: str) -> Rope:
@@ -206,8 +202,7 @@ def _write_yarn_of_heads(arch: dict[str, Any]) -> dict[str, Any]:
 def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     """Return the keys of ``model.transformer`` for latent attention: plain rotary positions, or YaRN.
 
-    transformers multiplies cos and sin by m(mscale) / m(mscale_all_dim) where both are set, else by m(1), with m(x) =
-    0.1 x log(factor) + 1, and scores by m(mscale_all_dim)^2; Megatron always takes the ratio.
+    As in `_yarn_of_heads`; transformers also multiplies scores by m(mscale_all_dim)^2.
     """
     if rope.kind == "default":
         return {"rope_type": "rope"}
@@ -218,20 +213,11 @@ def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
         raise ConfigError("config.json has yarn rope with attention_factor, which Megatron derives from mscale alone")
     if not given.get("truncate", True):
         raise ConfigError("config.json has yarn rope with truncate=false, but Megatron rounds the correction range")
-    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    if all_dim and not mscale:
+    if given.get("mscale_all_dim") and not given.get("mscale"):
         raise ConfigError("config.json has yarn rope with mscale_all_dim but no mscale, which Megatron cannot express")
-    original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    factor = given.get("factor") or config["max_position_embeddings"] / original
-    return {
-        "rope_type": "yarn",
-        "rotary_scaling_factor": factor,
-        "original_max_position_embeddings": original,
-        "beta_fast": given.get("beta_fast") or 32,
-        "beta_slow": given.get("beta_slow") or 1,
-        "mscale": float(mscale) if mscale and all_dim else 1.0,
-        "mscale_all_dim": float(all_dim or 0.0),
-    }
+    entries = asdict(_yarn_of_heads(rope, config))
+    del entries["correction_range_round_to_int"]
+    return {"rope_type": "yarn", **entries}
 
 
 def write_yarn(arch: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -185,17 +185,9 @@ def fused(rule: Rule, name: str) -> Rule:
     return replace(rule, hf_names=(name,), hf_shapes=((sum(sizes), *rule.hf_shapes[0][1:]),), arrangement=arrangement)
 
 
-def renamed(rule: Rule, parts: Mapping[str, str]) -> Rule:
-    """Return ``rule`` with each key of ``parts`` in its Hugging Face names replaced by the value of the key."""
-    names = rule.hf_names
-    for old, new in parts.items():
-        names = tuple(name.replace(old, new) for name in names)
-    return replace(rule, hf_names=names)
-
-
-def prefixed(rule: Rule, prefix: str) -> Rule:
-    """Return ``rule`` with ``prefix`` before its Hugging Face names."""
-    return replace(rule, hf_names=tuple(prefix + name for name in rule.hf_names))
+def renamed(rule: Rule, change: Callable[[str], str]) -> Rule:
+    """Return ``rule`` with ``change`` of each of its Hugging Face names."""
+    return replace(rule, hf_names=tuple(map(change, rule.hf_names)))
 
 
 def _require_shape(name: str, shape: tuple[int, ...], tensor: Tensor) -> None:

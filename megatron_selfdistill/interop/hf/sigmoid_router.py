@@ -191,9 +191,6 @@ DEEPSEEK_V3 = Family(
         "num_nextn_predict_layers": 1,
     },
     published_types=("kimi_k2",),
-    models="DeepSeek-V3, V3.1 and R1; Kimi-K2; Moonlight",
-    limits="`scoring_func=sigmoid`, `topk_method=noaux_tc`, `norm_topk_prob=true`, `moe_layer_freq=1`; no 4-bit "
-    "weights",
 )
 
 
@@ -242,7 +239,4 @@ GLM4_MOE = Family(
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 1,
     },
-    models="GLM-4.5, 4.6 and 4.7, with and without Air",
-    limits="`norm_topk_prob=true`, no YaRN; the layer for multi-token prediction is kept for the way back, with or "
-    "without its copies of embedding and output layer, and not trained",
 )

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings
 from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFloat, OneOf, PositiveFloat, Share
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
 
 SIGNALS = ("full", "sampled", "advantage")
 """Values of method.signal."""

@@ -93,7 +93,7 @@ def exported(
     on_ranks: list[int] | None = None,
 ) -> list[list[list[tuple[str, Tensor]]]]:
     """Return the buckets of a model wrapped for training, for each size of bucket."""
-    from megatron_selfdistill.interop.export import export
+    from megatron_selfdistill.interop.export import Exporter
     from megatron_selfdistill.model.build import wrap_for_training
 
     optimizer = OptimizerConfig(precision=precision)
@@ -101,7 +101,7 @@ def exported(
     chunks = wrap_for_training(chunks, optimizer)
     rules = rules_of(model)
     return [
-        [list(bucket) for bucket in export(chunks, grid, rules, bucket_bytes=size, on_ranks=on_ranks)]
+        [list(bucket) for bucket in Exporter(chunks, grid, rules, bucket_bytes=size, on_ranks=on_ranks).stream()]
         for size in bucket_bytes
     ]
 

@@ -43,7 +43,7 @@ def test_a_setting_of_a_method_changes_the_divergence_of_this_method_alone(overr
         ("dapd loss.normalize=sequences", "means of its own: leave loss.normalize=tokens, got seq"),
         ("dapd loss.rollout_correction=truncated", "data.solutions=given and loss.rollout_correction=none, got given"),
         ("dapd data.solutions=none", "needs data.solutions=given and loss.rollout_correction=none, got none and none"),
-        (f"dapd {ENVIRONMENT} environment.max_turns=2", "set environment.max_turns=1, got 2"),
+        (f"dapd {ENVIRONMENT} environment.max_turns=2", "set environment.max_turns=1 or another method"),
         ("past method.hint_template='{solution}'", r"hint_template must have the slots \{attempt\}, and may have"),
         ("past teacher.weights=frozen", "needs teacher.weights=current or ema .* got frozen and 4"),
         ("past method.num_retries=1", "at least 2 for method.num_retries, or method.weight=0, got current and 1"),

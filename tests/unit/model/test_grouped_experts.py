@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.mapping import FAMILIES
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture, build
@@ -187,7 +187,7 @@ def exported(cuts: Any, grouped: bool, kind: str) -> dict[str, Tensor]:
 
 
 def named(chunks: Any, grid: RankGrid, rules: list[Rule]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for run in export(chunks, grid, rules) for name, tensor in run}
+    return {name: tensor.clone() for run in Exporter(chunks, grid, rules).stream() for name, tensor in run}
 
 
 @pytest.fixture(scope="module")

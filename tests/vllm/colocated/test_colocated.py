@@ -95,13 +95,13 @@ def scored_by_transformers(kind: str, responses: list[Response]) -> list[tuple[l
     import transformers
     from safetensors.torch import save_file
 
-    from megatron_selfdistill.interop.export import export
+    from megatron_selfdistill.interop.export import Exporter
     from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     model = MODELS[kind]
     chunks, grid = models.build(model, ParallelConfig())
     family = family_of_model(model)
-    tensors = {name: t.clone() for bucket in export(chunks, grid, family.rules(model)) for name, t in bucket}
+    tensors = {name: t.clone() for bucket in Exporter(chunks, grid, family.rules(model)).stream() for name, t in bucket}
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, "float32")))
         save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})

@@ -102,11 +102,11 @@ def interrupted(servers: Reach) -> tuple[str, list[Response]]:
     """
     from megatron_selfdistill.engines.vllm.transfer import SharedMemoryTransfer
     from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
-    from megatron_selfdistill.interop.export import export
+    from megatron_selfdistill.interop.export import Exporter
 
     chunks, grid = models.build(MODEL, models.parallel(), seed=1)
     clients = [VllmServer(address, servers.token, 60) for address in servers.addresses]
-    stream = export(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=60_000)
+    stream = Exporter(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=60_000).stream()
     buckets = [list(bucket) for bucket in stream]
     transfer = SharedMemoryTransfer("/dev/shm")
     with_a_gap = WeightUpdate(transfer, clients[:1], 9)

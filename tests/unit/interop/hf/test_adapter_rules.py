@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.export import Exporter, export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules, is_adapter_key
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import family_of
@@ -78,7 +78,7 @@ def exported(kind: str, parallel: ParallelConfig) -> tuple[dict[str, Tensor], di
     factors = adapter_rules(rules, adapter)
 
     def tensors(*arguments, **options) -> dict[str, Tensor]:
-        stream = export(*arguments, bucket_bytes=4_000, **options)
+        stream = Exporter(*arguments, bucket_bytes=4_000, **options).stream()
         return {name: tensor.clone() for bucket in stream for name, tensor in bucket}
 
     base = tensors(chunks, grid, rules, part=lambda key: not is_adapter_key(key))

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture
 
@@ -161,7 +161,7 @@ def changed_by_export(
         for name in rule.hf_names
     }
     changed = []
-    for bucket in export(chunks, grid, rules, bucket_bytes=30_000):
+    for bucket in Exporter(chunks, grid, rules, bucket_bytes=30_000).stream():
         for name, tensor in bucket:
             wanted = expected.pop(name)
             if tensor.dtype != wanted.dtype or not torch.equal(tensor, wanted):
