@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.thoughts import final_part
 
 Messages = Sequence[Mapping[str, Any]]
@@ -43,14 +42,6 @@ THANKS, THANKS_SIGNS = _words_of("thanks"), _signs_of("thanks_signs")
 PRAISE = _words_of("praise")
 REPLY, REPLY_SIGNS = _words_of("reply"), _signs_of("reply_signs")
 FILLERS = _words_of("fillers")
-
-
-def load_rule(name: str) -> Rule:
-    """Return the rule closing_turn or marked, or the user's function with the dotted path ``name``.
-
-    Raises: `ConfigError` if there is no such function.
-    """
-    return function_named("conversations.accepted_rule", name, BUILT_IN)
 
 
 def closing_turn(messages: Messages) -> int | None:
