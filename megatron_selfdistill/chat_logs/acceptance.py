@@ -32,11 +32,8 @@ def _signs_of(name: str) -> tuple[str, ...]:
     return tuple(sign for signs in _BY_LANGUAGE[name].values() for sign in signs)
 
 
-FAULT, FAULT_BEGINNINGS, FAULT_SIGNS = (
-    _words_of("fault"),
-    tuple(_words_of("fault_beginnings")),
-    _signs_of("fault_signs"),
-)
+FAULT, FAULT_SIGNS = _words_of("fault"), _signs_of("fault_signs")
+FAULT_BEGINNINGS = tuple(_words_of("fault_beginnings"))
 DISSENT = _words_of("dissent")
 THANKS, THANKS_SIGNS = _words_of("thanks"), _signs_of("thanks_signs")
 PRAISE = _words_of("praise")

@@ -23,9 +23,8 @@ _starting = threading.Lock()
 
 def begin(work: Work[T]) -> Future[T]:
     """Run ``work`` in the thread of the event loop, and return its result to come."""
-    result: Future[T] = (
-        Future()
-    )  # asyncio.run_coroutine_threadsafe leaves a cycle, which would keep the result for long
+    # asyncio.run_coroutine_threadsafe leaves a cycle, which would keep the result for long.
+    result: Future[T] = Future()
     loop = _loop()
 
     def start() -> None:
