@@ -36,7 +36,7 @@ class Finished:
 
 
 class GeneratesAtOnce:
-    """A `BackgroundSampler` around a sampler that cannot generate while the trainer trains.
+    """The methods of a `ServerSampler` around a sampler that cannot generate while the trainer trains.
 
     `start` returns when all responses are finished, so that they have the weights of the last `update_weights`.
     """

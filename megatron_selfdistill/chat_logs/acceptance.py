@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.thoughts import final_part
 
 Messages = Sequence[Mapping[str, Any]]
@@ -33,24 +32,13 @@ def _signs_of(name: str) -> tuple[str, ...]:
     return tuple(sign for signs in _BY_LANGUAGE[name].values() for sign in signs)
 
 
-FAULT, FAULT_BEGINNINGS, FAULT_SIGNS = (
-    _words_of("fault"),
-    tuple(_words_of("fault_beginnings")),
-    _signs_of("fault_signs"),
-)
+FAULT, FAULT_SIGNS = _words_of("fault"), _signs_of("fault_signs")
+FAULT_BEGINNINGS = tuple(_words_of("fault_beginnings"))
 DISSENT = _words_of("dissent")
 THANKS, THANKS_SIGNS = _words_of("thanks"), _signs_of("thanks_signs")
 PRAISE = _words_of("praise")
 REPLY, REPLY_SIGNS = _words_of("reply"), _signs_of("reply_signs")
 FILLERS = _words_of("fillers")
-
-
-def load_rule(name: str) -> Rule:
-    """Return the rule closing_turn or marked, or the user's function with the dotted path ``name``.
-
-    Raises: `ConfigError` if there is no such function.
-    """
-    return function_named("conversations.accepted_rule", name, BUILT_IN)
 
 
 def closing_turn(messages: Messages) -> int | None:

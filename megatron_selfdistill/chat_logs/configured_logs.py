@@ -6,12 +6,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from megatron_selfdistill.chat_logs.acceptance import load_rule
+from megatron_selfdistill.chat_logs.acceptance import BUILT_IN
 from megatron_selfdistill.chat_logs.conversations import load_conversations
 from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import Problem, ProblemSet
@@ -19,9 +18,6 @@ from megatron_selfdistill.data.prompt_checks import LOOKED_AT
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,10 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     any usable turn.
     """
     wanted = config.conversations
-    log = load_conversations(
-        source,
-        rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
-        turns=wanted.turns,
-        show_contents=wanted.show_contents,
-    )
+    rule = None
+    if not config.needs.hint_follows:
+        rule = function_named("conversations.accepted_rule", wanted.accepted_rule, BUILT_IN)
+    log = load_conversations(source, rule=rule, turns=wanted.turns, show_contents=wanted.show_contents)
     if not config.logged:
         return ReadLog(log.turns, None, (log.about,), tuple(log.turns.skipped))
     reader = turn_reader(config.data, builder, ends, max_length)

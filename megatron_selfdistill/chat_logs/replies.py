@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
 
+from megatron_selfdistill.config import DataConfig
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.fitted_prompts import shortened_to_fit
@@ -14,9 +14,6 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import num_thoughts, parts
 from megatron_selfdistill.errors import MissingChatTemplateError
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.config import DataConfig
 
 
 @dataclass(frozen=True)

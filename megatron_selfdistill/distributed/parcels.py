@@ -1,12 +1,6 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Arrays of any lengths that travel from rank to rank, without pickles and without messages to ranks that need none.
 
-    # On every rank of the world; the first rank of each data-parallel replica sends and receives.
-    outgoing = {grid.first_rank_of(1): [token_ids, log_probs]} if grid.rank == grid.first_rank_of(0) else {}
-    sources = [grid.first_rank_of(0)] if grid.rank == grid.first_rank_of(1) else []
-    received = exchange_parcels(outgoing, sources, grid.device)  # {source: arrays}
-    arrays = broadcast_in_replica(received.get(grid.first_rank_of(0), []), grid)  # on all ranks of the replica
-
 A *parcel* is the list of NumPy arrays that one rank sends to another; they arrive with equal bits.  A parcel is one
 message of bytes, after one message of its size.
 """

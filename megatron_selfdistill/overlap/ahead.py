@@ -17,7 +17,7 @@ from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 if TYPE_CHECKING:
     from megatron_selfdistill.config import RolloutConfig
-    from megatron_selfdistill.engines.vllm.background import BackgroundSampler
+    from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
 
 def synced_sampler(rollout: RolloutConfig) -> type[SyncedSampler]:
@@ -32,7 +32,7 @@ class SettledSampler(SyncedSampler):
         """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
         if self.version != version:
             with self._phases("rollout"):
-                cast("BackgroundSampler[Any]", self.inner).settle()
+                cast("ServerSampler", self.inner).settle()
         super().update_weights(version)
 
 
@@ -48,7 +48,7 @@ class AheadOnPolicy(OnPolicy):
     def __init__(self, state: SourceState, options: OnPolicyOptions, ahead: int, num_steps: int) -> None:
         """``options``: their sampler is a `SyncedSampler`.  ``num_steps``: the steps of the run."""
         super().__init__(state, options)
-        self._engines = cast("BackgroundSampler[Any]", cast(SyncedSampler, options.sampler).inner)
+        self._engines = cast("ServerSampler", cast(SyncedSampler, options.sampler).inner)
         self._ahead, self._num_steps = ahead, num_steps
         self._tickets: dict[int, Any] = {}  # of the present step and the steps ahead, by step
         self._asked_of: dict[int, AskedProblems] = {}  # their problems, whose prompts are built once

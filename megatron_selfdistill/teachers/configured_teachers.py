@@ -50,13 +50,13 @@ from megatron_selfdistill.teachers.teacher_directories import (
     TeacherCopy,
     about_architecture,
     adapter_teachers,
-    checked_digests,
+    directory_digests,
     load_adapter_teacher,
     load_teacher,
     require_teachers,
+    teacher_architectures,
     teacher_copies,
     teacher_directories,
-    teaches_by_experts,
 )
 from megatron_selfdistill.teachers.teacher_groups import by_teacher, teacher_metrics
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher, factors_of, guide_of, joins, keeps_start
@@ -80,7 +80,7 @@ class ConfiguredTeachers(Teachers):
     @classmethod
     def has_experts(cls, config: Config) -> bool:
         """Return whether a teacher of another architecture than the student's is a mixture of experts."""
-        return teaches_by_experts(config)
+        return any(model.num_moe_experts is not None for model in teacher_architectures(config).values())
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class ConfiguredTeachers(Teachers):
 
         Raises: `ConfigError`, `CheckpointError` on all ranks.
         """
-        self._digests = checked_digests(config, saved)
+        self._digests = directory_digests(config, saved)
         copies, adapted = teacher_copies(config), list(adapter_teachers(config))
         self._require_room(config, grid, vocab, student, copies)
         self._joins, last = joins(config.teachers), unwrapped(student[-1])

@@ -12,10 +12,7 @@ from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.model.forward import (
-    unwrapped,
-    uses_local_attention,
-)
+from megatron_selfdistill.model.forward import unwrapped, uses_local_attention
 from megatron_selfdistill.pipeline.batch import DeviceBatch, held_by, teacher_microbatches
 from megatron_selfdistill.pipeline.joined_batches import weights_unchanged
 from megatron_selfdistill.pipeline.next_token import next_token

@@ -116,11 +116,6 @@ def teacher_copies(config: Config) -> list[TeacherCopy]:
     return found
 
 
-def teaches_by_experts(config: Config) -> bool:
-    """Return whether a teacher of another architecture than the student's is a mixture of experts."""
-    return any(model.num_moe_experts is not None for model in teacher_architectures(config).values())
-
-
 @contextmanager
 def about_architecture(teacher: str) -> Iterator[None]:
     """Let an error of the ``teacher``'s architecture, whose keys are those of ``model``, name the teacher."""
@@ -210,17 +205,13 @@ def _require_same_tokenizer(key: str, config: Config, path: Path) -> None:
         )
 
 
-def directory_digests(config: Config) -> dict[str, str]:
+def directory_digests(config: Config, saved: SavedRun | None) -> dict[str, str]:
     """Return the digest of each teacher's directory, which identifies its weights at any place.  Collective.
 
-    Raises: CheckpointError on all ranks where a directory is missing or corrupt.
+    Raises: CheckpointError on all ranks where a directory is missing or corrupt, and as `require_unchanged` for a run
+    that continues from ``saved``.
     """
-    return {name: _digest(path) for name, path in teacher_directories(config).items()}
-
-
-def checked_digests(config: Config, saved: SavedRun | None) -> dict[str, str]:
-    """Return `directory_digests`, once `require_unchanged` has compared them with those of ``saved``.  Collective."""
-    digests = directory_digests(config)
+    digests = {name: _digest(path) for name, path in teacher_directories(config).items()}
     if saved is not None:
         require_unchanged(saved, digests, forced=config.checkpoint.resume == "force")
     return digests

@@ -6,51 +6,15 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 T = TypeVar("T")
-TicketT = TypeVar("TicketT")
 
 NO_RESPONSES: Mapping[str, Response] = MappingProxyType({})
-
-
-class BackgroundSampler(Sampler, Protocol[TicketT]):
-    """A `Sampler` whose engines generate while the trainer does something else.
-
-    Any number of batches may be under way at once.  Each method is a collective over the world unless it says
-    otherwise.
-    """
-
-    def start(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        used_at: int,
-        known: Mapping[str, Response] = NO_RESPONSES,
-    ) -> TicketT:
-        """Let the engines begin with ``requests``, by the weights of the last `update_weights`, and return at once.
-
-        ``used_at``: the version of the student that will be trained on the responses.  ``known``: responses from a
-        checkpoint, by `request_key`; their requests are not generated again.
-        Raises, on all ranks alike, as `generate`.
-        """
-        ...
-
-    def collect(self, ticket: TicketT) -> list[Response]:
-        """Return the responses to the requests of ``ticket``, as `generate` returns them."""
-        ...
-
-    def settle(self) -> None:
-        """Return once all responses under way are finished.  Raises, on all ranks alike, as `generate`."""
-        ...
-
-    def finished(self, ticket: TicketT) -> dict[str, Response]:
-        """Return the responses of all replicas so far, by `request_key`, on rank 0; no collective."""
-        ...
 
 
 class BusyTime:

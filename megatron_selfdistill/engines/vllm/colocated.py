@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, raise_on_all_ranks
-from megatron_selfdistill.distributed.integers import min_over_ranks
+from megatron_selfdistill.distributed.integers import max_over_ranks, min_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine import engine_request
 from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory, device_memory
@@ -116,7 +114,7 @@ class ColocatedSampler:
                 self._engine.wake("kv_cache")
         self._asleep = False
         self._version = version
-        self._count("sync_seconds", self._most(time.perf_counter() - started))
+        self._count("sync_seconds", max_over_ranks([round((time.perf_counter() - started) * 1e6)])[0] / 1e6)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """Return one response per request, in order, on every rank of the replica; see `Sampler`.
@@ -174,12 +172,6 @@ class ColocatedSampler:
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"
         self._metrics[key] = self._metrics.get(key, 0.0) + value
-
-    def _most(self, value: float) -> float:
-        """Return the largest ``value`` of all ranks."""
-        reduced = torch.tensor([value], dtype=torch.float64, device=self._grid.device)
-        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-        return float(reduced.item())
 
 
 def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InProcessEngine:

@@ -1,12 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The thread of this process in which coroutines wait for vLLM servers; one event loop runs any number of them.
-
-async def two_steps(server: VllmServer) -> None:
-    await server.pause()
-    await server.resume()
-
-futures = [begin(two_steps(server)) for server in servers]
-"""
+"""The thread of this process in which coroutines wait for vLLM servers; one event loop runs any number of them."""
 
 from __future__ import annotations
 
@@ -30,9 +23,8 @@ _starting = threading.Lock()
 
 def begin(work: Work[T]) -> Future[T]:
     """Run ``work`` in the thread of the event loop, and return its result to come."""
-    result: Future[T] = (
-        Future()
-    )  # asyncio.run_coroutine_threadsafe leaves a cycle, which would keep the result for long
+    # asyncio.run_coroutine_threadsafe leaves a cycle, which would keep the result for long.
+    result: Future[T] = Future()
     loop = _loop()
 
     def start() -> None:

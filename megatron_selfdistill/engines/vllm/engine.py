@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
 from megatron_selfdistill.errors import EngineError, first_few
-from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 WORKER_EXTENSION = "megatron_selfdistill.engines.vllm.plugin.worker.WorkerExtension"
 """Class by which an engine's workers are extended, for `VllmServer.call_all`."""
@@ -129,24 +129,15 @@ def _versions_of(
 
 def _require_end(stated: StatedResponse, sampling: Mapping[str, Any], who: str) -> None:
     """Raise `EngineError` unless a response has a length and an end that ``sampling`` allows."""
-    token_ids, finish_reason = stated.token_ids, stated.finish_reason
-    longest, stops = sampling.get("max_tokens", len(token_ids)), sampling.get("stop_token_ids")
-    if finish_reason not in FINISH_REASONS:
-        raise EngineError(f"{who} ended a response with {str(finish_reason)[:40]!r}, expected stop or length")
-    if not 0 < len(token_ids) <= longest or len(stated.log_probs) != len(token_ids):
+    count, reason = len(stated.token_ids), stated.finish_reason
+    longest, stops = sampling.get("max_tokens", count), sampling.get("stop_token_ids")
+    last = stated.token_ids[-1] if count else None
+    ends = {"length": count == longest, "stop": not stops or last in stops}
+    if not 0 < count <= longest or len(stated.log_probs) != count or not ends.get(reason):
         raise EngineError(
-            f"{who} was to return 1 to {longest} tokens with a log-prob each, got {len(token_ids)} tokens and "
-            f"{len(stated.log_probs)} log-probs"
-        )
-    if finish_reason == "length" and len(token_ids) < longest:
-        raise EngineError(
-            f"{who} ended a response with reason length after {len(token_ids)} of {longest} tokens: its "
-            "--max-model-len is too small"
-        )
-    if finish_reason == "stop" and stops and token_ids[-1] not in stops:
-        raise EngineError(
-            f"{who} ended a response with reason stop and the token {token_ids[-1]}, expected one of the request's "
-            f"stop tokens: {_shown(stops)}"
+            f"{who} ended a response with {str(reason)[:40]!r}, {count} tokens, the last {last}, and "
+            f"{len(stated.log_probs)} log-probs; expected 1 to {longest} tokens with a log-prob each, and stop after "
+            f"one of the stop tokens {_shown(stops or ())}, or length with all tokens (is --max-model-len too small?)"
         )
 
 

@@ -1,15 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Send the requests of the replicas to engines with weights of their own, and the responses back to the replicas.
 
-    # With servers, to which rank 0 speaks:
-    gathered = gather_requests(requests, grid)  # rank 0 has the requests of all replicas
-    answered = gathered.by_replica({index: response, ...})  # rank 0 has the responses
-    responses = return_responses(answered, [0], grid, len(requests))  # every rank has those of its replica
-
-    # With colocated engines:
-    shares = EngineShares(len(requests), grid, engine_tp)
-    own = shares.distribute(requests)  # every rank has the share of its engine
-    responses = shares.collect([response, ...])  # every rank has the responses to the requests of its replica
+With servers, `gather_requests` brings all requests to rank 0, and `return_responses` the responses back.  With
+colocated engines, the methods of `EngineShares` do so for the share of each engine.
 
 Requests and responses travel from the ranks that have them to the ranks that need them, as arrays (arrays.py):
 a replica sends and receives through its first rank, which broadcasts responses to the others.  What a rank sends and

@@ -71,7 +71,12 @@ def in_process_engine_args(
         arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
     _refuse_other_ranks(arguments, settings)
     if device.type == "cuda" and engine_tp > 1 and segments_expand():
-        _refuse_custom_all_reduce(settings)
+        if not settings.get("disable_custom_all_reduce", True):
+            raise ConfigError(
+                "rollout.engine_args.disable_custom_all_reduce=False: vLLM's custom all-reduce takes CUDA IPC handles "
+                "while CUDA graphs are captured, which memory of PyTorch's expandable segments does not have, and "
+                "would end the process; remove the key, or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
+            )
         arguments["disable_custom_all_reduce"] = True
     return arguments | dict(settings)
 
@@ -89,21 +94,6 @@ def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any
                 f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
                 "trainer's own ranks; remove it, or set rollout.placement=server"
             )
-
-
-def _refuse_custom_all_reduce(settings: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where ``settings`` ask for vLLM's custom all-reduce.
-
-    While CUDA graphs are captured, it takes CUDA IPC handles of the buffers in them.  CUDA has none for memory of
-    expandable segments, and vLLM then ends the process without a traceback.
-    """
-    name = "disable_custom_all_reduce"
-    if not settings.get(name, True):
-        raise ConfigError(
-            f"rollout.engine_args.{name}={settings[name]!r}: vLLM's custom all-reduce cannot share memory of PyTorch's "
-            "expandable segments, which this process uses, and would end the process; remove the key, or start the run "
-            "with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
-        )
 
 
 # The functions that vLLM's CPU worker replaces although compat/cpu.py has replaced them already, or replaces

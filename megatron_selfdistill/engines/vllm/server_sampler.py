@@ -144,9 +144,12 @@ class ServerSampler:
         used_at: int,
         known: Mapping[str, Response] = NO_RESPONSES,
     ) -> Ticket:
-        """Let the servers begin with ``requests``, and return at once; see `BackgroundSampler`.
+        """Let the servers begin with ``requests``, by the weights of the last `update_weights`, and return at once.
 
-        A thread of rank 0 speaks with the servers.  Collective over the world.
+        Any number of batches may be under way at once; a thread of rank 0 speaks with the servers.
+        ``used_at``: the version of the student that will be trained on the responses.  ``known``: responses from a
+        checkpoint, by `request_key`; their requests are not generated again.
+        Collective over the world.
         Raises: as `generate`; `EngineError` where no server has weights that ``max_staleness`` allows at ``used_at``.
         """
         version = self._known_version()

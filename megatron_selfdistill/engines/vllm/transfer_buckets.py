@@ -196,10 +196,8 @@ def bucket_file(directory: Path, packed: Tensor) -> Iterator[Path]:
 def remove_abandoned(directory: Path) -> None:
     """Remove buckets in ``directory`` whose writer has ended, so that no process holds their lock."""
     for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with (
-            contextlib.suppress(OSError),
-            open(path, "rb") as bucket,
-        ):  # it may be another user's, removed meanwhile, or locked
+        # It may be another user's, removed meanwhile, or locked.
+        with contextlib.suppress(OSError), open(path, "rb") as bucket:
             fcntl.flock(bucket, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 

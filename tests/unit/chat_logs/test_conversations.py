@@ -12,14 +12,15 @@ import pytest
 from record_sources import load_conversations
 
 from megatron_selfdistill.chat_logs.acceptance import (
+    BUILT_IN,
     answer_text,
     closing_turn,
     is_correction,
     is_repeat,
-    load_rule,
     marked,
 )
 from megatron_selfdistill.chat_logs.conversations import ConversationSet
+from megatron_selfdistill.config import function_named
 
 SECRET = "zebra"
 
@@ -214,7 +215,7 @@ def test_a_user_who_gave_the_answer_himself_is_marked_like_a_reply(tmp_path):
 def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monkeypatch):
     (tmp_path / "rule_of_a_test.py").write_text("def third_message(messages):\n    return 2\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    rule = load_rule("rule_of_a_test.third_message")
+    rule = function_named("conversations.accepted_rule", "rule_of_a_test.third_message", BUILT_IN)
     found = log(tmp_path, CORRECTED, rule=rule)
     assert [p.solution for p in found.turns.problems] == ["8"]
     assert log(tmp_path, CORRECTED, rule=lambda messages: np.int64(2)).turns.problems == found.turns.problems
@@ -230,7 +231,7 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
     changing = log(tmp_path, CORRECTED, rule=lambda messages: [it.update(content="x") for it in messages] and 2)
     assert changing.turns.problems == found.turns.problems
     with pytest.raises(ValueError, match=r"closing_turn, marked or the dotted path of a function .*, got 'nonsense'"):
-        load_rule("nonsense")
+        function_named("conversations.accepted_rule", "nonsense", BUILT_IN)
 
 
 def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):

@@ -128,7 +128,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 )
 def test_the_timeout_is_that_of_the_whole_answer(parts):
     began = time.monotonic()
-    message = r"^environment.options.url=\S+: expected .* within 0.3 s, got none in 1 attempt; the last: TimeoutError"
+    message = r"^environment.options.url=\S+: expected .* within 0.3 s, got none; attempts: 1, the last: TimeoutError"
     with bytes_server(parts, pause_s=0.02) as url, pytest.raises(RuntimeError, match=message):
         HttpEnvironment(url, timeout_s=0.3, retries=0).reply(PROBLEM, ["-1"])
     assert time.monotonic() - began < 10, "without a deadline, the answer takes 20 s"

@@ -231,7 +231,7 @@ def write_sharded(source: Path, directory: Path) -> None:
 
 
 def digests(configs: list[Config]) -> list[dict[str, str]]:
-    return [directory_digests(config) for config in configs]
+    return [directory_digests(config, None) for config in configs]
 
 
 def test_other_weights_than_those_of_the_checkpoint_are_refused_with_both_digests_unless_forced():

@@ -100,11 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_head:
         _run_headless(parsed)
         return
-    names = [
-        "CompactResponses",
-        *(["AdapterNamed"] if options.adapter_rank else []),
-        *(["TokenRequired"] if token else []),
-    ]
+    names = [*["AdapterNamed"] * bool(options.adapter_rank), *["TokenRequired"] * bool(token)]
     # The last middleware is the outermost.
     parsed.middleware = [*parsed.middleware, *(f"{_MIDDLEWARE}.{name}" for name in names)]
     uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
