@@ -49,7 +49,7 @@ from megatron_selfdistill.interop.safetensors_directory import (
     dequantised,
     open_weights_directory,
 )
-from megatron_selfdistill.interop.torch_dist_tensors import Piece
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, read_ahead
 from megatron_selfdistill.model.architecture import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,11 +152,21 @@ def _write_weights(
     progress: Progress,
 ) -> None:
     """Write the tensors of all rules in the types ``dtypes``, and close the writer."""
-    for rule, dtype in dtypes.items():
-        parts = list(rule.to_hf(weights.read(rule)))
-        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
-            writer.write(name, finite.checked(name, parts.pop(0).to(dtype)))
-            progress.advance(math.prod(shape) * dtype.itemsize)
+
+    def parts_of(rule: Rule) -> list[Tensor]:
+        parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
+        return [finite.checked(name, part.to(dtypes[rule])) for name, part in parts]
+
+    def rule_bytes(rule: Rule) -> int:
+        return math.prod(rule.shape) * dtypes[rule].itemsize
+
+    rules = list(dtypes)
+    tensors_of_rules = read_ahead(rules, parts_of, rule_bytes)
+    for rule in rules:
+        parts = next(tensors_of_rules)
+        for name in rule.hf_names:
+            writer.write(name, parts[0])
+            progress.advance(parts.pop(0).numel() * dtypes[rule].itemsize)
     writer.close()
 
 

@@ -6,20 +6,22 @@
     write(path, pieces, common)            # the writer makes each Piece when its turn comes
 
 Memory of a reader: one slice, and one stored chunk where the chunks of the checkpoint are larger than the slice.
-Memory of the writer: one piece.
+Memory of the writer: one piece, and the next one where the next one is small.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -51,6 +53,8 @@ from megatron_selfdistill.errors import CheckpointError
 
 MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,9 @@ class _SerialWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         stream: _ChecksummedFile | None = None
+        tensors = read_ahead(plan.items, planner.resolve_data, _data_bytes)
         for item in plan.items:
-            data = planner.resolve_data(item)
+            data = next(tensors)  # zip would keep a reference to the tensor
             if stream is None:
                 stream = _ChecksummedFile(self._directory / f"__0_{len(self.checksums)}.distcp")
             start = stream.size
@@ -193,6 +198,12 @@ class _SerialWriter(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _data_bytes(item: WriteItem) -> int:
+    """Return the size in bytes of the tensor of ``item``; 0 for an object."""
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _ChecksummedFile(io.RawIOBase):
@@ -244,6 +255,25 @@ class _ChecksummedFile(io.RawIOBase):
         os.fsync(self._file.fileno())
         self._file.close()
         return Entry(self.size, self._sum.hexdigest())
+
+
+def read_ahead(items: Sequence[T], make: Callable[[T], R], num_bytes: Callable[[T], int]) -> Iterator[R]:
+    """Yield ``make(item)`` of each item in order; another thread makes the results one after the other.
+
+    The thread makes the next result while the caller uses the present result, if memory allows: ``num_bytes`` of the
+    present result, plus twice that of the next result (its inputs and itself), is at most twice the largest
+    ``num_bytes``.  Else the thread starts when the caller, which must have dropped the present result, asks for the
+    next result.  The function raises the exceptions of ``make``.
+    """
+    room = 2 * max(map(num_bytes, items), default=0)
+    ahead: concurrent.futures.Future[R] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            made = [(ahead or pool.submit(make, item)).result()]
+            ahead = None
+            if following is not None and num_bytes(item) + 2 * num_bytes(following) <= room:
+                ahead = pool.submit(make, following)
+            yield made.pop()  # no reference stays here
 
 
 class TorchDistReader:
