@@ -32,6 +32,8 @@ class HttpAnswer:
 
     status: int
     """The status code."""
+    media_type: str
+    """The header Content-Type, empty where the answer has none."""
     body: bytes
     """The body as it was sent; the request asks for no compression."""
 
@@ -71,7 +73,7 @@ async def exchange(
             async for piece in answer.aiter_raw():
                 body += piece
                 _require_short(len(body), max_bytes)
-            return HttpAnswer(answer.status_code, bytes(body))
+            return HttpAnswer(answer.status_code, answer.headers.get("Content-Type", ""), bytes(body))
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         raise HttpError(_cause(error)) from None
 

@@ -22,6 +22,8 @@ import torch
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import begin
 from megatron_selfdistill.engines.vllm.engine import EngineRequest
+from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE
+from megatron_selfdistill.engines.vllm.plugin.middleware import compact_body
 from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, digest, unpack
 from megatron_selfdistill.rollout.base import Response
@@ -124,10 +126,14 @@ class FakeVllm(ThreadingHTTPServer):
         """The path whose headers come one byte at a time."""
         self.texts: dict[str, str] = {}
         """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
+        self.compact = True
+        """Whether responses have the compact form of the project's plugin for the clients that accept it."""
         self.status = 200
         """The HTTP status of responses."""
         self.says = ""
         """The characters that replace every response, if not empty."""
+        self.says_compact = b""
+        """The bytes that replace every response in the compact form, if not empty."""
         self.writes_version = ""
         """The version of the weights that responses state falsely, if not empty."""
         self.max_model_len = 10_000
@@ -152,6 +158,8 @@ class FakeVllm(ThreadingHTTPServer):
         """The number of pauses that have aborted the responses under way."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
+        self.num_compact = 0
+        """The number of responses in the compact form."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -269,7 +277,13 @@ class _Handler(BaseHTTPRequestHandler):
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
-        self._reply(fake.status, fake.says or answer)
+        compact = compact_body(json.dumps(answer).encode()) if fake.compact and not fake.says else None
+        compact = fake.says_compact or compact
+        if compact is None or MEDIA_TYPE not in self.headers["Accept"]:
+            self._reply(fake.status, fake.says or answer)
+        else:
+            fake.num_compact += 1
+            self._send(200, compact, MEDIA_TYPE)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
         fake = self.server
@@ -309,9 +323,11 @@ class _Handler(BaseHTTPRequestHandler):
         return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:
-        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self._send(status, (answer if isinstance(answer, str) else json.dumps(answer)).encode(), "application/json")
+
+    def _send(self, status: int, data: bytes, media_type: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", media_type)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -13,10 +13,11 @@ from megatron_selfdistill.engines.vllm.coroutines import begin
 from megatron_selfdistill.engines.vllm.engine import EngineRequest, possible_response
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.engines.vllm.http.patient_http import METRICS, PatientHttp, counted_tokens
-from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, NOT_STATED, StatedResponse
+from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, NOT_STATED, StatedResponse
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
 
+_ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
 _SHOWN_CHARS = 500
 # The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
 _FIXED_BYTES, _TOKEN_BYTES = 2**20, 2**10
@@ -79,7 +80,7 @@ class VllmServer:
         begin(self._http.interrupt())
 
     async def generate(self, request: EngineRequest) -> Response:
-        """Return the server's response to a request.
+        """Return the server's response to a request, from JSON or the compact form.
 
         Raises: `EngineError` if a part of the response is missing, wrong or impossible; `RequestRefused` where any
         server would refuse the request.
@@ -90,11 +91,14 @@ class VllmServer:
         if self._model is not None:
             body["model"] = self._model
         max_bytes = _FIXED_BYTES + _TOKEN_BYTES * int(request.sampling.get("max_tokens", 0))
-        content = json.dumps(body).encode()
-        answer = await self._http.answer("POST", GENERATE, content, generates=True, max_bytes=max_bytes)
+        answer = await self._http.answer(
+            "POST", GENERATE, json.dumps(body).encode(), generates=True, max_bytes=max_bytes, accept=_ACCEPTED
+        )
+        is_compact = answer.media_type == MEDIA_TYPE
 
         def response() -> Response:
-            stated = StatedResponse.of_json(json.loads(answer.text))
+            body = answer.body if is_compact else json.loads(answer.text)
+            stated = StatedResponse.unpacked(body) if is_compact else StatedResponse.of_json(body)
             return possible_response(request, stated, vocab_size, self.name)
 
         return self._read(answer, "POST", GENERATE, response)
@@ -202,9 +206,11 @@ class VllmServer:
         try:
             return found()
         except NOT_STATED as error:
-            got = f"expected an answer of another form, got {_shown(answer.text)}"
+            got = f"{len(answer.body)} bytes" if answer.media_type == MEDIA_TYPE else _shown(answer.text)
             why = f"{type(error).__name__}: {str(error)[:200]}"
-            raise EngineError(f"{self.address}: {method} {path}: {got} ({why})") from error
+            raise EngineError(
+                f"{self.address}: {method} {path}: expected an answer of another form, got {got} ({why})"
+            ) from error
 
 
 def _shown(text: str) -> str:

@@ -70,11 +70,12 @@ class PatientHttp:
         timeout_s: float | None = None,
         generates: bool = False,
         max_bytes: int = _MAX_BYTES,
+        accept: str = "*/*",
     ) -> HttpAnswer:
         """Return an answer.
 
         ``generates``: whether the server generates tokens for the request.  ``max_bytes``: the greatest length of the
-        answer.
+        answer.  ``accept``: the media types that the answer may have.
         """
         deadline = asyncio.timeout(None)
         wait = _Wait(self.timeout_s if timeout_s is None else timeout_s, generates, deadline)
@@ -83,7 +84,7 @@ class PatientHttp:
             async with deadline:
                 if self._watching is None or self._watching.done():  # one task watches for all requests
                     self._watching = asyncio.create_task(self._watch())
-                answer = await self._exchange(method, path, content, max_bytes)
+                answer = await self._exchange(method, path, content, max_bytes, accept)
         except TimeoutError:
             why = _GIVEN_UP if wait.given_up else f"TimeoutError: {self._silence(wait)}"
             raise EngineError(f"{self.address}: {method} {path}: {why}") from None
@@ -101,9 +102,10 @@ class PatientHttp:
             wait.deadline.reschedule(asyncio.get_running_loop().time())
 
     async def _exchange(
-        self, method: str, path: str, content: bytes | None = None, max_bytes: int = _MAX_BYTES
+        self, method: str, path: str, content: bytes | None = None, max_bytes: int = _MAX_BYTES, accept: str = "*/*"
     ) -> HttpAnswer:
-        return await exchange(self._client, method, self.address + path, content, self._headers, max_bytes)
+        headers = {**self._headers, "Accept": accept}
+        return await exchange(self._client, method, self.address + path, content, headers, max_bytes)
 
     async def _watch(self) -> None:
         """End the requests whose time is over, while there are requests."""

@@ -100,7 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_head:
         _run_headless(parsed)
         return
-    names = [*["AdapterNamed"] * bool(options.adapter_rank), *["TokenRequired"] * bool(token)]
+    names = [
+        "CompactResponses",
+        *(["AdapterNamed"] if options.adapter_rank else []),
+        *(["TokenRequired"] if token else []),
+    ]
     # The last middleware is the outermost.
     parsed.middleware = [*parsed.middleware, *(f"{_MIDDLEWARE}.{name}" for name in names)]
     uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
