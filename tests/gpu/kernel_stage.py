@@ -23,8 +23,8 @@ import hidden_gpus
 from tests.gpu.results import Figure, Outcome, held
 from tests.gpu.runner import REPOSITORY
 
-LOSS = REPOSITORY / "tests" / "unit" / "loss"
-CLAIMS = [str(LOSS / f"{name}_claims.py") for name in ("kernel", "launch", "two_term")]
+KERNELS = REPOSITORY / "tests" / "unit" / "kernels"
+CLAIMS = [str(KERNELS / f"{name}_claims.py") for name in ("kernel", "launch", "two_term")]
 ON_GPU = os.environ.get(hidden_gpus.VARIABLE) != ""
 MOST_PROCESSES = 12
 SANITIZED = (
