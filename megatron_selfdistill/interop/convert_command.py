@@ -248,7 +248,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     conversion: Conversion = arguments.conversion
     module, _, name = conversion.function.rpartition(".")
     function = getattr(importlib.import_module(f"megatron_selfdistill.interop.{module}"), name)
-    values = {key: value for key, value in vars(arguments).items() if key not in ("list", "run", "conversion")}
+    values = {key: value for key, value in vars(arguments).items() if key not in ("run", "conversion")}
     if values.get("dtype") is not None:
         from megatron_selfdistill.interop.conversion import DTYPES
 
