@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,7 @@ def write_on_one_rank(kind: str) -> tuple[list[list[int]], list[list[int]]]:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
     """Return a function from a kind of model to the greedy and the sampled text of `make_pairs`, computed once."""
-    known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
-
-    def get(kind: str) -> tuple[list[list[int]], list[list[int]]]:
-        if kind not in known:
-            [known[kind]] = ranks.run(write_on_one_rank, kind, world_size=1)
-        return known[kind]
-
-    return get
+    return functools.cache(lambda kind: ranks.run(write_on_one_rank, kind, world_size=1)[0])
 
 
 def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -69,14 +70,7 @@ def write_on_one_rank(kind: str) -> Reference:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
     """Return a function from a kind of model to its `Reference`, computed once."""
-    known: dict[str, Reference] = {}
-
-    def get(kind: str) -> Reference:
-        if kind not in known:
-            [known[kind]] = ranks.run(write_on_one_rank, kind, world_size=1)
-        return known[kind]
-
-    return get
+    return functools.cache(lambda kind: ranks.run(write_on_one_rank, kind, world_size=1)[0])
 
 
 def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
