@@ -40,9 +40,10 @@ def lost(why):
 
 rank, port = map(int, sys.argv[1:])
 meet(ServerNode(3, rank, "127.0.0.1", port), "secret", lost, 60.0)
-print("met", flush=True)
 if os.fork() == 0:
     os.close(1)
+else:
+    print("met", flush=True)
 time.sleep(600)
 """
 
