@@ -71,16 +71,18 @@ class ContextPair:
     """As in `PromptPair`, until the step is divided by teacher (teachers/teacher_groups.py)."""
     turn: EpisodeTurn | None = None
     """The place of the response in its episode; None if the run has no episodes of several turns."""
+    control_prompts: tuple[list[int], ...] = ()
+    """The teacher's prompts with the hints of other problems, one for each control of the target."""
+
+    @property
+    def readings(self) -> tuple[list[int], ...]:
+        """The prompts after which the teacher reads the response: its own, then those of the controls."""
+        return self.teacher_prompt, *self.control_prompts
 
     @property
     def student_length(self) -> int:
         """Number of tokens of the student's prompt and the response."""
         return len(self.student_prompt) + len(self.response)
-
-    @property
-    def teacher_length(self) -> int:
-        """Number of tokens of the teacher's prompt and the response."""
-        return len(self.teacher_prompt) + len(self.response)
 
 
 class SampledResponse(Protocol):

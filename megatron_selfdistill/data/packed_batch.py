@@ -26,7 +26,7 @@ class Microbatch:
     """Positions [R] int64 whose hidden states predict the response tokens, in ascending order."""
     response_ids: Tensor
     """Index [R] int64, in ``PackedBatch.response_tokens``, of the token that each of ``response_positions``
-    predicts."""
+    predicts.  Where the teacher reads responses several times, reading k of token i is ``k * R_total + i``."""
     num_sequences: int
     """Number of segments with contexts; 0 in a microbatch without loss."""
 
@@ -38,12 +38,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The microbatches of one data-parallel rank in one step; each role has every response token once."""
+    """The microbatches of one data-parallel rank in one step; each reading has every response token once."""
 
     seq_length: int
     """Length S of all microbatches of both roles, equal on all ranks."""
     student: list[Microbatch]
     teacher: list[Microbatch]
+    """The teacher's readings: of its own contexts, and of those of the controls.  In a paired batch the readings of
+    the contexts of a student's microbatch follow each other."""
     response_tokens: Tensor
     """Response tokens [R_total] int64 of all contexts, in the order of the contexts."""
     guided: Tensor
@@ -51,6 +53,8 @@ class PackedBatch:
     num_contexts: int
     segment_multiple: int
     """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""
+    num_controls: int = 0
+    """Number of controls of the target: the teacher reads each response once more for each of them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class PackingRules:
     """Another number of which the length of a packed sequence is a multiple; None is 1."""
     joins_turns: bool = False
     """Whether a context that continues the context before it shares the segment of that context (`segments_of`)."""
+    num_controls: int = 0
+    """As in `PackedBatch`."""
 
     @property
     def segment_multiple(self) -> int:

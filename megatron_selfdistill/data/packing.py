@@ -11,6 +11,7 @@ A data-parallel rank calls, where the caller provides the all-reduces::
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -66,23 +67,28 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
     for context in contexts:
         offsets.append(offsets[-1] + len(context.response))
 
-    def microbatches(prompts: list[list[int]], sequences: list[list[int]]) -> list[Microbatch]:
-        def turns(segment: range) -> tuple[list[Turn], int]:
-            return [(prompts[i], contexts[i].response) for i in segment], offsets[segment[0]]
+    def microbatches(readings: list[list[list[int]]], sequences: list[list[int]]) -> list[Microbatch]:
+        def turns(index: int) -> tuple[list[Turn], int]:
+            reading, segment = index // len(segments), segments[index % len(segments)]
+            prompts = readings[reading]
+            return [(prompts[i], contexts[i].response) for i in segment], reading * offsets[-1] + offsets[segment[0]]
 
         return [
-            microbatch_of([turns(segments[i]) for i in sequence], length, rules.segment_multiple)
+            microbatch_of([turns(index) for index in sequence], length, rules.segment_multiple)
             for sequence in sequences
         ]
 
+    of_teacher = [[context.readings[k] for context in contexts] for k in range(1 + rules.num_controls)]
+
     return PackedBatch(
         seq_length=length,
-        student=microbatches([context.student_prompt for context in contexts], student),
-        teacher=microbatches([context.teacher_prompt for context in contexts], teacher),
+        student=microbatches([[context.student_prompt for context in contexts]], student),
+        teacher=microbatches(of_teacher, teacher),
         response_tokens=_int64([token for context in contexts for token in context.response]),
         guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
         segment_multiple=rules.segment_multiple,
+        num_controls=rules.num_controls,
     )
 
 
@@ -128,7 +134,7 @@ def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -
 def require_prompts(contexts: Sequence[ContextPair]) -> None:
     """Raise ValueError for an empty prompt, which has no hidden state that predicts the first response token."""
     for context in contexts:
-        if not context.student_prompt or not context.teacher_prompt:
+        if not context.student_prompt or not all(context.readings):
             raise ValueError(
                 f"Problem {context.problem_id}: expected at least one token in each prompt, since the hidden "
                 "state of the last one predicts the response, got an empty prompt; let the chat template "
@@ -158,18 +164,30 @@ def _continues(before: ContextPair, after: ContextPair) -> bool:
 def padded_lengths(contexts: Sequence[ContextPair], rules: PackingRules) -> tuple[list[int], list[int]]:
     """Return the lengths of the segments of student and teacher (`segments_of`), padded to ``rules.segment_multiple``.
 
-    Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, or has an empty prompt.
+    The teacher's are those of its own contexts, then those of the contexts of each control.
+    Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, has an empty prompt, or has another
+    number of controls than ``rules``.
     """
     require_prompts(contexts)
     capacity = rules.capacity
     lasts = [contexts[segment[-1]] for segment in segments_of(contexts, rules)]
+    for context in contexts:
+        if len(context.control_prompts) != rules.num_controls:
+            raise ValueError(
+                f"Problem {context.problem_id}: expected {rules.num_controls} control prompts beside the teacher's "
+                f"prompt, as the target has controls; got {len(context.control_prompts)}."
+            )
     student = [round_up(context.student_length, rules.segment_multiple) for context in lasts]
-    teacher = [round_up(context.teacher_length, rules.segment_multiple) for context in lasts]
+    teacher = [
+        round_up(len(context.readings[k]) + len(context.response), rules.segment_multiple)
+        for k in range(1 + rules.num_controls)
+        for context in lasts
+    ]
     for role, lengths in (("student", student), ("teacher", teacher)):
-        longest = max(range(len(lasts)), key=lengths.__getitem__, default=None)
+        longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > capacity:
             raise ValueError(
-                f"Problem {lasts[longest].problem_id}: expected a {role}'s context of at most "
+                f"Problem {lasts[longest % len(lasts)].problem_id}: expected a {role}'s context of at most "
                 f"{capacity} tokens, the longest packed sequence within max_tokens, got {lengths[longest]} (padding "
                 "for context parallelism included); raise max_tokens, or lower the length that contexts may have."
             )
@@ -181,31 +199,34 @@ def planned_sequences(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return the segments of each microbatch of student and teacher, from the results of `padded_lengths`.
 
+    Segment i of reading k of the teacher is ``k * len(student) + i``.
     Each segment goes into the first microbatch of at most ``capacity`` tokens with room, the longest segment first.
     No length exceeds ``capacity``.  ``paired``: as in `PackingRules`.
     """
     if paired:
-        sequences = _first_fit_decreasing([student, teacher], capacity)
-        return sequences, sequences
+        number = len(student)
+        readings = [teacher[start : start + number] for start in range(0, len(teacher), number)] if number else []
+        sequences = _first_fit_decreasing([student, *readings], capacity)
+        return sequences, [[k * number + i for i in sequence] for sequence in sequences for k in range(len(readings))]
     return _first_fit_decreasing([student], capacity), _first_fit_decreasing([teacher], capacity)
 
 
 def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> list[list[int]]:
     # Context i has the length lengths_by_role[k][i] for role k, and goes into the first microbatch where it fits for
     # all roles.  Contexts of equal length keep their order, so that the result is the same on every machine.
-    first, last = lengths_by_role[0], lengths_by_role[-1]
+    lengths = list(zip(*lengths_by_role, strict=True))
     sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    for index in sorted(range(len(first)), key=lambda i: -max(first[i], last[i])):
-        one, other = first[index], last[index]
-        for number, (left, right) in enumerate(room):
-            if one <= left and other <= right:
+    room: list[tuple[int, ...]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -max(lengths[i])):
+        for number, left in enumerate(room):
+            rest = tuple(map(operator.sub, left, lengths[index]))
+            if min(rest) >= 0:
                 sequences[number].append(index)
-                room[number] = left - one, right - other
+                room[number] = rest
                 break
         else:
             sequences.append([index])
-            room.append((capacity - one, capacity - other))
+            room.append(tuple(capacity - length for length in lengths[index]))
     return sequences
 
 

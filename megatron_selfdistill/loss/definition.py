@@ -11,6 +11,14 @@ The anchor a is the logits r of frozen weights that read the student's own conte
 the student learns, a mix with s follows the student, and a mix with r stands still.  With match=student k gives q the
 entropy H(p) instead of that of softmax(r).
 
+With controls the mix is
+
+    m = w (t - c) + a                      k <= k_max; at k = 1 equal t and c give q = softmax(a)
+    c = log mean over j of softmax(c_j)    c_j: the teacher's logits after the hint of another problem j
+
+What any hint makes the model do is in t and in c alike and cancels.  t - c is the information between the token and
+this hint, given that there is a hint.
+
 k is the temperature of the mix, and beta = 1 / k is its inverse, for which the code solves.  H(softmax(beta m)) falls
 monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root,
 which this file finds by bisection.  `loss/sharded` computes the same on vocabulary shards.
@@ -18,6 +26,7 @@ which this file finds by bisection.  `loss/sharded` computes the same on vocabul
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +53,7 @@ from megatron_selfdistill.loss.target import (
     Divergence,
     Target,
     check_arguments,
+    check_controls,
     mixed_logits,
     status_given,
     token_status,
@@ -61,7 +71,11 @@ class TargetDistribution:
 
 @torch.no_grad()
 def mixed_target(
-    student_logits: Tensor, teacher_logits: Tensor, target: Target | None = None, reference_logits: Tensor | None = None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Target | None = None,
+    reference_logits: Tensor | None = None,
+    control_logits: Tensor | None = None,
 ) -> TargetDistribution:
     """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
 
@@ -69,10 +83,13 @@ def mixed_target(
     than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
     target: None is `Target()`, as for `self_distillation_loss`.
     ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
-    Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
+    ``control_logits``: [K, ..., V], given if and only if the target has K = `Target.num_controls` controls.
+    Raises: ValueError if the logits have different shapes, or if those of the reference or of the controls are missing
+    or not asked for.
     """
     target = Target() if target is None else target
     check_arguments("mixed_target", locals())
+    check_controls("mixed_target", "control_logits", control_logits, target)
     if target.is_anchored != (reference_logits is not None):
         raise ValueError(
             f"mixed_target: reference_logits must be given with anchor=reference only; "
@@ -81,6 +98,9 @@ def mixed_target(
     anchor_logits = student_logits if reference_logits is None else reference_logits
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
+    if control_logits is not None:
+        control = control_logits.to(dtype).log_softmax(-1).logsumexp(0) - math.log(len(control_logits))
+        teacher = torch.where(torch.isneginf(teacher), teacher, teacher - control)
     mix = mixed_logits(anchor, teacher, *target.mix_weights)
     wanted = entropy((anchor if target.matches_reference else student).log_softmax(-1))
     if target.given_beta is not None:

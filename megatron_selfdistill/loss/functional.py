@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
-from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, mixed_logits
+from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls, mixed_logits
 
 IGNORED = -100
 """The label of a position without a loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -48,6 +49,7 @@ def self_distillation_loss(
     reference_logits: Tensor | None = None,
     labels_or_mask: Tensor | None = None,
     *,
+    control_logits: Tensor | None = None,
     target: Target | None = None,
     divergence: str | Divergence = "reverse_kl",
     reduction: str = "mean",
@@ -65,6 +67,9 @@ def self_distillation_loss(
     nothing is shifted here.
     reference_logits: those of the frozen start on the student's context, given if and only if the target is anchored to
     a reference, as `Target()` is; ``Target(anchor="student")`` mixes with the student itself.
+    control_logits: [K, ..., V], those of the teacher on the same response after the hints of K other problems in place
+    of this one's, with ``Target(num_controls=K)``: then m = w (t - c) + a, where c is the log of the mean of their
+    probabilities, and k is at most 1.
     labels_or_mask: [...] integer labels, of which `IGNORED` has no loss, or [...] bool; None: every position has one.
     Labels may come as they are, since the loss reads only where they are ignored.  On a GPU the host waits to count
     the positions; without labels_or_mask it does not wait.
@@ -90,18 +95,25 @@ def self_distillation_loss(
     target, divergence = Target() if target is None else target, _divergence(divergence)
     what = "self_distillation_loss"
     check_arguments(what, locals())
+    check_controls(what, "control_logits", control_logits, target)
     _check(what, "reference_logits", reference_logits is not None, target, reduction, num_items_in_batch is not None)
     vocab = _vocab(student_logits.size(-1), vocab_size, process_group)
     chosen = _chosen(what, student_logits, labels_or_mask, vocab)
     student, teacher = (_rows(logits, chosen) for logits in (student_logits, teacher_logits))
     entropy = None
+    if control_logits is not None:
+        with torch.no_grad():
+            controls = _rows_of_each(control_logits, chosen)
+            normalisers = log_normalisers(controls, vocab.num_valid, vocab.group)
+            teacher = contrast(teacher, controls, normalisers)
     if reference_logits is not None:
         reference, weight = _rows(reference_logits, chosen), target.teacher_weight
         with torch.no_grad():
             entropy = vocab_entropy(reference, vocab) if target.needs_reference_entropy else None
             wide = torch.promote_types(torch.promote_types(reference.dtype, teacher.dtype), torch.float32)
             mix = mixed_logits(reference.to(wide), teacher, weight, 1.0)
-            teacher = mix.div_(1 + weight) if weight else mix  # with weight 0 the mix may be the caller's tensor
+            # With weight 0 the mix may be the caller's tensor.
+            teacher = mix.div_(target.geometric_k) if weight else mix
     stats = distillation_loss(
         student,
         teacher.detach(),
@@ -125,6 +137,7 @@ def linear_self_distillation_loss(
     reference_weight: Tensor | None = None,
     labels_or_mask: Tensor | None = None,
     *,
+    control_hidden: Tensor | None = None,
     target: Target | None = None,
     divergence: str | Divergence = "reverse_kl",
     reduction: str = "mean",
@@ -141,11 +154,13 @@ def linear_self_distillation_loss(
     Gradient: to student_hidden and student_weight.
     mode: "low_memory" computes the logits of every chunk again in backward; "keep_gradient" keeps the gradient of the
     student's logits [n, V] instead, and saves two of six products with a weight.
+    control_hidden: [K, ..., h], with the teacher's weight; as control_logits.
     Everything else: as `self_distillation_loss`, on one rank.
     """
     target, divergence = Target() if target is None else target, _divergence(divergence)
     what = "linear_self_distillation_loss"
     check_arguments(what, locals())
+    check_controls(what, "control_hidden", control_hidden, target)
     _check(what, "reference_hidden", reference_hidden is not None, target, reduction, num_items_in_batch is not None)
     vocab = _vocab(len(student_weight), vocab_size, None)
     chosen = _chosen(what, student_hidden, labels_or_mask, vocab)
@@ -172,6 +187,7 @@ def linear_self_distillation_loss(
         vocab=vocab,
         reference_entropy=entropy,
         reference=reference,
+        control_hidden=None if control_hidden is None else _rows_of_each(control_hidden, chosen),
         chunk_tokens=chunk_tokens,
         mode=mode,
     )
@@ -223,6 +239,12 @@ def _rows(values: Tensor, chosen: Tensor | None) -> Tensor:
     """Return the rows [n, ..] of the positions with a loss."""
     rows = values.reshape(-1, values.size(-1))
     return rows if chosen is None else rows[chosen]
+
+
+def _rows_of_each(controls: Tensor, chosen: Tensor | None) -> Tensor:
+    """Return the rows [K, n, ..] of each control at the positions with a loss."""
+    rows = controls.detach().reshape(len(controls), -1, controls.size(-1))
+    return rows if chosen is None else rows[:, chosen]
 
 
 def _vocab(size: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:

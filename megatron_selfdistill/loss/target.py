@@ -96,6 +96,9 @@ class Target:
     """The logits a in m = w t + a: reference (r) or student (s)."""
     match: str | None = None
     """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
+    num_controls: int = 0
+    """K, the number of controls: with controls m = w (t - c) + a, where c is the log of the mean of the probabilities
+    that K controls give; without (0) m = w t + a."""
 
     @classmethod
     def configured(cls, section: Any, batch_k: float | None = None) -> Target:
@@ -105,7 +108,8 @@ class Target:
         """
         names = ("rule", "teacher_weight", "k_max", "anchor", "match")
         k = batch_k if section.rule == "batch" else section.k
-        return cls(k=k, **{name: getattr(section, name) for name in names})
+        num_controls = section.num_controls if section.control == "other" else 0
+        return cls(k=k, num_controls=num_controls, **{name: getattr(section, name) for name in names})
 
     def __post_init__(self) -> None:
         if self.rule not in TARGET_RULES:
@@ -131,6 +135,11 @@ class Target:
             )
         if self.is_anchored and self.rule == "teacher_alone":
             raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
+        if self.num_controls < 0 or (self.num_controls and self.rule == "teacher_alone"):
+            raise ValueError(
+                "Target.num_controls must be at least 0, and 0 with the rule teacher_alone, whose target is no mix; "
+                f"got {self.num_controls} with {self.rule}."
+            )
 
     def with_teacher_weight(self, teacher_weight: float) -> Target:
         """Return the target of tokens with another w: k_max "1 + w" follows w, and k keeps its ratio to 1 + w.
@@ -143,13 +152,18 @@ class Target:
                 f"Target.{key} must not be a number where tokens have different teacher weights, since a number "
                 f"belongs to one weight; got {bound:g}. Use {'None' if key == 'k' else repr('1 + w') + ' or None'}."
             )
-        k = None if self.k is None else self.k * (1 + teacher_weight) / self.geometric_k
-        return replace(self, teacher_weight=teacher_weight, k=k)
+        other = replace(self, teacher_weight=teacher_weight)
+        return replace(other, k=None if self.k is None else self.k * other.geometric_k / self.geometric_k)
 
     @property
     def is_anchored(self) -> bool:
         """Whether the teacher is mixed with a frozen reference."""
         return self.anchor == "reference"
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss takes the teacher's own logits; with a reference or a control the caller combines them."""
+        return not (self.is_anchored or self.num_controls)
 
     @property
     def matches_reference(self) -> bool:
@@ -163,8 +177,11 @@ class Target:
 
     @property
     def geometric_k(self) -> float:
-        """1 + w: with this k, q is the normalised weighted geometric mean of teacher and student."""
-        return 1 + self.teacher_weight
+        """The sum of the weights of the logits in m: 1 + w, and 1 with controls, since w t and -w c cancel.
+
+        With this k, equal logits give q = softmax(a); q is the normalised weighted geometric mean of the models.
+        """
+        return 1.0 if self.num_controls else 1 + self.teacher_weight
 
     @property
     def k_bound(self) -> float | None:
@@ -204,15 +221,18 @@ def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_
     return anchor if teacher_weight == 0 else torch.add(anchor, teacher, alpha=teacher_weight)
 
 
-def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor) -> Tensor:
+def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor, *, is_contrast: bool = False) -> Tensor:
     """Return m / (1 + w) = (w t + a) / (1 + w) in float32, of logits or of hidden states, [T, n] each.
 
     teacher_weight: w of all tokens, or [T] the w of each token.
+    is_contrast: whether ``teacher`` is the contrast t - c with controls; then the result is m = w (t - c) + a.
     """
     if not isinstance(teacher_weight, Tensor):
-        return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(1 + teacher_weight)
+        unit = 1.0 if is_contrast else 1 + teacher_weight
+        return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(unit)
     weight = teacher_weight.float()[:, None]
-    return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
+    mix = torch.where(weight > 0, weight * teacher, 0.0).add_(anchor)
+    return mix if is_contrast else mix.div_(1 + weight)
 
 
 @dataclass(frozen=True)
@@ -306,7 +326,9 @@ _AXES = {
     name: axes
     for names, axes in {
         "student_logits teacher_logits reference_logits own_teacher_logits logits log_p log_q": "... V",
+        "control_logits": "K ... V",
         "student_hidden teacher_hidden reference_hidden": "... h",
+        "control_hidden": "K ... h",
         "student_weight teacher_weight reference_weight": "V h",
         "labels_or_mask response_tokens gather_indices beta reference_entropy teacher_weights": "...",
     }.items()
@@ -329,11 +351,21 @@ def check_arguments(caller: str, given: Mapping[str, Any], **other_axes: str) ->
         if hasattr(value, "to_local"):
             raise ValueError(f"{caller}: {name} must be the tensor of one process; got a DTensor: pass its to_local().")
         axes, sizes = ["T" if axis == "..." and "vocab" in given else axis for axis in axes], list(value.shape)
-        if axes[0] == "...":
-            free = max(0, len(sizes) - len(axes) + 1)
-            sizes = [tuple(sizes[:free]), *sizes[free:]]
+        if "..." in axes:
+            start, free = axes.index("..."), max(0, len(sizes) - len(axes) + 1)
+            sizes[start : start + free] = [tuple(sizes[start : start + free])]
         fits = (known.setdefault(axis, size) == size for axis, size in zip(axes, sizes, strict=False))
         if len(sizes) != len(axes) or not all(fits):
             wanted = ", ".join(str(known.get(axis, axis)).strip("(),") for axis in axes)
             found = list(value.shape)
             raise ValueError(f"{caller}: {name} must be [{wanted}], row by row for the same tokens; got {found}.")
+
+
+def check_controls(caller: str, name: str, controls: Tensor | None, target: Target) -> None:
+    """Raise ValueError, which names the argument, unless it holds the K controls of the target."""
+    given = 0 if controls is None else len(controls)
+    if given != target.num_controls:
+        raise ValueError(
+            f"{caller}: {name} must hold Target.num_controls = {target.num_controls} controls along its first axis, or "
+            f"be None for 0; got {given}."
+        )

@@ -46,6 +46,7 @@ class FusedLoss:
         vocab: VocabShard,
         grid: RankGrid,
         reference: tuple[GPTModel, Tensor] | None = None,
+        controls: Tensor | None = None,
         options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
@@ -54,7 +55,8 @@ class FusedLoss:
         ``student``, ``teacher``: the models of the last stage, one object where the current weights teach; in place of
         a teacher the output weight ``[v / tp, n h]`` of n teachers, whose states are ``[R, n h / tp]``.
         ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
-        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.
+        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``controls [K, R, h / tp]``: the
+        states of the teacher after the prompts of the controls.
         Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
         positions are gathered, and their gradient is reduce-scattered.
         """
@@ -72,6 +74,7 @@ class FusedLoss:
             vocab=vocab,
             reference_entropy=options.reference_entropy,
             reference=None if reference is None else (reference[1], output_weight(reference[0], own)),
+            control_hidden=controls,
             teacher_weights=options.teacher_weights,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,

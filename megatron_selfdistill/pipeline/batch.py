@@ -67,6 +67,8 @@ class Packing:
     """The length of a context whose attention takes as long as everything else; None leaves attention out."""
     joins_turns: bool = False
     """Whether the turns of an episode share a segment (`PackingRules.joins_turns`)."""
+    num_controls: int = 0
+    """The number of controls of the target, for each of which the teacher reads each response once more."""
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -81,7 +83,7 @@ class Packing:
     def rules(self, grid: RankGrid) -> PackingRules:
         """Return the sizes of microbatches in a layout."""
         sizes = self.max_tokens, grid.cp_size, grid.tp_size
-        return PackingRules(*sizes, self.is_paired, self.seq_multiple, self.joins_turns)
+        return PackingRules(*sizes, self.is_paired, self.seq_multiple, self.joins_turns, self.num_controls)
 
     def quantum(self, grid: RankGrid) -> int | None:
         """Return the `length_quantum` of a GPU; None on a CPU."""
@@ -96,10 +98,11 @@ class Packing:
         def raised(num_student: int, num_teacher: int) -> tuple[int, int]:
             return raised_to_multiple(
                 max(num_student, 1),
-                max(num_teacher, 1) if self.with_teacher else 0,
+                max(num_teacher, 1 + self.num_controls if self.is_paired else 1) if self.with_teacher else 0,
                 microbatch_multiple(grid),
                 paired=self.is_paired,
                 with_reference=self.with_reference,
+                num_readings=1 + self.num_controls,
             )
 
         overhead, plans = _OVERHEAD * budgets[0], []
@@ -137,16 +140,17 @@ def microbatch_multiple(grid: RankGrid) -> int:
 
 
 def raised_to_multiple(
-    num_student: int, num_teacher: int, multiple: int, *, paired: bool, with_reference: bool
+    num_student: int, num_teacher: int, multiple: int, *, paired: bool, with_reference: bool, num_readings: int = 1
 ) -> tuple[int, int]:
     """Return both numbers of microbatches, raised until a step runs a multiple of ``multiple`` microbatches.
 
-    A reference reads the student's microbatches once more.  ``paired`` raises both numbers alike.
+    A reference reads the student's microbatches once more.  ``paired`` raises both numbers alike: a microbatch of the
+    student has ``num_readings`` of the teacher.
     """
     student_roles = 2 if with_reference else 1
     while (student_roles * num_student + num_teacher) % multiple:
         num_student += paired or not with_reference
-        num_teacher += paired or with_reference
+        num_teacher += num_readings if paired else with_reference
     return num_student, num_teacher
 
 
@@ -212,6 +216,8 @@ class RoutedStates:
     """The part of a teacher microbatch's hidden states that one student microbatch needs, on this rank."""
 
     student_index: int
+    reading: int
+    """The reading of these states: 0 for the teacher's own prompts, k for those of control k."""
     chosen: Tensor | None
     """Indices among the states that this rank receives, [n] int64; None for all states, in their order."""
     place: Tensor | None
@@ -242,6 +248,8 @@ class DeviceBatch:
     teacher: list[TeacherMicrobatch]
     num_states: list[int]
     """R of each student microbatch, on this context-parallel rank."""
+    num_controls: int = 0
+    """The number of controls, of which the teacher reads each response, too."""
 
     @classmethod
     def of(cls, batch: PackedBatch, grid: RankGrid, *, with_teacher: bool, local_attention: bool) -> DeviceBatch:
@@ -264,6 +272,7 @@ class DeviceBatch:
             ],
             teacher=teacher,
             num_states=[len(ids) for _, ids in held],
+            num_controls=batch.num_controls,
         )
         return to_device_in_one_copy(on_host, grid.device)
 
@@ -289,14 +298,16 @@ def teacher_microbatches(
     microbatches = []
     for microbatch in reading.teacher:
         held = [held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
-        positions, ids = held[grid.cp_rank]
-        received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
+        positions, _ = held[grid.cp_rank]
+        owners = [owner[theirs % max(1, total)] for _, theirs in held]
+        received = [theirs[to == grid.cp_rank] for (_, theirs), to in zip(held, owners, strict=True)]
+        sent = owners[grid.cp_rank]
         microbatches.append(
             TeacherMicrobatch(
                 inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
                 positions=ResponsePositions.on_host(positions, reading.seq_length // grid.cp_size, grid),
-                send_order=torch.argsort(owner[ids], stable=True) if grid.cp_size > 1 else None,
-                send_counts=torch.bincount(owner[ids], minlength=grid.cp_size).tolist(),
+                send_order=torch.argsort(sent, stable=True) if grid.cp_size > 1 else None,
+                send_counts=torch.bincount(sent, minlength=grid.cp_size).tolist(),
                 receive_counts=[len(theirs) for theirs in received],
                 routes=_routes(torch.cat(received), student, place, sizes),
             )
@@ -305,15 +316,20 @@ def teacher_microbatches(
 
 
 def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) -> list[RoutedStates]:
-    """Return one route per student microbatch that needs any of the ``received`` response ids."""
-    routes = []
-    for index in student[received].unique().tolist():
-        chosen = (student[received] == index).nonzero().flatten()
-        places = place[received[chosen]]
+    """Return one route per reading of each student microbatch that needs any of the ``received`` response ids."""
+    routes: list[RoutedStates] = []
+    if not len(student):
+        return routes
+    of_token, reading = received % len(student), received // len(student)
+    needed = reading * len(sizes) + student[of_token]
+    for each in needed.unique().tolist():
+        chosen = (needed == each).nonzero().flatten()
+        places, index = place[of_token[chosen]], each % len(sizes)
         everything = len(chosen) == sizes[index] and torch.equal(places, torch.arange(len(places)))
         routes.append(
             RoutedStates(
                 student_index=index,
+                reading=each // len(sizes),
                 chosen=None if len(chosen) == len(received) else chosen,
                 place=None if everything else places,
             )
@@ -333,5 +349,5 @@ def held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) 
         place[held] = torch.arange(len(held))
         positions = place[positions]
         positions, ids = positions[positions >= 0], ids[positions >= 0]
-    order = torch.argsort(guided[ids], stable=True)
+    order = torch.argsort(guided[ids % max(1, len(guided))], stable=True)
     return positions[order], ids[order]

@@ -22,22 +22,27 @@ def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid
     where one context alone exceeds ``max_tokens``.
     """
     rules = packing.rules(grid)
-    own = zip(*padded_lengths(contexts, rules), map(len, segments_of(contexts, rules)), strict=True)
-    gathered = gather_integers([number for segment in own for number in segment], grid.dp_group)
-    by_replica = [list(zip(numbers[::3], numbers[1::3], strict=True)) for numbers in gathered]
-    lengths = [pair for part in by_replica for pair in part]
+    student, teacher = padded_lengths(contexts, rules)
+    readings = [teacher[k :: len(student)] for k in range(len(student))]
+    own = zip(student, readings, map(len, segments_of(contexts, rules)), strict=True)
+    gathered = gather_integers(
+        [number for one, of_teacher, size in own for number in (one, *of_teacher, size)], grid.dp_group
+    )
+    width = 3 + packing.num_controls  # the student's length, those of the teacher's readings, the number of contexts
+    by_replica = [[numbers[at : at + width - 1] for at in range(0, len(numbers), width)] for numbers in gathered]
+    lengths = [segment for part in by_replica for segment in part]
     homes = [replica for replica, part in enumerate(by_replica) for _ in part]
-    replicas = placed([_costs(packing, *pair) for pair in lengths], homes, grid.dp_size)
-    given = [pair for pair, replica in zip(lengths, replicas, strict=True) if replica == grid.dp_rank]
+    replicas = placed([_costs(packing, *segment) for segment in lengths], homes, grid.dp_size)
+    given = [segment for segment, replica in zip(lengths, replicas, strict=True) if replica == grid.dp_rank]
     budgets = budgets_of(rules, packing.quantum(grid))
-    needs = [_needs(packing, pairs, rules, budgets) for pairs in (by_replica[grid.dp_rank], given)]
+    needs = [_needs(packing, segments, rules, budgets) for segments in (by_replica[grid.dp_rank], given)]
     maxima = max_over_ranks([*needs[0], *needs[1]], grid.dp_group)
     present, proposed = maxima[: len(needs[0])], maxima[len(needs[0]) :]
     before, after = (packing.cheapest(budgets, most[:-1], grid).cost + most[-1] for most in (present, proposed))
     if after >= before:
         return None
     remaining = iter(replicas)
-    sizes = [numbers[2::3] for numbers in gathered]
+    sizes = [numbers[width - 1 :: width] for numbers in gathered]
     return [[replica for size in part for replica in [next(remaining)] * size] for part in sizes]
 
 
@@ -70,27 +75,29 @@ def placed(costs: Sequence[Sequence[int]], homes: Sequence[int], num_replicas: i
     return replicas
 
 
-def _attention(packing: Packing, student_length: int, teacher_length: int) -> int:
+def _attention(packing: Packing, student_length: int, *teacher_lengths: int) -> int:
     """Return the time of a context's attention, in forward passes of one token without attention."""
     student, teacher = packing.passes
-    squares = student * student_length**2 + teacher * teacher_length**2
+    squares = student * student_length**2 + teacher * sum(length**2 for length in teacher_lengths)
     return squares // packing.attention_tokens if packing.attention_tokens else 0
 
 
-def _costs(packing: Packing, student_length: int, teacher_length: int) -> tuple[int, ...]:
+def _costs(packing: Packing, student_length: int, *teacher_lengths: int) -> tuple[int, ...]:
     """Return the costs of a context for `placed`: the tokens of each role, then its whole time."""
     student, teacher = packing.passes
-    attention = _attention(packing, student_length, teacher_length)
+    attention, teacher_length = _attention(packing, student_length, *teacher_lengths), sum(teacher_lengths)
     time = student * student_length + teacher * teacher_length + attention
     return student_length, teacher_length * packing.with_teacher, time
 
 
 def _needs(
-    packing: Packing, lengths: Sequence[tuple[int, int]], rules: PackingRules, budgets: Sequence[int]
+    packing: Packing, lengths: Sequence[Sequence[int]], rules: PackingRules, budgets: Sequence[int]
 ) -> list[int]:
     """Return the numbers of a replica with contexts of these ``lengths`` whose maxima give the time of a step.
 
-    ``lengths``: those of the student's and the teacher's context, padded.
+    ``lengths``: those of the student's context and of the teacher's readings, padded.
     """
-    counts = counts_by_budget([s for s, _ in lengths], [t for _, t in lengths], rules, budgets)
-    return [*counts, sum(_attention(packing, *pair) for pair in lengths)]
+    student = [segment[0] for segment in lengths]
+    teacher = [segment[k] for k in range(1, 2 + packing.num_controls) for segment in lengths]
+    counts = counts_by_budget(student, teacher, rules, budgets)
+    return [*counts, sum(_attention(packing, *segment) for segment in lengths)]

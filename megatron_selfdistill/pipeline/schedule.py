@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.loss.sharded.contrast import subtract_controls
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, TokenStats, VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
@@ -54,6 +55,9 @@ from megatron_selfdistill.pipeline.token_losses import (
 )
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
+CONTROL_ROWS = 2048
+"""The largest number of rows of the controls' logits that exist at a time where the loss takes all logits at once."""
+
 
 @dataclass(frozen=True)
 class KeptStates:
@@ -67,6 +71,8 @@ class KeptStates:
     """The states (w h_t + h_r) / (1 + w) of the mix, where one projection serves teacher and reference."""
     reference_entropy: Tensor | None = None
     """The reference's entropy [R] in nats, float64, where the target matches it."""
+    controls: Tensor | None = None
+    """The states of the teacher after the prompts of the K controls, [K, R, h / tp]; None without controls."""
 
     @property
     def of_teacher_logits(self) -> Tensor | None:
@@ -98,7 +104,7 @@ class TeacherHiddenStates:
         self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
         self.width = hidden_size // grid.tp_size
         self.parts: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.num_states]
-        """The parts of every student microbatch by the field of `KeptStates` that they belong to."""
+        """The parts of every student microbatch by reading (`_reading`), or field of `KeptStates`, of the states."""
         self.reference_entropies: dict[int, Tensor] = {}
         self.bytes_on_device = 0
 
@@ -110,7 +116,7 @@ class TeacherHiddenStates:
             states = self._exchange(microbatch, states)
         for route in microbatch.routes:
             chosen = states if route.chosen is None else states.index_select(0, route.chosen)
-            self._keep(route.student_index, "teacher", chosen, route.place)
+            self._keep(route.student_index, _reading(route.reading), chosen, route.place)
 
     def add_reference(
         self,
@@ -144,9 +150,15 @@ class TeacherHiddenStates:
 
         Raises: RuntimeError where a teacher microbatch with some of its response tokens has not run.
         """
+        of_controls = [_reading(k) for k in range(1, 1 + self.batch.num_controls)]
+        controls = [self.take_field(index, name, dtype) for name in of_controls]
         kept = set(self.parts[index])
         taken = {name: self.take_field(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
-        return KeptStates(**taken, reference_entropy=self.reference_entropies.pop(index, None))
+        return KeptStates(
+            **taken,
+            reference_entropy=self.reference_entropies.pop(index, None),
+            controls=torch.stack(controls) if controls else None,
+        )
 
     def take_field(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
         """Return the states ``[R, h / tp]`` of one field of `KeptStates` of a student microbatch, and forget them."""
@@ -192,6 +204,11 @@ class TeacherHiddenStates:
             group=self.grid.cp_group,
         )
         return received
+
+
+def _reading(number: int) -> str:
+    """Return the name of a reading of the teacher, after its own prompt or after those of control ``number``."""
+    return "teacher" if number == 0 else f"control {number}"
 
 
 class _Part(NamedTuple):
@@ -277,9 +294,9 @@ class Reference:
     def mixes_states(self, teacher: GPTModel | Tensor) -> bool:
         """Return whether one projection of mixed hidden states gives the mix of both models' logits.
 
-        It does where teacher and reference have the same output layer, and this layer is linear.
+        It does where teacher and reference have the same output layer, this layer is linear, and there are no controls.
         """
-        return teacher is self.last and nonlinear(self.last) is None
+        return teacher is self.last and nonlinear(self.last) is None and not self.target.num_controls
 
     @torch.no_grad()
     def entropy(self, states: Tensor, vocab: VocabShard) -> Tensor:
@@ -297,6 +314,7 @@ class Reference:
     def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
         """Replace the teacher's logits t [R, v / tp] by (w t + r) / (1 + w), computed in float32 and rounded once.
 
+        With controls the logits are t - c, and the result is w (t - c) + r.
         ``states [R, 1, h]``: the reference's states, which are projected to r ``chunk_tokens`` tokens at a time.
         ``teacher_weights [R]``: the w of each token; None is the target's.
         """
@@ -304,7 +322,8 @@ class Reference:
             chunk = slice(start, start + self.chunk_tokens)
             weight = self.target.teacher_weight if teacher_weights is None else teacher_weights[chunk]
             # No name keeps the logits of one chunk while the next one is projected.
-            teacher_logits[chunk] = unit_mix(project(self.last, states[chunk]).float(), teacher_logits[chunk], weight)
+            anchor, is_contrast = project(self.last, states[chunk]).float(), self.target.num_controls > 0
+            teacher_logits[chunk] = unit_mix(anchor, teacher_logits[chunk], weight, is_contrast=is_contrast)
 
 
 class NoResponseTokens(RuntimeError):
@@ -404,8 +423,9 @@ def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_refe
     references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
     if pair_order == "teacher_first":
         return teachers + references + students
-    streams = [stream for stream in (teachers, references, students) if stream]
-    return [item for items in zip(*streams, strict=True) for item in items]  # packed with paired=True
+    readings = 1 + batch.num_controls  # packed with paired=True
+    of_each = [*([teachers[k::readings] for k in range(readings)] if teachers else []), references, students]
+    return [item for items in zip(*filter(None, of_each), strict=True) for item in items]
 
 
 @dataclass
@@ -492,14 +512,14 @@ class ScheduledStep:
             guided=None if guided is None else (microbatch.num_guided, guided),
             observe=measuring,
         )
-        states, apart = kept.of_teacher_logits, kept.unmixed_reference
+        states, apart, controls = kept.of_teacher_logits, kept.unmixed_reference, kept.controls
         if isinstance(self.token_loss, FusedLoss):
             assert states is not None, "a fused distillation loss has a teacher"
             reference = None if apart is None else (self._reference_model, apart)
             models, place = (model, self._teacher_output), (self.vocab, self.grid)
-            stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, options)
+            stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, controls, options)
         else:
-            teacher_logits = None if states is None else self._teacher_logits(states, apart, weights)
+            teacher_logits = None if states is None else self._teacher_logits(states, apart, weights, controls)
             student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
             stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, options)
         if measuring is None:
@@ -509,23 +529,45 @@ class ScheduledStep:
 
     def _own_logits(self, kept: KeptStates, tokens: slice) -> OwnLogits:
         """Return the logits of teacher and reference of some of the tokens, where the step measures them."""
-        if kept.reference is None:
+        if kept.reference is None and kept.controls is None:
             return OwnLogits()
         assert kept.teacher is not None, "a step that measures keeps the states of both"
-        reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
+        reference = None
+        if kept.reference is not None:
+            reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
         return OwnLogits(self._teacher_logits(kept.teacher[tokens]), reference)
 
     @torch.no_grad()
     def _teacher_logits(
-        self, states: Tensor, reference_states: Tensor | None = None, teacher_weights: Tensor | None = None
+        self,
+        states: Tensor,
+        reference_states: Tensor | None = None,
+        teacher_weights: Tensor | None = None,
+        controls: Tensor | None = None,
     ) -> Tensor:
-        """Return the logits [R, v / tp] of ``states``, those of teacher or mix, with the reference mixed in."""
-        teacher, full = self._teacher_output, self._kept.at_full_width(states)
-        logits = full.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, full)
+        """Return the logits [R, v / tp] of ``states``, those of teacher or mix, with the reference mixed in.
+
+        ``controls``: the states [K, R, h / tp] of the controls, whose c is subtracted first.
+        """
+        logits = self._projected(states)
+        if controls is not None:
+            subtract_controls(
+                logits,
+                lambda rows: self._projected(controls[:, rows].flatten(0, 1)).view(len(controls), -1, logits.size(1)),
+                logits.new_empty(len(controls), len(logits), dtype=torch.float32),
+                num_valid=self.vocab.num_valid,
+                group=self.vocab.group,
+                chunk_tokens=CONTROL_ROWS,
+            )
         if reference_states is not None:
             assert self.reference is not None
             self.reference.mix_into(logits, self._kept.at_full_width(reference_states), teacher_weights)
         return logits
+
+    def _projected(self, states: Tensor) -> Tensor:
+        """Return the teacher's logits [R, v / tp] of its ``states [R, h / tp]``."""
+        teacher, full = self._teacher_output, self._kept.at_full_width(states)
+        return full.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, full)
 
     @property
     def _teacher_output(self) -> GPTModel | Tensor:
@@ -604,6 +646,11 @@ class ScheduledStep:
 
         return hidden, loss_func
 
+    @property
+    def _reads_teacher(self) -> bool:
+        """Whether the loss takes the teacher's own logits, see `Target.reads_teacher`."""
+        return self.reference is None and not self.batch.num_controls
+
     def collected(self, num_response_tokens: int, accumulated: Accumulated) -> StepOutput:
         """Return the results of all student microbatches of this rank."""
         if not self.stats:
@@ -619,7 +666,7 @@ class ScheduledStep:
             response_ids=torch.cat(self.ids),
             stats=stats,
             coefficients=Coefficients.concatenate(self.coefficients) if self.coefficients else None,
-            measures_teacher=self.reference is None or (measures is not None and measures.has_teacher),
+            measures_teacher=self._reads_teacher or (measures is not None and measures.has_teacher),
             measures=measures,
             anchor_entropy=anchor_entropy,
             accumulated=accumulated,

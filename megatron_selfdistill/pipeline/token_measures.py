@@ -137,7 +137,7 @@ class MeasuringObserver:
             target=target,
             vocab=self.vocab,
             reference_logits=own.reference,
-            own_teacher_logits=teacher_logits if own.reference is None else own.teacher,
+            own_teacher_logits=teacher_logits if target.reads_teacher else own.teacher,
             teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
         )
         of_reference = entropy = None
@@ -157,7 +157,8 @@ class MeasuringObserver:
                 backend=backend,
             )
             of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
-        models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
+        of_others = (teacher_logits,) if target.reads_teacher else own
+        models = [student_logits, *(logits for logits in of_others if logits is not None)]
         summarise = self.measurement.summarise
         others = [self._kl_to_student(it, student_logits, teacher_logits) for it in self.measurement.other_targets]
         return TokenMeasures(

@@ -59,12 +59,13 @@ def chunks_of(case: Case) -> list[Any]:
 def rows_of(
     context: ContextPair, student: Any, teacher: Any, reference: Any, vocab_size: int = models.VOCAB_SIZE
 ) -> list[torch.Tensor]:
-    """Return whole rows of logits [R, V] in float64 of the three models for one response."""
+    """Return whole rows of logits [R, V] in float64 of the three models for one response, and those of the controls."""
     rows = []
     for chunk, prompt in (
         (student, context.student_prompt),
         (teacher, context.teacher_prompt),
         (reference, context.student_prompt),
+        *((teacher, prompt) for prompt in context.control_prompts),
     ):
         tokens = torch.tensor([prompt + context.response])
         logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, :vocab_size]
@@ -80,14 +81,15 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     student, teacher, reference = chunks_of(case)
     losses, guided = [], case.guided or GuidedTokens()
     for context in contexts_of(case):
-        s, t, r = rows_of(context, student, teacher, reference)
+        s, t, r, *controls = rows_of(context, student, teacher, reference)
         target, kind = case.target, Divergence(case.divergence)
         if context.guided:
             if guided.teacher_weight is not None:
                 target = dataclasses.replace(target, teacher_weight=guided.teacher_weight)
             kind = guided.divergence or kind
         anchor = r.detach() if target.is_anchored else None
-        log_q = mixed_target(s.detach(), t.detach(), target, anchor).log_q
+        control_logits = torch.stack(controls).detach() if controls else None
+        log_q = mixed_target(s.detach(), t.detach(), target, anchor, control_logits).log_q
         losses.append(divergence(s.log_softmax(-1), log_q, kind))
     loss = torch.cat(losses).mean()
     (gradient,) = torch.autograd.grad(loss, student.decoder.final_layernorm.weight)

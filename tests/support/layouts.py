@@ -145,7 +145,16 @@ def turns(num_turns: int, num_episodes: int = 3) -> list[ContextPair]:
 def contexts_of(case: Case) -> list[ContextPair]:
     """Return the `turns` of the case, or `contexts`; every third one is guided where the case has guided tokens."""
     some, pairs = case.guided is not None, turns(case.num_turns) if case.num_turns else contexts()
-    return [dataclasses.replace(context, guided=some and i % 3 == 1) for i, context in enumerate(pairs)]
+    rng, num_controls = random.Random(13), case.target.num_controls
+
+    def controls(context: ContextPair) -> tuple[list[int], ...]:
+        before = [[rng.randrange(models.VOCAB_SIZE) for _ in range(rng.randrange(2, 9))] for _ in range(num_controls)]
+        return tuple(prefix + context.student_prompt for prefix in before)
+
+    return [
+        dataclasses.replace(context, guided=some and i % 3 == 1, control_prompts=controls(context))
+        for i, context in enumerate(pairs)
+    ]
 
 
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
@@ -170,14 +179,20 @@ def packed_partial_batch(
         "tp_size": grid.tp_size,
         "paired": case.paired,
         "joins_turns": case.joins_turns,
+        "num_controls": case.target.num_controls,
     }
     rules = PackingRules(**arguments)
     length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
     batch = pack(mine, rules, seq_length=length)
-    counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
+    readings = 1 + case.target.num_controls
+    more = (1, readings) if case.paired else (1, 1)
+    counts = [
+        _max(len(stream), grid) + case.extra_weightless * each
+        for stream, each in zip((batch.student, batch.teacher), more, strict=True)
+    ]
     roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
     while sum(n * m for n, m in zip(counts, roles, strict=True)) % microbatch_multiple(grid):
-        grown = (1, 1) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
+        grown = (1, readings) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
         counts = [n + m for n, m in zip(counts, grown, strict=True)]
     return pad_to_count(batch, *counts)
 
@@ -271,7 +286,7 @@ def run(case: Case) -> Outcome:
                     vocab,
                     reference=reference(case, frozen),
                     guided=case.guided,
-                    measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
+                    measurement=None if case.target.reads_teacher else TokenMeasurement(case.target, chunk_tokens=5),
                     token_coefficients=GivenCoefficients.of(own) if case.two_terms else None,
                     pair_order=case.pair_order,
                     **options,

@@ -11,8 +11,8 @@ chunk.  The mode determines the tensors that are kept for backward:
 
 A kept gradient can only be scaled, so only low_memory has a gradient of the log-probs of the response tokens.
 keep_gradient takes 4 GEMMs of R x h x V / tp, and low_memory takes 6; a reference that is projected apart from the
-teacher takes one more per projection of the teacher.  With chunks of c tokens, the logits of R + c or
-of 2 c tokens exist at a time; without fusion, the logits of 2 R tokens.
+teacher, and every control, takes one more per projection of the teacher.  With chunks of c tokens, the logits of R + c
+or of 2 c tokens exist at a time, and with controls those of c more; without fusion, the logits of 2 R tokens.
 
 `HiddenPlacement` gathers the hidden states of tokens over the tensor-parallel group for a GEMM, and sums their
 gradients.
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.loss.sharded.contrast import subtract_controls
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size, reduce_scatter
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
@@ -43,7 +44,14 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     run_forward,
     shares_of,
 )
-from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, check_arguments, token_groups
+from megatron_selfdistill.loss.target import (
+    Divergence,
+    Target,
+    TokenDivergences,
+    check_arguments,
+    check_controls,
+    token_groups,
+)
 
 _NO_LOG_PROB = (
     "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
@@ -63,6 +71,7 @@ def fused_distillation_loss(
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
     reference: tuple[Tensor, Tensor] | None = None,
+    control_hidden: Tensor | None = None,
     teacher_weights: Tensor | None = None,
     chunk_tokens: int = 4096,
     mode: str = "keep_gradient",
@@ -83,6 +92,9 @@ def fused_distillation_loss(
     output weight that teacher and reference share.  Where the weights differ, teacher_hidden are the teacher's own
     states, ``reference`` holds the reference's hidden states and weight, in the teacher's shapes, and the logits
     (w t + r) / (1 + w) are the sum of two projections.
+    Controls: with ``target.num_controls`` = K, control_hidden [K, R, ..] are the controls' hidden states in the shape
+    of the teacher's, for the teacher's weight; the teacher's own states come in teacher_hidden, and a reference, which
+    is projected apart even if it shares the weight, in ``reference``.
     reference_entropy [R], teacher_weights [R] and groups of ``divergence``: as for `distillation_loss`; a chunk has
     tokens of one group.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
@@ -95,16 +107,19 @@ def fused_distillation_loss(
     observe: reads the logits of each chunk in the forward pass, in the order of the tokens.
     Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk the all-gathers of `distillation_loss` (three, JSD four, one less for a given beta), and one
-    each of the teacher's and the reference's hidden states where these are cut.  With gather_indices one all-gather in
-    forward and another in backward.  In backward one all-reduce of dgrad, or one reduce-scatter with gather_indices,
-    while the last wgrad GEMM runs; low_memory gathers the hidden states of teacher and reference again.
+    each of the teacher's and the reference's hidden states where these are cut.  Controls take one gather of their
+    normalisers, and one of their states where these are cut, per chunk_tokens / K tokens.  With gather_indices one
+    all-gather in forward and another in backward.  In backward one all-reduce of dgrad, or one reduce-scatter with
+    gather_indices, while the last wgrad GEMM runs; low_memory gathers the hidden states of the models that do not learn
+    again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
     reference_hidden, reference_weight = (None, None) if reference is None else reference
-    wide = {"teacher_hidden": "T t", "teacher_weight": "V w", "reference_hidden": "T r"}
+    wide = {"teacher_hidden": "T t", "teacher_weight": "V w", "reference_hidden": "T r", "control_hidden": "K T t"}
     rows = {} if gather_indices is None else {"student_hidden": "n h"}
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
     check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
+    check_controls("fused_distillation_loss", "control_hidden", control_hidden, target)
     if reference is not None and not target.is_anchored:
         raise ValueError(f"fused_distillation_loss: reference must be None without anchor=reference; got {target}.")
     placement = HiddenPlacement(vocab.group, gather_indices)
@@ -119,12 +134,16 @@ def fused_distillation_loss(
         placement,
         weight_gradient,
     )
-    others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
+    num_controls = target.num_controls
+    normalisers = (
+        student_hidden.new_empty(num_controls, layer.num_tokens, dtype=torch.float32) if num_controls else None
+    )
+    others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight, control_hidden, normalisers)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
-        logits = _Logits(layer, all_hidden, student_weight, others, keep)
+        logits = _Logits(layer, all_hidden, student_weight, others, keep, is_forward=True)
         forward = _forward_chunks(layer, logits, response_tokens, reference_entropy, observe)
     stats = forward.stats
     if not trained:
@@ -185,20 +204,34 @@ class _Others(NamedTuple):
     teacher_weight: Tensor | None
     reference_hidden: Tensor | None
     reference_weight: Tensor | None
+    control_hidden: Tensor | None
+    normalisers: Tensor | None
+    """The `log_normalisers` [K, R] of the controls, which the forward pass writes."""
 
 
 class _Logits:
     """The logits of student and teacher, one chunk after the other in the same memory.
 
-    With a reference of its own, the teacher's logits t become those of the mix, (w t + r) / (1 + w).
+    With a reference of its own, the teacher's logits t become those of the mix, (w t + r) / (1 + w).  With controls t
+    becomes t - c first, and the mix is w (t - c) + r.
 
     kept: [R, V / tp] or None.  The student's logits of a chunk lie in the chunk's rows of ``kept``, where their
     gradient overwrites them.  The teacher's logits lie behind them, where the next chunk will be written, as long as
     there is room.
     """
 
-    def __init__(self, layer: _Layer, all_hidden: Tensor, student_weight: Tensor, others: _Others, keep: bool) -> None:
+    def __init__(
+        self,
+        layer: _Layer,
+        all_hidden: Tensor,
+        student_weight: Tensor,
+        others: _Others,
+        keep: bool,
+        *,
+        is_forward: bool = False,
+    ) -> None:
         self.layer, self.all_hidden, self.student_weight, self.others = layer, all_hidden, student_weight, others
+        self.is_forward = is_forward
         longest, columns = min(layer.chunk_tokens, layer.num_tokens), student_weight.shape[0]
         self.kept = all_hidden.new_empty(layer.num_tokens, columns) if keep else None
         self.block = all_hidden.new_empty(longest if keep else 2 * longest, columns)
@@ -217,11 +250,19 @@ class _Logits:
         torch.mm(student, self.student_weight.t(), out=student_logits)
         weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
         teacher = self._full_width(others.teacher_hidden[tokens], weight)
-        if others.reference_hidden is None or others.reference_weight is None:
+        if others.control_hidden is not None:
             torch.mm(teacher, weight.t(), out=teacher_logits)
+            self._contrast(tokens, teacher_logits, weight)
+        if others.reference_hidden is None or others.reference_weight is None:
+            if others.control_hidden is None:
+                torch.mm(teacher, weight.t(), out=teacher_logits)
             return student_logits, teacher_logits
         reference = self._full_width(others.reference_hidden[tokens], others.reference_weight)
         weights = self.layer.teacher_weights
+        if others.control_hidden is not None:
+            share = self.layer.target.teacher_weight if weights is None else weights[tokens, None].float()
+            teacher_logits.mul_(share).addmm_(reference, others.reference_weight.t())
+            return student_logits, teacher_logits
         beta, alpha = 1 - 1 / self.layer.target.geometric_k, 1 / self.layer.target.geometric_k
         if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
             share = 1 / (1 + weights[tokens, None].float())
@@ -231,6 +272,26 @@ class _Logits:
         # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
         teacher_logits.addmm_(reference, others.reference_weight.t(), beta=beta, alpha=alpha)
         return student_logits, teacher_logits
+
+    def _contrast(self, tokens: slice, teacher_logits: Tensor, weight: Tensor) -> None:
+        """Replace the teacher's logits t of a chunk by t - c."""
+        others, vocab = self.others, self.layer.vocab
+        assert others.control_hidden is not None and others.normalisers is not None
+        hidden = others.control_hidden[:, tokens]
+
+        def control_logits(rows: slice) -> Tensor:
+            part = hidden[:, rows]
+            return (self._full_width(part.flatten(0, 1), weight) @ weight.t()).view(*part.shape[:2], -1)
+
+        subtract_controls(
+            teacher_logits,
+            control_logits,
+            others.normalisers[:, tokens],
+            num_valid=vocab.num_valid,
+            group=vocab.group,
+            chunk_tokens=self.layer.chunk_tokens,
+            known=not self.is_forward,
+        )
 
     def _full_width(self, part: Tensor, weight: Tensor) -> Tensor:
         """Return the hidden states [n, h] of a chunk, gathered over the ranks where ``part`` is cut by width."""

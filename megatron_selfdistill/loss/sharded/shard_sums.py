@@ -59,12 +59,16 @@ def beta_grid(target: Target, unit: float = 1.0) -> tuple[float, ...]:
     return (lowest, *(beta for beta in grid if beta > lowest * (1 + 1e-9)))
 
 
-def mix_unit(target: Target) -> float:
+def mix_unit(target: Target, teacher_weights: Tensor | None = None) -> float | Tensor:
     """Return the number by which the mix is divided before it reaches the passes: 1 + w with a reference, else 1.
 
     With a reference, the passes receive the logits m / (1 + w) = (w t + r) / (1 + w) in place of the teacher's.  Their
-    magnitude is that of logits, and their grid of betas is the same for every w.
+    magnitude is that of logits, and their grid of betas is the same for every w.  With controls m = w (t - c) + r has
+    this magnitude already, and the number is 1.
+    ``teacher_weights``: w of each token [T], for which the result is [T] float64.
     """
+    if teacher_weights is not None and not target.num_controls:
+        return 1 + teacher_weights.double()
     return target.geometric_k if target.is_anchored else 1.0
 
 
@@ -108,7 +112,7 @@ class BetaGrid:
 
         The result is cached: a run has one target and asks for its grid at every call of the loss.
         """
-        unit = mix_unit(target)
+        unit = float(mix_unit(target))
         grid = beta_grid(target, unit)
         asked = grid if target.rule != "batch" else (*grid, _given_beta(target, unit))
         betas = torch.tensor(asked, dtype=torch.float64).to(dtype).tolist()

@@ -67,7 +67,7 @@ def target_measures(
     shard = make_shard(student_logits, teacher_logits, target, vocab)
     models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
     num_considered = 1 if reference_logits is None else 2
-    mix_beta = beta.double() * (mix_unit(target) if teacher_weights is None else 1 + teacher_weights.double())
+    mix_beta = beta.double() * mix_unit(target, teacher_weights)
 
     def scaled(rows: Chunk) -> list[tuple[Tensor, Tensor]]:
         """Return beta m and the logits of each model, as `_shifted` returns them."""

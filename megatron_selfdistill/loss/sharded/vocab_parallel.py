@@ -30,6 +30,7 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     LogProbGradient,
     Shard,
     TokenConstants,
+    mix_unit,
 )
 from megatron_selfdistill.loss.sharded.token_statistics import Softmax, TokenResults
 from megatron_selfdistill.loss.target import (
@@ -100,8 +101,8 @@ class TokenStats:
     student_entropy: Tensor
     """[T] H(p)."""
     teacher_entropy: Tensor
-    """[T] H(softmax(t)).  With a reference this, ``teacher_log_prob`` and ``top1_agreement`` describe no teacher: the
-    loss receives the mix in place of t and sets the two numbers to NaN and the agreement to False."""
+    """[T] H(softmax(t)).  With a reference or controls this, ``teacher_log_prob`` and ``top1_agreement`` describe no
+    teacher: the loss receives other logits in place of t, sets the two numbers to NaN and the agreement to False."""
     target_entropy: Tensor
     """[T] H(q)."""
     wanted_entropy: Tensor
@@ -182,6 +183,8 @@ def distillation_loss(
     Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, (w t + r) / (1 + w), and the loss
     equals ``mixed_target(s, t, target, r)``.  reference_entropy: [T] H(softmax(r)) in nats, given if and only if
     ``target.needs_reference_entropy``.
+    Controls: with ``target.num_controls`` the teacher's logits are t - c, see `control.contrast`, and with a reference
+    too w (t - c) + r.
     Per token: teacher_weights [T], with a reference only: each token's own w >= 0, with which the caller has mixed; the
     target of the token is ``target.with_teacher_weight(w)``.  ``divergence`` may have groups of consecutive tokens,
     equal on all ranks; each group makes the collectives of a call.
@@ -341,7 +344,7 @@ def run_forward(
         parts = gather_parts(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
         loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
-    unit = grid.unit if teacher_weights is None else 1 + teacher_weights.double()
+    unit = mix_unit(target, teacher_weights)
     stats = TokenStats(
         loss=loss,
         reverse_kl=results.reverse_kl,
@@ -358,7 +361,7 @@ def run_forward(
         grid_betas=grid.reported(loss.device),
         grid_entropies=results.grid_entropies,
     )
-    if target.is_anchored:
+    if not target.reads_teacher:
         unknown = torch.full_like(loss, torch.nan)
         stats = replace(
             stats,

@@ -1,0 +1,290 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Targets with controls: the definition, the sharded loss and the fused layer equal float64 written out here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Target, VocabShard
+from megatron_selfdistill.loss.definition import mixed_target
+from megatron_selfdistill.loss.functional import linear_self_distillation_loss, self_distillation_loss
+from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
+WIDTH, K = 16, 3
+TARGETS = {
+    "student": Target(anchor="student", num_controls=K),
+    "student, strong": Target(anchor="student", teacher_weight=4.0, num_controls=K),
+    "student, any k": Target(anchor="student", k_max=None, num_controls=K),
+    "student, fixed": Target("fixed", anchor="student", num_controls=K),
+    "reference": Target(num_controls=K),
+    "reference, student's entropy": Target(match="student", num_controls=K),
+}
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return float64 logits of student, teacher and reference [9, VOCAB_SIZE], and of the controls [K, 9, VOCAB_SIZE].
+
+    The rows are: equal models, controls that equal the teacher, ties, two forks, huge logits, a control far above the
+    others, a teacher that excludes columns, columns that do not exist, and an ordinary row.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    reference = 2 * normal(9, VOCAB_SIZE)
+    teacher, student = reference + normal(9, VOCAB_SIZE), reference + 0.5 * normal(9, VOCAB_SIZE)
+    controls = reference + normal(K, 9, VOCAB_SIZE)
+    controls[:, 0] = teacher[0] = student[0] = reference[0]
+    controls[:, 1] = teacher[1] + torch.tensor([[0.0], [50.0], [-3.0]], dtype=torch.float64)
+    for logits in (teacher, student, reference, controls):
+        logits[..., 2, :] = 0.0
+        logits[..., 7, 40:60] = -torch.inf
+    teacher[2, :2] = 3.0
+    reference[3, :2] = student[3, :2] = teacher[3, 5:7] = 20.0
+    student[4], teacher[4], controls[:, 4] = student[4] + 1e4, teacher[4] - 1e4, 50 * controls[:, 4]
+    controls[1, 5, 3] = 200.0
+    teacher[6, 10:12] = -torch.inf
+    return student, teacher, reference, controls
+
+
+def log_q_by_bisection(student: Tensor, teacher: Tensor, reference: Tensor, controls: Tensor, target: Target) -> Tensor:
+    """Return log q, written out: m = w (t - c) + a, and k <= 1 with H(q) = H(anchor or student)."""
+    control = controls.softmax(-1).mean(0).log()
+    tiny = controls.log_softmax(-1).logsumexp(0) - math.log(len(controls))
+    control = torch.where(torch.isneginf(control), tiny, control)  # a probability below the range of float64
+    anchor = reference if target.anchor == "reference" else student
+    gone = torch.isneginf(teacher)
+    mix = anchor + target.teacher_weight * (teacher - control).masked_fill(gone, 0.0)
+    mix = mix.masked_fill(gone, -torch.inf)
+
+    def entropy(log_p: Tensor) -> Tensor:
+        return -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
+
+    if target.rule == "fixed":
+        return mix.log_softmax(-1)
+    matched = student if target.match == "student" else anchor
+    wanted = entropy(matched.log_softmax(-1)).clamp(min=1e-6)
+    low, high = (torch.full_like(wanted, math.log(end)) for end in (1 / 16, 16.0))
+    for _ in range(80):
+        middle = (low + high) / 2
+        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
+        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+    beta = low.exp().clamp(min=0.0 if target.k_max is None else 1.0)
+    return (beta[:, None] * mix).log_softmax(-1)
+
+
+def reverse_kl(student: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q) and its gradient to the student's logits, p (log p - log q - KL)."""
+    log_p = student.log_softmax(-1)
+    ratio = torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
+    value = (log_p.exp() * ratio).sum(-1)
+    return value, log_p.exp() * (ratio - value[:, None])
+
+
+EXCLUDED = 6
+"""The row whose reverse KL is infinite, since the teacher excludes columns that the student has."""
+ORDINARY = [row for row in range(9) if row != EXCLUDED]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_definition_is_the_formula(target: Target) -> None:
+    student, teacher, reference, controls = rows()
+    anchor = reference if target.is_anchored else None
+    found = mixed_target(student, teacher, target, anchor, controls).log_q
+    expected = log_q_by_bisection(student, teacher, reference, controls, target)
+    torch.testing.assert_close(found.exp(), expected.exp(), rtol=0, atol=1e-9)
+    assert (found[EXCLUDED, 10:12] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_loss_and_gradient_are_those_of_the_formula(target: Target) -> None:
+    """The bound is the rounding of float32 logits, times the weight and the inverse temperature that multiply it."""
+    student, teacher, reference, controls = (it[..., ORDINARY, :] for it in rows())
+    expected, gradient = reverse_kl(student, log_q_by_bisection(student, teacher, reference, controls, target))
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 5e-3)):
+        logits = student.to(dtype).requires_grad_()
+        found = self_distillation_loss(
+            logits,
+            teacher.to(dtype),
+            reference.to(dtype) if target.is_anchored else None,
+            control_logits=controls.to(dtype),
+            target=target,
+            reduction="none",
+        )
+        chosen = [row for row in range(len(ORDINARY)) if row != 4 or dtype == torch.float64]  # 1e4 has no digits left
+        torch.testing.assert_close(found[chosen].double(), expected[chosen], rtol=tolerance, atol=tolerance)
+        (got,) = torch.autograd.grad(found[chosen].sum(), logits)
+        torch.testing.assert_close(got[chosen].double(), gradient[chosen], rtol=tolerance, atol=tolerance)
+
+
+def test_where_all_hints_are_alike_the_student_is_its_own_target() -> None:
+    """The identity law: t = c gives q = p and loss 0, for every weight and every number of controls."""
+    student, teacher = (it[ORDINARY] for it in rows()[:2])
+    for num_controls in (1, 2, 5):
+        for weight in (0.5, 0.75, 4.0):
+            target = Target(anchor="student", teacher_weight=weight, num_controls=num_controls)
+            controls = teacher.expand(num_controls, -1, -1)
+            found = mixed_target(student, teacher, target, control_logits=controls)
+            torch.testing.assert_close(found.log_q.exp(), student.softmax(-1), rtol=0, atol=1e-7)
+            loss = self_distillation_loss(student, teacher, control_logits=controls, target=target, reduction="none")
+            assert loss.abs().max() < 1e-9
+
+
+def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() -> None:
+    """A shift of teacher and controls by one vector changes nothing; a shift of the teacher alone raises its column."""
+    student, teacher, _, controls = (it[..., -1:, :] for it in rows())
+    target, habit = TARGETS["student"], torch.randn(VOCAB_SIZE, dtype=torch.float64)
+    before = mixed_target(student, teacher, target, control_logits=controls.log_softmax(-1)).log_q
+    # A factor of every probability, which each control shares: the controls stay normalised relative to each other.
+    shifted = controls.log_softmax(-1) + habit
+    mean = (shifted.logsumexp(0) - math.log(K))[None].expand(K, -1, -1)
+    after = mixed_target(student, teacher + habit, target, control_logits=mean).log_q
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
+    news = teacher.clone()
+    news[0, 7] += 3.0
+    raised = mixed_target(student, news, target, control_logits=controls).log_q
+    assert raised[0, 7] > before[0, 7] + 1.0
+
+
+def test_controls_are_asked_for_and_counted() -> None:
+    student, teacher, _, controls = rows()
+    for given, target in (
+        (None, TARGETS["student"]),
+        (controls[:2], TARGETS["student"]),
+        (controls, Target(anchor="student")),
+    ):
+        with pytest.raises(ValueError, match=r"control_logits must hold Target\.num_controls = "):
+            self_distillation_loss(student, teacher, control_logits=given, target=target)
+    with pytest.raises(ValueError, match=r"control_logits must be \[3, 9, 150\]"):
+        self_distillation_loss(student, teacher, control_logits=controls[:, :4], target=TARGETS["student"])
+    with pytest.raises(ValueError, match=r"Target\.num_controls"):
+        Target("teacher_alone", anchor="student", num_controls=1)
+
+
+@dataclasses.dataclass
+class Layer:
+    """Hidden states and weights of an output layer, in float64."""
+
+    student: Tensor
+    teacher: Tensor
+    reference: Tensor
+    controls: Tensor
+    student_weight: Tensor
+    teacher_weight: Tensor
+
+    @classmethod
+    def made(cls, num_tokens: int) -> Layer:
+        generator = torch.Generator().manual_seed(8)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64) / 2
+
+        hidden = normal(num_tokens, WIDTH)
+        return cls(
+            hidden,
+            hidden + normal(num_tokens, WIDTH),
+            hidden + 0.3 * normal(num_tokens, WIDTH),
+            hidden + normal(K, num_tokens, WIDTH),
+            normal(PADDED_VOCAB_SIZE, WIDTH),
+            normal(PADDED_VOCAB_SIZE, WIDTH),
+        )
+
+    def logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own, other = (weight[:VOCAB_SIZE].T for weight in (self.student_weight, self.teacher_weight))
+        return self.student @ own, self.teacher @ other, self.reference @ other, self.controls @ other
+
+    def fused(self, target: Target, mode: str, chunk_tokens: int, vocab: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses, and the gradients of states and weight on this rank."""
+        columns = slice(vocab.start, vocab.start + vocab.size)
+        hidden, weight = self.student.clone().requires_grad_(), self.student_weight[columns].clone().requires_grad_()
+        theirs, entropy = self.teacher_weight[columns], None
+        if target.needs_reference_entropy:
+            log_r = self.logits()[2].log_softmax(-1)
+            entropy = -(log_r.exp() * log_r).sum(-1)
+        stats = fused_distillation_loss(
+            hidden,
+            self.teacher,
+            weight,
+            theirs,
+            torch.zeros(len(hidden), dtype=torch.int64),
+            target=target,
+            divergence=Divergence(),
+            vocab=vocab,
+            reference_entropy=entropy,
+            reference=(self.reference, theirs) if target.is_anchored else None,
+            control_hidden=self.controls,
+            chunk_tokens=chunk_tokens,
+            mode=mode,
+        )
+        of_hidden, of_weight = torch.autograd.grad(stats.loss.sum(), (hidden, weight))
+        return stats.loss.detach(), of_hidden, of_weight
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 100])
+@pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
+@pytest.mark.parametrize("name", ["student", "reference", "reference, student's entropy"])
+def test_the_fused_layer_equals_the_formula_in_every_chunking(name: str, mode: str, chunk_tokens: int) -> None:
+    layer, target = Layer.made(13), TARGETS[name]
+    loss, of_hidden, of_weight = layer.fused(target, mode, chunk_tokens, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
+    student, *others = layer.logits()
+    expected, gradient = reverse_kl(student, log_q_by_bisection(student, *others, target))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_hidden, gradient @ layer.student_weight[:VOCAB_SIZE], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_weight[:VOCAB_SIZE], gradient.T @ layer.student, rtol=1e-4, atol=1e-5)
+    assert (of_weight[VOCAB_SIZE:] == 0).all()
+
+
+def test_the_linear_loss_takes_the_states_of_controls() -> None:
+    layer, target = Layer.made(6), TARGETS["student"]
+    expected = self_distillation_loss(*layer.logits()[:2], control_logits=layer.logits()[3], target=target)
+    found = linear_self_distillation_loss(
+        layer.student,
+        layer.student_weight[:VOCAB_SIZE],
+        layer.teacher,
+        layer.teacher_weight[:VOCAB_SIZE],
+        control_hidden=layer.controls,
+        target=target,
+        chunk_tokens=4,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
+    """Return what the fused layer and the loss of logits give on a rank that has a share of the columns."""
+    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
+    layer, target = Layer.made(9), TARGETS[name]
+    fused = layer.fused(target, mode, 4, vocab)
+    _, teacher, _, controls = (
+        torch.nn.functional.pad(it, (0, PADDED_VOCAB_SIZE - VOCAB_SIZE), value=9.0)[..., vocab.start :][
+            ..., : vocab.size
+        ]
+        for it in layer.logits()
+    )
+    normalisers = log_normalisers(controls, vocab.num_valid, vocab.group)
+    return *fused, normalisers, contrast(teacher, controls, normalisers)[:, : vocab.num_valid], vocab.start
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("name", "mode"), [("student", "low_memory"), ("reference", "keep_gradient")])
+def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, name: str, mode: str, world_size: int) -> None:
+    layer, target = Layer.made(9), TARGETS[name]
+    loss, of_hidden, of_weight = layer.fused(target, mode, 4, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
+    _, teacher, _, controls = layer.logits()
+    whole = contrast(teacher, controls, log_normalisers(controls, VOCAB_SIZE))
+    results = ranks.run(on_a_rank, name, mode, world_size=world_size)
+    for own_loss, own_hidden, own_weight, normalisers, difference, start in results:
+        torch.testing.assert_close(own_loss, loss, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own_hidden, of_hidden, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(own_weight, of_weight[start : start + len(own_weight)], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(normalisers, controls.logsumexp(-1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(difference, whole[:, start : start + difference.size(1)], rtol=1e-12, atol=1e-12)
