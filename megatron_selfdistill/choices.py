@@ -18,6 +18,9 @@ GPUS = tuple(GPU_MEMORY_GB)
 ANCHORS = ("student", "reference")
 """Values of target.anchor, the model that the teacher is mixed with, and of target.match, whose entropy is matched."""
 
+CONTROLS = ("auto", "other", "none")
+"""Values of target.control, the hints after which the teacher's prediction is subtracted from its own."""
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 """Values of loss.divergence."""
 MAX_RENYI_ORDER = 4.0

@@ -91,7 +91,7 @@ class Learner:
             load_weights_and_optimizer(path, self.chunks, self.optimizer, run_data.vocab_size, verify)
         start = trained.start_of(self.chunks)
         self.teachers = Teachers.of(config)(config, grid, self.vocab, self.chunks, initial_chunks, saved, start)
-        self.packing = configured_packing(config, grid, last.config)
+        self.packing = configured_packing(config, grid, last.config, run_data.num_controls)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
@@ -208,7 +208,7 @@ class Learner:
     def set_batch_k(self, k: float | None) -> None:
         """Set what the next steps train towards; ``k``: that of target.rule=batch, None before the first step."""
         self.batch_k = k
-        self.target = Target.configured(self.config.target, k)
+        self.target = Target.configured(self.config.target, k, self.run_data.num_controls)
         self.distillation_loss = self.loss_towards(self.target)
 
     def read(

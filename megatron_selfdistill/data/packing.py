@@ -165,14 +165,14 @@ def padded_lengths(contexts: Sequence[ContextPair], rules: PackingRules) -> tupl
     """Return the lengths of the segments of student and teacher (`segments_of`), padded to ``rules.segment_multiple``.
 
     The teacher's are those of its own contexts, then those of the contexts of each control.
-    Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, has an empty prompt, or has another
-    number of controls than ``rules``.
+    Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, has an empty prompt, or has fewer
+    controls than ``rules``.
     """
     require_prompts(contexts)
     capacity = rules.capacity
     lasts = [contexts[segment[-1]] for segment in segments_of(contexts, rules)]
     for context in contexts:
-        if len(context.control_prompts) != rules.num_controls:
+        if len(context.control_prompts) < rules.num_controls:
             raise ValueError(
                 f"Problem {context.problem_id}: expected {rules.num_controls} control prompts beside the teacher's "
                 f"prompt, as the target has controls; got {len(context.control_prompts)}."

@@ -18,6 +18,7 @@ from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.controls import num_controls
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.fitted_prompts import ContextCounts, plan_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
@@ -64,6 +65,8 @@ class RunData:
     """Line for the log about the tokens that the teacher's prompts add, and warnings about them; None for neither."""
     first_prompts: Sequence[tuple[list[int], list[int]]] = ()
     """The prompts of student and teacher for the first problems; () in an evaluation."""
+    num_controls: int = 0
+    """Number of hints of other problems that the teacher reads each response after; 0 for a target without controls."""
     about_conversations: tuple[str, ...] = ()
     """Lines for the log with numbers of conversations and turns."""
     skipped: tuple[str, ...] = ()
@@ -172,6 +175,7 @@ class RunData:
             max_length=max_length,
             about_prompts=_about_prompts(builder, looked_at, config),
             first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
+            num_controls=num_controls(config, problems.problems),
         )
 
     @classmethod

@@ -101,14 +101,14 @@ class Target:
     that K controls give; without (0) m = w t + a."""
 
     @classmethod
-    def configured(cls, section: Any, batch_k: float | None = None) -> Target:
+    def configured(cls, section: Any, batch_k: float | None = None, num_controls: int = 0) -> Target:
         """Return the target of the ``section`` target of a configuration.
 
         ``batch_k``: the k that the rule "batch" has solved for this step; None before the first solution.
+        ``num_controls``: those of the run's data (`data.controls.num_controls`).
         """
         names = ("rule", "teacher_weight", "k_max", "anchor", "match")
         k = batch_k if section.rule == "batch" else section.k
-        num_controls = section.num_controls if section.control == "other" else 0
         return cls(k=k, num_controls=num_controls, **{name: getattr(section, name) for name in names})
 
     def __post_init__(self) -> None:

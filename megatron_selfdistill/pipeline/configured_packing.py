@@ -11,7 +11,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.batch import Packing
 
 
-def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig) -> Packing:
+def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig, num_controls: int = 0) -> Packing:
     """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
     return packing_of_model(
         model,
@@ -20,6 +20,7 @@ def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig)
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
         joins_turns=config.environment.one_sequence,
+        num_controls=num_controls,
     )
 
 
@@ -31,6 +32,7 @@ def packing_of_model(
     with_teacher: bool,
     with_reference: bool = False,
     joins_turns: bool = False,
+    num_controls: int = 0,
 ) -> Packing:
     """Return the packing for the layers of a model.
 
@@ -45,6 +47,7 @@ def packing_of_model(
         seq_multiple=token_multiple(model),
         attention_tokens=12 * model.hidden_size,
         joins_turns=joins_turns,
+        num_controls=num_controls,
     )
 
 

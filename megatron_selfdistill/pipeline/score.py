@@ -229,12 +229,13 @@ class _FusedAtTemperature(FusedLoss):
         vocab: VocabShard,
         grid: RankGrid,
         reference: tuple[GPTModel, Tensor] | None = None,
+        controls: Tensor | None = None,
         options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
         """Return the statistics of the tokens at this temperature; see `FusedLoss`."""
         if self.temperature != 1.0:
             hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
-        rest = response_tokens, vocab, grid, reference, options
+        rest = response_tokens, vocab, grid, reference, controls, options
         return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest)
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.method_config import TEACHER
+from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.run_data import RunData
@@ -60,6 +61,7 @@ def configured_source(
         player=_player(config, tools, recording) if config.environment.exists else None,
         record=config.rollout.record,
         max_staleness=config.rollout.max_staleness,
+        controls=Controls(run_data.problems.problems, tools.given, run_data.num_controls, config.seed),
     )
     found: ResponseSource
     if config.rollout.guidance != "none":

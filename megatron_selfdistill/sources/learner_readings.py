@@ -79,9 +79,17 @@ def identity_loss(learner: Learner, contexts: Sequence[ContextPair]) -> float:
     Raises: `NoResponseTokens` on all ranks where no replica has a response token.
     """
     answered = [context for context in contexts if context.response][:IDENTITY_CONTEXTS]
-    same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
+    same = [
+        replace(
+            context,
+            teacher_prompt=context.student_prompt,
+            control_prompts=(context.student_prompt,) * learner.packing.num_controls,
+        )
+        for context in answered
+    ]
     anchor = "reference" if learner.config.is_anchored else "student"
-    target = Target(teacher_weight=learner.config.target.teacher_weight, anchor=anchor)
+    weight, num_controls = learner.config.target.teacher_weight, learner.packing.num_controls
+    target = Target(teacher_weight=weight, anchor=anchor, num_controls=num_controls)
     packed, loss = pack_everywhere(same, learner.packing, learner.grid), learner.loss_towards(target)
     reference, teacher = learner.reference_of(target, learner.chunks), ScheduledTeacher(learner.chunks)
     output = learner.run_schedule(packed, teacher, loss, reference=reference, forward_only=True)

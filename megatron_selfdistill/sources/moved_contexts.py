@@ -76,6 +76,7 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
     for i in indices:
         context = batch.contexts[i]
         of_teacher = [token for one in context.of_teachers for token in one.prompt] or context.teacher_prompt
+        of_teacher = [*of_teacher, *(token for prompt in context.control_prompts for token in prompt)]
         ids = context.student_prompt, of_teacher, context.response
         named = context.problem_id, solutions[i], context.teacher, _description(context)
         names = [text.encode("utf-8", "surrogatepass") for text in named]
@@ -98,9 +99,9 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
     for truncated, guided in sizes[:, 7:9].tolist():
         student, teacher, response = islice(tokens, 3)
         name, text, reads, described = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 4))
-        several, turn = _described(described, teacher)
-        teacher = several[0].prompt if several else teacher
-        found = ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads, several, turn)
+        teacher, several, turn, controls = _described(described, teacher)
+        whether = bool(truncated), bool(guided)
+        found = ContextPair(name, student, teacher, response, *whether, reads, several, turn, controls)
         contexts.append(found)
         solutions.append(text)
     lengths = [len(context.response) for context in contexts]
@@ -125,18 +126,25 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
 
 
 def _description(context: ContextPair) -> str:
-    """Return the teachers and the turn of a context as a text; "" where it has neither several nor a turn."""
+    """Return the teachers, the turn and the lengths of the controls as a text; "" for a context with none of them."""
     several = [(one.teacher, one.share, len(one.prompt)) for one in context.of_teachers]
-    turn = None if context.turn is None else asdict(context.turn)
-    return json.dumps([several, turn]) if several or turn else ""
+    turn, controls = None if context.turn is None else asdict(context.turn), [*map(len, context.control_prompts)]
+    return json.dumps([several, turn, controls]) if several or turn or controls else ""
 
 
-def _described(text: str, tokens: Sequence[int]) -> tuple[tuple[TeacherPrompt, ...], EpisodeTurn | None]:
-    """Return the teachers and the turn of a `_description`; ``tokens``: the teachers' prompts, one after the other."""
-    several, turn = json.loads(text) if text else ([], None)
-    prompts = iter(tokens)
+def _described(
+    text: str, tokens: list[int]
+) -> tuple[list[int], tuple[TeacherPrompt, ...], EpisodeTurn | None, tuple[list[int], ...]]:
+    """Return the teacher's prompt, and the teachers, the turn and the control prompts of a `_description`.
+
+    ``tokens``: the prompts of the teacher, or of all teachers, and of the controls, one after the other.
+    """
+    several, turn, controls = json.loads(text) if text else ([], None, [])
+    alone, prompts = len(tokens) - sum(controls), iter(tokens)
     teachers = tuple(TeacherPrompt(name, share, [*islice(prompts, length)]) for name, share, length in several)
-    return teachers, None if turn is None else EpisodeTurn(**turn)
+    teacher = teachers[0].prompt if teachers else [*islice(prompts, alone)]
+    of_controls = tuple([*islice(prompts, length)] for length in controls)
+    return teacher, teachers, None if turn is None else EpisodeTurn(**turn), of_controls
 
 
 def _values_of_tokens(batch: StepBatch) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
@@ -57,6 +58,8 @@ class OnPolicyOptions:
     """The file to which the responses of all steps are appended; None records nothing."""
     max_staleness: int
     """The number of steps by which the weights that sampled a response may be older than the student's."""
+    controls: Controls
+    """The hints of other problems that the teacher reads the responses after."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class OnPolicy(ResponseSource):
     def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
         """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
         with self._options.phases("pack"):
-            contexts = self._contexts(method, trained)
+            contexts = self._options.controls.added(step, self._contexts(method, trained), trained)
         coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,

@@ -53,6 +53,13 @@ LAYOUTS = {
             "model.moe_router_score_function=sigmoid",
         ],
     ),
+    "controls on DP2": (
+        2,
+        [
+            *("target.control=other", "target.num_controls=2", "target.anchor=student"),
+            *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas with their controls
+        ],
+    ),
     "gated delta nets": (
         1,
         [
@@ -65,7 +72,7 @@ LAYOUTS = {
 }
 
 
-@combinations(name=list(LAYOUTS), quick={"name": ["DP2, bf16, overlapped"]}, strength=1)
+@combinations(name=list(LAYOUTS), quick={"name": ["DP2, bf16, overlapped", "controls on DP2"]}, strength=1)
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name):
     world_size, options = LAYOUTS[name]
     options = [*options, "num_steps=3", "checkpoint.save_every=2"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from megatron_selfdistill.choices import (
     ANCHORS,
+    CONTROLS,
     DIVERGENCES,
     LOSS_BACKENDS,
     LOSS_FUSED,
@@ -18,6 +19,7 @@ from megatron_selfdistill.choices import (
     TEACHER_WEIGHTS,
 )
 from megatron_selfdistill.config.schema.field_checks import Part, require
+from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import (
     Decay,
     NonNegativeFloat,
@@ -103,6 +105,13 @@ class TargetConfig(Part, section="target"):
     teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
     match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
+    control: Annotated[str, OneOf(CONTROLS)] = "none"
+    """What the teacher's logits t are compared with: none, or other: the teacher reads each response also after the
+    hints of num_controls other problems, and w (t - c) takes the place of w t, where c is the log of the mean of these
+    probabilities.  What any hint makes the model do then cancels.  auto is none where no other hint makes sense (all
+    hints are one text, or they are no solutions of the data), and other elsewhere."""
+    num_controls: Annotated[int, at_least(1), at_most(64)] = 4
+    """The number of controls of a response.  Where the data have fewer different hints, some of them count twice."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where the target would be another one than the keys describe."""
@@ -125,6 +134,11 @@ class TargetConfig(Part, section="target"):
             "target.rule=teacher_alone mixes the teacher with nothing: set target=teacher_alone, which also sets "
             "target.anchor=student",
         )
+        missing = why_no_control(config)
+        require(
+            self.control != "other" or missing is None,
+            f"target.control=other compares hints of different problems, but {missing}: set target.control=none",
+        )
         if self.guided_teacher_weight is not None:
             require(
                 self.anchor == "reference",
@@ -140,6 +154,22 @@ class TargetConfig(Part, section="target"):
             value is None or isinstance(value, str),
             f"target.{bound}={value} belongs to one teacher weight, and {key} sets another: set target.{bound}=null",
         )
+
+
+def why_no_control(config: Any) -> str | None:
+    """Return why the hints of other problems make no control in a run with this `Config`; None where they do."""
+    needs, key = config.method.needs, None
+    if config.target.rule == "teacher_alone":
+        key = "target.rule=teacher_alone mixes the teacher with nothing"
+    elif config.data.kind != "problems" or config.environment.exists:
+        key = "the hints of logged conversations and of environments belong to one conversation"
+    elif needs.teacher_prompt != HINTED or needs.hint != GIVEN or config.data.solutions == "none":
+        key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
+    elif config.rollout.guidance != "none":
+        key = f"rollout.guidance={config.rollout.guidance} samples from a target without controls"
+    elif config.teachers:
+        key = "the key teachers gives some hints to other teachers"
+    return key
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ CONTEXTS = [
             TeacherPrompt("code", 2 / 3, [7, 0, 7]),
             TeacherPrompt("c", 0.0, []),
         ),
+        control_prompts=([5], [1, 2]),
     ),
+    ContextPair("controls", [1, 2], [9], [], truncated=False, control_prompts=([8, 8], [], [7])),
 ]
-SOLUTIONS = ["x = 1\r\n", "", "答え"]
+SOLUTIONS = ["x = 1\r\n", "", "答え", "y"]
 LOG_PROBS = torch.tensor([-0.1, -math.inf, math.inf, -1e-300, -3.0], dtype=torch.float64)
 CPU = torch.device("cpu")
 
@@ -53,13 +55,13 @@ def batch_of(coefficients: Any) -> StepBatch:
 def terms() -> RatioTerms:
     columns = [torch.arange(5.0, dtype=torch.float64) * number for number in range(1, 5)]
     mu = LOG_PROBS.nan_to_num(neginf=-9, posinf=-8)
-    correction = SequenceImportance(mu, TokenOwners.of([3, 0, 2], over_ranks), cap=1e9)
+    correction = SequenceImportance(mu, TokenOwners.of([3, 0, 2, 0], over_ranks), cap=1e9)
     return RatioTerms(Terms(*columns, -columns[1]), mu, None, Clip(0.2, 0.3), correction=correction)
 
 
 def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order():
     batch = batch_of(terms())
-    order = [2, 0, 1]
+    order = [2, 0, 3, 1]
     found = _opened(batch, _parcel(batch, _values_of_tokens(batch), order), CPU)
     assert found.contexts == [CONTEXTS[i] for i in order]
     assert found.solutions == [SOLUTIONS[i] for i in order]

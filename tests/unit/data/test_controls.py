@@ -1,0 +1,105 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Which hints of other problems are the controls of a response, and which runs have controls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from characters import Characters
+from made_methods import given_with
+
+from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.controls import Controls, num_controls
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import ConfigError
+
+
+def problem(name: str, solution: str, answer: str | None = None) -> Problem:
+    return Problem(name, ({"role": "user", "content": f"{name}?"},), solution, answer, f"f:{name}")
+
+
+def hints(controls: Controls, step: int, of: Problem) -> list[str]:
+    """Return the hints in the control prompts of a problem."""
+    texts = ["".join(map(chr, prompt)) for prompt in controls.prompts(step, of)]
+    assert all(text.startswith(f"{of.id}?|") and text.endswith(":") for text in texts)
+    return [text.removeprefix(f"{of.id}?|").removesuffix(":") for text in texts]
+
+
+def controls_of(problems: Sequence[Problem], number: int = 3, seed: int = 1, **options: Any) -> Controls:
+    return Controls(problems, given_with(Characters(), **options), number, seed)
+
+
+PROBLEMS = [problem(f"p{i}", f"hint {i % 7}", answer=f"{i % 7 // 2}") for i in range(20)]
+
+
+def test_the_hints_are_those_of_other_problems_with_other_answers_and_differ() -> None:
+    controls = controls_of(PROBLEMS)
+    for step in range(5):
+        for of in PROBLEMS:
+            found = hints(controls, step, of)
+            assert len(set(found)) == 3 and of.solution not in found
+            assert not {f"{hint.split()[1]}" for hint in found} & {str(i) for i in range(7) if str(i // 2) == of.answer}
+
+
+def test_a_problem_meets_every_other_hint_equally_often_over_the_steps() -> None:
+    plain = [replace(one, answer=None) for one in PROBLEMS[:7]]
+    controls = controls_of(plain, number=2)
+    counts = Counter(hint for step in range(600) for hint in hints(controls, step, plain[0]))
+    assert set(counts) == {f"hint {i}" for i in range(1, 7)}
+    assert all(abs(count - 200) < 60 for count in counts.values()), "five standard deviations"
+
+
+def test_the_hints_depend_on_seed_step_and_problem_alone() -> None:
+    controls = controls_of(PROBLEMS)
+    again = [hints(controls_of(PROBLEMS), 3, of) for of in reversed(PROBLEMS)][::-1]
+    assert again == [hints(controls, 3, of) for of in PROBLEMS]
+    assert again != [hints(controls, 4, of) for of in PROBLEMS]
+    assert again != [hints(controls_of(PROBLEMS, seed=2), 3, of) for of in PROBLEMS]
+
+
+def test_where_there_are_few_hints_some_count_twice_and_right_answers_come_last() -> None:
+    few = [problem("a", "one", "1"), problem("b", "two", "1"), problem("c", "three", "3"), problem("d", "one", "1")]
+    assert hints(controls_of(few), 0, few[0]) == ["three", "two", "three"]
+    assert hints(controls_of(few[:2]), 0, few[0]) == ["two"] * 3
+
+
+def test_hints_that_do_not_fit_are_left_out_and_without_any_the_own_hint_is_its_control() -> None:
+    long = [problem("a", "short"), problem("b", "x" * 200), problem("c", "y")]
+    assert set(hints(controls_of(long), 0, long[0])) == {"y"}
+    assert hints(controls_of(long[:2], number=2), 0, long[0]) == ["short"] * 2
+
+
+def test_all_samples_of_a_problem_have_the_same_controls() -> None:
+    contexts = [ContextPair(name, [1], [2], [3], False) for name in ("p0", "p0", "p1")]
+    rollouts = [SimpleNamespace(problem=PROBLEMS[i]) for i in (0, 0, 1)]
+    first, second, other = controls_of(PROBLEMS).added(2, contexts, rollouts)
+    assert len(first.control_prompts) == 3 and first == second
+    assert other.control_prompts == controls_of(PROBLEMS).prompts(2, PROBLEMS[1])
+    assert controls_of(PROBLEMS, number=0).added(2, contexts, rollouts) is contexts
+
+
+@pytest.mark.parametrize(
+    ("control", "solutions", "expected"),
+    [
+        ("none", ["a", "b"], 0),
+        ("auto", ["a", "b"], 5),
+        ("auto", ["a", "a"], 0),
+        ("other", ["a", "b"], 5),
+    ],
+)
+def test_auto_has_controls_where_the_hints_differ(control: str, solutions: Sequence[str], expected: int) -> None:
+    problems = [problem(str(i), text) for i, text in enumerate(solutions)]
+    config = Config(target=TargetConfig(control=control, num_controls=5))
+    assert num_controls(config, problems) == expected
+
+
+def test_controls_of_one_text_are_refused() -> None:
+    config = Config(target=TargetConfig(control="other"))
+    with pytest.raises(ConfigError, match="all 2 solutions are one text"):
+        num_controls(config, [problem("a", "one"), problem("b", "one")])
