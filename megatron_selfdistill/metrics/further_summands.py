@@ -44,4 +44,7 @@ def measured_values(measures: TokenMeasures) -> dict[str, Tensor]:
         of_target, of_teacher = measures.kl_to_anchor.unbind(1)
         values |= {"with_kl": torch.ones_like(student), "teacher/kl_to_anchor": of_teacher}
         values |= {"kl_to_anchor": of_teacher, "target/let_through": of_target}
+    if measures.kl_of_control is not None:
+        general, specific = measures.kl_of_control.unbind(1)
+        values |= {"with_control": torch.ones_like(student), "control/general": general, "control/specific": specific}
     return values

@@ -73,6 +73,8 @@ _OVER = {
     "target/mass_on_rare_reference": "with_reference",
     "teacher/kl_to_anchor": "with_kl",
     "target/let_through": "kl_to_anchor",
+    "control/general": "with_control",
+    "control/specific": "with_control",
     "forks/entropy_student": "forks",
     "forks/entropy_target": "forks",
     "forks/capped": "forks",

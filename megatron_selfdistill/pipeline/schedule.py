@@ -535,7 +535,11 @@ class ScheduledStep:
         reference = None
         if kept.reference is not None:
             reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
-        return OwnLogits(self._teacher_logits(kept.teacher[tokens]), reference)
+        teacher, control = self._teacher_logits(kept.teacher[tokens]), None
+        if kept.controls is not None:
+            contrast = self._teacher_logits(kept.teacher[tokens], controls=kept.controls[:, tokens])
+            control = (teacher.float() - contrast).masked_fill(torch.isneginf(teacher), -torch.inf)
+        return OwnLogits(teacher, reference, control)
 
     @torch.no_grad()
     def _teacher_logits(

@@ -28,10 +28,14 @@ _OF_TEACHER = ("teacher_entropy", "teacher_log_prob", "top1_agreement")
 
 
 class OwnLogits(NamedTuple):
-    """The logits of the models that a target with a reference mixes, ``[n, v / tp]`` each; None is not measured."""
+    """The logits of the models that a target with a reference or controls mixes; None is not measured.
+
+    All are ``[n, v / tp]``; of the controls the log of the mean of their probabilities.
+    """
 
     teacher: Tensor | None = None
     reference: Tensor | None = None
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class TokenMeasures:
     kl_to_anchor: Tensor | None = None
     """KL(q || a) and KL(t || a) of target q, teacher t and anchor a, [R, 2] float64, see `TargetMeasures`; None where
     the teacher is not measured."""
+    kl_of_control: Tensor | None = None
+    """KL(c || a) and KL(t || c), [R, 2] float64, see `TargetMeasures`; None without controls."""
     kl_of_others: Tensor | None = None
     """KL(q || a) in nats of each of `TokenMeasurement.other_targets`, [R, targets] float64; None without any."""
     reference_entropy: Tensor | None = None
@@ -130,7 +136,7 @@ class MeasuringObserver:
     def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
         """Return the measures of a slice of the R tokens."""
         target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
-        masses, kl_to_anchor = target_measures(
+        masses, kl_to_anchor, kl_of_control = target_measures(
             student_logits,
             teacher_logits,
             beta,
@@ -139,6 +145,7 @@ class MeasuringObserver:
             reference_logits=own.reference,
             own_teacher_logits=teacher_logits if target.reads_teacher else own.teacher,
             teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
+            control_log_probs=own.control,
         )
         of_reference = entropy = None
         if own.reference is not None:
@@ -165,6 +172,7 @@ class MeasuringObserver:
             mass_on_rare_student=masses[:, 0],
             mass_on_rare_reference=of_reference,
             kl_to_anchor=kl_to_anchor,
+            kl_of_control=kl_of_control,
             kl_of_others=torch.stack(others, 1) if others else None,
             reference_entropy=entropy,
             **of_teacher,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from anchored import rows_of
 from conditioning import CHANGE, ROUNDINGS, UNIT_ROUNDOFF, changed_weights
-from layouts import Case, contexts, packed, reference, vocab_shard
+from layouts import Case, contexts, contexts_of, packed, reference, vocab_shard
 from models import parallel
 from tiers import combinations
 
@@ -32,6 +32,8 @@ TARGETS = {
     "student": Target(teacher_weight=2.0, anchor="student"),
     "reference": Target(anchor="reference", teacher_weight=2.0),
     "reference, the student's entropy": Target(anchor="reference", match="student"),
+    "student and controls": Target(anchor="student", num_controls=2),
+    "reference and controls": Target(num_controls=2),
 }
 FUSED = Fusion("keep_gradient", 4)
 LAYOUTS: dict[str, tuple[Case, int]] = {
@@ -42,7 +44,7 @@ LAYOUTS: dict[str, tuple[Case, int]] = {
     "CP2": (Case(parallel=parallel(cp=2)), 2),
     "DP2": (Case(pair_order="alternating", paired=True), 2),
 }
-CLAIMS = ("target/", "teacher/", "forks/", "reverse_kl/")
+CLAIMS = ("target/", "teacher/", "control/", "forks/", "reverse_kl/")
 OF_TEACHER = ("entropy/teacher", "teacher_cross_entropy", "top1_agreement")
 # Random models of a tiny vocabulary have no rare tokens: logits are this much larger than theirs.
 SCALE = 4.0
@@ -115,7 +117,7 @@ def alone(ranks) -> list[Measured]:
 
 
 def logits_by_definition(kind: str) -> list[torch.Tensor]:
-    """Return whole rows of logits [R, V] in float64 of student, teacher and reference, context by context."""
+    """Return whole rows of logits [R, V] in float64 of student, teacher, reference and two controls, by context."""
     model = models.model_config(kind)
     student, grid = models.build(model, ParallelConfig())
     teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
@@ -123,18 +125,20 @@ def logits_by_definition(kind: str) -> list[torch.Tensor]:
     for chunks in (student, teacher):
         sharpened(chunks)
     with torch.no_grad():
-        rows = [rows_of(context, student[0], teacher[0], teacher[0]) for context in contexts()]
+        with_controls = contexts_of(Case(target=Target(num_controls=2)))
+        rows = [rows_of(context, student[0], teacher[0], teacher[0]) for context in with_controls]
     return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
 def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
-    ((s, t, r),) = ranks.run(logits_by_definition, "shallow", world_size=1)
+    ((s, t, r, *controls),) = ranks.run(logits_by_definition, "shallow", world_size=1)
     log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
     tokens = torch.tensor([token for context in contexts() for token in context.response])
     tenths = torch.cat([torch.arange(n) * 10 // n for n in (len(context.response) for context in contexts())])
     for target, measured in zip(TARGETS.values(), alone, strict=True):
         found = measured.metrics
-        log_q = mixed_target(s, t, target, r if target.is_anchored else None).log_q
+        of_controls = torch.stack(controls) if target.num_controls else None
+        log_q = mixed_target(s, t, target, r if target.is_anchored else None, of_controls).log_q
         anchor = log_r if target.is_anchored else log_p
         forks = entropy(anchor) >= found["forks/entropy_at_least"] * (1 - 1e-6)
         assert len(forks) > 60 and 0.1 * len(forks) <= forks.sum() <= 0.15 * len(forks)
@@ -152,6 +156,10 @@ def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
         of_teacher = (log_t.exp() * (log_t - anchor)).sum(-1)
         expected["teacher/kl_to_anchor"] = of_teacher.mean()
         expected["target/let_through"] = (log_q.exp() * (log_q - anchor)).sum() / of_teacher.sum()
+        if of_controls is not None:
+            log_c = of_controls.softmax(-1).mean(0).log()
+            expected["control/general"] = (log_c.exp() * (log_c - anchor)).sum(-1).mean()
+            expected["control/specific"] = (log_t.exp() * (log_t - log_c)).sum(-1).mean()
         reverse_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         for tenth in range(10):
             expected[f"reverse_kl/tenth_{tenth + 1:02d}"] = reverse_kl[tenths == tenth].mean()
@@ -200,6 +208,6 @@ def test_a_measurement_changes_no_bit_of_a_gradient(ranks, alone):
         assert set(OF_TEACHER) <= measured.metrics.keys()
         assert all(map(torch.equal, measured.gradients, plain.gradients)) and measured.gradients
     knows_teacher = ["entropy/teacher" in plain.metrics for plain in without]
-    assert knows_teacher == [True, False, False], "the loss sees the teacher's own logits without a reference only"
+    assert knows_teacher == [target.reads_teacher for target in TARGETS.values()]
     knows_forks = ["forks/capped" in plain.metrics for plain in without]
     assert knows_forks == [True, True, False], "only the match with the reference needs its entropy at every step"

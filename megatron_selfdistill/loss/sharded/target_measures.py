@@ -38,6 +38,9 @@ class TargetMeasures(NamedTuple):
     """KL(q || a) and KL(t || a) in nats, [T, 2], where a is the reference, or without one the student, and t the
     teacher alone; their ratio is the share of the teacher's news that the target lets through.  None if t is not
     given."""
+    kl_of_control: Tensor | None = None
+    """KL(c || a) and KL(t || c) in nats, [T, 2], with the mean c of the controls: what any hint makes the model do, and
+    what only this one says.  None if c or t is not given."""
 
 
 @torch.no_grad()
@@ -51,19 +54,22 @@ def target_measures(
     reference_logits: Tensor | None = None,
     own_teacher_logits: Tensor | None = None,
     teacher_weights: Tensor | None = None,
+    control_log_probs: Tensor | None = None,
 ) -> TargetMeasures:
     """Return the `TargetMeasures` of T tokens, equal on all ranks of ``vocab.group``.
 
     Shapes: all logits [T, vocab.size], any float dtype; beta [T]: `TokenStats.beta` of the same tokens and target.
     Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, and ``teacher_weights [T]`` the w
     of each token, None the target's; as for `distillation_loss`.  ``own_teacher_logits``: those of the teacher alone.
+    ``control_log_probs [T, vocab.size]``: c, or c and a number per token, with ``own_teacher_logits`` only.
     -inf: a column with -inf in the student counts as rare; one with -inf in a, where q or t has mass, gives inf.
     NaN: a token with NaN in its logits or beta gives NaN.
     Collectives: two all-gathers over ``vocab.group``, none for T = 0.
     Raises: ValueError if shapes do not fit.
     """
     check_arguments("target_measures", locals())
-    optional = [logits for logits in (reference_logits, own_teacher_logits) if logits is not None]
+    given = reference_logits, own_teacher_logits, control_log_probs
+    optional = [logits for logits in given if logits is not None]
     shard = make_shard(student_logits, teacher_logits, target, vocab)
     models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
     num_considered = 1 if reference_logits is None else 2
@@ -91,14 +97,22 @@ def target_measures(
         q, considered = log_q.exp(), log_probs[:num_considered]
         sums = [(q * (log_p < math.log(RARE))).sum(1) for log_p in considered]
         if own_teacher_logits is not None:
-            sums += [_kl_summands(log_t, considered[-1]).sum(1) for log_t in (log_q, log_probs[-1])]
+            log_t, anchor = log_probs[num_considered], considered[-1]
+            pairs = [(log_q, anchor), (log_t, anchor)]
+            if control_log_probs is not None:
+                pairs += [(log_probs[-1], anchor), (log_t, log_probs[-1])]
+            sums += [_kl_summands(*pair).sum(1) for pair in pairs]
         return torch.stack([column.double() for column in sums], 1)
 
-    num_columns = num_considered + (0 if own_teacher_logits is None else 2)
+    num_columns = num_considered + (0 if own_teacher_logits is None else 2 if control_log_probs is None else 4)
     found = gather_parts(shard.over_rows(measures, num_columns, dtype=torch.float64), vocab.group).sum(0)
     found = found.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
     masses, divergences = found[:, :num_considered], found[:, num_considered:]
-    return TargetMeasures(masses, None if own_teacher_logits is None else divergences)
+    return TargetMeasures(
+        masses,
+        None if own_teacher_logits is None else divergences[:, :2],
+        None if control_log_probs is None else divergences[:, 2:],
+    )
 
 
 def _kl_summands(log_p: Tensor, log_a: Tensor) -> Tensor:

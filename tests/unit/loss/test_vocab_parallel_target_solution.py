@@ -75,7 +75,7 @@ def measured(name: str, dtype: torch.dtype) -> Tensor:
         s, m, tokens, target=target, divergence=Divergence(), vocab=vocab, reference_entropy=wanted
     )
     reference_logits = r if target.is_anchored else None
-    masses, divergences = target_measures(
+    masses, divergences, _ = target_measures(
         s, m, stats.beta, target=target, vocab=vocab, reference_logits=reference_logits, own_teacher_logits=t
     )
     assert divergences is not None
@@ -119,7 +119,7 @@ def test_tokens_may_have_their_own_teacher_weights() -> None:
     weights, target = torch.linspace(0.1, 4.0, NUM_ROWS).double(), TARGETS["reference, geometric mean"]
     vocab = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
     mix = (weights[:, None] * teacher + reference) / (1 + weights[:, None])
-    found, divergences = target_measures(
+    found, divergences, _ = target_measures(
         student,
         mix,
         1 / (1 + weights),
