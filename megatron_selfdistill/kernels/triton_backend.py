@@ -47,7 +47,7 @@ def _triton_version() -> str:
 @cache
 def backend() -> Backend:
     """Return the kernels, whose import takes a second, as a backend of the loss."""
-    from megatron_selfdistill.kernels import pass_launches, solver_launches
+    from megatron_selfdistill.kernels import contrast_kernels, pass_launches, solver_launches
 
     return Backend(
         name="triton",
@@ -59,4 +59,6 @@ def backend() -> Backend:
         jsd_pass=pass_launches.jsd_pass,
         renyi_pass=pass_launches.renyi_pass,
         write_gradient=pass_launches.write_gradient,
+        row_log_sums=contrast_kernels.row_log_sums,
+        contrast=contrast_kernels.contrast,
     )

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers
+from megatron_selfdistill.loss.sharded.contrast import log_normalisers
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import chosen as chosen_backend
 from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls, mixed_logits
 
 IGNORED = -100
@@ -104,8 +105,8 @@ def self_distillation_loss(
     if control_logits is not None:
         with torch.no_grad():
             controls = _rows_of_each(control_logits, chosen)
-            normalisers = log_normalisers(controls, vocab.num_valid, vocab.group)
-            teacher = contrast(teacher, controls, normalisers)
+            backend = chosen_backend(None, controls, teacher)
+            teacher = backend.contrast(teacher, controls, log_normalisers(controls, vocab, backend))
     if reference_logits is not None:
         reference, weight = _rows(reference_logits, chosen), target.teacher_weight
         with torch.no_grad():

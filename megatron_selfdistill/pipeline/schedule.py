@@ -31,7 +31,13 @@ from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.loss.sharded.contrast import subtract_controls
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, TokenStats, VocabShard, vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    TokenOptions,
+    TokenStats,
+    VocabShard,
+    chosen,
+    vocab_entropy,
+)
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
@@ -559,8 +565,8 @@ class ScheduledStep:
                 logits,
                 lambda rows: self._projected(controls[:, rows].flatten(0, 1)).view(len(controls), -1, logits.size(1)),
                 logits.new_empty(len(controls), len(logits), dtype=torch.float32),
-                num_valid=self.vocab.num_valid,
-                group=self.vocab.group,
+                vocab=self.vocab,
+                backend=chosen(None, logits, logits),
                 chunk_tokens=CONTROL_ROWS,
             )
         if reference_states is not None:

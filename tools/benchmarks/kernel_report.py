@@ -85,7 +85,7 @@ def cases() -> Iterator[Case]:
     import torch
 
     from megatron_selfdistill.choices import DIVERGENCES
-    from megatron_selfdistill.kernels import pass_kernels, pass_launches
+    from megatron_selfdistill.kernels import contrast_kernels, pass_kernels, pass_launches
     from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid
     from megatron_selfdistill.loss.target import Target
 
@@ -123,6 +123,11 @@ def cases() -> Iterator[Case]:
             types = logits | {"token_columns": "*i64" if log_prob else "*fp32"}
             name = f"gradient, {title}{', two terms' if log_prob else ''}, {dtype}"
             yield Case(name, gradient, types, constants, options)
+        one, options = {"logits": f"*{dtype}"}, reading | {"num_warps": contrast_kernels.WARPS}
+        block = {"BLOCK": contrast_kernels.BLOCK}
+        yield Case(f"row log sums, {dtype}", contrast_kernels.row_log_sums_kernel, one, block, options)
+        types = {"teacher": f"*{dtype}", "controls": f"*{dtype}", "out": "*fp32"}
+        yield Case(f"contrast, {dtype}", contrast_kernels.contrast_kernel, types, block, options)
     yield from solving_cases()
 
 
@@ -188,7 +193,7 @@ def measure(case: Case, arch: int) -> Report:
 def _type(name: str, types: dict[str, str]) -> str:
     if name in types:
         return types[name]
-    if name in ("mix_weight", "jsd_lambda", "teacher_power", "rest_of_order", "renyi_factor"):
+    if name in ("mix_weight", "jsd_lambda", "teacher_power", "rest_of_order", "renyi_factor", "log_number"):
         return "fp32"
     return "i32" if name.endswith("_stride") or name.startswith(("num_", "blocks_", "vocab_")) else "*fp32"
 

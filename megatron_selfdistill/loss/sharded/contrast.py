@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,17 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size
 
+if TYPE_CHECKING:
+    from megatron_selfdistill.loss.sharded.vocab_parallel import Backend, VocabShard
+
 
 def subtract_controls(
     teacher_logits: Tensor,
     control_logits: Callable[[slice], Tensor],
     normalisers: Tensor,
     *,
-    num_valid: int,
-    group: dist.ProcessGroup | None,
+    vocab: VocabShard,
+    backend: Backend,
     chunk_tokens: int,
     known: bool = False,
 ) -> None:
@@ -35,31 +39,40 @@ def subtract_controls(
     control_logits: returns those of the K controls [K, m, V / tp] for a slice of m of the n tokens; ``chunk_tokens``
     rows of them, of all controls together, exist at a time.
     normalisers: [K, n], the `log_normalisers` of the controls; written, or where they are ``known`` read.
-    Collectives: one all-gather over ``group`` per chunk, none where they are ``known``.
+    Collectives: one all-gather over ``vocab.group`` per chunk, none where they are ``known``.
     """
     step = -(-chunk_tokens // len(normalisers))
     for start in range(0, len(teacher_logits), step):
         rows = slice(start, min(start + step, len(teacher_logits)))
         controls = control_logits(rows)
         if not known:
-            normalisers[:, rows] = log_normalisers(controls, num_valid, group)
-        teacher_logits[rows] = contrast(teacher_logits[rows], controls, normalisers[:, rows])
+            normalisers[:, rows] = log_normalisers(controls, vocab, backend)
+        teacher_logits[rows] = backend.contrast(teacher_logits[rows], controls, normalisers[:, rows])
 
 
-def log_normalisers(logits: Tensor, num_valid: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the log of the sum of exp(logits) over the whole vocabulary.
+def log_normalisers(logits: Tensor, vocab: VocabShard, backend: Backend) -> Tensor:
+    """Return the log of the sum of exp(logits) over the whole vocabulary: [..., V / tp] -> [...], at least float32.
 
-    logits: [..., V / tp], this rank's columns, of which the first ``num_valid`` exist; -inf where a column does not.
-    The result [...] has the dtype of the logits, at least float32, and is equal on all ranks of ``group``.
-    Collectives: one all-gather over ``group``.
+    The result is equal on all ranks of ``vocab.group``.  Collectives: one all-gather over this group.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    own = logits[..., :num_valid].to(wide).logsumexp(-1)  # -inf on a shard of padding only
+    return joined_log_sums(backend.row_log_sums(logits, vocab.num_valid), vocab.group)
+
+
+def joined_log_sums(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the log of the sum of exp(own) over the ranks, in one order on each of them.  One all-gather."""
     if group_size(group) == 1:
         return own
     parts = own.new_empty(group_size(group) * own.numel())
     all_gather(parts, own.flatten(), group)
     return parts.view(-1, *own.shape).logsumexp(0)
+
+
+def row_log_sums(logits: Tensor, num_valid: int) -> Tensor:
+    """Return the log of the sum of exp over the first ``num_valid`` columns of each row; -inf where there are none.
+
+    logits: [..., V / tp], -inf where a column does not exist.  The result [...] has their dtype, at least float32.
+    """
+    return logits[..., :num_valid].to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
 
 
 def contrast(teacher_logits: Tensor, control_logits: Tensor, normalisers: Tensor) -> Tensor:

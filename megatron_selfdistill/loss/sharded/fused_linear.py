@@ -287,8 +287,8 @@ class _Logits:
             teacher_logits,
             control_logits,
             others.normalisers[:, tokens],
-            num_valid=vocab.num_valid,
-            group=vocab.group,
+            vocab=vocab,
+            backend=self.layer.backend,
             chunk_tokens=self.layer.chunk_tokens,
             known=not self.is_forward,
         )

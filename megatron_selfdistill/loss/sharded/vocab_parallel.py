@@ -22,7 +22,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.choices import LOSS_BACKENDS
 from megatron_selfdistill.loss.divergence import forward_share
 from megatron_selfdistill.loss.jsd_and_renyi import renyi_value
-from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded import contrast, shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
@@ -484,6 +484,7 @@ class Backend:
     num_parts: takes (T, columns per rank) and returns into how many parts each row is cut, the same number on all
     ranks.
     solve_tokens: returns a state, whose ``constants`` are for second_pass.
+    row_log_sums, contrast: see `contrast`.
     finish_tokens: takes this state and returns the results with a new state, whose ``constants`` are for another
     second_pass.
     """
@@ -497,6 +498,8 @@ class Backend:
     jsd_pass: Callable[[shard_sums.Shard, TokenConstants, float], Tensor]
     renyi_pass: Callable[[shard_sums.Shard, TokenConstants, Divergence], Tensor]
     write_gradient: Callable[..., None]
+    row_log_sums: Callable[[Tensor, int], Tensor]
+    contrast: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> Backend:
@@ -544,4 +547,6 @@ _TORCH = Backend(
     jsd_pass=shard_sums.jsd_pass,
     renyi_pass=shard_sums.renyi_pass,
     write_gradient=shard_sums.write_gradient,
+    row_log_sums=contrast.row_log_sums,
+    contrast=contrast.contrast,
 )

@@ -15,11 +15,13 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
 from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.functional import linear_self_distillation_loss, self_distillation_loss
-from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers
+from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers, row_log_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import chosen
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
 WIDTH, K = 16, 3
+TORCH = chosen("torch", torch.zeros(1, 1), torch.zeros(1, 1))
 TARGETS = {
     "student": Target(anchor="student", num_controls=K),
     "student, strong": Target(anchor="student", teacher_weight=4.0, num_controls=K),
@@ -270,7 +272,7 @@ def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
         ]
         for it in layer.logits()
     )
-    normalisers = log_normalisers(controls, vocab.num_valid, vocab.group)
+    normalisers = log_normalisers(controls, vocab, TORCH)
     return *fused, normalisers, contrast(teacher, controls, normalisers)[:, : vocab.num_valid], vocab.start
 
 
@@ -280,7 +282,7 @@ def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, name: str, mo
     layer, target = Layer.made(9), TARGETS[name]
     loss, of_hidden, of_weight = layer.fused(target, mode, 4, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
     _, teacher, _, controls = layer.logits()
-    whole = contrast(teacher, controls, log_normalisers(controls, VOCAB_SIZE))
+    whole = contrast(teacher, controls, row_log_sums(controls, VOCAB_SIZE))
     results = ranks.run(on_a_rank, name, mode, world_size=world_size)
     for own_loss, own_hidden, own_weight, normalisers, difference, start in results:
         torch.testing.assert_close(own_loss, loss, rtol=1e-9, atol=1e-9)
