@@ -1,0 +1,103 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Measure targets with controls: the hints of other problems as the comparison of the teacher.
+
+This text was written before the first run of these cells.  One run had been made before, to see that the program works:
+a leaking hint, seed 5, which is none of the seeds below.
+
+Tasks: the eleven small tasks of anchored_map.py whose losses docs/real_model.md compares.
+
+Choosing the setting, on seeds 1 and 2 and on the tasks of `CHOOSING_TASKS`: the arms of `CHOICES`, one value changed at
+a time from K = 4, w = .75 and the student as the anchor.  The setting with the greatest mean of the sampled accuracy
+after the last step is taken; settings within .005 of it are ties, of which the cheapest is taken (the least K, then w =
+.75).  The learning rate is the best of 1e-4, 3e-4 and 1e-3 by the same mean, for this setting and for each of the three
+fixed targets by itself.
+
+Comparing, on seeds 11 to 15 and on all tasks: the setting; the same with the reference as the anchor; *shuffled*, whose
+control is the problem's own hint, so that it must learn nothing; and the controls of the hint, another problem's hint
+and the wording without a hint in the place of the teacher's.  The default, the mix with the student and the teacher
+alone have their lines in results/anchored_map.jsonl.
+
+Rule for the default of the configuration, over these tasks and those of a real model: the setting with the smallest
+mean loss whose worst loss is at most .15, where the loss is the sampled accuracy of the best arm on the task minus that
+of the setting; ties go to the cheaper.  *auto* counts as one setting: it chooses by the data alone, the student with
+controls where the solutions differ, the mix with the student where all hints are one text, and the default of today
+where there are no solutions of the data (chat logs).
+
+    python experiments/control_map.py --choose              the missing cells that choose the setting
+    python experiments/control_map.py --arms controls       the missing cells of an arm, on the seeds that are reported
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cell_lines import REPOSITORY, RESULTS, read_lines
+
+sys.path[:0] = [str(REPOSITORY / "examples")]
+
+from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell  # noqa: E402
+from anchored_map import run_cell  # noqa: E402
+
+from _lib.command_line import prepare_process  # noqa: E402
+
+LINES = RESULTS / "control_map.jsonl"
+CHOOSING_TASKS = ("leak", "quickstart", "wrong_hints", "many_answers", "hard")
+TASKS = (*CHOOSING_TASKS, "unsolved", "unsolved_leaking", "unsolved_wrong", "choosing", "choosing_surer")
+"""The small tasks whose teacher sees solutions of the data; on chat logs the setting auto is the default of today."""
+OF_STUDENT = (*SIX["student_matched"], "target.control=other")
+
+
+def setting(num_controls: int, weight: float, *more: str) -> tuple[str, ...]:
+    """Return the overrides of a target with controls."""
+    return (*OF_STUDENT, f"target.num_controls={num_controls}", f"target.teacher_weight={weight}", *more)
+
+
+RATES = {"1e-4": ("optimizer.lr=1e-4",), "1e-3": ("optimizer.lr=1e-3",)}
+FIXED = {name: SIX[name] for name in ("anchored_matched", "student_matched", "teacher_alone")}
+CHOICES: Mapping[str, Sequence[str]] = {
+    "k1": setting(1, 0.75),
+    "k2": setting(2, 0.75),
+    "k4": setting(4, 0.75),
+    "k8": setting(8, 0.75),
+    "w050": setting(4, 0.5),
+    "w150": setting(4, 1.5),
+    "reference": setting(4, 0.75, "target.anchor=reference"),
+    **FIXED,
+    **{f"{name}_{rate}": (*FIXED[name], *lr) for name in FIXED for rate, lr in RATES.items()},
+    **{f"k4_{rate}": (*setting(4, 0.75), *lr) for rate, lr in RATES.items()},
+}
+ARMS: Mapping[str, Sequence[str]] = {
+    "controls": setting(4, 0.75),
+    "controls_of_reference": setting(4, 0.75, "target.anchor=reference"),
+    "controls_other_hint": setting(4, 0.75, "data.solutions=other"),
+}
+"""The arms that are reported; the numbers are those that `CHOICES` has chosen."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the missing cells, seed by seed; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--choose", action="store_true", help="the cells that choose the setting")
+    parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="(default: all)")
+    parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/control_map.jsonl)")
+    parser.add_argument("--directory", type=Path, default=Path("runs/control_map"), help="bases and runs")
+    options = parser.parse_args(argv)
+    arms, seeds = (CHOICES, (1, 2)) if options.choose else (ARMS, SEEDS)
+    done = {(line["experiment"], line["arm"], line["seed"]) for line in read_lines(options.lines)}
+    prepare_process()
+    for seed in seeds:
+        for arm in options.arms or arms:
+            for task in options.tasks or (CHOOSING_TASKS if options.choose else TASKS):
+                if (task, arm, seed) not in done:
+                    experiment = dataclasses.replace(EXPERIMENTS[task], arms=arms)
+                    run_cell(Cell(experiment, arm, seed), options.lines, options.directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
