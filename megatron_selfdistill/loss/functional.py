@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.contrast import log_normalisers
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import chosen as chosen_backend
 from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls, mixed_logits

@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.loss.sharded.contrast import subtract_controls
+from megatron_selfdistill.loss.sharded.subtracted_controls import subtract_controls
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TokenOptions,
     TokenStats,

@@ -11,51 +11,12 @@ per token cancels in the softmax of the target, so t need not be normalised; eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.loss.sharded.vocab_parallel import Backend, VocabShard
-
-
-def subtract_controls(
-    teacher_logits: Tensor,
-    control_logits: Callable[[slice], Tensor],
-    normalisers: Tensor,
-    *,
-    vocab: VocabShard,
-    backend: Backend,
-    chunk_tokens: int,
-    known: bool = False,
-) -> None:
-    """Replace the teacher's logits t [n, V / tp] by t - c, rounded once to their dtype.
-
-    control_logits: returns those of the K controls [K, m, V / tp] for a slice of m of the n tokens; ``chunk_tokens``
-    rows of them, of all controls together, exist at a time.
-    normalisers: [K, n], the `log_normalisers` of the controls; written, or where they are ``known`` read.
-    Collectives: one all-gather over ``vocab.group`` per chunk, none where they are ``known``.
-    """
-    step = -(-chunk_tokens // len(normalisers))
-    for start in range(0, len(teacher_logits), step):
-        rows = slice(start, min(start + step, len(teacher_logits)))
-        controls = control_logits(rows)
-        if not known:
-            normalisers[:, rows] = log_normalisers(controls, vocab, backend)
-        teacher_logits[rows] = backend.contrast(teacher_logits[rows], controls, normalisers[:, rows])
-
-
-def log_normalisers(logits: Tensor, vocab: VocabShard, backend: Backend) -> Tensor:
-    """Return the log of the sum of exp(logits) over the whole vocabulary: [..., V / tp] -> [...], at least float32.
-
-    The result is equal on all ranks of ``vocab.group``.  Collectives: one all-gather over this group.
-    """
-    return joined_log_sums(backend.row_log_sums(logits, vocab.num_valid), vocab.group)
 
 
 def joined_log_sums(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_selfdistill.loss.sharded.contrast import subtract_controls
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size, reduce_scatter
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
+from megatron_selfdistill.loss.sharded.subtracted_controls import subtract_controls
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Backend,
     ForwardResult,

@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
 from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.functional import linear_self_distillation_loss, self_distillation_loss
-from megatron_selfdistill.loss.sharded.contrast import contrast, log_normalisers, row_log_sums
+from megatron_selfdistill.loss.sharded.contrast import contrast, row_log_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
 from megatron_selfdistill.loss.sharded.vocab_parallel import chosen
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
