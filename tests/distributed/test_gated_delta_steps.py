@@ -32,7 +32,7 @@ LAYOUTS = {
     "TP2xPP2+SP": (parallel(tp=2, pp=2, sp=True), 4),
 }
 BOUND = bound("gated_delta")
-LONGEST = max(max(pair.student_length, pair.teacher_length) for pair in contexts())
+LONGEST = max(len(prompt) + len(pair.response) for pair in contexts() for prompt in pair.readings)
 ALONE = Case(kind="gated_delta", extra_weightless=0)
 
 

@@ -118,7 +118,7 @@ def test_contexts_pair_each_response_with_its_prompts() -> None:
         ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False),
         ContextPair("b", [4], [5, 6], [9], True),
     ]
-    assert [(c.student_length, c.teacher_length) for c in contexts] == [(4, 5), (2, 3)]
+    assert [(c.student_length, len(c.teacher_prompt)) for c in contexts] == [(4, 3), (2, 2)]
 
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
