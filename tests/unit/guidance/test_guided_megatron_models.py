@@ -184,12 +184,12 @@ def refuse_attention_without_masks() -> None:
 
     [model], grid = build(model_config(), parallel())
     attention = unwrapped(model).decoder.layers[0].self_attention
-    sampler = guided_sampler_of([model], grid)
     unwrapped(model).config.attention_backend = AttnBackend.flash
-    sampler.generate(make_pairs()[:1], GREEDY_PAIRS)  # this project's own attention takes masks
+    # This project's own attention takes masks.
+    guided_sampler_of([model], grid).generate(make_pairs()[:1], GREEDY_PAIRS)
     attention.core_attention = torch.nn.Identity()  # where Transformer Engine's would be
     with pytest.raises(ConfigError, match="attention_backend=auto"):
-        sampler.generate(make_pairs()[:1], GREEDY_PAIRS)
+        guided_sampler_of([model], grid).generate(make_pairs()[:1], GREEDY_PAIRS)
 
 
 def test_attention_that_takes_no_mask_is_refused(ranks):
