@@ -15,10 +15,7 @@ from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import llama3_fields, read_rope, rotary_fields, write_llama3, write_rotary
 from megatron_selfdistill.interop.hf.rules import Rule, fused
 from megatron_selfdistill.interop.hf.sliding_windows import (
-    every_layer,
     listed_layers,
-    mistral_layers,
-    no_layer,
     qwen_layers,
     require_layer_types,
     window_keys,
@@ -99,7 +96,7 @@ def write_common(arch: dict[str, Any]) -> dict[str, Any]:
 def _reader(
     *, windows: Callable[[HFConfig], list[bool]], bias: bool, **fields: Any
 ) -> Callable[[HFConfig], ModelConfig]:
-    """Return the reader of a dense family; ``windows`` returns whether each layer has the sliding window.
+    """Return the reader of a dense family; ``windows`` returns whether each layer, or all layers, have the window.
 
     ``bias``: whether q, k and v always have biases, as in Qwen2, whose code reads neither ``attention_bias`` nor
     ``mlp_bias``.
@@ -133,17 +130,21 @@ def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
     return write_decoder(arch) | {"sliding_window": write_window(arch)}
 
 
+def _windows_mistral(config: HFConfig) -> list[bool]:
+    return [True] if config["layer_types"] is None else listed_layers(config)  # Ministral has layer_types
+
+
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
-    _reader(windows=no_layer, bias=False),
+    _reader(windows=lambda _: [False], bias=False),
     lambda arch: write_decoder(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
 )
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
-    _reader(windows=mistral_layers, bias=False),
+    _reader(windows=_windows_mistral, bias=False),
     _write_with_window,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
 )
@@ -170,7 +171,7 @@ def _read_phi(config: HFConfig) -> ModelConfig:
             f"has rope_type={rope.kind!r}: only default is known here, since the "
             "factors of longrope depend on the length of the sequence"
         )
-    return read_common(config, transformer=window_keys(config, every_layer(config)), **llama3_fields(rope, config))
+    return read_common(config, transformer=window_keys(config), **llama3_fields(rope, config))
 
 
 def _write_phi(arch: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.interop.hf.sliding_windows import (
     SLIDING,
-    every_layer,
-    every_layer_if_used,
     window_keys,
     write_window,
 )
@@ -28,7 +26,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
     require_normalised(config)
     return read_common(
         config,
-        transformer=window_keys(config, every_layer(config)),
+        transformer=window_keys(config),
         **expert_fields(config, "num_local_experts", "intermediate_size"),
         **rotary_fields(read_rope(config), config),
     )
@@ -46,7 +44,7 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
-    transformer = window_keys(config, every_layer_if_used(config))
+    transformer = window_keys(config, [bool(config["use_sliding_window"])])
     transformer |= sparse_layers(config, otherwise=": call it Qwen3ForCausalLM") | softmax_router(config)
     count = "num_local_experts" if config.given("num_local_experts") else "num_experts"  # transformers 5 renames it
     return read_common(
@@ -214,7 +212,7 @@ def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
 
 def _refuse_windows(config: HFConfig) -> None:
     sliding = config["use_sliding_window"] or SLIDING in (config["layer_types"] or ())
-    if sliding and window_keys(config, every_layer(config)):
+    if sliding and window_keys(config):
         raise config.error(
             f"has a sliding_window of {config['sliding_window']} tokens: versions "
             "of transformers disagree on the layers that have it, and vLLM ignores it; set use_sliding_window to false"
