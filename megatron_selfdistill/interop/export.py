@@ -76,15 +76,15 @@ class Exporter:
         group_sizes = {expert: group.size() for expert, group in self._groups.items()}
         self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
 
-    def stream(self, *, copies: bool = True, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield every tensor of the rules once, full, in its live dtype, as lists of (Hugging Face name, tensor).
 
         A list is a bucket.  ``first``: the number of the bucket to begin with, equal on all ranks; 0 is the first one.
 
         Every rank of ``on_ranks`` receives the same lists; other ranks receive empty lists.  The stream empties a list
         when the caller asks for the next one, so that a loop never holds two buckets: keep the tensors, not the list.
-        The tensors are copies on this rank's device, and some share storage.  With ``copies=False`` a tensor that this
-        rank holds completely is a view of the live weights: read it before training continues.  On a GPU all copies and
+        The tensors are on this rank's device, and some share storage.  A tensor that this rank holds completely is a
+        view of the live weights where possible: read or copy it before training continues.  On a GPU all copies and
         transfers are queued; the stream does not wait for them.
         Buckets follow the order of pipeline stages, with dense tensors before experts, else the order of the rules.
 
@@ -100,16 +100,16 @@ class Exporter:
             place_of(shard, self._depths): data_of(shard, self._depths) for shard in sharded_tensors(self._chunks)
         }
         for bucket in self._buckets[first:]:
-            tensors = self._full_tensors(bucket, shards, copies)
+            tensors = self._full_tensors(bucket, shards)
             beat()
             yield tensors
             tensors.clear()
 
     @torch.no_grad()
-    def _full_tensors(self, bucket: _Bucket, shards: dict[Place, Tensor], copies: bool) -> list[tuple[str, Tensor]]:
+    def _full_tensors(self, bucket: _Bucket, shards: dict[Place, Tensor]) -> list[tuple[str, Tensor]]:
         if not self._relays[bucket.expert]:
             return []
-        if not copies and self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
+        if self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
             return [named for tensor in bucket.tensors for named in tensor.held(shards)] if self._wanted_here else []
         packed = self._packed_shards(bucket, shards)
         if not self._gathers[bucket.expert]:
@@ -192,6 +192,10 @@ class _Part:
         num_bytes = math.prod(self.size) * dtype.itemsize
         return packed[self.offset : self.offset + num_bytes].view(dtype).view(self.size)
 
+    def of_full(self, full: Tensor) -> Tensor:
+        """Return the block as a view of the full tensor."""
+        return full[tuple(slice(start, start + n) for start, n in zip(self.start, self.size, strict=True))]
+
 
 @dataclass(frozen=True)
 class _Tensor:
@@ -212,8 +216,7 @@ class _Tensor:
         """Return the named Hugging Face tensors, from the packed bytes of all senders."""
         full = torch.empty(self.rule.shape, dtype=self.dtype, device=device)
         for part in self.parts:
-            block = tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))
-            full[block].copy_(part.within(buffers[part.member], self.dtype))
+            part.of_full(full).copy_(part.within(buffers[part.member], self.dtype))
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
     def held(self, shards: Mapping[Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -224,7 +227,7 @@ class _Tensor:
         if full is None:
             full = torch.empty(self.rule.shape, dtype=self.dtype, device=blocks[0].device)
             for part, block in zip(parts, blocks, strict=True):
-                full[tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))] = block
+                part.of_full(full).copy_(block)
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
 
