@@ -11,7 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
@@ -118,14 +118,7 @@ MIXTRAL = Family(
     "mixtral",
     _read_mixtral,
     _write_mixtral,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
+    {"rope_theta": 1e6},
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
 )
 QWEN3_MOE = Family(
@@ -133,25 +126,12 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     _read_qwen3_moe,
     _write_qwen3_moe,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
-        "sliding_window": 4096,
-    },
 )
 
 
 def _read_olmoe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
     config.require("clip_qkv", (None,), "Megatron does not clip queries, keys and values")
-    channels = config["hidden_size"] // config["num_attention_heads"]
-    config.require("head_dim", (None, channels), f"expected hidden_size / num_attention_heads, which is {channels}")
     config.require("sliding_window", (None,), "transformers applies it in some of its kernels only")
     return read_common(
         config,
@@ -182,14 +162,6 @@ OLMOE = Family(
     "olmoe",
     _read_olmoe,
     _write_olmoe,
-    COMMON_DEFAULTS
-    | {
-        "rms_norm_eps": 1e-5,
-        "clip_qkv": None,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-    },
 )
 
 
@@ -237,18 +209,5 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     _read_qwen2_moe,
     _write_qwen2_moe,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 16,
-        "qkv_bias": True,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
-        "sliding_window": 4096,
-    },
-    TensorNames(shared="shared_expert"),
+    tensor_names=TensorNames(shared="shared_expert"),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import MISTRAL, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.interop.hf.rules import renamed
@@ -65,11 +65,7 @@ MINISTRAL3 = Family(
     "ministral3",
     _read,
     _write,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
+    {
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 1000000.0,

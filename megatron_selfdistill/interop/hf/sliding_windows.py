@@ -39,17 +39,8 @@ def window_keys(config: HFConfig, sliding: Sequence[bool] = (True,)) -> dict[str
 
 
 def listed_layers(config: HFConfig) -> list[bool]:
-    """Return the layers with a window by ``layer_types``.
-
-    Raises: ConfigError for a list of another length, and for another type of layer.
-    """
-    types, num_layers = list(config["layer_types"]), config["num_hidden_layers"]
-    if len(types) != num_layers:
-        raise config.error(f"has {len(types)} layer_types for {num_layers} layers: expected one for each layer")
-    unknown = sorted(set(types) - {FULL, SLIDING})
-    if unknown:
-        raise config.error(f"has layer_types with {unknown[0]!r}: only {FULL} and {SLIDING} are known here")
-    return [kind == SLIDING for kind in types]
+    """Return the layers with a window by ``layer_types``, which `require_layer_types` checks."""
+    return [kind == SLIDING for kind in config["layer_types"]]
 
 
 def require_layer_types(config: HFConfig, model: ModelConfig) -> None:
