@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,9 @@ def hf_to_megatron(
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     require_free(out)
     model, rules, tensors = _read_hf(hf)
+    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
     finite = FiniteCheck(str(hf), allow_non_finite, progress)
-    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
+    pieces = _pieces(model, rules, _HFReader(tensors, block, dtype, finite), progress)
     args = converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces))
     return write_release(out, pieces, args, empty_objects=_extra_states(rules), assets=hf, progress=progress)
 
@@ -228,7 +229,7 @@ class _HFReader:
     """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
     def __init__(
-        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: FiniteCheck
+        self, tensors: WeightsDirectory, block: Sequence[int] | None, dtype: torch.dtype | None, finite: FiniteCheck
     ) -> None:
         self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
 
@@ -248,11 +249,6 @@ class _HFReader:
                 raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or quantization_config is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
         return self._finite.checked(name, tensor.to(dtype))
-
-
-def _block(hf: Path) -> tuple[int, int] | None:
-    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
-    return tuple(block) if block else None
 
 
 def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:
@@ -369,7 +365,8 @@ def _model_and_family(
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
     progress.report(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
     model = replace(model, vocab_size=vocab_size)
-    num_layers = weights.num_passthrough_layers
+    of_layers = [name for name in weights.passthrough if name.startswith(("model.layers.", "mtp."))]
+    num_layers = len({passthrough_layer(name) for name in of_layers})
     if model.num_passthrough_mtp_layers != num_layers:
         progress.report(
             f"{model.num_passthrough_mtp_layers} multi-token-prediction layers of the original are not in it"

@@ -37,7 +37,7 @@ def describe(path: Path) -> dict[str, str]:
         return _describe_hf(path)
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
-    sizes = weights.sizes()
+    sizes = weights.source.sizes()
     adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
     if adapters is not None:
@@ -124,7 +124,7 @@ def _describe_hf(path: Path) -> dict[str, str]:
 def sizes_of(path: Path) -> Mapping[torch.dtype, int]:
     """Return the number of elements of the weights in a checkpoint or a Hugging Face directory by type."""
     if not is_hugging_face(path):
-        return open_weights(path).sizes()
+        return open_weights(path).source.sizes()
     sizes: Counter[torch.dtype] = Counter()
     for tensor in dequantised(open_weights_directory(path)).tensors.values():
         sizes[tensor.dtype] += math.prod(tensor.shape)

@@ -96,9 +96,7 @@ class Exporter:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
         # In each stream again: training wraps, offloads and casts parameters, which changes their storage.
-        shards = {
-            place_of(shard, self._depths): data_of(shard, self._depths) for shard in sharded_tensors(self._chunks)
-        }
+        shards = {place: data for place, data, _ in _shards(self._chunks, self._depths)}
         for bucket in self._buckets[first:]:
             tensors = self._full_tensors(bucket, shards)
             beat()
@@ -138,12 +136,9 @@ class Exporter:
     def _describe_stages(self, part: Callable[[str], bool]) -> list[_Stage]:
         """Return the description of each pipeline stage at this rank's place within the stage."""
         entries: dict[bool, list[_Entry]] = {False: [], True: []}
-        for shard in sharded_tensors(self._chunks):
-            where, start = place_of(shard, self._depths)
-            if not part(where.key):
-                continue
-            size, shape = tuple(data_of(shard, self._depths).shape), tuple(shard.global_shape[len(where.index) :])
-            entries[_is_expert(where)].append(_Entry(where, start, size, shape, shard.data.dtype))
+        for (where, start), data, shape in _shards(self._chunks, self._depths):
+            if part(where.key):
+                entries[_is_expert(where)].append(_Entry(where, start, tuple(data.shape), shape, data.dtype))
         members = {expert: gather_objects(entries[expert], group) for expert, group in self._groups.items()}
         ranks = {expert: dist.get_process_group_ranks(group) for expert, group in self._groups.items()}
         return gather_objects(_Stage(members, ranks), self._grid.pp_group)
@@ -376,31 +371,21 @@ Place = tuple[MegatronSlice, tuple[int, ...]]
 """A slice of a checkpoint, and the index at which a shard of it begins."""
 
 
-def sharded_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
-    """Yield the tensors of the model with the names and shards of a checkpoint."""
+def _shards(
+    chunks: Sequence[torch.nn.Module], depths: Mapping[str, int]
+) -> Iterator[tuple[Place, Tensor, tuple[int, ...]]]:
+    """Yield the place and the weights of each shard of the model, by the names of a checkpoint, and the slice's shape.
+
+    ``depths``: how many leading indices the rule of a key has; the other leading indices of the shard, such as the
+    expert of a rule for all experts, are part of the index at which the shard begins, and axes of length 1 of the
+    weights.
+    """
     for chunk in chunks:
         state_dict = unwrapped(chunk).sharded_state_dict()
         apply_factories(state_dict)
-        yield from (value for value in nested_values(state_dict) if isinstance(value, ShardedTensor))
-
-
-def place_of(shard: ShardedTensor, depths: Mapping[str, int]) -> Place:
-    """Return the place of ``shard``.
-
-    ``depths``: how many leading indices the rule of a key has; the other leading indices of the shard, such as the
-    expert of a rule for all experts, are part of the index at which the shard begins.
-    """
-    depth = _depth(shard, depths)
-    offsets = tuple(shard.global_offset)
-    return MegatronSlice(shard.key, offsets[:depth]), offsets[depth:]
-
-
-def data_of(shard: ShardedTensor, depths: Mapping[str, int]) -> Tensor:
-    """Return the weights of ``shard`` with one axis of length 1 for each leading index that `place_of` moves."""
-    data: Tensor = shard.data
-    return data[(None,) * (shard.prepend_axis_num - _depth(shard, depths))]
-
-
-def _depth(shard: ShardedTensor, depths: Mapping[str, int]) -> int:
-    stacked = int(shard.prepend_axis_num)
-    return min(depths.get(shard.key, stacked), stacked)
+        for shard in nested_values(state_dict):
+            if isinstance(shard, ShardedTensor):
+                stacked, offsets = int(shard.prepend_axis_num), tuple(shard.global_offset)
+                depth = min(depths.get(shard.key, stacked), stacked)
+                place = MegatronSlice(shard.key, offsets[:depth]), offsets[depth:]
+                yield place, shard.data[(None,) * (stacked - depth)], tuple(shard.global_shape[depth:])

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -24,7 +23,7 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.hf_files import WeightFiles, weight_files
+from megatron_selfdistill.interop.hf_files import weight_files
 
 _INDEX = "model.safetensors.index.json"
 _BLOCKS, _SCALES = "_blocks", "_scales"  # the ends of the names of the two tensors of a weight in MXFP4
@@ -39,25 +38,14 @@ class Stored:
     shape: tuple[int, ...]
 
 
-class WeightsDirectory(Protocol):
-    """The weights of a Hugging Face directory."""
-
-    directory: Path
-    tensors: dict[str, Stored]
-    """The stored tensors by name."""
-
-    def read(self, name: str) -> Tensor:
-        """Return the tensor ``name``, mapped from its file where the format allows it."""
-        ...
-
-
 def open_weights_directory(directory: Path) -> WeightsDirectory:
     """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
     Raises: CheckpointError for files that are missing or corrupt, or that lead out of the directory.
     """
     files = weight_files(Path(directory))
-    return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
+    is_safetensors = all(file.suffix == ".safetensors" for file in files)
+    return SafetensorsDirectory(directory, files) if is_safetensors else PickledDirectory(directory, files)
 
 
 class SafetensorsDirectory:
@@ -66,10 +54,10 @@ class SafetensorsDirectory:
     Raises: CheckpointError for files that are missing or corrupt.
     """
 
-    def __init__(self, directory: Path, files: WeightFiles) -> None:
+    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
-        for file, names in files.tensors.items():
+        for file, names in files.items():
             try:
                 with safe_open(file, framework="pt") as opened:
                     held = set(opened.keys())
@@ -89,11 +77,11 @@ class SafetensorsDirectory:
 class PickledDirectory:
     """The weights in ``pytorch_model.bin`` or its shards, from the restricted unpickler, which runs no code."""
 
-    def __init__(self, directory: Path, files: WeightFiles) -> None:
+    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
-        for file, names in files.tensors.items():
+        for file, names in files.items():
             held = self._load(file)
             for name in held if names is None else names & held.keys():
                 self.tensors[name] = Stored(file, held[name].dtype, tuple(held[name].shape))
@@ -203,3 +191,7 @@ class Mxfp4Directory:
         blocks, scales = self._stored.read(name + _BLOCKS), self._stored.read(name + _SCALES)
         whole: Tensor = convert_moe_packed_tensors(blocks, scales, rows_per_chunk=2**20)
         return whole.cpu()
+
+
+WeightsDirectory = SafetensorsDirectory | PickledDirectory | Mxfp4Directory
+"""The weights of a Hugging Face directory; ``tensors`` has the stored tensors by name, and ``read`` returns one."""

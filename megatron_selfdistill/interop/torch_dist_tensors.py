@@ -155,12 +155,8 @@ class _ChecksummedFile(io.BufferedWriter):
 def _save(value: Any, stream: io.BufferedWriter) -> None:
     try:
         torch.save(value, stream)
-    except RuntimeError as error:
-        if isinstance(
-            error.__context__, OSError
-        ):  # a full disk, which PyTorch takes for a wrong position in a zip file
-            raise error.__context__ from None
-        raise
+    except RuntimeError as error:  # on a full disk PyTorch complains of its position, after the error of the system
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class TorchDistReader:
@@ -182,11 +178,6 @@ class TorchDistReader:
     def common(self) -> dict[str, Any]:
         """The state that is no tensor (`read_common`)."""
         return read_common(self.directory, self._metadata)
-
-    @property
-    def objects(self) -> list[str]:
-        """The keys of the stored objects that are no tensors."""
-        return [key for key in self._metadata.state_dict_metadata if key not in self._tensors]
 
     def place(self, key: str, index: tuple[int, ...]) -> Place | None:
         """Return the place of a tensor in this checkpoint, under any of its names; None if the tensor is missing."""

@@ -37,6 +37,7 @@ from tiny_run import (
 
 from megatron_selfdistill.adapters.stored_adapters import require_adapters
 from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
@@ -354,7 +355,8 @@ def merge(adapters: Path, out: Path) -> None:
             a, b = (factors.read(f"{adapter}.{name}") for name in "ab")
             weight = weight + (stored.settings.scale * b.double() @ a.double()).to(weight.dtype)
         pieces.append(Piece(key, shape, (0,) * len(shape), shape, weight.dtype, lambda made=weight: made))
-    write_release(out, pieces, base.args, empty_objects=base.source.objects, progress=Progress())
+    objects = [key for key in load_metadata(base.path).state_dict_metadata if "_extra_state" in key]
+    write_release(out, pieces, base.args, empty_objects=objects, progress=Progress())
 
 
 @pytest.fixture(scope="module")

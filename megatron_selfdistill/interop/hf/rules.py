@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -201,7 +201,7 @@ def _require_shape(name: str, shape: tuple[int, ...], tensor: Tensor) -> None:
         raise ConfigError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def dequantise_blocks(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantise_blocks(weight: Tensor, scale_inv: Tensor, block: Sequence[int]) -> Tensor:
     """Return ``weight[i, j] * scale_inv[i // block[0], j // block[1]]`` in float32: published FP8 weights as numbers.
 
     Shapes: weight ``[n, m]`` (float8_e4m3fn), scale_inv ``[ceil(n / block[0]), ceil(m / block[1])]`` (float32, or
