@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--hf-config", help=about, **_DIR)
     about = "vocabulary without padding, if the checkpoint does not state it"
     to_hf.add_argument("--vocab-size", type=int, metavar="N", help=about)
-    about = "largest size of a weights file, such as 500MB (default: 5GB)"
+    about = "most bytes of tensors in a weights file, such as 500MB (default: 5GB)"
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=about)
     for command in (from_hf, to_hf):
         about = "report NaN and infinite weights instead of refusing them"
