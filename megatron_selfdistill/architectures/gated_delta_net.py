@@ -38,6 +38,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -337,7 +338,7 @@ class GatedDeltaNet(MegatronModule):
             states = None if inference_context is None else _States.of(self, inference_context, b)
             out = self._mixed(*inputs, states=states)
         elif self.kernels is not None:
-            out = self._mixed(*inputs, **_lengths_for_kernels(packed))
+            out = self._mixed(*inputs, lengths=_lengths_for_kernels(packed))
         else:
             segments = segment_batches_of(packed, mixed.device)
             rows = [self._mixed(*(x[0][index] for x in inputs)).flatten(0, 1) for index in segments.batches]
@@ -353,7 +354,7 @@ class GatedDeltaNet(MegatronModule):
         alpha: Tensor,
         *,
         states: _States | None = None,
-        **lengths: Tensor,
+        lengths: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         """Return the outputs ``[b, s, heads, d_v]`` of rows ``[b, s, channels]``, before their norm.
 

@@ -28,7 +28,6 @@ from megatron_selfdistill.distributed.terminal import print_error, visible
 if TYPE_CHECKING:
     from megatron_selfdistill.interop.release import Progress
 
-
 EXIT_REFUSED = 2
 _RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 _DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}

@@ -38,7 +38,7 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def open_weights_directory(directory: Path) -> WeightsDirectory:
+def open_weights_directory(directory: Path) -> StoredDirectory:
     """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
     Raises: CheckpointError for files that are missing or corrupt, or that lead out of the directory.
@@ -157,7 +157,7 @@ def _save_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     sync(file)
 
 
-def dequantised(directory: WeightsDirectory) -> WeightsDirectory:
+def dequantised(directory: StoredDirectory) -> WeightsDirectory:
     """Return ``directory`` with a bf16 tensor ``name`` for each pair ``name_blocks`` and ``name_scales``.
 
     A directory without such pairs is returned itself.
@@ -170,7 +170,7 @@ def dequantised(directory: WeightsDirectory) -> WeightsDirectory:
 class Mxfp4Directory:
     """The weights of a Hugging Face directory, some of them stored as MXFP4 and read as bf16."""
 
-    def __init__(self, stored: WeightsDirectory, names: list[str]) -> None:
+    def __init__(self, stored: StoredDirectory, names: list[str]) -> None:
         """Show the tensors ``names`` of ``stored`` as bf16; the other tensors are as they are."""
         self.directory = stored.directory
         self._stored, self._names = stored, frozenset(names)
@@ -193,5 +193,6 @@ class Mxfp4Directory:
         return whole.cpu()
 
 
-WeightsDirectory = SafetensorsDirectory | PickledDirectory | Mxfp4Directory
+StoredDirectory = SafetensorsDirectory | PickledDirectory
+WeightsDirectory = StoredDirectory | Mxfp4Directory
 """The weights of a Hugging Face directory; ``tensors`` has the stored tensors by name, and ``read`` returns one."""

@@ -56,6 +56,7 @@ def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]
 
 def _vocabulary(model: ModelConfig) -> Iterator[tuple[str, ...]]:
     divisor = model.make_vocab_size_divisible_by
+    assert model.vocab_size is not None
     yield "--make-vocab-size-divisible-by", str(divisor)
     yield "--padded-vocab-size", str(padded_vocab_size(model.vocab_size, divisor, 1))
 
