@@ -41,7 +41,7 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
 from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
-from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf.rules import Rule, stack_shapes
 from megatron_selfdistill.interop.hf_files import contained, read_config
 from megatron_selfdistill.interop.new_directory import created, require_free
 from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
@@ -266,11 +266,7 @@ def _pieces(
     finite: FiniteCheck,
 ) -> list[Piece]:
     """Return the pieces of the checkpoint; all factors get ``rank`` by rows of A and columns of B of zeros."""
-    depth: dict[str, tuple[int, ...]] = {}
-    for rule_a, rule_b, _ in layers:
-        for rule in (rule_a, rule_b):
-            seen = depth.get(rule.megatron.key, (0,) * len(rule.megatron.index))
-            depth[rule.megatron.key] = tuple(max(a, b + 1) for a, b in zip(seen, rule.megatron.index, strict=True))
+    stacks = stack_shapes(rule.megatron for rule_a, rule_b, _ in layers for rule in (rule_a, rule_b))
     kind = dtype or functools.reduce(torch.promote_types, (a.dtype for _, _, (a, _) in layers))
     pieces = []
     for rule_a, rule_b, (a, b) in layers:
@@ -280,7 +276,7 @@ def _pieces(
             key, index = rule.megatron.key, rule.megatron.index
             sizes = (*(1 for _ in index), *factor.shape)
             made = finite.checked(shown(key, index), factor.to(kind)).reshape(sizes)
-            pieces.append(Piece(key, depth[key] + tuple(factor.shape), (*index, 0, 0), sizes, kind, lambda t=made: t))  # type: ignore[misc]
+            pieces.append(Piece(key, stacks[key] + tuple(factor.shape), (*index, 0, 0), sizes, kind, lambda t=made: t))  # type: ignore[misc]
     return pieces
 
 
@@ -297,8 +293,8 @@ def weight_rules(weights: Weights) -> list[Rule]:
     family = family_of(read_config(assets)) if assets is not None else family_of_model(model)
     if family.text_config is not None:
         raise ConfigError(
-            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: merge the "
-            "adapters (selfdistill convert merge-adapters or megatron-to-hf) instead of converting them alone"
+            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: the adapters "
+            "cannot be converted"
         )
     return family.rules(model)
 

@@ -37,23 +37,25 @@ class Progress:
     """Receives a message for each decision of the conversion."""
 
 
+@dataclass(frozen=True)
 class FiniteCheck:
     """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages.
 
     ``allow``: whether --allow-non-finite was given; None for commands without this option.
     """
 
-    def __init__(self, source: str, allow: bool | None, progress: Progress) -> None:
-        self._source, self._allow, self._progress = source, allow, progress
+    source: str
+    allow: bool | None
+    progress: Progress
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:
         """Return ``tensor``; raise CheckpointError where ``tensor`` is not finite, unless that is allowed."""
         if not is_finite(tensor):
-            message = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
-            if not self._allow:
-                option = "" if self._allow is None else ", or convert it with --allow-non-finite"
+            message = f"{name} of {self.source} has NaN or infinite elements (as {tensor.dtype})"
+            if not self.allow:
+                option = "" if self.allow is None else ", or convert it with --allow-non-finite"
                 raise CheckpointError(f"{message}: take an earlier checkpoint{option}")
-            self._progress.report(message)
+            self.progress.report(message)
         return tensor
 
 

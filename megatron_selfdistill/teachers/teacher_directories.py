@@ -224,7 +224,7 @@ def _digest(path: Path) -> str:
         digest, stored = shared_base_digest(path), run_on_rank_0(lambda: read_stored_adapters(path))
         settings = {} if stored is None else shared_checksums(stored.path, [stored.path / NAME])
         return digest + digest_of_files(settings) if settings else digest
-    files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
+    files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path)])
     return digest_of_files(shared_checksums(path, files))
 
 

@@ -35,9 +35,14 @@ from tiny_run import (
     with_trainer,
 )
 
+from megatron_selfdistill.adapters.stored_adapters import require_adapters
+from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.interop.conversion import megatron_to_hf
-from megatron_selfdistill.interop.merged_weights import merge_adapters
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
+from megatron_selfdistill.interop.release import Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 from megatron_selfdistill.teachers.teachers_config import joins
 
 LAYOUTS = TWO_RANKS | {
@@ -338,6 +343,22 @@ def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ran
     train(ranks, arguments(own, run, "num_steps=2", "checkpoint.resume=force"))
 
 
+def merge(adapters: Path, out: Path) -> None:
+    """Write the weights below ``adapters`` with the products of the factors added as the checkpoint ``out``."""
+    stored = require_adapters(adapters)
+    base = open_weights(stored.base_place())
+    factors = TorchDistReader(adapters)
+    pieces = []
+    for key, shape in weight_shapes(base.source.shapes).items():
+        weight, adapter = base.source.read(key), f"{key.removesuffix('.weight')}_adapter"
+        if f"{adapter}.a" in factors.shapes:
+            a, b = (factors.read(f"{adapter}.{name}") for name in "ab")
+            weight = weight + (stored.settings.scale * b.double() @ a.double()).to(weight.dtype)
+        pieces.append(Piece(key, shape, (0,) * len(shape), shape, weight.dtype, lambda made=weight: made))
+    objects = [key for key in load_metadata(base.path).state_dict_metadata if "_extra_state" in key]
+    write_release(out, pieces, base.args, empty_objects=objects, progress=Progress())
+
+
 @pytest.fixture(scope="module")
 def adapted(ranks, places, tmp_path_factory) -> dict[str, Path]:
     """Return adapters on the student as a checkpoint, as a directory of PEFT, and merged into full weights."""
@@ -346,7 +367,7 @@ def adapted(ranks, places, tmp_path_factory) -> dict[str, Path]:
     fast = ["adapter.rank=3", "optimizer.lr=3e-1", "optimizer.lr_warmup_steps=0", "num_steps=2", "seed=7"]
     train(ranks, overrides(places["data"], run, FOUR_LAYERS, start, *fast))
     found = {"adapters": run / "checkpoints", "peft": run / "peft", "merged": run / "merged"}
-    merge_adapters(found["adapters"], found["merged"])
+    merge(found["adapters"] / "iter_0000002", found["merged"])
     megatron_to_peft(found["adapters"], found["peft"], base_model="student")
     return found
 

@@ -146,7 +146,8 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
         f"model.{'transformer.' * (name in configured.transformer)}{name.replace('yarn_', 'yarn.')} is {ours!r}, but "
         f"the checkpoint was saved with {theirs!r}"
         for name, (ours, theirs) in differences(wanted, stored).items()
-        if not _may_differ(name, stored)
+        # RoPE has no table of positions, so a run may allow fewer or more positions.
+        if name != "max_position_embeddings" or stored.position_embedding_type == "learned_absolute"
     ]
     if faults:
         raise ConfigError(f"{'; '.join(faults)}: do not set these keys, or choose another checkpoint")
@@ -242,11 +243,3 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
     if found.get("window_size") is not None:
         found["window_size"] = tuple(found["window_size"])
     return found
-
-
-def _may_differ(name: str, stored: ModelConfig) -> bool:
-    """Return whether a run may set the field ``name`` to another value than the stored one.
-
-    RoPE has no table of positions, so a run may allow fewer or more positions.
-    """
-    return name == "max_position_embeddings" and stored.position_embedding_type != "learned_absolute"

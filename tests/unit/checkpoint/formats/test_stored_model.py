@@ -24,8 +24,8 @@ from megatron_selfdistill.checkpoint.formats.stored_model import (
 )
 from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.conversion import converted_args
 from megatron_selfdistill.interop.hf.mapping import family_of
-from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.model.model_values import differences
 
 LLAMA = {
