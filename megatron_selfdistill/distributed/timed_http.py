@@ -78,29 +78,6 @@ async def exchange(
         raise HttpError(_cause(error)) from None
 
 
-def post(
-    url: str, payload: str, headers: Mapping[str, str | bytes], timeout_s: float | None, max_bytes: int
-) -> HttpAnswer:
-    """Send ``payload`` to ``url`` and return the answer; no event loop may run in this thread.
-
-    Raises: TimeoutError where the answer is not complete ``timeout_s`` seconds after the call, unless it is None;
-    otherwise as `exchange`.
-    """
-
-    async def exchanged() -> HttpAnswer:
-        try:
-            async with asyncio.timeout(timeout_s), new_client(url) as client:
-                return await exchange(client, "POST", url, payload.encode(), headers, max_bytes)
-        except TimeoutError:
-            raise TimeoutError("the answer was not complete") from None
-
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(exchanged())
-    finally:
-        loop.close()  # and not asyncio.run, which would wait for the thread that looks up a host's name
-
-
 def _require_short(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise LongAnswerError(f"expected an answer of at most {max_bytes} bytes, got a longer one")

@@ -104,11 +104,6 @@ class RolloutConfig(Part, section="rollout"):
     """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
-    replay: FilePath | None = None
-    """JSONL file of responses, as rollout.record writes it; the run trains on these responses instead of sampling."""
-    record: FilePath | None = None
-    """JSONL file to which the run writes every response with its step, problem and index of the sample; null is
-    none."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where responses would be sampled in another way than the keys say."""
