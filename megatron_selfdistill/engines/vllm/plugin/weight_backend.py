@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_selfdistill.engines.vllm.packed import after_reload, before_reload
-from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
+from megatron_selfdistill.engines.vllm.plugin.receivers import RECEIVERS, Receiver
 from megatron_selfdistill.engines.vllm.protocol import Layout, digest, unpack
 from megatron_selfdistill.engines.vllm.server.server_names import BACKEND
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX
@@ -41,7 +41,7 @@ class InitInfo(WeightTransferInitInfo):
     """The trainer's choice of transfer, sent once."""
 
     transfer: str
-    """Name of the transfer: shared_memory, gloo, nccl or ipc."""
+    """Name of the transfer: shared_memory, gloo or nccl."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the receiver's class."""
 
@@ -75,7 +75,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
+        self._receiver = RECEIVERS[init_info.transfer](self.device, worker, **init_info.arguments)
 
     def start_weight_update(self) -> None:
         """Begin an update of all weights, of factors, or of both."""
