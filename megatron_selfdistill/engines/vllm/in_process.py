@@ -260,6 +260,7 @@ class InProcessEngine:
         if not requests:
             return []
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         llm = self._alive()
         if llm.get_weight_version() == _INCOMPLETE:
@@ -268,12 +269,15 @@ class InProcessEngine:
             raise EngineError(f"{self.name} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
+        lora = None if self._adapter is None else LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
         step = _reporting(llm.llm_engine.step, report)
         with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
             try:
-                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request())
+                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
             except Exception as error:
-                self._drop_unfinished()
+                engine = llm.llm_engine
+                with contextlib.suppress(Exception):  # the next batch must not meet these requests
+                    engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise EngineError(f"{self.name} failed in mid-batch: {_on_one_line(error)}") from error
         if len(outputs) != len(requests):
             raise EngineError(f"{self.name} was asked for {len(requests)} responses and gave {len(outputs)}")
@@ -364,19 +368,6 @@ class InProcessEngine:
         if self._llm is None:
             raise EngineError(f"{self.name} is closed")
         return self._llm
-
-    def _lora_request(self) -> Any:
-        if self._adapter is None:
-            return None
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
-
-    def _drop_unfinished(self) -> None:
-        """Abort the requests of a failed batch, so that the next batch does not meet them."""
-        engine = self._alive().llm_engine
-        with contextlib.suppress(Exception):  # the failure itself is reported
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
 def _started(directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str) -> Any:

@@ -99,7 +99,10 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.factors.update((name, tensor.to("cpu", copy=True)) for name, tensor in unpack(packed, layout))
             self._received += layout.names
             return
-        self._begin_reload()
+        if not self._reloading:  # these are the first weights of the update
+            self._reloading = True
+            before_reload(self.model)
+            initialize_layerwise_reload(self.model)
         with disable_mtp_completeness_check():
             loaded = self.model.load_weights(unpack(packed, layout))
         self._own_what_waits(packed)
@@ -125,13 +128,6 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
-
-    def _begin_reload(self) -> None:
-        """Prepare the model for its first weights of an update; do nothing for the other buckets."""
-        if not self._reloading:
-            self._reloading = True
-            before_reload(self.model)
-            initialize_layerwise_reload(self.model)
 
     def _expected(self) -> set[str]:
         """Return the parameters that an update must reach."""

@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.  A server that ends drops the
     requests that it cannot answer within seconds.  A command that cannot be served ends with exit status 2.
     """
-    own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
-    options = parser().parse_args(own)
+    given = sys.argv[1:] if argv is None else list(argv)
+    cut = given.index("--") if "--" in given else len(given)
+    options, vllm_arguments = parser().parse_args(given[:cut]), given[cut + 1 :]
     token = os.environ.get(TOKEN_VARIABLE, "")
     _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
     is_head = options.node_rank == 0
@@ -233,13 +234,6 @@ def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Cal
 
 def _node(options: argparse.Namespace) -> ServerNode:
     return ServerNode(options.nnodes, options.node_rank, options.master_addr, options.master_port)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in argv:
-        return argv, []
-    cut = argv.index("--")
-    return argv[:cut], argv[cut + 1 :]
 
 
 def _set_environment(options: argparse.Namespace) -> None:
