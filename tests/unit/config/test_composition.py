@@ -193,7 +193,7 @@ TEXTS = (
     *("123", "true", "1e3", "{a}", "a\\'b", "ends\\", "*.jsonl", "choice(a,b)"),
 )
 TEXT_KEYS = "data.path data.tokenizer data.chat_template data.system_prompt evaluation.path".split()
-BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir".split()
+BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.server_python".split()
 COLUMNS = [f"data.fields.{column}" for column in ("problem", "solution", "answer", "id", "messages")]
 
 

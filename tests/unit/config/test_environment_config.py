@@ -57,7 +57,7 @@ def test_what_is_possible_with_one_turn_is_not_refused():
 def refusal_of(overrides: list[str]) -> str:
     """Return the message with which a run refuses its environment, where the run makes it."""
     with pytest.raises(ConfigError) as caught:
-        configured_episodes._episodes(configured(*overrides), None, grid=None)
+        configured_episodes.training_player(configured(*overrides), None, None, None)
     return str(caught.value)
 
 
