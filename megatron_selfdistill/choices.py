@@ -91,7 +91,7 @@ ENGINES = ("megatron", "vllm")
 PLACEMENTS = ("colocated", "server")
 """Values of rollout.placement."""
 
-TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
+TRANSFERS = ("shared_memory", "gloo", "nccl")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
 GUIDANCES = ("none", "mixed")

@@ -173,9 +173,7 @@ def _train(
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 
-    rollout = config.rollout
-    by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
-    grid = ranks.initialize(config.parallel, config.seed, shares_memory=by_ipc)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with watchdog.watched(

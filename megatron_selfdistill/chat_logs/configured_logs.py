@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_selfdistill.chat_logs.acceptance import BUILT_IN
 from megatron_selfdistill.chat_logs.conversations import load_conversations
-from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts, turn_reader
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -64,9 +64,9 @@ def _look_at(
     turns = reader.read(looked_at)
     for turn in turns:
         reader.check(turn)
-    counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
-    if not counts.usable:
+    counts, unusable = turn_counts(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
+    if not counts["usable"]:
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    return f"{which} turns were read: {counts}", unusable, pairs
+    return f"{which} turns were read: {about_turns(counts)}", unusable, pairs

@@ -146,24 +146,17 @@ def conversation_turns(conversation: Conversation, turns: str, by_next_state: bo
             answer=None,
             location=f"{conversation.location}, message {index}",
             tools=conversation.tools,
-            reply=LoggedReply(message, accepted=False, next_state=_next_state(messages, index))
+            reply=LoggedReply(
+                message,
+                accepted=False,
+                next_state=tuple(takewhile(lambda after: after["role"] != "assistant", messages[index + 1 :])),
+            )
             if by_next_state
             else LoggedReply(message, accepted=index == accepted),
         )
         for index, message in enumerate(messages[:end])
         if message["role"] == "assistant"
     ]
-
-
-def _next_state(messages: Sequence[dict[str, Any]], index: int) -> tuple[dict[str, Any], ...]:
-    """Return the messages between the assistant message at ``index`` and the next one."""
-    after = messages[index + 1 :]
-    return tuple(takewhile(lambda message: message["role"] != "assistant", after))
-
-
-def _last_answered(messages: Sequence[dict[str, Any]]) -> int | None:
-    """Return the index of the last assistant message that a message follows."""
-    return next((i for i in range(len(messages) - 2, -1, -1) if messages[i]["role"] == "assistant"), None)
 
 
 def _conversation(
@@ -180,8 +173,8 @@ def _conversation(
     _check_order(messages, columns)
     if rule is not None:
         accepted, is_marked = _accepted(record, raw, messages, columns, rule)
-    elif (last := _last_answered(messages)) is not None:
-        accepted, is_marked = last, False
+    elif answered := [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]:
+        accepted, is_marked = answered[-1], False
     else:
         raise UnresolvedError("unresolved: expected a message after a reply of the assistant, got none")
     conversation_id = record.get(columns["id"])

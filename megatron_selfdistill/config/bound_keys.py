@@ -27,9 +27,9 @@ _FREE = {
     "method": "refresh_every",
     "rollout": (
         "engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
-        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb record"
+        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb"
     ),
-    "environment.options": "url api_key_env timeout_s retries concurrency",
+    "environment.options": "url api_key_env",
     "environment.limits": "seconds memory_gb concurrency",
     "loss": "backend fused fused_chunk_tokens max_logits_gb",
     "teacher": "offload",

@@ -22,7 +22,7 @@ def check_files(config: Config) -> None:
         require(
             value is not None, f"{key} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
         )
-    evaluation, run_dir, replay = config.evaluation, config.run_dir, config.rollout.replay
+    evaluation, run_dir = config.evaluation, config.run_dir
     require(
         evaluation.path is not None or not (evaluation.every or evaluation.at_start),
         "evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false",
@@ -37,7 +37,6 @@ def check_files(config: Config) -> None:
         nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
         f"run_dir={run_dir}: expected a directory that this user may write, but {nearest} is none",
     )
-    require(replay is None or os.path.isfile(replay), f"rollout.replay={replay}: there is no such file")
     value_of_variable("environment.options.api_key_env", config.environment.options.get("api_key_env"))
 
 

@@ -145,16 +145,13 @@ def expand_segments(environment: MutableMapping[str, str], torch_version: str = 
     environment[name] = "expandable_segments:True"
 
 
-def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False) -> RankGrid:
+def initialize(config: ParallelConfig, seed: int) -> RankGrid:
     """Start torch.distributed (unless it runs already), Megatron's groups and the tensor-parallel random states.
 
     The backend is gloo on a CPU and NCCL on GPUs, where each rank takes the device LOCAL_RANK.  A process that was
     started by ``python`` without a launcher is a world of one rank.
-
-    ``shares_memory``: whether other processes may open this rank's GPU memory (CUDA IPC).  A system may not allow that
-    for segments that grow, so segments grow only where no memory is shared (`expand_segments`).
     """
-    if not cpu.ON_CPU and not shares_memory:
+    if not cpu.ON_CPU:
         expand_segments(os.environ)
     if config.tensor_model_parallel_size > 1:
         # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.

@@ -247,4 +247,4 @@ class Guards:
 
 def student_samples(config: Config) -> bool:
     """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
-    return config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
+    return config.needs.samples == STUDENT and not config.logged

@@ -53,7 +53,7 @@ def arguments(data: Path, run: Path, base: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(ranks, data, base, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("adapted") / "run"
-    train(ranks, arguments(data, run, base, f"rollout.record={run}/responses.jsonl"))
+    train(ranks, arguments(data, run, base, f"tests.record={run}/responses.jsonl"))
     return run
 
 
@@ -73,7 +73,7 @@ def test_guided_responses_are_sampled_from_the_target_of_the_loss(ranks, data, b
     recorded = tmp_path / "recorded.jsonl"
     options = ["rollout.guidance=mixed", "target.match=student", "optimizer.lr=1e-1", "optimizer.lr_warmup_steps=0"]
     options += [f"teacher.weights={teacher}", "metrics.teacher_every=1", "metrics.show_samples=0", "num_steps=3"]
-    train(ranks, arguments(data, tmp_path / "run", base, *options, f"rollout.record={recorded}"))
+    train(ranks, arguments(data, tmp_path / "run", base, *options, f"tests.record={recorded}"))
     assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)
 
 
@@ -84,7 +84,7 @@ def test_guided_responses_are_sampled_from_the_target_of_the_loss(ranks, data, b
 def test_a_run_goes_on_in_another_layout(ranks, data, base, whole, tmp_path, layout):
     halves = Path(shutil.copytree(whole, tmp_path / "run"))
     go_back_to_step(3, halves)
-    replay = f"rollout.replay={whole}/responses.jsonl"
+    replay = f"tests.replay={whole}/responses.jsonl"
     train(ranks, arguments(data, halves, base, replay, *layout, "checkpoint.resume=force"), 2)
     expected, found = weights(ranks, whole, 4), weights(ranks, halves, 4)
     assert expected.keys() == found.keys()

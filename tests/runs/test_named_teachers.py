@@ -216,8 +216,8 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
     more = {"shared": [shared], "product": [shared, *PRODUCT], "another architecture": []}[kind]
     options, record = ["num_steps=2", "checkpoint.save_every=0", *more], f"{tmp_path}/responses.jsonl"
     of = of_wide if kind == "another architecture" else arguments
-    train(ranks, of(places, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, of(places, tmp_path / "two", *options, f"rollout.replay={record}", *layout), 2)
+    train(ranks, of(places, tmp_path / "one", *options, f"tests.record={record}"))
+    train(ranks, of(places, tmp_path / "two", *options, f"tests.replay={record}", *layout), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -234,7 +234,7 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
 def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(ranks, places, tmp_path, options):
     """The log-probs of the sampler's teacher are those of the loss's; the weights of others come and go between."""
     recorded, file = tmp_path / "recorded.jsonl", write_records_of_teachers(places["data"], ["code"], "code.jsonl")
-    guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"rollout.record={recorded}"]
+    guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"tests.record={recorded}"]
     train(ranks, arguments(places, tmp_path / "run", "num_steps=2", f"data.path={file}", *guides, *options))
     assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)
 
@@ -242,7 +242,7 @@ def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(rank
 @pytest.mark.full
 def test_no_problem_of_another_teacher_is_guided(ranks, places, tmp_path):
     recorded = tmp_path / "recorded.jsonl"
-    guides = ["rollout.guidance=mixed", "teachers.guide=default", f"rollout.record={recorded}"]
+    guides = ["rollout.guidance=mixed", "teachers.guide=default", f"tests.record={recorded}"]
     train(ranks, arguments(places, tmp_path / "run", "num_steps=2", *guides))
     records = [json.loads(line) for line in recorded.read_text().splitlines()]
     for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
@@ -298,7 +298,7 @@ def test_products_resume_and_do_not_depend_on_the_order_of_the_teachers(ranks, p
 def one(ranks, places, tmp_path_factory) -> Path:
     """Return the directory of a run of one rank and three steps, with its responses in responses.jsonl."""
     run = tmp_path_factory.mktemp("one") / "run"
-    options = ["num_steps=3", "checkpoint.save_every=2", f"rollout.record={run}/responses.jsonl"]
+    options = ["num_steps=3", "checkpoint.save_every=2", f"tests.record={run}/responses.jsonl"]
     train(ranks, arguments(places, run, *options))
     return run
 
@@ -316,7 +316,7 @@ def test_the_loss_of_a_step_is_the_mean_of_its_teachers_losses(one):
 
 @combinations(name=list(LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, name):
-    replay = f"rollout.replay={one}/responses.jsonl"
+    replay = f"tests.replay={one}/responses.jsonl"
     options = ["num_steps=3", "checkpoint.save_every=0", replay, *LAYOUTS[name]]
     train(ranks, arguments(places, tmp_path / "run", *options), 2)
     assert_steps_equal(one, tmp_path / "run", EQUAL)
@@ -388,8 +388,8 @@ def test_adapters_teach_what_their_merged_weights_teach_and_resume(ranks, places
     def of(run_dir: Path) -> list[str]:
         return of_adapters(places, run_dir, adapted["adapters"], *options)
 
-    train(ranks, [*of(tmp_path / "whole"), f"rollout.record={record}"])
-    replay = f"rollout.replay={record}"
+    train(ranks, [*of(tmp_path / "whole"), f"tests.record={record}"])
+    replay = f"tests.replay={record}"
     train(ranks, of_adapters(places, tmp_path / "merged", adapted["merged"], *options, replay))
     assert_steps_equal(tmp_path / "merged", tmp_path / "whole", EQUAL)
     train(ranks, of_adapters(places, tmp_path / "peft", adapted["peft"], *options, replay))
@@ -403,8 +403,8 @@ def test_adapters_teach_alike_in_every_layout(ranks, places, adapted, tmp_path, 
     record, only = f"{tmp_path}/responses.jsonl", ["num_steps=2", "target.anchor=student"]
     teachers = [f"teachers.math.load={adapted['adapters']}", f"teachers.code.load={adapted['peft']}"]
     options = {"teachers": [*teachers, "teachers.default.hint=given"]}
-    train(ranks, arguments(places, tmp_path / "one", *only, f"rollout.record={record}", **options))
-    train(ranks, arguments(places, tmp_path / "two", *only, f"rollout.replay={record}", *LAYOUTS[name], **options), 2)
+    train(ranks, arguments(places, tmp_path / "one", *only, f"tests.record={record}", **options))
+    train(ranks, arguments(places, tmp_path / "two", *only, f"tests.replay={record}", *LAYOUTS[name], **options), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -446,8 +446,8 @@ def test_a_mixture_of_experts_teaches_a_dense_student_alike_in_every_layout(rank
     train(ranks, overrides(places["data"], tmp_path / "moe", *WIDE, *MOE, "num_steps=1"))
     own, options = {**places, "wide": tmp_path / "moe" / "checkpoints"}, ["num_steps=2", "checkpoint.save_every=0"]
     record = f"{tmp_path}/responses.jsonl"
-    train(ranks, of_wide(own, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, of_wide(own, tmp_path / "two", *options, f"rollout.replay={record}", *layout), world)
+    train(ranks, of_wide(own, tmp_path / "one", *options, f"tests.record={record}"))
+    train(ranks, of_wide(own, tmp_path / "two", *options, f"tests.replay={record}", *layout), world)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -467,8 +467,8 @@ def test_a_dense_model_teaches_a_mixture_of_experts_alike_in_both_layouts(ranks,
         )
         return arguments(own, run_dir, *options, teachers=[*named, "teachers.default.hint=given"])
 
-    train(ranks, of(tmp_path / "one", f"rollout.record={record}"))
-    train(ranks, of(tmp_path / "two", f"rollout.replay={record}", "parallel.expert_model_parallel_size=2"), 2)
+    train(ranks, of(tmp_path / "one", f"tests.record={record}"))
+    train(ranks, of(tmp_path / "two", f"tests.replay={record}", "parallel.expert_model_parallel_size=2"), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 

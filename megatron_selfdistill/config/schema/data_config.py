@@ -15,7 +15,7 @@ from megatron_selfdistill.choices import (
     LONG_CONTEXT_POLICIES,
     SOLUTION_SOURCES,
 )
-from megatron_selfdistill.config.schema.field_checks import Part, require, require_address, require_range
+from megatron_selfdistill.config.schema.field_checks import Part, require, require_range
 from megatron_selfdistill.config.schema.method_config import FOUND, GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveInt, Text
 
@@ -24,18 +24,15 @@ from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, Pos
 class EnvironmentConfig(Part, section="environment"):
     """The environment that replies to the sampled responses, with texts and rewards."""
 
-    name: Annotated[str, OneOf(("none", "http", "http_sessions", "tools"), or_dotted=True)] = "none"
-    """The environment: none, http (an endpoint for chat completions that plays the environment), http_sessions (an
-    endpoint with a state for each episode), tools (the methods of a class, which responses call and prompts show) or
-    the dotted path of a class, or of a function that makes an environment, such as package.module.Class.  With an
-    environment, the reward of a response is the reward of the reply to it, unless method.reward names a function."""
+    name: Annotated[str, OneOf(("none", "tools"), or_dotted=True)] = "none"
+    """The environment: none, tools (the methods of a class, which responses call and prompts show) or the dotted path
+    of a class, or of a function that makes an environment, such as package.module.Class.  With an environment, the
+    reward of a response is the reward of the reply to it, unless method.reward names a function."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the class or the function that name names.  Those of http are url (such as
-    http://host:8000/v1; requests go to url/chat/completions), model, api_key_env (the environment variable with the
-    bearer token), timeout_s, retries and concurrency (the requests of a rank at the same time).  Those of tools are
-    tools (the dotted path of the class), parser (hermes, llama, glm or a dotted path) and options (the keyword
-    arguments of the class).  The files of the run show all these values: name the variable of a secret, as api_key_env
-    does, and never write the secret."""
+    """Keyword arguments of the class or the function that name names.  Those of tools are tools (the dotted path of the
+    class), parser (hermes, llama, glm or a dotted path) and options (the keyword arguments of the class).  The files of
+    the run show all these values: name the environment variable of a secret, as api_key_env, and never write the
+    secret.  The processes of sessions have the variable that api_key_env names."""
     max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
@@ -51,13 +48,11 @@ class EnvironmentConfig(Part, section="environment"):
             return
         name, method = f"environment.name={self.name}", f"method.name={config.method.name}"
         require(self.exists, "the section environment has settings, but environment.name is none: set it")
-        if self.name in ("http", "http_sessions"):
-            require_address("environment.options.url", str(self.options.get("url", "")), "http://host:8000/v1")
-            require(
-                "api_key" not in self.options,
-                "environment.options.api_key would be written into the files of the run: put the key into an "
-                "environment variable, and name the variable with environment.options.api_key_env",
-            )
+        require(
+            "api_key" not in self.options,
+            "environment.options.api_key would be written into the files of the run: put the key into an environment "
+            "variable, and name the variable with environment.options.api_key_env",
+        )
         require(
             config.needs.samples is not None and config.data.kind == "problems" and config.rollout.guidance == "none",
             f"{name} replies to sampled responses to problems: it needs a method that samples, data.kind=problems and "

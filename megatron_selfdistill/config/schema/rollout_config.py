@@ -42,7 +42,7 @@ class RolloutConfig(Part, section="rollout"):
     engine."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine by their own names, such as max_num_seqs; they override the values that this
-    project derives."""
+    project derives, but for the ranks of a colocated engine (engine_tp)."""
     hf_config: FilePath | None = None
     """Directory with the Hugging Face config.json from which vLLM builds the model; null takes the config.json in the
     checkpoint, or derives it from the model where the checkpoint has none."""
@@ -57,10 +57,9 @@ class RolloutConfig(Part, section="rollout"):
     The servers also get the environment in which the run was started, without the variables that the launcher or the
     run has set for itself."""
     transfer: Annotated[str, OneOf(TRANSFERS)] | None = None
-    """The transfer of weights to servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the
-    trainer's GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where
-    the servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir,
-    otherwise gloo."""
+    """The transfer of weights to servers: shared_memory (files in transfer_dir), gloo or nccl.  Null takes nccl on GPUs
+    where all servers have the trainer's version of NCCL, otherwise shared_memory where all workers can read files in
+    transfer_dir, otherwise gloo."""
     transfer_dir: Directory = "/dev/shm"
     """Directory of the files of transfer=shared_memory, on a shared file system where servers are on other nodes."""
     bucket_mb: PositiveFloat = 1024.0
@@ -104,11 +103,6 @@ class RolloutConfig(Part, section="rollout"):
     """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
-    replay: FilePath | None = None
-    """JSONL file of responses, as rollout.record writes it; the run trains on these responses instead of sampling."""
-    record: FilePath | None = None
-    """JSONL file to which the run writes every response with its step, problem and index of the sample; null is
-    none."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where responses would be sampled in another way than the keys say."""

@@ -193,7 +193,7 @@ TEXTS = (
     *("123", "true", "1e3", "{a}", "a\\'b", "ends\\", "*.jsonl", "choice(a,b)"),
 )
 TEXT_KEYS = "data.path data.tokenizer data.chat_template data.system_prompt evaluation.path".split()
-BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.record".split()
+BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.server_python".split()
 COLUMNS = [f"data.fields.{column}" for column in ("problem", "solution", "answer", "id", "messages")]
 
 
@@ -219,7 +219,7 @@ def test_a_text_that_hydra_reads_as_one_keeps_hydras_rules(monkeypatch):
 def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     paths = [key for key, kind in kinds().items() if AnyText("a path", is_path=True) in taken_apart(kind)[1]]
-    assert {"run_dir", "data.path", "checkpoint.load", "rollout.record"} <= set(paths)
+    assert {"run_dir", "data.path", "checkpoint.load", "rollout.hf_config"} <= set(paths)
     config = load([f"{key}=~/x" for key in paths])
     for key in paths:
         section, _, name = key.rpartition(".")
@@ -232,7 +232,7 @@ def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
 
 def test_no_text_is_null():
     optional = [key for key, kind in kinds().items() if (taken_apart(kind)[0], taken_apart(kind)[2]) == (str, True)]
-    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
+    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.hf_config"} <= set(optional)
     config = load([f"{key}=" for key in optional])
     for key in optional:
         assert operator.attrgetter(key)(config) is None, key

@@ -223,8 +223,3 @@ def test_a_run_directory_that_cannot_be_one_is_refused_in_one_message_and_nothin
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert f"that this user may write, but {tmp_path} is none" in message_of_files(f"run_dir={tmp_path}/new/run")
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_replay_that_is_not_there_is_refused(tmp_path):
-    text = message_of_files(f"run_dir={tmp_path}", f"rollout.replay={tmp_path}/missing.jsonl")
-    assert text.startswith(f"rollout.replay={tmp_path}/missing.jsonl: there is no such file")

@@ -273,7 +273,7 @@ def run_of(own_data: Any, name: str, *options: str) -> list[str]:
 def one(ranks, own_data) -> dict[str, Any]:
     """Return the samples of a run of one rank, by problem."""
     tiny_run.train(ranks, run_of(own_data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
-    options = [f"checkpoint.load={own_data}/start/checkpoints", f"rollout.record={own_data}/one.jsonl"]
+    options = [f"checkpoint.load={own_data}/start/checkpoints", f"tests.record={own_data}/one.jsonl"]
     tiny_run.train(ranks, run_of(own_data, "one", *options, "metrics.show_samples=4"))
     return {record["problem_id"]: record for record in read_samples(own_data / "one")}
 
@@ -288,7 +288,7 @@ RUNS = {
 @combinations(name=list(RUNS), quick={"name": ["DP2"]}, strength=1)
 def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, own_data, one, name):
     world_size, layout, problems = RUNS[name]
-    options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"rollout.replay={own_data}/one.jsonl"]
+    options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"tests.replay={own_data}/one.jsonl"]
     tiny_run.train(ranks, run_of(own_data, name, *options), world_size)
     found = read_samples(own_data / name)
     assert [record["problem_id"] for record in found] == [list(one)[index] for index in problems]

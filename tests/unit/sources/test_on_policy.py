@@ -65,7 +65,6 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
         weight_cap=2.0,
         samples_teacher=False,
         player=None,
-        record=None,
         max_staleness=0,
     )
     return OnPolicy(SourceState(problem_sampler, method), options)
