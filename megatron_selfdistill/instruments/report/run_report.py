@@ -88,7 +88,6 @@ def _reference(path: Path, start: Path) -> str:
 
 
 def _groups(keys: Collection[str]) -> list[dict[str, Any]]:
-    """Return the groups of figures that have a metric among ``keys``."""
     groups = []
     for title, figures in GROUPS.items():
         shown = ("title", "unit", "healthy", "sick", "guarded")
