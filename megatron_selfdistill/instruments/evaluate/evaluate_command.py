@@ -175,7 +175,6 @@ def _report(
     arguments: argparse.Namespace,
     model: dict[str, Any],
 ) -> None:
-    """Write the files, and print the verdict and the tables."""
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
     from megatron_selfdistill.instruments.evaluate import evaluation_tables as tables
     from megatron_selfdistill.instruments.evaluate.first_step import readiness, recommended
