@@ -42,7 +42,7 @@ from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, deq
 from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
 from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.interop.new_directory import created, require_free
-from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
+from megatron_selfdistill.interop.release import Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.interop.safetensors_directory import (
     SafetensorsWriter,
     WeightsDirectory,
@@ -62,24 +62,21 @@ def hf_to_megatron(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model in the Hugging Face directory ``hf`` as a torch_dist checkpoint; return ``out/release``.
 
     ``dtype``: the type of all weights, except the weights that Megatron keeps in float32.  Null keeps the type of each
     weight; FP8 becomes bf16, and tensors that are joined take the widest of their types, which ``progress`` reports.
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: the tensors of one rule, and the result of the rule where it rearranges the tensors.
 
-    Raises: CheckpointError or ConfigError before the function writes anything; CheckpointError for weights that are not
-    finite, and OSError, while the function writes.  After an error the function removes its output.
+    Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
+    After an error the function removes its output.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     require_free(out)
     model, rules, tensors = _read_hf(hf)
-    finite = FiniteCheck(str(hf), allow_non_finite, progress)
-    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
+    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype), progress)
     args = converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces))
     return write_release(out, pieces, args, empty_objects=_extra_states(rules), assets=hf, progress=progress)
 
@@ -93,7 +90,6 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    allow_non_finite: bool = False,
     base: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -105,7 +101,6 @@ def megatron_to_hf(
     checkpoint; without such files the function makes a config.json from the stored arguments.  ``dtype``: the type of
     all floating-point weights; null keeps the type of each weight.  ``vocab_size``: the size of the true vocabulary,
     where it does not follow from the checkpoint (`true_vocab_size`).
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: one full tensor of Megatron, its parts where the rule rearranges the tensor, and one shard.
 
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
@@ -130,10 +125,9 @@ def megatron_to_hf(
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
-        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, finite, progress)
+        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, progress)
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         write_prompt_settings(weights.path, temporary, progress.report)
@@ -148,14 +142,12 @@ def _write_weights(
     writer: SafetensorsWriter,
     weights: CarriedWeights,
     dtypes: Mapping[Rule, torch.dtype],
-    finite: FiniteCheck,
     progress: Progress,
 ) -> None:
     """Write the tensors of all rules in the types ``dtypes``, and close the writer."""
 
     def parts_of(rule: Rule) -> list[Tensor]:
-        parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
-        return [finite.checked(name, part.to(dtypes[rule])) for name, part in parts]
+        return [part.to(dtypes[rule]) for part in rule.to_hf(weights.read(rule))]
 
     def rule_bytes(rule: Rule) -> int:
         return math.prod(rule.shape) * dtypes[rule].itemsize
@@ -232,10 +224,8 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
 class _HFReader:
     """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
-    def __init__(
-        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: FiniteCheck
-    ) -> None:
-        self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
+    def __init__(self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None) -> None:
+        self.tensors, self._block, self._dtype = tensors, block, dtype
 
     def dtype(self, rule: Rule, name: str) -> torch.dtype:
         """Return the type in which the checkpoint stores the tensor ``name`` of ``rule``."""
@@ -252,7 +242,7 @@ class _HFReader:
             if scales not in self.tensors.tensors or self._block is None:
                 raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or quantization_config is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
-        return self._finite.checked(name, tensor.to(dtype))
+        return tensor.to(dtype)
 
 
 def _block(hf: Path) -> tuple[int, int] | None:

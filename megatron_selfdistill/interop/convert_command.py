@@ -90,9 +90,6 @@ _CHECKPOINT = {
 _MOVED_BASE = {
     "--base": _directory("the base of the adapters, where it has moved (default: where the checkpoint says)")
 }
-_NON_FINITE = {
-    "--allow-non-finite": _option("report NaN and infinite weights instead of refusing them", action="store_true")
-}
 
 
 def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
@@ -110,7 +107,6 @@ CONVERSIONS = (
             **_NEW_CHECKPOINT,
             **_dtype("type of the weights (default: unchanged; FP8 becomes bf16)"),
             "--hf": _directory("directory with config.json and weights", required=True),
-            **_NON_FINITE,
         },
         lambda target, given: (
             f"{target}: load it with checkpoint.load={given.out}; `selfdistill convert inspect {given.out}` prints the "
@@ -139,7 +135,6 @@ CONVERSIONS = (
                 metavar="SIZE",
                 dest="max_shard_bytes",
             ),
-            **_NON_FINITE,
         },
         lambda target, _: f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
         "--megatron runs/first --iteration 100 \\\n      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
@@ -155,7 +150,6 @@ CONVERSIONS = (
             "--gguf": _option(
                 "one file with weights and tokenizer", type=Path, metavar="FILE", dest="file", required=True
             ),
-            **_NON_FINITE,
         },
         lambda target, _: (
             f"{target}: convert it with selfdistill convert hf-to-megatron --hf {target} --out NEW_DIRECTORY"
@@ -193,7 +187,7 @@ CONVERSIONS = (
     Conversion(
         "merged_weights.merge_adapters",
         "merge a checkpoint of adapters and its base into a full checkpoint",
-        {**_NEW_CHECKPOINT, **_CHECKPOINT, **_MOVED_BASE, **_NON_FINITE},
+        {**_NEW_CHECKPOINT, **_CHECKPOINT, **_MOVED_BASE},
         lambda target, given: f"{target}: load it with checkpoint.load={given.out}",
         "--megatron runs/first --out merged",
         "The weights become W + scale * B A, computed in float32 and rounded once.  Rounding to bf16 can lose\n"

@@ -41,22 +41,19 @@ def gguf_to_hf(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model in the GGUF file ``file`` as the Hugging Face directory ``out``, and return ``out``.
 
     ``dtype``: the type of all weights; null is float32, which holds what the blocks stand for.
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: the whole model in float32, and one file of weights.
 
     Raises: ConfigError if a package that reads the file is missing; CheckpointError for a file whose model would be
-    another one, before the function writes anything, and for weights that are not finite; OSError.  After an error the
-    function removes its output.
+    another one, before the function writes anything; OSError.  After an error the function removes its output.
     """
     import torch
 
-    from megatron_selfdistill.interop.release import FiniteCheck, Progress
+    from megatron_selfdistill.interop.release import Progress
     from megatron_selfdistill.interop.safetensors_directory import SafetensorsWriter
 
     file, out, progress, dtype = Path(file), Path(out), progress or Progress(), dtype or torch.float32
@@ -68,12 +65,11 @@ def gguf_to_hf(
         tensors = _tensors(header, place, config)
     described = [(name, dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     num_bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-    finite = FiniteCheck(str(file), allow_non_finite, progress)
     with created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, described, 5 * 10**9)
         for name, tensor in tensors.items():
-            writer.write(name, finite.checked(name, tensor.to(dtype)))
+            writer.write(name, tensor.to(dtype))
             progress.advance(tensor.numel() * dtype.itemsize)
         writer.close()
         tokenizer.save_pretrained(temporary)

@@ -24,13 +24,13 @@ from megatron_selfdistill.adapters.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.model_tensors import raise_misfit, weight_shapes
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
+from megatron_selfdistill.checkpoint.formats.tensor_names import Place
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.interop.hf.rules import Rule
-from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.release import Progress, write_release
 from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
 
@@ -118,7 +118,6 @@ def merge_adapters(
     *,
     iteration: int | None = None,
     base: Path | None = None,
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the checkpoint of adapters at ``megatron``, merged into its base, as a checkpoint; return ``out/release``.
@@ -126,7 +125,7 @@ def merge_adapters(
     The result has the tensors of the base under their keys and in their types, without optimizer state.  ``base``: the
     place of the base, where it has moved.  Memory: one tensor of one layer in float32.
 
-    Raises: CheckpointError before anything is written; for weights that are not finite and OSError, while it writes.
+    Raises: CheckpointError before anything is written; OSError while it writes.
     """
     progress = progress or Progress()
     weights = open_weights(megatron, iteration)
@@ -141,8 +140,7 @@ def merge_adapters(
     source, factors = TorchDistReader(opened.path), TorchDistReader(weights.path)
     require_rank_of_factors(weights.path, weight_shapes(factors.shapes), adapters.settings.rank)
     merge = Merge(adapters.settings.scale)
-    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
-    pieces = _merged_pieces(source, factors, merge, finite)
+    pieces = _merged_pieces(source, factors, merge)
     objects = [key for key in source.objects if "_extra_state" in key]
     assets = hf_assets_of(opened.path) or hf_assets_of(weights.path)
     target = write_release(out, pieces, opened.args, empty_objects=objects, assets=assets, progress=progress)
@@ -159,7 +157,7 @@ def _opened_base(adapters: StoredAdapters, base: Path | None, report: Callable[[
     return weights
 
 
-def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge, finite: FiniteCheck) -> list[Piece]:
+def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge) -> list[Piece]:
     """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
     unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors.shapes).items() if is_adapter_key(key)}
     pieces = []
@@ -168,7 +166,7 @@ def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Mer
         weight = source.read(key, index)
         if pair is not None:
             a, b = (factors.read(*place) for place in pair)
-            weight = finite.checked(shown(key, index), merge.merged(weight, a, b))
+            weight = merge.merged(weight, a, b)
         return weight.reshape(sizes)
 
     for key, shape in weight_shapes(source.shapes).items():

@@ -344,10 +344,6 @@ REFUSED: dict[str, tuple[Changes, str]] = {
         lambda _, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("blk.1.")],
         "none for model.layers.1.input_layernorm.weight, .* and 5 more",
     ),
-    "a number that is not finite": (
-        lambda _, tensors: tensors["blk.0.ffn_norm.weight"].data.__setitem__(3, np.inf),
-        "post_attention_layernorm.weight of .* has NaN or infinite",
-    ),
 }
 
 
