@@ -24,8 +24,8 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
 from megatron_selfdistill.commands import prechecks
-from megatron_selfdistill.config import Config, check_files, command_line
-from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.config import Config, command_line
+from megatron_selfdistill.config.world_checks import check_files, check_world
 from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
 from megatron_selfdistill.distributed.terminal import guard_standard_error, silence_known_warnings, visible
@@ -151,7 +151,11 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):
-        return _already_complete(config, Path(checkpoint), ranks)
+        if ranks.rank == 0:
+            from megatron_selfdistill.commands.announcement import complete
+
+            print("\n".join(complete(config, config.num_steps, Path(checkpoint))), flush=True)
+        return 0
     run_data = RunData.load(config)
     ranks.answer("inputs", timeout_s=patience_s)
     return _train(config, run_data, None if config.dry_run else lock.renew, given)
@@ -165,9 +169,7 @@ def _train(
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 
-    rollout = config.rollout
-    by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
-    grid = ranks.initialize(config.parallel, config.seed, shares_memory=by_ipc)
+    grid = ranks.initialize(config.parallel, config.seed, shares_memory=config.rollout.shares_memory)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with watchdog.watched(
@@ -200,15 +202,6 @@ def _train(
                     report.finish()
     finally:
         ranks.shutdown()
-
-
-def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
-    if ranks.rank == 0:
-        from megatron_selfdistill.commands.announcement import complete
-
-        lines = complete(config, config.num_steps, checkpoint)
-        print("\n".join(lines), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -113,7 +113,6 @@ def _pack(arrays: Sequence[NDArray[Any]]) -> Tensor:
 
 
 def _unpack(parcel: Tensor) -> list[NDArray[Any]]:
-    """Return the arrays of `_pack`."""
     packed, arrays = io.BytesIO(parcel.cpu().numpy().tobytes()), list[NDArray[Any]]()
     while packed.tell() < parcel.numel():
         arrays.append(np.load(packed, allow_pickle=False))

@@ -169,6 +169,16 @@ class ConversationsConfig(Part, section="conversations"):
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where the keys of sampled responses would be ignored, or the hint would be another."""
+        needs, method = config.needs, f"method.name={config.method.name}"
+        require(
+            not (config.logged and needs.samples is not None and (needs.own_prompts or needs.compares)),
+            f"{method} needs sampled responses, but conversations.responses=logged samples nothing",
+        )
+        require(
+            config.logged or needs.samples is not None or not needs.compares,
+            f"{method} samples nothing, and takes the replies of a log: it needs data.kind=conversations and "
+            f"conversations.responses=logged, got {config.data.kind} and {self.responses}",
+        )
         if config.data.kind != "conversations":
             return
         require(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
-from megatron_selfdistill.config.schema.method_config import GIVEN
+from megatron_selfdistill.config.schema.method_config import GIVEN, sampled_log_probs_key
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
@@ -126,6 +126,19 @@ class RolloutConfig(Part, section="rollout"):
             f"rollout.temperature=1 (or 0), top_k=0 and top_p=1, got {self.engine}, {self.temperature}, {self.top_k} "
             f"and {self.top_p}",
         )
+        method = f"method.name={config.method.name}"
+        require(
+            self.guidance == "none" or not (config.needs.own_prompts or config.needs.hint_follows),
+            f"{method} has prompts or hints of its own, which rollout.guidance=mixed does not know when it samples: "
+            "set rollout.guidance=none",
+        )
+        key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
+        require(
+            key is None or config.logged or (self.temperature > 0 and (self.engine != "vllm" or plain)),
+            f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
+            "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
+            f"{self.temperature}, {self.top_k} and {self.top_p}",
+        )
         is_whole = config.needs.hint == GIVEN and not config.environment.exists and self.guidance == "none"
         require(
             not self.ahead or (on_servers and is_whole),
@@ -133,6 +146,11 @@ class RolloutConfig(Part, section="rollout"):
             "rollout.placement=server, and no environment, rollout.guidance or method that needs all responses of a "
             f"step at once, got method.name={config.method.name} and environment.name={config.environment.name}",
         )
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether servers may open the memory of the trainer's GPUs."""
+        return self.engine == "vllm" and self.placement == "server" and self.transfer in (None, "ipc")
 
     @property
     def is_colocated(self) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import Config, check_files, from_mapping, load, to_yaml
-from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.config import Config, from_mapping, load, to_yaml
+from megatron_selfdistill.config.world_checks import check_files, check_world
 from megatron_selfdistill.errors import ConfigError
 
 TWO, GUIDED, CURRENT = "rollout.num_samples=2", "rollout.guidance=mixed", "teacher.weights=current"

@@ -67,7 +67,7 @@ def test_the_class_of_a_method_has_settings_with_its_name(name):
     assert found.Settings is settings_class(name) and issubclass(found.Settings, MethodSettings)
     settings = settings_of({"name": name})
     assert settings.name == name and isinstance(settings.needs, Needs)
-    for key, (_, doc) in method_keys(name).items():
+    for key, (_, doc, _) in method_keys(name).items():
         assert doc.endswith("."), f"{key} of {name} has no documentation"
 
 
