@@ -45,11 +45,13 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     if not config.needs.hint_follows:
         rule = function_named("conversations.accepted_rule", wanted.accepted_rule, BUILT_IN)
     log = load_conversations(source, rule=rule, turns=wanted.turns, show_contents=wanted.show_contents)
+    hides = config.metrics.show_samples and not wanted.show_contents
+    shown = ["metrics.show_samples: no samples, since conversations.show_contents=false"] if hides else []
     if not config.logged:
-        return ReadLog(log.turns, None, (log.about,), tuple(log.turns.skipped))
+        return ReadLog(log.turns, None, (*shown, log.about), tuple(log.turns.skipped))
     reader = turn_reader(config.data, builder, ends, max_length)
     about, unusable, looked_at = _look_at(log.turns.problems, reader, config.seed)
-    return ReadLog(log.turns, looked_at, (log.about, about), (*log.turns.skipped, *unusable))
+    return ReadLog(log.turns, looked_at, (*shown, log.about, about), (*log.turns.skipped, *unusable))
 
 
 def _look_at(

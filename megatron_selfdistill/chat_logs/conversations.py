@@ -14,8 +14,8 @@ from megatron_selfdistill.chat_logs.acceptance import Rule, answer_text
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, read_records, whole_number
-from megatron_selfdistill.errors import BadRecordError, UnresolvedError
+from megatron_selfdistill.data.records import RecordSource, kind, read_records, whole_number
+from megatron_selfdistill.errors import BadRecordError
 
 FIELDS = ("messages", "accepted", "tools", "id")
 
@@ -27,6 +27,10 @@ _MAY_FOLLOW: dict[str, tuple[str, ...]] = {
     "assistant with tool calls": ("tool",),
     "tool": ("tool", "assistant"),
 }
+
+
+class UnresolvedError(BadRecordError):
+    """A logged conversation in which no mark and no rule names an answer that the user accepted."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,6 @@ def _conversation(
         raise BadRecordError(
             f"field {columns['messages']!r}: expected a non-empty list of messages, got {kind(raw)}", raw
         )
-    if not is_text(record.get(columns["id"])):
-        raise BadRecordError(f"field {columns['id']!r}: {NO_TEXT}")
     messages = tuple(_message(message, place(columns["messages"], i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
     if rule is not None:

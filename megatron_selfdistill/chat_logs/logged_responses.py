@@ -237,7 +237,7 @@ def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> Ru
     total = sum((counts for counts, _ in parts), turn_counts(()))
     messages = dict.fromkeys([*problems.skipped, *(turn.message for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {about_turns(total)}"
-    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(messages))
+    return replace(run_data, about_records=(*run_data.about_records[:-1], about), skipped=tuple(messages))
 
 
 def _read_by_chunks(

@@ -42,7 +42,7 @@ class HttpAnswer:
 def new_client(url: str) -> httpx.AsyncClient:
     """Return a client of ``url``'s scheme that opens a connection for each request and has no deadlines of its own.
 
-    It reads neither proxies nor passwords from the environment.
+    It reads neither proxies nor passwords from the variables of the process.
     """
     secure: ssl.SSLContext | bool = ssl.create_default_context() if url.startswith("https:") else False
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)

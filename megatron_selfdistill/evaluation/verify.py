@@ -18,7 +18,7 @@ from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
-from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.evaluation.estimators import split_confidence
 from megatron_selfdistill.rollout.base import Response, response_text
 
 if TYPE_CHECKING:  # verifiers are also used without Megatron

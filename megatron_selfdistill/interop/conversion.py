@@ -51,7 +51,7 @@ from megatron_selfdistill.interop.hf.rules import (
 )
 from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
 from megatron_selfdistill.interop.new_directory import created, require_free
-from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
+from megatron_selfdistill.interop.release import Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.interop.safetensors_directory import (
     SafetensorsWriter,
     WeightsDirectory,
@@ -71,25 +71,22 @@ def hf_to_megatron(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model in the Hugging Face directory ``hf`` as a torch_dist checkpoint; return ``out/release``.
 
     ``dtype``: the type of all weights, except the weights that Megatron keeps in float32.  Null keeps the type of each
     weight; FP8 becomes bf16, and tensors that are joined take the widest of their types, which ``progress`` reports.
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: the tensors of one rule, and the result of the rule where it rearranges the tensors.
 
-    Raises: CheckpointError or ConfigError before the function writes anything; CheckpointError for weights that are not
-    finite, and OSError, while the function writes.  After an error the function removes its output.
+    Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
+    After an error the function removes its output.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     require_free(out)
     model, rules, tensors = _read_hf(hf)
     block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
-    finite = FiniteCheck(str(hf), allow_non_finite, progress)
-    pieces = _pieces(model, rules, _HFReader(tensors, block, dtype, finite), progress)
+    pieces = _pieces(model, rules, _HFReader(tensors, block, dtype), progress)
     args = converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces))
     return write_release(out, pieces, args, empty_objects=_extra_states(rules), assets=hf, progress=progress)
 
@@ -103,7 +100,6 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
     max_shard_size: str | int = "5GB",
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face directory ``out``.
@@ -113,7 +109,6 @@ def megatron_to_hf(
     all floating-point weights; null keeps the type of each weight.  ``vocab_size``: the size of the true vocabulary,
     where it does not follow from the checkpoint (`true_vocab_size`).  ``max_shard_size``: the most bytes of the tensors
     of a file, or a text such as 500MB.
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: one full tensor of Megatron, its parts where the rule rearranges the tensor, and one shard.
 
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
@@ -147,14 +142,13 @@ def megatron_to_hf(
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         writer = SafetensorsWriter(temporary, tensors, max_shard_size)
         for rule in rules:
             parts = list(rule.to_hf(read[rule](rule)))
             for name in rule.hf_names:
-                part = finite.checked(name, parts.pop(0).to(kept[rule]))
+                part = parts.pop(0).to(kept[rule])
                 writer.write(name, part)
                 progress.advance(part.nbytes)
         writer.close()
@@ -228,10 +222,8 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
 class _HFReader:
     """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
-    def __init__(
-        self, tensors: WeightsDirectory, block: Sequence[int] | None, dtype: torch.dtype | None, finite: FiniteCheck
-    ) -> None:
-        self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
+    def __init__(self, tensors: WeightsDirectory, block: Sequence[int] | None, dtype: torch.dtype | None) -> None:
+        self.tensors, self._block, self._dtype = tensors, block, dtype
 
     def dtype(self, rule: Rule, name: str) -> torch.dtype:
         """Return the type in which the checkpoint stores the tensor ``name`` of ``rule``."""
@@ -248,7 +240,7 @@ class _HFReader:
             if scales not in self.tensors.tensors or self._block is None:
                 raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or quantization_config is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
-        return self._finite.checked(name, tensor.to(dtype))
+        return tensor.to(dtype)
 
 
 def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:

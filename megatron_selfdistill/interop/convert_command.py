@@ -189,9 +189,6 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--vocab-size", type=int, metavar="N", help=about)
     about = "most bytes of tensors in a weights file, such as 500MB (default: 5GB)"
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=about)
-    for command in (from_hf, to_hf):
-        about = "report NaN and infinite weights instead of refusing them"
-        command.add_argument("--allow-non-finite", action="store_true", help=about)
     about = "base_model_name_or_path: the Hugging Face model of the base (default: null)"
     to_peft.add_argument("--base-model", metavar="NAME_OR_DIR", help=about)
     from_peft.add_argument("--peft", required=True, help="directory with adapter_config.json", **_DIR)

@@ -36,7 +36,7 @@ from itertools import groupby
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
-from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.evaluation.estimators import split_confidence
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
 from megatron_selfdistill.rollout.base import Response

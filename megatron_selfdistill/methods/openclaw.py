@@ -53,7 +53,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
-from megatron_selfdistill.config import Config, ConversationsConfig, function_named
+from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text

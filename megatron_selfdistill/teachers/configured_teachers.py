@@ -29,6 +29,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.metrics.samples import SeenHint
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
 from megatron_selfdistill.model.forward import unwrapped, uses_local_attention
@@ -163,6 +164,12 @@ class ConfiguredTeachers(Teachers):
     def metrics(self, outputs: Sequence[tuple[str, StepOutput]]) -> dict[str, float]:
         """Return the `teacher_metrics` of a step.  Collective."""
         return teacher_metrics(outputs, self.grid)
+
+    def seen_hint(self, context: ContextPair, solution: str) -> SeenHint:
+        """Return the hint that a teacher of the response sees, with the names of its teachers."""
+        names = [one.teacher for one in context.of_teachers] or [context.teacher]
+        shown = [name if self._settings[name].is_hinted else f"{name} (sees no hint)" for name in names]
+        return SeenHint(solution if any(self._settings[name].is_hinted for name in names) else "", ", ".join(shown))
 
     def announced(self, problems: Sequence[Problem]) -> Iterator[str]:
         """Yield a line per teacher: its weights, what it sees, and how many problems name it."""

@@ -175,7 +175,6 @@ def _require_start(key: str, config: Config, path: Path) -> None:
 
 
 def _stored_architecture(path: Path) -> ModelConfig | None:
-    """Return the architecture that a teacher's directory states; None if it states none."""
     if is_hugging_face(path):
         require_hugging_face(path)
         description = read_config(path)

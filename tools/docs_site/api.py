@@ -33,7 +33,6 @@ PAGES = {
     "evaluation": (
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
-        "evaluation.calibration "
         "evaluation.evaluations",
     ),
     "checkpoints": (

@@ -26,7 +26,7 @@ from megatron_selfdistill.model.model_values import LATENT_ONLY, ROPE_FACTOR, TR
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
     """Return ``config`` with the architecture of the checkpoint from which the run resumes, or else starts.
 
-    ``given``: the keys that the user has set (`config.given_keys`); null takes every ``model.*`` that differs from its
+    ``given``: the keys that the user has set (`config.GivenKeys`); null takes every ``model.*`` that differs from its
     default.  Each rank reads for itself; a process group is not needed.
 
     Raises: ConfigError with both values where ``model.*`` contradicts the checkpoint; CheckpointError where the

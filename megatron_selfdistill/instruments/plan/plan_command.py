@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("a plan is made by one process: start it without torchrun, or train with dry_run=true")
         named = (["dry_run=true", *with_files(arguments.overrides)], arguments.config_name, arguments.config_dir)
         config = configuration.load(*named)
-        return plan(config, configuration.given_keys(*named), argv)
+        return plan(config, configuration.GivenKeys(*named), argv)
     except (ConfigError, CheckpointError) as error:
         print_error("plan:", error)
         return 2

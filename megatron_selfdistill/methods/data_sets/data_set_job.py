@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from megatron_selfdistill.checkpoint.formats.directory import find, iteration_of
+from megatron_selfdistill.commands.model_command import phases_shown
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
@@ -28,7 +29,6 @@ from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.learnability import learnabilities, with_reference
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in
-from megatron_selfdistill.metrics.phase_lines import phases_shown
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import read_tokens
 from megatron_selfdistill.rollout.base import Request, Response

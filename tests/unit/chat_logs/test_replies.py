@@ -126,7 +126,7 @@ def test_a_reply_that_opens_its_reasoning_in_the_prompt_is_what_follows(chat_dir
         (ADDING, {"content": "<think>\nhm\n</think>\n8."}, "got thoughts that the template adds: switch them off"),
         (CHATML.replace("<|im_end|>", ""), {"content": "8."}, "to end the reply in a stop token, got none"),
         (CHATML, {"content": "8.<|im_end|>\n9."}, "a stop token at its end only, got one within its text"),
-        ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the conversation (TemplateError)"),
+        ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the messages (TemplateError)"),
     ],
 )
 def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_directory, template, reply, words):

@@ -10,12 +10,8 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import (
-    EntropyGuards,
-    GuardsConfig,
-    from_mapping,
-    load,
-)
+from megatron_selfdistill.config import from_mapping, load
+from megatron_selfdistill.config.schema.run_config import EntropyGuards, GuardsConfig
 from megatron_selfdistill.metrics.first_checks import (
     check_identity,
     check_teacher_canary,

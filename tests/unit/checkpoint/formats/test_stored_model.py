@@ -154,7 +154,7 @@ def checkpoint(ranks, tmp_path_factory) -> Path:
 
 def loaded(checkpoint: Path, *overrides: str) -> Config:
     overrides = (f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *overrides)
-    return with_stored_architecture(configuration.load(overrides), configuration.given_keys(overrides))
+    return with_stored_architecture(configuration.load(overrides), configuration.GivenKeys(overrides))
 
 
 def test_the_checkpoint_gives_the_whole_architecture(checkpoint):
