@@ -63,7 +63,7 @@ EXTRAS = {
     # For gated delta nets on GPUs.  0.6 was read, and ran in Triton's interpreter.  Up to 0.4 the gradients are wrong
     # on Hopper with Triton 3.4 to 3.7.0, which later versions refuse; 0.5 cannot be imported with Triton 3.9.
     "gdn": ["flash-linear-attention>=0.6,<0.7"],
-    # For `selfdistill convert gguf-to-hf`: transformers reads GGUF files with both.
+    # For transformers, which reads GGUF files with both.
     "gguf": ["gguf>=0.19,<0.20", "accelerate>=1.15,<2", "transformers>=5.23,<6"],
     # For `make test-browser` alone, and not in dev: it has 190 MB.
     "browser": ["playwright>=1.55,<2"],

@@ -119,7 +119,7 @@ def train(overrides: Sequence[str], config_name: str) -> tuple[list[list[int]], 
     from megatron_selfdistill.train import loop
     from megatron_selfdistill.trainer import Trainer
 
-    given = configuration.given_keys(overrides, config_name)
+    given = configuration.GivenKeys(overrides, config_name)
     config = with_stored_architecture(configuration.load(overrides, config_name), given)
     run_data = RunData.load(config)
     grid = ranks.initialize(config.parallel, config.seed)

@@ -24,8 +24,9 @@ from rich.table import Table
 
 from _lib import llama_subtraction, subtraction, tables, variants
 from _lib.command_line import console, example_parser, prepare_process
-from _lib.pretraining import Base, prepared_base, write_records
+from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Outcome, Variant
+from megatron_selfdistill.metrics.run_log import read_samples
 
 GUIDED = "rollout.guidance=mixed"
 VARIANTS = (
@@ -51,50 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out = write_records(directory / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
-    settings = (f"num_steps={steps}", "evaluation.num_samples=4")
-    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, directory)]
+    every_response = ("metrics.show_samples=1000", "metrics.show_samples_every=1", "metrics.console_every=0")
+    settings = (f"num_steps={steps}", "evaluation.num_samples=4", *every_response)
+    runs = [variant.on(problems) for variant in with_and_without_guidance(settings)]
     _, outcomes = tables.compare("Two borrows from a zero", base, runs, directory)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy on held-out problems by step", outcomes, moments))
-    console.print(right_rollouts(outcomes, base))
+    console.print(right_rollouts(outcomes))
     return 0
 
 
-def with_and_without_guidance(settings: Sequence[str], directory: Path) -> list[Variant]:
-    """Return each variant, followed by the same variant with guided rollouts; every run records them."""
+def with_and_without_guidance(settings: Sequence[str]) -> list[Variant]:
+    """Return each variant, followed by the same variant with guided rollouts."""
     pairs = [(v, Variant(f"{v.title}, guided", (*v.overrides, GUIDED))) for v in VARIANTS]
-    found = []
-    for variant in [*itertools.chain(*pairs), CORRECTED]:
-        recorded = recording(directory, variant)
-        recorded.unlink(missing_ok=True)
-        found.append(Variant(variant.title, (*variant.overrides, *settings, f"rollout.record={recorded}")))
-    return found
+    chosen = [*itertools.chain(*pairs), CORRECTED]
+    return [Variant(variant.title, (*variant.overrides, *settings)) for variant in chosen]
 
 
-def recording(directory: Path, variant: Variant) -> Path:
-    """Return the file that records the variant's rollouts."""
-    return directory / f"{variant.title.lower().replace(', ', '-').replace(' ', '-')}.jsonl"
-
-
-def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
+def right_rollouts(outcomes: Sequence[Outcome]) -> Table:
     """Return a table with the share of right training rollouts at some steps."""
     moments = (0, 1, 5, 10, 20)
     table = tables.new_table("Training rollouts that are right", [f"step {step}" for step in moments])
     answers = {record["id"]: record["answer"] for record in records(outcomes[0].run_dir.parent / "train.jsonl")}
     for outcome in outcomes:
-        recorded = records(recording(outcome.run_dir.parent, outcome.variant))
+        samples = read_samples(outcome.run_dir)
         shares = []
         for moment in moments:
-            verdicts = [is_right(r, answers[r["problem_id"]], base) for r in recorded if r["step"] == moment]
+            verdicts = [is_right(s, answers[s["problem_id"]]) for s in samples if s["step"] == moment + 1]
             shares.append(f"{sum(verdicts) / len(verdicts):.2f}" if verdicts else "")
         table.add_row(tables.label(outcome), *shares)
     return table
 
 
-def is_right(record: dict[str, Any], answer: str, base: Base) -> bool:
-    """Return whether a recorded rollout ended and states ``answer``."""
-    text = "".join(base.task.alphabet[token] for token in record["token_ids"][:-1])
-    return record["finish_reason"] == "stop" and text.count(";") == 1 and text.partition(";")[2] == answer
+def is_right(sample: dict[str, Any], answer: str) -> bool:
+    """Return whether a sample of a run ended and states ``answer``."""
+    text = "".join(sample["tokens"]["text"][:-1])
+    return not sample["truncated"] and text.count(";") == 1 and text.partition(";")[2] == answer
 
 
 def records(path: Path) -> list[dict[str, Any]]:

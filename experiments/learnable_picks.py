@@ -120,13 +120,7 @@ def right_responses(base: Base, problems: Path, num_problems: int, num_samples: 
             ]
             chunks, max_tokens = inference.chunks, config.schedule.max_tokens
             models = ScoringModels(chunks, chunks, grid, inference.vocab, max_tokens, fusion=None, backend=None)
-            pairs = candidate_contexts(
-                run_data.builder,
-                [(problem, response) for problem, response, _ in right],
-                max_length=run_data.max_length,
-                max_new_tokens=config.rollout.max_new_tokens,
-                policy="error",
-            )
+            pairs = candidate_contexts([(problem, response) for problem, response, _ in right], config, run_data)
             scores = score_texts(pairs, partial(read_tokens, models=models))
             student, teacher, _ = read_tokens(pairs, models)
     finally:

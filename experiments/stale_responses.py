@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from _lib.pretraining import Base
 from _lib.variants import Variant
 from _lib.watched_runs import Point, watch
-from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, request_key
+from megatron_selfdistill.engines.vllm.server_batch import request_key
 from megatron_selfdistill.overlap.ahead import AheadOnPolicy
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.on_policy import OnPolicy
@@ -49,7 +50,7 @@ class GeneratesAtOnce:
         requests: Sequence[Request],
         params: SamplingParams,
         used_at: int,
-        known: Mapping[str, Response] = NO_RESPONSES,
+        known: Mapping[str, Response] = MappingProxyType({}),
     ) -> Finished:
         """Return the ticket of ``requests``, whose responses are finished; ``known`` must be empty."""
         assert not known, "the run does not resume"

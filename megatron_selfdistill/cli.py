@@ -81,7 +81,7 @@ COMMANDS = {
     ),
     "serve": Command(
         "engines.vllm.server.serve",
-        "Start a vLLM server for rollouts, in an environment that has vLLM.",
+        "Start a vLLM server for rollouts, where vLLM is installed.",
         "--hf-config /models/Qwen3-8B --max-model-len 4096",
         extra=None,  # beside vLLM the project is installed without its requirements
     ),

@@ -24,10 +24,6 @@ class BadRecordError(ValueError):
         """The part of the record that the message is about, for users who may see it; None is no part."""
 
 
-class UnresolvedError(BadRecordError):
-    """A logged conversation in which no mark and no rule names an answer that the user accepted."""
-
-
 class MissingChatTemplateError(ValueError):
     """A tokenizer without a chat template, in a run whose configuration gives none either."""
 

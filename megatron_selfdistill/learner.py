@@ -97,11 +97,6 @@ class Learner:
         self.release_gradients()
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether the loss has a teacher; the baselines train on next tokens."""
-        return self.config.has_teacher
-
-    @property
     def stored_parts(self) -> dict[str, Any]:
         """The parts that a checkpoint holds, as `Checkpointer.save` and `Checkpointer.load` take them."""
         return {
@@ -146,17 +141,11 @@ class Learner:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         try:
-            if not self.has_teacher:
-                coefficients, part = token_coefficients, partial_batch
-                return self.run_schedule(packed, None, next_token, token_coefficients=coefficients, partial_batch=part)
-            return self._self_distillation(
-                packed,
-                contexts,
-                teacher,
-                measurement=self._measurement(teacher) if measure_teacher else None,
-                token_coefficients=token_coefficients,
-                partial_batch=partial_batch,
-            )
+            options: dict[str, Any] = {"token_coefficients": token_coefficients, "partial_batch": partial_batch}
+            if not self.config.has_teacher:
+                return self.run_schedule(packed, None, next_token, **options)
+            measurement = self._measurement(teacher) if measure_teacher else None
+            return self._self_distillation(packed, contexts, teacher, measurement=measurement, **options)
         except schedule.NoResponseTokens:
             if is_first:
                 self.release_gradients()
@@ -191,7 +180,7 @@ class Learner:
         return learning_rate
 
     def release_gradients(self) -> None:
-        """Free the memory of ``main_grad``, whose values are lost, where a vLLM engine samples on this device.
+        """Free the memory of ``main_grad``, whose values are lost, where an engine samples on this device.
 
         `forward_backward` takes the memory again.  The host waits for the device.  Elsewhere nothing happens.
         """
@@ -227,26 +216,15 @@ class Learner:
         packed: PackedBatch,
         contexts: Sequence[ContextPair],
         teacher: str,
-        *,
-        measurement: TokenMeasurement | None,
-        token_coefficients: token_losses.TokenCoefficients | None = None,
         partial_batch: PartialBatch | None = None,
-        forward_only: bool = False,
+        **options: Any,
     ) -> StepOutput:
-        """Run the schedule of one batch with its teacher and, if the target has one, the reference."""
         target, following = self.target_of(teacher), "" if partial_batch is None else partial_batch.next_teacher
         loss = self.distillation_loss if target is self.target else self.loss_towards(target)
         with self.teachers.models(packed, contexts, teacher, following) as models:
-            return self.run_schedule(
-                packed,
-                models.teacher,
-                loss,
-                reference=self.reference_of(target, models.reference),
-                measurement=measurement,
-                token_coefficients=token_coefficients,
-                partial_batch=partial_batch,
-                forward_only=forward_only,
-            )
+            reference = self.reference_of(target, models.reference)
+            options = {"reference": reference, "partial_batch": partial_batch, **options}
+            return self.run_schedule(packed, models.teacher, loss, **options)
 
     def target_of(self, teacher: str = "") -> Target:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
@@ -261,14 +239,12 @@ class Learner:
         packed: PackedBatch,
         teacher: StepTeacher | None,
         token_loss: token_losses.TokenLoss | FusedLoss,
-        *,
-        reference: Reference | None = None,
-        measurement: TokenMeasurement | None = None,
-        token_coefficients: token_losses.TokenCoefficients | None = None,
-        partial_batch: PartialBatch | None = None,
-        forward_only: bool = False,
+        **options: Any,
     ) -> StepOutput:
-        """Return the result of `schedule.run` with the student, the packing and the guided tokens of the run."""
+        """Return the result of `schedule.run` with the student, the packing and the guided tokens of the run.
+
+        ``options``: further arguments of `schedule.run`.
+        """
         return schedule.run(
             self.chunks,
             teacher,
@@ -276,14 +252,10 @@ class Learner:
             token_loss,
             self.grid,
             self.vocab,
-            reference=reference,
             guided=self.guided_tokens,
-            measurement=measurement,
-            token_coefficients=token_coefficients,
             pair_order=self.packing.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
-            forward_only=forward_only,
-            partial_batch=partial_batch,
+            **options,
         )
 
     @property

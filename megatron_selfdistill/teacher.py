@@ -22,6 +22,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.metrics.samples import SeenHint
 from megatron_selfdistill.model.teacher_weights import Chunks, Teacher
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import ScheduledTeacher, StepTeacher
@@ -143,6 +144,10 @@ class Teachers:
     def metrics(self, outputs: Sequence[tuple[str, StepOutput]]) -> dict[str, float]:
         """Return what the tokens of each teacher say of it, equal on all ranks; ``outputs``: those of the batches."""
         return {}
+
+    def seen_hint(self, context: ContextPair, solution: str) -> SeenHint:
+        """Return what the teachers of a response see of the ``solution``."""
+        return SeenHint(solution if self.config.has_teacher else "")
 
     def announced(self, problems: Sequence[Problem]) -> Iterator[str]:
         """Yield a line about each teacher, for the start of a run."""

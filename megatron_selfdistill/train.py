@@ -24,8 +24,8 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer, with_stored_tokenizer
 from megatron_selfdistill.commands import prechecks
-from megatron_selfdistill.config import Config, check_files, command_line
-from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.config import Config, command_line
+from megatron_selfdistill.config.world_checks import check_files, check_world
 from megatron_selfdistill.distributed import signs_of_life, stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
 from megatron_selfdistill.distributed.terminal import guard_standard_error, silence_known_warnings, visible
@@ -67,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(command_line.parse(argv), ranks)
     except OtherRankFailed as elsewhere:
-        ranks.inform_torchrun(str(elsewhere))
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError, VerifierError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, (EngineError, VerifierError)) else EXIT_BAD_INPUT
-        _report(visible(str(error)), status, ranks)
+        if ranks.failed(message := visible(str(error)), status):  # no other rank prints the same message
+            print(f"{speaker()}{message}", file=sys.stderr, flush=True)
         return status
     except KeyboardInterrupt:
         return stop.EXIT_INTERRUPTED
@@ -86,28 +86,20 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     if arguments.about is not None:
         print(arguments.about())
         return 0
-    config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
-    config = with_stored_tokenizer(config)
-    if arguments.print:
-        print(configuration.to_yaml(config))
-        return 0
-    given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
-    if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
-        return int(door("plan").plan(config, given, arguments.argv))
-    if arguments.ranks and "RANK" not in os.environ:
-        check(config, arguments.ranks)
-        return launch(arguments.ranks, arguments.argv)
-    with stop.interruptible(), configuration.user_code("code that this run has called"):
-        return train(config, given, ranks)  # the status is 0 only where train returns it
-
-
-def _report(message: str, status: int, ranks: RollCall) -> None:
-    """Print why this rank ends, unless another rank prints the same message."""
-    if ranks.failed(message, status):
-        print(f"{speaker()}{message}", file=sys.stderr, flush=True)
-        ranks.inform_torchrun(message)
-    else:
-        ranks.inform_torchrun("the same as on the rank that has printed its error")
+    with configuration.user_code("code that this run has called"):  # the status is 0 only where this program returns it
+        config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
+        config = with_stored_tokenizer(config)
+        if arguments.print:
+            print(configuration.to_yaml(config))
+            return 0
+        given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
+        if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
+            return int(door("plan").plan(config, given, arguments.argv))
+        if arguments.ranks and "RANK" not in os.environ:
+            check(config, arguments.ranks)
+            return launch(arguments.ranks, arguments.argv)
+        with stop.interruptible():
+            return train(config, given, ranks)
 
 
 def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:
@@ -159,7 +151,11 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):
-        return _already_complete(config, Path(checkpoint), ranks)
+        if ranks.rank == 0:
+            from megatron_selfdistill.commands.announcement import complete
+
+            print("\n".join(complete(config, config.num_steps, Path(checkpoint))), flush=True)
+        return 0
     run_data = RunData.load(config)
     ranks.answer("inputs", timeout_s=patience_s)
     return _train(config, run_data, None if config.dry_run else lock.renew, given)
@@ -173,9 +169,7 @@ def _train(
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 
-    rollout = config.rollout
-    by_ipc = rollout.engine == "vllm" and rollout.placement == "server" and rollout.transfer in (None, "ipc")
-    grid = ranks.initialize(config.parallel, config.seed, shares_memory=by_ipc)
+    grid = ranks.initialize(config.parallel, config.seed)
     try:
         stacks = Path(config.run_dir) / ("stacks_of_dry_run" if config.dry_run else "stacks")
         with watchdog.watched(
@@ -208,15 +202,6 @@ def _train(
                     report.finish()
     finally:
         ranks.shutdown()
-
-
-def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
-    if ranks.rank == 0:
-        from megatron_selfdistill.commands.announcement import complete
-
-        lines = complete(config, config.num_steps, checkpoint)
-        print("\n".join(lines), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary
-from megatron_selfdistill.metrics.guards import Guards
+from megatron_selfdistill.metrics.guards import Guards, student_samples
 from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
 from megatron_selfdistill.metrics.log import configured_log
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.run_log import EventLog
-from megatron_selfdistill.metrics.samples import seen_hints, step_samples
+from megatron_selfdistill.metrics.samples import step_samples
 from megatron_selfdistill.metrics.step import rollout_metrics
 from megatron_selfdistill.metrics.step_warnings import step_warnings
 from megatron_selfdistill.model.output_layer import loss_backend
@@ -93,7 +93,7 @@ class Trainer:
         self.config, self.grid, self.run_dir = config, grid, Path(config.run_dir)
         self.loss_backend = loss_backend(config, grid)
         self.phases = Phases(grid.device)
-        self.checkpointer = Checkpointer.configured(config, grid, prove_ownership)
+        self.checkpointer = Checkpointer(self.run_dir, grid, config.checkpoint, prove_ownership)
         found = latest_resumption(config, run_data, self.checkpointer, grid)
         self.resumed_from = found.saved.path if found is not None else None
         self.changes = found.changes if found is not None else ()  # of configuration and prompts, for the log
@@ -105,7 +105,8 @@ class Trainer:
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         readings = LearnerReadings(self.learner)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, readings)
-        self.guards = Guards.configured(config, engines_of(config))
+        falls, samples = config.needs.loss_should_fall, student_samples(config)
+        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
         """Optimizer steps done."""
@@ -122,8 +123,6 @@ class Trainer:
         if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
             with raise_on_all_ranks():  # a logger that cannot start ends all ranks alike
                 self.log.resume(self.step)
-        if config.metrics.show_samples and not config.shows_contents:
-            self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.before_gradients: list[Callable[[Trainer, StepBatch], None]] = []
         """Instruments that read the first batch of a step under the weights that have generated it; collective."""
         self.after_step: list[Hook] = [judge, evaluate_when_due]
@@ -178,7 +177,7 @@ class Trainer:
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             is_first = not self.checked and part.earlier is None
-            if is_first and self.learner.has_teacher and tolerance is not None:
+            if is_first and self.config.has_teacher and tolerance is not None:
                 check_identity(identity_loss(self.learner, batch.contexts), tolerance)
             output = self.learner.forward_backward(
                 packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_teacher=due, partial_batch=part
@@ -197,15 +196,18 @@ class Trainer:
         if self.learner.teachers.names:
             metrics |= self.learner.teachers.metrics([(it.batch.teacher, it.output) for it in step if it.output])
         if self.config.shows_contents and samples_due(self.config, self.step + 1):
-            self._show_samples(batch, output)
-        if not self.checked and self.learner.has_teacher and self.step == 0:
+            pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
+            seen = [(context, self.learner.teachers.seen_hint(context, solution)) for context, solution in pairs]
+            shown = step_samples(output, seen, self.config.metrics.show_samples, self.run_data.tokenizer, self.grid)
+            self.log.log_samples(self.step + 1, shown)
+        if not self.checked and self.config.has_teacher and self.step == 0:
             check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.start.max_teacher_cross_entropy)
         self.checked = True
         with self.phases("optimizer"):
             metrics["gradient_norm"] = self.learner.gradient_norm()
             self.guards.check_finite(self.step + 1, metrics)
             metrics["learning_rate"] = self.learner.apply_gradients(metrics["gradient_norm"])
-        if self.config.target.rule == "batch" and self.learner.has_teacher:
+        if self.config.target.rule == "batch" and self.config.has_teacher:
             self.learner.solve_k(output)
             self.sampling = sampling_params(self.config, self.run_data, self.learner.batch_k)
         return metrics
@@ -232,7 +234,7 @@ class Trainer:
         self, metrics: Mapping[str, float], batch: StepBatch, packs: Sequence[PackedBatch]
     ) -> dict[str, float]:
         """Return the ``metrics`` of a step with those of its responses, its tokens and its time.  Collective."""
-        own, has_teacher = batch.contexts[self.grid.replica_rank :: self.grid.replica_size], self.learner.has_teacher
+        own, has_teacher = batch.contexts[self.grid.replica_rank :: self.grid.replica_size], self.config.has_teacher
         leaks = leak_counts(own, self.leak_words, self.run_data.tokenizer) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks, has_teacher=has_teacher)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
@@ -294,9 +296,12 @@ class Trainer:
         self.run_directory.require_ownership()
         self.checkpointer.finish()
         self.stop.leave_marker(self.step)
-        checkpoint = self.checkpoint if self.step else None
         self.events.record(self.step, "stopped", reason=self.stop.reason)
-        self.log.message(self.stop.last_line(self.step, self.config.num_steps, checkpoint))
+        where, then = "before step 1", "no step was done; the same command starts anew"
+        if self.step:
+            where = f"after step {self.step}"
+            then = f"started again, the same command continues; checkpoint: {self.checkpoint}"
+        self.log.message(f"stopped {where} of {self.config.num_steps}: {self.stop.reason}; {then}")
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
@@ -315,11 +320,6 @@ class Trainer:
         if found.same_problems:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
-
-    def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
-        teachers = self.config.named_teachers if self.learner.has_teacher else None
-        hints, count = seen_hints(batch.contexts, batch.solutions, teachers), self.config.metrics.show_samples
-        self.log.log_samples(self.step + 1, step_samples(output, hints, count, self.run_data.tokenizer, self.grid))
 
 
 def judge(trainer: Trainer, metrics: Mapping[str, float]) -> None:

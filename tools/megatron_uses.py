@@ -237,7 +237,7 @@ RELIED_ON = (
     (
         _TRANSFORMER,
         "fp8=None fp4=None use_kitchen=False fp16=False fp8_param=False",
-        "refuse_untrainable_precision reads the field, and only optimizer.precision chooses a precision",
+        "known_faults reads the field, and only optimizer.precision chooses a precision",
     ),
     (
         _TRANSFORMER,

@@ -73,7 +73,7 @@ def table() -> str:
 def row(recipe: str, plan: Plan) -> str:
     """Return the row of a recipe; the GiB are those of the GPU that holds most."""
     config, p = plan.config, plan.config.parallel
-    if plan.engines is None:
+    if plan.update_bytes is None:
         raise ValueError(f"recipe={recipe}: expected a recipe that samples with vLLM, got none")
     trained = plan.adapter_parameters or plan.parameters
     on_servers = config.rollout.placement == "server"
@@ -90,7 +90,7 @@ def row(recipe: str, plan: Plan) -> str:
         "DP": plan.step.dp_size,
     }
     training, sampling = (max(getattr(one, f"{what}_peak") for one in plan.memory) for what in ("training", "rollout"))
-    update = plan.engines.update_bytes / 1e9
+    update = plan.update_bytes / 1e9
     rollout = sum(part.seconds for part in plan.parts if part.phase == "rollout")
     seconds = f"{rollout:.0f} / {sum(part.seconds for part in plan.parts) - rollout:.0f}"
     cells = [

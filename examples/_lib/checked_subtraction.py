@@ -57,8 +57,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
 def _telling(kind: float, rng: random.Random, attempt: str, a: int, b: int) -> tuple[str, str]:
     """Return a prompt that tells something about the solution of a - b, and the work after it."""
     # The headings stand in modules that import torch, which --help does without.
-    from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
-    from megatron_selfdistill.methods.sdpo import PEER_SECTION
+    from megatron_selfdistill.methods.sdpo import FEEDBACK_HEADING, PEER_SECTION
 
     problem, clean = problem_text(a, b), work(a, b)
     if kind < 0.6:

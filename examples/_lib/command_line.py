@@ -75,7 +75,7 @@ def write_recipe(directory: Path, name: str, overrides: Sequence[str]) -> None:
     """Write what ``overrides`` set as ``directory``/recipe/``name``.yaml, for --config-dir and recipe=``name``."""
     config = yaml.safe_load(configuration.to_yaml(configuration.load(overrides)))
     chosen: dict[str, Any] = {"defaults": ["_self_", "/groups"]}
-    for key in sorted(configuration.given_keys(overrides)):
+    for key in sorted(configuration.GivenKeys(overrides)):
         *sections, last = key.split(".")
         source, target = config, chosen
         for section in sections:

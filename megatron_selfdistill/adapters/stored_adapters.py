@@ -72,8 +72,8 @@ class StoredAdapters:
         scale = f"adapter.alpha={settings.alpha} adapter.rank_stabilised={str(settings.rank_stabilised).lower()}"
         return f"adapter.rank={settings.rank} {scale} {layers}"
 
-    def base_place(self, given: str | None = None, key: str = "adapter.base") -> Path:
-        """Return the directory of the base: ``given`` by ``key``, else the stored place, else the run directory.
+    def base_place(self, given: str | None = None) -> Path:
+        """Return the directory of the base: ``given`` (adapter.base), else the stored place, else the run directory.
 
         Raises: CheckpointError where the base is at none of these places.
         """
@@ -82,7 +82,7 @@ class StoredAdapters:
         if given is None and not place.exists():
             raise CheckpointError(
                 f"{self.path} holds adapters alone, and their base, with the digest {self.base_digest}, is not at "
-                f"{place} any more: set {key} to its present place"
+                f"{place} any more: set adapter.base to its present place"
             )
         return place
 
@@ -128,8 +128,7 @@ def refuse_adapters(path: Path) -> None:
     if stored is not None:
         raise CheckpointError(
             f"{path} holds adapters alone, but a run begins at full weights: set checkpoint.load to their base"
-            f"{f' ({stored.base})' if stored.base is not None else ''} and adapter.load={path}, or merge them with "
-            "`selfdistill convert merge-adapters`"
+            f"{f' ({stored.base})' if stored.base is not None else ''} and adapter.load={path}"
         )
 
 

@@ -48,7 +48,8 @@ def _complete_layer(spec: ModuleSpec, config: TransformerConfig, transformer_eng
     attention = spec.submodules.self_attention
     if hasattr(config, "latent_layernorm_epsilon"):
         if transformer_engine:
-            give_latents_their_epsilon(spec)
+            for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+                setattr(attention.submodules, name, with_latent_epsilon(getattr(attention.submodules, name)))
         else:
             for name in ("q_layernorm", "kv_layernorm"):
                 if getattr(attention.submodules, name) is RMSNorm:
@@ -62,13 +63,6 @@ def _complete_layer(spec: ModuleSpec, config: TransformerConfig, transformer_eng
     experts = getattr(older_megatron.submodules_of(spec.submodules.mlp), "experts", None)
     if experts is not None and config.add_bias_linear and not transformer_engine:
         older_megatron.submodules_of(experts).linear_fc2 = BiasedExpertOutput
-
-
-def give_latents_their_epsilon(spec: ModuleSpec) -> None:
-    """Let the norms of the latents in a layer of Transformer Engine's spec have their own epsilon."""
-    attention = spec.submodules.self_attention.submodules
-    for name in ("linear_q_up_proj", "linear_kv_up_proj"):
-        setattr(attention, name, with_latent_epsilon(getattr(attention, name)))
 
 
 def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:

@@ -46,17 +46,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
 )
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import (
@@ -200,16 +201,6 @@ def _in_chunks(x: Tensor) -> Tensor:
     return padded.reshape(*padded.shape[:2], -1, CHUNK, padded.size(-1))
 
 
-@dataclass
-class GatedDeltaNetLinears:
-    """The classes of the two linear layers of a `GatedDeltaNet`."""
-
-    in_proj: Any
-    """A column-parallel layer, which includes the norm before it in Transformer Engine's layer spec."""
-    out_proj: Any
-    """A row-parallel layer."""
-
-
 class GatedOutputNorm(MegatronModule):
     """The norm ``x * rsqrt(mean(x^2) + eps) * weight`` of one head's output, times ``silu(gate)`` in float32.
 
@@ -248,7 +239,7 @@ class GatedDeltaNet(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: GatedDeltaNetLinears,
+        submodules: GatedDeltaNetSubmodules,
         layer_number: int,
         pg_collection: Any,
         **_: Any,
@@ -506,50 +497,26 @@ def place_gated_delta_nets(
     ``block``: the layer specs of the chunk, complete but for this.  ``transformer_engine``: whether they are
     Transformer Engine's.
     """
-    linear = gated_delta_layers(config)
-    if not any(linear):
-        return
-    linears = _linears(transformer_engine)
-    block.layer_specs = [
-        _with_gated_delta_net(spec, linears, includes_norm=transformer_engine) if linear[number] else spec
-        for number, spec in zip(_layers_of_chunk(config, vp_stage), block.layer_specs, strict=True)
-    ]
-
-
-def gated_delta_layers(config: TransformerConfig) -> list[bool]:
-    """Return whether each layer of the model has a gated delta net in the place of attention."""
     if config.experimental_attention_variant != "gated_delta_net":
-        return [False] * config.num_layers
-    freq = config.linear_attention_freq
-    if isinstance(freq, int):
-        return [(i + 1) % freq != 0 for i in range(config.num_layers)]
-    return [bool(linear) for linear in freq or []]
-
-
-def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Return the numbers of the layers of one model chunk of this rank, from 0."""
-    if config.pipeline_model_parallel_layout is not None:
-        layout = config.pipeline_model_parallel_layout
-        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
+        return
+    is_linear, linears = get_linear_attention_pattern(config), _linears(transformer_engine)
+    layers = list(block.layer_specs)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
+    for i in range(len(layers)):
+        if is_linear[first + i]:
+            layers[i] = copy.deepcopy(layers[i])
+            layers[i].submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=linears)
+            if transformer_engine:  # whose in_proj includes the norm
+                layers[i].submodules.input_layernorm = IdentityOp
+            else:
+                names = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+                layers[i].submodules.sharded_state_dict_keys_map |= names
+    block.layer_specs = layers
 
 
-def _linears(transformer_engine: bool) -> GatedDeltaNetLinears:
+def _linears(transformer_engine: bool) -> GatedDeltaNetSubmodules:
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
-        return GatedDeltaNetLinears(TELayerNormColumnParallelLinear, TERowParallelLinear)
-    return GatedDeltaNetLinears(ColumnParallelLinear, RowParallelLinear)
-
-
-def _with_gated_delta_net(layer: ModuleSpec, linears: GatedDeltaNetLinears, *, includes_norm: bool) -> ModuleSpec:
-    """Return a copy of a layer spec with a `GatedDeltaNet`; ``includes_norm``: whether ``in_proj`` has the norm."""
-    layer = copy.deepcopy(layer)
-    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=linears)
-    if includes_norm:
-        layer.submodules.input_layernorm = IdentityOp
-    else:
-        names = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
-        layer.submodules.sharded_state_dict_keys_map = layer.submodules.sharded_state_dict_keys_map | names
-    return layer
+        return GatedDeltaNetSubmodules(in_proj=TELayerNormColumnParallelLinear, out_proj=TERowParallelLinear)
+    return GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)

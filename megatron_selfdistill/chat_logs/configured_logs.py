@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_selfdistill.chat_logs.acceptance import BUILT_IN
 from megatron_selfdistill.chat_logs.conversations import load_conversations
-from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts, turn_reader
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -45,11 +45,13 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     if not config.needs.hint_follows:
         rule = function_named("conversations.accepted_rule", wanted.accepted_rule, BUILT_IN)
     log = load_conversations(source, rule=rule, turns=wanted.turns, show_contents=wanted.show_contents)
+    hides = config.metrics.show_samples and not wanted.show_contents
+    shown = ["metrics.show_samples: no samples, since conversations.show_contents=false"] if hides else []
     if not config.logged:
-        return ReadLog(log.turns, None, (log.about,), tuple(log.turns.skipped))
+        return ReadLog(log.turns, None, (*shown, log.about), tuple(log.turns.skipped))
     reader = turn_reader(config.data, builder, ends, max_length)
     about, unusable, looked_at = _look_at(log.turns.problems, reader, config.seed)
-    return ReadLog(log.turns, looked_at, (log.about, about), (*log.turns.skipped, *unusable))
+    return ReadLog(log.turns, looked_at, (*shown, log.about, about), (*log.turns.skipped, *unusable))
 
 
 def _look_at(
@@ -64,9 +66,9 @@ def _look_at(
     turns = reader.read(looked_at)
     for turn in turns:
         reader.check(turn)
-    counts, unusable = TurnCounts.of(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
-    if not counts.usable:
+    counts, unusable = turn_counts(turns), [turn.message for turn in turns if isinstance(turn, Unusable)]
+    if not counts["usable"]:
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    return f"{which} turns were read: {counts}", unusable, pairs
+    return f"{which} turns were read: {about_turns(counts)}", unusable, pairs

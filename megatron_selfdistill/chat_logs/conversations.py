@@ -14,8 +14,8 @@ from megatron_selfdistill.chat_logs.acceptance import Rule, answer_text
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, kind, read_records, whole_number
-from megatron_selfdistill.errors import BadRecordError, UnresolvedError
+from megatron_selfdistill.data.records import RecordSource, kind, read_records, whole_number
+from megatron_selfdistill.errors import BadRecordError
 
 FIELDS = ("messages", "accepted", "tools", "id")
 
@@ -27,6 +27,10 @@ _MAY_FOLLOW: dict[str, tuple[str, ...]] = {
     "assistant with tool calls": ("tool",),
     "tool": ("tool", "assistant"),
 }
+
+
+class UnresolvedError(BadRecordError):
+    """A logged conversation in which no mark and no rule names an answer that the user accepted."""
 
 
 @dataclass(frozen=True)
@@ -146,24 +150,17 @@ def conversation_turns(conversation: Conversation, turns: str, by_next_state: bo
             answer=None,
             location=f"{conversation.location}, message {index}",
             tools=conversation.tools,
-            reply=LoggedReply(message, accepted=False, next_state=_next_state(messages, index))
+            reply=LoggedReply(
+                message,
+                accepted=False,
+                next_state=tuple(takewhile(lambda after: after["role"] != "assistant", messages[index + 1 :])),
+            )
             if by_next_state
             else LoggedReply(message, accepted=index == accepted),
         )
         for index, message in enumerate(messages[:end])
         if message["role"] == "assistant"
     ]
-
-
-def _next_state(messages: Sequence[dict[str, Any]], index: int) -> tuple[dict[str, Any], ...]:
-    """Return the messages between the assistant message at ``index`` and the next one."""
-    after = messages[index + 1 :]
-    return tuple(takewhile(lambda message: message["role"] != "assistant", after))
-
-
-def _last_answered(messages: Sequence[dict[str, Any]]) -> int | None:
-    """Return the index of the last assistant message that a message follows."""
-    return next((i for i in range(len(messages) - 2, -1, -1) if messages[i]["role"] == "assistant"), None)
 
 
 def _conversation(
@@ -174,14 +171,12 @@ def _conversation(
         raise BadRecordError(
             f"field {columns['messages']!r}: expected a non-empty list of messages, got {kind(raw)}", raw
         )
-    if not is_text(record.get(columns["id"])):
-        raise BadRecordError(f"field {columns['id']!r}: {NO_TEXT}")
     messages = tuple(_message(message, place(columns["messages"], i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
     if rule is not None:
         accepted, is_marked = _accepted(record, raw, messages, columns, rule)
-    elif (last := _last_answered(messages)) is not None:
-        accepted, is_marked = last, False
+    elif answered := [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]:
+        accepted, is_marked = answered[-1], False
     else:
         raise UnresolvedError("unresolved: expected a message after a reply of the assistant, got none")
     conversation_id = record.get(columns["id"])

@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts, turn_reader
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
@@ -107,8 +107,8 @@ class LoggedResponses(ResponseSource):
         """
         method, problem_sampler = self.state.method, self.state.problem_sampler.fork()
         with self._phases("read"):
-            read = self._turns.next_turns(problem_sampler)
-        pairs = enumerate(zip(read.problems, read.turns, strict=True))
+            turns, counts = self._turns.next_turns(problem_sampler)
+        pairs = enumerate(turns)
         rollouts = [Rollout(one, turn.prompts, Response.unsampled(turn.reply), group=i) for i, (one, turn) in pairs]
         trained, found = method.select(step, rollouts)
         with self._phases("pack"):
@@ -120,7 +120,7 @@ class LoggedResponses(ResponseSource):
             contexts=contexts,
             solutions=[problem.solution for problem in problems],
             token_coefficients=method.coefficients(step, trained, contexts),
-            metrics={**read.metrics, **found},
+            metrics={**counts, **found},
             next_state=SourceState(problem_sampler, method),
         )
 
@@ -131,19 +131,6 @@ class LoggedResponses(ResponseSource):
         metrics = turn_metrics(output, batch.response_lengths, accepted, weighted, self._grid)
         output = replace(output, coefficients=None) if weighted else output
         return metrics | step_metrics(output, None, self._grid, response_lengths=batch.response_lengths)
-
-
-@dataclass(frozen=True)
-class StepTurns:
-    """The logged turns of one step on this replica."""
-
-    problems: list[Problem]
-    turns: list[Turn]
-    """The turn of each of ``problems``."""
-    metrics: Mapping[str, float]
-    """Counts over the global batch, equal on all ranks: turns/skipped_long and turns/skipped_bad count the
-    turns that were replaced in this step; turns/shortened counts the cut solutions, where ``data.on_long_context``
-    shortens."""
 
 
 class LoggedTurns:
@@ -163,8 +150,11 @@ class LoggedTurns:
         self._file = Path(config.run_dir) / SKIPPED_FILE
         self._unusable: dict[str, Unusable] = {}
 
-    def next_turns(self, problem_sampler: ProblemSampler) -> StepTurns:
-        """Return the next turns of ``problem_sampler``, which moves on; an unusable turn is replaced by the next one.
+    def next_turns(self, problem_sampler: ProblemSampler) -> tuple[list[tuple[Problem, Turn]], dict[str, float]]:
+        """Return the next turns of ``problem_sampler``, which moves on, and metrics that are equal on all ranks.
+
+        An unusable turn is replaced by the next one.  turns/skipped_long and turns/skipped_bad count the turns that
+        were replaced in this step, and turns/shortened the cut solutions, where ``data.on_long_context`` shortens.
 
         Every rank of the world calls it.  Collectives: one maximum over the data-parallel ranks, and where a turn was
         unusable an all_gather_object and another round.
@@ -187,12 +177,12 @@ class LoggedTurns:
             for place, problem in zip(places, problem_sampler.take(len(places)), strict=True):
                 batch[place] = problem
         problems = shard(batch, grid.dp_rank, grid.dp_size)
-        turns = [mine[problem.id] for problem in problems]
+        turns = [(problem, mine[problem.id]) for problem in problems]
         metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
         if self._reader.on_long_context.startswith("truncate"):
-            shortened = sum(turn.prompts.solution_truncated for turn in turns)
+            shortened = sum(turn.prompts.solution_truncated for _, turn in turns)
             metrics["turns/shortened"] = float(sum(gather_objects(shortened, grid.dp_group)))
-        return StepTurns(problems, turns, metrics)
+        return turns, metrics
 
     def _read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
         new = [problem for problem in problems if problem.id not in self._unusable]
@@ -230,12 +220,12 @@ def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> Ru
     reader, problems = turn_reader(config.data, run_data.builder, run_data.ends, run_data.max_length), run_data.problems
     if not (config.dry_run or reader.has_errors):
         return run_data
-    counts, unusable = TurnCounts(), []
+    counts, unusable = turn_counts(()), []
     reported_at = time.monotonic()
     share = iter(range(grid.rank, len(problems), grid.world_size))
     for chunk, turns in _read_by_chunks(reader, problems.problems[grid.rank :: grid.world_size]):
         numbers = list(islice(share, len(chunk)))
-        counts += TurnCounts.of(turns)
+        counts += turn_counts(turns)
         unusable += [(n, turn) for n, turn in zip(numbers, turns, strict=True) if isinstance(turn, Unusable)]
         if grid.rank == 0 and time.monotonic() - reported_at > _REPORT_EVERY_S:
             reported_at = time.monotonic()
@@ -244,10 +234,10 @@ def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> Ru
     everywhere = sorted((item for _, part in parts for item in part), key=lambda item: item[0])
     for _, turn in everywhere:
         _checked(reader, turn)
-    total = sum((counts for counts, _ in parts), TurnCounts())
+    total = sum((counts for counts, _ in parts), turn_counts(()))
     messages = dict.fromkeys([*problems.skipped, *(turn.message for _, turn in everywhere)])
-    about = f"all {len(problems)} turns were read: {total}"
-    return replace(run_data, about_conversations=(*run_data.about_conversations[:-1], about), skipped=tuple(messages))
+    about = f"all {len(problems)} turns were read: {about_turns(total)}"
+    return replace(run_data, about_records=(*run_data.about_records[:-1], about), skipped=tuple(messages))
 
 
 def _read_by_chunks(

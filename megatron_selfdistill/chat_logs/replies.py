@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from megatron_selfdistill.config import DataConfig
 from megatron_selfdistill.data.contexts import PromptPair
@@ -151,44 +152,29 @@ def turn_reader(data: DataConfig, builder: PromptBuilder, ends: EndTokens, max_l
     return TurnReader(builder, ends, max_length, data.on_long_context, data.on_bad_record)
 
 
-@dataclass(frozen=True)
-class TurnCounts:
-    """Numbers of turns that were read, and of their tokens."""
+def turn_counts(turns: Iterable[Turn | Unusable]) -> Counter[str]:
+    """Return the numbers of turns that were read, and of their tokens.
 
-    usable: int = 0
-    """Turns that can be trained on."""
-    num_tokens: int = 0
-    """Tokens of the replies of usable turns."""
-    num_accepted_tokens: int = 0
-    """Tokens of the accepted replies of usable turns."""
-    shortened: int = 0
-    """Usable turns whose teacher sees a part of the solution."""
-    too_long: int = 0
-    """Unusable turns that are too long."""
-    bad: int = 0
-    """Unusable turns that the chat template cannot render as they were."""
+    usable, and of these shortened (the teacher sees a part of the solution), tokens and accepted_tokens (of the replies
+    that the user accepted); too_long; and bad: the chat template cannot render the turn as it was.
+    """
+    counts: Counter[str] = Counter()
+    for turn in turns:
+        if isinstance(turn, Unusable):
+            counts["too_long" if turn.too_long else "bad"] += 1
+        else:
+            length, shortened = len(turn.reply), int(turn.prompts.solution_truncated)
+            counts.update(usable=1, tokens=length, accepted_tokens=length * turn.accepted, shortened=shortened)
+    return counts
 
-    @classmethod
-    def of(cls, turns: Iterable[Turn | Unusable]) -> TurnCounts:
-        """Return the counts of ``turns``."""
-        counts = cls()
-        for turn in turns:
-            if isinstance(turn, Unusable):
-                counts += cls(too_long=int(turn.too_long), bad=int(not turn.too_long))
-            else:
-                length, shortened = len(turn.reply), int(turn.prompts.solution_truncated)
-                counts += cls(1, length, length if turn.accepted else 0, shortened)
-        return counts
 
-    def __add__(self, other: TurnCounts) -> TurnCounts:
-        return TurnCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.usable} can be used ({self.shortened} with a shortened solution): {self.num_tokens} logged tokens, "
-            f"{self.num_accepted_tokens / max(self.num_tokens, 1):.3f} of them in accepted turns; {self.too_long} are "
-            f"too long, {self.bad} cannot be shown by the chat template as they were"
-        )
+def about_turns(counts: Counter[str]) -> str:
+    """Return `turn_counts` as a text for the log."""
+    return (
+        f"{counts['usable']} can be used ({counts['shortened']} with a shortened solution): {counts['tokens']} logged "
+        f"tokens, {counts['accepted_tokens'] / max(counts['tokens'], 1):.3f} of them in accepted turns; "
+        f"{counts['too_long']} are too long, {counts['bad']} cannot be shown by the chat template as they were"
+    )
 
 
 def _check_the_reply_follows(problem: Problem, prompt: str, whole: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import Temporary
-from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
+from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, read_saved_run
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
     TEACHER,
@@ -30,7 +31,7 @@ from megatron_selfdistill.checkpoint.frozen_weights import (
     save_frozen_weights,
 )
 from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import CheckpointConfig
 from megatron_selfdistill.distributed.collectives import run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import moving_files
@@ -53,22 +54,18 @@ class Checkpointer:
         self,
         run_dir: Path,
         grid: RankGrid,
-        *,
-        keep_last: int | None,
-        async_save: bool,
-        verify: str = "checksums",
+        config: CheckpointConfig,
         prove_ownership: Callable[[], None] | None = None,
     ) -> None:
-        """Open the checkpoints of ``run_dir``; ``verify`` is ``checksums``, ``sizes`` or ``none``.
+        """Open the checkpoints of ``run_dir``.
 
-        ``verify``: the part of the manifest that is compared before a checkpoint is loaded.  ``prove_ownership``: a
-        function that rank 0 calls before it publishes a checkpoint or a teacher and before it removes older
-        checkpoints; it raises `CheckpointError` where another run has taken the run directory over (`RunLock.renew`).
-        Null where nothing locks the directory.
+        ``prove_ownership``: a function that rank 0 calls before it publishes a checkpoint or a teacher and before it
+        removes older checkpoints; it raises `CheckpointError` where another run has taken the run directory over
+        (`RunLock.renew`).  Null where nothing locks the directory.
         """
         self.run_dir, self.grid = Path(run_dir), grid
         self.directory = self.run_dir / "checkpoints"
-        self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
+        self.config = config
         self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
         self._ids: dict[str, str] = {}
         """The ids of the weights that are kept beside the checkpoints, by the names of their directories."""
@@ -77,21 +74,6 @@ class Checkpointer:
         self._pending: Temporary | None = None
         self._lost: str | None = None  # why the last background save left no checkpoint
         self._validated = False
-
-    @classmethod
-    def configured(
-        cls, config: Config, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
-    ) -> Checkpointer:
-        """Open the checkpoints of the run directory of ``config``; see the class for ``prove_ownership``."""
-        own, run_dir = config.checkpoint, Path(config.run_dir)
-        return cls(
-            run_dir,
-            grid,
-            keep_last=own.keep_last,
-            async_save=own.async_save,
-            verify=own.verify,
-            prove_ownership=prove_ownership,
-        )
 
     def latest(self) -> Path | None:
         """Return the first of `directory.candidates` without a fault, on all ranks; None if there is no checkpoint.
@@ -102,7 +84,7 @@ class Checkpointer:
         """
         faults: dict[Path, str] = {}
         for path in run_on_rank_0(lambda: directory.candidates(self.directory)):
-            fault = sharded_io.integrity_fault(path, self.verify)
+            fault = sharded_io.integrity_fault(path, self.config.verify)
             if fault is None:
                 self._warn(faults, path)
                 return path
@@ -165,7 +147,12 @@ class Checkpointer:
                 "optimizer": state.optimizer_state(optimizer, model, CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
                 **state.random_states(self.grid),
-                SECTION: self._own_state(trainer_state | {"step": step}, optimizer, teacher, frozen),
+                SECTION: {
+                    "trainer_state": json.dumps(trainer_state | {"step": step}),  # which no reader can execute
+                    "layout": state.layout(self.grid),
+                    "optimizer_steps": state.optimizer_steps(optimizer),
+                    "teacher_id": self._ids[TEACHER] if frozen is not None else None,
+                },
             }
             if teacher is not None and teacher.weights == "ema":
                 contents |= teacher.sharded_state_dict()
@@ -221,7 +208,7 @@ class Checkpointer:
             teacher.load_state_dict(loaded)
         if frozen is not None:
             run_dir = found.parents[1]  # the frozen weights are always in the same run directory
-            self._ids[TEACHER] = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.verify)
+            self._ids[TEACHER] = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.config.verify)
         if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
@@ -249,7 +236,7 @@ class Checkpointer:
         def make_latest() -> None:
             self.prove_ownership()
             directory.set_latest(target)
-            directory.prune(target, self.keep_last)
+            directory.prune(target, self.config.keep_last)
 
         request, temporary = sharded_io.begin_write(
             contents,
@@ -261,7 +248,7 @@ class Checkpointer:
             texts=texts,
         )
         self._validated = True
-        if not self.async_save:
+        if not self.config.async_save:
             sharded_io.write_now(request, temporary, target)
             return
         self._pending = temporary
@@ -296,22 +283,6 @@ class Checkpointer:
             if done:
                 self._pending.release()
                 self._pending = None
-
-    def _own_state(
-        self,
-        trainer_state: dict[str, Any],
-        optimizer: MegatronOptimizer,
-        teacher: TeacherState | None,
-        frozen: TeacherState | None,
-    ) -> dict[str, Any]:
-        return {
-            "trainer_state": encode(trainer_state),
-            "layout": state.layout(self.grid),
-            "optimizer_steps": state.optimizer_steps(optimizer),
-            "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
-            "teacher": teacher.weights if teacher is not None else None,
-            "teacher_id": self._ids[TEACHER] if frozen is not None else None,
-        }
 
     def save_frozen(self, name: str, weights: FrozenWeights, known: str | None = None, **more: Any) -> str:
         """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since.

@@ -23,9 +23,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.model_tensors import (
-    non_finite,
-)
+from megatron_selfdistill.checkpoint.formats.model_tensors import non_finite
 from megatron_selfdistill.checkpoint.formats.tensor_names import has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common, stored_shapes
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
@@ -86,7 +84,7 @@ def load_weights_and_optimizer(
     found = run_on_rank_0(lambda: directory.resolve(path))
     sharded_io.verify_integrity(found, verify)
     common = run_on_each_rank(lambda: read_common(found))
-    content = common.get("content_metadata") or _content_before_core_0_13(common)
+    content = common.get("content_metadata") or CONTENT
     with state.gathered_parameters(chunks):
         model = _wanted(chunks, run_on_rank_0(lambda: set(stored_shapes(found))), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
@@ -121,15 +119,6 @@ def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = 
             f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: its training diverged or its "
             "save was interrupted; take an earlier checkpoint"
         )
-
-
-def _content_before_core_0_13(common: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``content_metadata`` of a checkpoint that stores none, as before Megatron Core 0.13.
-
-    The sharding type then depends on the stored argument ``ckpt_fully_parallel_save``.
-    """
-    shared = getattr(common.get("args"), "ckpt_fully_parallel_save", False)
-    return {"distrib_optim_sharding_type": "fully_sharded_model_space" if shared else "dp_zero_gather_scatter"}
 
 
 def _optimizer_steps(common: dict[str, Any]) -> int:

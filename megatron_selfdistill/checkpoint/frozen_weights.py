@@ -114,7 +114,6 @@ def _id_key(path: Path) -> str:
 
 
 def _stored_id(path: Path) -> str:
-    """Return the id of the stored weights at ``path``; every rank reads the id for itself."""
     found: str = run_on_each_rank(lambda: read_common(path)[_id_key(path)])
     return found
 

@@ -189,7 +189,6 @@ def _segments(one: _Parameter, source: int, owner: int, part: range) -> list[_Se
 
 
 def _rounds(segments: Sequence[_Segment]) -> Iterator[list[_Segment]]:
-    """Yield ``segments`` in rounds of at most `EXCHANGED_ELEMENTS`."""
     some: list[_Segment] = []
     filled = 0
     for segment in segments:
@@ -231,7 +230,6 @@ def _exchange(
 
 
 def _described(model: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensorFactory]:
-    """Return the sharded description of each parameter of the model."""
     sharded, _ = extract_sharded_tensors_and_factories(model)
     return {one.data: one for one in nested_values(sharded)}
 
@@ -291,5 +289,4 @@ def _cut(piece: ShardedTensor, low: int, high: int) -> ShardedTensor:
 
 
 def _row_size(param: Tensor) -> int:
-    """Return the number of elements in one row of ``param``."""
     return math.prod(param.shape[1:])

@@ -63,7 +63,7 @@ class Resumption:
 def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
     """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
 
-    ``given``: the keys that the user has set (`config.given_keys`); null takes the keys that differ from their
+    ``given``: the keys that the user has set (`config.GivenKeys`); null takes the keys that differ from their
     defaults.  The function compares the newest readable checkpoint, before anything expensive starts and without other
     ranks.  `resumption` compares the checkpoint that the run then loads.
     """
@@ -120,7 +120,9 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
 
     Raises: `ConfigError` on all ranks where a bound key or the problems have changed, unless checkpoint.resume=force.
     """
-    found = [*_changed(saved, config), *_changed_data(saved, fingerprint)]
+    found, sampler = _changed(saved, config), saved.trainer_state.get("problem_sampler")
+    if sampler is not None and sampler["fingerprint"] != fingerprint:
+        found.append(KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
     forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
     message = None if forced else refusal(found, str(saved.path))
     with raise_on_all_ranks():
@@ -128,9 +130,14 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
             raise ConfigError(message)
     same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
     free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
-    return Resumption(
-        saved, tuple(free), (*bound, *_consequences(config, saved, bool(bound), same_problems)), same_problems
-    )
+    if bound:
+        bound.append(
+            f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
+            "as configured now"
+        )
+    if not same_problems:
+        bound.append("the data starts from its beginning; success rates and own solutions start empty")
+    return Resumption(saved, tuple(free), tuple(bound), same_problems)
 
 
 def with_warmup(config: Config, found: Resumption | None) -> Config:
@@ -166,18 +173,7 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
     return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
 
 
-def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
-    if forced:
-        yield (
-            f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
-            "as configured now"
-        )
-    if not same_problems:
-        yield "the data starts from its beginning; success rates and own solutions start empty"
-
-
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
-    """Return the keys whose values in the configuration and in the checkpoint differ."""
     stored, now = saved.trainer_state[CONFIGURATION], stored_values(config)
     if "method" not in stored:
         raise CheckpointError(f"{saved.path}: an earlier version wrote it, with other keys: start from its weights")
@@ -207,11 +203,3 @@ def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] |
     resolved = reconcile(model, fields_set(model) if given is None else given, stored)
     plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
     return plain
-
-
-def _changed_data(saved: SavedRun, fingerprint: str) -> list[KeyDifference]:
-    """Return a difference if the problems are not the problems of the stored position in the data."""
-    sampler = saved.trainer_state.get("problem_sampler")
-    if sampler is None or sampler["fingerprint"] == fingerprint:
-        return []
-    return [KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND)]

@@ -95,11 +95,6 @@ def optimizer_steps(optimizer: MegatronOptimizer) -> int:
     return max((int(count) for count in counts), default=0)
 
 
-def uses_distributed_optimizer(optimizer: MegatronOptimizer) -> bool:
-    """Return whether data-parallel ranks share the optimizer state, which decides the names in a checkpoint."""
-    return any(isinstance(single, DistributedOptimizer) for single in _single_optimizers(optimizer))
-
-
 @contextlib.contextmanager
 def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     """Gather the parameters of all ranks, and disable the forward hooks while the context is open.

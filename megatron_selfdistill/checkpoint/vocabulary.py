@@ -72,7 +72,6 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
 
 
 def _stored_tokenizer(config: Config) -> Path | None:
-    """Return the directory with the tokenizer of the checkpoint that the run reads; None if there is none."""
     resumes = config.run_dir and config.checkpoint.resume
     newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load

@@ -47,7 +47,7 @@ def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
         trainer.log.message(line)
     if dry_run and (directory / LOCK).exists():
         return  # the list belongs to the run that is using the directory
-    if data.about_conversations:
+    if data.about_records:
         for line in door("logged_responses").begun_list(directory, data.skipped, anew=trainer.resumed_from is None):
             trainer.log.message(line)
 
@@ -80,18 +80,17 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     if model.fp8:
         yield "warning: this project has not trained in FP8 on hardware: compare the first losses with those of bf16"
     yield layout(trainer)
-    if learner.has_teacher:
+    if config.has_teacher:
         yield f"loss: {trainer.loss_backend}"
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
-    what = "turns" if data.about_conversations else "problems"
-    yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
+    yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), data.kind)
     yield from learner.teachers.announced(data.problems.problems)
     yield str(learner.output_layer)
     yield data.ends.about
     if data.about_prompts:
         yield data.about_prompts
-    yield from data.about_conversations
-    if learner.has_teacher and config.is_anchored and (warning := warning_of_one_hint(data.problems.problems)):
+    yield from data.about_records
+    if config.has_teacher and config.is_anchored and (warning := warning_of_one_hint(data.problems.problems)):
         yield warning
     yield f"{start(trainer)}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
@@ -111,12 +110,12 @@ def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
 
 def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
-    number = f"{len(data.problems)} {'turns' if data.about_conversations else 'problems'}"
+    number = f"{len(data.problems)} {data.kind}"
     if trainer.config.logged:
         file = trainer.run_directory.path / door("logged_responses").SKIPPED_FILE
         return f"{number} (what cannot be used is skipped when it comes up, and listed in {file})"
     return (
-        f"{number} ({data.counts.truncated} with a shortened solution; skipped: {data.counts.dropped} too long, "
+        f"{number} ({data.num_shortened} with a shortened solution; skipped: {data.num_too_long} too long, "
         f"{data.problems.num_skipped} bad)"
     )
 
@@ -132,7 +131,8 @@ def complete(config: Config, num_steps: int, checkpoint: Path) -> list[str]:
 def _next(config: Config) -> list[str]:
     """Return the command that converts the model of a run, if it came from Hugging Face, and how to train on."""
     run = config.run_dir
-    convert = shlex.join(["selfdistill", "convert", "megatron-to-hf", "--megatron", run, "--out", f"{run}-hf"])
+    kind = "peft" if config.adapter.rank else "hf"
+    convert = shlex.join(["selfdistill", "convert", f"megatron-to-{kind}", "--megatron", run, "--out", f"{run}-{kind}"])
     came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
     train_on = "next: the same command with a larger num_steps trains on from there"
     return [*([f"next: {convert}"] if came_from_hf else []), train_on]

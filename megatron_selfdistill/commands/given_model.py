@@ -96,7 +96,6 @@ def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Co
 
 
 def _tokenizer_of(path: Path, model_format: str) -> str:
-    """Return the directory of the tokenizer in a Hugging Face directory, or among the HF assets of a checkpoint."""
     directory = path if model_format == "hugging_face" else hf_assets_of(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if directory is None or not any((directory / name).is_file() for name in files):

@@ -4,13 +4,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.command_line import with_files
+from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.distributed.terminal import print_error, silence_known_warnings
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress, SlowPhaseLines
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.metrics.phases import Phases
 
 EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 2, 4, 130
 
@@ -51,3 +62,41 @@ def ended(name: str, work: Callable[[], int], outcome: str = "no results were wr
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {outcome}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def given_config(
+    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
+) -> tuple[Config, frozenset[str]]:
+    """Return the configuration of the command line ``arguments``, and the keys that the user has set.
+
+    ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values of that section.
+    The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
+    Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
+    """
+    named = (with_files(arguments.overrides), arguments.config_name, arguments.config_dir)
+    config, keys = configuration.load(*named), configuration.GivenKeys(*named)
+    if taken := sorted(overridden_keys(arguments) & reserved.keys()):
+        raise ConfigError(f"{taken[0]} cannot be set here: use {reserved[taken[0]]}")
+    data = dataclasses.replace(config.data, path=None, global_batch_size=world_size())
+    measured = dataclasses.replace(config.evaluation, **evaluation)
+    return dataclasses.replace(config, data=data, evaluation=measured), keys
+
+
+def overridden_keys(arguments: argparse.Namespace) -> frozenset[str]:
+    """Return the keys that the user has set on the command line."""
+    return frozenset(override.lstrip("+~").partition("=")[0] for override in arguments.overrides)
+
+
+@contextlib.contextmanager
+def phases_shown(phases: Phases, *, enabled: bool) -> Iterator[None]:
+    """Show ``phases`` of a command by lines on standard error; ``enabled``: False if this rank shows nothing."""
+    if not enabled:
+        yield
+        return
+    phases.listener = progress = PhaseProgress()
+    lines = SlowPhaseLines(progress, lambda line: print(line, file=sys.stderr, flush=True), at_once=True)
+    lines.start()
+    try:
+        yield
+    finally:
+        lines.close()

@@ -77,7 +77,7 @@ def require_model(config: Config, path: Path, iteration: int | None = None) -> N
 
 
 def require_packages(config: Config) -> None:
-    """Raise `ConfigError` if this environment lacks a package of every run, or vLLM where it samples here."""
+    """Raise `ConfigError` if this Python lacks a package of every run, or vLLM where it samples here."""
     missing = about_missing("a run", RUN)
     if missing is None and config.rollout.is_colocated and config.samples:
         missing = about_missing("rollout.engine=vllm", {"vllm": "vllm"}, "vllm")

@@ -131,7 +131,6 @@ class _Stream:
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
-        return None
 
     wait = wait_stream = wait_event = synchronize = record
 

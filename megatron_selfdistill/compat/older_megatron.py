@@ -108,11 +108,6 @@ def submodules_of(spec: Any) -> Any:
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else getattr(spec, "submodules", None)
 
 
-def has_flags_of_positions() -> bool:
-    """Return whether Megatron-LM's flags give YaRN to ordinary attention and divide positions; not until 0.19."""
-    return version() >= (0, 19)
-
-
 def with_older_keyword(rotate: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``rotate`` with ``multi_latent_attention`` as the name of ``mla_rotary_interleaved``; until 0.19."""
     if version() >= (0, 19):

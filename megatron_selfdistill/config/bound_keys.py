@@ -27,9 +27,9 @@ _FREE = {
     "method": "refresh_every",
     "rollout": (
         "engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
-        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb record"
+        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb"
     ),
-    "environment.options": "url api_key_env timeout_s retries concurrency",
+    "environment.options": "url api_key_env",
     "environment.limits": "seconds memory_gb concurrency",
     "loss": "backend fused fused_chunk_tokens max_logits_gb",
     "teacher": "offload",
@@ -126,15 +126,22 @@ def _rule(key: str, free: Collection[str]) -> str:
 
 
 def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
-    """Return the bound keys and sections that decide nothing in all ``configurations``."""
+    """Return the bound keys and sections that decide nothing in all ``configurations``, each key -> value."""
     found = []
+    needs = [_needs(values) for values in configurations]
+    guided = [values for values in configurations if values.get("rollout.guidance") != "none"]
     if all(values.get("adapter.rank") for values in configurations):
         found.append("checkpoint.load")  # the digest of the base decides, wherever it is
-    if not any(map(_trains_on_verdicts, configurations)):
+    by_rates = any(values.get("rollout.guide_below") is not None for values in configurations)
+    if not by_rates and not any(need.rewards or need.hint == FOUND for need in needs):  # verdicts are only reported
         found += [key for key, rule in RULES.items() if rule == JUDGE]
-    if not any(map(_has_target, configurations)):
+    if not guided and all(need.teacher_prompt is None for need in needs):
         found.append("target")
     return found
+
+
+def _needs(values: Mapping[str, Any]) -> Needs:
+    return settings_of({key.partition(".")[2]: v for key, v in values.items() if key.startswith("method.")}).needs
 
 
 def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
@@ -160,9 +167,8 @@ def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
 
 
 def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every key of the schema with its value, and the items of mappings one by one."""
     name = str(values.get("method", {}).get("name", MethodSettings.name))
-    for key, (default, _) in {**keys(), **method_keys(name)}.items():
+    for key, (default, *_) in {**keys(), **method_keys(name)}.items():
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
@@ -175,22 +181,6 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 _MISSING = object()
-
-
-def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
-    """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
-    needs = _needs(values)
-    return needs.rewards or needs.hint == FOUND or values.get("rollout.guide_below") is not None
-
-
-def _has_target(values: Mapping[str, Any]) -> bool:
-    """Return whether a run trains towards the target, or samples from it."""
-    return _needs(values).teacher_prompt is not None or values.get("rollout.guidance") != "none"
-
-
-def _needs(values: Mapping[str, Any]) -> Needs:
-    """Return what the method of a configuration needs; ``values``: key -> value."""
-    return settings_of({key.partition(".")[2]: v for key, v in values.items() if key.startswith("method.")}).needs
 
 
 def _shown(value: Any) -> str:

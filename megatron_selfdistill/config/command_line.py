@@ -169,26 +169,25 @@ def keys(section: str = "") -> str:
     if section == "method":
         return f"methods: {', '.join(method_names())}\n`selfdistill --keys method=NAME` lists the settings of one"
     listed, lines = key_list.method_keys(method) if method else key_list.keys(), []
-    kinds = key_list.method_kinds(method) if method else key_list.kinds()
     section = "method" if method else section
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
         words = re.compile(rf"(?<![^\W_]){re.escape(section)}", re.IGNORECASE)
-        chosen = {key for key, (_, doc) in listed.items() if words.search(key) or words.search(doc)}
+        chosen = {key for key, one in listed.items() if words.search(key) or words.search(one.doc)}
     if not chosen:
         raise ConfigError(f"--keys {section}: {key_list.unknown_key(section)}")
     options = key_list.groups()
     if not section:
         lines = ["== a first run: `selfdistill --keys WORD` searches all keys, which follow =="]
         shorts = {key: f", {short}" for short, key in SHORT.items()}
-        lines += [f"{key + shorts.get(key, ''):<40}{textwrap.shorten(listed[key][1], 79)}" for key in FIRST]
+        lines += [f"{key + shorts.get(key, ''):<40}{textwrap.shorten(listed[key].doc, 79)}" for key in FIRST]
     for name, cls in key_list.sections().items():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
             title = (inspect.getdoc(cls) or "").splitlines()[0].rstrip(".")
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [_described(key, *listed[key], kinds[key]) for key in own]
+            lines += [_described(key, listed[key]) for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -199,13 +198,12 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
 
 
-def _described(key: str, default: Any, doc: str, kind: Any) -> str:
-    """Return the lines of a key; of a number or a list with the range, since other meanings name the choices."""
-    plain, ranges, _ = taken_apart(kind)
+def _described(key: str, about: key_list.Key) -> str:
+    plain, ranges, _ = taken_apart(about.kind)
     has_range = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
-    shown_range = f"\n    Range: {described(kind)}." if has_range else ""
+    shown_range = f"\n    Range: {described(about.kind)}." if has_range else ""
     short = "".join(f"\n    Short: {name}=" for name, long in SHORT.items() if long == key)
-    return f"{key}={default}\n    {doc}{shown_range}{short}"
+    return f"{key}={about.default}\n    {about.doc}{shown_range}{short}"
 
 
 def at_least_1(text: str) -> int:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.schema.field_checks import kinds_of
@@ -44,12 +44,23 @@ def config_dir() -> Path:
     return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / "configs"
 
 
-def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key.
+class Key(NamedTuple):
+    """What the schema says of one key."""
+
+    default: Any
+    doc: str
+    """The documentation."""
+    kind: Any
+    """The type, with the range that it declares."""
+
+
+@functools.cache
+def keys(cls: type = Config, prefix: str = "") -> Mapping[str, Key]:
+    """Return every key, depth first; ``prefix`` stands before each key.
 
     Of the section of the method, only the name is a key; `method_keys` has the settings of a method.
     """
-    out: dict[str, tuple[Any, str]] = {}
+    out: dict[str, Key] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
         section = kinds_of(cls)[f.name]
@@ -57,7 +68,7 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
             out |= keys(section, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            out[prefix + f.name] = (default, docs.get(f.name, ""))
+            out[prefix + f.name] = Key(default, docs.get(f.name, ""), section)
     return out
 
 
@@ -70,13 +81,13 @@ def sections(cls: type = Config, prefix: str = "") -> dict[str, type]:
     return found
 
 
-def method_keys(name: str) -> dict[str, tuple[Any, str]]:
-    """Return every key of the method ``name`` -> (default, documentation), ``method.name`` first.
+def method_keys(name: str) -> dict[str, Key]:
+    """Return every key of the method ``name``, ``method.name`` first.
 
     Raises: `ConfigError` where there is no such method.
     """
-    found = keys(settings_class(name), "method.")
-    return found | {"method.name": (name, found["method.name"][1])}
+    found = keys(settings_class(name), "method.")  # type: ignore[arg-type]
+    return {**found, "method.name": found["method.name"]._replace(default=name)}
 
 
 @functools.cache
@@ -89,18 +100,6 @@ def field_docs(cls: type) -> dict[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
                 docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return docs
-
-
-@functools.cache
-def kinds() -> dict[str, Any]:
-    """Return the type of each key, with the range that it declares."""
-    of_sections = {f"{name}.{key}": kind for name, cls in sections().items() for key, kind in kinds_of(cls).items()}
-    return {key: of_sections[key if "." in key else f".{key}"] for key in keys()}
-
-
-def method_kinds(name: str) -> dict[str, Any]:
-    """Return the type of each key of the method ``name``, with the range that it declares."""
-    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}  # type: ignore[arg-type]
 
 
 def groups() -> dict[str, list[str]]:
@@ -117,10 +116,10 @@ def long_names(overrides: Sequence[str]) -> list[str]:
     return [re.sub("^[a-z]+(?==)", lambda name: SHORT.get(name[0], name[0]), override) for override in overrides]
 
 
-def is_key(key: str, known: Mapping[str, tuple[Any, str]]) -> bool:
+def is_key(key: str, known: Mapping[str, Key]) -> bool:
     """Return whether ``key`` is one of ``known``, a section of them, or an entry of a mapping or a list of theirs."""
     parents = (key.rsplit(".", number)[0] for number in range(1, key.count(".") + 1))
-    in_mapping = any(isinstance(known[name][0], dict) for name in parents if name in known)
+    in_mapping = any(isinstance(known[name].default, dict) for name in parents if name in known)
     return key in known or key in sections() or in_mapping
 
 

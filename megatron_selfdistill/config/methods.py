@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
-import json
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config.functions import imported, user_code
+from megatron_selfdistill.config.functions import imported
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings
 from megatron_selfdistill.config.schema.ranges import is_dotted
 from megatron_selfdistill.errors import ConfigError, first_few
 
-_OWN = "megatron_selfdistill."
 _PACKAGE = "megatron_selfdistill.methods"
 
 
@@ -46,8 +42,6 @@ def method_class(name: str) -> type[Any]:
             "megatron_selfdistill.config",
         )
         require(hasattr(found, "made"), f"method.name={name} must be a class with a class method made(settings, tools)")
-        for kind in (found, settings):
-            _name_hooks(kind, name)
         return found  # type: ignore[no-any-return]
     if name not in method_names():
         raise ConfigError(
@@ -58,41 +52,6 @@ def method_class(name: str) -> type[Any]:
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
     (found,) = [value for value in own if "Settings" in dir(value)]
     return found
-
-
-def _name_hooks(kind: type, name: str) -> None:
-    """Let each hook of a user's class run in `user_code`, which names the hook if it fails or gives nonsense."""
-    for owner in kind.__mro__:
-        for hook in _HOOKS.keys() & vars(owner).keys() if not owner.__module__.startswith(_OWN) else ():
-            given = vars(owner)[hook]
-            made: Any = type(given) if isinstance(given, classmethod | property) else lambda function: function
-            function = given.__func__ if isinstance(given, classmethod) else getattr(given, "fget", given)
-            if inspect.isfunction(function) and function.__code__.co_filename != __file__:  # it has no name yet
-                setattr(owner, hook, made(_named_hook(function, f"method.name={name}: {hook}", _HOOKS[hook])))
-
-
-def _named_hook(function: Callable[..., Any], what: str, fits: Callable[[Any], Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def hook(*args: Any, **kwargs: Any) -> Any:
-        with user_code(what, ConfigError):
-            result = function(*args, **kwargs)
-            fits(result)
-            return result
-
-    return hook
-
-
-_HOOKS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys("__init__ check require_start weighs_tokens comparable clip token_weights".split(), id),
-    **dict.fromkeys("divergence_numbers teacher_template has_solution coefficients warnings".split(), id),
-    **dict.fromkeys("made record restored".split(), attrgetter("state_dict")),
-    **dict.fromkeys("prepare rewarded select texts".split(), lambda result: dict(result[1])),
-    "needs": attrgetter("teacher_prompt"),
-    "prompts": attrgetter("student_prompt", "teacher_prompt"),
-    "terms": attrgetter("scaled"),
-    "state_dict": json.dumps,
-}
-"""The hooks of methods and of their settings -> what their results must allow; `Method` and `MethodSettings`."""
 
 
 def settings_class(name: str) -> type[MethodSettings]:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 from megatron_selfdistill.config.schema.field_checks import require, value_of_variable
 from megatron_selfdistill.config.schema.model_config import ModelConfig
@@ -14,15 +12,12 @@ from megatron_selfdistill.config.schema.whole_config import Config
 
 
 def check_files(config: Config) -> None:
-    """Raise `ConfigError` if a path is not set or missing, a variable is not set, or ``run_dir`` is no directory.
-
-    Nothing is created.
-    """
+    """Raise `ConfigError` if a path is not set or missing, or a variable is not set."""
     for key, value in (("data.path", config.data.path), ("data.tokenizer", config.data.tokenizer)):
         require(
             value is not None, f"{key} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
         )
-    evaluation, run_dir, replay = config.evaluation, config.run_dir, config.rollout.replay
+    evaluation, run_dir = config.evaluation, config.run_dir
     require(
         evaluation.path is not None or not (evaluation.every or evaluation.at_start),
         "evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false",
@@ -32,12 +27,6 @@ def check_files(config: Config) -> None:
         "run_dir is not set: name a directory for the checkpoints and metrics of this run, such as "
         "run_dir=runs/first; an existing run is continued",
     )
-    nearest = next(place for place in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if place.exists())
-    require(
-        nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        f"run_dir={run_dir}: expected a directory that this user may write, but {nearest} is none",
-    )
-    require(replay is None or os.path.isfile(replay), f"rollout.replay={replay}: there is no such file")
     value_of_variable("environment.options.api_key_env", config.environment.options.get("api_key_env"))
 
 

@@ -26,7 +26,7 @@ class EndTokens:
     about: str
     """A line for the log with each token, its id and who names it."""
     reply_end: int | None
-    """The token after a reply in the conversation that the chat template writes; None if it writes none of them."""
+    """The token that the chat template writes after a reply; None if it writes none of them."""
 
 
 def end_tokens(
@@ -97,7 +97,7 @@ def _file(place: str | Path, file: str) -> Path | None:
 
 
 def reply_end(tokenizer: Tokenizer, ends: Sequence[int], variables: Mapping[str, Any]) -> int | None:
-    """Return the first of ``ends`` after a reply in a conversation; None if the chat template writes none of them.
+    """Return the first of ``ends`` that the chat template writes after a reply; None if it writes none of them.
 
     Some templates (GLM-4.5) write nothing after the last reply: the mark of the user's next message ends a reply.
     """
@@ -105,7 +105,7 @@ def reply_end(tokenizer: Tokenizer, ends: Sequence[int], variables: Mapping[str,
     for messages in (spoken, [*spoken, {"role": "user", "content": _NEXT}]):
         try:
             text = tokenizer.render_chat(messages, add_generation_prompt=False, **variables)
-        except Exception:  # a template is a program, and the run renders its own conversations and reports errors
+        except Exception:  # a template is a program, and the run renders its own messages and reports errors
             return None
         _, said, rest = text.rpartition(_SAID)
         found = next((token for token in tokenizer.encode(rest.partition(_NEXT)[0]) if said and token in ends), None)

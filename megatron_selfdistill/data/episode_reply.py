@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The reply of an environment to a response, as a value that a recording can hold."""
+"""The reply of an environment to a response, as a value."""
 
 from __future__ import annotations
 

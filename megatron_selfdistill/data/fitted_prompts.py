@@ -1,10 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Prompts that fit into a context: what happens to a solution, or to a problem, that is too long."""
+"""Prompts that fit into a context, and the contexts of responses after them.
+
+A solution, or a problem, can be too long: data.on_long_context says what happens then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from megatron_selfdistill.data.contexts import PromptPair, TeacherPrompt
 from megatron_selfdistill.data.problems import Problem
@@ -17,38 +20,9 @@ _CUTS: dict[str, Callable[[str, int], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class ContextCounts:
-    """Numbers of problems by how they fit; all but ``dropped`` are in the batch."""
-
-    kept: int = 0
-    """Problems that fit with the complete solution."""
-    truncated: int = 0
-    """Problems that fit with a shortened solution."""
-    dropped: int = 0
-    """Problems that do not fit."""
-
-    def __add__(self, other: ContextCounts) -> ContextCounts:
-        return ContextCounts(self.kept + other.kept, self.truncated + other.truncated, self.dropped + other.dropped)
-
-
-def plan_contexts(
-    builder: PromptBuilder, problems: Sequence[Problem], *, max_length: int, max_new_tokens: int, policy: str
-) -> tuple[list[PromptPair], ContextCounts]:
-    """Return the prompt pairs of the problems that fit, in order, and the counts; see `fit_teacher_prompt`."""
-    pairs = []
-    for problem in problems:
-        pair = fit_teacher_prompt(builder, problem, max_length=max_length, max_new_tokens=max_new_tokens, policy=policy)
-        if pair is not None:
-            pairs.append(pair)
-    truncated = sum(pair.solution_truncated for pair in pairs)
-    return pairs, ContextCounts(len(pairs) - truncated, truncated, len(problems) - len(pairs))
-
-
 def _fit_all_teachers(
     builder: PromptBuilder, problem: Problem, policy: str, limits: Mapping[str, int]
 ) -> PromptPair | None:
-    """Return the prompt pair of the first teacher with the prompts of all; None if one of them does not fit."""
     prompts: list[TeacherPrompt] = []
     pairs: list[PromptPair] = []
     for name, share in problem.shares:

@@ -83,7 +83,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``.
+        """Return the messages as one string, by the chat template with the variables ``kwargs``.
 
         Raises: MissingChatTemplateError if there is no chat template.
         """

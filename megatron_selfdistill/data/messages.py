@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_selfdistill.data.records import NO_TEXT, from_json, is_text, kind
+from megatron_selfdistill.data.records import from_json, kind
 from megatron_selfdistill.errors import BadRecordError
 
 
@@ -32,8 +32,6 @@ def read_message(message: object, where: str) -> dict[str, Any]:
         kept["content"] = _text(kept["content"], where)
     elif not calls:
         raise BadRecordError(f"{where}: expected a text as 'content', got nothing", message)
-    if not is_text(kept):  # with the arguments that were JSON text
-        raise BadRecordError(f"{where}: {NO_TEXT}")
     return kept
 
 
@@ -85,8 +83,6 @@ def read_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
         raise BadRecordError(f"field {column!r}: expected a list of objects, got {kind(value)}")
-    if not is_text(value):
-        raise BadRecordError(f"field {column!r}: {NO_TEXT}")
     return tuple(_without_nulls(tool) for tool in value)
 
 

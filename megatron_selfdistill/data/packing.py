@@ -143,11 +143,11 @@ def require_prompts(contexts: Sequence[ContextPair]) -> None:
 
 
 def segments_of(contexts: Sequence[ContextPair], rules: PackingRules) -> list[range]:
-    """Return the indices of the contexts of each segment, in order: one context, or the turns of one episode.
+    """Return the indices of the contexts of each segment, in order: one context, or turns that continue each other.
 
     With ``rules.joins_turns`` a context joins the one before it if both of its prompts begin with the tokens of that
     one, its response included.  A model with causal attention reads each response after the same tokens either way, so
-    that values and gradients stay the same, and an episode is read once and not once per turn.
+    that values and gradients stay the same, and the turns are read once and not once per turn.
     """
     starts = [i for i in range(len(contexts)) if not (rules.joins_turns and i and _continues(*contexts[i - 1 : i + 1]))]
     return [range(start, end) for start, end in pairwise([*starts, len(contexts)])]

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, RecordTeachers, is_text, kind, read_records
+from megatron_selfdistill.data.records import RecordSource, RecordTeachers, kind, read_records
 from megatron_selfdistill.errors import BadRecordError, ConfigError
 
 FIELDS = ("problem", "messages", "tools", "solution", "answer", "id")
@@ -51,8 +51,8 @@ class Problem:
     reply: LoggedReply | None = None
     """Logged reply to ``messages``, where the problem is a turn of a conversation."""
     reworded: int | None = None
-    """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn of
-    an episode sets the index, since the last user message can be a reply of the environment."""
+    """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn
+    sets the index, since its last user message can be a reply to the response before."""
     teacher: str = ""
     """Name of the teacher of the responses, one of the key ``teachers``, and of several teachers the first by name; ""
     in a run without this key."""
@@ -215,9 +215,6 @@ def _problem(
     teachers: RecordTeachers | None,
 ) -> Problem:
     values = {name: record.get(column) if column is not None else None for name, column in columns.items()}
-    for name, value in values.items():
-        if not is_text(value):
-            raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}")
     problem, messages, tools, solution, answer, given_id = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, last_user_text
@@ -42,9 +43,7 @@ def hint_cost(builder: PromptBuilder, problem: Problem, student: Sequence[int], 
 
 def mean_cost(costs: Sequence[HintCost]) -> HintCost:
     """Return the means of one or more costs."""
-    return HintCost(
-        *(sum(values) / len(costs) for values in zip(*((c.wording, c.solution) for c in costs), strict=True))
-    )
+    return HintCost(fmean(cost.wording for cost in costs), fmean(cost.solution for cost in costs))
 
 
 def check_student_prompt(builder: PromptBuilder, problem: Problem, student: Sequence[int]) -> None:

@@ -20,16 +20,12 @@ Use it only as a hint. Reason in your own words, step by step, from the problem 
 if you had not seen the solution. Never mention that a solution was given."""
 
 
-FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
-"""SDPO's heading of an environment's feedback, after the problem."""
-
-
 @dataclass(frozen=True)
 class PromptView:
     """The form of a prompt around its wording."""
 
     system_prompt: str | None = None
-    """System message, for conversations without one."""
+    """System message, for messages that begin without one."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the chat template, such as ``enable_thinking``."""
     generation_prompt: str | None = None

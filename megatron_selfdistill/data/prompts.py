@@ -39,17 +39,17 @@ class PromptBuilder:
     def student_text(self, problem: Problem, reply: Mapping[str, Any] | None = None) -> str:
         """Return the student's prompt as text.
 
-        With ``reply``, the text is the conversation with the reply at its end and without a generation prompt.
+        With ``reply``, the text is the messages with the reply at their end and without a generation prompt.
         """
         messages = self.student_messages(problem)
         return self.render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
-        """Return the token ids of the student's conversation, up to and including the generation prompt."""
+        """Return the token ids of the student's messages, up to and including the generation prompt."""
         return self.tokenizer.encode(self.render(self.student_messages(problem), problem, self._student, True))
 
     def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
-        """Return the token ids of the teacher's conversation, up to and including the generation prompt.
+        """Return the token ids of the teacher's messages, up to and including the generation prompt.
 
         The last user message has the teacher's wording.  ``solution`` replaces the problem's solution: a shortened
         solution, or one that the model has found itself.
@@ -62,7 +62,7 @@ class PromptBuilder:
         return any(match[2] == "solution" for match in _SLOT.finditer(self._template_of(problem)))
 
     def filled_text(self, problem: Problem, template: str, slots: Mapping[str, str]) -> str:
-        """Return the text of the conversation whose reworded message is ``template``, filled, in the student's view.
+        """Return the text of the messages, of which the reworded one is ``template``, filled, in the student's view.
 
         ``slots``: the texts of the slots of ``template`` besides ``{problem}``.
         """
@@ -134,11 +134,11 @@ class PromptBuilder:
         return self.templates.views_of_teachers.get(problem.teacher, self.templates.teacher_view)
 
     def student_messages(self, problem: Problem) -> list[dict[str, Any]]:
-        """Return the student's conversation."""
+        """Return the student's messages."""
         return self._reworded(problem, self.templates.student, {}, self._student)
 
     def teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
-        """Return the teacher's conversation; ``solution``: as for `teacher_prompt`."""
+        """Return the teacher's messages; ``solution``: as for `teacher_prompt`."""
         solution = problem.solution if solution is None else solution
         return self._reworded(problem, self._template_of(problem), {"solution": solution}, self.view_of(problem))
 
@@ -159,7 +159,7 @@ class PromptBuilder:
     def render(
         self, messages: list[dict[str, Any]], problem: Problem, view: PromptView, add_generation_prompt: bool
     ) -> str:
-        """Return a conversation about a problem as text.  Raises: ValueError if the chat template refuses it."""
+        """Return messages about a problem as text.  Raises: ValueError if the chat template refuses them."""
         kwargs, own = dict(view.chat_template_kwargs), view.generation_prompt if add_generation_prompt else None
         if problem.tools:
             kwargs["tools"] = list(problem.tools)
@@ -170,9 +170,9 @@ class PromptBuilder:
             raise
         except Exception as error:  # a template is a program and can raise any exception
             if not self.show_contents:
-                message = f"{problem.location}: the chat template refused the conversation ({type(error).__name__})"
+                message = f"{problem.location}: the chat template refused the messages ({type(error).__name__})"
                 raise ValueError(message) from None
-            raise ValueError(f"{problem.location}: the chat template refused the conversation: {error}") from error
+            raise ValueError(f"{problem.location}: the chat template refused the messages: {error}") from error
 
 
 def last_user_text(problem: Problem) -> str:

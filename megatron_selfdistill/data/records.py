@@ -202,12 +202,13 @@ def records(source: RecordSource) -> Iterator[tuple[str, object]]:
 def from_json(text: str | bytes) -> object:
     """Return the value of the JSON ``text``; bytes are UTF-8, with or without a byte order mark.
 
-    Raises: ValueError for text that is not valid JSON, for NaN and Infinity, which JSON does not have, and for more
-    levels than Python reads.
+    Raises: ValueError for text that is not valid JSON, for NaN and Infinity, which JSON does not have, for strings that
+    are no text (`is_text`), and for more levels than Python reads.
     """
     try:
         value: object = json.loads(text, parse_constant=_refuse_constant)
-        is_text(value)  # which goes down all levels, as every later reader
+        if not is_text(value):
+            raise ValueError(NO_TEXT)
     except RecursionError:
         raise ValueError("objects and lists are nested too deep") from None
     return value
@@ -267,35 +268,31 @@ def _parsed(line: bytes) -> object:
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[str, object]]:
+    # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
+    # glob.escape, since data_files are patterns and an existing file's name need not be one.
+    options = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
+    failed = f"{file}: expected a Parquet file, got a file that cannot be read; copy or write the file again"
+    yield from _rows(str(file), failed, "parquet", **options)
+
+
+def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+    failed = (
+        f"Data: {name!r} is no file or directory here and could not be loaded as a hub data set (split {split!r}, "
+        f"subset {subset!r})"
+    )
+    yield from _rows(f"{name}[{split}]", failed, name, subset, split=split)
+
+
+def _rows(place: str, failed: str, *arguments: Any, **options: Any) -> Iterator[tuple[str, object]]:
+    """Yield (location, record) of a data set that the library datasets reads; it runs no scripts since version 4."""
     import datasets  # takes a second to import, and JSONL does not need it
 
     row = 0
     try:
-        # Streaming: no Arrow copy of the file in the user's cache, and nothing to lock between ranks.
-        # glob.escape, since data_files are patterns and an existing file's name need not be one.
-        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
-        for row, record in enumerate(rows, 1):
-            yield f"{file}:{row}", record
+        for row, record in enumerate(datasets.load_dataset(*arguments, **options), 1):
+            yield f"{place}:{row}", record
     except Exception as error:  # pyarrow and datasets raise many kinds, most without the file's name
-        raise ValueError(
-            f"{file}: expected a Parquet file, got a file that cannot be read after row {row} ({_first_line(error)}); "
-            "copy or write the file again."
-        ) from error
-
-
-def _hub_records(name: str, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    try:
-        # Only data files are read: datasets runs no loading scripts since version 4.
-        rows = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # no such set, network, split or subset; a loading script
-        raise ValueError(
-            f"Data: {name!r} is no file or directory here and could not be loaded as a hub data set "
-            f"(split {split!r}, subset {subset!r}): {_first_line(error)}"
-        ) from error
-    for row, record in enumerate(rows, 1):
-        yield f"{name}[{split}]:{row}", record
+        raise ValueError(f"{failed} (after row {row}: {_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

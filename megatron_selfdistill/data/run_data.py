@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.controls import num_controls
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
-from megatron_selfdistill.data.fitted_prompts import ContextCounts, plan_contexts
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompt_checks import (
     LOOKED_AT,
@@ -50,8 +51,6 @@ class RunData:
     builder: PromptBuilder
     problems: ProblemSet
     """Problems whose contexts fit."""
-    counts: ContextCounts
-    """Numbers of problems that were kept, had their solution shortened, or were dropped."""
     evaluation: list[Problem]
     vocab_size: int
     """Tokens of the vocabulary, without padding."""
@@ -65,12 +64,18 @@ class RunData:
     """Line for the log about the tokens that the teacher's prompts add, and warnings about them; None for neither."""
     first_prompts: Sequence[tuple[list[int], list[int]]] = ()
     """The prompts of student and teacher for the first problems; () in an evaluation."""
+    num_shortened: int = 0
+    """Number of problems whose solution was shortened to fit."""
+    num_too_long: int = 0
+    """Number of problems that were dropped since they do not fit."""
     num_controls: int = 0
     """Number of hints of other problems that the teacher reads each response after; 0 for a target without controls."""
-    about_conversations: tuple[str, ...] = ()
-    """Lines for the log with numbers of conversations and turns."""
+    kind: str = "problems"
+    """What ``problems`` are, for messages: problems or turns."""
+    about_records: tuple[str, ...] = ()
+    """Lines for the log with numbers of the records that are no problems."""
     skipped: tuple[str, ...] = ()
-    """One message, with file and line, for every skipped conversation and every unusable turn that was read."""
+    """One message, with file and line, for every such record that was read and cannot be used."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -84,48 +89,62 @@ class RunData:
 
     @classmethod
     def load(cls, config: Config) -> RunData:
-        """Read and check all data of the run.
+        """Read and check all data of the run, whose ``data.path`` and ``data.tokenizer`` are set.
 
         Raises: `ConfigError`, which names the file, the line or the key.
         """
-        try:
-            return cls._load(config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(str(error)) from error
+        with _config_errors():
+            builder = PromptBuilder(_tokenizer(config.data), _templates(config), config.shows_contents)
+            max_length, of_model = longest_context(config), _of_model(config, builder)
+            log: dict[str, Any] = {}
+            counts: dict[str, Any] = {}
+            if config.data.kind == "problems":
+                problems, evaluation, looked_at = *_problems(config, builder), None
+            else:
+                source = _record_source(config, config.data.fields)
+                read = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
+                problems, looked_at = read.problems, read.looked_at
+                log = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
+                evaluation = _evaluation_problems(config, _evaluation_fields(config.data), builder)
+            if looked_at is None:
+                problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
+            if config.environment.one_sequence:
+                door("environments").require_bridges(builder, problems.problems[0], config.has_teacher)
+            return cls(
+                **of_model,
+                **counts,
+                **log,
+                problems=problems,
+                evaluation=evaluation,
+                max_length=max_length,
+                about_prompts=_about_prompts(builder, looked_at, config),
+                first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
+                num_controls=num_controls(config, problems.problems),
+            )
 
     @classmethod
     def load_evaluation(cls, config: Config, with_solutions: bool = False) -> RunData:
         """Read and check the problems of ``evaluation.path``; the result has no problems to train on.
 
-        With ``with_solutions`` every problem must have a solution.  Prompts may be as long as the model and
-        ``data.max_length`` allow, since nothing is packed.
+        ``data.tokenizer`` is set.  With ``with_solutions`` every problem must have a solution.  Prompts may be as long
+        as the model and ``data.max_length`` allow, since nothing is packed.
 
         Raises: `ConfigError`, which names the file, the line or the key.
         """
-        data, evaluation = config.data, config.evaluation
-        if evaluation.path is None or data.tokenizer is None:
-            missing = "evaluation.path" if evaluation.path is None else "data.tokenizer"
-            raise ConfigError(f"{missing} is not set: an evaluation needs a file of problems and a tokenizer")
-        try:
-            builder, fields = PromptBuilder(_tokenizer(data), _templates(config)), _evaluation_fields(data)
-            problems = _evaluation_problems(
-                config, fields, builder, require_solution=with_solutions, hinted=with_solutions
-            )
-            return cls._of_evaluation(config, builder, problems)
-        except (ValueError, OSError) as error:
-            raise ConfigError(str(error)) from error
+        with _config_errors():
+            builder = PromptBuilder(_tokenizer(config.data), _templates(config))
+            fields = _evaluation_fields(config.data)
+            solutions = {"require_solution": with_solutions, "hinted": with_solutions}
+            return cls._of_evaluation(config, builder, _evaluation_problems(config, fields, builder, **solutions))
 
     @classmethod
     def of_problem(cls, config: Config, problem: Problem) -> RunData:
-        """Return the data of one problem, as those of an evaluation.
+        """Return the data of one problem, as those of an evaluation; ``data.tokenizer`` is set.
 
         Raises: `ConfigError`, which names the key.
         """
-        try:
-            assert config.data.tokenizer is not None, "the caller has set data.tokenizer"
+        with _config_errors():
             return cls._of_evaluation(config, PromptBuilder(_tokenizer(config.data), _templates(config)), [problem])
-        except (ValueError, OSError) as error:
-            raise ConfigError(str(error)) from error
 
     @classmethod
     def _of_evaluation(cls, config: Config, builder: PromptBuilder, problems: list[Problem]) -> RunData:
@@ -134,73 +153,37 @@ class RunData:
         return cls(
             **_of_model(config, builder),
             problems=ProblemSet([]),
-            counts=ContextCounts(),
             evaluation=problems,
             max_length=config.data.max_length or config.model.max_position_embeddings,
             about_prompts="; ".join(it for it in about if it) or None,
         )
 
-    @classmethod
-    def _load(cls, config: Config) -> RunData:
-        data = config.data
-        if data.path is None or data.tokenizer is None:
-            missing = "data.path" if data.path is None else "data.tokenizer"
-            raise ConfigError(
-                f"{missing} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
-            )
-        builder = PromptBuilder(_tokenizer(data), _templates(config), config.shows_contents)
-        if data.kind == "conversations":
-            return cls._load_conversations(config, builder)
-        fields: dict[str, str | None] = {**data.fields}
-        hint, only_replies = config.needs.hint, config.environment.exists and not config.has_teacher
-        # A function of the user may read the solutions; an environment needs none where no teacher sees any.
-        of_data = data.solutions in ("given", "other")
-        if not of_data or hint not in (GIVEN, FUNCTION) or only_replies:
-            fields["solution"] = None
-        required = of_data and hint == GIVEN and config.needs.reads_solutions
-        problems = load_problems(_record_source(config, fields), require_solution=required)
-        shown = with_solutions_from(
-            data.solutions, problems.problems, config.seed, required=config.needs.reads_solutions
-        )
-        problems = replace(problems, problems=shown)
-        max_length = longest_context(config)
-        problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
-        if config.environment.one_sequence:
-            door("environments").require_bridges(builder, problems.problems[0], config.has_teacher)
-        return cls(
-            **_of_model(config, builder),
-            problems=problems,
-            counts=counts,
-            evaluation=_evaluation_problems(config, fields, builder, require_solution=required),
-            max_length=max_length,
-            about_prompts=_about_prompts(builder, looked_at, config),
-            first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
-            num_controls=num_controls(config, problems.problems),
-        )
 
-    @classmethod
-    def _load_conversations(cls, config: Config, builder: PromptBuilder) -> RunData:
-        data, max_length, of_model = config.data, longest_context(config), _of_model(config, builder)
-        source = _record_source(config, data.fields)
-        log = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
-        problems, counts, looked_at = log.problems, ContextCounts(), log.looked_at
-        if looked_at is None:
-            problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
-        return cls(
-            **of_model,
-            problems=problems,
-            counts=counts,
-            evaluation=_evaluation_problems(config, _evaluation_fields(data), builder),
-            max_length=max_length,
-            about_prompts=_about_prompts(builder, looked_at, config),
-            first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
-            about_conversations=log.about,
-            skipped=log.skipped,
-        )
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _problems(config: Config, builder: PromptBuilder) -> tuple[ProblemSet, list[Problem]]:
+    """Return the problems of ``data.path`` with the solutions that data.solutions names, and the held-out problems."""
+    data, needs = config.data, config.needs
+    fields: dict[str, str | None] = {**data.fields}
+    only_replies = config.environment.exists and not config.has_teacher
+    # A function of the user may read the solutions; an environment needs none where no teacher sees any.
+    of_data = data.solutions in ("given", "other")
+    if not of_data or needs.hint not in (GIVEN, FUNCTION) or only_replies:
+        fields["solution"] = None
+    required = of_data and needs.hint == GIVEN and needs.reads_solutions
+    problems = load_problems(_record_source(config, fields), require_solution=required)
+    shown = with_solutions_from(data.solutions, problems.problems, config.seed, required=needs.reads_solutions)
+    evaluation = _evaluation_problems(config, fields, builder, require_solution=required)
+    return replace(problems, problems=shown), evaluation
 
 
 def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:
-    """Return the records of ``data.path``, which is set, with their columns."""
     data = config.data
     assert data.path is not None
     place = (data.path, data.split, data.subset, fields, data.on_bad_record, data.limit)
@@ -272,7 +255,6 @@ def _about_prompts(
 
 
 def _about_hints(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], config: Config) -> str:
-    """Return a line about the tokens that the prompts of each teacher add."""
     costs: dict[str, list[HintCost]] = {}
     for it, pair in looked_at:
         cost = hint_cost(builder, it, pair.student_prompt, pair.teacher_prompt)
@@ -312,9 +294,9 @@ def _about_views(builder: PromptBuilder, problem: Problem) -> str | None:
 
 def _fitting_problems(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
-) -> tuple[ProblemSet, ContextCounts, list[tuple[Problem, PromptPair]]]:
+) -> tuple[ProblemSet, dict[str, Any], list[tuple[Problem, PromptPair]]]:
     """Return the problems whose contexts fit, the counts, and the first problems of each teacher with their prompts."""
-    kept, counts = [], ContextCounts()
+    kept, num_shortened = [], 0
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
     teachers = _record_teachers(config)
@@ -322,22 +304,24 @@ def _fitting_problems(
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
         shown = problem if has_text else replace(problem, solution=problem.answer or "")
-        pairs, count = plan_contexts(
+        pair = fit_teacher_prompt(
             builder,
-            [shown],
+            shown,
             max_length=max_length,
             max_new_tokens=config.rollout.max_new_tokens,
             policy=config.data.on_long_context,
         )
-        counts += count
-        if pairs:
-            kept.append(problem)
-            for taught, pair in teachers.each(shown, pairs[0]) if teachers else [(shown, pairs[0])]:
-                of_teacher[taught.teacher] += 1
-                if of_teacher[taught.teacher] <= LOOKED_AT:
-                    looked_at.append((taught, pair))
+        if pair is None:
+            continue
+        kept.append(problem)
+        num_shortened += pair.solution_truncated
+        for taught, pair_of_one in teachers.each(shown, pair) if teachers else [(shown, pair)]:
+            of_teacher[taught.teacher] += 1
+            if of_teacher[taught.teacher] <= LOOKED_AT:
+                looked_at.append((taught, pair_of_one))
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
+    counts = {"num_shortened": num_shortened, "num_too_long": len(problems) - len(kept)}
     return replace(problems, problems=kept), counts, looked_at
 
 
@@ -362,7 +346,6 @@ def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: 
 
 
 def _tokenizer(data: DataConfig) -> Tokenizer:
-    """Load ``data.tokenizer``, which is set, with the chat template of the configuration."""
     assert data.tokenizer is not None
     template = chat_template_text(data.chat_template)
     return load_tokenizer(data.tokenizer, chat_template=template, trust_remote_code=data.trust_remote_code)

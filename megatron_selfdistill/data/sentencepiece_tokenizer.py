@@ -32,12 +32,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.chat_template = chat_template
         self.name = str(path)
         self.vocab_size: int = self._sp.get_piece_size()
-        special = {
-            "bos": self._sp.bos_id(),
-            "eos": self._sp.eos_id(),
-            "unk": self._sp.unk_id(),
-            "pad": self._sp.pad_id(),
-        }
+        special = {name: getattr(self._sp, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
         self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
         self.unknown_id = special["unk"] if special["unk"] in self._sp.encode(RARE_LETTERS) else None

@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """Return the conversation as one string, by the chat template with the variables ``kwargs``."""
+        """Return the messages as one string, by the chat template with the variables ``kwargs``."""
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any

@@ -31,12 +31,12 @@ if sys.platform == "linux":
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
 try:
-    conversation = [{"role": "user", "content": "What is 1 + 1?"}]
-    render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **variables)
+    messages = [{"role": "user", "content": "What is 1 + 1?"}]
+    render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **variables)
 except MemoryError:
     sys.exit(status)
 except Exception:
-    pass  # the template may refuse this conversation; the run renders its own and reports errors
+    pass  # the template may refuse these messages; the run renders its own and reports errors
 """
 
 
@@ -45,7 +45,7 @@ def try_chat_template(name: str, template: Any, variables: Mapping[str, Any]) ->
 
     ``name``: the tokenizer of the template, for the message; ``template``: Jinja, other values are not tried;
     ``variables``: the special tokens that the template may write.  A template whose text cannot grow beyond that of the
-    conversation needs no trial.
+    messages needs no trial.
 
     Raises: ValueError if the template exceeds a limit.
     """
@@ -54,7 +54,7 @@ def try_chat_template(name: str, template: Any, variables: Mapping[str, Any]) ->
     texts = {key: value for key, value in variables.items() if isinstance(value, str)}
     if exceeded := _exceeded_limit(template, json.dumps(texts)):
         raise ValueError(
-            f"{name}: the chat template {exceeded} for a conversation of one short message; use another tokenizer, or "
+            f"{name}: the chat template {exceeded} for one short message; use another tokenizer, or "
             "give a data.chat_template"
         )
 

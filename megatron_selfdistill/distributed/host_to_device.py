@@ -54,7 +54,6 @@ def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return ``tree`` with every tensor replaced by ``function(tensor)``."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):

@@ -132,29 +132,26 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The variables of PyTorch's allocator of GPU memory: since torch 2.9 the first name, in all versions the second."""
 
 
-def expand_segments(environment: MutableMapping[str, str], torch_version: str = torch.__version__) -> None:
-    """Let PyTorch's segments of GPU memory grow in place, unless ``environment`` already configures the allocator.
+def expand_segments(variables: MutableMapping[str, str], torch_version: str = torch.__version__) -> None:
+    """Let PyTorch's segments of GPU memory grow in place, unless ``variables`` already configures the allocator.
 
     The lengths of packed sequences change from step to step.  Segments of fixed sizes would leave gaps that no later
     tensor fits into.  The function has an effect only before the first tensor on a GPU.
     """
-    if any(environment.get(name) for name in ALLOCATOR_VARIABLES):
+    if any(variables.get(name) for name in ALLOCATOR_VARIABLES):
         return
     major, minor = (int(part) for part in torch_version.split(".")[:2])
     name = ALLOCATOR_VARIABLES[0 if (major, minor) >= (2, 9) else 1]
-    environment[name] = "expandable_segments:True"
+    variables[name] = "expandable_segments:True"
 
 
-def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False) -> RankGrid:
+def initialize(config: ParallelConfig, seed: int) -> RankGrid:
     """Start torch.distributed (unless it runs already), Megatron's groups and the tensor-parallel random states.
 
     The backend is gloo on a CPU and NCCL on GPUs, where each rank takes the device LOCAL_RANK.  A process that was
     started by ``python`` without a launcher is a world of one rank.
-
-    ``shares_memory``: whether other processes may open this rank's GPU memory (CUDA IPC).  A system may not allow that
-    for segments that grow, so segments grow only where no memory is shared (`expand_segments`).
     """
-    if not cpu.ON_CPU and not shares_memory:
+    if not cpu.ON_CPU:
         expand_segments(os.environ)
     if config.tensor_model_parallel_size > 1:
         # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.

@@ -13,16 +13,13 @@ rank waits for nothing and does not import torch.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
@@ -158,14 +155,6 @@ class RollCall:
             return bool(store.add(f"printed/{digest}", 1) == 1)
         except RuntimeError:
             return True
-
-    def inform_torchrun(self, message: str) -> None:
-        """Write ``message`` where torchrun looks for the "traceback" in its report of failed ranks."""
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if path:
-            about = {"py_callstack": message, "timestamp": str(int(time.time()))}
-            with contextlib.suppress(OSError):
-                Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
 
     def leave(self) -> None:
         """End this rank's part after a failure; rank 0 waits a few seconds for the other ranks to leave first."""

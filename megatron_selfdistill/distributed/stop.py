@@ -208,14 +208,6 @@ class Stop:
             self.reason = "its time is nearly over" if code == _TIME_IS_UP else signal.Signals(code).name
         return bool(code)
 
-    def last_line(self, step: int, num_steps: int, checkpoint: Path | None) -> str:
-        """Return the last line of a run that ends early; ``checkpoint``: None if no step is done."""
-        where, then = f"before step 1 of {num_steps}", "no step was done; the same command starts anew"
-        if checkpoint is not None:
-            where = f"after step {step} of {num_steps}"
-            then = f"started again, the same command continues; checkpoint: {checkpoint}"
-        return f"stopped {where}: {self.reason}; {then}"
-
     def leave_marker(self, step: int) -> None:
         """Write on rank 0 that the run can be started again, after the checkpoint of ``step`` is complete."""
         if self._grid.is_reporter and self._marker is not None:
@@ -249,15 +241,15 @@ class Stop:
                 self.plan = f"ends by itself before its Slurm job does, in {left / 60:.1f} minutes"
 
 
-def seconds_left_in_slurm(environment: Mapping[str, str]) -> float | None:
-    """Return the seconds until the Slurm job of ``environment`` ends; None if the job has no limit.
+def seconds_left_in_slurm(variables: Mapping[str, str]) -> float | None:
+    """Return the seconds until the Slurm job of ``variables`` ends; None if the job has no limit.
 
     Raises: OSError or SubprocessError if squeue cannot be run; ValueError for an answer that is not a time.
     """
-    end = environment.get("SLURM_JOB_END_TIME")  # newer than Slurm 22.05
+    end = variables.get("SLURM_JOB_END_TIME")  # newer than Slurm 22.05
     if end is not None:
         return float(end) - time.time()
-    command = ["squeue", "--noheader", f"--jobs={environment['SLURM_JOB_ID']}", "--format=%L"]
+    command = ["squeue", "--noheader", f"--jobs={variables['SLURM_JOB_ID']}", "--format=%L"]
     asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SQUEUE_SECONDS)
     return seconds_of(asked.stdout.strip())
 

@@ -10,7 +10,6 @@ A deadline of asyncio's covers everything: the host's name, the connection, the 
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from dataclasses import dataclass
 import httpx
 
 
-class LongAnswerError(ValueError):
-    """An answer whose body is longer than the caller takes."""
-
-
 class HttpError(OSError):
-    """An exchange without a complete answer; the message has the cause, and no header of the request."""
+    """An exchange without a complete answer of the length that the caller takes.
+
+    The message has the cause, and no header of the request.
+    """
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,6 @@ class HttpAnswer:
 
     status: int
     """The status code."""
-    media_type: str
-    """The header Content-Type, empty where the answer has none."""
     body: bytes
     """The body as it was sent; the request asks for no compression."""
 
@@ -46,7 +42,7 @@ class HttpAnswer:
 def new_client(url: str) -> httpx.AsyncClient:
     """Return a client of ``url``'s scheme that opens a connection for each request and has no deadlines of its own.
 
-    It reads neither proxies nor passwords from the environment.
+    It reads neither proxies nor passwords from the variables of the process.
     """
     secure: ssl.SSLContext | bool = ssl.create_default_context() if url.startswith("https:") else False
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -63,7 +59,7 @@ async def exchange(
 ) -> HttpAnswer:
     """Send a request and return its answer.
 
-    Raises: `HttpError` without a complete answer; `LongAnswerError` for a body of more than ``max_bytes``.
+    Raises: `HttpError` without a complete answer, and for a body of more than ``max_bytes``.
     """
     sent = {"Accept-Encoding": "identity", **headers}
     try:
@@ -73,37 +69,14 @@ async def exchange(
             async for piece in answer.aiter_raw():
                 body += piece
                 _require_short(len(body), max_bytes)
-            return HttpAnswer(answer.status_code, answer.headers.get("Content-Type", ""), bytes(body))
+            return HttpAnswer(answer.status_code, bytes(body))
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         raise HttpError(_cause(error)) from None
 
 
-def post(
-    url: str, payload: str, headers: Mapping[str, str | bytes], timeout_s: float | None, max_bytes: int
-) -> HttpAnswer:
-    """Send ``payload`` to ``url`` and return the answer; no event loop may run in this thread.
-
-    Raises: TimeoutError where the answer is not complete ``timeout_s`` seconds after the call, unless it is None;
-    otherwise as `exchange`.
-    """
-
-    async def exchanged() -> HttpAnswer:
-        try:
-            async with asyncio.timeout(timeout_s), new_client(url) as client:
-                return await exchange(client, "POST", url, payload.encode(), headers, max_bytes)
-        except TimeoutError:
-            raise TimeoutError("the answer was not complete") from None
-
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(exchanged())
-    finally:
-        loop.close()  # and not asyncio.run, which would wait for the thread that looks up a host's name
-
-
 def _require_short(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        raise LongAnswerError(f"expected an answer of at most {max_bytes} bytes, got a longer one")
+        raise HttpError(f"expected an answer of at most {max_bytes} bytes, got a longer one")
 
 
 def _cause(error: BaseException) -> str:

@@ -111,11 +111,11 @@ def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
         for group, count in report.collectives.items():
             groups.setdefault(group, {})[rank] = count
     behind: dict[int, str] = {}
-    ahead: set[int] = set()
+    further: set[int] = set()
     for group, counts in groups.items():
         behind |= {rank: group for rank, count in counts.items() if count < max(counts.values())}
-        ahead |= {rank for rank, count in counts.items() if count > min(counts.values())}
-    return {rank: group for rank, group in behind.items() if rank not in ahead}
+        further |= {rank for rank, count in counts.items() if count > min(counts.values())}
+    return {rank: group for rank, group in behind.items() if rank not in further}
 
 
 class _Watch:

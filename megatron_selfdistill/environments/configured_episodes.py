@@ -12,35 +12,23 @@ from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.environments.bridges import require_bridges as require_bridges
-from megatron_selfdistill.environments.environment import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
+from megatron_selfdistill.environments.environment import BUILT_IN, SessionLimits, has_sessions
 from megatron_selfdistill.environments.episodes import (
     Episodes,
     EvaluationPlayer,
     SessionEpisodes,
     StatelessEpisodes,
-    TrainingPlayer,
 )
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Sampler
-from megatron_selfdistill.sources.recordings import Recording
 
 
 def schemas_of_tools(tools: str) -> list[dict[str, Any]]:
     """Return the schemas of the tools that the class with the dotted path ``tools`` offers, for the chat template."""
     return schemas_of(tool_class(tools))
-
-
-def training_player(
-    config: Config, given: GivenSolutions, grid: RankGrid, phases: Phases, recording: Recording | None
-) -> TrainingPlayer:
-    """Return what plays the episodes of the steps; ``recording``: has the replies, in place of the environment.
-
-    Raises: `ConfigError` on all ranks.
-    """
-    return TrainingPlayer(_episodes(config, given, grid), phases, recording)
 
 
 @contextmanager
@@ -52,7 +40,7 @@ def evaluation_player(
     As many episodes are played at the same time as in a step of the training.
     Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
     """
-    episodes = _episodes(config, given, grid)
+    episodes = training_player(config, given, grid, Phases(grid.device))
     at_once = max(1, config.data.global_batch_size * config.rollout.num_samples // grid.dp_size)
     try:
         yield EvaluationPlayer(episodes, sampler, config.seed, step, at_once)
@@ -61,7 +49,7 @@ def evaluation_player(
             episodes.sessions.close()
 
 
-def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:
+def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phases: Phases) -> Episodes:
     """Return the rules of the episodes, with the environment, or with the process that makes the sessions of this rank.
 
     Raises: `ConfigError` on all ranks.
@@ -71,6 +59,7 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
     rules: dict[str, Any] = {
         "given": given,
         "grid": grid,
+        "phases": phases,
         "max_turns": wanted.max_turns,
         "max_tokens": limits.pop("tokens", None),
         "one_sequence": limits.pop("one_sequence", False),
@@ -94,5 +83,4 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
                 f"environment.limits: {', '.join(sorted(limits))} limit a session, and {wanted.name} has none: it "
                 "replies without a state"
             )
-    threads = environment.concurrency if isinstance(environment, HttpEnvironment) else 1
-    return StatelessEpisodes(**rules, environment=environment, threads=threads)
+    return StatelessEpisodes(**rules, environment=environment)

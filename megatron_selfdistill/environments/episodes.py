@@ -34,7 +34,6 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.episode_player import Generate
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 
 logger = logging.getLogger(__name__)
@@ -55,17 +54,16 @@ class ShowsSolutions(Protocol):
 Episode = list[Rollout]
 """The responses of one conversation, turn by turn."""
 
-GetReplies = Callable[[Sequence[Episode]], list[Reply]]
-"""A function that returns the reply to the last response of each episode, whose reply is None.  Collective."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes(ABC):
-    """The rules by which a sampled response becomes an episode with an environment."""
+    """The rules by which a sampled response becomes an episode with an environment: an `EpisodePlayer` of a run."""
 
     given: GivenSolutions
     """The prompts that show a chosen solution."""
     grid: RankGrid
+    phases: Phases
+    """Where the time of the environment counts, as phase "environment"."""
     max_turns: int
     """The greatest number of responses in an episode."""
     has_teacher: bool
@@ -83,7 +81,14 @@ class Episodes(ABC):
         """
         return [None] * len(samples)
 
-    def opened(self, sample: Sample, opening: Reply | None, method: ShowsSolutions) -> tuple[Sample, Reply | None]:
+    def opened(self, samples: Sequence[Sample], method: ShowsSolutions) -> tuple[list[Sample], Sequence[Reply | None]]:
+        """Return the samples with the texts that the environment shows before the first responses.  Collective."""
+        with self.phases("environment"):
+            openings = self.openings(samples)
+        shown = [self._opened(*pair, method) for pair in zip(samples, openings, strict=True)]
+        return [sample for sample, _ in shown], [opening for _, opening in shown]
+
+    def _opened(self, sample: Sample, opening: Reply | None, method: ShowsSolutions) -> tuple[Sample, Reply | None]:
         """Return a sample whose prompts show the text and the hint of ``opening``, and ``opening``.
 
         If the prompts do not fit, the sample stays as it is, and ``opening`` becomes a failure.
@@ -100,26 +105,31 @@ class Episodes(ABC):
             return sample, replace(opening, failure="text and hint of reset are too long for data.max_length")
         return (key, shown, longer), opening
 
-    def played(
-        self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate, replies: GetReplies
-    ) -> tuple[list[Rollout], int]:
+    def played(self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate) -> tuple[list[Rollout], int]:
         """Return all turns, episode by episode, and the number of episodes whose next prompt does not fit.
 
         ``first``: the first response of each episode of this replica, the same on each of its ranks.  A turn's prompt
         is rendered once: its response is sampled and trained on after the same token ids.
 
-        Collectives: one call of ``replies``, a `raise_on_all_ranks` and a maximum over the world per turn, and one call
+        Collectives: one call of `replies`, a `raise_on_all_ranks` and a maximum over the world per turn, and one call
         of ``generate`` per further turn: as many on every rank as the longest episode of any replica has turns.
         Raises: `ConfigError` on all ranks for a conversation that the chat template refuses, and the errors of
-        ``generate`` and ``replies``.
+        ``generate`` and `replies`.
         """
         episodes: list[Episode] = [[replace(rollout, episode=i)] for i, rollout in enumerate(first)]
         asked, num_cut = episodes, 0
         for number in range(1, self.max_turns + 1):
             answered = [episode for episode in asked if not episode[-1].response.truncated]
-            for episode, reply in zip(answered, replies(answered), strict=True):
+            with self.phases("environment"):
+                replies = self.replies(answered)
+            for episode, reply in zip(answered, replies, strict=True):
                 episode[-1] = replace(episode[-1], reward=reply.reward, feedback=reply.feedback, reply=reply)
-            going_on = [episode for episode in answered if _reply(episode[-1]).goes_on and self._may_go_on(episode)]
+            going_on = [
+                episode
+                for episode in answered
+                if _reply(episode[-1]).goes_on
+                and (self.max_tokens is None or sum(len(one.response.token_ids) for one in episode) < self.max_tokens)
+            ]
             if number == self.max_turns:
                 break
             with raise_on_all_ranks():
@@ -143,6 +153,21 @@ class Episodes(ABC):
 
         The ranks of a replica share the calls.  Collective over the world.  Raises: `EngineError` on all ranks.
         """
+
+    def name(self, key: SampleKey) -> str | None:
+        """Return the name of an episode whose turns are one sequence of tokens, for the sampler's cache."""
+        return str(key._replace(turn=0)) if self.one_sequence else None
+
+    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
+        """Return the contexts with their turns, if an episode may have several."""
+        if self.max_turns == 1:
+            return [*contexts]
+        turns = [rollout.episode_turn(self.has_teacher) for rollout in rollouts]
+        return [replace(context, turn=turn) for context, turn in zip(contexts, turns, strict=True)]
+
+    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> dict[str, float]:
+        """Return the `episode_metrics` of all replicas.  Collective."""
+        return episode_metrics(rollouts, num_cut, self.grid)
 
     def _text(self, turn: Rollout) -> str:
         return response_text(turn.response, self.given.builder.tokenizer)
@@ -175,9 +200,6 @@ class Episodes(ABC):
             {"role": reply.role, "content": reply.text},
         )
         return replace(problem, messages=messages, reworded=reworded_message(episode[0].problem))
-
-    def _may_go_on(self, episode: Episode) -> bool:
-        return self.max_tokens is None or sum(len(turn.response.token_ids) for turn in episode) < self.max_tokens
 
     def _may_fit(self, *texts: str | None) -> bool:
         return sum(len(text or "") for text in texts) <= CHARACTERS_PER_TOKEN * self.given.max_length
@@ -225,8 +247,6 @@ class StatelessEpisodes(Episodes):
     """Episodes with an environment whose replies are a function of the problem and of what was said."""
 
     environment: Environment
-    threads: int
-    """The number of replies that a rank asks for at the same time."""
 
     def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the environment's reply to the last response of each of this replica's episodes.
@@ -235,9 +255,7 @@ class StatelessEpisodes(Episodes):
         Raises: `EngineError` on all ranks, with the place of the problem, where a call fails.
         """
         questions = [(episode[0].problem, self._said(episode)) for episode in episodes]
-        return judged_in_order(
-            questions, self._reply, self.grid, "environment", threads=self.threads, error=EngineError
-        )
+        return judged_in_order(questions, self._reply, self.grid, "environment", error=EngineError)
 
     def _reply(self, problem: Problem, said: Sequence[str]) -> Reply:
         kind = type(self.environment)
@@ -248,7 +266,6 @@ class StatelessEpisodes(Episodes):
         return reply
 
     def _said(self, episode: Episode) -> list[str]:
-        """Return the texts after the problem, responses and shown replies by turns."""
         said = []
         for turn in episode:
             said.append(self._text(turn))
@@ -282,12 +299,10 @@ class SessionEpisodes(Episodes):
             raise EngineError(f"environment: all {len(failures)} sessions of the step failed, the first: {failures[0]}")
         return [found[key] for key, _, _ in samples]
 
-    def played(
-        self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate, replies: GetReplies
-    ) -> tuple[list[Rollout], int]:
+    def played(self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate) -> tuple[list[Rollout], int]:
         """Play the episodes as `Episodes.played` does, and end the sessions that are left."""
         try:
-            return super().played(first, method, generate, replies)
+            return super().played(first, method, generate)
         finally:
             self.sessions.end_all()
 
@@ -349,52 +364,6 @@ def _reply(turn: Rollout) -> Reply:
 
 
 @dataclass(frozen=True)
-class TrainingPlayer:
-    """What plays the episodes of the steps of a run: an `EpisodePlayer` of sources/on_policy.py."""
-
-    episodes: Episodes
-    phases: Phases
-    recording: Recording | None
-    """The recording that has the environment's replies of each step; None asks the environment."""
-
-    def opened(self, samples: Sequence[Sample], method: ShowsSolutions) -> tuple[list[Sample], list[Reply | None]]:
-        """Return the samples with the texts that the environment shows before the first responses.  Collective."""
-        if self.recording is not None:
-            openings = self.recording.openings([key for key, _, _ in samples])
-        else:
-            with self.phases("environment"):
-                openings = self.episodes.openings(samples)
-        shown = [self.episodes.opened(*pair, method) for pair in zip(samples, openings, strict=True)]
-        return [sample for sample, _ in shown], [opening for _, opening in shown]
-
-    def played(self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate) -> tuple[list[Rollout], int]:
-        """Return all turns, episode by episode, and how many episodes end early; see `Episodes.played`."""
-        return self.episodes.played(first, method, generate, self._replies)
-
-    def name(self, key: SampleKey) -> str | None:
-        """Return the name of an episode whose turns are one sequence of tokens, for the sampler's cache."""
-        return str(key._replace(turn=0)) if self.episodes.one_sequence else None
-
-    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
-        """Return the contexts with their turns, if an episode may have several."""
-        if self.episodes.max_turns == 1:
-            return [*contexts]
-        turns = [rollout.episode_turn(self.episodes.has_teacher) for rollout in rollouts]
-        return [replace(context, turn=turn) for context, turn in zip(contexts, turns, strict=True)]
-
-    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> dict[str, float]:
-        """Return the `episode_metrics` of all replicas.  Collective."""
-        return episode_metrics(rollouts, num_cut, self.episodes.grid)
-
-    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
-        """Return the reply to the last response of each episode, of the environment or as it was recorded."""
-        if self.recording is not None:
-            return self.recording.replies([key for episode in episodes if (key := episode[-1].key) is not None])
-        with self.phases("environment"):
-            return self.episodes.replies(episodes)
-
-
-@dataclass(frozen=True)
 class EvaluationPlayer:
     """What plays the episodes of one evaluation: a `Player` of evaluation/held_out.py."""
 
@@ -433,19 +402,15 @@ class EvaluationPlayer:
 
         def request(key: SampleKey, pair: PromptPair) -> Request:
             prompt = pair.teacher_prompt if episodes.has_teacher else pair.student_prompt
-            name = str(key._replace(turn=0)) if episodes.one_sequence else None
-            return Request(prompt, key.seed(self.seed), episode=name)
+            return Request(prompt, key.seed(self.seed), episode=episodes.name(key))
 
-        opened = [
-            episodes.opened(sample, opening, self)
-            for sample, opening in zip(asked, episodes.openings(asked), strict=True)
-        ]
-        responses = generate([key for (key, _, _), _ in opened], [pair for (_, _, pair), _ in opened])
+        opened, openings = episodes.opened(asked, self)
+        responses = generate([key for key, _, _ in opened], [pair for _, _, pair in opened])
         first = [
             Rollout(problem, pair, response, key=key, opening=opening)
-            for ((key, problem, pair), opening), response in zip(opened, responses, strict=True)
+            for (key, problem, pair), opening, response in zip(opened, openings, responses, strict=True)
         ]
-        rollouts, _ = episodes.played(first, self, generate, episodes.replies)
+        rollouts, _ = episodes.played(first, self, generate)
         return [_said(list(turns), episodes) for _, turns in groupby(rollouts, key=lambda one: one.episode)]
 
     def _sample(self, problem: Problem, index: int, hinted: bool) -> Sample:

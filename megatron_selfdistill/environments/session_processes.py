@@ -35,9 +35,11 @@ from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.stop import how_ended
-from megatron_selfdistill.environments.environment import BUILT_IN, MAX_BYTES, SessionEnvironment, SessionLimits
+from megatron_selfdistill.environments.environment import BUILT_IN, SessionEnvironment, SessionLimits
 
 _READY = b"ready"
+_MAX_BYTES = 10_000_000
+"""The greatest length of a reply."""
 _MAX_CONTROL_BYTES = 10_000
 _START_SECONDS = 300.0
 """Seconds in which the environment's process must have made the environment."""
@@ -109,11 +111,6 @@ class SessionProcesses:
         """
         return self._reply(key, {"call": "step", "response": response})
 
-    @property
-    def keys(self) -> list[Hashable]:
-        """The keys of the sessions that have not ended."""
-        return list(self._sessions)
-
     def __contains__(self, key: Hashable) -> bool:
         return key in self._sessions
 
@@ -126,7 +123,7 @@ class SessionProcesses:
 
     def end_all(self) -> None:
         """End every session that there is."""
-        for key in self.keys:
+        for key in list(self._sessions):
             self.end(key)
 
     def close(self) -> None:
@@ -216,8 +213,8 @@ def _exchanged(connection: socket.socket, request: Mapping[str, Any], seconds: f
             if not part:
                 raise EOFError
             received += part
-            if len(received) > MAX_BYTES:
-                raise SessionError(f"{request['call']} gave a reply of more than {MAX_BYTES} bytes")
+            if len(received) > _MAX_BYTES:
+                raise SessionError(f"{request['call']} gave a reply of more than {_MAX_BYTES} bytes")
         answer = json.loads(received)
     except TimeoutError:
         raise SessionError(f"{request['call']} gave no reply within {seconds:g} s") from None
@@ -270,7 +267,6 @@ def _ended(pid: int) -> str:
 
 
 def _play(environment: SessionEnvironment, connection: socket.socket, memory_gb: float | None) -> NoReturn:
-    """Play one episode in this process, which then ends."""
     os.setsid()  # a process group of its own, which ends as a whole
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):

@@ -150,7 +150,6 @@ def schemas_of(kind: type) -> list[dict[str, Any]]:
 
 
 def _blocks(response: str) -> list[str]:
-    """Return the texts between <tool_call> and </tool_call>."""
     *closed, rest = response.split("</tool_call>")
     if "<tool_call>" in rest or not all("<tool_call>" in part for part in closed):
         raise ToolCallError("expected </tool_call> after each <tool_call>")

@@ -10,8 +10,7 @@ from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.terminal import visible
-from megatron_selfdistill.evaluation.calibration import Calibration
-from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
+from megatron_selfdistill.evaluation.estimators import Calibration, majority_at_k, pass_at_k
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Verdict:
     loops: bool = False
     """Whether the response ends in a loop (`ends_in_loop`)."""
     turns: int = 1
-    """The number of responses of the episode, of which the verdict is on the last one; ``length`` counts all."""
+    """The number of responses, of which the verdict is on the last one; ``length`` counts all."""
     reward: float | None = None
-    """The sum of the rewards of the episode; None without an environment."""
+    """The sum of the rewards of the responses; None if nothing gives rewards."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class EvaluationResult:
     further: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by the names that docs/metrics.md has under ``evaluation/``; a mean over nothing is not there.
     They are hint_8grams, leak_words_per_1000 and quoted_hint_share of both kinds of responses, over the problems that
-    have a solution; of episodes mean_reward and mean_turns; distinct_right and distinct_4grams of the samples."""
+    have a solution; with rewards mean_reward and mean_turns; distinct_right and distinct_4grams of the samples."""
     greedy_calibration: Calibration | None = None
     """The calibration of the greedy responses; None if a confidence is unknown."""
     sampled_calibration: Calibration | None = None

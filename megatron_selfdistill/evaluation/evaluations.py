@@ -196,7 +196,7 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         for k in lines[0][name] if lines else ():
             values[f"{name[:-1]}{k}"] = column(line[name][k] for line in lines)
     means = {"length": "mean_length", "truncated": "truncated_share", "loops": "loop_share"}
-    if all(line["greedy"].get("reward") is not None for line in lines):  # of episodes
+    if all(line["greedy"].get("reward") is not None for line in lines):  # of several turns
         means |= {"reward": "mean_reward", "turns": "mean_turns"}
     for what, name in means.items():
         values[f"greedy_{name}"] = column(line["greedy"][what] for line in lines)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.calibration import Confidence, calibration
-from megatron_selfdistill.evaluation.estimators import distinct_grams, distinct_right
+from megatron_selfdistill.evaluation.estimators import Confidence, calibration, distinct_grams, distinct_right
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,
     Overlooked,
@@ -192,8 +191,6 @@ def _sample(
 
 @dataclass(frozen=True)
 class _JudgedResponse:
-    """The judgement of a response, as one rank makes it."""
-
     verdict: Verdict
     confidence: Confidence
     leakage: LeakCounts
@@ -215,8 +212,6 @@ class _JudgedProblem:
 
 
 class _Judge:
-    """The judgement of the responses to one problem."""
-
     def __init__(
         self, verifier: Verifier, run_data: RunData, options: EvaluationOptions, kept_ids: Collection[str]
     ) -> None:

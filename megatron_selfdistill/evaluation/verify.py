@@ -8,7 +8,6 @@ import math
 import re
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
@@ -19,7 +18,7 @@ from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
-from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.evaluation.estimators import split_confidence
 from megatron_selfdistill.rollout.base import Response, response_text
 
 if TYPE_CHECKING:  # verifiers are also used without Megatron
@@ -88,7 +87,6 @@ def judged_in_order(
     grid: RankGrid,
     judge_name: str = "verifier",
     *,
-    threads: int = 1,
     error: type[Exception] = VerifierError,
 ) -> list[Verdict]:
     """Return the judgement of each of this replica's questions, in their order, equal on all ranks of the replica.
@@ -97,7 +95,7 @@ def judged_in_order(
     arguments, the collectives and the errors are those of `judged_by_all`.
     """
     keyed = {(grid.dp_rank, i): question for i, question in enumerate(questions)}
-    found = judged_by_all(keyed, judgement, grid, judge_name, threads=threads, error=error)
+    found = judged_by_all(keyed, judgement, grid, judge_name, error=error)
     return [found[key] for key in keyed]
 
 
@@ -107,7 +105,6 @@ def judged_by_all(
     grid: RankGrid,
     judge_name: str = "verifier",
     *,
-    threads: int = 1,
     error: type[Exception] = VerifierError,
 ) -> dict[Key, Verdict]:
     """Return the judgement of every question, over all replicas, equal on every rank.
@@ -115,32 +112,22 @@ def judged_by_all(
     ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
     that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
     no question is judged twice and a verifier with a time limit cannot give two ranks different results.
-    ``judge_name``: what messages call the judge.  ``threads``: the number of questions that a rank judges at a time.
+    ``judge_name``: what messages call the judge.
     Collectives: one all_gather_object over the world.
     Raises: ``error`` on every rank if the judgement failed on one rank.
     """
     verdicts: dict[Key, Verdict] = {}
-    failed: dict[Key, str] = {}
-
-    def attempt(key: Key) -> None:
-        if failed:
-            return
+    failure: str | None = None
+    for key in list(questions)[grid.replica_rank :: grid.replica_size]:
         problem, content = questions[key]
         try:
             verdicts[key] = judgement(problem, content)
             beat()
         except Exception as raised:  # raised below on every rank, so that no rank waits
             reason = f"{type(raised).__name__}: {raised}{own_lines(raised)}"
-            failed[key] = f"{problem.location}: the {judge_name} failed with {reason}"
-
-    mine = list(questions)[grid.replica_rank :: grid.replica_size]
-    if threads == 1:
-        for key in mine:
-            attempt(key)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(attempt, mine))
-    gathered = gather_objects((verdicts, next((failed[key] for key in mine if key in failed), None)))
+            failure = f"{problem.location}: the {judge_name} failed with {reason}"
+            break
+    gathered = gather_objects((verdicts, failure))
     failures = [message for _, message in gathered if message is not None]
     if failures:
         raise error(failures[0])

@@ -8,26 +8,22 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.evaluation.verify import check_answers
-from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedReplay, GuidedState
+from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedState
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.guidance.success_rates import Guidance, SuccessRates
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.on_policy import OnPolicyOptions
-from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.source import SourceState
 
 if TYPE_CHECKING:
     from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 
 
-def guided_source(
-    tools: MethodTools, state: SourceState, options: OnPolicyOptions, recording: Recording | None
-) -> GuidedOnPolicy:
-    """Return the source of guided responses.
+def guided_source(tools: MethodTools, state: SourceState, options: OnPolicyOptions) -> GuidedOnPolicy:
+    """Return the source of guided responses; ``state``: at the beginning of the data.
 
-    ``state``: at the beginning of the data.  ``recording``: has the responses, in place of the sampler.
     Raises: `ConfigError` if success rates decide and answers are missing.
     """
     below, judge = tools.config.rollout.guide_below, tools.judge
@@ -36,7 +32,7 @@ def guided_source(
     rates = SuccessRates(below) if below is not None else None
     guidance = Guidance(judge, options.num_samples, rates, tools.config.teachers.get("guide") or "")
     guided = GuidedState(state.problem_sampler, state.method, guidance)
-    return GuidedOnPolicy(guided, options) if recording is None else GuidedReplay(guided, options, recording)
+    return GuidedOnPolicy(guided, options)
 
 
 def guided_sampler() -> type[GuidedSampler]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.guidance.success_rates import Guidance
-from megatron_selfdistill.sources.given_responses import Replay
 from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import SourceState
 
@@ -59,7 +58,3 @@ class GuidedOnPolicy(OnPolicy):
 
     def _state_after(self, problem_sampler: ProblemSampler, method: Method, rollouts: Sequence[Rollout]) -> SourceState:
         return GuidedState(problem_sampler, method, self._state.guidance.record(rollouts))
-
-
-class GuidedReplay(GuidedOnPolicy, Replay):
-    """Responses of another run that was guided, too."""

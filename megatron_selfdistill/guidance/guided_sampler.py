@@ -16,8 +16,6 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.guidance.guided_tokens import (
     GuidedParams,
     guided_roles,
-    prompt_of,
-    refuse_unguidable,
     select_mixed_tokens,
 )
 from megatron_selfdistill.loss.target import Target
@@ -88,17 +86,14 @@ class GuidedSampler(MegatronSampler):
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
         """Return what `MegatronSampler` returns.
 
-        Raises: ValueError on all ranks for guided requests with a temperature, top_k or top_p of their own, or with a
-        reference whose weights the sampler does not hold; `ConfigError` if the model's attention takes no mask.
+        Raises: `ConfigError` on all ranks if the model's attention takes no mask.
         """
         takes_masks = all(model.takes_masks for model in (self._student, *self._role_models))
-        if _any_guided(requests):
-            refuse_unguidable(params, has_reference=any("reference" in w.roles for w in self._role_weights))
-            if max_over_ranks([not takes_masks])[0]:
-                raise ConfigError(
-                    "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
-                    "which take no arbitrary mask; set model.transformer.attention_backend=auto"
-                )
+        if _any_guided(requests) and max_over_ranks([not takes_masks])[0]:
+            raise ConfigError(
+                "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
+                "which take no arbitrary mask; set model.transformer.attention_backend=auto"
+            )
         return super()._agree_on_capacity(requests, params)
 
     def _sample_guided(
@@ -109,17 +104,12 @@ class GuidedSampler(MegatronSampler):
         ``report``: as for `_sample_plain`.
         """
         device = self._grid.device
-        batch = GeneratedBatch.without_prompts(requests, params, device, num_log_probs=3)
-        groups = [
-            ContextRows(
-                model,
-                {role: [prompt_of(request, role) for request in requests] for role in roles},
-                params.max_new_tokens,
-                self._passes,
-                device,
-            )
-            for model, roles in self._readers(_target(params))
-        ]
+        batch = GeneratedBatch.start(requests, [()] * len(requests), params, device, num_log_probs=3)
+        own, teachers = [r.prompt for r in requests], [r.teacher_prompt or [] for r in requests]
+        groups = []
+        for model, roles in self._readers(_target(params)):
+            prompts = {role: teachers if role == "teacher" else own for role in roles}
+            groups.append(ContextRows(model, prompts, params.max_new_tokens, self._passes, device))
 
         def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
             return self._sample_mixed(batch, live, step, logits, params)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
-from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.sampling import invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
@@ -83,37 +82,12 @@ def select_mixed_tokens(
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 
 
-def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) -> None:
-    """Raise ValueError if a sampler cannot sample guided tokens from the target itself with ``params``.
-
-    ``has_reference``: whether the sampler holds the weights of a reference.
-    """
-    if params.temperature not in (0, 1) or params.top_k != 0 or params.top_p != 1:
-        raise ValueError(
-            "guided responses are sampled from the mixed target itself: they need temperature 1 (or 0, greedy), "
-            f"top_k 0 and top_p 1; got temperature {params.temperature}, top_k {params.top_k} and top_p {params.top_p}"
-        )
-    if cast(GuidedParams, params).target.is_anchored and not has_reference:
-        raise ValueError(
-            "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
-            "sampler does not hold: set target.anchor=student"
-        )
-
-
 def guided_roles(target: Target) -> tuple[str, ...]:
     """Return the roles of the contexts that a guided response has under ``target``.
 
     The student's context is among them: ``Response.log_probs`` are the student's, whatever the target mixes.
     """
     return ROLES if target.is_anchored else ROLES[:2]
-
-
-def prompt_of(request: Request, role: str) -> list[int]:
-    """Return the prompt of a guided request's context in one of `ROLES`."""
-    if role != "teacher":
-        return request.prompt
-    assert request.teacher_prompt is not None, "only guided requests have a teacher"
-    return request.teacher_prompt
 
 
 def _select(

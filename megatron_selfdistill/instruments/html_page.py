@@ -15,26 +15,6 @@ from typing import Any
 BLOCK_TYPE = "application/json+deflate"
 """The type of the elements that hold data.  A browser neither runs nor shows an element of an unknown script type."""
 
-_PAGE = """\
-<!doctype html>
-<html lang="en" data-theme="auto">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-{styles}
-</head>
-<body>
-<p id="problem" role="alert" hidden></p>
-{body}
-{blocks}
-{scripts}
-</body>
-</html>
-"""
-
 
 def html_page(title: str, body: str, styles: Sequence[str], scripts: Sequence[str], data: Mapping[str, Any]) -> str:
     """Return one HTML file that needs nothing else: no network, no server, no other file.
@@ -60,7 +40,7 @@ def html_page(title: str, body: str, styles: Sequence[str], scripts: Sequence[st
             "form-action 'none'",
         ]
     )
-    return _PAGE.format(
+    return asset("page.html").format(
         policy=policy,
         title=html.escape(title),
         styles="\n".join(f"<style>{text}</style>" for text in styles),

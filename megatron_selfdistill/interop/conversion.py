@@ -7,6 +7,7 @@ the output is complete.  One process without a process group converts; Megatron 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
+from megatron_selfdistill.checkpoint.formats.megatron_args import model_args
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, read_saved_run
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
-from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.interop.describe import FORMATS, num_tokens, true_vocab_size
-from megatron_selfdistill.interop.full_weights import Weights
+from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import (
     check_counts,
@@ -38,19 +40,26 @@ from megatron_selfdistill.interop.hf.mapping import (
     text_config,
     tied_output_layer,
 )
-from megatron_selfdistill.interop.hf.rules import MegatronSlice, Rows, Rule, dequantise_blocks, passthrough_layer, rows
+from megatron_selfdistill.interop.hf.rules import (
+    MegatronSlice,
+    Rows,
+    Rule,
+    dequantise_blocks,
+    passthrough_layer,
+    rows,
+    stack_shapes,
+)
 from megatron_selfdistill.interop.hf_files import copy_hf_assets, read_config
-from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.interop.new_directory import created, require_free
-from megatron_selfdistill.interop.release import FiniteCheck, Progress, hf_assets_bytes, write_release
+from megatron_selfdistill.interop.release import Progress, hf_assets_bytes, write_release
 from megatron_selfdistill.interop.safetensors_directory import (
     SafetensorsWriter,
     WeightsDirectory,
     dequantised,
     open_weights_directory,
 )
-from megatron_selfdistill.interop.torch_dist_tensors import Piece, read_ahead
-from megatron_selfdistill.model.architecture import padded_vocab_size
+from megatron_selfdistill.interop.torch_dist_tensors import Piece
+from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -62,24 +71,22 @@ def hf_to_megatron(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model in the Hugging Face directory ``hf`` as a torch_dist checkpoint; return ``out/release``.
 
     ``dtype``: the type of all weights, except the weights that Megatron keeps in float32.  Null keeps the type of each
     weight; FP8 becomes bf16, and tensors that are joined take the widest of their types, which ``progress`` reports.
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
     Memory: the tensors of one rule, and the result of the rule where it rearranges the tensors.
 
-    Raises: CheckpointError or ConfigError before the function writes anything; CheckpointError for weights that are not
-    finite, and OSError, while the function writes.  After an error the function removes its output.
+    Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
+    After an error the function removes its output.
     """
     hf, out, progress = Path(hf), Path(out), progress or Progress()
     require_free(out)
     model, rules, tensors = _read_hf(hf)
-    finite = FiniteCheck(str(hf), allow_non_finite, progress)
-    pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
+    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
+    pieces = _pieces(model, rules, _HFReader(tensors, block, dtype), progress)
     args = converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces))
     return write_release(out, pieces, args, empty_objects=_extra_states(rules), assets=hf, progress=progress)
 
@@ -92,82 +99,65 @@ def megatron_to_hf(
     hf_config: Path | None = None,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    allow_non_finite: bool = False,
-    base: Path | None = None,
+    max_shard_size: str | int = "5GB",
     progress: Progress | None = None,
 ) -> Path:
     """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face directory ``out``.
 
-    Adapters are merged into their base (`merged_weights`); ``base``: the place of the base, where it has moved.
-
     ``hf_config``: a directory with the original config.json and tokenizer files.  Null takes the files in the
     checkpoint; without such files the function makes a config.json from the stored arguments.  ``dtype``: the type of
     all floating-point weights; null keeps the type of each weight.  ``vocab_size``: the size of the true vocabulary,
-    where it does not follow from the checkpoint (`true_vocab_size`).
-    ``allow_non_finite``: report weights that are NaN or infinite, instead of refusing them.
+    where it does not follow from the checkpoint (`true_vocab_size`).  ``max_shard_size``: the most bytes of the tensors
+    of a file, or a text such as 500MB.
     Memory: one full tensor of Megatron, its parts where the rule rearranges the tensor, and one shard.
 
     Raises: CheckpointError or ConfigError before the function writes anything; OSError while the function writes.
     """
-    # Only here: a package without the annex adapters converts in the other direction.
-    from megatron_selfdistill.interop.merged_weights import MergedWeights, open_merged_weights
-
     out, progress = Path(out), progress or Progress()
     require_free(out)
-    weights = open_merged_weights(megatron, iteration, base=base, dtype=dtype, report=progress.report)
+    weights = open_weights(megatron, iteration)
+    if holds_adapters(weights.path):
+        raise CheckpointError(
+            f"{weights.path} holds adapters alone, expected full weights: convert it with megatron-to-peft, and merge "
+            "the result with merge_and_unload() of PEFT"
+        )
+    verify_checksums(weights, progress.report)
     assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
     model, family = _model_and_family(weights, original, assets, vocab_size, progress)
     rules = [rule for rule in family.rules(model) if not rule.may_be_absent or weights.holds(rule)]
-    carried = CarriedWeights(weights, family, hf_config)
-    carried.check_shapes(rules)
-    rules += carried.rules
-    kept = {rule: dtype if dtype and not rule.float32 else carried.dtype(rule) for rule in rules}
+    carried = carried_rules(family, weights.passthrough)
+    rules += carried
+    weights.check_shapes(rules)
+    read = dict.fromkeys(rules, weights.read)
+    kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
+    if family.carried and not carried:
+        directory, carried = _carried_by_hf(weights, family, hf_config)
+        read |= {rule: lambda rule: directory.read(rule.hf_names[0]) for rule in carried}
+        kept |= {rule: dtype or directory.tensors[rule.hf_names[0]].dtype for rule in carried}
+        rules += carried
     main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)
     config = _config(family, model, str(main).removeprefix("torch."), original, weights)
     tensors = [
         (name, kept[rule], shape) for rule in rules for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True)
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
-    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     with created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
-        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, finite, progress)
+        writer = SafetensorsWriter(temporary, tensors, max_shard_size)
+        for rule in rules:
+            parts = list(rule.to_hf(read[rule](rule)))
+            for name in rule.hf_names:
+                part = parts.pop(0).to(kept[rule])
+                writer.write(name, part)
+                progress.advance(part.nbytes)
+        writer.close()
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         write_prompt_settings(weights.path, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
-    if isinstance(weights, MergedWeights):
-        progress.report(str(weights.merge))
     return out
-
-
-def _write_weights(
-    writer: SafetensorsWriter,
-    weights: CarriedWeights,
-    dtypes: Mapping[Rule, torch.dtype],
-    finite: FiniteCheck,
-    progress: Progress,
-) -> None:
-    """Write the tensors of all rules in the types ``dtypes``, and close the writer."""
-
-    def parts_of(rule: Rule) -> list[Tensor]:
-        parts = zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True)
-        return [finite.checked(name, part.to(dtypes[rule])) for name, part in parts]
-
-    def rule_bytes(rule: Rule) -> int:
-        return math.prod(rule.shape) * dtypes[rule].itemsize
-
-    rules = list(dtypes)
-    tensors_of_rules = read_ahead(rules, parts_of, rule_bytes)
-    for rule in rules:
-        parts = next(tensors_of_rules)
-        for name in rule.hf_names:
-            writer.write(name, parts[0])
-            progress.advance(parts.pop(0).numel() * dtypes[rule].itemsize)
-    writer.close()
 
 
 def write_prompt_settings(checkpoint: Path, out: Path, report: Callable[[str], None]) -> None:
@@ -232,10 +222,8 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
 class _HFReader:
     """A reader of full, dequantised tensors of a Hugging Face directory, in the types of the checkpoint."""
 
-    def __init__(
-        self, tensors: WeightsDirectory, block: tuple[int, int] | None, dtype: torch.dtype | None, finite: FiniteCheck
-    ) -> None:
-        self.tensors, self._block, self._dtype, self._finite = tensors, block, dtype, finite
+    def __init__(self, tensors: WeightsDirectory, block: Sequence[int] | None, dtype: torch.dtype | None) -> None:
+        self.tensors, self._block, self._dtype = tensors, block, dtype
 
     def dtype(self, rule: Rule, name: str) -> torch.dtype:
         """Return the type in which the checkpoint stores the tensor ``name`` of ``rule``."""
@@ -252,12 +240,7 @@ class _HFReader:
             if scales not in self.tensors.tensors or self._block is None:
                 raise CheckpointError(f"{name} is {tensor.dtype}, but {scales} or quantization_config is missing")
             tensor = dequantise_blocks(tensor, self.tensors.read(scales), self._block)
-        return self._finite.checked(name, tensor.to(dtype))
-
-
-def _block(hf: Path) -> tuple[int, int] | None:
-    block = (read_config(hf).get("quantization_config") or {}).get("weight_block_size")
-    return tuple(block) if block else None
+        return tensor.to(dtype)
 
 
 def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: Progress) -> list[Piece]:
@@ -265,25 +248,23 @@ def _pieces(model: ModelConfig, rules: list[Rule], reader: _HFReader, progress: 
 
     ``progress`` receives a message where tensors of several types are stored under one key.
     """
-    depth: dict[str, tuple[int, ...]] = {}
+    stacks = stack_shapes(rule.megatron for rule in rules)
     kept: dict[str, torch.dtype] = {}
     for rule in rules:
-        key, index = rule.megatron.key, rule.megatron.index
-        seen = depth.get(key, (0,) * len(index))
-        depth[key] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
+        key = rule.megatron.key
         for name in rule.hf_names:
             dtype = reader.dtype(rule, name)
             kept[key] = torch.promote_types(kept.get(key, dtype), dtype)  # one type for all layers of a key
-    widened = [name for rule in rules for name in rule.hf_names if reader.dtype(rule, name) != kept[rule.megatron.key]]
+    stored = {name: kept[rule.megatron.key] for rule in rules for name in rule.hf_names}
+    widened = [name for rule in rules for name in rule.hf_names if reader.dtype(rule, name) != stored[name]]
     if widened:
-        wide = str(kept[next(rule.megatron.key for rule in rules if widened[0] in rule.hf_names)]).removeprefix(
-            "torch."
-        )
+        wide = str(stored[widened[0]]).removeprefix("torch.")
         progress.report(f"{first_few(widened, ', ')} become {wide}, like the other tensors of their keys")
-    pieces: list[Piece] = []
-    for rule in rules:
-        pieces += _pieces_of(rule, depth[rule.megatron.key], kept[rule.megatron.key], model, reader)
-    return pieces
+    return [
+        piece
+        for rule in rules
+        for piece in _pieces_of(rule, stacks[rule.megatron.key], kept[rule.megatron.key], model, reader)
+    ]
 
 
 def _extra_states(rules: list[Rule]) -> list[str]:
@@ -291,25 +272,39 @@ def _extra_states(rules: list[Rule]) -> list[str]:
 
     The keys serve every layer spec.  Megatron's loader fails for a missing key, and accepts None as the statistics.
     """
-    states: dict[tuple[str, tuple[int, ...]], None] = {}
+    states: dict[MegatronSlice, None] = {}
     for rule in rules:
         module, _, name = rule.megatron.key.rpartition(".")
         if rule.is_passthrough or module.endswith(("word_embeddings", "output_layer", "router")):
             continue
         for expert in [()] if rule.num_experts is None else [(expert,) for expert in range(rule.num_experts)]:
-            states[module, (*rule.megatron.index, *expert)] = None
+            states[MegatronSlice(module, (*rule.megatron.index, *expert))] = None
         if name == "layer_norm_weight":  # the norm is a module of its own in the local spec
-            states |= {(other.rpartition(".")[0], rule.megatron.index): None for other in names(rule.megatron.key)}
+            others = (other.rpartition(".")[0] for other in names(rule.megatron.key))
+            states |= {MegatronSlice(other, rule.megatron.index): None for other in others}
         if module.endswith("self_attention.linear_proj"):
-            states[module.replace("linear_proj", "core_attention"), rule.megatron.index] = None
-    shape: dict[str, tuple[int, ...]] = {}
-    for module, index in states:
-        seen = shape.get(module, (0,) * len(index))
-        shape[module] = tuple(max(a, b + 1) for a, b in zip(seen, index, strict=True))
-    return [
-        f"{module}._extra_state/shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, shape[module] or (1,)))}"
-        for module, index in states
-    ]
+            states[MegatronSlice(module.replace("linear_proj", "core_attention"), rule.megatron.index)] = None
+    stacks = stack_shapes(states)
+    found = ((state.key, state.index or (0,), stacks[state.key] or (1,)) for state in states)
+    return [f"{key}._extra_state/shard_{'.'.join(map(str, i))}_{'.'.join(map(str, n))}" for key, i, n in found]
+
+
+def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
+    """Return the arguments of Megatron-LM that describe ``model``; ``dtype`` is the type of its weights."""
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
+    assert model.vocab_size is not None
+    args = model_args(
+        config,
+        model,
+        model,
+        max_position_embeddings=model.max_position_embeddings,
+        padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
+        rope_scaling=model.rope_scaling_factor is not None,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
+    )
+    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    return args
 
 
 def _pieces_of(
@@ -362,7 +357,8 @@ def _model_and_family(
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")
     progress.report(f"vocabulary: {vocab_size} of {weights.num_rows} rows on disk")
     model = replace(model, vocab_size=vocab_size)
-    num_layers = weights.num_passthrough_layers
+    of_layers = [name for name in weights.passthrough if name.startswith(("model.layers.", "mtp."))]
+    num_layers = len({passthrough_layer(name) for name in of_layers})
     if model.num_passthrough_mtp_layers != num_layers:
         progress.report(
             f"{model.num_passthrough_mtp_layers} multi-token-prediction layers of the original are not in it"
@@ -397,47 +393,17 @@ def carried_rules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list
     ]
 
 
-class CarriedWeights:
-    """The weights of a model from a checkpoint, and the tensors that its family carries along.
+def _carried_by_hf(weights: Weights, family: Family, hf: Path | None) -> tuple[WeightsDirectory, list[Rule]]:
+    """Return the Hugging Face directory ``hf`` and the rules of the tensors that ``family`` carries along from it.
 
-    A converted checkpoint holds the carried tensors itself; a checkpoint of a run does not, and they come from the
-    Hugging Face directory ``hf``.
+    A converted checkpoint holds the carried tensors itself; a checkpoint of a run does not.
     """
-
-    def __init__(self, weights: Weights, family: Family, hf: Path | None) -> None:
-        """Find the carried tensors; read none.
-
-        Raises: CheckpointError where neither the checkpoint nor ``hf`` holds a tensor that the family carries.
-        """
-        self._weights = weights
-        self._directory: WeightsDirectory | None = None
-        self.rules = carried_rules(family, weights.passthrough)
-        if not family.carried or self.rules:
-            return
-        found: list[Rule] = []
-        if hf is not None:
-            self._directory = open_weights_directory(hf)
-            found = carried_rules(family, {name: held.shape for name, held in self._directory.tensors.items()})
-        if not found:
-            names = " and ".join(f"{prefix}*" for prefix in family.carried)
-            raise CheckpointError(
-                f"{weights.path} has no {names}, which {family.architecture} needs: set --hf-config to the Hugging "
-                "Face directory from which the run began, with its weights"
-            )
-        self.rules = found
-
-    def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError unless the checkpoint matches ``rules`` and the carried tensors that it holds."""
-        self._weights.check_shapes([*rules, *(self.rules if self._directory is None else ())])
-
-    def dtype(self, rule: Rule) -> torch.dtype:
-        """Return the type of the stored tensor of ``rule``."""
-        if self._directory is not None and rule.is_passthrough and rule in self.rules:
-            return self._directory.tensors[rule.hf_names[0]].dtype
-        return self._weights.dtype(rule)
-
-    def read(self, rule: Rule) -> Tensor:
-        """Return the tensor of ``rule``, without padding."""
-        if self._directory is not None and rule.is_passthrough and rule in self.rules:
-            return self._directory.read(rule.hf_names[0])
-        return self._weights.read(rule)
+    if hf is not None:
+        directory = open_weights_directory(hf)
+        if rules := carried_rules(family, {name: held.shape for name, held in directory.tensors.items()}):
+            return directory, rules
+    names = " and ".join(f"{prefix}*" for prefix in family.carried)
+    raise CheckpointError(
+        f"{weights.path} has no {names}, which {family.architecture} needs: set --hf-config to the Hugging Face "
+        "directory from which the run began, with its weights"
+    )

@@ -4,11 +4,10 @@
     selfdistill convert hf-to-megatron --hf /models/Qwen3-8B --out qwen3
     selfdistill checkpoint.load=qwen3 data.tokenizer=/models/Qwen3-8B data.path=problems.jsonl run_dir=runs/first
     selfdistill convert megatron-to-hf --megatron runs/first --out Qwen3-8B-distilled
-    selfdistill convert gguf-to-hf --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M-Instruct
     selfdistill convert inspect runs/first
 
 The command runs in one process and needs no GPU.  It takes about twice the memory of the largest tensor, for a model of
-any size; megatron-to-hf also holds one file of weights (--max-shard-size), and gguf-to-hf the model in float32.
+any size; megatron-to-hf also holds one file of weights (--max-shard-size).
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ import argparse
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,176 +28,9 @@ from megatron_selfdistill.distributed.terminal import print_error, visible
 if TYPE_CHECKING:
     from megatron_selfdistill.interop.release import Progress
 
-
 EXIT_REFUSED = 2
 _RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-Option = dict[str, Any]
-"""The arguments of ``add_argument``."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A sub-command that converts, with its options."""
-
-    function: str
-    """The function, as ``module.name`` in this package; it receives each option under the name of its destination."""
-    about: str
-    options: dict[str, Option]
-    advice: Callable[[Path, argparse.Namespace], str]
-    """A function from the new directory and the arguments to the lines that say how to use the directory."""
-    example: str
-    more: str = ""
-    """Further sentences of ``--help``."""
-
-    @property
-    def name(self) -> str:
-        """The name of the sub-command."""
-        return self.function.rpartition(".")[2].replace("_", "-")
-
-
-def _option(help_text: str, **more: Any) -> Option:
-    return {"help": help_text, **more}
-
-
-def _directory(help_text: str, **more: Any) -> Option:
-    return _option(help_text, type=Path, metavar="DIR", **more)
-
-
-def _dtype(help_text: str) -> dict[str, Option]:
-    return {"--dtype": _option(help_text, choices=("bf16", "fp16", "fp32"))}
-
-
-def _bytes(text: str) -> int:
-    """Return the number of bytes of a size such as 5GB or 500MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(I?)B?|B?)", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MiB, got {text!r}")
-    exponent = "KMG".index(match[2]) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
-
-
-_NEW_CHECKPOINT = {"--out": _directory("new directory for the checkpoint", required=True)}
-_NEW_HF = {"--out": _directory("new Hugging Face directory", required=True)}
-_CHECKPOINT = {
-    "--megatron": _directory(
-        "run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)", required=True
-    ),
-    "--iteration": _option("iteration to convert (default: the tracker file names it)", type=int, metavar="N"),
-}
-_MOVED_BASE = {
-    "--base": _directory("the base of the adapters, where it has moved (default: where the checkpoint says)")
-}
-_NON_FINITE = {
-    "--allow-non-finite": _option("report NaN and infinite weights instead of refusing them", action="store_true")
-}
-
-
-def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
-    from megatron_selfdistill.adapters.stored_adapters import require_adapters
-
-    keys = f"checkpoint.load={given.base} adapter.load={given.out} {require_adapters(target).overrides()}"
-    return f"{target}: begin a run at it with {keys}"
-
-
-CONVERSIONS = (
-    Conversion(
-        "conversion.hf_to_megatron",
-        "convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
-        {
-            **_NEW_CHECKPOINT,
-            **_dtype("type of the weights (default: unchanged; FP8 becomes bf16)"),
-            "--hf": _directory("directory with config.json and weights", required=True),
-            **_NON_FINITE,
-        },
-        lambda target, given: (
-            f"{target}: load it with checkpoint.load={given.out}; `selfdistill convert inspect {given.out}` prints the "
-            "flags with which Megatron-LM loads it"
-        ),
-        "--hf /models/Qwen3-8B --out qwen3 --dtype bf16",
-    ),
-    Conversion(
-        "conversion.megatron_to_hf",
-        "convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
-        {
-            **_NEW_HF,
-            **_dtype("type of the weights (default: unchanged)"),
-            **_CHECKPOINT,
-            "--hf-config": _directory(
-                "directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)"
-            ),
-            **_MOVED_BASE,
-            "--vocab-size": _option(
-                "vocabulary without padding, if the checkpoint does not state it", type=int, metavar="N"
-            ),
-            "--max-shard-size": _option(
-                "largest size of a weights file (default: 5GB)",
-                type=_bytes,
-                default=5 * 10**9,
-                metavar="SIZE",
-                dest="max_shard_bytes",
-            ),
-            **_NON_FINITE,
-        },
-        lambda target, _: f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
-        "--megatron runs/first --iteration 100 \\\n      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
-        "Adapters are merged into their base in float32 and rounded once: bf16 can lose small updates, and\n"
-        "--dtype fp32 loses none.",
-    ),
-    Conversion(
-        "gguf.gguf_to_hf",
-        "convert a GGUF file to a Hugging Face directory (needs the extra gguf)",
-        {
-            **_NEW_HF,
-            **_dtype("type of the weights (default: fp32)"),
-            "--gguf": _option(
-                "one file with weights and tokenizer", type=Path, metavar="FILE", dest="file", required=True
-            ),
-            **_NON_FINITE,
-        },
-        lambda target, _: (
-            f"{target}: convert it with selfdistill convert hf-to-megatron --hf {target} --out NEW_DIRECTORY"
-        ),
-        "--gguf SmolLM2-135M-Instruct.Q4_1.gguf \\\n      --out SmolLM2-135M-Instruct",
-    ),
-    Conversion(
-        "peft_adapters.megatron_to_peft",
-        "convert a checkpoint of adapters to a directory of PEFT, which vLLM loads, too",
-        {
-            "--out": _directory("new directory", required=True),
-            **_dtype("type of the factors (default: unchanged)"),
-            **_CHECKPOINT,
-            "--base-model": _option(
-                "base_model_name_or_path: the Hugging Face model of the base (default: null)", metavar="NAME_OR_DIR"
-            ),
-        },
-        lambda target, _: f"{target}: load it with peft.PeftModel.from_pretrained(model, {str(target)!r})",
-        "--megatron runs/first --out adapters \\\n      --base-model Qwen/Qwen3-8B",
-    ),
-    Conversion(
-        "peft_adapters.peft_to_megatron",
-        "convert a directory of PEFT to a checkpoint of adapters",
-        {
-            **_NEW_CHECKPOINT,
-            **_dtype("type of the factors (default: unchanged)"),
-            "--peft": _directory("directory with adapter_config.json", required=True),
-            "--base": _directory("run directory or Megatron checkpoint of the model of these adapters", required=True),
-        },
-        _adapter_advice,
-        "--peft adapters \\\n      --base checkpoints/qwen3-8b --out lora",
-        "Modules that Megatron fuses into one layer (q, k, v; gate, up) share one factor A: different A are\n"
-        "stacked, which is exact and makes the rank up to three times as large.",
-    ),
-    Conversion(
-        "merged_weights.merge_adapters",
-        "merge a checkpoint of adapters and its base into a full checkpoint",
-        {**_NEW_CHECKPOINT, **_CHECKPOINT, **_MOVED_BASE, **_NON_FINITE},
-        lambda target, given: f"{target}: load it with checkpoint.load={given.out}",
-        "--megatron runs/first --out merged",
-        "The weights become W + scale * B A, computed in float32 and rounded once.  Rounding to bf16 can lose\n"
-        "small updates; the output says how many elements stay as they were.  For a Hugging Face directory use\n"
-        "megatron-to-hf, which merges adapters, too.",
-    ),
-)
+_DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,19 +75,25 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     """Call the function of the sub-command with the values of its options, and return the exit status."""
-    conversion: Conversion = arguments.conversion
-    module, _, name = conversion.function.rpartition(".")
+    module, _, name = arguments.function.rpartition(".")
     function = getattr(importlib.import_module(f"megatron_selfdistill.interop.{module}"), name)
-    values = {key: value for key, value in vars(arguments).items() if key not in ("run", "conversion")}
-    if values.get("dtype") is not None:
+    values = {key: value for key, value in vars(arguments).items() if key not in ("run", "function", "advice")}
+    if values["dtype"] is not None:
         from megatron_selfdistill.interop.conversion import DTYPES
 
         values["dtype"] = DTYPES[values["dtype"]]
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would mix with this command's own
     with _progress() as progress:
         target = function(**values, progress=progress)
-    print(conversion.advice(target, arguments))
+    print(f"{target}: {arguments.advice(target, arguments)}")
     return 0
+
+
+def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
+    from megatron_selfdistill.adapters.stored_adapters import require_adapters
+
+    settings = require_adapters(target).overrides()
+    return f"begin a run at it with checkpoint.load={given.base} adapter.load={given.out} {settings}"
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -294,24 +130,77 @@ def _progress() -> Iterator[Progress]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for conversion in CONVERSIONS:
-        command = commands.add_parser(
-            conversion.name,
-            help=conversion.about,
-            description=f"{conversion.about[0].upper()}{conversion.about[1:]}.\n{conversion.more}",
-            epilog=f"example:\n  selfdistill convert {conversion.name} {conversion.example}",
+
+    def conversion(
+        function: str, about: str, advice: Callable[[Path, argparse.Namespace], str], example: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        """Add the sub-command that calls ``function``, which receives each option under the name of its destination."""
+        name = function.rpartition(".")[2].replace("_", "-")
+        command: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.\n{more}",
+            epilog=f"example:\n  selfdistill convert {name} {example}",
             **_RAW,
         )
-        command.set_defaults(run=_convert, conversion=conversion)
-        for name, option in conversion.options.items():
-            command.add_argument(name, **option)
-    command = commands.add_parser(
+        command.set_defaults(run=_convert, function=function, advice=advice)
+        command.add_argument("--out", required=True, help="new directory", **_DIR)
+        command.add_argument(
+            "--dtype", choices=("bf16", "fp16", "fp32"), help="type of the tensors (default: unchanged)"
+        )
+        return command
+
+    from_hf = conversion(
+        "conversion.hf_to_megatron",
+        "convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
+        lambda _, given: f"load it with checkpoint.load={given.out}",
+        "--hf /models/Qwen3-8B --out qwen3 --dtype bf16",
+        "FP8 and MXFP4 become bf16.",
+    )
+    to_hf = conversion(
+        "conversion.megatron_to_hf",
+        "convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
+        lambda target, _: f"load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})",
+        "--megatron runs/first --iteration 100 \\\n      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
+    )
+    to_peft = conversion(
+        "peft_adapters.megatron_to_peft",
+        "convert a checkpoint of adapters to a directory of PEFT, which vLLM loads, too",
+        lambda target, _: f"load it with peft.PeftModel.from_pretrained(model, {str(target)!r})",
+        "--megatron runs/first --out adapters \\\n      --base-model Qwen/Qwen3-8B",
+    )
+    from_peft = conversion(
+        "peft_adapters.peft_to_megatron",
+        "convert a directory of PEFT to a checkpoint of adapters",
+        _adapter_advice,
+        "--peft adapters \\\n      --base checkpoints/qwen3-8b --out lora",
+        "Modules that Megatron fuses into one layer (q, k, v; gate, up) share one factor A: different A are\n"
+        "stacked, which is exact and makes the rank up to three times as large.",
+    )
+    from_hf.add_argument("--hf", required=True, help="directory with config.json and weights", **_DIR)
+    for command in (to_hf, to_peft):
+        about = "run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)"
+        command.add_argument("--megatron", required=True, help=about, **_DIR)
+        about = "iteration to convert (default: the tracker file names it)"
+        command.add_argument("--iteration", type=int, metavar="N", help=about)
+    about = "directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)"
+    to_hf.add_argument("--hf-config", help=about, **_DIR)
+    about = "vocabulary without padding, if the checkpoint does not state it"
+    to_hf.add_argument("--vocab-size", type=int, metavar="N", help=about)
+    about = "most bytes of tensors in a weights file, such as 500MB (default: 5GB)"
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=about)
+    about = "base_model_name_or_path: the Hugging Face model of the base (default: null)"
+    to_peft.add_argument("--base-model", metavar="NAME_OR_DIR", help=about)
+    from_peft.add_argument("--peft", required=True, help="directory with adapter_config.json", **_DIR)
+    about = "run directory or Megatron checkpoint of the model of these adapters"
+    from_peft.add_argument("--base", required=True, help=about, **_DIR)
+    inspect = commands.add_parser(
         "inspect",
         help="describe a checkpoint or a Hugging Face directory",
         description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
         epilog="example:\n  selfdistill convert inspect runs/first",
         **_RAW,
     )
-    command.set_defaults(run=_inspect)
-    command.add_argument("checkpoint", **_directory("run directory, Megatron checkpoint or Hugging Face directory"))
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("checkpoint", help="run directory, Megatron checkpoint or Hugging Face directory", **_DIR)
     return parser

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +23,6 @@ from megatron_selfdistill.interop.full_weights import Weights, open_weights
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import check_counts, family_of, family_of_model
 from megatron_selfdistill.interop.hf_files import read_config
-from megatron_selfdistill.interop.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.interop.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.model.model_values import architecture
 
@@ -39,7 +37,7 @@ def describe(path: Path) -> dict[str, str]:
         return _describe_hf(path)
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
-    sizes = weights.sizes()
+    sizes = weights.source.sizes()
     adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
     if adapters is not None:
@@ -57,32 +55,13 @@ def describe(path: Path) -> dict[str, str]:
         vocab_size = weights.num_rows
         lines["vocabulary"] = str(error)
     model = replace(model, vocab_size=vocab_size)
-    return lines | _origin(weights) | _describe_model(model) | _usage(weights, model, assets)
+    return lines | _origin(weights) | _describe_model(model)
 
 
 def _origin(weights: Weights) -> dict[str, str]:
     """Return the layout that wrote the checkpoint."""
     sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
     return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())}
-
-
-def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[str, str]:
-    """Return the flags with which Megatron-LM's ``pretrain_gpt.py`` loads a checkpoint, and the limits of the flags."""
-    sizes = weights.sizes()
-    flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
-    parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
-    if directory.tracked(weights.path.parent) != weights.path:
-        parts += ["--ckpt-step", str(weights.iteration)]
-    if assets is not None and (assets / "tokenizer_config.json").is_file():
-        parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
-    elif assets is not None and (assets / "tokenizer.model").is_file():
-        parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(assets / "tokenizer.model")]
-    if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
-        parts.append("--no-position-embedding")  # pretrain_gpt.py compares the flag with the stored argument
-    lines = {f"flags of Megatron-LM {MEGATRON_LM}": shlex.join([*parts, *flags.arguments])}
-    if flags.not_expressible:
-        lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
-    return lines
 
 
 def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
@@ -145,7 +124,7 @@ def _describe_hf(path: Path) -> dict[str, str]:
 def sizes_of(path: Path) -> Mapping[torch.dtype, int]:
     """Return the number of elements of the weights in a checkpoint or a Hugging Face directory by type."""
     if not is_hugging_face(path):
-        return open_weights(path).sizes()
+        return open_weights(path).source.sizes()
     sizes: Counter[torch.dtype] = Counter()
     for tensor in dequantised(open_weights_directory(path)).tensors.values():
         sizes[tensor.dtype] += math.prod(tensor.shape)

@@ -76,15 +76,15 @@ class Exporter:
         group_sizes = {expert: group.size() for expert, group in self._groups.items()}
         self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
 
-    def stream(self, *, copies: bool = True, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield every tensor of the rules once, full, in its live dtype, as lists of (Hugging Face name, tensor).
 
         A list is a bucket.  ``first``: the number of the bucket to begin with, equal on all ranks; 0 is the first one.
 
         Every rank of ``on_ranks`` receives the same lists; other ranks receive empty lists.  The stream empties a list
         when the caller asks for the next one, so that a loop never holds two buckets: keep the tensors, not the list.
-        The tensors are copies on this rank's device, and some share storage.  With ``copies=False`` a tensor that this
-        rank holds completely is a view of the live weights: read it before training continues.  On a GPU all copies and
+        The tensors are on this rank's device, and some share storage.  A tensor that this rank holds completely is a
+        view of the live weights where possible: read or copy it before training continues.  On a GPU all copies and
         transfers are queued; the stream does not wait for them.
         Buckets follow the order of pipeline stages, with dense tensors before experts, else the order of the rules.
 
@@ -96,20 +96,18 @@ class Exporter:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
         # In each stream again: training wraps, offloads and casts parameters, which changes their storage.
-        shards = {
-            place_of(shard, self._depths): data_of(shard, self._depths) for shard in sharded_tensors(self._chunks)
-        }
+        shards = {place: data for place, data, _ in _shards(self._chunks, self._depths)}
         for bucket in self._buckets[first:]:
-            tensors = self._full_tensors(bucket, shards, copies)
+            tensors = self._full_tensors(bucket, shards)
             beat()
             yield tensors
             tensors.clear()
 
     @torch.no_grad()
-    def _full_tensors(self, bucket: _Bucket, shards: dict[Place, Tensor], copies: bool) -> list[tuple[str, Tensor]]:
+    def _full_tensors(self, bucket: _Bucket, shards: dict[Place, Tensor]) -> list[tuple[str, Tensor]]:
         if not self._relays[bucket.expert]:
             return []
-        if not copies and self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
+        if self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
             return [named for tensor in bucket.tensors for named in tensor.held(shards)] if self._wanted_here else []
         packed = self._packed_shards(bucket, shards)
         if not self._gathers[bucket.expert]:
@@ -138,12 +136,9 @@ class Exporter:
     def _describe_stages(self, part: Callable[[str], bool]) -> list[_Stage]:
         """Return the description of each pipeline stage at this rank's place within the stage."""
         entries: dict[bool, list[_Entry]] = {False: [], True: []}
-        for shard in sharded_tensors(self._chunks):
-            where, start = place_of(shard, self._depths)
-            if not part(where.key):
-                continue
-            size, shape = tuple(data_of(shard, self._depths).shape), tuple(shard.global_shape[len(where.index) :])
-            entries[_is_expert(where)].append(_Entry(where, start, size, shape, shard.data.dtype))
+        for (where, start), data, shape in _shards(self._chunks, self._depths):
+            if part(where.key):
+                entries[_is_expert(where)].append(_Entry(where, start, tuple(data.shape), shape, data.dtype))
         members = {expert: gather_objects(entries[expert], group) for expert, group in self._groups.items()}
         ranks = {expert: dist.get_process_group_ranks(group) for expert, group in self._groups.items()}
         return gather_objects(_Stage(members, ranks), self._grid.pp_group)
@@ -192,6 +187,10 @@ class _Part:
         num_bytes = math.prod(self.size) * dtype.itemsize
         return packed[self.offset : self.offset + num_bytes].view(dtype).view(self.size)
 
+    def of_full(self, full: Tensor) -> Tensor:
+        """Return the block as a view of the full tensor."""
+        return full[tuple(slice(start, start + n) for start, n in zip(self.start, self.size, strict=True))]
+
 
 @dataclass(frozen=True)
 class _Tensor:
@@ -212,8 +211,7 @@ class _Tensor:
         """Return the named Hugging Face tensors, from the packed bytes of all senders."""
         full = torch.empty(self.rule.shape, dtype=self.dtype, device=device)
         for part in self.parts:
-            block = tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))
-            full[block].copy_(part.within(buffers[part.member], self.dtype))
+            part.of_full(full).copy_(part.within(buffers[part.member], self.dtype))
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
     def held(self, shards: Mapping[Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -224,7 +222,7 @@ class _Tensor:
         if full is None:
             full = torch.empty(self.rule.shape, dtype=self.dtype, device=blocks[0].device)
             for part, block in zip(parts, blocks, strict=True):
-                full[tuple(slice(start, start + n) for start, n in zip(part.start, part.size, strict=True))] = block
+                part.of_full(full).copy_(block)
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
 
@@ -373,31 +371,21 @@ Place = tuple[MegatronSlice, tuple[int, ...]]
 """A slice of a checkpoint, and the index at which a shard of it begins."""
 
 
-def sharded_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
-    """Yield the tensors of the model with the names and shards of a checkpoint."""
+def _shards(
+    chunks: Sequence[torch.nn.Module], depths: Mapping[str, int]
+) -> Iterator[tuple[Place, Tensor, tuple[int, ...]]]:
+    """Yield the place and the weights of each shard of the model, by the names of a checkpoint, and the slice's shape.
+
+    ``depths``: how many leading indices the rule of a key has; the other leading indices of the shard, such as the
+    expert of a rule for all experts, are part of the index at which the shard begins, and axes of length 1 of the
+    weights.
+    """
     for chunk in chunks:
         state_dict = unwrapped(chunk).sharded_state_dict()
         apply_factories(state_dict)
-        yield from (value for value in nested_values(state_dict) if isinstance(value, ShardedTensor))
-
-
-def place_of(shard: ShardedTensor, depths: Mapping[str, int]) -> Place:
-    """Return the place of ``shard``.
-
-    ``depths``: how many leading indices the rule of a key has; the other leading indices of the shard, such as the
-    expert of a rule for all experts, are part of the index at which the shard begins.
-    """
-    depth = _depth(shard, depths)
-    offsets = tuple(shard.global_offset)
-    return MegatronSlice(shard.key, offsets[:depth]), offsets[depth:]
-
-
-def data_of(shard: ShardedTensor, depths: Mapping[str, int]) -> Tensor:
-    """Return the weights of ``shard`` with one axis of length 1 for each leading index that `place_of` moves."""
-    data: Tensor = shard.data
-    return data[(None,) * (shard.prepend_axis_num - _depth(shard, depths))]
-
-
-def _depth(shard: ShardedTensor, depths: Mapping[str, int]) -> int:
-    stacked = int(shard.prepend_axis_num)
-    return min(depths.get(shard.key, stacked), stacked)
+        for shard in nested_values(state_dict):
+            if isinstance(shard, ShardedTensor):
+                stacked, offsets = int(shard.prepend_axis_num), tuple(shard.global_offset)
+                depth = min(depths.get(shard.key, stacked), stacked)
+                place = MegatronSlice(shard.key, offsets[:depth]), offsets[depth:]
+                yield place, shard.data[(None,) * (stacked - depth)], tuple(shard.global_shape[depth:])

@@ -25,7 +25,7 @@ from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, r
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.hf.rules import Rule, passthrough_layer
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.legacy import LegacyReader
 from megatron_selfdistill.interop.torch_dist_tensors import TorchDistReader
 
@@ -54,11 +54,6 @@ class Weights:
         return self.source.full_shape(place, ())[0]
 
     @property
-    def num_passthrough_layers(self) -> int:
-        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        return len({passthrough_layer(name) for name in self.passthrough if name.startswith(("model.layers.", "mtp."))})
-
-    @property
     def passthrough(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
         shapes = self.source.shapes if isinstance(self.source, TorchDistReader) else {}
@@ -85,24 +80,18 @@ class Weights:
 
     def dtype(self, rule: Rule) -> torch.dtype:
         """Return the type of the stored tensor of ``rule``."""
-        return self.source.dtype_at(self._known_place(rule))
+        place = self._place(rule)
+        assert place is not None, "call check_shapes first"
+        return self.source.dtype_at(place)
 
     def read(self, rule: Rule) -> Tensor:
         """Return the tensor of ``rule``, without padding."""
-        return self.source.read_at(self._known_place(rule), rule.shape, rule.shape[0] if rule.vocabulary else None)
-
-    def sizes(self) -> dict[torch.dtype, int]:
-        """Return the number of elements of the model's tensors by type, including padding."""
-        return self.source.sizes()
+        place = self._place(rule)
+        assert place is not None, "call check_shapes first"
+        return self.source.read_at(place, rule.shape, rule.shape[0] if rule.vocabulary else None)
 
     def _place(self, rule: Rule) -> Place | None:
         return self.source.place(rule.megatron.key, rule.megatron.index)
-
-    def _known_place(self, rule: Rule) -> Place:
-        place = self._place(rule)
-        if place is None:
-            raise CheckpointError(f"{self.path} does not fit this model: {_shown(rule)} is missing")
-        return place
 
 
 def verify_checksums(weights: Weights, report: Callable[[str], None] = lambda _: None) -> None:

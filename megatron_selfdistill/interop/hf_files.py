@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +29,29 @@ _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_c
 _MAX_ASSET_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class WeightFiles:
-    """The files that hold the weights of a Hugging Face directory."""
+def weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Return the files of weights in ``directory``, with the names of the tensors that the index assigns to each.
 
-    is_safetensors: bool
-    """Whether the files are safetensors; else they are PyTorch's pickles (``pytorch_model.bin``)."""
-    tensors: dict[Path, set[str] | None]
-    """The names of the tensors that the index assigns to each file; None if there is no index."""
+    The names are None where there is no index.  All files are safetensors, or all are PyTorch's pickles.
 
-
-def weight_files(directory: Path) -> WeightFiles:
-    """Return the files of weights in ``directory``, searched in the order of transformers.
-
-    The order is ``model.safetensors``, its index, ``pytorch_model.bin``, its index, then any other safetensors files
-    except Mistral's ``consolidated`` copies.
+    The order of the search is that of transformers: ``model.safetensors``, its index, ``pytorch_model.bin``, its index,
+    then any other safetensors files except Mistral's ``consolidated`` copies.
 
     Raises: CheckpointError where there are no weights, where a file is missing, and where a name leads out of the
     directory.
     """
     for single in _SINGLE_FILES:
-        is_safetensors = single.endswith(".safetensors")
         if _is_there(directory / single):
-            return WeightFiles(is_safetensors, {contained(directory, single): None})
+            return {contained(directory, single): None}
         index = directory / f"{single}.index.json"
         if _is_there(index):
-            return WeightFiles(is_safetensors, _indexed(directory, index))
+            return _indexed(directory, index)
     others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not others:
         raise CheckpointError(
             f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
         )
-    return WeightFiles(True, {contained(directory, name): None for name in others})
+    return {contained(directory, name): None for name in others}
 
 
 def _is_there(file: Path) -> bool:

@@ -127,35 +127,23 @@ class LegacyReader:
         return [by_rank[rank] for rank in range(size)]
 
     def _find_shards(self, sizes: dict[str, int]) -> dict[Place, list[_Shard]]:
-        offsets = self._layer_offsets()
-        found: dict[Place, list[_Shard]] = defaultdict(list)
+        names: dict[_Rank, dict[str, list[str]]] = {}
         for rank in sorted(self._ranks, key=lambda r: (r.pipeline, r.expert, r.tensor)):
-            for chunk, tensors in self._state(rank).items():
-                first_expert = rank.expert * (_num_experts(self.args) // sizes["expert"])
+            names[rank] = {chunk: list(tensors) for chunk, tensors in self._state(rank).items()}
+            self._states.pop(rank)  # keep the table of contents of one rank at a time
+        offsets = _layer_offsets({rank.pipeline: by_chunk for rank, by_chunk in names.items()})
+        found: dict[Place, list[_Shard]] = defaultdict(list)
+        for rank, by_chunk in names.items():
+            first_expert = rank.expert * (_num_experts(self.args) // sizes["expert"])
+            for chunk, tensors in by_chunk.items():
                 for name in tensors:
                     place = _place(name, offsets[rank.pipeline, chunk], first_expert)
                     if place is not None:
                         found[place].append(_Shard(rank, chunk, name))
-            self._states.pop(rank)  # keep the table of contents of one rank at a time
         if getattr(self.args, "untie_embeddings_and_output_weights", None) is False:
             # The last stage of a pipeline holds a copy of the tied embedding.
             found.pop(("output_layer.weight", ()), None)
         return dict(found)
-
-    def _layer_offsets(self) -> dict[tuple[int, str], int]:
-        """Return the global number of the first layer of each (stage, chunk): chunk by chunk over all stages."""
-        counts: dict[tuple[int, int, str], int] = {}
-        one_per_stage = {rank.pipeline: rank for rank in self._ranks}
-        for stage, rank in one_per_stage.items():
-            for chunk, tensors in self._state(rank).items():
-                layers = {match[1] for name in tensors if (match := _LAYER.match(name))}
-                counts[int(chunk.removeprefix("model") or 0), stage, chunk] = len(layers)
-            self._states.pop(rank)
-        offsets, total = {}, 0
-        for number, stage, chunk in sorted(counts):
-            offsets[stage, chunk] = total
-            total += counts[number, stage, chunk]
-        return offsets
 
     def _load(self, shard: _Shard) -> Tensor:
         if len(self._states) > _OPEN_FILES:
@@ -186,6 +174,17 @@ _IS_CUT = re.compile(
 # The same expert in SequentialMLP (local), TEGroupedMLP (Transformer Engine), and their biases.
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
+
+
+def _layer_offsets(stages: dict[int, dict[str, list[str]]]) -> dict[tuple[int, str], int]:
+    """Return the global number of the first layer of each (stage, chunk): chunk by chunk over all stages."""
+    offsets, total = {}, 0
+    for _, stage, chunk in sorted(
+        (int(c.removeprefix("model") or 0), s, c) for s, chunks in stages.items() for c in chunks
+    ):
+        offsets[stage, chunk] = total
+        total += len({match[1] for name in stages[stage][chunk] if (match := _LAYER.match(name))})
+    return offsets
 
 
 def _cut_axis(key: str, shapes: list[tuple[int, ...]], expected: tuple[int, ...]) -> int | None:

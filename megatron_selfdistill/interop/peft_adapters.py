@@ -33,7 +33,6 @@ from megatron_selfdistill.adapters.stored_adapters import (
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
-from megatron_selfdistill.checkpoint.formats.tensor_names import shown
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
@@ -41,10 +40,10 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules
 from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
-from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.hf.rules import Rule, stack_shapes
 from megatron_selfdistill.interop.hf_files import contained, read_config
 from megatron_selfdistill.interop.new_directory import created, require_free
-from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+from megatron_selfdistill.interop.release import Progress, write_release
 from megatron_selfdistill.interop.torch_dist_tensors import Piece
 
 CONFIG, WEIGHTS = PEFT_CONFIG, "adapter_model.safetensors"
@@ -67,7 +66,7 @@ def megatron_to_peft(
     ``base_model``: the ``base_model_name_or_path`` of the directory, a name on the hub or a Hugging Face directory.
     ``dtype``: the type of the factors; null keeps their type.  Memory: all factors.
 
-    Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
+    Raises: CheckpointError or ConfigError before anything is written.
     """
     out, progress = Path(out), progress or Progress()
     require_free(out)
@@ -78,13 +77,12 @@ def megatron_to_peft(
     rules = adapter_rules(of_weights, adapters.settings)
     weights.check_shapes(rules)
     num_bytes = sum(math.prod(s) for rule in rules for s in rule.hf_shapes) * 4
-    finite = FiniteCheck(str(weights.path), None, progress)
     with created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         tensors: dict[str, Tensor] = {}
         for rule in rules:
             for name, tensor in zip(rule.hf_names, rule.to_hf(weights.read(rule)), strict=True):
-                tensors[name] = finite.checked(name, tensor.to(dtype or tensor.dtype)).clone().contiguous()
+                tensors[name] = tensor.to(dtype or tensor.dtype).clone().contiguous()
                 progress.advance(tensor.numel() * 4)
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
         modules = _modules(rules, ".lora_A.weight")
@@ -106,7 +104,7 @@ def peft_to_megatron(
     for bit; different A are stacked, with B in blocks, which is exact and has the sum of their ranks.  All layers then
     get the largest rank, by rows and columns of zeros.  The scale stays what it was.  Memory: all factors, twice.
 
-    Raises: CheckpointError or ConfigError before anything is written, and for factors that are not finite.
+    Raises: CheckpointError or ConfigError before anything is written.
     """
     peft, out, progress = Path(peft), Path(out), progress or Progress()
     require_free(out)
@@ -126,8 +124,7 @@ def peft_to_megatron(
         rank_stabilised=config["use_rslora"],
         layers=list(dict.fromkeys(_linear_of(rule) for rule, _, _ in layers)),
     )
-    finite = FiniteCheck(str(peft), None, progress)
-    pieces = _pieces(layers, rank, dtype, finite)
+    pieces = _pieces(layers, rank, dtype)
     digest = base_digest(base)
     description = StoredAdapters(out / "release", settings, digest, Path(base).absolute())
     texts, assets = {NAME: description.text()}, hf_assets_of(weights.path)
@@ -156,9 +153,6 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
         raise CheckpointError(f"{peft} cannot be read, {expected} ({type(error).__name__}: {error})") from None
     if unknown := [name for name in tensors if not name.endswith(_LORA)]:
         raise CheckpointError(f"{peft} has tensors that are no factors of LoRA: {first_few(unknown, ', ')}")
-    finite = FiniteCheck(str(peft), None, progress)
-    for name, tensor in tensors.items():
-        finite.checked(name, tensor)
     if config.get("lora_dropout"):
         progress.report(f"lora_dropout={config['lora_dropout']} is left out: adapters are trained without dropout here")
     ranks = {a.shape[0] if a.dim() else 0 for name, a in tensors.items() if name.endswith(_LORA[0])}
@@ -263,14 +257,9 @@ def _pieces(
     layers: Sequence[tuple[Rule, Rule, tuple[Tensor, Tensor]]],
     rank: int,
     dtype: torch.dtype | None,
-    finite: FiniteCheck,
 ) -> list[Piece]:
     """Return the pieces of the checkpoint; all factors get ``rank`` by rows of A and columns of B of zeros."""
-    depth: dict[str, tuple[int, ...]] = {}
-    for rule_a, rule_b, _ in layers:
-        for rule in (rule_a, rule_b):
-            seen = depth.get(rule.megatron.key, (0,) * len(rule.megatron.index))
-            depth[rule.megatron.key] = tuple(max(a, b + 1) for a, b in zip(seen, rule.megatron.index, strict=True))
+    stacks = stack_shapes(rule.megatron for rule_a, rule_b, _ in layers for rule in (rule_a, rule_b))
     kind = dtype or functools.reduce(torch.promote_types, (a.dtype for _, _, (a, _) in layers))
     pieces = []
     for rule_a, rule_b, (a, b) in layers:
@@ -279,8 +268,8 @@ def _pieces(
         for rule, factor in zip((rule_a, rule_b), padded, strict=True):
             key, index = rule.megatron.key, rule.megatron.index
             sizes = (*(1 for _ in index), *factor.shape)
-            made = finite.checked(shown(key, index), factor.to(kind)).reshape(sizes)
-            pieces.append(Piece(key, depth[key] + tuple(factor.shape), (*index, 0, 0), sizes, kind, lambda t=made: t))  # type: ignore[misc]
+            made = factor.to(kind).reshape(sizes)
+            pieces.append(Piece(key, stacks[key] + tuple(factor.shape), (*index, 0, 0), sizes, kind, lambda t=made: t))  # type: ignore[misc]
     return pieces
 
 
@@ -297,8 +286,8 @@ def weight_rules(weights: Weights) -> list[Rule]:
     family = family_of(read_config(assets)) if assets is not None else family_of_model(model)
     if family.text_config is not None:
         raise ConfigError(
-            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: merge the "
-            "adapters (selfdistill convert merge-adapters or megatron-to-hf) instead of converting them alone"
+            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: the adapters "
+            "cannot be converted"
         )
     return family.rules(model)
 

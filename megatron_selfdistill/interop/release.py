@@ -11,14 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
-from megatron_selfdistill.checkpoint.formats.model_tensors import is_finite
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
-from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop import torch_dist_tensors
 from megatron_selfdistill.interop.hf_files import copy_description, hf_assets
 from megatron_selfdistill.interop.new_directory import created
@@ -35,26 +31,6 @@ class Progress:
     """Receives the number of bytes of each written tensor."""
     report: Callable[[str], None] = lambda _: None
     """Receives a message for each decision of the conversion."""
-
-
-class FiniteCheck:
-    """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages.
-
-    ``allow``: whether --allow-non-finite was given; None for commands without this option.
-    """
-
-    def __init__(self, source: str, allow: bool | None, progress: Progress) -> None:
-        self._source, self._allow, self._progress = source, allow, progress
-
-    def checked(self, name: str, tensor: Tensor) -> Tensor:
-        """Return ``tensor``; raise CheckpointError where ``tensor`` is not finite, unless that is allowed."""
-        if not is_finite(tensor):
-            message = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
-            if not self._allow:
-                option = "" if self._allow is None else ", or convert it with --allow-non-finite"
-                raise CheckpointError(f"{message}: take an earlier checkpoint{option}")
-            self._progress.report(message)
-        return tensor
 
 
 def write_release(

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,13 +23,10 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.hf_files import WeightFiles, weight_files
+from megatron_selfdistill.interop.hf_files import weight_files
 
 _INDEX = "model.safetensors.index.json"
-# Of a weight in MXFP4: the ends of the names of its two tensors, the length of a block, the values of the codes.
-_BLOCKS, _SCALES = "_blocks", "_scales"
-_BLOCK = 32
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BLOCKS, _SCALES = "_blocks", "_scales"  # the ends of the names of the two tensors of a weight in MXFP4
 
 
 @dataclass(frozen=True)
@@ -42,25 +38,14 @@ class Stored:
     shape: tuple[int, ...]
 
 
-class WeightsDirectory(Protocol):
-    """The weights of a Hugging Face directory."""
-
-    directory: Path
-    tensors: dict[str, Stored]
-    """The stored tensors by name."""
-
-    def read(self, name: str) -> Tensor:
-        """Return the tensor ``name``, mapped from its file where the format allows it."""
-        ...
-
-
-def open_weights_directory(directory: Path) -> WeightsDirectory:
+def open_weights_directory(directory: Path) -> StoredDirectory:
     """Return the weights of a Hugging Face directory, from safetensors or from PyTorch's pickles.
 
     Raises: CheckpointError for files that are missing or corrupt, or that lead out of the directory.
     """
     files = weight_files(Path(directory))
-    return SafetensorsDirectory(directory, files) if files.is_safetensors else PickledDirectory(directory, files)
+    is_safetensors = all(file.suffix == ".safetensors" for file in files)
+    return SafetensorsDirectory(directory, files) if is_safetensors else PickledDirectory(directory, files)
 
 
 class SafetensorsDirectory:
@@ -69,10 +54,10 @@ class SafetensorsDirectory:
     Raises: CheckpointError for files that are missing or corrupt.
     """
 
-    def __init__(self, directory: Path, files: WeightFiles) -> None:
+    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
-        for file, names in files.tensors.items():
+        for file, names in files.items():
             try:
                 with safe_open(file, framework="pt") as opened:
                     held = set(opened.keys())
@@ -92,11 +77,11 @@ class SafetensorsDirectory:
 class PickledDirectory:
     """The weights in ``pytorch_model.bin`` or its shards, from the restricted unpickler, which runs no code."""
 
-    def __init__(self, directory: Path, files: WeightFiles) -> None:
+    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Stored] = {}
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
-        for file, names in files.tensors.items():
+        for file, names in files.items():
             held = self._load(file)
             for name in held if names is None else names & held.keys():
                 self.tensors[name] = Stored(file, held[name].dtype, tuple(held[name].shape))
@@ -115,19 +100,22 @@ class PickledDirectory:
 
 
 class SafetensorsWriter:
-    """A writer of safetensors shards of at most ``max_shard_bytes``, which accepts tensors in any order.
+    """A writer of safetensors shards of at most ``max_shard_size``, which accepts tensors in any order.
 
-    ``tensors``: the (name, dtype, shape) of all tensors, in the order of the shards.  The writer holds the tensors of a
-    shard until it has all of them, so tensors that come in this order need the memory of one shard.
-    A tensor that is larger than a shard has a shard of its own.
+    ``max_shard_size``: the bytes of the tensors, or a text such as 5GB.  ``tensors``: the (name, dtype, shape) of all
+    tensors, in the order of the shards.  The writer holds the tensors of a shard until it has all of them, so tensors
+    that come in this order need the memory of one shard.  A tensor that is larger than a shard has a shard of its own.
     """
 
     def __init__(
-        self, directory: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int
+        self, directory: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: str | int
     ) -> None:
         self._directory = directory
         self._held: dict[str, Tensor] = {}
-        split = _split(tensors, max_shard_bytes)
+        described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in tensors}
+        split = split_torch_state_dict_into_shards(
+            described, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
         self._left = {file: set(names) for file, names in split.filename_to_tensors.items()}
         self._files = {name: file for file, names in split.filename_to_tensors.items() for name in names}
         if split.is_sharded:
@@ -169,29 +157,10 @@ def _save_shard(file: Path, tensors: dict[str, Tensor]) -> None:
     sync(file)
 
 
-def _split(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_bytes: int) -> StateDictSplit:
-    """Return the shards of ``tensors``, of at most ``max_shard_bytes`` including headers."""
-    headers = 64
-    for name, _, _ in tensors:
-        headers += len(name) + 128  # an upper bound of the entry: name, type, shape and place
-    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in tensors}
-    split: StateDictSplit = split_torch_state_dict_into_shards(
-        described,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max(1, max_shard_bytes - headers),
-    )
-    return split
-
-
-_BYTES = [(low, high) for high in (*_VALUES, *(-v for v in _VALUES)) for low in (*_VALUES, *(-v for v in _VALUES))]
-
-
-def dequantised(directory: WeightsDirectory) -> WeightsDirectory:
+def dequantised(directory: StoredDirectory) -> WeightsDirectory:
     """Return ``directory`` with a bf16 tensor ``name`` for each pair ``name_blocks`` and ``name_scales``.
 
     A directory without such pairs is returned itself.
-
-    Raises: CheckpointError for a pair whose types or shapes are not those of MXFP4.
     """
     found = directory.tensors
     names = [name.removesuffix(_BLOCKS) for name in found if name.endswith(_BLOCKS)]
@@ -201,46 +170,29 @@ def dequantised(directory: WeightsDirectory) -> WeightsDirectory:
 class Mxfp4Directory:
     """The weights of a Hugging Face directory, some of them stored as MXFP4 and read as bf16."""
 
-    def __init__(self, stored: WeightsDirectory, names: list[str]) -> None:
+    def __init__(self, stored: StoredDirectory, names: list[str]) -> None:
         """Show the tensors ``names`` of ``stored`` as bf16; the other tensors are as they are."""
         self.directory = stored.directory
         self._stored, self._names = stored, frozenset(names)
         parts = {name + suffix for name in names for suffix in (_BLOCKS, _SCALES)}
         self.tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}
         for name in names:
-            self.tensors[name] = self._described(name)
+            blocks = stored.tensors[name + _BLOCKS]  # [experts, out, in / 32, 16] uint8
+            experts, rows, groups, half_block = blocks.shape
+            shape = (experts, groups * 2 * half_block, rows)
+            self.tensors[name] = Stored(blocks.file, torch.bfloat16, shape)
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``; [experts, in, out] bf16 where MXFP4 stores it."""
         if name not in self._names:
             return self._stored.read(name)
-        return dequantise_mxfp4(self._stored.read(name + _BLOCKS), self._stored.read(name + _SCALES))
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # seconds
 
-    def _described(self, name: str) -> Stored:
-        found = self._stored.tensors
-        blocks, scales = found[name + _BLOCKS], found[name + _SCALES]
-        fits = len(blocks.shape) == 4 and blocks.shape[3] == _BLOCK // 2 and scales.shape == blocks.shape[:3]
-        if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
-            raise CheckpointError(
-                f"{name} is not MXFP4: {_BLOCKS} is {blocks.dtype} {list(blocks.shape)} and {_SCALES} is "
-                f"{scales.dtype} {list(scales.shape)}, expected uint8 [experts, out, in / 32, 16] and uint8 "
-                "[experts, out, in / 32]"
-            )
-        experts, rows, groups, _ = blocks.shape
-        return Stored(blocks.file, torch.bfloat16, (experts, groups * _BLOCK, rows))
+        blocks, scales = self._stored.read(name + _BLOCKS), self._stored.read(name + _SCALES)
+        whole: Tensor = convert_moe_packed_tensors(blocks, scales, rows_per_chunk=2**20)
+        return whole.cpu()
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the numbers [experts, in, out] in bf16, which holds each of them exactly.
-
-    Shapes: ``blocks`` [experts, out, in / 32, 16] uint8, ``scales`` [experts, out, in / 32] uint8.  A number that is
-    too large for bf16 becomes infinite.
-    """
-    experts, rows, groups, _ = blocks.shape
-    result = torch.empty(experts, groups * _BLOCK, rows, dtype=torch.bfloat16)
-    table = torch.tensor(_BYTES, dtype=torch.float32)
-    for expert in range(experts):  # one expert at a time: indices need eight times the memory of bytes
-        numbers = table[blocks[expert].int()].flatten(2)  # [rows, groups, 32]
-        numbers = torch.ldexp(numbers, scales[expert].int()[..., None] - 127)
-        result[expert] = numbers.flatten(1).t().to(torch.bfloat16)
-    return result
+StoredDirectory = SafetensorsDirectory | PickledDirectory
+WeightsDirectory = StoredDirectory | Mxfp4Directory
+"""The weights of a Hugging Face directory; ``tensors`` has the stored tensors by name, and ``read`` returns one."""

@@ -6,27 +6,25 @@
     write(path, pieces, common)            # the writer makes each Piece when its turn comes
 
 Memory of a reader: one slice, and one stored chunk where the chunks of the checkpoint are larger than the slice.
-Memory of the writer: one piece, and the next one where the next one is small.
+Memory of the writer: one piece.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import io
 import json
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -36,11 +34,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.futures import Future
 
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.manifest import Entry, sync
@@ -53,8 +48,6 @@ from megatron_selfdistill.errors import CheckpointError
 
 MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,10 @@ def write(
     """Write a torch_dist checkpoint with the tensors of ``pieces`` and the state ``common``, which is no tensor.
 
     ``common`` goes where the installed Megatron Core stores such state (`read_common`).
-    The writer makes the pieces in the given order, one at a time.  ``empty_objects``: keys under which Megatron looks
-    for an object and finds None.  ``progress`` receives the number of bytes of each piece.  The writer computes the
-    checksums on the way and leaves them in a part of the manifest for `manifest.write`.
+    The writer makes the pieces in the given order, one at a time: PyTorch's own writer keeps one tensor of every key in
+    memory until the file is closed.  ``empty_objects``: keys under which Megatron looks for an object and finds None.
+    ``progress`` receives the number of bytes of each piece.  The writer computes the checksums on the way and leaves
+    them in a part of the manifest for `manifest.write`.
 
     Raises: the exceptions of ``Piece.make``; OSError where the disk is full or not writable.
     """
@@ -105,175 +99,64 @@ def write(
         torch.save(common, directory / "common.pt")
     else:
         objects[COMMON_STATE] = common
-    writer = _SerialWriter(directory, progress)
-    try:
-        save({}, storage_writer=writer, planner=_PiecePlanner(pieces, objects), no_dist=True)
-    except CheckpointException as error:  # wraps the error of each rank; here is one rank
-        raise next(iter(error.failures.values()))[0] from None
+    stored: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
+    left: deque[tuple[MetadataIndex, Callable[[], Any], int]] = deque()
+    for piece in pieces:
+        properties, shape = TensorProperties(dtype=piece.dtype), torch.Size(piece.shape)
+        tensor = stored.setdefault(piece.key, TensorStorageMetadata(properties, shape, []))
+        tensor.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes)))
+        left.append((MetadataIndex(piece.key, piece.offset), functools.partial(_made, piece), piece.num_bytes))
+    for key, value in objects.items():  # Megatron stores a list with one object per shard
+        left.append((MetadataIndex(key), functools.partial(list, [value]), 0))
+    results: list[WriteResult] = []
+    checksums: dict[str, Entry] = {}
+    while left:
+        name = f"__0_{len(checksums)}.distcp"
+        with _ChecksummedFile(directory / name) as stream:
+            while left and stream.tell() < MAX_FILE_BYTES:
+                (index, make, num_bytes), start = left.popleft(), stream.tell()
+                _save(make(), stream)
+                place = _StorageInfo(name, start, stream.tell() - start)
+                results.append(WriteResult(index, place.length, place))
+                progress(num_bytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+            checksums[name] = Entry(stream.tell(), stream.checksum.hexdigest())
+    FileSystemWriter(directory).finish(Metadata(stored), [results])
     (directory / "metadata.json").write_text(json.dumps(description))
-    manifest.write_part(directory, "0", [], known=writer.checksums)
+    manifest.write_part(directory, "0", [], known=checksums)
     for file in (directory / "metadata.json", *directory.glob("common.pt")):
         sync(file)
 
 
-class _PiecePlanner(SavePlanner):
-    """A planner that saves the given pieces, and makes a piece when PyTorch asks for its data."""
-
-    def __init__(self, pieces: Iterable[Piece], objects: Mapping[str, Any]) -> None:
-        self.pieces = {MetadataIndex(piece.key, piece.offset): piece for piece in pieces}
-        self.objects = objects
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        tensors = [_write_item(index, piece) for index, piece in self.pieces.items()]
-        return SavePlan([*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects)])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        stored: dict[str, TensorStorageMetadata] = {}
-        for piece in self.pieces.values():
-            properties = TensorProperties(dtype=piece.dtype)
-            tensor = stored.setdefault(piece.key, TensorStorageMetadata(properties, torch.Size(piece.shape), []))
-            tensor.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes)))
-        return all_plans, Metadata({**stored, **{key: BytesStorageMetadata() for key in self.objects}})
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            data = io.BytesIO()
-            torch.save([self.objects[write_item.index.fqn]], data)  # Megatron stores a list with one object per shard
-            return data
-        piece = self.pieces[write_item.index]
-        tensor = piece.make().contiguous()
-        if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
-            raise CheckpointError(
-                f"{piece.key} at {list(piece.offset)} has the shape {list(tensor.shape)} and type "
-                f"{tensor.dtype}, expected {list(piece.sizes)} and {piece.dtype}: report this error"
-            )
-        # torch.save writes the whole storage of a view.
-        is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-        return tensor.clone() if is_view else tensor
+def _made(piece: Piece) -> Tensor:
+    tensor = piece.make().contiguous()
+    if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
+        raise CheckpointError(
+            f"{piece.key} at {list(piece.offset)} has the shape {list(tensor.shape)} and type "
+            f"{tensor.dtype}, expected {list(piece.sizes)} and {piece.dtype}: report this error"
+        )
+    # torch.save writes the whole storage of a view.
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
-def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes))
-    data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.shape))
-    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
-
-
-class _SerialWriter(FileSystemWriter):
-    """A writer that saves tensors in the order of the plan, one at a time.
-
-    PyTorch's own writer keeps one tensor of every key in memory until the file is closed.
-    """
-
-    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
-        super().__init__(path)
-        self._directory, self._progress = Path(path), progress
-        self.checksums: dict[str, Entry] = {}
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        stream: _ChecksummedFile | None = None
-        tensors = read_ahead(plan.items, planner.resolve_data, _data_bytes)
-        for item in plan.items:
-            data = next(tensors)  # zip would keep a reference to the tensor
-            if stream is None:
-                stream = _ChecksummedFile(self._directory / f"__0_{len(self.checksums)}.distcp")
-            start = stream.size
-            if isinstance(data, io.BytesIO):
-                stream.write(data.getbuffer())
-            else:
-                stream.save(data)
-                self._progress(data.numel() * data.element_size())
-            place = _StorageInfo(stream.path.name, start, stream.size - start)
-            results.append(WriteResult(item.index, place.length, place))
-            del data  # before the next one is made
-            if stream.size >= MAX_FILE_BYTES or item is plan.items[-1]:
-                self.checksums[stream.path.name] = stream.finish()
-                stream = None
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-
-def _data_bytes(item: WriteItem) -> int:
-    """Return the size in bytes of the tensor of ``item``; 0 for an object."""
-    data = item.tensor_data
-    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
-
-
-class _ChecksummedFile(io.RawIOBase):
+class _ChecksummedFile(io.BufferedWriter):
     """A new file that computes its checksum while it is written from front to back."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self._sum = xxhash.xxh3_128()
-        self._file = path.open("xb", buffering=0)
-        self._failure: OSError | None = None
-
-    def save(self, tensor: Tensor) -> None:
-        """Append ``tensor`` as ``torch.save`` writes it, without the CRC of the zip format.
-
-        Nothing checks that CRC: the manifest has a checksum of the whole file.
-
-        Raises: OSError for a full disk, which ``torch.save`` alone reports as a RuntimeError about its zip file.
-        """
-        computes_crc = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(tensor, self)  # type: ignore[arg-type]
-        except RuntimeError:
-            if self._failure is not None:
-                raise self._failure from None
-            raise
-        finally:
-            torch.serialization.set_crc32_options(computes_crc)
-
-    def writable(self) -> bool:
-        return True
+        super().__init__(io.FileIO(path, "xb"))
+        self.checksum = xxhash.xxh3_128()
 
     def write(self, data: Any) -> int:
-        """Append ``data`` and return its size in bytes."""
-        view = memoryview(data).cast("B")
-        self._sum.update(view)
-        done = 0
-        try:
-            while done < len(view):  # one system call may write less than the whole view
-                done += self._file.write(view[done:])
-        except OSError as error:
-            self._failure = error
-            raise
-        self.size += done
-        return done
-
-    def finish(self) -> Entry:
-        """Sync and close the file; return its size and checksum."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return Entry(self.size, self._sum.hexdigest())
+        self.checksum.update(data)
+        return super().write(data)
 
 
-def read_ahead(items: Sequence[T], make: Callable[[T], R], num_bytes: Callable[[T], int]) -> Iterator[R]:
-    """Yield ``make(item)`` of each item in order; another thread makes the results one after the other.
-
-    The thread makes the next result while the caller uses the present result, if memory allows: ``num_bytes`` of the
-    present result, plus twice that of the next result (its inputs and itself), is at most twice the largest
-    ``num_bytes``.  Else the thread starts when the caller, which must have dropped the present result, asks for the
-    next result.  The function raises the exceptions of ``make``.
-    """
-    room = 2 * max(map(num_bytes, items), default=0)
-    ahead: concurrent.futures.Future[R] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            made = [(ahead or pool.submit(make, item)).result()]
-            ahead = None
-            if following is not None and num_bytes(item) + 2 * num_bytes(following) <= room:
-                ahead = pool.submit(make, following)
-            yield made.pop()  # no reference stays here
+def _save(value: Any, stream: io.BufferedWriter) -> None:
+    try:
+        torch.save(value, stream)
+    except RuntimeError as error:  # on a full disk PyTorch complains of its position, after the error of the system
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class TorchDistReader:
@@ -288,18 +171,13 @@ class TorchDistReader:
         found = self._metadata.state_dict_metadata
         self._tensors = {key: t for key, t in found.items() if isinstance(t, TensorStorageMetadata)}
         self.shapes = {key: tuple(t.size) for key, t in self._tensors.items()}
-        self._chunks: dict[str, _ChunkTable] = {}
+        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
         self._kept: tuple[MetadataIndex, Tensor] | None = None
 
     @property
     def common(self) -> dict[str, Any]:
         """The state that is no tensor (`read_common`)."""
         return read_common(self.directory, self._metadata)
-
-    @property
-    def objects(self) -> list[str]:
-        """The keys of the stored objects that are no tensors."""
-        return [key for key in self._metadata.state_dict_metadata if key not in self._tensors]
 
     def place(self, key: str, index: tuple[int, ...]) -> Place | None:
         """Return the place of a tensor in this checkpoint, under any of its names; None if the tensor is missing."""
@@ -342,7 +220,7 @@ class TorchDistReader:
         start, end = (*index, *(0 for _ in sizes)), (*(i + 1 for i in index), *sizes)
         target: Tensor | None = None
         covered = 0
-        for chunk in self._table(key).overlapping(start, end):
+        for chunk in self._overlapping(key, start, end):
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             high = [min(a, b + s) for a, b, s in zip(end, chunk.offsets, chunk.sizes, strict=True)]
             inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
@@ -358,10 +236,15 @@ class TorchDistReader:
             raise CheckpointError(f"{self.directory} holds only parts of {shown(key, index)}: save it again")
         return target.reshape(sizes)
 
-    def _table(self, key: str) -> _ChunkTable:
-        if key not in self._chunks:
-            self._chunks[key] = _ChunkTable(self._tensors[key].chunks)
-        return self._chunks[key]
+    def _overlapping(self, key: str, start: Sequence[int], end: Sequence[int]) -> list[ChunkStorageMetadata]:
+        """Return the chunks of ``key`` that overlap the rectangle from ``start`` to ``end`` (exclusive)."""
+        chunks = self._tensors[key].chunks
+        if key not in self._bounds:  # a key may have one chunk for each expert of each layer
+            offsets, sizes = (torch.tensor(rows) for rows in ([c.offsets for c in chunks], [c.sizes for c in chunks]))
+            self._bounds[key] = offsets, offsets + sizes
+        first, last = self._bounds[key]
+        inside = ((first < torch.tensor(end)) & (last > torch.tensor(start))).all(1)
+        return [chunks[i] for i in inside.nonzero().flatten().tolist()]
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         """Return one whole chunk; keep the last chunk if it holds several layers or experts."""
@@ -385,30 +268,3 @@ class TorchDistReader:
         if max(chunk.sizes[:-2], default=1) > 1:  # the caller reads its layers or experts in turn
             self._kept = (index, tensor)
         return tensor
-
-
-class _ChunkTable:
-    """The chunks of one key by their leading index: a key may have one chunk for each expert of each layer."""
-
-    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
-        self._by_first: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
-        self._wide: list[ChunkStorageMetadata] = []
-        self._depth = max(len(chunks[0].sizes) - 2, 0) if chunks else 0
-        for chunk in chunks:
-            if all(size == 1 for size in chunk.sizes[: self._depth]):
-                self._by_first[tuple(chunk.offsets[: self._depth])].append(chunk)
-            else:
-                self._wide.append(chunk)
-
-    def overlapping(self, start: Sequence[int], end: Sequence[int]) -> list[ChunkStorageMetadata]:
-        """Return the chunks that overlap the rectangle from ``start`` to ``end`` (exclusive)."""
-        narrow = all(b - a == 1 for a, b in zip(start[: self._depth], end[: self._depth], strict=True))
-        if narrow:
-            near = [*self._by_first.get(tuple(start[: self._depth]), []), *self._wide]
-        else:
-            near = [*(chunk for chunks in self._by_first.values() for chunk in chunks), *self._wide]
-        return [
-            chunk
-            for chunk in near
-            if all(o < b and a < o + s for a, b, o, s in zip(start, end, chunk.offsets, chunk.sizes, strict=True))
-        ]

@@ -17,10 +17,6 @@ Paper: CaOPD (arXiv 2604.16830). Published are 8 responses, the edit, the note, 
 Differences: Ours are the sentence in both prompts that asks for the field, and that responses without an end are
 dropped.
 
-Command:
-
-    selfdistill recipe=caopd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/caopd
-
 Expected: On a base whose stated confidence is honest (docs/recipes/comparison.md), the mean confidence exceeds the
 accuracy by .004 after CaOPD and by .61 after SDFT. The sampled accuracy is .28, from .35 before (SDFT: .36). An
 evaluation shows the effect: `sampled_ece`, `sampled_ocg` and `sampled_spr` (docs/evaluation.md).
@@ -40,7 +36,7 @@ from itertools import groupby
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
-from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.evaluation.estimators import split_confidence
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
 from megatron_selfdistill.rollout.base import Response

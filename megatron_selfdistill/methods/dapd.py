@@ -31,10 +31,6 @@ steps; ours is the start throughout, as in their first 100 steps. The temperatur
 top_k, and both limits (.1 for the gradient, and .05 for each token of the vocabulary) are not taken over. The means are
 over the whole step. A problem is left out if one of its six contexts is too long.
 
-Command:
-
-    selfdistill recipe=dapd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/dapd
-
 Expected: 100 steps of 32 responses raise the sampled accuracy from .57 to .67 on additions, and lower it from .37 to
 .0008 on subtraction with worked solutions (seed 21, the tasks of docs/recipes/comparison.md, with their learning rate;
 one run each). Without both terms whose teacher sees the response, subtraction ends at .09.

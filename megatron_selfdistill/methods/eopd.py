@@ -23,10 +23,6 @@ over the teacher's 16 most likely tokens, and 4 optimizer steps per batch. Ours 
 vocabulary, one step per batch, and the frozen weights behind the solution as the teacher. Any target goes with the
 threshold: recipe=default method.name=eopd has the default's.
 
-Command:
-
-    selfdistill recipe=eopd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/eopd
-
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .99 on subtraction and from .57 to .95 on
 additions. With method.threshold=100, which is reverse KL alone, they reach .99 and .95, too, and with 0, which adds
 forward KL everywhere, .98 and .95: the teacher of these tasks is hardly ever uncertain. On subtraction the runs with

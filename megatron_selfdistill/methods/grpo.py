@@ -16,10 +16,6 @@ Differences: Ours are 8 responses per problem, no penalty for the distance from 
 deviation with n - 1. method.advantage_std=none is Dr. GRPO (arXiv 2503.20783), and method.clip_high=0.28 is the clip of
 DAPO (arXiv 2503.14476).
 
-Command:
-
-    selfdistill recipe=grpo checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/grpo
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .78 on subtraction and from .51 to .92 on
 additions (docs/recipes/comparison.md).
 

@@ -53,7 +53,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
-from megatron_selfdistill.config import Config, ConversationsConfig, function_named
+from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
@@ -70,9 +71,6 @@ from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-TEACHER_TEMPLATE = "{problem}\n\n[user's hint / instruction]\n{solution}"
-"""The teacher's wording where data.teacher_template is null."""
 
 _ROLES = """\
 - role='user': a message of the user, such as a correction, a further request or thanks.
@@ -158,7 +156,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
             hint=LATER,
         )
 
-    teacher_template = TEACHER_TEMPLATE
+    teacher_template = "{problem}\n\n[user's hint / instruction]\n{solution}"
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` unless there is an environment, or every logged reply that a message follows is taken."""
@@ -177,26 +175,8 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
         )
 
 
-@dataclass(frozen=True)
-class JudgedReply:
-    """One reply of this replica, logged or sampled, as text, with its turn."""
-
-    problem: Problem
-    """The turn; its reply has a next state."""
-    text: str
-    """The tokens of the reply as text, without special tokens and without the stop token."""
-
-    @property
-    def next_state(self) -> list[dict[str, Any]]:
-        """The messages after the reply."""
-        assert self.problem.reply is not None
-        return [dict(message) for message in self.problem.reply.next_state]
-
-    def request(self, template: str) -> str:
-        """Return ``template`` with the reply, the role of the next state, and the texts of its messages."""
-        messages = self.next_state
-        state = "\n".join(str(message.get("content", "")) for message in messages)
-        return filled(template, {"response": self.text, "role": messages[0]["role"], "next_state": state})
+JudgedReply = tuple[Problem, str]
+"""A turn whose reply has a next state, and the reply's tokens as text, without special tokens and the stop token."""
 
 
 class Openclaw(HintedLater):
@@ -218,7 +198,7 @@ class Openclaw(HintedLater):
         tokenizer, judges = self.tools.given.builder.tokenizer, self.settings.weight > 0
         texts = [response_text(rollout.response, tokenizer) for rollout in rollouts]
         turns = [with_next_state(rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
-        replies = {i: JudgedReply(turn, texts[i]) for i, turn in enumerate(turns) if turn is not None}
+        replies = {i: (turn, texts[i]) for i, turn in enumerate(turns) if turn is not None}
         hints = dict(zip(replies, self._hints(step, [*replies.values()]), strict=True))
         rewarded = list(rollouts)
         if judges:
@@ -254,11 +234,11 @@ class Openclaw(HintedLater):
             return [longest_hint([hint_in(vote) for vote in of_reply], own.min_length) for of_reply in votes]
         function = function_named("method.judge", own.judge, {})
 
-        def judged(problem: Problem, reply: JudgedReply) -> str | None:
-            hint = _called(lambda: function(problem, reply.text, reply.next_state), self._quotes)
+        def judged(problem: Problem, text: str) -> str | None:
+            hint = self._called(lambda: function(problem, text, next_state_of(problem)))
             return longest_hint([text_or_none(hint)], own.min_length)
 
-        return judged_in_order([(reply.problem, reply) for reply in replies], judged, self.tools.grid, "judge")
+        return judged_in_order(replies, judged, self.tools.grid, "judge")
 
     def _rewards(self, step: int, replies: Sequence[JudgedReply]) -> list[float]:
         """Return the reward of each reply: the majority of the model's votes, or that of the user's function.
@@ -271,24 +251,28 @@ class Openclaw(HintedLater):
             votes = self._votes(step, replies, "reward", REWARD_TEMPLATE)
             return [majority([decision_in(vote) for vote in of_reply]) for of_reply in votes]
 
-        def rewarded(problem: Problem, reply: JudgedReply) -> float:
-            return float(_called(lambda: finite_number(function(reply.text, problem), "reward"), self._quotes))
+        def rewarded(problem: Problem, text: str) -> float:
+            return float(self._called(lambda: finite_number(function(text, problem), "reward")))
 
-        questions = [(reply.problem, reply) for reply in replies]
-        return judged_in_order(questions, rewarded, self.tools.grid, "reward function")
+        return judged_in_order(replies, rewarded, self.tools.grid, "reward function")
 
     def _votes(self, step: int, replies: Sequence[JudgedReply], kind: str, template: str) -> list[list[str | None]]:
         """Return the votes of the model on each reply.  Collective over the world."""
         n = self.settings.votes
-        requests = [(reply.problem, reply.request(template)) for reply in replies]
+        requests = [(problem, judging_request(problem, text, template)) for problem, text in replies]
         inquiries = [Inquiry(problem, kind, request, vote) for problem, request in requests for vote in range(n)]
         texts = asked(self.tools, step, inquiries)
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    @property
-    def _quotes(self) -> bool:
-        """Whether an error may show a function's own message, which may quote the log."""
-        return self.tools.config.conversations.show_contents
+    def _called(self, call: Callable[[], Any]) -> Any:
+        """Return the result of the user's function, whose own message is shown only if it may quote the log."""
+        try:
+            return call()
+        except Exception as error:
+            if self.tools.config.conversations.show_contents:
+                raise
+            kind = type(error).__name__
+            raise ValueError(f"{kind}; conversations.show_contents=true shows its message") from None
 
     def _prompts_with_hints(
         self, rollouts: Sequence[Rollout], hints: Mapping[int, str | None]
@@ -316,6 +300,19 @@ class Openclaw(HintedLater):
         if judges:
             metrics |= {"rewards/mean": reward / max(total, 1), "rewards/trained_share": num_trained / max(total, 1)}
         return metrics
+
+
+def next_state_of(problem: Problem) -> list[dict[str, Any]]:
+    """Return the messages after the reply of a turn."""
+    assert problem.reply is not None
+    return [dict(message) for message in problem.reply.next_state]
+
+
+def judging_request(problem: Problem, text: str, template: str) -> str:
+    """Return ``template`` with the reply ``text``, the role of the next state, and the texts of its messages."""
+    messages = next_state_of(problem)
+    state = "\n".join(str(message.get("content", "")) for message in messages)
+    return filled(template, {"response": text, "role": messages[0]["role"], "next_state": state})
 
 
 def with_next_state(rollout: Rollout, text: str) -> Problem | None:
@@ -358,14 +355,3 @@ def majority(decisions: Sequence[int | None]) -> float:
 
 _BOXED = re.compile(r"\\boxed\{([-+]?[01])\}")
 _HINT = re.compile(r"\[HINT_START\](.*?)\[HINT_END\]", re.DOTALL)
-
-
-def _called(call: Callable[[], Any], quotes: bool) -> Any:
-    """Return the result of the user's function, whose error loses its message unless ``quotes`` is set."""
-    try:
-        return call()
-    except Exception as error:
-        if quotes:
-            raise
-        kind = type(error).__name__
-        raise ValueError(f"{kind}; conversations.show_contents=true shows its message") from None

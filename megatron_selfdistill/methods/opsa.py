@@ -19,10 +19,6 @@ Differences: This is the fixed advantage of the paper's analysis. OPSA itself gi
 advantage, by a formula that the abstract does not state. Ours are the threshold of .1, c = 1 and the clip of .2.
 Every record needs an answer, as for `grpo`, although this method does not read it.
 
-Command:
-
-    selfdistill recipe=opsa checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/opsa
-
 Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .57 to .82, and the entropy falls from
 .91 to .19 nats. On subtraction they halve the accuracy: .37 to .18 (seed 21, the tasks of docs/recipes/comparison.md).
 

@@ -17,10 +17,6 @@ Paper: Penaloza et al. (arXiv 2602.04942). Published are the objective, and that
 Differences: Ours are beta = .25 (published for a related method, second-hand), 8 responses, and the advantages and the
 clip of GRPO.
 
-Command:
-
-    selfdistill recipe=opsd_rl checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/opsd_rl
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .84 on subtraction and from .51 to .92 on
 additions (docs/recipes/comparison.md).
 

@@ -28,10 +28,6 @@ Differences:
 - A step whose AUROC of scores and verdicts (`verbal/auroc`) does not exceed .5, or whose responses are all right or all
   wrong, is not filtered: `verbal/filters` is 0. Each digit must be one token of the tokenizer.
 
-Command:
-
-    selfdistill recipe=ovd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/ovd
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .32 to .50 where GRPO ends at .84
 (docs/recipes/comparison.md).
 
@@ -54,8 +50,6 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import OneOf, Text, at_least, at_most
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.errors import ConfigError
@@ -124,18 +118,10 @@ class Ovd(Grpo):
     Settings = OvdSettings
 
     def check_data(self) -> None:
-        """Raise `ConfigError` where a question is too long, a digit is no token, or an answer is missing."""
+        """Raise `ConfigError` where a digit is no token, or an answer is missing."""
         if self.settings.use == "filter":
             super().check_data()
-        run_data = self.tools.run_data
-        digit_tokens(run_data.tokenizer)
-        check_room_for_questions(
-            run_data.problems.problems,
-            run_data.builder,
-            self._template,
-            max_length=run_data.max_length,
-            max_new_tokens=self.tools.config.rollout.max_new_tokens,
-        )
+        digit_tokens(self.tools.run_data.tokenizer)
 
     @property
     def comparable(self) -> bool:
@@ -238,10 +224,6 @@ class Ovd(Grpo):
             f"from wrong responses with an AUROC above .5: got {found}"
         ]
 
-    @property
-    def _template(self) -> str:
-        return self.settings.template or QUESTION
-
     def _scores(self, rollouts: Sequence[Rollout]) -> tuple[list[float], Mapping[str, float]]:
         """Return the score of each rollout of this replica, 0 to 9, and metrics.
 
@@ -261,7 +243,7 @@ class Ovd(Grpo):
         response = response_text(rollout.response, run_data.tokenizer)
         while True:
             slots = {"solution": rollout.prompts.solution, "response": response}
-            prompt = run_data.builder.filled_prompt(rollout.problem, self._template, slots)
+            prompt = run_data.builder.filled_prompt(rollout.problem, self.settings.template or QUESTION, slots)
             excess = len(prompt) + 1 - run_data.max_length  # the digit follows
             if excess <= 0 or not response:
                 return prompt
@@ -312,23 +294,3 @@ def digit_tokens(tokenizer: Tokenizer) -> list[int]:
                 "another method"
             )
     return [ids[0] for ids in encoded]
-
-
-def check_room_for_questions(
-    problems: Sequence[Problem], builder: PromptBuilder, template: str, *, max_length: int, max_new_tokens: int
-) -> None:
-    """Raise `ConfigError` where the question for a score, with the longest response, is too long.
-
-    ``max_length``: the largest number of tokens of a context; ``max_new_tokens``: that of a response.
-    """
-    texts = [
-        builder.filled_text(problem, template, {"solution": problem.solution, "response": ""}) for problem in problems
-    ]
-    for problem, question in zip(problems, builder.tokenizer.encode_batch(texts), strict=True):
-        length = len(question) + max_new_tokens + 1
-        if length > max_length:
-            raise ConfigError(
-                f"{problem.location}: the question for a score (method.template) shows the problem, the solution and a "
-                f"response of up to {max_new_tokens} tokens: expected at most {max_length} tokens, got {length}; "
-                "raise data.max_length, lower rollout.max_new_tokens or remove the problem"
-            )

@@ -33,9 +33,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
 from megatron_selfdistill.config.schema.method_config import FOUND, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveInt
@@ -47,6 +44,7 @@ from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import check_answers
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
+from megatron_selfdistill.methods.parts.hints import chosen_with_hints
 from megatron_selfdistill.methods.parts.learnability import learnabilities
 from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings, require_problems
 from megatron_selfdistill.methods.parts.solution_search import Search, content_of, solve
@@ -264,20 +262,13 @@ class OwnSolutionHints(OpsdRl):
         Collectives: one sum over the data-parallel ranks.
         """
         selected, _ = super().select(step, rollouts)
-        given, kept = self.tools.given, []
+        hints = []
         for rollout in selected:
-            response = final_part(response_text(rollout.response, given.builder.tokenizer))
+            response = final_part(response_text(rollout.response, self.tools.given.builder.tokenizer))
             solution = self.own.solution_for(rollout.problem.id, response)
-            pair = given.pair_with(rollout.problem, solution.text) if solution is not None else None
-            if solution is not None and pair is not None:
-                problem = replace(rollout.problem, solution=solution.text)
-                kept.append(replace(rollout, problem=problem, prompts=pair))
-            elif self.settings.weight > 0:
-                kept.append(rollout.without_hint())
-        hinted = sum(rollout.hinted for rollout in kept)
-        counts = torch.tensor([len(selected) - hinted, len(selected)], device=self.tools.grid.device)
-        dist.all_reduce(counts, group=self.tools.grid.dp_group)
-        return kept, {"solutions/skipped_share": int(counts[0]) / max(int(counts[1]), 1)}
+            hints.append(None if solution is None else solution.text)
+        kept, found = chosen_with_hints(selected, hints, self.tools, self.settings.weight > 0)
+        return kept, {"solutions/skipped_share": 1 - found["hints/share"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table of solutions as plain values."""

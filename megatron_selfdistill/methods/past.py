@@ -36,10 +36,6 @@ Differences:
   probably has weights of its own.
 - Ours are the wording and the verdict as a word (method.hint_template); without {solution} the attempt stands alone.
 
-Command:
-
-    selfdistill recipe=past checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/past
-
 Expected: It breaks a base that has never read an attempt. On subtraction with one response to each of 32 problems, the
 mean reward of the retries rises from .04 to .82 in the 25 steps that train the teacher alone, so that the adaptation
 works. The student's sampled accuracy is .33 at step 15, .25 at step 30 and .01 at step 45 (3e-4, seed 5, one run of 60
@@ -78,12 +74,6 @@ from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
-
-TEACHER_TEMPLATE = (
-    "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"
-    "Correctly solve the original question, in your own words."
-)
-"""The teacher's wording where data.teacher_template is null."""
 
 HINT_TEMPLATE = "Correct solution:\n\n{solution}\n\nAn earlier attempt, which is {verdict}:\n\n{attempt}"
 """What the teacher sees; ``method.hint_template`` replaces it."""
@@ -127,7 +117,10 @@ class PastSettings(DistillSettings, AdvantageSettings):
             hint=FUNCTION,
         )
 
-    teacher_template = TEACHER_TEMPLATE
+    teacher_template = (
+        "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"
+        "Correctly solve the original question, in your own words."
+    )
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` for an environment, another mean, a correction, or a teacher that would not adapt."""

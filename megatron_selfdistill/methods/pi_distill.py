@@ -18,11 +18,6 @@ Paper: Penaloza et al. (arXiv 2602.04942). Published are the objective, and alph
 Differences: Second-hand are beta = .25 and the learning rate. Ours are 8 responses, the advantages of GRPO, the bound 2
 of the ratio, and the sampled form of KL(sg teacher || student).
 
-Command:
-
-    selfdistill recipe=pi_distill checkpoint.load=... data.tokenizer=... data.path=problems.jsonl \
-        run_dir=runs/pi_distill
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .79 on subtraction and from .51 to .83 on
 additions, and from 0 to .67 on problems that the base never solves (docs/recipes/comparison.md).
 

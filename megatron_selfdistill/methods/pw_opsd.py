@@ -20,10 +20,6 @@ Differences: As for `opsd`, the temperature of 1.1 and the clamp of the divergen
 environment of several turns, the position is that within the response of a turn. Any target and divergence go with the
 weights: recipe=default method.name=pw_opsd weighs the default.
 
-Command:
-
-    selfdistill recipe=pw_opsd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/pw_opsd
-
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .47 on subtraction (`opsd`: .56) and from .57
 to .95 on additions (`opsd`: .94). Under the default's target the weights change nothing: .97 and .90 with and without
 them (seed 21, the tasks of docs/recipes/comparison.md).

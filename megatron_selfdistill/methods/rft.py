@@ -13,10 +13,6 @@ Paper: Yuan et al. 2023 (arXiv 2308.01825). Published is the idea.
 Differences: Ours are that the method is on-policy, 8 responses per problem, and that every right response counts, also
 several of one problem.
 
-Command:
-
-    selfdistill recipe=rft checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/rft
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .83 on subtraction and from .51 to .95 on
 additions, with 17.2 different right answers where GRPO has 19.3 (docs/recipes/comparison.md).
 

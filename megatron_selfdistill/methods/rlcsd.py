@@ -28,8 +28,6 @@ Differences:
 
 Command: The data need answers and no solutions.
 
-    selfdistill recipe=rlcsd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/rlcsd
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .37 to .91 on subtraction (.93 after 75 steps)
 and from .57 to .98 on additions; `grpo` ends at .94 and .96 (seed 21, the tasks of docs/recipes/comparison.md).
 
@@ -56,6 +54,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater
+from megatron_selfdistill.methods.parts.selection import members_of_groups
 from megatron_selfdistill.methods.parts.settings import (
     AdvantageSettings,
     DistillSettings,
@@ -169,11 +168,8 @@ def hints_of(rollouts: Sequence[Rollout], texts: Sequence[str], num_wrong: int) 
     They belong to the next responses of its group, which begins anew after its end, without the rollout itself: the
     next right one, and the next ``num_wrong`` wrong ones.  A truncated response, and one without a text, is no hint.
     """
-    groups: dict[int, list[int]] = {}
-    for i, one in enumerate(rollouts):
-        groups.setdefault(one.group, []).append(i)
     hints: dict[int, tuple[list[str], list[str]]] = {}
-    for members in groups.values():
+    for members in members_of_groups(rollouts):
         for place, i in enumerate(members):
             others = *members[place + 1 :], *members[:place]
             later = [j for j in others if texts[j] and not rollouts[j].response.truncated]

@@ -58,10 +58,7 @@ from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAME, TEACHER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, Temperature, Text
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.grpo import Grpo, GrpoSettings
 from megatron_selfdistill.rollout.base import Response
@@ -116,15 +113,7 @@ class Rlt(Grpo):
     Settings = RltSettings
 
     def check_data(self) -> None:
-        """Raise `ConfigError` where an explanation and the solution after it are too long."""
-        tools = self.tools
-        check_room_for_solutions(
-            tools.run_data.problems.problems,
-            tools.run_data.builder,
-            self.settings.closing_tag,
-            max_length=tools.run_data.max_length,
-            max_new_tokens=tools.config.rollout.max_new_tokens,
-        )
+        """Accept all problems: the rewards need no answer."""
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts with their rewards, equal on all ranks of the replica, and the means of the terms.
@@ -211,25 +200,3 @@ def explanation_in(response: Response, tokenizer: Tokenizer, closing_tag: str) -
         return Explanation(ids if response.truncated else ids[:-1], has_closing_tag=False)
     count = bisect_right(range(len(ids) + 1), position, key=lambda end: len(tokenizer.decode(ids[:end]))) - 1
     return Explanation(ids[:count], has_closing_tag=True)
-
-
-def check_room_for_solutions(
-    problems: Sequence[Problem], builder: PromptBuilder, closing_tag: str, *, max_length: int, max_new_tokens: int
-) -> None:
-    """Raise `ConfigError` where a problem, an explanation, the closing tag and the solution are together too long.
-
-    ``max_length``: the largest number of tokens of a context; ``max_new_tokens``: that of an explanation.
-    """
-    tokenizer = builder.tokenizer
-    prompts = tokenizer.encode_batch([builder.student_text(problem) for problem in problems])
-    solutions = tokenizer.encode_batch([problem.solution for problem in problems])
-    tag = len(tokenizer.encode(closing_tag))
-    for problem, prompt, solution in zip(problems, prompts, solutions, strict=True):
-        length = len(prompt) + max_new_tokens + tag + len(solution)
-        if not solution or length > max_length:
-            raise ConfigError(
-                f"{problem.location}: method.name=rlt reads the solution after the prompt, an explanation of "
-                f"up to {max_new_tokens} tokens and method.closing_tag: expected a solution of at least one token "
-                f"and at most {max_length} tokens together, got {len(solution)} and {length}; raise data.max_length, "
-                "lower rollout.max_new_tokens or remove the problem"
-            )

@@ -16,10 +16,6 @@ Paper: SCOPE (arXiv 2604.10688). Published are formulas, responses, batch, tempe
 
 Differences: Ours: the frozen weights behind the solution are the teacher (published: a larger model without a hint).
 
-Command:
-
-    selfdistill recipe=scope checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/scope
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .67 on subtraction and from .51 to .91 on
 additions (docs/recipes/comparison.md).
 

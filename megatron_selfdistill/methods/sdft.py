@@ -17,10 +17,6 @@ learning rate and correction (second-hand, from the trainer of CaOPD).
 Differences: Our reading is that the weight of a sequence is the mean of rho over its tokens. A frozen teacher is
 reported to be as good within noise: teacher.weights=frozen.
 
-Command:
-
-    selfdistill recipe=sdft checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/sdft
-
 Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .51 to .81, and lower it on subtraction
 from .36 to .29 (docs/recipes/comparison.md). The decay belongs to a smaller learning rate than the table's.
 

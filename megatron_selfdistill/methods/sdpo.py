@@ -47,7 +47,6 @@ from typing import Annotated
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
-from megatron_selfdistill.data.prompt_templates import FEEDBACK_HEADING
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
@@ -62,6 +61,8 @@ from megatron_selfdistill.methods.parts.settings import (
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.rollouts import Rollout
 
+FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+"""The heading of an environment's feedback, after the problem."""
 CLOSING = "\n\nCorrectly solve the original question."
 TEMPLATES = {
     "feedback": "{problem}" + FEEDBACK_HEADING + "{solution}" + CLOSING,

@@ -69,12 +69,6 @@ from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
-TEACHER_TEMPLATE = (
-    "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"
-    "Solve the problem step by step, in your own words."
-)
-"""The teacher's wording where data.teacher_template is null."""
-
 
 @dataclass(frozen=True)
 class SkaldSettings(DistillSettings, AdvantageSettings):
@@ -88,7 +82,10 @@ class SkaldSettings(DistillSettings, AdvantageSettings):
 
     needs = Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
 
-    teacher_template = TEACHER_TEMPLATE
+    teacher_template = (
+        "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"
+        "Solve the problem step by step, in your own words."
+    )
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where an environment replies, or the responses are no plain samples."""
@@ -134,7 +131,6 @@ class Skald(SelfDistillation):
         return with_rewards(uniform(signals, weight=own.distill_weight, signal="full"), signals, own)
 
     def _shows_card(self, rollout: Rollout) -> bool:
-        """Return whether the teacher may see the card of the rollout's problem."""
         card, answer = rollout.prompts.solution, rollout.problem.answer
         return rollout.hinted and not (self.settings.filters_answers and states_answer(card, answer))
 

@@ -27,8 +27,6 @@ Differences:
 
 Command: The data need answers and no solutions.
 
-    selfdistill recipe=skill_sd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/skill_sd
-
 Expected: 100 steps of 4 x 8 responses on 100 problems raise the sampled accuracy from .32 to .80, where GRPO ends at
 .84 (docs/recipes/comparison.md).
 
@@ -65,12 +63,6 @@ from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewar
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
-
-TEACHER_TEMPLATE = (
-    "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"
-    "Correctly solve the original question."
-)
-"""The teacher's wording where data.teacher_template is null."""
 
 SUMMARIZER_TEMPLATE = """\
 You have answered the problem below, and your answer has been rewarded with {reward} (1 is right, 0 is wrong).
@@ -124,7 +116,10 @@ class SkillSdSettings(DistillAndRewardSettings):
             hint=LATER,
         )
 
-    teacher_template = TEACHER_TEMPLATE
+    teacher_template = (
+        "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"
+        "Correctly solve the original question."
+    )
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where responses answer no problems."""
@@ -271,42 +266,27 @@ class SkillSd(HintedLater):
         return self if skills is None else replace(self, bank=self.bank.restored(skills))
 
     def _summaries(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """Return the skill of each rollout; None is none.  Collective over the world."""
-        own, tools = self.settings, self.tools
-        if own.summarizer == "model":
-            template = own.summarizer_template or SUMMARIZER_TEMPLATE
-            return model_summaries(self.step, rollouts, tools, template)
-        return function_summaries(function_named("method.summarizer", own.summarizer, {}), rollouts, tools)
+        """Return the skill that the model or the user's function writes about each rollout; None is no skill.
 
+        Collective over the world.  Raises: `VerifierError` on every rank where the function failed, or returned
+        anything but a text or None.
+        """
+        own, tokenizer = self.settings, self.tools.run_data.tokenizer
+        contents = [(response_text(one.response, tokenizer), one.reward or 0.0) for one in rollouts]
+        questions = [(one.problem, content) for one, content in zip(rollouts, contents, strict=True)]
+        if own.summarizer != "model":
+            function = function_named("method.summarizer", own.summarizer, {})
 
-def model_summaries(step: int, rollouts: Sequence[Rollout], tools: MethodTools, template: str) -> list[str | None]:
-    """Return the skill that the model writes about each rollout; see `skill_text`.  Collective over the world."""
-    inquiries = []
-    for rollout in rollouts:
-        problem = rollout.problem
-        slots = {
-            "problem": last_user_text(problem),
-            "response": response_text(rollout.response, tools.run_data.tokenizer),
-            "reward": f"{rollout.reward or 0.0:g}",
-        }
-        inquiries.append(Inquiry(problem, "skill", filled(template, slots)))
-    return [None if text is None else skill_text(text) for text in asked(tools, step, inquiries)]
+            def written(problem: Problem, content: tuple[str, float]) -> str | None:
+                text = text_or_none(function(problem, *content))
+                return text if text and text.strip() else None
 
-
-def function_summaries(function: Any, rollouts: Sequence[Rollout], tools: MethodTools) -> list[str | None]:
-    """Return the text of the user's ``function`` about each rollout; None, and white space, is no skill.
-
-    Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function
-    failed, or returned anything but a text or None.
-    """
-
-    def written(problem: Problem, content: tuple[str, float]) -> str | None:
-        text = text_or_none(function(problem, *content))
-        return text if text and text.strip() else None
-
-    tokenizer = tools.run_data.tokenizer
-    questions = [(one.problem, (response_text(one.response, tokenizer), one.reward or 0.0)) for one in rollouts]
-    return judged_in_order(questions, written, tools.grid, "summarizer")
+            return judged_in_order(questions, written, self.tools.grid, "summarizer")
+        inquiries = []
+        for problem, (response, reward) in questions:
+            slots = {"problem": last_user_text(problem), "response": response, "reward": f"{reward:g}"}
+            inquiries.append(Inquiry(problem, "skill", filled(own.summarizer_template or SUMMARIZER_TEMPLATE, slots)))
+        return [None if text is None else skill_text(text) for text in asked(self.tools, self.step, inquiries)]
 
 
 def _episode_returns(visit: Sequence[Rollout]) -> list[Rollout]:

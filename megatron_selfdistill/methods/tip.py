@@ -24,10 +24,6 @@ responses. Nothing is drawn at random. Tokens with equal scores at the limit are
 than the share. The published code needs less memory, as it keeps the logits of chosen tokens alone. Ours projects all
 tokens. Any target and divergence go with the score: recipe=default method.name=tip has the default's.
 
-Command:
-
-    selfdistill recipe=tip checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/tip
-
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .99 on subtraction and from .57 to .95 on
 additions, as `eopd` does, which trains on all tokens (seed 21, the tasks of docs/recipes/comparison.md).
 

@@ -19,10 +19,6 @@ Differences: Ours are 8 responses, the threshold of 1/2, the first response of t
 pseudo-solution, the frozen weights as the teacher, reverse KL and the wording. With evaluation.verifier=math_verify
 equal expressions are one answer, and with every other verifier equal texts are. No verdict of a verifier is used.
 
-Command:
-
-    selfdistill recipe=u_opsd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/u_opsd
-
 Expected: 100 steps of 4 x 8 responses lower the sampled accuracy on subtraction from .37 to .010, because a base that
 is mostly wrong teaches itself its errors. On additions no answer reaches half of the votes, nothing is trained, and
 the accuracy stays at .57 (seed 21, the tasks of docs/recipes/comparison.md). No base that is mostly right was measured.
@@ -44,9 +40,10 @@ from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Ne
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import final_part
-from megatron_selfdistill.evaluation.verify import judged_in_order, judged_text, voted_answer
+from megatron_selfdistill.evaluation.verify import judged_text, voted_answer
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
+from megatron_selfdistill.methods.parts.selection import judged_groups
 from megatron_selfdistill.methods.parts.settings import (
     ClipSettings,
     SignalSettings,
@@ -86,9 +83,6 @@ class UOpsd(HintedLater):
 
         Collectives: one all_gather_object over the world, and one sum over the data-parallel ranks.
         """
-        groups: dict[int, list[int]] = {}
-        for i, one in enumerate(rollouts):
-            groups.setdefault(one.group, []).append(i)
         judge, threshold = self.tools.judge, self.settings.threshold
         texts = [
             None if one.response.truncated else judged_text(one.response, judge.tokenizer, judge.confidence)[2]
@@ -99,12 +93,7 @@ class UOpsd(HintedLater):
             answers = [None if text is None else voted_answer(text, judge.verifier) for text in responses]
             return pseudo_solutions(responses, answers, threshold)
 
-        questions = [(rollouts[members[0]].problem, [texts[i] for i in members]) for members in groups.values()]
-        hints: list[str | None] = [None] * len(rollouts)
-        found = judged_in_order(questions, vote, self.tools.grid, "majority vote")
-        for members, of_group in zip(groups.values(), found, strict=True):
-            for i, hint in zip(members, of_group, strict=True):
-                hints[i] = hint
+        hints = judged_groups(rollouts, texts, vote, self.tools.grid, "majority vote")
         return chosen_with_hints(rollouts, hints, self.tools, keeps_unhinted=False)
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:

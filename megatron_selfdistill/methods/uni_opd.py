@@ -17,10 +17,6 @@ batch and learning rate.
 
 Differences: Ours: the frozen weights behind the solution are the teacher (published: a larger model without a hint).
 
-Command:
-
-    selfdistill recipe=uni_opd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/uni_opd
-
 Expected: 100 steps of 4 x 8 responses raise the sampled accuracy from .36 to .54 on subtraction and from .51 to .90 on
 additions (docs/recipes/comparison.md).
 

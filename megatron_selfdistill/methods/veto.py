@@ -20,10 +20,6 @@ Differences: Ours are alpha = 1/2, weights that sum to 1, forward KL, and the fr
 teacher (published: a larger model). The abstract has neither the formula nor a schedule of beta. With
 target.teacher_weight=v target.k=v the target is softmax(t + s / v), in which the teacher keeps its full weight.
 
-Command:
-
-    selfdistill recipe=veto checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/veto
-
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .61 on subtraction and from .57 to .94 on
 additions. With loss.divergence=reverse_kl they raise it to .99 and .95 (seed 21, the tasks of
 docs/recipes/comparison.md).

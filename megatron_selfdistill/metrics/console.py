@@ -9,10 +9,8 @@ from typing import Any
 
 from megatron_selfdistill.config.command_line import LINE
 from megatron_selfdistill.distributed.terminal import visible
-from megatron_selfdistill.metrics.phase_lines import SlowPhaseLines
-from megatron_selfdistill.metrics.phase_progress import PhaseProgress, duration
-from megatron_selfdistill.metrics.sample_text import console_text
-from megatron_selfdistill.metrics.samples import Sample
+from megatron_selfdistill.metrics.phase_progress import PhaseProgress, SlowPhaseLines, duration
+from megatron_selfdistill.metrics.samples import Sample, console_text
 
 
 class RunConsole:

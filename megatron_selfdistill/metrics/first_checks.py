@@ -71,16 +71,6 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
     )
 
 
-def warnings_of_the_first_step(config: Config, metrics: Mapping[str, float]) -> list[str]:
-    """Return what the metrics of the first step say of the whole run, in lines for people.
-
-    If student and teacher read one prompt, equal weights say the same, so that a silent teacher is no warning.
-    """
-    one_prompt = config.needs.reads_one_prompt
-    silent = None if one_prompt else warning_of_a_silent_teacher(metrics, config.target.teacher_weight)
-    return [*filter(None, [silent]), *first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
-
-
 def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return the `first_step_advice` of a run for the metrics of its first step, as warnings.
 

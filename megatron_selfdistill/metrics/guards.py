@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config import Config, GuardsConfig
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import STUDENT
+from megatron_selfdistill.config.schema.run_config import GuardsConfig
 
 LOSS = "loss/mean"
 """The metric whose rise `GuardsConfig.max_loss_ratio` bounds."""
@@ -95,12 +96,6 @@ class Guards:
     `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
-    @classmethod
-    def configured(cls, config: Config, engines: str | None) -> Guards:
-        """Return the guards of a run; ``engines``: what samples its responses, as a message names them."""
-        falls = config.needs.loss_should_fall
-        return cls(config.guards, engines, loss_should_fall=falls, student_samples=student_samples(config))
-
     def __init__(
         self,
         config: GuardsConfig,
@@ -140,7 +135,9 @@ class Guards:
             if key not in metrics:
                 continue
             if self.counts.get(key, 0) < (1 if key == LOSS else self.config.reference_steps):
-                self._add_to_reference(key, metrics[key])
+                if math.isfinite(metrics[key]):
+                    self.sums[key] = self.sums.get(key, 0.0) + metrics[key]
+                    self.counts[key] = self.counts.get(key, 0) + 1
             else:
                 for limit in self.limits:
                     if limit.key == key:
@@ -184,8 +181,7 @@ class Guards:
         distance = metrics.get(DISTANCE, 0.0)
         if self.engines is None or self.config.max_log_prob_distance is None or distance <= WARNED_DISTANCE:
             return None
-        expected = f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}"
-        return self._disagreement(expected)
+        return self._disagreement(f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}")
 
     def _warning_of_loops(self, metrics: Mapping[str, float]) -> str | None:
         if not self.student_samples or LOOPS not in metrics:
@@ -203,11 +199,6 @@ class Guards:
             "read the samples, and resume from a checkpoint before the rise with a lower optimizer.lr; a larger "
             "rollout.max_new_tokens only makes the loops longer"
         )
-
-    def _add_to_reference(self, key: str, value: float) -> None:
-        if math.isfinite(value):
-            self.sums[key] = self.sums.get(key, 0.0) + value
-            self.counts[key] = self.counts.get(key, 0) + 1
 
     def _judge_distance(self, step: int, metrics: Mapping[str, float]) -> None:
         largest = self.config.max_log_prob_distance
@@ -247,4 +238,4 @@ class Guards:
 
 def student_samples(config: Config) -> bool:
     """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
-    return config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
+    return config.needs.samples == STUDENT and not config.logged

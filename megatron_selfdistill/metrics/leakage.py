@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
@@ -42,11 +43,7 @@ class LeakCounts:
 
     def __add__(self, other: LeakCounts) -> LeakCounts:
         """Return the counts of both."""
-        return LeakCounts(*(mine + theirs for mine, theirs in zip(self.numbers(), other.numbers(), strict=True)))
-
-    def numbers(self) -> tuple[int, ...]:
-        """Return the six counts in their order."""
-        return self.hint_grams, self.grams, self.words, self.tokens, self.quoting, self.hinted
+        return LeakCounts(*map(operator.add, astuple(self), astuple(other)))
 
     def metrics(self) -> dict[str, float]:
         """Return the shares of 8-grams and of responses with the hint, and the words per 1000 tokens, under flat keys.

@@ -110,7 +110,7 @@ class MetricsLog:
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]] | None) -> None:
         """Show and save samples of the step after which ``step`` steps are done; only the reporter calls ``make``.
 
-        None shows nothing.  The file has all turns of an episode, while console and loggers show its first one.
+        None shows nothing.  The file has all turns of a sample, while console and loggers show its first one.
         A sample never stops a run: an error in ``make`` or while writing becomes a warning of one line.
         """
         if not self.enabled or make is None:
@@ -153,12 +153,6 @@ class MetricsLog:
         self._console = None
         if self._loggers is not None:
             self._loggers.close()  # may print, and may wait for a server
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         _append(self.path, step, [{key: _json_number(float(value)) for key, value in metrics.items()}])

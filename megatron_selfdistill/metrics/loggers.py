@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from megatron_selfdistill.config import function_named, user_code
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics.run_log import replace_file
-from megatron_selfdistill.metrics.sample_text import sample_html
-from megatron_selfdistill.metrics.samples import Sample
+from megatron_selfdistill.metrics.samples import Sample, sample_html
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class TensorBoardLogger:
 class WandbLogger:
     """A `MetricsLogger` that logs to wandb; all launches of a run are one run there, whose id `WANDB_RUN_ID` holds.
 
-    wandb's own environment variables choose the project, the entity, the mode, the server and the directory of wandb's
+    wandb's own variables choose the project, the entity, the mode, the server and the directory of wandb's
     files, which is the run directory without WANDB_DIR.  The horizontal axis of every curve is the metric ``step``, not
     wandb's own count of rows: a resumed run may repeat steps, which are then in the history twice.
     """

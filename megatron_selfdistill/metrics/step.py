@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -177,7 +177,6 @@ def _sums_and_maxima(
 
 
 def _means(total: list[float], maximum: list[float]) -> dict[str, float]:
-    """Return the metrics of `step_metrics` from the sums and maxima of all ranks."""
     named = dict(zip(_SUMS, total, strict=False))
     metrics = {"tokens/response": named["tokens/response"]}
     metrics |= {key: named[key] / named[over] for key, over in _OVER.items() if named[over]}
@@ -225,7 +224,7 @@ def rollout_metrics(
         sums[:11] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
     if leaks is not None:
-        sums[11:] += torch.tensor(leaks.numbers(), dtype=torch.float64, device=grid.device)
+        sums[11:] += torch.tensor(astuple(leaks), dtype=torch.float64, device=grid.device)
     totals, (length_max,) = over_all_ranks(sums, longest, grid)
     count, tokens, truncated, looping, *padding, num_guided, guided_tokens, log_ratio = totals[:11]
     metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[11:])).metrics()}

@@ -6,13 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, Needs
-from megatron_selfdistill.metrics.first_checks import warnings_of_the_first_step
+from megatron_selfdistill.metrics.first_checks import (
+    first_step_lines,
+    first_step_warnings,
+    warning_of_a_silent_teacher,
+)
 
 
 def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
     """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn."""
-    first = warnings_of_the_first_step(config, metrics) if step <= 1 else []
-    return [*filter(None, [warning_of_an_untrained_step(config, step, metrics)]), *first]
+    found = [warning_of_an_untrained_step(config, step, metrics)]
+    if step <= 1:
+        if not config.needs.reads_one_prompt:  # equal weights say the same of one prompt
+            found.append(warning_of_a_silent_teacher(metrics, config.target.teacher_weight))
+        found += [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
+    return [*filter(None, found)]
 
 
 def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:

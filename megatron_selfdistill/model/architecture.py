@@ -26,11 +26,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
-from megatron_selfdistill.model.known_faults import (
-    has_rare_layers,
-    refuse_known_faults,
-    refuse_untrainable_precision,
-)
+from megatron_selfdistill.model.known_faults import has_rare_layers, refuse_known_faults
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention
 
@@ -39,6 +35,16 @@ _SET_ELSEWHERE = {
     **{f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)},
     **dict.fromkeys(["bf16", "fp16", "params_dtype", "pipeline_dtype"], "optimizer.precision"),
 }
+
+_SAME_IN_MODEL = (
+    *("num_layers", "hidden_size", "num_attention_heads", "normalization", "layernorm_epsilon", "gated_linear_unit"),
+    *("add_bias_linear", "add_qkv_bias", "qk_layernorm", "init_method_std"),
+)
+_SAME_IN_PARALLEL = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("context_parallel_size", "sequence_parallel"),
+)
+"""The fields of ``TransformerConfig`` that are keys with the same name and value."""
 
 
 def transformer_config(
@@ -67,7 +73,6 @@ def transformer_config(
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
     if model.position_embedding_type == "yarn" or model.latent_layernorm_epsilon or model.qk_layernorm_all_heads:
         door("architectures").set_attributes(config, model)
-    refuse_untrainable_precision(config, transformer_engine=installed.transformer_engine)
     refuse_known_faults(config, transformer_engine=installed.transformer_engine)
     return config
 
@@ -79,33 +84,20 @@ def _configured_values(
     has_experts = model.transformer.get("num_moe_experts", model.num_moe_experts) is not None
     dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
     values: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
+        **{name: getattr(model, name) for name in _SAME_IN_MODEL},
+        **{name: getattr(parallel, name) for name in _SAME_IN_PARALLEL},
         "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
-        "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
         "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
-        "normalization": model.normalization,
-        "layernorm_epsilon": model.layernorm_epsilon,
-        "gated_linear_unit": model.gated_linear_unit,
-        "add_bias_linear": model.add_bias_linear,
-        "add_qkv_bias": model.add_qkv_bias,
-        "qk_layernorm": model.qk_layernorm,
-        "init_method_std": model.init_method_std,
         "hidden_dropout": 0.0,  # dropout would make the student differ from the sampler
         "attention_dropout": 0.0,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": optimizer.precision == "bf16",
         "use_cpu_initialization": cpu.ON_CPU,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
         # Megatron Core refuses the size for a dense model, which may stand beside a mixture of experts in one run.
         "expert_model_parallel_size": parallel.expert_model_parallel_size if has_experts else 1,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
         # With two stages the previous and the next stage are the same rank, and batched messages would cross.
         "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,
         "deallocate_pipeline_outputs": not cpu.ON_CPU,  # gloo may still read the buffer

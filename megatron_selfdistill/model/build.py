@@ -35,7 +35,7 @@ from megatron_selfdistill.model.architecture import (
     transformer_config,
     uses_transformer_engine,
 )
-from megatron_selfdistill.model.known_faults import refuse_known_faults, refuse_untrainable_precision
+from megatron_selfdistill.model.known_faults import refuse_known_faults
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1", "0.19.2")
 
@@ -107,7 +107,6 @@ def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid,
 
 
 def _without_values(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight on the meta device, which has no storage for initial values."""
     return weight
 
 
@@ -176,7 +175,6 @@ def build_optimizer(
 
 
 def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
-    """Return ``build(pre_process, post_process, vp_stage)`` for every virtual pipeline stage of this rank."""
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     return [
         build(
@@ -238,7 +236,6 @@ def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
 
 
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
-    """Return a copy of ``config`` without the kernels of Transformer Engine."""
     config = copy.copy(config)
     config.persist_layer_norm = config.apply_rope_fusion = False
     config.moe_grouped_gemm = config.moe_permute_fusion = False
@@ -276,7 +273,6 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     path = model.provider
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
-    refuse_untrainable_precision(chunk.config, transformer_engine=uses_transformer_engine())
     refuse_known_faults(chunk.config, transformer_engine=uses_transformer_engine())
     door("architectures").refuse_provided_layers(chunk)
     _refuse_changed_logits(chunk)

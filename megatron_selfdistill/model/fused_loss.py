@@ -62,12 +62,14 @@ class FusedLoss:
         """
         cut = positions.own
         own = states_at(hidden, positions.in_sequence, grid) if cut is None else hidden.index_select(0, cut)
-        weight = output_weight(student, own)
+        weight, teacher_weight = output_weight(student, own), None
+        if teacher is not student:
+            teacher_weight = teacher if isinstance(teacher, Tensor) else output_weight(teacher, own)
         return fused_distillation_loss(
             own.squeeze(1),
             teacher_hidden,
             weight,
-            None if teacher is student else _weight_of(teacher, own),
+            teacher_weight,
             response_tokens,
             target=self.target,
             divergence=split_divergence(self.divergence, len(response_tokens), options.guided),
@@ -83,10 +85,6 @@ class FusedLoss:
             observe=options.observe,
             backend=self.backend,
         )
-
-
-def _weight_of(teacher: GPTModel | Tensor, hidden: Tensor) -> Tensor:
-    return teacher if isinstance(teacher, Tensor) else output_weight(teacher, hidden)
 
 
 def output_weight(model: GPTModel, hidden: Tensor) -> Tensor:

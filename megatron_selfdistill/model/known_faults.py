@@ -34,6 +34,7 @@ def known_faults(config: TransformerConfig, *, transformer_engine: bool) -> list
     """Return all faults that `refuse_known_faults` knows, and whether ``config`` has them."""
     rare = has_rare_layers(config)
     return [
+        *_precision_faults(config, transformer_engine),
         *_pipeline_faults(config),
         *_loss_faults(config),
         *_attention_faults(config, not transformer_engine),
@@ -137,6 +138,7 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[Fault]:
 
 
 def _expert_faults(config: TransformerConfig) -> list[Fault]:
+    balancing = config.moe_router_load_balancing_type
     return [
         (
             config.moe_expert_capacity_factor is not None
@@ -150,7 +152,7 @@ def _expert_faults(config: TransformerConfig) -> list[Fault]:
             "leave it 1",
         ),
         (
-            "global_aux_loss" in _balancing_types(config),
+            "global_aux_loss" in ([balancing] if isinstance(balancing, str) else balancing),
             "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks with the number of replicas "
             "and depends on the microbatches before it: use aux_loss",
         ),
@@ -162,17 +164,8 @@ def _expert_faults(config: TransformerConfig) -> list[Fault]:
     ]
 
 
-def _balancing_types(config: TransformerConfig) -> list[str]:
-    types = config.moe_router_load_balancing_type
-    return [types] if isinstance(types, str) else list(types)
-
-
-def refuse_untrainable_precision(config: TransformerConfig, *, transformer_engine: bool) -> None:
-    """Raise `ConfigError` for layers in FP8 or FP4 that cannot be trained.
-
-    ``transformer_engine``: whether the layers are Transformer Engine's.
-    """
-    faults = [
+def _precision_faults(config: TransformerConfig, transformer_engine: bool) -> list[Fault]:
+    return [
         (
             bool(config.fp4) or config.use_kitchen,
             "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
@@ -193,6 +186,3 @@ def refuse_untrainable_precision(config: TransformerConfig, *, transformer_engin
             "fp8_output_proj computes the logits of the loss in fp8, which samplers compute in bf16: leave it false",
         ),
     ]
-    for found, message in faults:
-        if found:
-            raise ConfigError(message)

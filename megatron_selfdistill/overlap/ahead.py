@@ -71,7 +71,6 @@ class AheadOnPolicy(OnPolicy):
         return self._tickets[step]
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
-        """Return the problems of a step on this replica, with their prompts."""
         if step not in self._asked_of:
             self._asked_of[step] = super()._asked(step, global_batch, method)
         return self._asked_of[step]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
-from megatron_selfdistill.loss.sharded.target_solution import solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.target import Divergence, Target
 
@@ -51,8 +50,6 @@ class TokenMeasures:
     the teacher is not measured."""
     kl_of_control: Tensor | None = None
     """KL(c || a) and KL(t || c), [R, 2] float64, see `TargetMeasures`; None without controls."""
-    kl_of_others: Tensor | None = None
-    """KL(q || a) in nats of each of `TokenMeasurement.other_targets`, [R, targets] float64; None without any."""
     reference_entropy: Tensor | None = None
     """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
     teacher_entropy: Tensor | None = None
@@ -96,8 +93,6 @@ class TokenMeasurement:
     """The backend that computes the entropy of the reference and the numbers of the teacher."""
     summarise: Callable[[Sequence[Tensor], VocabShard], Tensor] | None = None
     """The function that returns rows [n, F] from the logits of student, teacher and, where there is one, reference."""
-    other_targets: Sequence[Target] = ()
-    """Targets that are measured beside ``target``; all of them, ``target`` too, mix the teacher with the student."""
 
 
 @dataclass
@@ -167,28 +162,12 @@ class MeasuringObserver:
         of_others = (teacher_logits,) if target.reads_teacher else own
         models = [student_logits, *(logits for logits in of_others if logits is not None)]
         summarise = self.measurement.summarise
-        others = [self._kl_to_student(it, student_logits, teacher_logits) for it in self.measurement.other_targets]
         return TokenMeasures(
             mass_on_rare_student=masses[:, 0],
             mass_on_rare_reference=of_reference,
             kl_to_anchor=kl_to_anchor,
             kl_of_control=kl_of_control,
-            kl_of_others=torch.stack(others, 1) if others else None,
             reference_entropy=entropy,
             **of_teacher,
             summary=None if summarise is None else summarise(models, self.vocab),
         )
-
-    def _kl_to_student(self, target: Target, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Return KL(q || p) [n] float64 of a target q that mixes the teacher with the student p."""
-        beta = solve_target(student_logits, teacher_logits, target, self.vocab, backend=self.measurement.backend).beta
-        found = target_measures(
-            student_logits,
-            teacher_logits,
-            beta,
-            target=target,
-            vocab=self.vocab,
-            own_teacher_logits=teacher_logits,
-        )
-        assert found.kl_to_anchor is not None, "the teacher's logits are given"
-        return found.kl_to_anchor[:, 0]

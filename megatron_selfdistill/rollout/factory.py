@@ -53,11 +53,9 @@ def make_sampler(
     return made
 
 
-def engines_of(config: Config) -> str | None:
-    """Return the engines that sample the responses of a run, as a message names them; None if nothing samples."""
+def engines_of(config: Config) -> str:
+    """Return the engines that sample the responses of a run, as a message names them."""
     rollout = config.rollout
-    if rollout.replay is not None:
-        return None
     if rollout.engine == "megatron":
         return "the sampler in process (rollout.engine=megatron)"
     if rollout.placement == "colocated":

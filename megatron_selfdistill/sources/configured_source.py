@@ -22,12 +22,10 @@ from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
-from megatron_selfdistill.sources.episode_player import EpisodePlayer
-from megatron_selfdistill.sources.given_responses import Replay, SolutionsAsResponses
+from megatron_selfdistill.sources.given_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.recordings import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
@@ -48,7 +46,9 @@ def configured_source(
         return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
-    recording = Recording(config.rollout.replay) if config.rollout.replay else None
+    player = None
+    if config.environment.exists:
+        player = door("environments").training_player(config, tools.given, grid, phases)
     options = OnPolicyOptions(
         sampler=sampler,
         phases=phases,
@@ -58,16 +58,13 @@ def configured_source(
         judges=config.judges_responses,
         weight_cap=config.loss.rollout_correction_cap,
         samples_teacher=config.needs.samples == TEACHER,
-        player=_player(config, tools, recording) if config.environment.exists else None,
-        record=config.rollout.record,
+        player=player,
         max_staleness=config.rollout.max_staleness,
         controls=Controls(run_data.problems.problems, tools.given, run_data.num_controls, config.seed),
     )
     found: ResponseSource
     if config.rollout.guidance != "none":
-        found = door("guidance").guided_source(tools, state, options, recording)
-    elif recording is not None:
-        found = Replay(state, options, recording)
+        found = door("guidance").guided_source(tools, state, options)
     elif config.rollout.ahead:
         found = door("overlap").AheadOnPolicy(state, options, config.rollout.ahead, config.num_steps)
     else:
@@ -123,11 +120,6 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
         return run_data
     read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
     return read
-
-
-def _player(config: Config, tools: MethodTools, recording: Recording | None) -> EpisodePlayer:
-    made: EpisodePlayer = door("environments").training_player(config, tools.given, tools.grid, tools.phases, recording)
-    return made
 
 
 @contextmanager

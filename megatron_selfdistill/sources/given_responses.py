@@ -1,13 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Sources whose responses are given and not sampled.
-
-`SolutionsAsResponses` takes the solutions of the data, which supervised fine-tuning (``method.name=sft``) imitates.
-`Replay` takes the responses that another run has recorded: the same tokens in every layout.
-"""
+"""The solutions of the data as responses, which supervised fine-tuning (``method.name=sft``) imitates."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import shard
@@ -17,10 +11,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import step_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.sampling import SampleKey
-from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.recordings import Recording
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 
 
@@ -55,18 +46,3 @@ class SolutionsAsResponses(ResponseSource):
         """Return the solution's own text as a response of at most ``limit`` tokens, with unknown log-probs."""
         tokens = [*self._tokenizer.encode(problem.solution), self._stop_token]
         return Response.unsampled(tokens[:limit], "stop" if len(tokens) <= limit else "length")
-
-
-class Replay(OnPolicy):
-    """Responses of another run, for the problems, samples and steps that this run would have sampled."""
-
-    def __init__(self, state: SourceState, options: OnPolicyOptions, recording: Recording) -> None:
-        super().__init__(state, options)
-        self._recording = recording
-
-    def _responses(
-        self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[Response]:
-        """Return the recorded responses of ``keys``.  Raises: KeyError for a key that was not recorded."""
-        with self._options.phases("rollout"):
-            return self._recording.responses(keys)

@@ -81,7 +81,6 @@ def reward_metrics(rollouts: Sequence[Rollout], trained: Sequence[Rollout], grid
 
 
 def _rewards_of_episodes(group: Iterable[Rollout]) -> list[tuple[float | None, ...]]:
-    """Return the rewards of each episode of a group, turn by turn."""
     episodes: dict[object, list[float | None]] = {}
     for i, one in enumerate(group):
         owner = ("alone", i) if one.episode is None else one.episode

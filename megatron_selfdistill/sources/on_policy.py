@@ -27,7 +27,6 @@ from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.episode_player import EpisodePlayer
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
-from megatron_selfdistill.sources.recordings import record
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
 
@@ -54,8 +53,6 @@ class OnPolicyOptions:
     """Whether responses are sampled after the teacher's prompt."""
     player: EpisodePlayer | None
     """The player of episodes with an environment; None if nothing replies."""
-    record: str | None
-    """The file to which the responses of all steps are appended; None records nothing."""
     max_staleness: int
     """The number of steps by which the weights that sampled a response may be older than the student's."""
     controls: Controls
@@ -98,11 +95,13 @@ class OnPolicy(ResponseSource):
         played, num_cut = self._rollouts(step, asked, method, sampling)
         rollouts, rewarded = self._rewarded(method, played)
         with options.phases("rollout"):
-            self._record(rollouts)
             later = method if method.record is None else method.record(rollouts)
             next_state = self._state_after(problem_sampler, later, rollouts)
             selected, counts = method.select(step, rollouts)
         with options.phases("pack"):
+            if options.max_staleness:
+                responses = [rollout.response for rollout in rollouts]
+                rewarded = {**rewarded, **staleness_metrics(responses, step, options.grid)}
             if options.judges:
                 rewarded = {**rewarded, **reward_metrics(rollouts, selected, options.grid)}
             if options.player is not None:
@@ -112,7 +111,7 @@ class OnPolicy(ResponseSource):
             self._batch(step, method, trained),
             problems=asked.problems,
             responses=[rollout.response for rollout in rollouts],
-            metrics={**found, **counts, **rewarded, **added, **self._staleness(step, rollouts)},
+            metrics={**found, **counts, **rewarded, **added},
             next_state=next_state,
         )
 
@@ -124,18 +123,6 @@ class OnPolicy(ResponseSource):
     def _rewarded(self, method: Method, rollouts: Sequence[Rollout]) -> tuple[Sequence[Rollout], Mapping[str, float]]:
         """Return the rollouts with their rewards, where the run judges them, and metrics.  Collective."""
         return method.rewarded(rollouts) if self._options.judges else (rollouts, {})
-
-    def _staleness(self, step: int, rollouts: Sequence[Rollout]) -> Mapping[str, float]:
-        """Return the `staleness_metrics` of a step, where the run allows older weights.  Collective."""
-        if not self._options.max_staleness:
-            return {}
-        return staleness_metrics([rollout.response for rollout in rollouts], step, self._options.grid)
-
-    def _record(self, rollouts: Sequence[Rollout]) -> None:
-        """Append responses and replies to the file of the run, if it has one.  Collective."""
-        options = self._options
-        if options.record is not None:
-            record(options.record, rollouts, options.grid.dp_group, options.grid.is_reporter)
 
     def _state_after(self, problem_sampler: ProblemSampler, method: Method, rollouts: Sequence[Rollout]) -> SourceState:
         """Return the state after a step with these ``rollouts``, all of the step on this replica."""
@@ -154,7 +141,6 @@ class OnPolicy(ResponseSource):
         )
 
     def _contexts(self, method: Method, trained: Sequence[Rollout]) -> list[ContextPair]:
-        """Return the contexts of the rollouts that are trained on."""
         contexts = build_contexts([rollout.prompts for rollout in trained], [rollout.response for rollout in trained])
         player = self._options.player
         return contexts if player is None else player.with_turns(contexts, trained)
@@ -179,18 +165,17 @@ class OnPolicy(ResponseSource):
 
         requests = self._first_requests(asked.samples, method)
         responses = self._responses(step, [key for key, _, _ in asked.samples], requests, sampling)
-        first = [self._rollout(asked, i, response) for i, response in enumerate(responses)]
+        openings = asked.openings or [None] * len(responses)
+        first = [
+            Rollout(problem, pair, response, group=i // self._options.num_samples, key=key, opening=opening)
+            for i, ((key, problem, pair), response, opening) in enumerate(
+                zip(asked.samples, responses, openings, strict=True)
+            )
+        ]
         player = self._options.player
         return (first, 0) if player is None else player.played(first, method, generate)
 
-    def _rollout(self, asked: AskedProblems, index: int, response: Response) -> Rollout:
-        """Return the rollout of the response to ``asked.samples[index]``."""
-        key, problem, pair = asked.samples[index]
-        opening = asked.openings[index] if asked.openings else None
-        return Rollout(problem, pair, response, group=index // self._options.num_samples, key=key, opening=opening)
-
     def _first_requests(self, samples: Sequence[Sample], method: Method) -> list[Request]:
-        """Return the requests for the first responses to the problems of the ``samples``."""
         return [self._request(key, pair) for key, _, pair in samples]
 
     def _request(self, key: SampleKey, pair: PromptPair) -> Request:
@@ -201,7 +186,6 @@ class OnPolicy(ResponseSource):
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
-        """Return one response per request, sampled with the weights of this moment."""
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
             return self._options.sampler.generate(requests, sampling)

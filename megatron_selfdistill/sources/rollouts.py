@@ -1,8 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The responses of a step as values: each with its problem, its prompts, its reward and its place in an episode.
-
-`record` writes responses to a file, and `Recording` reads them, so that another run trains on the same tokens.
-"""
+"""The responses of a step as values: each with its problem, its prompts, its reward and its place in an episode."""
 
 from __future__ import annotations
 

@@ -29,21 +29,23 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.metrics.samples import SeenHint
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_on_meta, new_chunks
-from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.forward import unwrapped, uses_local_attention
 from megatron_selfdistill.model.fused_loss import output_weight
 from megatron_selfdistill.model.output_layer import unfusable
 from megatron_selfdistill.model.teacher_weights import Chunks
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
+from megatron_selfdistill.pipeline.batch import DeviceBatch, Packing, held_by, pack_everywhere, teacher_microbatches
 from megatron_selfdistill.pipeline.configured_packing import configured_packing
-from megatron_selfdistill.pipeline.schedule import ScheduledTeacher, TeacherHiddenStates
-from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.pipeline.joined_batches import weights_unchanged
+from megatron_selfdistill.pipeline.next_token import next_token
+from megatron_selfdistill.pipeline.schedule import ScheduledStep, ScheduledTeacher, TeacherHiddenStates
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens, StepOutput
 from megatron_selfdistill.rollout.base import RoleWeights
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teacher import TargetModels, Teachers, in_roles
 from megatron_selfdistill.teachers.joined import JoinedTeachers
-from megatron_selfdistill.teachers.state_reading import read_states
 from megatron_selfdistill.teachers.teacher_copies import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.teachers.teacher_directories import (
     DIGESTS,
@@ -163,6 +165,12 @@ class ConfiguredTeachers(Teachers):
         """Return the `teacher_metrics` of a step.  Collective."""
         return teacher_metrics(outputs, self.grid)
 
+    def seen_hint(self, context: ContextPair, solution: str) -> SeenHint:
+        """Return the hint that a teacher of the response sees, with the names of its teachers."""
+        names = [one.teacher for one in context.of_teachers] or [context.teacher]
+        shown = [name if self._settings[name].is_hinted else f"{name} (sees no hint)" for name in names]
+        return SeenHint(solution if any(self._settings[name].is_hinted for name in names) else "", ", ".join(shown))
+
     def announced(self, problems: Sequence[Problem]) -> Iterator[str]:
         """Yield a line per teacher: its weights, what it sees, and how many problems name it."""
         return about_teachers(self._settings, problems, self._other_widths)
@@ -179,7 +187,6 @@ class ConfiguredTeachers(Teachers):
         student: Sequence[torch.nn.Module],
         copies: Sequence[TeacherCopy],
     ) -> None:
-        """Raise `ConfigError` if a teacher's model cannot be built, or a node has no room for the teachers' weights."""
         resting: dict[str, Sequence[torch.nn.Module]] = {}
         for model, directories in copies:
             chunks = student
@@ -309,6 +316,48 @@ class ConfiguredTeachers(Teachers):
             shares = shares / weights.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         found: tuple[Tensor, Tensor | None] = to_device_in_one_copy((shares.float(), weights), self.grid.device)
         return found
+
+
+def read_states(
+    student: Sequence[torch.nn.Module],
+    teacher: Sequence[torch.nn.Module],
+    batch: PackedBatch,
+    reading: PackedBatch,
+    grid: RankGrid,
+    vocab: VocabShard,
+    *,
+    store_bytes: float = float("inf"),
+) -> TeacherHiddenStates:
+    """Return the final hidden states of ``teacher`` at the response tokens of ``batch``, on the last stage.
+
+    ``reading``: the same responses after the teacher's prompts, as the microbatches of a student.  Nothing is trained,
+    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows, whose states
+    have the shapes of those of ``teacher``.
+    Collectives: those of the schedule.
+    """
+    microbatches = teacher_microbatches(
+        batch, replace(reading, teacher=reading.student), grid, uses_local_attention(student)
+    )
+    sizes = [len(held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank)[1]) for microbatch in batch.student]
+    on_device = to_device_in_one_copy(DeviceBatch([], microbatches, sizes), grid.device)
+    states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
+    step = ScheduledStep(
+        student=list(student),
+        teacher=ScheduledTeacher(teacher),
+        batch=on_device,
+        token_loss=next_token,
+        reference=None,
+        guided=GuidedTokens(),
+        measurement=None,
+        token_coefficients=None,
+        grid=grid,
+        vocab=vocab,
+        loss_scale=1.0,
+        states=states,
+    )
+    with weights_unchanged(student):
+        step.run([("teacher", i) for i in range(len(on_device.teacher))], reading.seq_length, forward_only=True)
+    return states
 
 
 def about_teachers(

@@ -165,7 +165,6 @@ def _layers(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
 
 
 def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    """Yield those of `_layers`, and then all others."""
     yield from _layers(chunks)
     for chunk in chunks:
         yield from (tensor for name, tensor in _named_tensors(chunk) if not name.startswith("decoder."))

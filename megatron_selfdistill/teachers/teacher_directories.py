@@ -175,7 +175,6 @@ def _require_start(key: str, config: Config, path: Path) -> None:
 
 
 def _stored_architecture(path: Path) -> ModelConfig | None:
-    """Return the architecture that a teacher's directory states; None if it states none."""
     if is_hugging_face(path):
         require_hugging_face(path)
         description = read_config(path)
@@ -224,7 +223,7 @@ def _digest(path: Path) -> str:
         digest, stored = shared_base_digest(path), run_on_rank_0(lambda: read_stored_adapters(path))
         settings = {} if stored is None else shared_checksums(stored.path, [stored.path / NAME])
         return digest + digest_of_files(settings) if settings else digest
-    files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
+    files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path)])
     return digest_of_files(shared_checksums(path, files))
 
 

@@ -13,7 +13,8 @@ from layouts import Case, Outcomes, contexts_of, worst_difference
 from parity import TOLERANCE
 from tiers import combinations
 
-from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.data.packed_batch import PackingRules
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens

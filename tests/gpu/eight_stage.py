@@ -93,11 +93,11 @@ def colocated(directory: Path, engine_tp: int) -> Outcome:
     return trained(directory, f"colocated_{engine_tp}", 8, [f"rollout.engine_tp={engine_tp}"])
 
 
-WAYS = ("nccl", "gloo", "ipc")
+WAYS = ("nccl", "gloo")
 
 
 def servers(directory: Path, way: str, python: str | None) -> Outcome:
-    """Run four servers and four trainers; over ipc they share the same four GPUs."""
+    """Run four servers and four trainers."""
     if python is None and without_vllm():
         return Outcome(not_done="vLLM is not installed here, and --vllm-python names no Python that has it")
     keys = [

@@ -77,7 +77,6 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
         stage("runs", "run_stage", limit_s=55, checks=list(RUNS)),
         steps("ranks", "several", limit_s=60),
         stage("sinks", "sinks_stage", limit_s=10, checks=["attention sinks: full", "attention sinks: window"]),
-        stage("ipc", "ipc_stage", limit_s=20, checks=["weights over CUDA IPC"]),
         stage("sanitizer", "kernel_stage", "sanitizer", limit_s=15, checks=["kernels under compute-sanitizer"]),
         stage("apex", "apex_stage", *apex, limit_s=45, checks=kernel),
         stage("fp8", "fp8_stage", limit_s=50, checks=["fp8 through Transformer Engine"]),
@@ -90,7 +89,7 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
     layouts = [f"eight: {name}" for name in cases.EIGHT_GPUS]
     self_test = [f"self-test of 8 ranks: {name}" for name in SELF_TEST]
     colocated = [f"vLLM colocated, engines of {tp}" for tp in (1, 2)]
-    servers = [f"vLLM servers over {way}" for way in ("nccl", "gloo", "ipc")]
+    servers = [f"vLLM servers over {way}" for way in ("nccl", "gloo")]
 
     def stage(name: str, module: str, *arguments: str, limit_s: float, checks: list[str]) -> Stage:
         return Stage(name, [sys.executable, "-m", f"tests.gpu.{module}", *arguments], limit_s, checks)

@@ -23,7 +23,6 @@ from _lib import pretraining, real_model, retention
 from _lib.hugging_face import load
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
-from megatron_selfdistill.interop import gguf
 
 pytestmark = pytest.mark.full
 NUM_HELD_OUT = 4
@@ -62,7 +61,8 @@ def done(example, tmp_path_factory) -> Done:
         patch.setattr(example, "NUM_HELD_OUT", NUM_HELD_OUT)
         patch.setattr(example, "QUESTIONS", retention.QUESTIONS[:3])
         patch.setattr(real_model, "fetched", lambda place: calls.append("fetched") or place / "model.gguf")
-        patch.setattr(gguf, "gguf_to_hf", lambda _, out: calls.append("multiplied out") or write_stand_in(out))
+        write = lambda _, out: calls.append("multiplied out") or write_stand_in(out)  # noqa: E731
+        patch.setattr(real_model, "write_hugging_face", write)
         statuses = [example.main(["--directory", str(directory), "--steps", "1", *SETTINGS]) for _ in range(2)]
         assert calls == ["fetched", "multiplied out"]
     assert statuses == [0, 0]

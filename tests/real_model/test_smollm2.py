@@ -55,7 +55,7 @@ def theirs(file) -> Any:
 @pytest.fixture(scope="session")
 def hf(file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "hf"
-    assert main(["gguf-to-hf", "--gguf", str(file), "--out", str(out)]) == 0
+    real_model.write_hugging_face(file, out)
     return out
 
 

@@ -43,7 +43,7 @@ def test_with_servers_no_rank_but_rank_0_sends_or_receives_more_in_a_larger_worl
     assert by_place(small) == by_place(large) and all(len(found) == 1 for found in by_place(large).values())
     first, last = (next(iter(by_place(large)[place])) for place in (0, REPLICA - 1))
     assert last[0] < first[0], "the first rank of a replica sends and receives for the others"
-    assert last[0] == pytest.approx(8 * 6 * 1000, rel=0.1), "8 bytes per token of 6 responses, each once"
+    assert last[0] == pytest.approx(21 * 6 * 1000, rel=0.1), "3 bytes of an id and twice 9 of a log-prob, each once"
 
 
 @pytest.mark.parametrize("engine_tp", [1, 4])

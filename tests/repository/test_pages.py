@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from scripts import page_of_method
 
-from megatron_selfdistill.config import keys, method_keys
+from megatron_selfdistill.config import keys
+from megatron_selfdistill.config.key_list import method_keys
 from megatron_selfdistill.config.methods import method_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -61,6 +61,6 @@ def test_the_sampler_of_guided_responses_has_the_teacher_and_the_student_of_the_
     recorded = tmp_path / "recorded.jsonl"
     options = [f"teacher.weights={teacher}", "teacher.ema_decay=0.5", "teacher.offload=cpu", "target.match=student"]
     options += ["num_steps=3", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", "metrics.teacher_every=1"]
-    options += ["rollout.guidance=mixed", f"rollout.record={recorded}"]
+    options += ["rollout.guidance=mixed", f"tests.record={recorded}"]
     train(ranks, overrides(data, tmp_path / "run", *OPTIONS, *options))
     assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)

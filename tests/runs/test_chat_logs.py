@@ -65,7 +65,7 @@ def runs(ranks, logs, start, tmp_path_factory) -> Path:
     """Return a directory of short runs of one rank, which one process has made: its tests read the runs."""
     directory = tmp_path_factory.mktemp("runs")
     evaluated = [f"evaluation.path={logs}/problems.jsonl", "evaluation.every=1", "evaluation.limit=4"]
-    sampled = ["conversations.responses=sampled", f"rollout.record={directory}/recorded.jsonl"]
+    sampled = ["conversations.responses=sampled", f"tests.record={directory}/recorded.jsonl"]
     options = {
         "weighted": [start, *WEIGHTS],
         **{

@@ -60,12 +60,14 @@ def test_a_run_ends_with_its_checkpoint(ended):
     assert train_on == "next: the same command with a larger num_steps trains on from there"
 
 
-def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path):
+@pytest.mark.parametrize(("adapters", "kind"), [([], "hf"), (["adapter.rank=4"], "peft")])
+def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path, adapters, kind):
     run = tmp_path / "a run"
     (run / "huggingface").mkdir(parents=True)
-    _, convert_it, _ = announcement.complete(load([f"run_dir='{run}'"]), 1, run / "checkpoints" / "iter_0000001")
+    config = load([f"run_dir='{run}'", *adapters])
+    _, convert_it, _ = announcement.complete(config, 1, run / "checkpoints" / "iter_0000001")
     words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
-    assert words == ["megatron-to-hf", "--megatron", str(run), "--out", f"{run}-hf"]
+    assert words == [f"megatron-to-{kind}", "--megatron", str(run), "--out", f"{run}-{kind}"]
     assert convert._parser().parse_args(words).megatron == run
 
 

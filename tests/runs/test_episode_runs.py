@@ -8,14 +8,11 @@ import itertools
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import chat_server, completion
 from ranks import RankError
-from replying import Replying
 from tiers import combinations
 from tiny_run import (
     TWO_RANKS,
@@ -28,9 +25,6 @@ from tiny_run import (
     start_with,
     train,
 )
-
-from megatron_selfdistill.environments.environment import SessionLimits
-from megatron_selfdistill.environments.session_processes import SessionProcesses
 
 ENVIRONMENT = ["environment.name=replying.Replying", "environment.max_turns=3"]
 RECIPES = {
@@ -91,7 +85,7 @@ def run_of(ranks, data, early, tmp_path_factory):
     @functools.cache
     def finished(recipe: str) -> Path:
         run = tmp_path_factory.mktemp(recipe) / "run"
-        train(ranks, arguments(data, run, recipe, early, f"rollout.record={run}/responses.jsonl"))
+        train(ranks, arguments(data, run, recipe, early, f"tests.record={run}/responses.jsonl"))
         return run
 
     return finished
@@ -109,7 +103,7 @@ def test_episodes_have_different_lengths_and_train(run_of):
 def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, data, early, run_of, tmp_path):
     """The other run has the same prompts and responses, and reads each turn by itself."""
     joined, by_turn = run_of("one_sequence"), tmp_path / "run"
-    replay = arguments(data, by_turn, "one_sequence", early, f"rollout.replay={joined}/responses.jsonl")
+    replay = arguments(data, by_turn, "one_sequence", early, f"tests.replay={joined}/responses.jsonl")
     train(ranks, replay, start=start_turn_by_turn)
     assert_steps_equal(joined, by_turn, (*COMPARED, "loss", "student_nll", "reverse_kl"))
     assert all(step["rollout/kept_tokens"] > 0 for step in reproducible_metrics(joined))
@@ -155,7 +149,7 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, early, run_of, rec
 def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, early, run_of, tmp_path, recipe, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     one = run_of(recipe)
-    train(ranks, arguments(data, run, recipe, early, f"rollout.record={record}", *TWO_RANKS[layout]), 2)
+    train(ranks, arguments(data, run, recipe, early, f"tests.record={record}", *TWO_RANKS[layout]), 2)
     assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
     assert_steps_equal(one, run, COMPARED, num_steps=1)
 
@@ -166,48 +160,10 @@ def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, ear
 )
 def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, early, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
-    replay = f"rollout.replay={one}/responses.jsonl"
+    replay = f"tests.replay={one}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", recipe, early, replay, *TWO_RANKS[layout]), 2)
     assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
     assert_steps_equal(one, tmp_path / "run", COMPARED)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["http", "http_sessions"])
-def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, early, run_of, tmp_path, name):
-    from _lib.environment_server import server_of
-
-    environment = Replying() if name == "http" else SessionProcesses("sessions.Session", {}, SessionLimits())
-    server = server_of(environment, port=0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        endpoint = [f"environment.name={name}", f"environment.options.url=http://127.0.0.1:{server.server_port}/v1"]
-        train(ranks, arguments(data, tmp_path / "run", "default", early, *endpoint))
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    if isinstance(environment, SessionProcesses):
-        assert not environment.keys, "the run has closed its sessions"
-        environment.close()
-    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
-
-
-@pytest.mark.full
-def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, early, run_of, tmp_path):
-    records = map(json.loads, (run_of("default") / "responses.jsonl").read_text().splitlines())
-    asked = sum(r["step"] == 0 and r.get("turn", 0) == 0 and "reply" in r for r in records)  # the others are truncated
-
-    def script(number: int, body: dict) -> tuple[int, object]:
-        return (200, completion("X1", done=True, reward=number % 2)) if number < asked else (400, "no more")
-
-    with chat_server(script) as (url, _):
-        endpoint = ["environment.name=http", f"environment.options.url={url}", "environment.options.concurrency=1"]
-        train(ranks, arguments(data, tmp_path / "run", "default", early, *endpoint), expected=4)
-    assert saved_step(tmp_path / "run") == 1
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert "the environment failed with RuntimeError: environment.options.url=" in events and "no more" in events
 
 
 def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, early, run_of, tmp_path):
@@ -216,22 +172,17 @@ def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, d
 
 
 @pytest.mark.full
-def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_session(
-    ranks, data, early, run_of, tmp_path
-):
+def test_the_first_prompt_of_a_session_shows_its_text(run_of):
     one = run_of("sessions")
     records = [json.loads(line) for line in (one / "responses.jsonl").read_text().splitlines()]
     shown = {record["opening"]["text"] for record in records if record.get("turn", 0) == 0}
     assert len(shown) > 3 and not any("opening" in record for record in records if record.get("turn", 0))
-    replay = [f"rollout.replay={one}/responses.jsonl", "environment.name=sessions.Unasked"]
-    train(ranks, arguments(data, tmp_path / "run", "sessions", early, *replay))
-    assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
 @pytest.mark.full
 def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_path):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
-    failing = ["environment.name=sessions.Failing", f"rollout.record={record}", "environment.limits.seconds=2"]
+    failing = ["environment.name=sessions.Failing", f"tests.record={record}", "environment.limits.seconds=2"]
     train(ranks, arguments(data, run, "sessions", early, *failing))
     replies = [json.loads(line).get("reply", {}) for line in record.read_text().splitlines()]
     reasons = {reply["failure"] for reply in replies if "failure" in reply}

@@ -29,7 +29,7 @@ def arguments(data, tmp_path_factory) -> Callable[[Path], list[str]]:
 @pytest.fixture(scope="module")
 def whole(ranks, arguments, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(ranks, [*arguments(run), f"rollout.record={run}/recorded.jsonl"])
+    train(ranks, [*arguments(run), f"tests.record={run}/recorded.jsonl"])
     return run
 
 

@@ -83,7 +83,7 @@ def run_of(ranks, logs, start, tmp_path_factory):
     @functools.cache
     def finished(name: str) -> Path:
         run = tmp_path_factory.mktemp(name) / "run"
-        record = [] if RUNS[name][0] == "recipe=openclaw" else [f"rollout.record={run}/responses.jsonl"]
+        record = [] if RUNS[name][0] == "recipe=openclaw" else [f"tests.record={run}/responses.jsonl"]
         train(ranks, arguments(logs, run, name, start, *record))
         return run
 
@@ -126,6 +126,6 @@ def test_a_run_trains_and_resumes_bit_for_bit(ranks, logs, start, run_of, name):
 def test_hints_and_terms_are_equal_in_every_layout(ranks, logs, start, run_of, tmp_path, name, layout):
     one = run_of(name)
     is_logged = RUNS[name][0] == "recipe=openclaw"
-    replay = [] if is_logged else [f"rollout.replay={one}/responses.jsonl"]
+    replay = [] if is_logged else [f"tests.replay={one}/responses.jsonl"]
     train(ranks, arguments(logs, tmp_path / "run", name, start, *replay, *TWO_RANKS[layout]), 2)
     assert_steps_equal(one, tmp_path / "run", ("terms/", "rewards/", "hints/", "skills/", "loss/"))

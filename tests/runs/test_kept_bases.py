@@ -69,10 +69,10 @@ def test_a_base_that_virtual_stages_kept_serves_one_rank(ranks, data, tmp_path):
     stages = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
     more = [*ADAPTED, "model.num_layers=4", "checkpoint.save_every=1", "num_steps=3"]
     whole, record = tmp_path / "run", f"{tmp_path}/responses.jsonl"
-    train(ranks, overrides(data, whole, *more, *stages, f"rollout.record={record}"), 2)
+    train(ranks, overrides(data, whole, *more, *stages, f"tests.record={record}"), 2)
     halves = Path(shutil.copytree(whole, tmp_path / "halves"))
     go_back_to_step(2, halves)
-    train(ranks, overrides(data, halves, *more, f"rollout.replay={record}", "checkpoint.resume=force"))
+    train(ranks, overrides(data, halves, *more, f"tests.replay={record}", "checkpoint.resume=force"))
     expected, found = (
         ranks.run(final_weights, run / "checkpoints" / "iter_0000003", world_size=1)[0] for run in (whole, halves)
     )

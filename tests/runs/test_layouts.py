@@ -47,7 +47,7 @@ def on_one_rank(ranks, data, base, tmp_path_factory) -> Callable[[int], Path]:
     @functools.cache
     def run_of_steps(num_steps: int) -> Path:
         run = tmp_path_factory.mktemp("one") / "run"
-        train(ranks, run_of(base, data, run, num_steps, f"rollout.record={run}/responses.jsonl"))
+        train(ranks, run_of(base, data, run, num_steps, f"tests.record={run}/responses.jsonl"))
         return run
 
     return run_of_steps
@@ -56,14 +56,14 @@ def on_one_rank(ranks, data, base, tmp_path_factory) -> Callable[[int], Path]:
 @pytest.mark.parametrize(("name", "num_steps"), NUM_STEPS)
 def test_steps_on_recorded_responses_have_the_same_losses(ranks, data, base, on_one_rank, tmp_path, name, num_steps):
     one = on_one_rank(num_steps)
-    replay = f"rollout.replay={one}/responses.jsonl"
+    replay = f"tests.replay={one}/responses.jsonl"
     train(ranks, run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)
     assert_same_losses(one, tmp_path / "run", num_steps)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
 def test_the_first_steps_sampled_responses_are_equal(ranks, data, base, on_one_rank, tmp_path, name):
-    record = f"rollout.record={tmp_path}/responses.jsonl"
+    record = f"tests.record={tmp_path}/responses.jsonl"
     train(ranks, run_of(base, data, tmp_path / "run", 1, *LAYOUTS[name], record), 2)
     assert recorded(tmp_path / "responses.jsonl", step=0) == recorded(on_one_rank(3) / "responses.jsonl", step=0)
 

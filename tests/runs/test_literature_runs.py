@@ -58,7 +58,7 @@ def run_of(ranks, data, start, tmp_path_factory):
     @functools.cache
     def finished(recipe: str) -> Path:
         run = tmp_path_factory.mktemp(recipe) / "run"
-        train(ranks, arguments(data, run, recipe, start, f"rollout.record={run}/responses.jsonl"))
+        train(ranks, arguments(data, run, recipe, start, f"tests.record={run}/responses.jsonl"))
         return run
 
     return finished
@@ -85,7 +85,7 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
 )
 def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
-    replay = f"rollout.replay={one}/responses.jsonl"
+    replay = f"tests.replay={one}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *TWO_RANKS[layout]), 2)
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 

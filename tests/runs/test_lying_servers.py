@@ -51,7 +51,9 @@ def test_a_server_with_the_log_probs_of_another_model_stops_the_run_and_is_named
     [
         ({"vocab_size": 10**6}, "token ids"),
         pytest.param({"log_prob": math.nan}, "log-probs nan", marks=pytest.mark.full),
-        pytest.param({"texts": {"/v1/models": '{"data": 7}'}}, "expected data", marks=pytest.mark.full),
+        pytest.param(
+            {"texts": {"/v1/models": '{"data": 7}'}}, "expected an answer of another form", marks=pytest.mark.full
+        ),
         pytest.param({"endless_at": "/inference/v1/generate"}, "expected an answer of at", marks=pytest.mark.full),
     ],
     ids=["token ids", "log-probs", "form", "endless response"],

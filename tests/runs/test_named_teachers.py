@@ -35,9 +35,14 @@ from tiny_run import (
     with_trainer,
 )
 
+from megatron_selfdistill.adapters.stored_adapters import require_adapters
+from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
+from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.interop.conversion import megatron_to_hf
-from megatron_selfdistill.interop.merged_weights import merge_adapters
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
+from megatron_selfdistill.interop.release import Progress, write_release
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 from megatron_selfdistill.teachers.teachers_config import joins
 
 LAYOUTS = TWO_RANKS | {
@@ -211,8 +216,8 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
     more = {"shared": [shared], "product": [shared, *PRODUCT], "another architecture": []}[kind]
     options, record = ["num_steps=2", "checkpoint.save_every=0", *more], f"{tmp_path}/responses.jsonl"
     of = of_wide if kind == "another architecture" else arguments
-    train(ranks, of(places, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, of(places, tmp_path / "two", *options, f"rollout.replay={record}", *layout), 2)
+    train(ranks, of(places, tmp_path / "one", *options, f"tests.record={record}"))
+    train(ranks, of(places, tmp_path / "two", *options, f"tests.replay={record}", *layout), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -229,7 +234,7 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
 def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(ranks, places, tmp_path, options):
     """The log-probs of the sampler's teacher are those of the loss's; the weights of others come and go between."""
     recorded, file = tmp_path / "recorded.jsonl", write_records_of_teachers(places["data"], ["code"], "code.jsonl")
-    guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"rollout.record={recorded}"]
+    guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"tests.record={recorded}"]
     train(ranks, arguments(places, tmp_path / "run", "num_steps=2", f"data.path={file}", *guides, *options))
     assert_guided_by_the_teacher_of_the_loss(tmp_path / "run", recorded)
 
@@ -237,7 +242,7 @@ def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(rank
 @pytest.mark.full
 def test_no_problem_of_another_teacher_is_guided(ranks, places, tmp_path):
     recorded = tmp_path / "recorded.jsonl"
-    guides = ["rollout.guidance=mixed", "teachers.guide=default", f"rollout.record={recorded}"]
+    guides = ["rollout.guidance=mixed", "teachers.guide=default", f"tests.record={recorded}"]
     train(ranks, arguments(places, tmp_path / "run", "num_steps=2", *guides))
     records = [json.loads(line) for line in recorded.read_text().splitlines()]
     for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
@@ -293,7 +298,7 @@ def test_products_resume_and_do_not_depend_on_the_order_of_the_teachers(ranks, p
 def one(ranks, places, tmp_path_factory) -> Path:
     """Return the directory of a run of one rank and three steps, with its responses in responses.jsonl."""
     run = tmp_path_factory.mktemp("one") / "run"
-    options = ["num_steps=3", "checkpoint.save_every=2", f"rollout.record={run}/responses.jsonl"]
+    options = ["num_steps=3", "checkpoint.save_every=2", f"tests.record={run}/responses.jsonl"]
     train(ranks, arguments(places, run, *options))
     return run
 
@@ -311,7 +316,7 @@ def test_the_loss_of_a_step_is_the_mean_of_its_teachers_losses(one):
 
 @combinations(name=list(LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, name):
-    replay = f"rollout.replay={one}/responses.jsonl"
+    replay = f"tests.replay={one}/responses.jsonl"
     options = ["num_steps=3", "checkpoint.save_every=0", replay, *LAYOUTS[name]]
     train(ranks, arguments(places, tmp_path / "run", *options), 2)
     assert_steps_equal(one, tmp_path / "run", EQUAL)
@@ -338,6 +343,22 @@ def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ran
     train(ranks, arguments(own, run, "num_steps=2", "checkpoint.resume=force"))
 
 
+def merge(adapters: Path, out: Path) -> None:
+    """Write the weights below ``adapters`` with the products of the factors added as the checkpoint ``out``."""
+    stored = require_adapters(adapters)
+    base = open_weights(stored.base_place())
+    factors = TorchDistReader(adapters)
+    pieces = []
+    for key, shape in weight_shapes(base.source.shapes).items():
+        weight, adapter = base.source.read(key), f"{key.removesuffix('.weight')}_adapter"
+        if f"{adapter}.a" in factors.shapes:
+            a, b = (factors.read(f"{adapter}.{name}") for name in "ab")
+            weight = weight + (stored.settings.scale * b.double() @ a.double()).to(weight.dtype)
+        pieces.append(Piece(key, shape, (0,) * len(shape), shape, weight.dtype, lambda made=weight: made))
+    objects = [key for key in load_metadata(base.path).state_dict_metadata if "_extra_state" in key]
+    write_release(out, pieces, base.args, empty_objects=objects, progress=Progress())
+
+
 @pytest.fixture(scope="module")
 def adapted(ranks, places, tmp_path_factory) -> dict[str, Path]:
     """Return adapters on the student as a checkpoint, as a directory of PEFT, and merged into full weights."""
@@ -346,7 +367,7 @@ def adapted(ranks, places, tmp_path_factory) -> dict[str, Path]:
     fast = ["adapter.rank=3", "optimizer.lr=3e-1", "optimizer.lr_warmup_steps=0", "num_steps=2", "seed=7"]
     train(ranks, overrides(places["data"], run, FOUR_LAYERS, start, *fast))
     found = {"adapters": run / "checkpoints", "peft": run / "peft", "merged": run / "merged"}
-    merge_adapters(found["adapters"], found["merged"])
+    merge(found["adapters"] / "iter_0000002", found["merged"])
     megatron_to_peft(found["adapters"], found["peft"], base_model="student")
     return found
 
@@ -367,8 +388,8 @@ def test_adapters_teach_what_their_merged_weights_teach_and_resume(ranks, places
     def of(run_dir: Path) -> list[str]:
         return of_adapters(places, run_dir, adapted["adapters"], *options)
 
-    train(ranks, [*of(tmp_path / "whole"), f"rollout.record={record}"])
-    replay = f"rollout.replay={record}"
+    train(ranks, [*of(tmp_path / "whole"), f"tests.record={record}"])
+    replay = f"tests.replay={record}"
     train(ranks, of_adapters(places, tmp_path / "merged", adapted["merged"], *options, replay))
     assert_steps_equal(tmp_path / "merged", tmp_path / "whole", EQUAL)
     train(ranks, of_adapters(places, tmp_path / "peft", adapted["peft"], *options, replay))
@@ -382,8 +403,8 @@ def test_adapters_teach_alike_in_every_layout(ranks, places, adapted, tmp_path, 
     record, only = f"{tmp_path}/responses.jsonl", ["num_steps=2", "target.anchor=student"]
     teachers = [f"teachers.math.load={adapted['adapters']}", f"teachers.code.load={adapted['peft']}"]
     options = {"teachers": [*teachers, "teachers.default.hint=given"]}
-    train(ranks, arguments(places, tmp_path / "one", *only, f"rollout.record={record}", **options))
-    train(ranks, arguments(places, tmp_path / "two", *only, f"rollout.replay={record}", *LAYOUTS[name], **options), 2)
+    train(ranks, arguments(places, tmp_path / "one", *only, f"tests.record={record}", **options))
+    train(ranks, arguments(places, tmp_path / "two", *only, f"tests.replay={record}", *LAYOUTS[name], **options), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -425,8 +446,8 @@ def test_a_mixture_of_experts_teaches_a_dense_student_alike_in_every_layout(rank
     train(ranks, overrides(places["data"], tmp_path / "moe", *WIDE, *MOE, "num_steps=1"))
     own, options = {**places, "wide": tmp_path / "moe" / "checkpoints"}, ["num_steps=2", "checkpoint.save_every=0"]
     record = f"{tmp_path}/responses.jsonl"
-    train(ranks, of_wide(own, tmp_path / "one", *options, f"rollout.record={record}"))
-    train(ranks, of_wide(own, tmp_path / "two", *options, f"rollout.replay={record}", *layout), world)
+    train(ranks, of_wide(own, tmp_path / "one", *options, f"tests.record={record}"))
+    train(ranks, of_wide(own, tmp_path / "two", *options, f"tests.replay={record}", *layout), world)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -446,8 +467,8 @@ def test_a_dense_model_teaches_a_mixture_of_experts_alike_in_both_layouts(ranks,
         )
         return arguments(own, run_dir, *options, teachers=[*named, "teachers.default.hint=given"])
 
-    train(ranks, of(tmp_path / "one", f"rollout.record={record}"))
-    train(ranks, of(tmp_path / "two", f"rollout.replay={record}", "parallel.expert_model_parallel_size=2"), 2)
+    train(ranks, of(tmp_path / "one", f"tests.record={record}"))
+    train(ranks, of(tmp_path / "two", f"tests.replay={record}", "parallel.expert_model_parallel_size=2"), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 

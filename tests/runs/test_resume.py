@@ -103,7 +103,7 @@ OPTIONS.append("metrics.teacher_every=1")
 def whole(ranks, data, tmp_path_factory) -> Path:
     """Return the directory of a run of one rank with `OPTIONS`, which has its responses in responses.jsonl."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(ranks, overrides(data, run, *OPTIONS, f"rollout.record={run}/responses.jsonl"))
+    train(ranks, overrides(data, run, *OPTIONS, f"tests.record={run}/responses.jsonl"))
     return run
 
 
@@ -114,7 +114,7 @@ def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and
     """Data position, seeds, teacher and reference exactly; the first loss to 1e-5."""
     shutil.copytree(whole, tmp_path / "other")
     go_back_to_step(2, tmp_path / "other")
-    options = [*OPTIONS, *OTHER_LAYOUTS[name], f"rollout.record={tmp_path}/other.jsonl"]
+    options = [*OPTIONS, *OTHER_LAYOUTS[name], f"tests.record={tmp_path}/other.jsonl"]
     train(ranks, overrides(data, tmp_path / "other", *options), 2)
     assert recorded(tmp_path / "other.jsonl", step=2) == recorded(whole / "responses.jsonl", step=2)
     one, other = (reproducible_metrics(run)[2] for run in (whole, tmp_path / "other"))

@@ -46,7 +46,7 @@ def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ra
     """
     options = ["num_steps=1", "loss.rollout_correction=truncated", "loss.rollout_correction_cap=1.5"]
     recorded, changed = tmp_path / "recorded.jsonl", tmp_path / "changed.jsonl"
-    train(ranks, overrides(data, tmp_path / "plain", *options, f"rollout.record={recorded}"))
+    train(ranks, overrides(data, tmp_path / "plain", *options, f"tests.record={recorded}"))
     [plain] = reproducible_metrics(tmp_path / "plain")
     assert plain["correction/weight_mean"] == pytest.approx(1, abs=1e-5) and plain["correction/capped"] == 0
     num_tokens, num_small = 0, 0
@@ -57,7 +57,8 @@ def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ra
             num_tokens += len(record["token_ids"])
             num_small += 0 if number % 2 else len(record["token_ids"])
             lines.write(json.dumps(record) + "\n")
-    train(ranks, overrides(data, tmp_path / "weighted", *options, f"rollout.replay={changed}"), world_size=2)
+    replay = [f"tests.replay={changed}", "guards.max_log_prob_distance=null"]
+    train(ranks, overrides(data, tmp_path / "weighted", *options, *replay), world_size=2)
     [weighted] = reproducible_metrics(tmp_path / "weighted")
     assert weighted["correction/capped"] == pytest.approx(num_small / num_tokens)
     mean = (1.5 * num_small + (num_tokens - num_small) / 1.25) / num_tokens

@@ -98,7 +98,7 @@ def asked_to_stop_with_a_batch_ahead(arguments: list[str]) -> int:
         if self.step == 1:
             work = self.source._tickets[2].batch
             num_fast = sum(not is_slow(request.prompt) for request in work.requests)
-            work.arrivals.wait_for(lambda finished: len(finished) >= num_fast or None)
+            work.wait_for(lambda finished: len(finished) >= num_fast or None)
             os.kill(os.getpid(), signal.SIGTERM)
         return pack(self, batch)
 

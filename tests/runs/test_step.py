@@ -16,8 +16,8 @@ from tiny_run import overrides
 READS = ("tolist ", "_local_scalar_dense ", "nonzero ", "masked_select ", "bincount ", "equal ", "cpu ")
 # Where host tensors become a `DeviceBatch`, and the optimizer that GPUs have from elsewhere.
 NOT_ON_THE_DEVICE = (
-    "megatron_selfdistill/pipeline/batch.py",
     "megatron_selfdistill/data/packed_batch.py",
+    "megatron_selfdistill/pipeline/batch.py",
     "megatron_selfdistill/model/local_attention.py",
     "megatron/core/optimizer/optimizer.py",
     "megatron/core/utils.py",

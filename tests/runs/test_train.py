@@ -59,7 +59,7 @@ def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ra
     """A response is 8 tokens of the teacher's prompt that the student's prompt has not, or 7 of them."""
     recording, replayed = tmp_path / "recording.jsonl", tmp_path / "replayed.jsonl"
     short = ["num_steps=2", "checkpoint.save_every=0"]
-    train(ranks, overrides(data, tmp_path / "first", *short, f"rollout.record={recording}"))
+    train(ranks, overrides(data, tmp_path / "first", *short, f"tests.record={recording}"))
     run_data = RunData.load(load(overrides(data, tmp_path / "run")))
     prompts = {it.id: run_data.builder.prompt_pair(it) for it in run_data.problems.problems}
     lines, num_quoting = [], [0, 0]
@@ -71,7 +71,7 @@ def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ra
         unknown = [0.0] * len(quote)
         lines.append(response | {"token_ids": quote, "log_probs": unknown, "sampled_log_probs": unknown})
     replayed.write_text("".join(json.dumps(line | {"finish_reason": "stop"}) + "\n" for line in lines))
-    options = [*short, f"rollout.replay={replayed}", "guards.max_log_prob_distance=null"]
+    options = [*short, f"tests.replay={replayed}", "guards.max_log_prob_distance=null"]
     train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
     shares = [line["response/quoted_hint_share"] for line in reproducible_metrics(tmp_path / "run")]
     assert shares == [count / 8 for count in num_quoting] and num_quoting == [3, 3]

@@ -64,7 +64,7 @@ def by_definition(arguments: list[str], data: Path, responses: dict[tuple[str, i
 def test_losses_and_gradients_are_those_of_the_prompts_written_out(ranks, data, start, tmp_path):
     run = tmp_path / "run"
     options = [start, "target=teacher_alone", "optimizer.clip_grad=0"]
-    train(ranks, arguments(data, run, *options, f"rollout.record={run}/responses.jsonl"))
+    train(ranks, arguments(data, run, *options, f"tests.record={run}/responses.jsonl"))
     responses = recorded(run / "responses.jsonl", step=0)
     again = arguments(data, tmp_path / "again", *options)
     ((loss, norm),) = ranks.run(by_definition, again, data, responses, world_size=1, init_process_group=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
-from megatron_selfdistill.config import LearningRateDecay, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config.schema.step_config import LearningRateDecay
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
@@ -152,7 +153,7 @@ def start(
 
     teacher = Teacher(setup.teacher, student, another_copy, ema_decay=0.5)
     reference = Teacher("frozen", student, another_copy) if setup.reference else None
-    checkpointer = Checkpointer(run_dir, grid, keep_last=keep_last, async_save=async_save)
+    checkpointer = Checkpointer(run_dir, grid, CheckpointConfig(keep_last=keep_last, async_save=async_save))
     run = CheckpointedRun(setup, grid, student, optimizer, scheduler, teacher, reference, checkpointer)
     for index in range(1, steps + 1):
         run.step(index)

@@ -22,9 +22,7 @@ import torch
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import begin
 from megatron_selfdistill.engines.vllm.engine import EngineRequest
-from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE
-from megatron_selfdistill.engines.vllm.plugin.middleware import compact_body
-from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
+from megatron_selfdistill.engines.vllm.plugin.receivers import RECEIVERS, Receiver
 from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, digest, unpack
 from megatron_selfdistill.rollout.base import Response
 
@@ -126,20 +124,14 @@ class FakeVllm(ThreadingHTTPServer):
         """The path whose headers come one byte at a time."""
         self.texts: dict[str, str] = {}
         """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
-        self.compact = True
-        """Whether responses have the compact form of the project's plugin for the clients that accept it."""
         self.status = 200
         """The HTTP status of responses."""
         self.says = ""
         """The characters that replace every response, if not empty."""
-        self.says_compact = b""
-        """The bytes that replace every response in the compact form, if not empty."""
         self.writes_version = ""
         """The version of the weights that responses state falsely, if not empty."""
         self.max_model_len = 10_000
-        self.workers: list[dict[str, Any]] = [
-            {"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}
-        ]
+        self.workers: list[dict[str, Any]] = [{"host": "here", "boot_id": boot_id(), "address": "", "nccl": None}]
         """The answer of `VllmServer.workers`; the server really has one worker."""
         self.blind: list[str] = []
         """The hosts whose workers cannot read the trainer's files."""
@@ -158,8 +150,6 @@ class FakeVllm(ThreadingHTTPServer):
         """The number of pauses that have aborted the responses under way."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
-        self.num_compact = 0
-        """The number of responses in the compact form."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -183,7 +173,7 @@ class FakeVllm(ThreadingHTTPServer):
         if self.receiver is not None:
             self.receiver.close()
         self.transfer = info["transfer"]
-        self.receiver = make_receiver(self.transfer, torch.device("cpu"), 0, info["arguments"])
+        self.receiver = RECEIVERS[self.transfer](torch.device("cpu"), 0, **info["arguments"])
 
     def update(self, info: dict[str, Any]) -> None:
         """Receive a bucket of weights, or compare all weights with the digest of a complete update."""
@@ -277,13 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
-        compact = compact_body(json.dumps(answer).encode()) if fake.compact and not fake.says else None
-        compact = fake.says_compact or compact
-        if compact is None or MEDIA_TYPE not in self.headers["Accept"]:
-            self._reply(fake.status, fake.says or answer)
-        else:
-            fake.num_compact += 1
-            self._send(200, compact, MEDIA_TYPE)
+        self._reply(fake.status, fake.says or answer)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
         fake = self.server
@@ -323,11 +307,9 @@ class _Handler(BaseHTTPRequestHandler):
         return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:
-        self._send(status, (answer if isinstance(answer, str) else json.dumps(answer)).encode(), "application/json")
-
-    def _send(self, status: int, data: bytes, media_type: str) -> None:
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -37,7 +37,7 @@ def told_by_a_killed_run(ranks: RankPool, data: Path, tmp_path: Path, *options: 
         ]
 
     whole = tmp_path / "whole"
-    train(ranks, [*arguments(whole), f"rollout.record={whole}/responses.jsonl"])
+    train(ranks, [*arguments(whole), f"tests.record={whole}/responses.jsonl"])
     told = [json.loads(line) for line in (whole / "responses.jsonl").read_text().splitlines()]
     assert sum(record.get("turn", 0) == 0 for record in told) == NUM_EPISODES
     assert all(step["episodes/failed_share"] == 0 for step in reproducible_metrics(whole))

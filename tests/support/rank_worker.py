@@ -393,12 +393,12 @@ def _fill_caches_of_configurations() -> None:
     """Compose the files of tiny runs, and parse their overrides and values of every form, which are remembered."""
     import tiny_run
 
-    from megatron_selfdistill.config import given_keys, load
+    from megatron_selfdistill.config import GivenKeys, load
 
     forms = tiny_run.overrides(Path("data"), Path("/runs/run-1_a"), "rollout.engine_args={a: [x, 1], b: /c/d_1.txt}")
     for overrides in (["optimizer=fp32"], forms):
         load(overrides)
-        given_keys(overrides)  # as a run that has a checkpoint does
+        GivenKeys(overrides)  # as a run that has a checkpoint does
 
 
 def _prepare_torch() -> None:

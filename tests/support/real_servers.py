@@ -20,7 +20,6 @@ from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE
 from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.engines.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -111,7 +110,7 @@ def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], o
         fill(version)
         built.update_weights(version)
         ticket = built.start(everything, params, used_at=version + 1)
-        ticket.batch.arrivals.wait_for(lambda finished: finished or None)
+        ticket.batch.wait_for(lambda finished: finished or None)
         fill(version + 1)
         built.update_weights(version + 1)
         responses = built.collect(ticket)
@@ -126,7 +125,8 @@ def _read(server: VllmServer, request: Request, response: Response) -> list[floa
     prompt = [*request.prompt, *response.token_ids]
     sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
     body = {"token_ids": prompt, "sampling_params": sampling, "model": server._model, "stream": False}
-    answer: Any = run(server._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
+    given = {key: value for key, value in body.items() if value is not None}
+    answer: Any = run(server._ask("POST", "/inference/v1/generate", given))
     entries = zip(prompt, answer["prompt_logprobs"], strict=True)
     return [entry[str(token)]["logprob"] for token, entry in list(entries)[len(request.prompt) :]]
 

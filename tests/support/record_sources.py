@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_selfdistill.chat_logs import conversations
 from megatron_selfdistill.chat_logs.acceptance import Rule
-from megatron_selfdistill.config import ConversationsConfig, DataConfig
+from megatron_selfdistill.config import DataConfig
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig
 from megatron_selfdistill.data import problems
 from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.data.records import RecordSource

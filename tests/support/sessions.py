@@ -66,14 +66,6 @@ class Guiding(Session):
         return replace(reply, hint=str(len(self.said) // 2))
 
 
-class Unasked(Session):
-    """A `Session` that nobody may ask."""
-
-    def reset(self, problem: Problem, seed: int) -> str | None:
-        """Fail."""
-        raise AssertionError("a replay asks no session")
-
-
 class NeverBegun(Session):
     """A `Session` that cannot begin."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from recordings import taken_out
 
 if TYPE_CHECKING:
     from ranks import RankPool
@@ -113,13 +114,16 @@ def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
 
 
 def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
-    """Train on this rank with arguments of the command line; ``kill_at`` names a place of `killed_at`."""
+    """Train on this rank with arguments of the command line, and of `recordings`.
+
+    ``kill_at`` names a place of `killed_at`.
+    """
     from megatron_selfdistill.train import main
 
     with pytest.MonkeyPatch.context() as patch:
         if kill_at is not None:
             killed_at(kill_at, patch)
-        return main(list(arguments))
+        return main(taken_out(arguments, patch))
 
 
 def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:

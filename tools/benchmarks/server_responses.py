@@ -3,11 +3,10 @@
 
     python tools/benchmarks/server_responses.py --responses 1000 --tokens 1400 --servers 4 --in-flight 64
 
-The servers are one process that answers every request with the same response, in JSON as vLLM writes it or in the
-compact form of the project's plugin; rank 0 is this process, with the sampler's own batch of requests.  The table has
-the CPU seconds of this process, all its threads together, in which its interpreter launches no kernels, and the
-greatest number of threads that this process has beside its main thread.  Each server answers once ``--in-flight``
-requests are there.
+The servers are one process that answers every request with the same response, in JSON as vLLM writes it; rank 0 is
+this process, with the sampler's own batch of requests.  The table has the CPU seconds of this process, all its threads
+together, in which its interpreter launches no kernels, and the greatest number of threads that this process has beside
+its main thread.  Each server answers once ``--in-flight`` requests are there.
 """
 
 from __future__ import annotations
@@ -36,36 +35,35 @@ _PROMPT_TOKENS = 300
 
 
 def main() -> None:
-    """Measure each form of the answers, and print the table."""
+    """Measure, and print the table."""
     arguments = _parser().parse_args()
-    found = {form: [_measure(arguments, form) for _ in range(arguments.repeats)] for form in arguments.answers}
+    found = [_measure(arguments) for _ in range(arguments.repeats)]
     print(_table(found, arguments))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
+        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "json": found}, indent=2))
 
 
-def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
-    """Return the seconds and the threads of one batch, whose answers have a ``form``."""
-    from megatron_selfdistill.engines.vllm.background import BusyTime
+def _measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds and the threads of one batch."""
     from megatron_selfdistill.engines.vllm.client import VllmServer
     from megatron_selfdistill.engines.vllm.coroutines import run
     from megatron_selfdistill.engines.vllm.exchange import WeightAge
-    from megatron_selfdistill.engines.vllm.server_batch import ServerBatch
+    from megatron_selfdistill.engines.vllm.server_batch import BusyTime, ServerBatch
     from megatron_selfdistill.rollout.base import Request, SamplingParams
 
     requests = [Request([1 + i % 999] * _PROMPT_TOKENS, i) for i in range(arguments.responses)]
     params = SamplingParams(max_new_tokens=arguments.tokens + 1, stop_token_ids=(_STOP_TOKEN,))
-    with _answering(arguments, form) as addresses:
+    with _answering(arguments) as addresses:
         servers = [VllmServer(address, vocab_size=_VOCAB) for address in addresses]
         for server in servers:
             run(server.health())
         threads = _MostThreads()
         before, began = time.process_time(), time.perf_counter()
         batch = ServerBatch(requests, params, WeightAge(0, 0), servers, {}, BusyTime())
-        batch.arrivals.join()
+        batch.join()
         seconds, wall = time.process_time() - before, time.perf_counter() - began
         most = threads.stop()
-    responses = batch.arrivals.so_far()
+    responses = batch.so_far()
     assert len(responses) == len(requests) and {len(one.token_ids) for one in responses.values()} == {arguments.tokens}
     return {"seconds": seconds, "wall": wall, "threads": most}
 
@@ -90,11 +88,11 @@ class _MostThreads:
 
 
 @contextmanager
-def _answering(arguments: argparse.Namespace, form: str) -> Iterator[list[str]]:
+def _answering(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """Yield the addresses of servers that answer in a process of their own."""
     spawn = multiprocessing.get_context("spawn")
     ports: Any = spawn.Queue()
-    settings = (arguments.servers, arguments.tokens, form, arguments.in_flight, ports)
+    settings = (arguments.servers, arguments.tokens, arguments.in_flight, ports)
     process = spawn.Process(target=_serve, args=settings, daemon=True)
     process.start()
     try:
@@ -104,12 +102,12 @@ def _answering(arguments: argparse.Namespace, form: str) -> Iterator[list[str]]:
         process.join()
 
 
-def _serve(count: int, num_tokens: int, form: str, in_flight: int, ports: Any) -> None:
-    """Serve responses of ``num_tokens`` tokens in a ``form``, each once ``in_flight`` requests of a server wait."""
-    kind, response = _response(num_tokens, form)
+def _serve(count: int, num_tokens: int, in_flight: int, ports: Any) -> None:
+    """Serve responses of ``num_tokens`` tokens, each once ``in_flight`` requests of a server wait."""
+    response = _response(num_tokens)
 
     def answering(gate: _Gate) -> Any:
-        return lambda reader, writer: _answer(reader, writer, kind, response, gate)
+        return lambda reader, writer: _answer(reader, writer, response, gate)
 
     async def serve() -> None:
         for _ in range(count):
@@ -134,9 +132,7 @@ class _Gate:
         await self._open.wait()
 
 
-async def _answer(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: str, response: bytes, gate: _Gate
-) -> None:
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, response: bytes, gate: _Gate) -> None:
     """Answer one request; any request but one for a response has an empty answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
@@ -145,19 +141,15 @@ async def _answer(
     if generates:
         await gate.come()
     body = response if generates else b""
-    writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
     await writer.drain()
     writer.close()
 
 
-def _response(num_tokens: int, form: str) -> tuple[str, bytes]:
-    """Return the media type and the bytes of a response of ``num_tokens`` tokens, as a vLLM server writes them."""
+def _response(num_tokens: int) -> bytes:
+    """Return a response of ``num_tokens`` tokens, as a vLLM server writes it."""
     tokens = [10_000 + i % 30_000 for i in range(num_tokens - 1)] + [_STOP_TOKEN]
     log_probs = [-0.0123456789 * (1 + i % 97) for i in range(num_tokens)]
-    if form == "compact":
-        from megatron_selfdistill.engines.vllm.http.stated_response import MEDIA_TYPE, StatedResponse
-
-        return MEDIA_TYPE, StatedResponse(tokens, log_probs, "stop", [("0", 0, num_tokens)]).packed()
     both = zip(tokens, log_probs, strict=True)
     content = [
         {
@@ -175,10 +167,10 @@ def _response(num_tokens: int, form: str) -> tuple[str, bytes]:
         "token_ids": tokens,
         "weight_versions": [{"version": "0", "start": 0, "end": num_tokens}],
     }
-    return "application/json", json.dumps({"request_id": "0", "choices": [choice], "prompt_logprobs": None}).encode()
+    return json.dumps({"request_id": "0", "choices": [choice], "prompt_logprobs": None}).encode()
 
 
-def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> str:
+def _table(found: list[dict[str, float]], arguments: argparse.Namespace) -> str:
     per_thousand = 1000 / arguments.responses
     lines = [
         f"{arguments.responses} responses of {arguments.tokens} tokens, {arguments.servers} servers with up to "
@@ -187,19 +179,16 @@ def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
         "| answers | rank 0, CPU s | microseconds per token | threads |",
         "|---|---|---|---|",
     ]
-    for form, runs in found.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        lines.append(
-            f"| {form} | {seconds * per_thousand:.2f} | {seconds / arguments.responses / arguments.tokens * 1e6:.2f} | "
-            f"{max(run['threads'] for run in runs):.0f} |"
-        )
+    seconds = statistics.median(run["seconds"] for run in found)
+    lines.append(
+        f"| json | {seconds * per_thousand:.2f} | {seconds / arguments.responses / arguments.tokens * 1e6:.2f} | "
+        f"{max(run['threads'] for run in found):.0f} |"
+    )
     return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = measuring_parser(__doc__, {"responses": 1000, "tokens": 1400, "servers": 4, "in-flight": 64, "repeats": 3})
-    parser.add_argument("--answers", nargs="+", default=["json", "compact"], help="forms of the answers: json, compact")
-    return parser
+    return measuring_parser(__doc__, {"responses": 1000, "tokens": 1400, "servers": 4, "in-flight": 64, "repeats": 3})
 
 
 if __name__ == "__main__":

@@ -87,7 +87,6 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
                     server_python=arguments.server_python,
                     kv_cache_gb=0.2,
                     engine_args={"max_num_seqs": 8},
-                    transfer="ipc" if "ipc" in arguments.transfers else None,
                 ),
                 directory=directory / "servers",
                 hf_config=directory,

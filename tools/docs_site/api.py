@@ -33,12 +33,11 @@ PAGES = {
     "evaluation": (
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
-        "evaluation.calibration "
         "evaluation.evaluations",
     ),
     "checkpoints": (
         "Checkpoints and Hugging Face",
-        "interop.conversion interop.describe interop.merged_weights interop.peft_adapters "
+        "interop.conversion interop.describe interop.peft_adapters "
         "adapters.stored_adapters adapters.low_rank_adapters interop.export",
     ),
     "metrics": ("Metrics and guards", "metrics.log metrics.run_log metrics.step metrics.guards"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.config.key_list import config_dir, kinds, sections
+from megatron_selfdistill.config.key_list import config_dir, groups, sections
 from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 
 INTRODUCTION = """\
@@ -54,7 +54,7 @@ def page() -> str:
     ]
     lines += ["| recipe | what it is |", "|---|---|"]
     lines += [f"| `recipe={file.stem}` | {escaped(_first_sentence(file))} |" for file in sorted(_recipe_files())]
-    listed, options = configuration.keys(), configuration.groups()
+    listed, options = configuration.keys(), groups()
     sections = list(_sections())
     known = {name for name, _ in sections}
     further = {name: names for name, names in options.items() if name not in known and name != "recipe"}
@@ -85,9 +85,9 @@ def shown(default: Any) -> str:
     return repr(default) if isinstance(default, str) and not default.strip() else str(default)
 
 
-def _entry(key: str, default: Any, meaning: str) -> list[str]:
+def _entry(key: str, default: Any, meaning: str, kind: Any) -> list[str]:
     rule = rule_of(key)
-    parts = [values(kinds()[key]), f"default `{shown(default)}`", WHEN_RESUMED[rule]]
+    parts = [values(kind), f"default `{shown(default)}`", WHEN_RESUMED[rule]]
     lines = [f"[`{key}`](#{key}){{ #{key} }}", f":   {' · '.join(parts)}", "", *_indented(escaped(meaning))]
     for other in WHEN_RESUMED:
         items = sorted(name for name, found in RULES.items() if name.startswith(f"{key}.") and found == other != rule)

@@ -35,6 +35,10 @@ DIRECTORY = REPOSITORY / "docs" / "recipes"
 """Where the pages would stand, if they were files: their links lead from here."""
 HEADINGS = ("Algorithm", "Equation", "Paper", "Differences", "Command", "Expected", "Known failure")
 """The parts of a docstring after its first sentence, in their order; each begins a paragraph with its name and ":"."""
+COMMAND = (
+    "selfdistill recipe={name} checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/{name}"
+)
+"""The command of a method whose docstring has no other one."""
 NOTE = "<!-- tools/docs_site/methods.py makes this page from the file {name}.py of the methods and its recipes. -->"
 LETTERS = (
     "Every response token has the loss `w D(p, q) + a (-log p)`, divided by the number N of response tokens of the "
@@ -52,6 +56,8 @@ def page(name: str) -> str:
     """Return the page of a method as Markdown."""
     summary, parts = taken_apart(docstring(name))
     out = [f"# Method: {name}", NOTE.format(name=name), markdown(summary)]
+    if not re.search("^    ", parts["Command"], re.MULTILINE):
+        parts["Command"] = f"{parts['Command']}\n\n    {COMMAND.format(name=name)}".lstrip("\n")
     for heading, text in parts.items():
         out.append(f"## {heading}")
         if heading == "Equation" and re.search(r"^ {4}.*\ba += ", text, re.MULTILINE):
@@ -69,13 +75,15 @@ def docstring(name: str) -> str:
 def taken_apart(text: str) -> tuple[str, dict[str, str]]:
     """Return the first sentence of a docstring, and heading -> text of each part.
 
-    Raises: ValueError unless each part is there once, in the order of `HEADINGS`.
+    The part Command is empty in a docstring without this part.
+    Raises: ValueError unless each other part is there once, in the order of `HEADINGS`.
     """
     summary, *parts = re.split(rf"\n\n(?=(?:{'|'.join(HEADINGS)}):)", text)
     found = {heading: rest.lstrip(" ").strip("\n") for heading, _, rest in (one.partition(":") for one in parts)}
-    if tuple(found) != HEADINGS or len(parts) != len(found):
+    wanted = [heading for heading in HEADINGS if heading in found or heading != "Command"]
+    if [*found] != wanted or len(parts) != len(found):
         raise ValueError(f"expected the parts {', '.join(HEADINGS)}, got {', '.join(found)}: {summary}")
-    return summary, found
+    return summary, {heading: found.get(heading, "") for heading in HEADINGS}
 
 
 def markdown(text: str) -> str:

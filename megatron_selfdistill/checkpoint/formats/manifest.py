@@ -10,6 +10,7 @@ or check the checksums of different files at the same time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,6 @@ NAME = "manifest.json"
 """The name of the manifest in a checkpoint."""
 _PART = "manifest.part."
 _ALGORITHM = "xxh3_128"  # at least 10 GB/s per core, so that the disk is the limit
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,10 @@ class Entry:
 
 
 def checksum(file: Path) -> Entry:
-    """Return the present size and checksum of ``file``; read it through one buffer of 1 MiB."""
-    total, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_BLOCK))  # a new buffer per block would cost more than the checksum
+    """Return the present size and checksum of ``file``."""
     with Path(file).open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            total.update(buffer[:count])
-            size += count
-    return Entry(size, total.hexdigest())
+        total = hashlib.file_digest(stream, xxhash.xxh3_128)
+        return Entry(stream.tell(), total.hexdigest())
 
 
 def write_part(directory: Path, owner: str, files: Iterable[Path], known: Mapping[str, Entry] | None = None) -> None:

@@ -35,24 +35,14 @@ def raise_misfit(path: Path, faults: Sequence[str]) -> None:
         raise CheckpointError(f"{path} does not fit this model: {first_few(faults)}")
 
 
-def is_finite(tensor: Tensor) -> Tensor:
-    """Return whether all elements are finite, as a boolean scalar on the tensor's device; True for integers.
+def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity; wait for the device once.
 
     The function makes one pass without a temporary tensor: NaN propagates through the minimum and the maximum, and an
     infinity is the minimum or the maximum.
     """
-    if not tensor.numel() or not tensor.is_floating_point():
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    low, high = torch.aminmax(tensor.detach())
-    return torch.isfinite(low) & torch.isfinite(high)
-
-
-def non_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of the tensors that hold a NaN or an infinity; wait for the device once."""
-    names, flags = [], []
-    for name, tensor in named:
-        names.append(name)
-        flags.append(is_finite(tensor))
-    if not flags:
+    named = [(name, tensor) for name, tensor in named if tensor.numel() and tensor.is_floating_point()]
+    if not named:
         return []
-    return [name for name, finite in zip(names, torch.stack(flags).tolist(), strict=True) if not finite]
+    bounds = torch.stack([torch.stack(torch.aminmax(tensor.detach())).double() for _, tensor in named])
+    return [name for (name, _), finite in zip(named, bounds.isfinite().all(1).tolist(), strict=True) if not finite]

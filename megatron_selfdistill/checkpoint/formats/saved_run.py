@@ -30,17 +30,7 @@ class SavedRun:
     own: dict[str, Any]
     """This program's section of that state (`SECTION`)."""
     trainer_state: dict[str, Any]
-    """The state of the trainer, with the key ``step``: plain values that `encode` accepts."""
-
-
-def encode(trainer_state: dict[str, Any]) -> str:
-    """Return the state of a trainer as JSON, which no reader can execute.
-
-    `read_saved_run` restores numbers exactly, and tuples as lists.
-
-    Raises: TypeError for a value that is not plain.
-    """
-    return json.dumps(trainer_state)
+    """The state of the trainer, with the key ``step``: plain values, stored as JSON."""
 
 
 def read_saved_run(path: Path) -> SavedRun:
@@ -54,7 +44,12 @@ def read_saved_run(path: Path) -> SavedRun:
         raise CheckpointError(
             f"{path} was not saved by a run of this program: to start from its weights, set checkpoint.load"
         )
-    return SavedRun(path, common, own, _decode(own.get("trainer_state"), path))
+    try:
+        state: dict[str, Any] = json.loads(own.get("trainer_state") or "")
+        int(state["step"])
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a corrupt trainer_state: {error}") from None
+    return SavedRun(path, common, own, state)
 
 
 def is_selfdistill_checkpoint(path: Path) -> bool:
@@ -67,13 +62,3 @@ def is_selfdistill_checkpoint(path: Path) -> bool:
     except CheckpointError:
         return False
     return isinstance(common, dict) and SECTION in common
-
-
-def _decode(stored: Any, path: Path) -> dict[str, Any]:
-    """Return the state of a trainer from the JSON of `encode`."""
-    try:
-        state: dict[str, Any] = json.loads(stored)
-        int(state["step"])
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a corrupt trainer_state: {error}") from None
-    return state

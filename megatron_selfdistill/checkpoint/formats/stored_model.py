@@ -26,7 +26,7 @@ from megatron_selfdistill.model.model_values import LATENT_ONLY, ROPE_FACTOR, TR
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
     """Return ``config`` with the architecture of the checkpoint from which the run resumes, or else starts.
 
-    ``given``: the keys that the user has set (`config.given_keys`); null takes every ``model.*`` that differs from its
+    ``given``: the keys that the user has set (`config.GivenKeys`); null takes every ``model.*`` that differs from its
     default.  Each rank reads for itself; a process group is not needed.
 
     Raises: ConfigError with both values where ``model.*`` contradicts the checkpoint; CheckpointError where the
@@ -146,7 +146,8 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
         f"model.{'transformer.' * (name in configured.transformer)}{name.replace('yarn_', 'yarn.')} is {ours!r}, but "
         f"the checkpoint was saved with {theirs!r}"
         for name, (ours, theirs) in differences(wanted, stored).items()
-        if not _may_differ(name, stored)
+        # RoPE has no table of positions, so a run may allow fewer or more positions.
+        if name != "max_position_embeddings" or stored.position_embedding_type == "learned_absolute"
     ]
     if faults:
         raise ConfigError(f"{'; '.join(faults)}: do not set these keys, or choose another checkpoint")
@@ -242,11 +243,3 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
     if found.get("window_size") is not None:
         found["window_size"] = tuple(found["window_size"])
     return found
-
-
-def _may_differ(name: str, stored: ModelConfig) -> bool:
-    """Return whether a run may set the field ``name`` to another value than the stored one.
-
-    RoPE has no table of positions, so a run may allow fewer or more positions.
-    """
-    return name == "max_position_embeddings" and stored.position_embedding_type != "learned_absolute"

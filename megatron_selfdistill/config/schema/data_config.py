@@ -6,16 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import (
-    ACCEPTED_RULES,
-    BAD_RECORD_POLICIES,
-    CONVERSATION_RESPONSES,
-    CONVERSATION_TURNS,
-    DATA_KINDS,
-    LONG_CONTEXT_POLICIES,
-    SOLUTION_SOURCES,
-)
-from megatron_selfdistill.config.schema.field_checks import Part, require, require_address, require_range
+from megatron_selfdistill.config.schema.field_checks import Part, require, require_range
 from megatron_selfdistill.config.schema.method_config import FOUND, GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveInt, Text
 
@@ -24,18 +15,15 @@ from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, Pos
 class EnvironmentConfig(Part, section="environment"):
     """The environment that replies to the sampled responses, with texts and rewards."""
 
-    name: Annotated[str, OneOf(("none", "http", "http_sessions", "tools"), or_dotted=True)] = "none"
-    """The environment: none, http (an endpoint for chat completions that plays the environment), http_sessions (an
-    endpoint with a state for each episode), tools (the methods of a class, which responses call and prompts show) or
-    the dotted path of a class, or of a function that makes an environment, such as package.module.Class.  With an
-    environment, the reward of a response is the reward of the reply to it, unless method.reward names a function."""
+    name: Annotated[str, OneOf(("none", "tools"), or_dotted=True)] = "none"
+    """The environment: none, tools (the methods of a class, which responses call and prompts show) or the dotted path
+    of a class, or of a function that makes an environment, such as package.module.Class.  With an environment, the
+    reward of a response is the reward of the reply to it, unless method.reward names a function."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the class or the function that name names.  Those of http are url (such as
-    http://host:8000/v1; requests go to url/chat/completions), model, api_key_env (the environment variable with the
-    bearer token), timeout_s, retries and concurrency (the requests of a rank at the same time).  Those of tools are
-    tools (the dotted path of the class), parser (hermes, llama, glm or a dotted path) and options (the keyword
-    arguments of the class).  The files of the run show all these values: name the variable of a secret, as api_key_env
-    does, and never write the secret."""
+    """Keyword arguments of the class or the function that name names.  Those of tools are tools (the dotted path of the
+    class), parser (hermes, llama, glm or a dotted path) and options (the keyword arguments of the class).  The files of
+    the run show all these values: name the environment variable of a secret, as api_key_env, and never write the
+    secret.  The processes of sessions have the variable that api_key_env names."""
     max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
@@ -51,13 +39,11 @@ class EnvironmentConfig(Part, section="environment"):
             return
         name, method = f"environment.name={self.name}", f"method.name={config.method.name}"
         require(self.exists, "the section environment has settings, but environment.name is none: set it")
-        if self.name in ("http", "http_sessions"):
-            require_address("environment.options.url", str(self.options.get("url", "")), "http://host:8000/v1")
-            require(
-                "api_key" not in self.options,
-                "environment.options.api_key would be written into the files of the run: put the key into an "
-                "environment variable, and name the variable with environment.options.api_key_env",
-            )
+        require(
+            "api_key" not in self.options,
+            "environment.options.api_key would be written into the files of the run: put the key into an environment "
+            "variable, and name the variable with environment.options.api_key_env",
+        )
         require(
             config.needs.samples is not None and config.data.kind == "problems" and config.rollout.guidance == "none",
             f"{name} replies to sampled responses to problems: it needs a method that samples, data.kind=problems and "
@@ -84,7 +70,7 @@ class EnvironmentConfig(Part, section="environment"):
 class DataConfig(Part, section="data"):
     """The problems, the tokenizer and the prompts."""
 
-    kind: Annotated[str, OneOf(DATA_KINDS)] = "problems"
+    kind: Annotated[str, OneOf(("problems", "conversations"))] = "problems"
     """The kind of the records: problems (with solutions), or conversations (chat logs; see the section
     conversations)."""
     path: FilePath | None = None
@@ -97,7 +83,7 @@ class DataConfig(Part, section="data"):
     fields: dict[str, Text] = field(default_factory=dict)
     """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id,
     messages and, with the key teachers, teacher; conversations have messages, accepted, tools and id."""
-    on_bad_record: Annotated[str, OneOf(BAD_RECORD_POLICIES)] = "error"
+    on_bad_record: Annotated[str, OneOf(("error", "skip"))] = "error"
     """The reaction to a bad record: error (the run ends) or skip (the record is counted and skipped)."""
     limit: PositiveInt | None = None
     """Number of records that are used, from the first one on; null is all."""
@@ -129,10 +115,10 @@ class DataConfig(Part, section="data"):
     max_length: PositiveInt | None = None
     """Length of the longest context, in tokens; null is model.max_position_embeddings, or the longest packed sequence
     (schedule.max_tokens) if that is shorter."""
-    on_long_context: Annotated[str, OneOf(LONG_CONTEXT_POLICIES)] = "error"
+    on_long_context: Annotated[str, OneOf(("error", "drop", "truncate_start", "truncate_end"))] = "error"
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
-    solutions: Annotated[str, OneOf(SOLUTION_SOURCES)] = "given"
+    solutions: Annotated[str, OneOf(("given", "answer", "other", "none"))] = "given"
     """The text of the data that serves as the solution: given (the solution) or answer (the answer alone); as controls
     that show what the hint does, other (the solution of another problem, drawn by seed) or none (an empty text in the
     teacher's wording).  A method whose hints are other texts, such as method.name=own_solutions, sdpo or skill_sd, does
@@ -163,14 +149,14 @@ def check_view(key: str, view: Any) -> None:
 class ConversationsConfig(Part, section="conversations"):
     """The training on turns of logged conversations (data.kind=conversations)."""
 
-    accepted_rule: Annotated[str, OneOf(ACCEPTED_RULES, or_dotted=True)] = "closing_turn"
+    accepted_rule: Annotated[str, OneOf(("closing_turn", "marked"), or_dotted=True)] = "closing_turn"
     """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn, marked (only marks
     count), or the dotted path of a function ``rule(messages) -> index or None``.  closing_turn takes the last assistant
     message before the last user message.  The user must then say thanks or go on, and neither correct nor repeat
     anything."""
-    turns: Annotated[str, OneOf(CONVERSATION_TURNS)] = "all"
+    turns: Annotated[str, OneOf(("all", "before_accepted"))] = "all"
     """Turns that are trained on: all (the accepted turn too, with its own text as the hint) or before_accepted."""
-    responses: Annotated[str, OneOf(CONVERSATION_RESPONSES)] = "logged"
+    responses: Annotated[str, OneOf(("logged", "sampled"))] = "logged"
     """The responses: logged (the tokens of the log; nothing is sampled, and no sampler is built) or sampled (a new
     rollout for each turn)."""
     show_contents: bool = False
@@ -178,6 +164,16 @@ class ConversationsConfig(Part, section="conversations"):
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where the keys of sampled responses would be ignored, or the hint would be another."""
+        needs, method = config.needs, f"method.name={config.method.name}"
+        require(
+            not (config.logged and needs.samples is not None and (needs.own_prompts or needs.compares)),
+            f"{method} needs sampled responses, but conversations.responses=logged samples nothing",
+        )
+        require(
+            config.logged or needs.samples is not None or not needs.compares,
+            f"{method} samples nothing, and takes the replies of a log: it needs data.kind=conversations and "
+            f"conversations.responses=logged, got {config.data.kind} and {self.responses}",
+        )
         if config.data.kind != "conversations":
             return
         require(

@@ -66,6 +66,16 @@ class Needs:
         return self.teacher_prompt == SAME
 
     @property
+    def own_prompts(self) -> bool:
+        """Whether the responses, or the teacher's readings, follow other prompts than the student's and the hinted."""
+        return self.samples == TEACHER or self.reads_one_prompt
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method compares responses, by rewards, log-probs, found hints or in groups."""
+        return self.rewards or self.log_probs is not None or self.hint != GIVEN or self.group_size > 1
+
+    @property
     def has_policy_term(self) -> bool:
         """Whether the loss has a term -log p of the response token beside the divergence from a target."""
         return self.teacher_prompt is not None and self.log_probs is not None
@@ -81,8 +91,6 @@ class Needs:
         Without these refusals, a run would train on something else than its keys say.
         """
         solutions, loss, rollout = config.data.solutions, config.loss, config.rollout
-        own_prompts = self.samples == TEACHER or self.reads_one_prompt
-        compares = self.rewards or self.log_probs is not None or self.hint != GIVEN or self.group_size > 1
         of_data = config.data.kind == "problems" and self.teacher_prompt == HINTED and self.hint == GIVEN
         require(
             solutions not in ("other", "none") or of_data,
@@ -90,23 +98,9 @@ class Needs:
             f"data.kind={config.data.kind} has no such hints: set data.solutions=given",
         )
         require(
-            rollout.guidance == "none" or not (own_prompts or self.hint_follows),
-            f"{method} has prompts or hints of its own, which rollout.guidance=mixed does not know when it samples: "
-            "set rollout.guidance=none",
-        )
-        require(
             not self.reads_one_prompt or config.teacher.weights != "current",
             f"{method} compares the student with other weights after one prompt: it needs teacher.weights=frozen "
             "or ema, got current",
-        )
-        require(
-            not (config.logged and self.samples is not None and (own_prompts or compares)),
-            f"{method} needs sampled responses, but conversations.responses=logged samples nothing",
-        )
-        require(
-            config.logged or self.samples is not None or not compares,
-            f"{method} samples nothing, and takes the replies of a log: it needs data.kind=conversations and "
-            f"conversations.responses=logged, got {config.data.kind} and {config.conversations.responses}",
         )
         require(
             config.logged
@@ -119,14 +113,6 @@ class Needs:
             loss.fused != "keep_gradient" or not self.has_policy_term,
             f"loss.fused=keep_gradient keeps the gradient of the divergence alone, but {method} adds a term of "
             "another gradient: set loss.fused=low_memory, none or null",
-        )
-        key = sampled_log_probs_key(config)
-        plain = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
-        require(
-            key is None or config.logged or (rollout.temperature > 0 and (rollout.engine != "vllm" or plain)),
-            f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
-            "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
-            f"{rollout.temperature}, {rollout.top_k} and {rollout.top_p}",
         )
 
 

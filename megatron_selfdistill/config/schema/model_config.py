@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS, ROUTER_SCORES
+from megatron_selfdistill.choices import ACTIVATIONS
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     DottedPath,
@@ -75,7 +75,7 @@ class ModelConfig(Part, section="model"):
     """Channels per head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: PositiveInt = 4096
     """Length of the longest sequence that the model can read, in tokens."""
-    position_embedding_type: Annotated[str, OneOf(POSITION_EMBEDDINGS)] = "rope"
+    position_embedding_type: Annotated[str, OneOf(("rope", "yarn", "learned_absolute", "none"))] = "rope"
     """The encoding of positions: rope, yarn (rope with scaled frequencies), learned_absolute or none."""
     rotary_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
@@ -87,7 +87,7 @@ class ModelConfig(Part, section="model"):
     """Factor by which all rotary positions are divided (linear scaling); null is no scaling."""
     yarn: YarnConfig = field(default_factory=YarnConfig)
     """How YaRN scales the rotary frequencies, with position_embedding_type=yarn."""
-    normalization: Annotated[str, OneOf(NORMALIZATIONS)] = "RMSNorm"
+    normalization: Annotated[str, OneOf(("RMSNorm", "LayerNorm"))] = "RMSNorm"
     """Kind of all normalisations: RMSNorm or LayerNorm."""
     layernorm_epsilon: Epsilon = 1e-5
     """Epsilon of all normalisations."""
@@ -118,7 +118,7 @@ class ModelConfig(Part, section="model"):
     """Width of the MLP of one expert; null is ffn_hidden_size."""
     moe_router_enable_expert_bias: bool = False
     """Whether biases of the experts balance the load, without an auxiliary loss."""
-    moe_router_score_function: Annotated[str, OneOf(ROUTER_SCORES)] = "softmax"
+    moe_router_score_function: Annotated[str, OneOf(("softmax", "sigmoid"))] = "softmax"
     """Score of the router: softmax, or sigmoid, which expert biases need."""
     num_passthrough_mtp_layers: Annotated[int, at_least(0), at_most(MAX_LAYERS)] = 0
     """Number of multi-token-prediction layers of the checkpoint: they are converted both ways, never built or

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import operator
 import re
@@ -53,12 +52,6 @@ class OneOf:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return self.or_number
         return value in self.choices or (self.or_dotted and isinstance(value, str) and is_dotted(value))
-
-    def nearest(self, value: Any) -> str | None:
-        """Return the choice that is spelt most like ``value``; None if none is."""
-        spelt = {choice.lower(): choice for choice in self.choices if isinstance(choice, str)}
-        near = difflib.get_close_matches(str(value).lower(), spelt, n=1)
-        return spelt[near[0]] if near else None
 
 
 @dataclass(frozen=True)
@@ -165,9 +158,7 @@ def faults(key: str, kind: Any, value: Any) -> Iterator[str]:
         yield f"{key} must be {described(kind)}, got {shown(value)}"
     for one in ranges:
         if not one.holds(value):
-            near = one.nearest(value) if isinstance(one, OneOf) else None
-            meant = f"; did you mean {near!r}?" if near else ""
-            yield f"{key} must be {one}{', or null' * nullable}, got {shown(value)}{meant}"
+            yield f"{key} must be {one}{', or null' * nullable}, got {shown(value)}"
     if isinstance(value, dict):
         kind_of_entry = get_args(plain)[1] if get_origin(plain) is dict else Any
         for name, entry in value.items():

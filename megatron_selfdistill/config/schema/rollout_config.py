@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, TRANSFERS, UPDATE_MODES
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
-from megatron_selfdistill.config.schema.method_config import GIVEN
+from megatron_selfdistill.config.schema.method_config import GIVEN, sampled_log_probs_key
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
@@ -32,9 +31,9 @@ from megatron_selfdistill.config.schema.ranges import (
 class RolloutConfig(Part, section="rollout"):
     """The sampling of the student's responses."""
 
-    engine: Annotated[str, OneOf(ENGINES)] = "megatron"
+    engine: Annotated[str, OneOf(("megatron", "vllm"))] = "megatron"
     """The sampler: megatron (the model in training itself, with a KV cache) or vllm."""
-    placement: Annotated[str, OneOf(PLACEMENTS)] = "colocated"
+    placement: Annotated[str, OneOf(("colocated", "server"))] = "colocated"
     """The place where vLLM runs: colocated (in the processes of the trainer, on the same devices) or server (in its own
     processes, on other devices or nodes; the trainer's environment then needs no vLLM)."""
     engine_tp: Ranks = 1
@@ -42,7 +41,7 @@ class RolloutConfig(Part, section="rollout"):
     engine."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's engine by their own names, such as max_num_seqs; they override the values that this
-    project derives."""
+    project derives, but for the ranks of a colocated engine (engine_tp)."""
     hf_config: FilePath | None = None
     """Directory with the Hugging Face config.json from which vLLM builds the model; null takes the config.json in the
     checkpoint, or derives it from the model where the checkpoint has none."""
@@ -56,11 +55,10 @@ class RolloutConfig(Part, section="rollout"):
     """Environment variables of the servers that the run starts, such as NCCL_DEBUG; an empty value removes a variable.
     The servers also get the environment in which the run was started, without the variables that the launcher or the
     run has set for itself."""
-    transfer: Annotated[str, OneOf(TRANSFERS)] | None = None
-    """The transfer of weights to servers: shared_memory (files in transfer_dir), gloo, nccl, or ipc (servers on the
-    trainer's GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where
-    the servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir,
-    otherwise gloo."""
+    transfer: Annotated[str, OneOf(("shared_memory", "gloo", "nccl"))] | None = None
+    """The transfer of weights to servers: shared_memory (files in transfer_dir), gloo or nccl.  Null takes nccl on GPUs
+    where all servers have the trainer's version of NCCL, otherwise shared_memory where all workers can read files in
+    transfer_dir, otherwise gloo."""
     transfer_dir: Directory = "/dev/shm"
     """Directory of the files of transfer=shared_memory, on a shared file system where servers are on other nodes."""
     bucket_mb: PositiveFloat = 1024.0
@@ -76,10 +74,10 @@ class RolloutConfig(Part, section="rollout"):
     """Number of steps by which servers work ahead: while the trainer trains on the responses of a step, they generate
     those of this many further steps.  Their weights are up to as many steps old when the trainer trains on them.  Needs
     placement=server, and max_staleness of at least ahead."""
-    at_update: Annotated[str, OneOf(UPDATE_MODES)] = "wait"
+    at_update: Annotated[str, OneOf(("wait", "keep"))] = "wait"
     """The fate of responses under way when servers get new weights, under ahead: wait (the update waits until they are
     finished) or keep (they go on with the new weights)."""
-    guidance: Annotated[str, OneOf(GUIDANCES)] = "none"
+    guidance: Annotated[str, OneOf(("none", "mixed"))] = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once; needs engine=megatron).  Mixed responses are off-policy for the student."""
     guide_below: Annotated[float, above(0), at_most(1)] | None = None
@@ -104,11 +102,6 @@ class RolloutConfig(Part, section="rollout"):
     """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
-    replay: FilePath | None = None
-    """JSONL file of responses, as rollout.record writes it; the run trains on these responses instead of sampling."""
-    record: FilePath | None = None
-    """JSONL file to which the run writes every response with its step, problem and index of the sample; null is
-    none."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where responses would be sampled in another way than the keys say."""
@@ -126,6 +119,19 @@ class RolloutConfig(Part, section="rollout"):
             "rollout.guidance=mixed samples from the target itself, in process: it needs rollout.engine=megatron, "
             f"rollout.temperature=1 (or 0), top_k=0 and top_p=1, got {self.engine}, {self.temperature}, {self.top_k} "
             f"and {self.top_p}",
+        )
+        method = f"method.name={config.method.name}"
+        require(
+            self.guidance == "none" or not (config.needs.own_prompts or config.needs.hint_follows),
+            f"{method} has prompts or hints of its own, which rollout.guidance=mixed does not know when it samples: "
+            "set rollout.guidance=none",
+        )
+        key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
+        require(
+            key is None or config.logged or (self.temperature > 0 and (self.engine != "vllm" or plain)),
+            f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
+            "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
+            f"{self.temperature}, {self.top_k} and {self.top_p}",
         )
         is_whole = config.needs.hint == GIVEN and not config.environment.exists and self.guidance == "none"
         require(

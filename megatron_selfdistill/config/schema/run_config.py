@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import LOGGERS, VERIFIERS, VERIFY_LEVELS
+from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
@@ -38,7 +38,7 @@ class CheckpointConfig(Part, section="checkpoint"):
     arguments in the checkpoint give the architecture, and keys model.* must not contradict them."""
     load_optimizer: bool = False
     """Whether the optimizer state in checkpoint.load is taken too (torch_dist, the same kind of optimizer)."""
-    verify: Annotated[str, OneOf(VERIFY_LEVELS)] = "checksums"
+    verify: Annotated[str, OneOf(("checksums", "sizes", "none"))] = "checksums"
     """The comparison with the manifest of a checkpoint before the checkpoint is loaded: checksums (reads every file
     once; the ranks share the files), sizes, or none.  Only with none, a checkpoint of this program that has lost its
     manifest is loaded.  Checkpoints of other programs have no manifest."""
@@ -136,7 +136,7 @@ class EvaluationConfig(Part, section="evaluation"):
     """Number of responses per problem at rollout.temperature, besides one greedy response."""
     pass_at_k: Annotated[list[PositiveInt], DifferentEntries()] = field(default_factory=lambda: [1])
     """Values of k of pass@k, at most num_samples each."""
-    verifier: Annotated[str, OneOf(VERIFIERS, or_dotted=True)] = "math_verify"
+    verifier: Annotated[str, OneOf(("math_verify", "exact_match"), or_dotted=True)] = "math_verify"
     """The judge that finds a response right or wrong: math_verify (its final answer means the answer), exact_match (its
     final answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
     confidence: Text | None = CONFIDENCE

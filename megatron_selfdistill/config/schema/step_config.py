@@ -9,16 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import (
-    GPU_MEMORY_GB,
-    GPUS,
-    LR_DECAY_STYLES,
-    OPTIMIZERS,
-    PAIR_ORDERS,
-    PRECISIONS,
-    RECOMPUTE_GRANULARITIES,
-    RECOMPUTE_METHODS,
-)
+from megatron_selfdistill.choices import GPU_MEMORY_GB, GPUS, PRECISIONS
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
@@ -94,9 +85,9 @@ class ClusterConfig(Part, section="cluster"):
 class RecomputeConfig(Part, section="schedule.recompute"):
     """The key ``schedule.recompute``: what backward recomputes, by Megatron's names without ``recompute_``."""
 
-    granularity: Annotated[str, OneOf(RECOMPUTE_GRANULARITIES)] | None = None
+    granularity: Annotated[str, OneOf(("selective", "full"))] | None = None
     """The part that backward recomputes: selective (modules) or full (complete layers); null is nothing."""
-    method: Annotated[str, OneOf(RECOMPUTE_METHODS)] | None = None
+    method: Annotated[str, OneOf(("uniform", "block"))] | None = None
     """Megatron's method of full recomputation: uniform or block."""
     num_layers: PositiveInt | None = None
     """Number of layers in a unit of full recomputation."""
@@ -108,7 +99,7 @@ class RecomputeConfig(Part, section="schedule.recompute"):
 class ScheduleConfig(Part, section="schedule"):
     """The order and the memory of one step in the pipeline."""
 
-    pair_order: Annotated[str, OneOf(PAIR_ORDERS)] | None = None
+    pair_order: Annotated[str, OneOf(("teacher_first", "alternating"))] | None = None
     """Order of the teacher's and the student's microbatches: teacher_first or alternating; null is teacher_first with
     pipelining, otherwise alternating."""
     max_tokens: PositiveInt = 8192
@@ -129,7 +120,7 @@ class LearningRateDecay(Part, section="optimizer.lr_decay"):
 
     steps: PositiveInt | None = None
     """Number of steps until the learning rate is min_lr; null is num_steps."""
-    style: Annotated[str, OneOf(LR_DECAY_STYLES)] = "constant"
+    style: Annotated[str, OneOf(("constant", "linear", "cosine", "inverse-square-root"))] = "constant"
     """Form of the decay: constant, linear, cosine or inverse-square-root."""
 
 
@@ -151,7 +142,7 @@ class OptimizerConstants(Part, section="optimizer.constants"):
 class OptimizerConfig(Part, section="optimizer"):
     """Megatron's optimizer, its learning rate, and the reduction of gradients over data-parallel ranks."""
 
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adam"
+    optimizer: Annotated[str, OneOf(("adam", "sgd"))] = "adam"
     """The optimizer: adam or sgd."""
     precision: Annotated[str, OneOf(PRECISIONS)] = "bf16"
     """Precision of the weights: bf16 (with float32 main parameters) or fp32."""

@@ -6,18 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import (
-    ANCHORS,
-    CONTROLS,
-    DIVERGENCES,
-    LOSS_BACKENDS,
-    LOSS_FUSED,
-    NORMALIZES,
-    ROLLOUT_CORRECTIONS,
-    TARGET_RULES,
-    TEACHER_OFFLOADS,
-    TEACHER_WEIGHTS,
-)
+from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, FUSED_MODES, LOSS_BACKENDS, TARGET_RULES
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import (
@@ -48,20 +37,20 @@ class LossConfig(Part, section="loss"):
     backend: Annotated[str, OneOf(LOSS_BACKENDS)] | None = None
     """The implementation of the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits
     are on a GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
-    rollout_correction: Annotated[str, OneOf(ROLLOUT_CORRECTIONS)] = "none"
+    rollout_correction: Annotated[str, OneOf(("none", "truncated", "truncated_sequence"))] = "none"
     """Importance weight of each token's divergence: none, truncated: min(p / mu, rollout_correction_cap), where p is
     the student's probability of the token and mu its probability under the distribution that sampled it (another
     engine, or the guided mix), or truncated_sequence: the same with the mean of p / mu over the tokens of the
     response."""
     rollout_correction_cap: PositiveFloat = 2.0
     """The largest importance weight under rollout_correction."""
-    normalize: Annotated[str, OneOf(NORMALIZES)] = "tokens"
+    normalize: Annotated[str, OneOf(("tokens", "sequences", "prompts"))] = "tokens"
     """The things that the loss is a mean over: tokens (all response tokens alike), sequences (the tokens of each
     response, then the responses) or prompts (the sum over the tokens of all responses to a problem, then the
     problems)."""
     skip_first_tokens: NonNegativeInt = 0
     """Number of tokens at the start of each response that are not trained on."""
-    fused: Annotated[str, OneOf(LOSS_FUSED)] | None = None
+    fused: Annotated[str, OneOf(("none", *FUSED_MODES))] | None = None
     """The computation of the output layer: none (all logits of a microbatch, of student and teacher, exist at once), or
     together with the loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until
     backward) or low_memory (backward computes the logits again, with half as many GEMMs more).  Null takes the first of
@@ -105,7 +94,7 @@ class TargetConfig(Part, section="target"):
     teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
     match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
-    control: Annotated[str, OneOf(CONTROLS)] = "none"
+    control: Annotated[str, OneOf(("auto", "other", "none"))] = "none"
     """What the teacher's logits t are compared with: none, or other: the teacher reads each response also after the
     hints of num_controls other problems, and w (t - c) takes the place of w t, where c is the log of the mean of these
     probabilities.  What any hint makes the model do then cancels.  auto is none where no other hint makes sense (all
@@ -176,12 +165,12 @@ def why_no_control(config: Any) -> str | None:
 class TeacherConfig(Part, section="teacher"):
     """The weights that score the response with the solution in their context."""
 
-    weights: Annotated[str, OneOf(TEACHER_WEIGHTS)] = "frozen"
+    weights: Annotated[str, OneOf(("frozen", "ema", "current"))] = "frozen"
     """The teacher's weights: frozen (the weights at the start of the run, also those of the reference), ema (a moving
     average of the student's weights) or current (the student's weights themselves).  Beside ema and current, the
     reference of target.anchor=reference is a copy of the weights of its own."""
     ema_decay: Decay = 0.99
     """Decay of the moving average per optimizer step."""
-    offload: Annotated[str, OneOf(TEACHER_OFFLOADS)] = "none"
+    offload: Annotated[str, OneOf(("none", "cpu"))] = "none"
     """The place of the teacher's weights, and of a reference's own copy, between steps: none (on the device) or cpu (in
     host memory)."""

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 from megatron_selfdistill.distributed.timed_http import HttpAnswer
 from megatron_selfdistill.engines.vllm.coroutines import begin
-from megatron_selfdistill.engines.vllm.engine import EngineRequest, possible_response
+from megatron_selfdistill.engines.vllm.engine import EngineRequest, possible_response, stated_in_json
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_NAME
-from megatron_selfdistill.engines.vllm.http.patient_http import METRICS, PatientHttp, counted_tokens
-from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, NOT_STATED, StatedResponse
+from megatron_selfdistill.engines.vllm.patient_http import METRICS, PatientHttp, counted_tokens
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
 
-_ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
+_GENERATE = "/inference/v1/generate"
 _SHOWN_CHARS = 500
 # The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
 _FIXED_BYTES, _TOKEN_BYTES = 2**20, 2**10
@@ -80,7 +79,7 @@ class VllmServer:
         begin(self._http.interrupt())
 
     async def generate(self, request: EngineRequest) -> Response:
-        """Return the server's response to a request, from JSON or the compact form.
+        """Return the server's response to a request.
 
         Raises: `EngineError` if a part of the response is missing, wrong or impossible; `RequestRefused` where any
         server would refuse the request.
@@ -91,17 +90,14 @@ class VllmServer:
         if self._model is not None:
             body["model"] = self._model
         max_bytes = _FIXED_BYTES + _TOKEN_BYTES * int(request.sampling.get("max_tokens", 0))
-        answer = await self._http.answer(
-            "POST", GENERATE, json.dumps(body).encode(), generates=True, max_bytes=max_bytes, accept=_ACCEPTED
+        content = json.dumps(body).encode()
+        answer = await self._http.answer("POST", _GENERATE, content, generates=True, max_bytes=max_bytes)
+        return self._read(
+            answer,
+            "POST",
+            _GENERATE,
+            lambda found: possible_response(request, stated_in_json(found), vocab_size, self.name),
         )
-        is_compact = answer.media_type == MEDIA_TYPE
-
-        def response() -> Response:
-            body = answer.body if is_compact else json.loads(answer.text)
-            stated = StatedResponse.unpacked(body) if is_compact else StatedResponse.of_json(body)
-            return possible_response(request, stated, vocab_size, self.name)
-
-        return self._read(answer, "POST", GENERATE, response)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call the worker extension's method of that name; return the result of each worker, by rank."""
@@ -129,8 +125,7 @@ class VllmServer:
 
         ``host`` is the name of the worker's host and ``boot_id`` the id of the host's running kernel; ``address`` is
         the worker's address among the server's nodes, empty where the server has one node; ``nccl`` is the version of
-        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees and ``gpu``
-        is that of the GPU on which it computes, None on a CPU.
+        its NCCL library, and ``gpu`` the UUID of the GPU on which it computes; both are None on a CPU.
         """
         return await self.call_all("place")
 
@@ -193,28 +188,30 @@ class VllmServer:
         read: Callable[[Any], T] = lambda answer: answer,
         timeout_s: float | None = None,
     ) -> T:
-        """Return what ``read`` finds in the JSON of an answer, None in an empty one; see `_read`."""
+        """Send a request and return what ``read`` finds in its answer; see `_read`."""
         content = None if body is None else json.dumps(body).encode()
         answer = await self._http.answer(method, path, content, timeout_s=timeout_s)
-        return self._read(answer, method, path, lambda: read(json.loads(answer.text) if answer.text.strip() else None))
+        return self._read(answer, method, path, read)
 
-    def _read(self, answer: HttpAnswer, method: str, path: str, found: Callable[[], T]) -> T:
-        """Return ``found()``; raise `EngineError` for a refusal, and for an answer of another form."""
+    def _read(self, answer: HttpAnswer, method: str, path: str, read: Callable[[Any], T]) -> T:
+        """Return what ``read`` finds in the JSON of an answer, None in an empty one.
+
+        Raises: `EngineError` for a refusal, and for an answer of another form.
+        """
         if answer.status != 200:
             kind = RequestRefused if 400 <= answer.status < 500 else EngineError
             raise kind(f"{self.address}: {method} {path} answered {answer.status}: {_reason(answer.text)}")
         try:
-            return found()
-        except NOT_STATED as error:
-            got = f"{len(answer.body)} bytes" if answer.media_type == MEDIA_TYPE else _shown(answer.text)
+            return read(json.loads(answer.text) if answer.text.strip() else None)
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             why = f"{type(error).__name__}: {str(error)[:200]}"
             raise EngineError(
-                f"{self.address}: {method} {path}: expected an answer of another form, got {got} ({why})"
+                f"{self.address}: {method} {path}: expected an answer of another form, got {_shown(answer.text)} "
+                f"({why})"
             ) from error
 
 
 def _shown(text: str) -> str:
-    """Return the beginning of an answer, for a message."""
     return text[:_SHOWN_CHARS] + ("..." if len(text) > _SHOWN_CHARS else "")
 
 

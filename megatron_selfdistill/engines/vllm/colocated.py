@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -17,7 +19,6 @@ from megatron_selfdistill.distributed.collectives import broadcast_object, raise
 from megatron_selfdistill.distributed.integers import max_over_ranks, min_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine import engine_request
-from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory, device_memory
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.exchange import EngineShares, WeightAge, check_requests
 from megatron_selfdistill.engines.vllm.in_process import InProcessEngine
@@ -26,6 +27,9 @@ from megatron_selfdistill.rollout.base import Progress, Request, Response, Sampl
 from megatron_selfdistill.rollout.megatron.decoding import free_bytes
 
 _GIB = 2**30
+# The part of the free memory of a GPU that is not the engine's.  The process groups of vLLM, which take NCCL's buffers,
+# start after the memory was measured and before vLLM checks; activations and CUDA graphs come later.
+_MARGIN_BYTES = 2 * _GIB
 # The defaults of vLLM on a CPU: the sequences of a batch, and the tokens of a block of the KV cache.
 _CPU_BATCH, _CPU_BLOCK = 256, 128
 
@@ -85,7 +89,7 @@ class ColocatedSampler:
             "kv_cache_memory_bytes": _kv_cache_bytes(rollout.kv_cache_gb, weights.transformer, max_length, grid),
         }
         if grid.device.type == "cuda":
-            settings["gpu_memory_utilization"] = _least_memory(grid).share
+            settings["gpu_memory_utilization"] = _free_share()
         self._engine = _engine_on_all_ranks(
             hf_config,
             grid,
@@ -187,11 +191,17 @@ def _engine_on_all_ranks(hf_config: Path, grid: RankGrid, **options: Any) -> InP
     return built[0]
 
 
-def _least_memory(grid: RankGrid) -> DeviceMemory:
-    """Return the least free and the largest total memory of all ranks' GPUs; one all-reduce over the world."""
-    own = device_memory()
-    free, negative_total = min_over_ranks([own.free, -own.total])
-    return DeviceMemory(free, -negative_total)
+def _free_share() -> float:
+    """Return the share of a GPU that the trainer leaves free on every rank, less a margin; one all-reduce.
+
+    vLLM refuses to start where less than ``gpu_memory_utilization`` (0.92 by default) of a GPU is free, even where
+    ``kv_cache_memory_bytes`` fixes the size of its KV cache.  vLLM checks that share once, when its worker starts.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    free, negative_total = min_over_ranks([free, -total])
+    return (free - _MARGIN_BYTES) / -negative_total
 
 
 def _kv_cache_bytes(gib: float | None, config: Any, max_length: int, grid: RankGrid) -> int:

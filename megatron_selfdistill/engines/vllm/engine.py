@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
 from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
@@ -61,6 +60,53 @@ def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
     return EngineRequest(list(request.prompt), sampling)
 
 
+@dataclass(frozen=True)
+class StatedResponse:
+    """The parts of a response as an engine states them; `possible_response` checks them."""
+
+    token_ids: Sequence[int]
+    log_probs: Sequence[float]
+    """One log-prob per token, in nats."""
+    finish_reason: str
+    """vLLM's word for the end of the response."""
+    weight_versions: Sequence[tuple[str, int, int]]
+    """Version, first token and end of each span, as vLLM reports them."""
+
+
+def stated_in_json(answer: Any) -> StatedResponse:
+    """Return the response in ``answer``, the JSON of a vLLM server.
+
+    Raises: LookupError, TypeError, AttributeError, ValueError or OverflowError for an answer of another form.
+    """
+    [choice] = answer["choices"]
+    token_ids = [_integer(token) for token in choice["token_ids"]]
+    content = choice["logprobs"]["content"]
+    logged = [_integer(token["token_id"]) for token in content]
+    log_probs = [_number_of(token["logprob"]) for token in content]
+    spans = [
+        (str(span["version"]), _integer(span["start"]), _integer(span["end"]))
+        for span in choice["weight_versions"] or []
+    ]
+    if logged != token_ids:
+        raise ValueError(
+            f"expected tokens with a log-prob each, got {len(token_ids)} tokens and {len(log_probs)} log-probs"
+            f"{' of other tokens' if len(token_ids) == len(log_probs) else ''}"
+        )
+    return StatedResponse(token_ids, log_probs, str(choice["finish_reason"]), spans)
+
+
+def _integer(value: Any) -> int:
+    """Return ``value``; raise TypeError unless it is an integer, which a boolean and 1.0 are not."""
+    if type(value) is not int:
+        raise TypeError(f"expected an integer, got {type(value).__name__}")
+    return value
+
+
+def _number_of(value: Any) -> float:
+    """Return a number of JSON as a float; raise TypeError for anything else, and OverflowError if it is too large."""
+    return value if type(value) is float else float(_integer(value))
+
+
 def stated_in_process(output: Any) -> StatedResponse:
     """Return vLLM's ``RequestOutput`` of one sequence as its engine states it."""
     completion = output.outputs[0]
@@ -97,7 +143,7 @@ def possible_response(request: EngineRequest, stated: StatedResponse, vocab_size
     if temperature == 0:
         sampled = [0.0] * len(token_ids)
     elif temperature == 1 and sampling.get("top_k", 0) == 0 and sampling.get("top_p", 1.0) == 1:
-        sampled = list(log_probs)
+        sampled = log_probs
     else:
         sampled = [math.nan] * len(token_ids)
     version, spans = _versions_of(stated.weight_versions, len(token_ids), who)

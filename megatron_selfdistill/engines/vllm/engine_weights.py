@@ -53,9 +53,9 @@ class EngineWeights:
 
     def stream(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Return the stream of the weights, without adapters: `Exporter.stream` with views where possible."""
-        return self._weights.stream(copies=False, first=first)
+        return self._weights.stream(first)
 
     def stream_factors(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Return the stream of the factors of the adapters, by PEFT's names: as `stream`."""
         assert self._factors is not None, "the model has no adapters"
-        return self._factors.stream(copies=False, first=first)
+        return self._factors.stream(first)

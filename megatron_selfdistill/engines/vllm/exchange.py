@@ -4,8 +4,8 @@
 With servers, `gather_requests` brings all requests to rank 0, and `return_responses` the responses back.  With
 colocated engines, the methods of `EngineShares` do so for the share of each engine.
 
-Requests and responses travel from the ranks that have them to the ranks that need them, as arrays (arrays.py):
-a replica sends and receives through its first rank, which broadcasts responses to the others.  What a rank sends and
+Requests and responses travel from the ranks that have them to the ranks that need them (distributed/parcels.py): a
+replica sends and receives through its first rank, which broadcasts responses to the others.  What a rank sends and
 receives depends on its own replica and engine; with servers, only rank 0 handles the requests of the whole world.
 
 Every function and method is a collective over the world, unless it says otherwise.
@@ -18,18 +18,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
-from megatron_selfdistill.engines.vllm.arrays import (
-    NUM_RESPONSE_ARRAYS,
-    request_arrays,
-    requests_from,
-    response_arrays,
-    responses_from,
-)
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.sampling import require_room
@@ -61,10 +51,10 @@ def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequ
     """Return the requests of all replicas, in the order of the replicas, on rank 0.
 
     ``requests`` belong to this data-parallel replica, and are the same on each of its ranks.
-    Collectives: those of `send_requests`, in which the first rank of each replica sends to rank 0.
+    Collectives: those of `exchange_parcels`, in which the first rank of each replica sends to rank 0.
     """
     firsts = [grid.first_rank_of(replica) for replica in range(grid.dp_size)] if grid.rank == 0 else []
-    received = send_requests({0: requests} if grid.is_first_of_replica else {}, firsts, grid)
+    received = exchange_parcels({0: requests} if grid.is_first_of_replica else {}, firsts, grid.device)
     ends = accumulate((len(received[first]) for first in firsts), initial=0)
     replicas = {first: range(*bounds) for first, bounds in zip(firsts, pairwise(ends), strict=True)}
     return GatheredRequests([r for first in firsts for r in received[first]], replicas, len(requests))
@@ -97,8 +87,8 @@ class EngineShares:
     def distribute(self, requests: Sequence[Request]) -> list[Request]:
         """Return the share of this rank's engine, on each of its ranks; ``requests`` are those of the replica.
 
-        Collectives: those of `send_requests`, in which the first rank of each replica sends to all ranks of the engines
-        that answer its requests.
+        Collectives: those of `exchange_parcels`, in which the first rank of each replica sends to all ranks of the
+        engines that answer its requests.
         """
         parts: dict[int, Sequence[Request]] = {}
         if self._grid.is_first_of_replica:
@@ -106,7 +96,7 @@ class EngineShares:
                 part = requests[common.start - self._own.start : common.stop - self._own.start]
                 parts |= dict.fromkeys(range(engine * self._tp, (engine + 1) * self._tp), part)
         sources = [self._grid.first_rank_of(replica) for replica, _ in _overlaps(self._share, self._replicas)]
-        received = send_requests(parts, sources, self._grid)
+        received = exchange_parcels(parts, sources, self._grid.device)
         return [request for source in sources for request in received[source]]
 
     def collect(self, responses: Sequence[Response]) -> list[Response]:
@@ -126,22 +116,6 @@ class EngineShares:
         return return_responses(answered, sources, self._grid, len(self._own))
 
 
-def send_requests(
-    parts: Mapping[int, Sequence[Request]], sources: Collection[int], grid: RankGrid
-) -> dict[int, list[Request]]:
-    """Send the requests ``parts[r]`` to each global rank r; return the requests that each of ``sources`` sends here.
-
-    ``parts`` and ``sources`` are as for `exchange_parcels`.  A prompt that several requests of one part have travels
-    once.
-    Collectives: those of `exchange_parcels` and of `raise_on_all_ranks`.
-    Raises: `EngineError` on all ranks alike for token ids and seeds that are no such numbers.
-    """
-    with raise_on_all_ranks(EngineError):
-        packed = {id(part): request_arrays(part) for part in parts.values()}
-    received = exchange_parcels({to: packed[id(part)] for to, part in parts.items()}, sources, grid.device)
-    return {source: requests_from(arrays) for source, arrays in received.items()}
-
-
 def return_responses(
     answered: Mapping[int, Mapping[int, Response]], sources: Collection[int], grid: RankGrid, num_own: int
 ) -> list[Response]:
@@ -150,21 +124,11 @@ def return_responses(
     ``answered``: the responses that this rank has, by the first rank of the replica that asked, and by index into the
     requests of that replica.  ``sources``: the ranks whose ``answered`` names the first rank of this replica; together
     they have one response to each request.
-    Log-probs are rounded to float32 (`response_arrays`).
-    Collectives: those of `exchange_parcels`, `broadcast_in_replica` and `raise_on_all_ranks`.
+    Collectives: those of `exchange_parcels` and `broadcast_in_replica`.
     """
-    with raise_on_all_ranks(EngineError):
-        outgoing = {
-            to: [np.array(list(part), np.int32), *response_arrays(list(part.values()))] if part else []
-            for to, part in answered.items()
-        }
-    received = exchange_parcels(outgoing, sources if grid.is_first_of_replica else [], grid.device)
-    arrays = broadcast_in_replica([array for arrays in received.values() for array in arrays], grid)
-    size = 1 + NUM_RESPONSE_ARRAYS
-    found: dict[int, Response] = {}
-    for first in range(0, len(arrays), size):
-        indices, *others = arrays[first : first + size]
-        found |= zip(indices.tolist(), responses_from(others), strict=True)
+    received = exchange_parcels(answered, sources if grid.is_first_of_replica else [], grid.device)
+    found = {i: response for part in received.values() for i, response in part.items()}
+    found = broadcast_in_replica(found, grid)
     return [found[i] for i in range(num_own)]
 
 

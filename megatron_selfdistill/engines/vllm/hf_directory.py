@@ -65,7 +65,6 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
 
 
 def _source(config: Config, run_dir: Path) -> Path | None:
-    """Return the place of a config.json, or None if it has to be made."""
     if config.rollout.hf_config is not None:
         return Path(config.rollout.hf_config)
     if config.model.provider is not None:

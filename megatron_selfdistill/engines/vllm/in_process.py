@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +33,6 @@ from megatron_selfdistill.engines.vllm.engine import (
     stated_in_process,
 )
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
-from megatron_selfdistill.engines.vllm.transfer_buckets import segments_expand, without_expandable_segments
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.rollout.base import Response
@@ -50,8 +49,9 @@ def in_process_engine_args(
     """Return the arguments of ``vllm.LLM`` for an engine on ``device`` of ``engine_tp`` ranks of the trainer.
 
     ``directory`` has the model's config.json.  ``settings``: arguments that override those that are set here, among
-    them ``max_model_len``.  Where torch's segments of GPU memory expand, the ranks of an engine add up by NCCL alone.
-    Raises: `ConfigError` for settings that cannot work in the trainer's processes.
+    them ``max_model_len``, but not the ranks of the engine.  If torch's segments of GPU memory expand, these ranks add
+    up by NCCL alone: vLLM's own all-reduce takes CUDA IPC handles while CUDA graphs are captured, which such memory
+    does not have, and the process would end.
     """
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,
@@ -61,39 +61,46 @@ def in_process_engine_args(
         "enforce_eager": device.type == "cpu",
         "disable_log_stats": True,
         "enable_sleep_mode": device.type == "cuda",
-        "tensor_parallel_size": engine_tp,
-        "distributed_executor_backend": "external_launcher",
         "worker_extension_cls": WORKER_EXTENSION,
     }
     if device.type == "cpu":
         arguments |= cpu_engine_args(read_config(directory), settings["max_model_len"])
     if adapter is not None:
         arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
-    _refuse_other_ranks(arguments, settings)
-    if device.type == "cuda" and engine_tp > 1 and segments_expand():
-        if not settings.get("disable_custom_all_reduce", True):
-            raise ConfigError(
-                "rollout.engine_args.disable_custom_all_reduce=False: vLLM's custom all-reduce takes CUDA IPC handles "
-                "while CUDA graphs are captured, which memory of PyTorch's expandable segments does not have, and "
-                "would end the process; remove the key, or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
-            )
-        arguments["disable_custom_all_reduce"] = True
-    return arguments | dict(settings)
+    ranks: dict[str, Any] = {
+        "tensor_parallel_size": engine_tp,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "distributed_executor_backend": "external_launcher",
+    }
+    if device.type == "cuda" and engine_tp > 1 and _EXPANDABLE.search(_allocator_settings()):
+        ranks["disable_custom_all_reduce"] = True
+    return arguments | dict(settings) | ranks
 
 
-def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    ours = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **arguments}
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "distributed_executor_backend",
-    ):
-        if settings.get(name, ours[name]) != ours[name]:
-            raise ConfigError(
-                f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
-                "trainer's own ranks; remove it, or set rollout.placement=server"
-            )
+_EXPANDABLE = re.compile(r"expandable_segments\s*:\s*true", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def without_expandable_segments() -> Iterator[None]:
+    """Let torch allocate GPU memory by cudaMalloc inside, whatever its settings; other settings stay as they are.
+
+    Memory of expandable segments needs other handles, which torch 2.11 to 2.13 do not open reliably.
+    """
+    settings = _allocator_settings()
+    if not _EXPANDABLE.search(settings):
+        yield
+        return
+    torch._C._accelerator_setAllocatorSettings(_EXPANDABLE.sub("expandable_segments:False", settings))
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def _allocator_settings() -> str:
+    """Return all settings of torch's allocator in its own form, since torch resets those that a new string lacks."""
+    return torch._C._accelerator_getAllocatorSettings()
 
 
 # The functions that vLLM's CPU worker replaces although compat/cpu.py has replaced them already, or replaces
@@ -220,8 +227,8 @@ class InProcessEngine:
         adapters of the run, if it has any; then `load_adapter` comes after `load` and before the first `generate`.
 
         Collectives: process groups over the world; every rank of it builds its engine at the same time. Raises:
-        `ConfigError` where vLLM is not installed, where it refuses the model or the settings, where the settings cannot
-        work in this process, and where this process has an engine already; `EngineError` where it fails otherwise.
+        `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this process
+        has an engine already; `EngineError` where it fails otherwise.
         """
         global _live
         if _live is not None:
@@ -253,6 +260,7 @@ class InProcessEngine:
         if not requests:
             return []
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         llm = self._alive()
         if llm.get_weight_version() == _INCOMPLETE:
@@ -261,12 +269,15 @@ class InProcessEngine:
             raise EngineError(f"{self.name} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
+        lora = None if self._adapter is None else LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
         step = _reporting(llm.llm_engine.step, report)
         with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
             try:
-                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request())
+                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
             except Exception as error:
-                self._drop_unfinished()
+                engine = llm.llm_engine
+                with contextlib.suppress(Exception):  # the next batch must not meet these requests
+                    engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise EngineError(f"{self.name} failed in mid-batch: {_on_one_line(error)}") from error
         if len(outputs) != len(requests):
             raise EngineError(f"{self.name} was asked for {len(requests)} responses and gave {len(outputs)}")
@@ -358,24 +369,9 @@ class InProcessEngine:
             raise EngineError(f"{self.name} is closed")
         return self._llm
 
-    def _lora_request(self) -> Any:
-        if self._adapter is None:
-            return None
-        from vllm.lora.request import LoRARequest
-
-        return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
-
-    def _drop_unfinished(self) -> None:
-        """Abort the requests of a failed batch, so that the next batch does not meet them."""
-        engine = self._alive().llm_engine
-        with contextlib.suppress(Exception):  # the failure itself is reported
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
 
 def _started(directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str) -> Any:
     """Return a ``vllm.LLM`` on this trainer's ranks; raise each failure as an error with one message."""
-    # Silence the message that triton is missing, which comes once for each of vLLM's operators.
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     try:
         from vllm import LLM
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
@@ -488,5 +484,4 @@ def _groups_may_be_gone() -> Iterator[None]:
 
 
 def _on_one_line(error: BaseException) -> str:
-    """Return the error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

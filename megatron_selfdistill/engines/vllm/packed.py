@@ -96,16 +96,13 @@ def _materialize_in_place(layer: torch.nn.Module, info: Any) -> None:
         parameters, _ = info.kernel_tensors
         for name, wanted in get_layer_tensors(layer).items():
             held = parameters.get(name)
-            if held is not None and wanted.is_meta and _is_alike(held, wanted):
+            like = held is not None and (held.shape, held.stride(), held.dtype)
+            if wanted.is_meta and like == (wanted.shape, wanted.stride(), wanted.dtype):
                 tensor = held.data
                 tensor.__class__ = wanted.__class__  # with the loaders of the parameter that vLLM has recorded
                 tensor.__dict__ = wanted.__dict__.copy()
                 setattr(layer, name, tensor)
     materialize_layer(layer, info)  # what is still without memory
-
-
-def _is_alike(held: Tensor, wanted: Tensor) -> bool:
-    return held.shape == wanted.shape and held.stride() == wanted.stride() and held.dtype == wanted.dtype
 
 
 def before_reload(model: torch.nn.Module) -> None:

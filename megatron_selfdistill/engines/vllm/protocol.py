@@ -117,16 +117,11 @@ def nccl_version() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def visible_gpus() -> list[str]:
-    """Return the UUID of each GPU that this process sees, by device index; empty without a GPU."""
-    if not torch.cuda.is_available():
-        return []
-    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
-
-
 def own_gpu() -> str | None:
     """Return the UUID of the GPU that this process computes on; None without a GPU."""
-    return visible_gpus()[torch.cuda.current_device()] if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def _aligned(num_bytes: int) -> int:

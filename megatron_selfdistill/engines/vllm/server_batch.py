@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,7 +15,6 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.engines.vllm.background import Arrivals, BusyTime
 from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work, begin
 from megatron_selfdistill.engines.vllm.engine import engine_request
@@ -73,7 +74,10 @@ def dispatch(
                     running[future] = server, index
                     future.add_done_callback(finished.put)
             if not running:
-                raise _no_server_left(len(tasks) - num_done, len(tasks), failures)
+                causes = first_few([str(error) for error in failures.values()])
+                raise EngineError(
+                    f"no vLLM server is left for {len(tasks) - num_done} of {len(tasks)} requests: {causes}"
+                )
             future = finished.get()
             server, index = running.pop(future)
             try:
@@ -96,9 +100,52 @@ def dispatch(
     return DispatchResult(len(retried), failures)
 
 
-def _no_server_left(num_left: int, num_tasks: int, failures: dict[VllmServer, EngineError]) -> EngineError:
-    causes = [str(error) for error in failures.values()]
-    return EngineError(f"no vLLM server is left for {num_left} of {num_tasks} requests: {first_few(causes)}")
+class BusyTime:
+    """The time in which work is under way, in any number of threads at once: each work is a ``with`` statement."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_under_way = 0
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_under_way == 0:
+                self._since = time.perf_counter()
+            self._num_under_way += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_under_way -= 1
+            if self._num_under_way == 0:
+                self._seconds += time.perf_counter() - self._since
+
+    def take(self) -> float:
+        """Return the seconds since the last call in which at least one work was under way."""
+        with self._lock:
+            now, seconds = time.perf_counter(), self._seconds
+            if self._num_under_way:
+                seconds += now - self._since
+            self._seconds, self._since = 0.0, now
+            return seconds
+
+
+def request_key(request: Request, params: SamplingParams) -> str:
+    """Return a name of ``request`` that another process also gives it: equal names have equal responses' distributions.
+
+    The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
+    """
+    drawn: list[object] = [
+        params.max_new_tokens,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        *params.stop_token_ids,
+    ]
+    drawn += [] if params.num_ids is None else [f"ids {params.num_ids}"]
+    name = repr((request.seed, request.prompt, request.teacher_prompt, 0, drawn))  # 0: as in checkpoints of before
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,7 +158,7 @@ class Ticket:
 
 
 class ServerBatch:
-    """Requests that servers answer in a thread of this process."""
+    """Requests that servers answer in a thread of this process, which calls no collective."""
 
     def __init__(
         self,
@@ -122,33 +169,66 @@ class ServerBatch:
         known: Mapping[int, Response],
         busy_time: BusyTime,
     ) -> None:
-        """Begin the work, which calls no collective.
+        """Begin the work.
 
         ``servers``: those with weights of the age; the list is empty where every response is ``known``, by index.
         ``busy_time`` counts the time of the work.
         """
         self.requests, self.params = requests, params
-        self._age, self._servers = age, servers
-        self._todo = [i for i in range(len(requests)) if i not in known]
+        self._age, self._servers, self._busy_time = age, servers, busy_time
         self._cancelled = threading.Event()
+        self._responses = dict(known)
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
         self.dispatched = DispatchResult(0, {})
         """What has happened on the way, once the batch is finished."""
-        self.arrivals = Arrivals(self._answer, known, busy_time)
-        """The responses so far."""
+        self._thread = threading.Thread(target=self._run, name="server batch", daemon=True)
+        self._thread.start()
 
     def cancel(self) -> None:
         """Begin no further request; the caller interrupts those that servers work on."""
         self._cancelled.set()
 
-    def _answer(self, arrived: Callable[[Mapping[int, Response]], None]) -> None:
-        """Let the servers answer; call ``arrived`` with the responses by index, as they come."""
-        if not self._todo:
-            return
-        tasks = [self._task(self.requests[i]) for i in self._todo]
-        self.dispatched = dispatch(tasks, self._servers, lambda task, response: arrived({self._todo[task]: response}))
+    def wait_for(self, chosen: Callable[[Mapping[int, Response]], T | None]) -> T:
+        """Return ``chosen`` of the responses so far as soon as it is not None; raise what the work has raised."""
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                found = chosen(self._responses)
+                if found is not None:
+                    return found
+                self._changed.wait()
+
+    def join(self) -> None:
+        """Wait for the end of the work; raise what it has raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def so_far(self) -> dict[int, Response]:
+        """Return the responses so far, by index."""
+        with self._changed:
+            return dict(self._responses)
+
+    def _run(self) -> None:
+        todo = [i for i in range(len(self.requests)) if i not in self._responses]
+
+        def arrived(task: int, response: Response) -> None:
+            with self._changed:
+                self._responses[todo[task]] = response
+                self._changed.notify_all()
+
+        try:
+            with self._busy_time:
+                self.dispatched = dispatch([self._task(self.requests[i]) for i in todo], self._servers, arrived)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._changed.notify_all()
 
     def _task(self, request: Request) -> Task[Response]:
-        """Return the task of one server: the response to ``request``."""
 
         async def answer(server: VllmServer) -> Response:
             if self._cancelled.is_set():

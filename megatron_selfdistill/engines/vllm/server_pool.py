@@ -39,11 +39,13 @@ def on_each_while(
     try:
         for server in servers:
             answers[server] = begin(do(server))
-        own_error = _error_of(own) if own is not None and servers else None
-        if own_error is not None:
-            silent = wait(answers.values(), _GRACE_SECONDS).not_done
-            for server in [server for server, answer in answers.items() if answer in silent]:
-                server.interrupt()
+        if own is not None and servers:
+            own()
+    except Exception as error:
+        own_error = error
+        silent = wait(answers.values(), _GRACE_SECONDS).not_done
+        for server in [server for server, answer in answers.items() if answer in silent]:
+            server.interrupt()
     finally:
         wait(answers.values())  # servers may read the memory of a bucket until they have answered
     raised = {server: answer.exception() for server, answer in answers.items()}
@@ -54,14 +56,6 @@ def on_each_while(
     if own_error is not None and not failures:
         return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
     return failures
-
-
-def _error_of(own: Callable[[], None]) -> Exception | None:
-    try:
-        own()
-    except Exception as error:
-        return error
-    return None
 
 
 class ServerPool:

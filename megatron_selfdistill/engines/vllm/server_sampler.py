@@ -12,8 +12,8 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.config import RolloutConfig
@@ -24,19 +24,26 @@ from megatron_selfdistill.distributed.collectives import (
     run_on_rank_0,
 )
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.engines.vllm.background import NO_RESPONSES, BusyTime, request_key
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.engines.vllm.exchange import WeightAge, check_requests, gather_requests, return_responses
 from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.engines.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
-from megatron_selfdistill.engines.vllm.server_batch import ServerBatch, Ticket
+from megatron_selfdistill.engines.vllm.server_batch import BusyTime, ServerBatch, Ticket, request_key
 from megatron_selfdistill.engines.vllm.server_pool import PROBE_SECONDS, ServerPool, on_each
-from megatron_selfdistill.engines.vllm.transfer import Transfer, choose_transfer, make_transfer
+from megatron_selfdistill.engines.vllm.transfer import (
+    BroadcastTransfer,
+    SharedMemoryTransfer,
+    Transfer,
+    choose_transfer,
+)
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate, send_buckets
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
+
+Recipients = tuple[list[VllmServer], bool]
+"""The servers of one update, and whether it sends all weights, not the factors of adapters alone."""
 
 
 class ServerSampler:
@@ -106,7 +113,8 @@ class ServerSampler:
                 _check(server, max_length)
             directory, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
             chosen = choose_transfer(rollout.transfer, servers, directory=directory, on_gpu=on_gpu)
-            self._transfer = make_transfer(chosen, directory=directory, timeout_s=rollout.timeout_s)
+            in_files = chosen == "shared_memory"
+            self._transfer = SharedMemoryTransfer(directory) if in_files else BroadcastTransfer(chosen, self._timeout_s)
 
         try:
             run_long_on_rank_0(start, EngineError)
@@ -122,9 +130,9 @@ class ServerSampler:
         go on without it.  Raises: `EngineError`, on all ranks alike, when no server got all weights.
         """
         started = time.perf_counter()
-        todo: list[_Recipients] = []  # of each update
+        todo: list[Recipients] = []  # of each update
         run_long_on_rank_0(lambda: todo.extend(self._recipients()), EngineError)
-        while (sends_weights := broadcast_object(todo[0].need_weights if todo else None)) is not None:
+        while (sends_weights := broadcast_object(todo[0][1] if todo else None)) is not None:
             self._send(todo, version, sends_weights)
         run_on_rank_0(lambda: self._pool.require(version), EngineError)
         self._version = version
@@ -142,7 +150,7 @@ class ServerSampler:
         requests: Sequence[Request],
         params: SamplingParams,
         used_at: int,
-        known: Mapping[str, Response] = NO_RESPONSES,
+        known: Mapping[str, Response] = MappingProxyType({}),
     ) -> Ticket:
         """Let the servers begin with ``requests``, by the weights of the last `update_weights`, and return at once.
 
@@ -183,9 +191,9 @@ class ServerSampler:
         def take() -> dict[int, dict[int, Response]]:
             assert batch is not None
             with self._waiting_time:
-                batch.arrivals.wait_for(is_complete)
+                batch.wait_for(is_complete)
                 self._finish_batch(batch)
-            return gathered.by_replica(batch.arrivals.so_far())
+            return gathered.by_replica(batch.so_far())
 
         answered = run_long_on_rank_0(take, EngineError) or {}
         return return_responses(answered, [0], self._grid, gathered.num_own)
@@ -205,7 +213,7 @@ class ServerSampler:
         if ticket.batch is None:
             return {}
         requests, params = ticket.batch.requests, ticket.batch.params
-        return {request_key(requests[i], params): found for i, found in ticket.batch.arrivals.so_far().items()}
+        return {request_key(requests[i], params): found for i, found in ticket.batch.so_far().items()}
 
     def sleep(self) -> None:
         """Do nothing: servers have memory of their own."""
@@ -243,20 +251,20 @@ class ServerSampler:
             one.stop()
         self._started = []
 
-    def _recipients(self) -> list[_Recipients]:
+    def _recipients(self) -> list[Recipients]:
         """Return the servers that answer, those that need all weights apart from those that keep the frozen ones."""
         assert self._transfer is not None
         servers = self._pool.reachable(self._transfer.forget)
         keeping = [s for s in servers if self._weights.adapter is not None and self._pool.has_weights(s)]
-        parts = [_Recipients([s for s in servers if s not in keeping], True), _Recipients(keeping, False)]
-        return [part for part in parts if part.servers]
+        parts = [([s for s in servers if s not in keeping], True), (keeping, False)]
+        return [part for part in parts if part[0]]
 
-    def _send(self, todo: list[_Recipients], version: int, sends_weights: bool) -> None:
+    def _send(self, todo: list[Recipients], version: int, sends_weights: bool) -> None:
         """Send one update to the first servers of ``todo`` on rank 0.
 
         The servers are removed from ``todo``, and added again where they need another update.
         """
-        update = run_long_on_rank_0(lambda: self._begin(todo.pop(0).servers, version), EngineError)
+        update = run_long_on_rank_0(lambda: self._begin(todo.pop(0)[0], version), EngineError)
         streams = [self._weights.stream] if sends_weights else []
         streams += [self._weights.stream_factors] if self._weights.adapter is not None else []
         for stream in streams:
@@ -275,7 +283,7 @@ class ServerSampler:
 
         return WeightUpdate(self._transfer, servers, version, load, keeps=keeps)
 
-    def _finish(self, update: WeightUpdate, version: int) -> list[_Recipients]:
+    def _finish(self, update: WeightUpdate, version: int) -> list[Recipients]:
         """End an update, note which servers have the weights, and return the servers that need the weights again."""
         assert self._transfer is not None
         update.finish()
@@ -293,7 +301,7 @@ class ServerSampler:
         self._pool.lose(failures)
         for server in failures if self._under_way else ():
             server.interrupt()  # it stays paused: other servers answer its requests
-        return [_Recipients([server], True) for server in again]
+        return [([server], True) for server in again]
 
     def _known_version(self) -> int:
         if self._version is None:
@@ -302,7 +310,7 @@ class ServerSampler:
 
     def _finish_batch(self, batch: ServerBatch) -> None:
         """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""
-        batch.arrivals.join()
+        batch.join()
         if batch in self._under_way:
             self._under_way.remove(batch)
             self._pool.lose(batch.dispatched.failures)
@@ -311,15 +319,6 @@ class ServerSampler:
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"
         self._metrics[key] = self._metrics.get(key, 0.0) + value
-
-
-@dataclass(frozen=True)
-class _Recipients:
-    """The servers of one update."""
-
-    servers: list[VllmServer]
-    need_weights: bool
-    """Whether the update sends all weights, not the factors of adapters alone."""
 
 
 def _check(server: VllmServer, max_length: int) -> None:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+import secrets
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -20,75 +24,54 @@ from torch import Tensor
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
-from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack
+from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack, pin
 from megatron_selfdistill.engines.vllm.server.server_names import own_address
 from megatron_selfdistill.engines.vllm.server_pool import Failures, on_each, on_each_while
-from megatron_selfdistill.engines.vllm.transfer_buckets import (
-    MappedFile,
-    PrivateMemory,
-    SharedGpuMemory,
-    TwoBuffers,
-    bucket_file,
-    remove_abandoned,
-)
 from megatron_selfdistill.engines.vllm.transfer_group import broadcast, close_group, open_group
 from megatron_selfdistill.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
+
+_PREFIX, _SUFFIX = "selfdistill-", ".bucket"
 
 
 def choose_transfer(name: str | None, servers: Sequence[VllmServer], *, directory: str, on_gpu: bool) -> str:
     """Return the transfer for ``servers``: ``name``, the value of ``rollout.transfer``, where that is not None.
 
     For None, a trainer on GPUs takes nccl if every worker has the trainer's version of NCCL.  Otherwise the trainer
-    takes ipc if every worker sees the GPU of this process, then shared_memory if every worker can read files in
-    ``directory``, then gloo, and logs both versions.  A trainer on a CPU takes shared_memory or gloo by the same rule.
+    takes shared_memory if every worker can read files in ``directory``, then gloo, and logs both versions.  A trainer
+    on a CPU takes shared_memory or gloo by the same rule.
 
     Rank 0 calls this function before it forms any process group; each server is asked at most twice.
 
     Raises: `ConfigError` where a named transfer does not reach every worker or ``directory`` cannot be written to,
     `EngineError` where a server does not answer.
     """
-    if name in ("nccl", "ipc"):
-        why_not = _why_not_nccl(servers, on_gpu) if name == "nccl" else _why_not_ipc(servers, on_gpu)
-        if why_not is not None:
-            raise ConfigError(f"rollout.transfer={name} cannot reach every vLLM worker: {why_not}")
+    if name == "gloo":
+        return name
+    if name != "shared_memory":
+        why_not = _why_not_nccl(servers, on_gpu)
+        if why_not is None:
+            return "nccl"
+        if name == "nccl":
+            raise ConfigError(f"rollout.transfer=nccl cannot reach every vLLM worker: {why_not}")
+    blind = _first_blind(servers, directory)
     if name == "shared_memory":
-        blind = _first_blind(servers, directory)
         if blind is not None:
             raise ConfigError(
                 f"rollout.transfer=shared_memory leaves weights in rollout.transfer_dir={directory} of "
                 f"{socket.gethostname()}, where {blind} cannot read them: set a directory on a file system that both "
                 "share, or rollout.transfer=nccl (gloo without GPUs)"
             )
-    if name is not None:
         return name
-    why_not_nccl = _why_not_nccl(servers, on_gpu)
-    if why_not_nccl is None:
-        return "nccl"
-    if on_gpu and _why_not_ipc(servers, on_gpu) is None:
-        chosen = "ipc"
-    else:
-        chosen = "gloo" if _first_blind(servers, directory) is not None else "shared_memory"
+    chosen = "shared_memory" if blind is None else "gloo"
     if on_gpu:
-        logger.warning("weights reach the vLLM servers by rollout.transfer=%s, not nccl: %s", chosen, why_not_nccl)
+        logger.warning("weights reach the vLLM servers by rollout.transfer=%s, not nccl: %s", chosen, why_not)
     return chosen
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """One worker of one server, and its description of itself."""
-
-    server: VllmServer
-    rank: int
-    place: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"worker {self.rank} of {self.server.address}, on {self.place['host']},"
-
-
-def _workers(servers: Sequence[VllmServer]) -> list[_Worker]:
-    return [_Worker(server, rank, place) for server in servers for rank, place in enumerate(run(server.workers()))]
+def _named(server: VllmServer, rank: int, place: Mapping[str, Any]) -> str:
+    return f"worker {rank} of {server.address}, on {place['host']},"
 
 
 def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
@@ -100,8 +83,9 @@ def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
     if own is None:
         return "the trainer runs on a CPU, and NCCL needs GPUs: set rollout.transfer=gloo or shared_memory, or null"
     members = {own_gpu(): "the trainer"}
-    for worker in _workers(servers):
-        theirs, gpu = worker.place.get("nccl"), worker.place.get("gpu")
+    workers = [(server, rank, place) for server in servers for rank, place in enumerate(run(server.workers()))]
+    for server, rank, place in workers:
+        worker, theirs, gpu = _named(server, rank, place), place.get("nccl"), place.get("gpu")
         if theirs != own:
             return (
                 f"the trainer on {socket.gethostname()} has NCCL {own} and {worker} has "
@@ -113,24 +97,7 @@ def _why_not_nccl(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
                 f"{members[gpu]} and {worker} compute on the same GPU, {gpu}, but NCCL needs one for each: give the "
                 "server GPUs of its own, or set rollout.transfer=null, which takes another way"
             )
-        members[gpu] = str(worker)
-    return None
-
-
-def _why_not_ipc(servers: Sequence[VllmServer], on_gpu: bool) -> str | None:
-    """Return why a worker cannot open memory of this process's GPU, or None if all workers can."""
-    if not on_gpu:
-        return "the trainer runs on a CPU, and ipc hands over memory of a GPU: set rollout.transfer=null"
-    gpu = own_gpu()
-    for worker in _workers(servers):
-        if worker.place["boot_id"] != boot_id():
-            return f"ipc hands over memory of a GPU of {socket.gethostname()}, but {worker} does not run there"
-        seen = worker.place.get("gpus") or []
-        if gpu not in seen:
-            return (
-                f"the weights lie on GPU {gpu}, which {worker} does not see (it sees {', '.join(seen) or 'none'}): "
-                "start the server with that GPU in CUDA_VISIBLE_DEVICES, behind its own, or set rollout.transfer=null"
-            )
+        members[gpu] = worker
     return None
 
 
@@ -142,7 +109,7 @@ def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
                 answers = run(server.call_all("can_read", str(probe)))
                 for rank, answer in enumerate(answers):
                     if not answer["can_read"]:
-                        return str(_Worker(server, rank, answer))
+                        return _named(server, rank, answer)
     except OSError as error:
         raise ConfigError(f"rollout.transfer_dir={directory} cannot be written to: {error}") from error
     return None
@@ -187,9 +154,6 @@ class Transfer(ABC):
         The bytes of the bucket are complete: the GPU has done the work that `pack` has queued.
         """
 
-    def release(self) -> None:  # noqa: B027
-        """Free the memory that only an update needs; the update is over, and no server reads from it any more."""
-
     @abstractmethod
     def forget(self, server: VllmServer) -> None:
         """Note that the server was started anew and so has lost the data of `join`."""
@@ -199,45 +163,7 @@ class Transfer(ABC):
         """Leave all servers and free all memory."""
 
 
-def make_transfer(name: str, *, directory: str, timeout_s: float) -> Transfer:
-    """Return the transfer that ``rollout.transfer`` names.
-
-    ``directory`` is used by shared_memory, ``timeout_s`` by gloo and nccl.
-    """
-    if name == "shared_memory":
-        return SharedMemoryTransfer(directory)
-    if name == "ipc":
-        return IpcTransfer()
-    return BroadcastTransfer(name, timeout_s)
-
-
-class _OfferedTransfer(Transfer):
-    """A transfer that offers each bucket in one place, where every server reads it before it answers."""
-
-    _name: str
-
-    def __init__(self) -> None:
-        self._joined: set[VllmServer] = set()
-
-    def join(self, servers: Sequence[VllmServer]) -> Failures:
-        """Invite the servers that have not joined yet; return the servers that failed."""
-        failures = on_each([server for server in servers if server not in self._joined], self._invite)
-        self._joined = set(servers) - set(failures)
-        return failures
-
-    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
-        """Let each server read the bucket; return the servers that failed."""
-        return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
-
-    def forget(self, server: VllmServer) -> None:
-        """Invite the server again at the next `join`."""
-        self._joined.discard(server)
-
-    async def _invite(self, server: VllmServer) -> None:
-        await server.init_weight_transfer(self._name, {})
-
-
-class SharedMemoryTransfer(_OfferedTransfer):
+class SharedMemoryTransfer(Transfer):
     """A transfer through files in ``directory``: in memory (/dev/shm), or on a file system that the servers share.
 
     Where all workers are on this host, two files last as long as this object, and trainer and servers have them mapped.
@@ -245,63 +171,55 @@ class SharedMemoryTransfer(_OfferedTransfer):
     removed when all workers have read it.  Files that a killed trainer left are removed by the next trainer.
     """
 
-    _name = "shared_memory"
-
     def __init__(self, directory: str | Path) -> None:
-        super().__init__()
         self._directory = Path(directory)
-        self._files = TwoBuffers(lambda num_bytes: MappedFile(self._directory, num_bytes))
+        self._joined: set[VllmServer] = set()
+        self._files: list[MappedFile | None] = [None, None]  # they take turns
         self._elsewhere: set[VllmServer] = set()
         remove_abandoned(self._directory)
+
+    def join(self, servers: Sequence[VllmServer]) -> Failures:
+        """Invite the servers that have not joined yet; return the servers that failed."""
+        failures = on_each([server for server in servers if server not in self._joined], self._invite)
+        self._joined = set(servers) - set(failures)
+        return failures
 
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
         """Return a bucket in one of the two mapped files, or in main memory if a worker is on another host."""
         layout = layout_of(tensors)
         if self._elsewhere & self._joined:
             return Bucket(layout, pack(tensors, layout).cpu())
-        file = self._files.next(layout.num_bytes)
+        self._files.reverse()
+        file = self._files[0]
+        if file is None or file.memory.numel() < layout.num_bytes:
+            if file is not None:
+                self._files[0] = None
+                file.close()
+            file = self._files[0] = MappedFile(self._directory, layout.num_bytes)
         return Bucket(layout, pack(tensors, layout, file.memory), {"path": str(file.path), "mapped": True})
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         """Let each server read the mapped file, or a file that lasts for this call; return the servers that failed."""
-        if bucket.where:
-            return super().send(bucket, servers)
-        with bucket_file(self._directory, bucket.packed) as path:
-            return super().send(Bucket(bucket.layout, bucket.packed, {"path": str(path)}), servers)
+        file = contextlib.nullcontext() if bucket.where else bucket_file(self._directory, bucket.packed)
+        with file as path:
+            where = bucket.where or {"path": str(path)}
+            return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=where))
+
+    def forget(self, server: VllmServer) -> None:
+        """Invite the server again at the next `join`."""
+        self._joined.discard(server)
 
     def close(self) -> None:
         """Remove the two mapped files."""
-        self._files.close()
+        for file in self._files:
+            if file is not None:
+                file.close()
+        self._files = [None, None]
 
     async def _invite(self, server: VllmServer) -> None:
         here = all(worker["boot_id"] == boot_id() for worker in await server.workers())
         (self._elsewhere.discard if here else self._elsewhere.add)(server)
-        await super()._invite(server)
-
-
-class IpcTransfer(_OfferedTransfer):
-    """A transfer through this rank's GPU memory, which workers on the same host open by a CUDA IPC handle.
-
-    Two buffers last for an update.
-    """
-
-    _name = "ipc"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._buffers = TwoBuffers(SharedGpuMemory)
-
-    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
-        """Return a bucket in one of the two buffers."""
-        layout = layout_of(tensors)
-        buffer = self._buffers.next(layout.num_bytes)
-        return Bucket(layout, pack(tensors, layout, buffer.memory), buffer.handle)
-
-    def release(self) -> None:
-        """Free the two buffers."""
-        self._buffers.close()
-
-    close = release
+        await server.init_weight_transfer("shared_memory", {})
 
 
 class BroadcastTransfer(Transfer):
@@ -320,7 +238,7 @@ class BroadcastTransfer(Transfer):
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         self._broken = False
-        self._buffers = TwoBuffers(PrivateMemory)
+        self._memories = [torch.empty(0, dtype=torch.uint8)] * 2  # of gloo's buckets; they take turns
 
     def join(self, servers: Sequence[VllmServer]) -> Failures:
         """Form a new group with ``servers`` unless they form the group already; return the servers that failed."""
@@ -378,8 +296,12 @@ class BroadcastTransfer(Transfer):
     def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
         """Return a bucket in main memory (gloo) or in new memory of the tensors' device (nccl)."""
         layout = layout_of(tensors)
-        into = self._buffers.next(layout.num_bytes).memory if self._backend == "gloo" else None
-        return Bucket(layout, pack(tensors, layout, into))
+        if self._backend != "gloo":
+            return Bucket(layout, pack(tensors, layout))
+        self._memories.reverse()
+        if self._memories[0].numel() < layout.num_bytes:
+            self._memories[0] = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        return Bucket(layout, pack(tensors, layout, self._memories[0]))
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         """Broadcast the bucket to all workers; after a failure the group is closed."""
@@ -417,3 +339,70 @@ class BroadcastTransfer(Transfer):
         self._group = self._store = None
         self._broken = False
         self._joined = []
+
+
+class MappedFile:
+    """A file in ``directory`` that this process and servers on this host have mapped: ``memory`` is its bytes.
+
+    Only the owner may read the file.  `close` removes it, or the next trainer does where this one was killed.
+
+    Raises `ConfigError` where ``directory`` has no room for the file.
+    """
+
+    def __init__(self, directory: Path, num_bytes: int) -> None:
+        self._file, self.path = _locked_file(directory)
+        self._unpin: Callable[[], None] = lambda: None
+        try:
+            # A page that the file system has no room for would end this process when it is written to.
+            os.posix_fallocate(self._file.fileno(), 0, num_bytes)
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"rollout.transfer_dir={directory} has no room for a bucket of {num_bytes / 2**20:.0f} MiB ({error}), "
+                "and there are two: make it larger, name another directory, or lower rollout.bucket_mb"
+            ) from error
+        self.memory = torch.from_file(str(self.path), shared=True, size=num_bytes, dtype=torch.uint8)
+        self._unpin = pin(self.memory)
+
+    def close(self) -> None:
+        """Remove the file; its pages are freed when no process has it mapped any more."""
+        self._unpin()
+        self._unpin = lambda: None
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+@contextlib.contextmanager
+def bucket_file(directory: Path, packed: Tensor) -> Iterator[Path]:
+    """Yield the path of a file with the bytes of ``packed`` that other hosts can read; remove it afterwards."""
+    bucket, path = _locked_file(directory)
+    with bucket:
+        try:
+            bucket.write(packed.numpy().data)
+            bucket.flush()
+            os.fsync(bucket.fileno())  # only then does a network file system show the bytes to other hosts
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove buckets in ``directory`` whose writer has ended, so that no process holds their lock."""
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+        # It may be another user's, removed meanwhile, or locked.
+        with contextlib.suppress(OSError), open(path, "rb") as bucket:
+            fcntl.flock(bucket, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _locked_file(directory: Path) -> tuple[Any, Path]:
+    """Return a new file, open and locked by this process, and its path.
+
+    The file gets the name that `remove_abandoned` looks for only when it is locked.
+    """
+    name = _PREFIX + secrets.token_hex(8)
+    path = directory / (name + _SUFFIX)
+    file = open(directory / name, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.rename(directory / name, path)
+    return file, path

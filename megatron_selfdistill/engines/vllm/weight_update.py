@@ -116,7 +116,6 @@ class WeightUpdate:
             self._end()
         finally:
             self._thread.shutdown()
-            self._transfer.release()
 
     def _send(self, bucket: Bucket, servers: Sequence[VllmServer], packed: Callable[[], None]) -> Failures:
         packed()

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 
 from megatron_selfdistill.instruments.doctor.versions import (
-    for_another_python,
     newer,
     requirements,
     satisfies,
@@ -138,11 +137,8 @@ def package(name: str, version: str, wanted: str, error: str, *, required: bool)
             return Finding(name, NOT_INSTALLED, FAILURE, fix)
         return Finding(name, NOT_INSTALLED, ABSENT, OPTIONAL[name], short=ABSENT)
     if error:
-        anew = f"install one that is built for this torch and Python ({fix})" + (
-            "" if required else ", or uninstall it"
-        )
-        if "libcuda." in error or "libnvidia" in error:
-            anew = "the driver's libraries are not here: ask a node with GPUs; in a container: --gpus all"
+        anew = f"install one that is built for this torch, Python and driver ({fix})"
+        anew += "" if required else ", or uninstall it"
         return Finding(name, f"{version} cannot be imported: {error}", FAILURE, anew)
     short = version if name in IMPORTS else ""
     bounds = wanted.partition("<")[0].rstrip(",") if name in OWN_BUILDS else wanted
@@ -152,7 +148,7 @@ def package(name: str, version: str, wanted: str, error: str, *, required: bool)
     if newest is not None and newer(version, newest):
         fix = f'it may work; --selftest shows whether it works; tested: pip install "{name}=={newest}.*"'
         return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix, short)
-    return Finding(name, "; ".join(filter(None, (version, for_another_python(name, version)))), short=short)
+    return Finding(name, version, short=short)
 
 
 def _version(name: str) -> str:

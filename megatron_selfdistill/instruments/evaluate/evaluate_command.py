@@ -81,7 +81,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """
     from megatron_selfdistill.annexes import door
     from megatron_selfdistill.commands import prechecks
-    from megatron_selfdistill.commands.given_config import given_config
+    from megatron_selfdistill.commands.model_command import given_config
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
@@ -110,6 +110,7 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     if os.environ.get("RANK", "0") == "0":
         print("evaluate: imports its packages and reads the data", file=sys.stderr, flush=True)
     from megatron_selfdistill.commands.given_model import computed_in, configured, find_model, temporary_directory
+    from megatron_selfdistill.commands.model_command import phases_shown
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
@@ -118,7 +119,6 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.instruments.evaluate.first_step import measure_first_step
     from megatron_selfdistill.metrics.leakage import telling_words
-    from megatron_selfdistill.metrics.phase_lines import phases_shown
     from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.sources.configured_source import evaluation_player
 
@@ -175,7 +175,6 @@ def _report(
     arguments: argparse.Namespace,
     model: dict[str, Any],
 ) -> None:
-    """Write the files, and print the verdict and the tables."""
     from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
     from megatron_selfdistill.instruments.evaluate import evaluation_tables as tables
     from megatron_selfdistill.instruments.evaluate.first_step import readiness, recommended

@@ -81,9 +81,8 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
     table.add_row("share that ends in a loop", _shown(first["loop_share"]), "")
     table.add_row("accuracy without hints", _shown(first["accuracy"]), "")
     table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "", end_section=True)
-    for setting, share in first["let_through"].items():
-        shown = ("-" if value is None else _shown(value) for value in (share["all_tokens"], share["top_tenth"]))
-        table.add_row(f"let through, {setting}", *shown)
+    shares = (first["let_through"], first["let_through_top_tenth"])
+    table.add_row("let through", *("-" if share is None else _shown(share) for share in shares))
     table.caption = (
         "let through: KL(target || reference) / KL(teacher || reference)\n"
         "top tenth: of the tokens by KL(teacher || reference)\n"

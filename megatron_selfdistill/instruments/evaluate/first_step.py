@@ -44,9 +44,6 @@ from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 MAX_PROBLEMS = 64
 """The largest number of problems with a sample; the first ones are taken."""
-WEIGHTS = (0.75, 2.0, 4.0)
-"""The teacher's weights whose targets are compared with the configured target."""
-CONFIGURED, TEACHER_ALONE = "as configured", "target=teacher_alone"
 NEVER_SOLVED, SOLVED_BY_HINT = 0.01, 0.2
 """The largest accuracy of a base that never solves its problems, and the smallest of one whose hints solve them."""
 UNTRAINED = 0.9
@@ -61,15 +58,6 @@ GUIDED = (
 )
 """The settings of guided rollouts, which sample from the target itself."""
 _TOP = 10  # one in this number of tokens is among those with the most difference
-
-
-@dataclass(frozen=True)
-class LetThrough:
-    """The share of the hint that a target lets through; None if teacher and reference predict the same."""
-
-    all_tokens: float | None
-    top_tenth: float | None
-    """The share over the tenth of the tokens with the largest KL(teacher || reference)."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +83,10 @@ class FirstStep:
     num_hints: int
     """The number of different solutions among all problems of the evaluation."""
     vocab_size: int
-    let_through: dict[str, LetThrough]
-    """The setting -> the share of the hint that its target lets through; `CONFIGURED` is the first."""
+    let_through: float | None
+    """The share of the hint that the configured target lets through; None if teacher and reference predict the same."""
+    let_through_top_tenth: float | None
+    """The same over the tenth of the tokens with the largest KL(teacher || reference)."""
 
     @property
     def is_untrained(self) -> bool:
@@ -107,8 +97,8 @@ class FirstStep:
         """Return a sentence, with keys to try, for each number with which a run learns little."""
         nll = 0.0 if self.is_untrained else -self.log_prob_mean  # no temperature helps an untrained model
         numbers = dict(zip(OF_SAMPLES, (nll, self.entropy_mean, self.truncated_share, self.loop_share), strict=True))
-        let_through = self.let_through[CONFIGURED].all_tokens
-        return first_step_advice(config, numbers | ({} if let_through is None else {"target/let_through": let_through}))
+        known = {} if self.let_through is None else {"target/let_through": self.let_through}
+        return first_step_advice(config, numbers | known)
 
 
 @dataclass(frozen=True)
@@ -218,11 +208,10 @@ def measure_first_step(
 
     both = (prompt for it in prompts for prompt in (it.student_prompt, it.teacher_prompt))
     models = inference.as_both_models(config, both, grid)
-    targets = compared_targets(Target.configured(config.target))
-    configured, *others = targets.values()
-    loss = self_distillation(configured, Divergence(), models.backend, fusion=models.fusion)
-    measurement = TokenMeasurement(configured, config.loss.fused_chunk_tokens, models.backend, other_targets=others)
-    rows = _rows(read(build_contexts(own, responses), models, loss, measurement), len(others))
+    target = replace(Target.configured(config.target), anchor="student", match=None)
+    loss = self_distillation(target, Divergence(), models.backend, fusion=models.fusion)
+    measurement = TokenMeasurement(target, config.loss.fused_chunk_tokens, models.backend)
+    rows = _rows(read(build_contexts(own, responses), models, loss, measurement))
 
     is_right = right_response(verifier, run_data.tokenizer, config.evaluation.confidence_pattern)
     asked = zip(problems[grid.dp_rank :: grid.dp_size], responses, strict=True)
@@ -233,20 +222,7 @@ def measure_first_step(
     are_looping = gather_items([ends_in_loop(response.token_ids) for response in responses] if speaks else [])
     num_hints = len({problem.solution for problem in run_data.evaluation})
     are_right = [rights[problem.id] for problem in problems]
-    return first_step(tokens, are_cut, are_looping, are_right, num_hints, run_data.vocab_size, list(targets))
-
-
-def compared_targets(configured: Target) -> dict[str, Target]:
-    """Return the setting -> the target at the first step: the configured one, then those of the other `WEIGHTS`.
-
-    A number for k or k_max belongs to one weight, so targets with another weight have the default.
-    """
-    first = replace(configured, anchor="student", match=None)
-    rule = "entropy_matched" if first.rule == "teacher_alone" else first.rule
-    k_max = first.k_max if first.k_max is None else "1 + w"
-    others = {w: replace(first, rule=rule, teacher_weight=w, k=None, k_max=k_max) for w in WEIGHTS}
-    named = {f"target.teacher_weight={w:g}": target for w, target in others.items() if target != first}
-    return {CONFIGURED: first, **named}
+    return first_step(tokens, are_cut, are_looping, are_right, num_hints, run_data.vocab_size)
 
 
 def first_step(
@@ -256,24 +232,19 @@ def first_step(
     are_right: Sequence[bool],
     num_hints: int,
     vocab_size: int,
-    settings: Sequence[str],
 ) -> FirstStep:
     """Return what the numbers of the tokens say.
 
-    ``tokens`` [R, 3 + settings] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of each setting's target.
+    ``tokens`` [R, 4] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of the configured target.
     ``are_cut``, ``are_looping``, ``are_right``: per sample, whether it reached the limit of tokens, whether it ends in
     a loop, and whether it is right.
     """
-    log_prob, entropy, of_teacher, *of_targets = tokens.unbind(1)
+    log_prob, entropy, of_teacher, of_target = tokens.unbind(1)
     top = of_teacher.topk(-(-len(of_teacher) // _TOP)).indices
 
-    def share(of_target: Tensor, teacher: Tensor) -> float | None:
-        return (of_target.sum() / teacher.sum()).item() if teacher.mean() >= SILENT_KL else None
+    def share(target: Tensor, teacher: Tensor) -> float | None:
+        return (target.sum() / teacher.sum()).item() if teacher.mean() >= SILENT_KL else None
 
-    let_through = {
-        name: LetThrough(share(values, of_teacher), share(values[top], of_teacher[top]))
-        for name, values in zip(settings, of_targets, strict=True)
-    }
     return FirstStep(
         num_samples=len(are_cut),
         num_tokens=len(tokens),
@@ -286,16 +257,17 @@ def first_step(
         are_right=tuple(are_right),
         num_hints=num_hints,
         vocab_size=vocab_size,
-        let_through={**let_through, TEACHER_ALONE: LetThrough(1.0, 1.0)},
+        let_through=share(of_target, of_teacher),
+        let_through_top_tenth=share(of_target[top], of_teacher[top]),
     )
 
 
-def _rows(reading: Reading, num_others: int) -> Tensor:
-    """Return the numbers of this replica's tokens, [4 + others, R] float64, as `first_step` takes them."""
+def _rows(reading: Reading) -> Tensor:
+    """Return the numbers of this replica's tokens, [4, R] float64, as `first_step` takes them."""
     stats, measures, own = reading.output.stats, reading.output.measures, None
     if stats is not None and measures is not None:
-        assert measures.kl_to_anchor is not None and measures.kl_of_others is not None, "the measurement asks for both"
+        assert measures.kl_to_anchor is not None, "the measurement asks for it"
         of_target, of_teacher = measures.kl_to_anchor.unbind(1)
-        columns = [stats.student_log_prob, stats.student_entropy, of_teacher, of_target]
-        own = torch.stack([*(column.double() for column in columns), *measures.kl_of_others.unbind(1)])
-    return reading.on_whole_replica(own, 4 + num_others)
+        columns = (stats.student_log_prob, stats.student_entropy, of_teacher, of_target)
+        own = torch.stack([column.double() for column in columns])
+    return reading.on_whole_replica(own, 4)

@@ -23,7 +23,7 @@ from megatron_selfdistill.instruments.explorer.target_page import forget_explore
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.target import Divergence, Status, Target
 from megatron_selfdistill.metrics.run_log import finite
-from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
@@ -228,8 +228,7 @@ def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[Explored
     if not shown:
         return []
     solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}
-    teachers = learner.config.named_teachers
-    texts = [seen_hint(context, solution_of[id(context)], teachers).text for context, _ in first]
+    texts = [learner.teachers.seen_hint(context, solution_of[id(context)]).text for context, _ in first]
     settings = [_token_target(learner, batch.teacher, context.guided) for context in shown]
     return explored_responses(output, shown, texts, settings, learner.run_data.vocab_size, learner.grid)
 

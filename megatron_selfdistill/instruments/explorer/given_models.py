@@ -17,7 +17,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.commands import prechecks
-from megatron_selfdistill.commands.given_config import given_config, overridden_keys
+from megatron_selfdistill.commands.model_command import given_config, overridden_keys
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size

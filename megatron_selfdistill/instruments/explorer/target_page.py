@@ -24,45 +24,6 @@ MAX_BYTES = 2**28
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
 
-_BODY = """\
-<header>
-<div id="title"><h1>Target explorer</h1></div>
-<p id="about" class="soft"></p>
-</header>
-<details id="settings" open><summary>Settings of the target</summary>
-<div id="controls" class="toolbar" role="group" aria-label="Settings of the target"></div>
-</details>
-<p id="progress" role="status" class="small"></p>
-<p id="accuracy" class="small soft"></p>
-<div class="explorer" id="explorer">
-<main>
-<div class="context">
-<details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
-<details><summary>Hint, which only the teacher sees</summary><pre id="solution"></pre></details>
-</div>
-<details><summary>How to read this page</summary>
-<p class="small soft">The colour and the underline of a token show its divergence between student and target, in nats.
-Point at a token, or use the arrow keys: left and right go from token to token, down and up to the next token at which
-the target's first choice is not the student's. A click holds a token, and Escape lets it go.
-In the table of candidates, bold numbers are the first choice of a model.</p></details>
-<div id="legend" class="small" aria-label="Divergence of a token in nats"></div>
-<div id="tokens" role="listbox" tabindex="0" aria-label="Tokens of the response; arrow keys choose a token"></div>
-</main>
-<aside class="panel" aria-label="The chosen token">
-<div id="about-token">
-<h2 class="small"><span id="chosen-title">Choose a token</span><span id="chosen-text"></span></h2>
-<p id="pinned" class="small soft" hidden>Held: Escape, or another click, follows the pointer again.</p>
-<p id="announcement" aria-live="polite"></p>
-<table><tbody id="numbers"></tbody></table>
-</div>
-<div>
-<div id="candidates"></div>
-<button type="button" id="all-candidates" hidden></button>
-</div>
-</aside>
-</div>
-"""
-
 
 def target_page(record: Mapping[str, Any]) -> str:
     """Return the page of an explored response: one HTML file that needs nothing else.
@@ -74,7 +35,7 @@ def target_page(record: Mapping[str, Any]) -> str:
     blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
     scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
     data = {"overview": overview, "texts": record["texts"], **blocks}
-    return html_page("Target explorer", _BODY, [asset("explorer.css")], scripts, data)
+    return html_page("Target explorer", asset("explorer.html"), [asset("explorer.css")], scripts, data)
 
 
 def write_target_pages(run_dir: Path) -> dict[Path, tuple[int, int, int]]:

@@ -13,20 +13,20 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes, engine_factors, engines
 from megatron_selfdistill.instruments.plan.host_memory import HostMemory, host_memory
-from megatron_selfdistill.instruments.plan.memory import Load, Memory, engine_weight_gib, memory
-from megatron_selfdistill.instruments.plan.plan_checks import (
-    UNKNOWN_VOCABULARY,
-    check_engine,
-    check_lengths,
-    longest_sequence,
-    planned_gpus,
+from megatron_selfdistill.instruments.plan.memory import (
+    Load,
+    Memory,
+    engine_factors,
+    engine_weight_gib,
+    memory,
+    update_bytes,
 )
+from megatron_selfdistill.instruments.plan.planned_gpus import planned_gpus
 from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
-from megatron_selfdistill.instruments.plan.step_time import StepPart, parts_of_step
+from megatron_selfdistill.instruments.plan.step_time import StepPart, backward_passes, parts_of_step
+from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
-from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
 from megatron_selfdistill.teachers.teacher_directories import (
     TeacherCopy,
@@ -61,9 +61,8 @@ class Plan:
     """The longest context in tokens."""
     seq_length: int
     """The longest packed sequence in tokens."""
-    output_layer: OutputLayer
-    engines: Engines | None
-    """The vLLM engines; None for another sampler, or without a sampler."""
+    update_bytes: int | None
+    """The bytes that a vLLM engine receives after a step; None for another sampler, or without a sampler."""
     teachers: Mapping[str, PlannedModel]
     """The teachers of another architecture than the student's, by name."""
     parts: Sequence[StepPart]
@@ -122,7 +121,9 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     check_lengths(config, max_length)
     check_engine(config, num_gpus)
     run_data = RunData.load(config) if config.data.path and config.data.tokenizer else None
-    vocab_size = _vocab_size(config, run_data)
+    vocab_size = config.model.vocab_size if run_data is None else run_data.vocab_size
+    if vocab_size is None:
+        raise ConfigError("the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer")
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     sizes = vocab_size, num_gpus
     built = stages(config.model, transformer, config.parallel, *sizes, config.adapter, adapter_teachers(config))
@@ -137,6 +138,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         )
         for i, stage in enumerate(built)
     ]
+    student = PlannedModel(transformer, built)
     step = PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
@@ -146,7 +148,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         vocab_size=padded_vocab_size(
             vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
         ),
-        model_parameters=sum(stage.model_parameters for stage in built),
+        model_parameters=student.parameters,
         engine_factors=engine_factors(config, vocab_size),
         other_widths={name: teacher.transformer.hidden_size for name, teacher in teachers.items()},
     )
@@ -156,24 +158,62 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     ]
     samples = config.samples and not config.logged and config.rollout.engine == "vllm"
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
-    of_engines = engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None
-    student = PlannedModel(config.model, transformer, built)
-    parts = [] if config.logged else parts_of_step(config, student, teachers, of_engines, load, step.bubble)
+    parts = [] if config.logged else parts_of_step(config, student, teachers, load, step.bubble, kv_cache_gib)
     return Plan(
         config=config,
         run_data=run_data,
         stages=built,
         memory=needed,
-        parameters=load.model_parameters,
+        parameters=student.parameters,
         step=step,
         max_length=max_length,
         seq_length=seq_length,
         host=host_memory(config, transformer, built, load),
-        output_layer=choose_output_layer(config, load.vocab_size),
-        engines=of_engines,
+        update_bytes=update_bytes(config, load) if samples else None,
         teachers=teachers,
         parts=parts,
     )
+
+
+def longest_sequence(config: Config) -> int:
+    """Return the longest packed sequence, up to ``schedule.max_tokens``, that SP and CP can cut."""
+    p = config.parallel
+    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
+    return config.schedule.max_tokens // multiple * multiple
+
+
+def check_lengths(config: Config, max_length: int) -> None:
+    """Raise `ConfigError` where contexts of ``max_length`` tokens leave no room for a prompt."""
+    new = config.rollout.max_new_tokens
+    if config.needs.samples is not None and config.samples and new >= max_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens ({new}) leaves no room for a prompt in contexts of at most {max_length} tokens: "
+            "raise data.max_length and schedule.max_tokens, or lower rollout.max_new_tokens"
+        )
+
+
+def check_engine(config: Config, num_gpus: int) -> None:
+    """Raise `ConfigError` for options that vLLM would refuse once the GPUs exist."""
+    rollout, heads = config.rollout, config.model.num_attention_heads
+    if rollout.engine != "vllm" or not config.samples:
+        return
+    if rollout.placement == "colocated" and num_gpus % rollout.engine_tp:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp} ranks form one engine, but cluster.num_gpus={num_gpus} is no "
+            "multiple of it; choose a divisor"
+        )
+    per_node = min(num_gpus, config.cluster.gpus_per_node)
+    if rollout.placement == "server" and rollout.engine_tp > per_node and rollout.engine_tp % per_node:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp}: a server has GPUs of one node, at most {per_node}, or all GPUs of "
+            f"several; choose a multiple of {per_node}"
+        )
+    if heads % rollout.engine_tp:
+        raise ConfigError(
+            f"rollout.engine_tp={rollout.engine_tp} must divide model.num_attention_heads ({heads}), which vLLM cuts"
+        )
+    if rollout.hf_config is None:
+        family_of_model(config.model)
 
 
 def _planned_teachers(
@@ -186,7 +226,7 @@ def _planned_teachers(
             with about_architecture(f"teachers.{', '.join(directories)}"):
                 transformer = transformer_config(model, config.parallel, config.optimizer, config.schedule)
                 built = stages(model, transformer, config.parallel, vocab_size, num_gpus)
-            found |= dict.fromkeys(directories, PlannedModel(model, transformer, built))
+            found |= dict.fromkeys(directories, PlannedModel(transformer, built))
     return found
 
 
@@ -239,14 +279,6 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     num_teacher = num_student if config.has_teacher else 0
     paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
     return raised_to_multiple(num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored)
-
-
-def _vocab_size(config: Config, run_data: RunData | None) -> int:
-    """Return the size of the vocabulary, without padding."""
-    vocab_size = run_data.vocab_size if run_data is not None else config.model.vocab_size
-    if vocab_size is None:
-        raise ConfigError(UNKNOWN_VOCABULARY)
-    return vocab_size
 
 
 def bubble(num_student: int, num_others: int, pp_size: int, num_chunks: int, backward: float) -> float:

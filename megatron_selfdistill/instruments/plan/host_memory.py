@@ -34,40 +34,39 @@ _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
 class HostMemory:
     """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
 
-    resting: dict[str, float]
+    parts: dict[str, float]
     """The parts that always exist: the offloaded teacher and reference, the weights of named teachers, hidden states
-    (pinned), buckets of weights, and the frozen weights of sleeping engines, which only adapters change."""
-    saving: dict[str, float]
-    """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
-    copies while the run trains."""
+    (pinned), buckets of weights, and the frozen weights of sleeping engines, which only adapters change.  Then those
+    that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the copies while
+    the run trains."""
 
     @property
     def peak(self) -> float:
         """The GiB of all parts together."""
-        return sum(self.resting.values()) + sum(self.saving.values())
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
         unit, times = ("GiB", 1) if self.peak >= 1 else ("MiB", 1024)
-        parts = (self.resting | self.saving).items()
-        listed = " + ".join(f"{name} {times * size:.1f}" for name, size in parts if round(times * size, 1))
+        shown = {name: times * size for name, size in self.parts.items() if round(times * size, 1)}
+        listed = " + ".join(f"{name} {size:.1f}" for name, size in shown.items())
         return f"{listed or 'nothing'} = {times * self.peak:.1f} {unit}"
 
 
 def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence[Stage], load: Load) -> HostMemory:
     """Return the host memory of the fullest node of ``cluster.gpus_per_node`` ranks; consecutive ranks form a stage."""
     num_gpus = config.cluster.num_gpus or 1
-    per_stage = [(_resting(config, transformer, stage, load), _saving(config, stage)) for stage in stages]
+    per_stage = [_resting(config, transformer, stage, load) | _saving(config, stage) for stage in stages]
     ranks_of_a_stage = num_gpus // len(stages)
     nodes = []
     for first in range(0, num_gpus, config.cluster.gpus_per_node):
         ranks = range(first, min(first + config.cluster.gpus_per_node, num_gpus))
         held = [per_stage[rank // ranks_of_a_stage] for rank in ranks]
-        resting, saving = (_sum([parts[which] for parts in held]) for which in (0, 1))
+        parts = {name: sum(of_rank[name] for of_rank in held) / GIB for name in held[0]}
         rollout = config.rollout
         if first == 0 and config.samples and rollout.engine == "vllm" and rollout.placement == "server":
             copies = _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0)
-            resting["weight bucket"] += copies * rollout.bucket_mb * 2**20 / GIB
-        nodes.append(HostMemory(resting, saving))
+            parts["weight bucket"] += copies * rollout.bucket_mb * 2**20 / GIB
+        nodes.append(HostMemory(parts))
     return max(nodes, key=lambda node: node.peak)
 
 
@@ -123,8 +122,3 @@ def _saving(config: Config, stage: Stage) -> dict[str, float]:
     if config.adapter.rank:
         trained = stage.adapter_parameters / stage.dp_cp_size
     return {part: size * trained for part, size in _saved_bytes(config).items()}
-
-
-def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the sum of bytes by part, in GiB."""
-    return {name: sum(part[name] for part in parts) / GIB for name in parts[0]}

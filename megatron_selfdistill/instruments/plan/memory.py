@@ -3,14 +3,16 @@
 
 The numbers are arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al. 2022
 (arXiv 2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's
-fused layers, no dropout, and an equal number of tokens for every expert.  plan/reserved.py stands for the rest.
+fused layers, no dropout, and an equal number of tokens for every expert.  `reserved_gib` stands for the rest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.teachers.teachers_config import joins, keeps_start
 
@@ -21,6 +23,9 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.model.layers import ALL_HEADS
 from megatron_selfdistill.model.output_layer import choose_output_layer
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.interop.hf.rules import Rule
 
 CONTEXT_GIB = 3.0
 """The GiB of CUDA's context, the libraries' workspaces and fragmentation."""
@@ -121,6 +126,32 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
 def engine_weight_gib(config: Config, model_parameters: int) -> float:
     """Return the GiB of weights that one GPU of a vLLM engine holds, in the trainer's precision."""
     return model_parameters * element_size(config) / config.rollout.engine_tp / GIB
+
+
+def update_bytes(config: Config, load: Load) -> int:
+    """Return the bytes that a vLLM engine receives after a step: all weights, or the factors of the adapters."""
+    return (load.engine_factors or load.model_parameters) * element_size(config)
+
+
+def engine_factors(config: Config, vocab_size: int) -> int:
+    """Return the elements of the factors that vLLM engines receive: each module has its own copy of A.
+
+    The modules are those of the model's Hugging Face family; 0 without adapters or without vLLM.
+    """
+    if not config.adapter.rank or not config.samples or config.rollout.engine != "vllm":
+        return 0
+    return sum(math.prod(shape) for rule in factor_rules(config, vocab_size) for shape in rule.hf_shapes)
+
+
+def factor_rules(config: Config, vocab_size: int) -> list[Rule]:
+    """Return the rules of the adapters' factors for the Hugging Face family of the model, with ``vocab_size`` rows."""
+    from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
+    from megatron_selfdistill.interop.hf.mapping import family_of, family_of_model
+    from megatron_selfdistill.interop.hf_files import read_config
+
+    given = config.rollout.hf_config
+    family = family_of_model(config.model) if given is None else family_of(read_config(Path(given)))
+    return adapter_rules(family.rules(replace(config.model, vocab_size=vocab_size)), config.adapter)
 
 
 def element_size(config: Config) -> int:
@@ -322,7 +353,6 @@ def joined_weight_bytes(config: Config, transformer: TransformerConfig, load: Lo
 
 
 def _teacher_widths(config: Config, transformer: TransformerConfig, load: Load) -> list[int]:
-    """Return the hidden size of each teacher of the key ``teachers``."""
     return [load.other_widths.get(name, transformer.hidden_size) for name in config.named_teachers]
 
 

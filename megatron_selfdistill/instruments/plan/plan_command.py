@@ -25,7 +25,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.distributed.terminal import print_error, silence_known_warnings
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.instruments.plan.plan_checks import check_plan
+from megatron_selfdistill.instruments.plan.planned_gpus import planned_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("a plan is made by one process: start it without torchrun, or train with dry_run=true")
         named = (["dry_run=true", *with_files(arguments.overrides)], arguments.config_name, arguments.config_dir)
         config = configuration.load(*named)
-        return plan(config, configuration.given_keys(*named), argv)
+        return plan(config, configuration.GivenKeys(*named), argv)
     except (ConfigError, CheckpointError) as error:
         print_error("plan:", error)
         return 2
@@ -55,7 +55,7 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
     Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
     """
     config = with_stored_tokenizer(config)
-    check_plan(config)
+    prechecks.require_ranks(config, planned_gpus(config))
     if config.data.path and config.data.tokenizer:  # else the plan reads neither
         prechecks.require_data(config)
     prechecks.require_start(config)

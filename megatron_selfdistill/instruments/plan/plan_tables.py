@@ -15,18 +15,17 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.instruments.plan.dry_run import Plan
-from megatron_selfdistill.instruments.plan.engines import factor_rules
-from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.memory import (
     GIB,
     Memory,
     engine_weight_gib,
+    factor_rules,
     named_teacher_bytes,
     resting_teacher_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
-from megatron_selfdistill.instruments.plan.step_time import StepPart
+from megatron_selfdistill.instruments.plan.step_time import MFU, NETWORK, RATES, StepPart
 
 _RUN_DIR = "runs/first"  # used if run_dir is not set
 _SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
@@ -76,7 +75,6 @@ def summary(plan: Plan) -> list[str]:
         f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
         f"{plan.step.pair_order}; bubble {plan.step.bubble:.1%} of the step",
         *([run_data.about_prompts] if run_data is not None and run_data.about_prompts else []),
-        str(plan.output_layer),
         _engines(plan),
         *_teachers(plan),
         *_trained(plan),
@@ -122,16 +120,15 @@ def _teachers(plan: Plan) -> list[str]:
 
 
 def _trained(plan: Plan) -> list[str]:
-    """Return the lines about the trained parameters: their number, what an engine gets of them, and a checkpoint."""
     config, lines = plan.config, []
     if config.adapter.rank:
         lines.append(
             f"trained: {plan.adapter_parameters / 1e6:.1f} M parameters of adapters of rank {config.adapter.rank}, "
             f"{plan.adapter_parameters / plan.parameters:.2%} of the model"
         )
-    if plan.engines is not None:
+    if plan.update_bytes is not None:
         what = "the adapters" if config.adapter.rank else "all weights"
-        lines.append(f"an update of the engines' weights sends {what}, {sized(plan.engines.update_bytes, 2)}")
+        lines.append(f"an update of the engines' weights sends {what}, {sized(plan.update_bytes, 2)}")
     held = checkpoint_bytes(config, plan.adapter_parameters or plan.parameters)
     return [*lines, f"a checkpoint takes {sized(held)}"]
 
@@ -159,7 +156,6 @@ def memory_table(plan: Plan) -> Table:
 
 
 def _cells(stage: Stage, memory: Memory) -> dict[str, str]:
-    """Return row -> cell of a stage's column, in order."""
     parts = {"layers": str(stage.num_layers), "parameters": counted(stage.parameters)}
     parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
     parts[TRAINING] = f"{memory.training_peak:.1f}"
@@ -249,11 +245,11 @@ def assumptions(plan: Plan) -> str:
     """Return the line that names the rates of the arithmetic."""
     cluster = plan.config.cluster
     gpu, num_gpus = RATES[cluster.gpu], cluster.num_gpus or 1
-    sampled = "" if plan.engines is not None or not plan.config.samples else "; sampling in process is left out"
+    sampled = "" if plan.update_bytes is not None or not plan.config.samples else "; sampling in process is left out"
     return (
         f"\nseconds of a step in turns, by arithmetic and not measured (plan/step_time.py), on {num_gpus} x "
-        f"{cluster.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s with an MFU of {MFU:.0%}, {gpu.bandwidth / 1e12:.2f} TB/s with "
-        f"{gpu.copied / 1e12:.2f} reached, {gpu.link / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} between "
+        f"{cluster.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s with an MFU of {MFU:.0%}, {gpu.copied / 1e12:.1f} TB/s, "
+        f"{gpu.link / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} between "
         f"nodes; mean prompts and responses are a third of the longest{sampled}"
     )
 
@@ -261,16 +257,12 @@ def assumptions(plan: Plan) -> str:
 def time_table(parts: Sequence[StepPart]) -> Table:
     """Return the table of the parts of a step, with their sum."""
     table = Table(box=box.SIMPLE)
-    for name in ("phase", "part", "work", "rate", "time"):
+    for name in ("phase", "part", "work", "time"):
         table.add_column(name, justify="left" if name in ("phase", "part") else "right", no_wrap=True)
     for place, part in enumerate(parts, 1):
-        work = rate = ""
-        if part.unit == "FLOP":
-            work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
-        elif part.work:
-            work, rate = sized(part.work), f"{part.rate / 1e9:.0f} GB/s"
-        table.add_row(part.phase, part.name, work, rate, seconds(part.seconds), end_section=place == len(parts))
-    table.add_row("", "= a step", "", "", seconds(sum(part.seconds for part in parts)))
+        work = f"{part.work:.2e} FLOP" if part.unit == "FLOP" else sized(part.work)
+        table.add_row(part.phase, part.name, work, seconds(part.seconds), end_section=place == len(parts))
+    table.add_row("", "= a step", "", seconds(sum(part.seconds for part in parts)))
     return table
 
 

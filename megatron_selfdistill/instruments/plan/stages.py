@@ -66,7 +66,6 @@ class Stage:
 class PlannedModel:
     """A model in the layout of the run: the student, or a teacher of another architecture."""
 
-    model: ModelConfig
     transformer: Any
     """Megatron's configuration of the model."""
     stages: Sequence[Stage]

@@ -117,8 +117,7 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
     """
     if key in _LARGEST:
         largest = finite(run.config.get(_LARGEST[key]))
-        judged = run.config.get("rollout.replay") is None  # the guard is silent about replayed responses
-        return {_LARGEST[key]: largest} if judged and largest is not None else {}
+        return {} if largest is None else {_LARGEST[key]: largest}
     steps = run.config.get("guards.reference_steps")
     if not isinstance(steps, int):
         return {}

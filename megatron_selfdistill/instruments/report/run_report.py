@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -54,11 +53,12 @@ def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[s
     """
     keys = {key for run in runs for key in run.metrics}
     present = {key for figures in GROUPS.values() for figure in figures for key in figure.present(keys)}
-    curves = {key: [_curve(run, key) for run in runs] for key in sorted(present)}
-    groups = _groups(curves)
+    curves = {
+        key: [curve_of(*run.metrics[key]) if key in run.metrics else None for run in runs] for key in sorted(present)
+    }
     overview = {
         "runs": [_run(run) for run in runs],
-        "groups": groups,
+        "groups": _groups(curves),
         "differences": differences(runs),
         "explored": list(explored) if any(explored) else None,
     }
@@ -88,12 +88,12 @@ def _reference(path: Path, start: Path) -> str:
 
 
 def _groups(keys: Collection[str]) -> list[dict[str, Any]]:
-    """Return the groups of figures that have a metric among ``keys``."""
     groups = []
     for title, figures in GROUPS.items():
         shown = ("title", "unit", "healthy", "sick", "guarded")
         kept = [
-            {name: getattr(figure, name) for name in shown} | {"lines": list(metrics.items())}
+            {name: getattr(figure, name) for name in shown}
+            | {"lines": list(metrics.items()), "judged": bool(figure.rules)}
             for figure in figures
             if (metrics := figure.present(keys))
         ]
@@ -117,12 +117,38 @@ def _run(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _curve(run: RunRecord, key: str) -> Any:
-    """Return a curve as JSON: steps, values, steps of the means, means; steps as differences from the last."""
-    if key not in run.metrics:
-        return None
-    curve = curve_of(*run.metrics[key])
-    return [_differences(curve.steps), curve.values, _differences(curve.mean_steps), curve.means]
+def curve_of(steps: Sequence[int], values: Sequence[float]) -> list[list[Any]]:
+    """Return a curve as JSON: the steps of its points, their values, the last steps of its buckets, and their means.
+
+    Steps are differences from the step before, and values that are not finite are null.  A curve of more than
+    `MAX_POINTS` values is cut into buckets of equally many values.  A bucket keeps its smallest and its largest
+    finite value and its first value that is not finite, at their own steps.  The first and the last value of the curve
+    stay, too.  A smoothed curve uses the means of the finite values of the buckets; a shorter curve has no buckets.
+    """
+    if len(steps) <= MAX_POINTS:
+        return [_differences(steps), [_short(value) for value in values], [], []]
+    num_buckets = MAX_POINTS // 2
+    kept, mean_steps, means = {0, len(steps) - 1}, [], []
+    for bucket in range(num_buckets):
+        start, end = (len(steps) * b // num_buckets for b in (bucket, bucket + 1))
+        finite = [i for i in range(start, end) if math.isfinite(values[i])]
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+        if len(finite) < end - start:
+            kept.add(next(i for i in range(start, end) if not math.isfinite(values[i])))
+        mean_steps.append(steps[end - 1])
+        means.append(_short(sum(values[i] for i in finite) / len(finite)) if finite else None)
+    places = sorted(kept)
+    points = _differences([steps[i] for i in places])
+    return [points, [_short(values[i]) for i in places], _differences(mean_steps), means]
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _differences(steps: Sequence[int]) -> list[int]:
+    return [step - before for before, step in zip([0, *steps], steps, strict=False)]
 
 
 def _spread(
@@ -228,14 +254,11 @@ def _learns(run: RunRecord) -> SummaryLine:
 
 
 def _is_healthy(run: RunRecord) -> SummaryLine:
-    stops = [event for event in run.events if event["event"] == "guard"]
-    # What the guard has found, without its advice.
-    reasons = [
-        f" ({event['reason'].partition(';')[0]})" if isinstance(event.get("reason"), str) else "" for event in stops
-    ]
-    spoken = [
-        f"a guard stopped the run after step {stop['step']}{why}" for stop, why in zip(stops, reasons, strict=True)
-    ]
+    spoken = []
+    for stop in (event for event in run.events if event["event"] == "guard"):
+        # What the guard has found, without its advice.
+        why = f" ({stop['reason'].partition(';')[0]})" if isinstance(stop.get("reason"), str) else ""
+        spoken.append(f"a guard stopped the run after step {stop['step']}{why}")
     sick = [f"{title} (since step {since})" for title, since in sick_figures(run)]
     if spoken or sick:
         return SummaryLine("Sick", "; ".join(spoken + sick), "bad")
@@ -258,48 +281,3 @@ def _changed(run: RunRecord) -> SummaryLine:
 def _finite(run: RunRecord, key: str) -> tuple[list[int], list[float]]:
     steps, values = run.metrics.get(key, ([], []))
     return [step for step, value in zip(steps, values, strict=True) if math.isfinite(value)], run.values(key)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The values of one metric over the steps of a run, as a report shows them."""
-
-    steps: list[int]
-    """The steps of the points, ascending."""
-    values: list[float | None]
-    """The values at these steps, to 5 significant digits; None for NaN and infinities."""
-    mean_steps: list[int]
-    """The last steps of the buckets; empty if every value is a point."""
-    means: list[float | None]
-    """The means of the finite values of the buckets, which a smoothed curve uses; None without a finite value."""
-
-
-def curve_of(steps: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> Curve:
-    """Return the curve of ``values`` at ascending ``steps``, with at most ``max_points`` + 4 points.
-
-    A longer curve is cut into buckets of equally many values.  A bucket keeps its smallest and its largest finite value
-    and its first value that is not finite, at their own steps.  The first and the last value of the curve stay, too.
-    """
-    if len(steps) <= max_points:
-        return Curve(list(steps), [_short(value) for value in values], [], [])
-    num_buckets = max(1, max_points // 2)
-    kept, mean_steps, means = {0, len(steps) - 1}, [], []
-    for bucket in range(num_buckets):
-        start, end = (len(steps) * b // num_buckets for b in (bucket, bucket + 1))
-        finite = [i for i in range(start, end) if math.isfinite(values[i])]
-        if finite:
-            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-        if len(finite) < end - start:
-            kept.add(next(i for i in range(start, end) if not math.isfinite(values[i])))
-        mean_steps.append(steps[end - 1])
-        means.append(_short(sum(values[i] for i in finite) / len(finite)) if finite else None)
-    places = sorted(kept)
-    return Curve([steps[i] for i in places], [_short(values[i]) for i in places], mean_steps, means)
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-
-
-def _differences(steps: Sequence[int]) -> list[int]:
-    return [step - before for before, step in zip([0, *steps], steps, strict=False)]

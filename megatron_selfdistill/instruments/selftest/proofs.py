@@ -209,7 +209,6 @@ def _step(
 
 
 def _contexts(number: int, grid: RankGrid) -> list[ContextPair]:
-    """Return this replica's share of ``number`` contexts of random tokens."""
     rows = torch.randint(VOCAB_SIZE, (number, 40), generator=torch.Generator().manual_seed(7)).tolist()
     pairs = [ContextPair(f"p{i}", row[8:16], row[:16], row[16 : 20 + i % 20], False) for i, row in enumerate(rows)]
     return pairs[grid.dp_rank :: grid.dp_size]

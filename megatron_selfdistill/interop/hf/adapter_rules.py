@@ -69,11 +69,6 @@ def adapter_rules(rules: Iterable[Rule], adapter: AdapterConfig) -> list[Rule]:
     return [made for rule in found for made in (_rule_of_a(rule, adapter.rank), _rule_of_b(rule, adapter.rank))]
 
 
-def factor_key(weight_key: str, factor: str) -> str:
-    """Return the key of a factor, ``a`` or ``b``, of the adapter of the layer with the weight ``<linear>.weight``."""
-    return f"{weight_key.removesuffix(_WEIGHT)}{ADAPTER_SUFFIX}.{factor}"
-
-
 def is_adapter_key(key: str) -> bool:
     """Return whether ``key`` of a Megatron checkpoint names a factor of an adapter."""
     return key.endswith((f"{ADAPTER_SUFFIX}.a", f"{ADAPTER_SUFFIX}.b"))
@@ -101,6 +96,6 @@ def _rule_of_b(rule: Rule, rank: int) -> Rule:
 def _factor(
     rule: Rule, factor: str, shape: tuple[int, ...], hf_shapes: tuple[tuple[int, ...], ...], arrangement: Arrangement
 ) -> Rule:
-    key = factor_key(rule.megatron.key, factor)
+    key = f"{rule.megatron.key.removesuffix(_WEIGHT)}{ADAPTER_SUFFIX}.{factor}"
     names = (f"{PEFT_PREFIX}{name.removesuffix(_WEIGHT)}.lora_{factor.upper()}.weight" for name in rule.hf_names)
     return Rule(replace(rule.megatron, key=key), shape, tuple(names), hf_shapes, arrangement)

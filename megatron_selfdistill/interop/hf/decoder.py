@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.rules import Arrangement, FusedExperts, MegatronSlice, Rule, query_groups, rows
+from megatron_selfdistill.interop.hf.rules import Arrangement, FusedExperts, MegatronSlice, Rule, rows
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]
@@ -146,18 +146,13 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
         arrangement = GatedQueryGroups(heads, groups, channels)
     yield rows(place("self_attention.linear_qkv.layer_norm_weight"), {f"{hf}.input_layernorm.weight": (hidden,)})
     weights: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.weight": (n, hidden) for x, n in sizes.items()}
-    yield query_groups(place("self_attention.linear_qkv.weight"), weights, arrangement)
+    yield rows(place("self_attention.linear_qkv.weight"), weights, arrangement)
     if arch["add_qkv_bias"] or arch["add_bias_linear"]:
         biases: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.bias": (n,) for x, n in sizes.items()}
-        yield query_groups(place("self_attention.linear_qkv.bias"), biases, arrangement)
-    if arch["qk_layernorm"]:
-        for x in "qk":
-            norm = {f"{hf}.self_attn.{x}_norm.weight": (channels,)}
-            yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
-    if arch["qk_layernorm_all_heads"]:
-        for x in "qk":
-            norm = {f"{hf}.self_attn.{x}_norm.weight": (sizes[x],)}
-            yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
+        yield rows(place("self_attention.linear_qkv.bias"), biases, arrangement)
+    for x in "qk" if arch["qk_layernorm"] or arch["qk_layernorm_all_heads"] else "":
+        norm = {f"{hf}.self_attn.{x}_norm.weight": (sizes[x] if arch["qk_layernorm_all_heads"] else channels,)}
+        yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
     if arch["softmax_type"] == "learnable":
         yield rows(place("self_attention.core_attention.softmax_offset"), {f"{hf}.self_attn.sinks": (heads,)})
     yield rows(
@@ -327,9 +322,9 @@ def gated_delta_rules(
         f"{name}.{part}.weight": (groups * sum(sizes), hidden) for part, sizes in sections.items()
     }
     arrangement = HeadGroups(groups, tuple(sections.values()))
-    yield query_groups(place("self_attention.in_proj.weight"), projections, arrangement)
+    yield rows(place("self_attention.in_proj.weight"), projections, arrangement)
     channels = {f"{name}.conv1d.weight": (groups * (2 * key + values), 1, kernel)}
-    yield query_groups(place("self_attention.conv1d.weight"), channels, HeadGroups(groups, ((key, key, values),)))
+    yield rows(place("self_attention.conv1d.weight"), channels, HeadGroups(groups, ((key, key, values),)))
     for ours in ("dt_bias", "A_log"):
         yield rows(place(f"self_attention.{ours}"), {f"{name}.{ours}": (heads,)})
     yield rows(place("self_attention.out_norm.weight"), {f"{name}.norm.weight": (value,)})

@@ -15,34 +15,13 @@ from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import llama3_fields, read_rope, rotary_fields, write_llama3, write_rotary
 from megatron_selfdistill.interop.hf.rules import Rule, fused
 from megatron_selfdistill.interop.hf.sliding_windows import (
-    every_layer,
     listed_layers,
-    mistral_layers,
-    no_layer,
     qwen_layers,
     require_layer_types,
     window_keys,
     write_qwen_windows,
     write_window,
 )
-
-COMMON_DEFAULTS = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "partial_rotary_factor": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "layer_types": None,
-}
 
 
 def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
@@ -99,7 +78,7 @@ def write_common(arch: dict[str, Any]) -> dict[str, Any]:
 def _reader(
     *, windows: Callable[[HFConfig], list[bool]], bias: bool, **fields: Any
 ) -> Callable[[HFConfig], ModelConfig]:
-    """Return the reader of a dense family; ``windows`` returns whether each layer has the sliding window.
+    """Return the reader of a dense family; ``windows`` returns whether each layer, or all layers, have the window.
 
     ``bias``: whether q, k and v always have biases, as in Qwen2, whose code reads neither ``attention_bias`` nor
     ``mlp_bias``.
@@ -128,38 +107,33 @@ def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json with ``sliding_window``, for which transformers' Mistral has a default of its own."""
-    return write_decoder(arch) | {"sliding_window": write_window(arch)}
+def _windows_mistral(config: HFConfig) -> list[bool]:
+    return [True] if config["layer_types"] is None else listed_layers(config)  # Ministral has layer_types
 
 
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
-    _reader(windows=no_layer, bias=False),
+    _reader(windows=lambda _: [False], bias=False),
     lambda arch: write_decoder(arch) | {"attention_bias": False, "mlp_bias": False},
-    COMMON_DEFAULTS,
 )
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
-    _reader(windows=mistral_layers, bias=False),
-    _write_with_window,
-    COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    _reader(windows=_windows_mistral, bias=False),
+    lambda arch: write_decoder(arch) | {"sliding_window": write_window(arch)},  # else transformers has one
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",
     "qwen2",
     _reader(windows=qwen_layers, bias=True),
     _write_without_head_dim,
-    COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
 )
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     "qwen3",
     _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
     lambda arch: write_decoder(arch) | write_qwen_windows(arch) | {"attention_bias": False},
-    COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
 )
 
 
@@ -170,7 +144,7 @@ def _read_phi(config: HFConfig) -> ModelConfig:
             f"has rope_type={rope.kind!r}: only default is known here, since the "
             "factors of longrope depend on the length of the sequence"
         )
-    return read_common(config, transformer=window_keys(config, every_layer(config)), **llama3_fields(rope, config))
+    return read_common(config, transformer=window_keys(config), **llama3_fields(rope, config))
 
 
 def _write_phi(arch: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +167,6 @@ PHI3 = Family(
     "phi3",
     _read_phi,
     _write_phi,
-    COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
     adapt=_fuse_phi,
 )
 
@@ -219,7 +192,6 @@ SEED_OSS = Family(
     "seed_oss",
     _read_seed_oss,
     _write_seed_oss,
-    COMMON_DEFAULTS | {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
 )
 
 
@@ -227,7 +199,8 @@ def _read_smollm(config: HFConfig) -> ModelConfig:
     for name in ("attention_bias", "mlp_bias"):
         config.require(name, (False, None), "biases are not known here")
     has_rope = _layers_with_rope_smollm(config)
-    transformer = window_keys(config, _windows_smollm(config, has_rope))
+    sliding = [bool(config["use_sliding_window"] and not rope) for rope in has_rope]
+    transformer = window_keys(config, sliding if config["layer_types"] is None else listed_layers(config))
     if not all(has_rope):
         transformer["no_rope_freq"] = [1 - rope for rope in has_rope]
     return read_common(config, transformer=transformer, **rotary_fields(read_rope(config), config))
@@ -244,13 +217,6 @@ def _layers_with_rope_smollm(config: HFConfig) -> list[int]:
             f"has {len(given)} entries in no_rope_layers, expected one for each of the {num_layers} layers"
         )
     return [int(bool(rope)) for rope in given]
-
-
-def _windows_smollm(config: HFConfig, has_rope: list[int]) -> list[bool]:
-    """Return the layers with a sliding window, as transformers chooses them."""
-    if config["layer_types"] is not None:
-        return listed_layers(config)
-    return [bool(config["use_sliding_window"] and not rope) for rope in has_rope]
 
 
 def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
@@ -272,12 +238,5 @@ SMOLLM3 = Family(
     "smollm3",
     _read_smollm,
     _write_smollm,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "rope_theta": 2000000.0,
-        "tie_word_embeddings": True,
-        "no_rope_layers": None,
-        "no_rope_layer_interval": 4,
-    },
+    {"rope_theta": 2000000.0},
 )

@@ -11,14 +11,12 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.interop.hf.sliding_windows import (
     SLIDING,
-    every_layer,
-    every_layer_if_used,
     window_keys,
     write_window,
 )
@@ -28,7 +26,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
     require_normalised(config)
     return read_common(
         config,
-        transformer=window_keys(config, every_layer(config)),
+        transformer=window_keys(config),
         **expert_fields(config, "num_local_experts", "intermediate_size"),
         **rotary_fields(read_rope(config), config),
     )
@@ -46,7 +44,7 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
-    transformer = window_keys(config, every_layer_if_used(config))
+    transformer = window_keys(config, [bool(config["use_sliding_window"])])
     transformer |= sparse_layers(config, otherwise=": call it Qwen3ForCausalLM") | softmax_router(config)
     count = "num_local_experts" if config.given("num_local_experts") else "num_experts"  # transformers 5 renames it
     return read_common(
@@ -120,14 +118,7 @@ MIXTRAL = Family(
     "mixtral",
     _read_mixtral,
     _write_mixtral,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
+    {"rope_theta": 1e6},
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
 )
 QWEN3_MOE = Family(
@@ -135,25 +126,12 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     _read_qwen3_moe,
     _write_qwen3_moe,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
-        "sliding_window": 4096,
-    },
 )
 
 
 def _read_olmoe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
     config.require("clip_qkv", (None,), "Megatron does not clip queries, keys and values")
-    channels = config["hidden_size"] // config["num_attention_heads"]
-    config.require("head_dim", (None, channels), f"expected hidden_size / num_attention_heads, which is {channels}")
     config.require("sliding_window", (None,), "transformers applies it in some of its kernels only")
     return read_common(
         config,
@@ -184,14 +162,6 @@ OLMOE = Family(
     "olmoe",
     _read_olmoe,
     _write_olmoe,
-    COMMON_DEFAULTS
-    | {
-        "rms_norm_eps": 1e-5,
-        "clip_qkv": None,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-    },
 )
 
 
@@ -214,7 +184,7 @@ def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
 
 def _refuse_windows(config: HFConfig) -> None:
     sliding = config["use_sliding_window"] or SLIDING in (config["layer_types"] or ())
-    if sliding and window_keys(config, every_layer(config)):
+    if sliding and window_keys(config):
         raise config.error(
             f"has a sliding_window of {config['sliding_window']} tokens: versions "
             "of transformers disagree on the layers that have it, and vLLM ignores it; set use_sliding_window to false"
@@ -239,18 +209,5 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     _read_qwen2_moe,
     _write_qwen2_moe,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 16,
-        "qkv_bias": True,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
-        "sliding_window": 4096,
-    },
-    TensorNames(shared="shared_expert"),
+    tensor_names=TensorNames(shared="shared_expert"),
 )

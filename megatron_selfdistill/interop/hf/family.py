@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,8 +60,8 @@ class Family:
     """A function that reads every field that changes logits, and refuses values that Megatron cannot compute."""
     write: Callable[[dict[str, Any]], dict[str, Any]]
     """A function from the `architecture` of a model to the fields of config.json."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """The defaults of transformers' configuration class."""
+    further_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The defaults that are no fields of transformers' configuration class, and those that it sets later."""
     tensor_names: TensorNames = field(default_factory=TensorNames)
     """The parts of tensors' names that differ between families."""
     adapt: Callable[[Rule], Rule] = lambda rule: rule
@@ -73,12 +75,17 @@ class Family:
     carried: tuple[str, ...] = ()
     """The prefixes of the tensors of the further parts, which Megatron does not build: conversions carry them along."""
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of transformers' configuration class, with those of every family."""
+        return {**_OF_EVERY_FAMILY, **_defaults_of_class(self.model_type), **self.further_defaults}
+
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes.
 
         Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
-        config = HFConfig(self.architecture, hf_config, {**_OF_EVERY_FAMILY, **self.defaults})
+        config = HFConfig(self.architecture, hf_config, self.defaults)
         num_layers = hf_config.get("num_hidden_layers")
         if isinstance(num_layers, int) and num_layers > MAX_LAYERS:  # families make lists with one value per layer
             raise config.error(f"has num_hidden_layers={num_layers}: expected at most {MAX_LAYERS}")
@@ -129,7 +136,23 @@ class Family:
         return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
 
 
-_OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
+_OF_EVERY_FAMILY: dict[str, Any] = {
+    **dict.fromkeys("quantization_config is_causal per_layer_config rope_scaling rope_parameters".split()),
+    **dict.fromkeys("num_key_value_heads head_dim partial_rotary_factor sliding_window layer_types".split()),
+    **dict.fromkeys("attention_bias mlp_bias use_sliding_window".split(), False),
+    "rope_theta": 10000.0,
+}
+"""The values of a config.json that lacks a key, unless the class has a default of its own."""
+
+
+@functools.cache
+def _defaults_of_class(model_type: str) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING  # takes seconds
+
+    if model_type not in CONFIG_MAPPING:  # an older transformers
+        return {}
+    parameters = inspect.signature(CONFIG_MAPPING[model_type]).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_decoder
+from megatron_selfdistill.interop.hf.dense import read_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
@@ -32,6 +32,7 @@ def _read(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (True,), "Megatron has biases in all linear layers, as published, or in none")
     config.require("swiglu_alpha", (1.702, None), "Megatron's quick_gelu is x * sigmoid(1.702 x)")
     require_normalised(config)
+    num_experts = config.given("num_local_experts") or config.given("num_experts") or config["num_local_experts"]
     limit = 7.0 if config["swiglu_limit"] is None else config["swiglu_limit"]
     if config["layer_types"] is None:
         sliding = [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
@@ -41,7 +42,7 @@ def _read(config: HFConfig) -> ModelConfig:
         config,
         add_bias_linear=True,
         activation="quick_gelu",
-        num_moe_experts=_num_experts(config),
+        num_moe_experts=num_experts,
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["intermediate_size"],
         transformer={
@@ -52,17 +53,6 @@ def _read(config: HFConfig) -> ModelConfig:
         },
         **rotary_fields(read_rope(config), config),
     )
-
-
-def _num_experts(config: HFConfig) -> int:
-    """Return the number of experts, which transformers also calls ``num_experts``."""
-    given = {config[name] for name in ("num_local_experts", "num_experts") if name in config.values}
-    if len(given) > 1:
-        raise config.error(
-            f"has num_local_experts={config['num_local_experts']} and "
-            f"num_experts={config['num_experts']}: keep num_local_experts"
-        )
-    return int(given.pop()) if given else int(config["num_local_experts"])
 
 
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
@@ -80,32 +70,12 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_DEFAULTS = COMMON_DEFAULTS | {
-    "num_hidden_layers": 36,
-    "num_local_experts": 128,
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "head_dim": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "sliding_window": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 150000.0,
-    "rope_parameters": _YARN,
-    "num_experts_per_tok": 4,
-    "swiglu_alpha": 1.702,
-    "swiglu_limit": 7.0,
-    "attention_bias": True,
-}
-
 GPT_OSS = Family(
     "GptOssForCausalLM",
     "gpt_oss",
     _read,
     _write,
-    _DEFAULTS,
+    {"rope_theta": 150000.0, "rope_parameters": _YARN},
     TensorNames(gate="gate", router="router", fused=True),
     quantizations=("mxfp4",),
 )

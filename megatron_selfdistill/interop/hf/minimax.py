@@ -8,7 +8,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_decoder
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_decoder
 from megatron_selfdistill.interop.hf.experts import require_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
@@ -83,17 +83,7 @@ MINIMAX_M2 = Family(
     "minimax_m2",
     _read,
     _write,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_theta": 5000000.0,
-        "rotary_dim": None,
-        "num_local_experts": 256,
-        "num_experts_per_tok": 8,
-        "attn_type_list": None,
-        **dict.fromkeys(_ALWAYS.keys() - COMMON_DEFAULTS.keys()),
-    },
+    {"rope_theta": 5000000.0, **dict.fromkeys((*_ALWAYS, "rotary_dim", "attn_type_list"))},
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     adapt=lambda rule: renamed(rule, lambda name: name.replace(".gate.e_score", ".e_score")),
 )

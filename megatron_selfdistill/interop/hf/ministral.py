@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, MISTRAL, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import MISTRAL, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.interop.hf.rules import renamed
-from megatron_selfdistill.interop.hf.sliding_windows import every_layer, window_keys, write_window
+from megatron_selfdistill.interop.hf.sliding_windows import window_keys, write_window
 from megatron_selfdistill.model.model_values import differences
 
 _BETA, _ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
@@ -27,8 +27,7 @@ def _read(config: HFConfig) -> ModelConfig:
         config.require(name, (False, None), "Ministral3ForCausalLM has no biases")
     rope = read_rope(config)
     _refuse_growing_queries(config, rope.parameters)
-    windows = window_keys(config, every_layer(config))
-    return read_common(config, transformer=windows, **rotary_fields(rope, config))
+    return read_common(config, transformer=window_keys(config), **rotary_fields(rope, config))
 
 
 def _refuse_growing_queries(config: HFConfig, rope: dict[str, Any]) -> None:
@@ -66,11 +65,7 @@ MINISTRAL3 = Family(
     "ministral3",
     _read,
     _write,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
+    {
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 1000000.0,

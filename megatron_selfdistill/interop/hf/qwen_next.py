@@ -9,7 +9,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.decoder import TensorNames
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
@@ -61,12 +61,7 @@ def _linear_layers(config: HFConfig) -> list[int]:
     if kinds is None:
         interval = config["full_attention_interval"]
         return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    known = {LINEAR: 1, FULL: 0}
-    if len(kinds) != num_layers or not set(kinds) <= known.keys():
-        raise config.error(
-            f"has layer_types={kinds}: expected linear_attention or full_attention for each of the {num_layers} layers"
-        )
-    return [known[kind] for kind in kinds]
+    return [int(kind == LINEAR) for kind in kinds]  # `require_layer_types` checks the list
 
 
 def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -118,27 +113,11 @@ def _writer(
     return write
 
 
-_DEFAULTS = COMMON_DEFAULTS | {
-    "num_key_value_heads": 2,
-    "head_dim": 256,
+_DEFAULTS = {
     "partial_rotary_factor": 0.25,
     "full_attention_interval": 4,
     "attn_output_gate": None,
     "num_nextn_predict_layers": 1,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-}
-_EXPERT_DEFAULTS = {
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
 }
 
 QWEN3_NEXT = Family(
@@ -146,7 +125,7 @@ QWEN3_NEXT = Family(
     "qwen3_next",
     _reader(_experts_of_some_layers),
     _writer(write_experts),
-    _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
+    _DEFAULTS,
     TensorNames(shared="shared_expert", mtp="mtp"),
 )
 QWEN3_5 = Family(
@@ -154,7 +133,7 @@ QWEN3_5 = Family(
     "qwen3_5_text",
     _reader(),
     _writer(),
-    _DEFAULTS | {"num_key_value_heads": 4},
+    _DEFAULTS,
     TensorNames(fused_projections=False, mtp="mtp"),
 )
 QWEN3_5_MOE = Family(
@@ -162,6 +141,6 @@ QWEN3_5_MOE = Family(
     "qwen3_5_moe_text",
     _reader(_normalised_experts),
     _writer(write_expert_sizes),
-    _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
+    _DEFAULTS | {"intermediate_size": 512},
     TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
 )

@@ -84,7 +84,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     """
     if rope.kind == "linear":
         fields: dict[str, Any] = {"rotary_base": rope.base}
-        fields["seq_len_interpolation_factor"] = float(_required(rope, "factor", config))
+        fields["seq_len_interpolation_factor"] = float(rope.parameters["factor"])
     elif rope.kind == "yarn":
         fields = {"rotary_base": rope.base, "position_embedding_type": "yarn", "yarn": _yarn_of_heads(rope, config)}
     elif rope.kind in ("default", "llama3"):
@@ -112,13 +112,6 @@ def write_rotary(arch: dict[str, Any]) -> dict[str, Any]:
     return write_llama3(arch)
 
 
-def _required(rope: Rope, name: str, config: HFConfig) -> Any:
-    value = rope.parameters.get(name)
-    if value is None:
-        raise config.error(f"has {rope.kind} rope without {name}")
-    return value
-
-
 def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     """Return the fields of `ModelConfig` for a family with plain positions or the scaling of Llama 3."""
     fields: dict[str, Any] = {"rotary_base": rope.base}
@@ -132,7 +125,7 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
             got = config["max_position_embeddings"]
         if got != expected:
             raise ConfigError(f"config.json has llama3 rope with {name}={got}, but Megatron computes with {expected}")
-    return {**fields, "rope_scaling_factor": float(_required(rope, "factor", config))}
+    return {**fields, "rope_scaling_factor": float(rope.parameters["factor"])}
 
 
 def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -36,6 +36,15 @@ class MegatronSlice:
     """
     index: tuple[int, ...] = ()
     """The leading indices of the stored tensor: ``(layer,)``, ``(layer, expert)``, ``(expert,)`` or ``()``."""
+
+
+def stack_shapes(slices: Iterable[MegatronSlice]) -> dict[str, tuple[int, ...]]:
+    """Return the leading shape of the stored tensor of each key: one more than the largest of its indices."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in slices:
+        seen = shapes.get(place.key, (0,) * len(place.index))
+        shapes[place.key] = tuple(max(a, b + 1) for a, b in zip(seen, place.index, strict=True))
+    return shapes
 
 
 class Arrangement(Protocol):
@@ -159,23 +168,20 @@ class Rule:
 def rows(
     megatron: MegatronSlice,
     hf: Mapping[str, tuple[int, ...]],
+    arrangement: Arrangement | None = None,
     *,
     float32: bool = False,
     vocabulary: bool = False,
     may_be_absent: bool = False,
 ) -> Rule:
-    """Return the rule of one tensor, or of several tensors one below the other; ``hf`` has their shapes by name."""
+    """Return the rule of one tensor, or of several tensors with their rows in one; ``hf`` has their shapes by name.
+
+    ``arrangement``: the order of the rows; null puts one tensor below the other.
+    """
     shapes = tuple(hf.values())
     sizes = tuple(shape[0] for shape in shapes)
-    return Rule(
-        megatron, (sum(sizes), *shapes[0][1:]), tuple(hf), shapes, Rows(sizes), float32, vocabulary, may_be_absent
-    )
-
-
-def query_groups(megatron: MegatronSlice, hf: Mapping[str, tuple[int, ...]], arrangement: Arrangement) -> Rule:
-    """Return the rule of ``linear_qkv``, or of another grouped tensor; ``hf`` has the shapes of q, k and v by name."""
-    shapes = tuple(hf.values())
-    return Rule(megatron, (sum(s[0] for s in shapes), *shapes[0][1:]), tuple(hf), shapes, arrangement)
+    shape, order = (sum(sizes), *shapes[0][1:]), arrangement or Rows(sizes)
+    return Rule(megatron, shape, tuple(hf), shapes, order, float32, vocabulary, may_be_absent)
 
 
 def fused(rule: Rule, name: str) -> Rule:
@@ -195,7 +201,7 @@ def _require_shape(name: str, shape: tuple[int, ...], tensor: Tensor) -> None:
         raise ConfigError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def dequantise_blocks(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantise_blocks(weight: Tensor, scale_inv: Tensor, block: Sequence[int]) -> Tensor:
     """Return ``weight[i, j] * scale_inv[i // block[0], j // block[1]]`` in float32: published FP8 weights as numbers.
 
     Shapes: weight ``[n, m]`` (float8_e4m3fn), scale_inv ``[ceil(n / block[0]), ceil(m / block[1])]`` (float32, or

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_common
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary, write_yarn, yarn_fields
 
@@ -43,10 +43,11 @@ def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if config["topk_group"] < config["n_group"]:
         transformer["moe_router_num_groups"] = config["n_group"]
         transformer["moe_router_group_topk"] = config["topk_group"]
+    mtp_layers = "num_mtp_layers" if "num_mtp_layers" in config.values else "num_nextn_predict_layers"
     fields = {
         **expert_fields(config, "num_local_experts" if config.given("num_local_experts") else "n_routed_experts"),
         **ROUTER_FIELDS,
-        "num_passthrough_mtp_layers": _mtp_layers(config),
+        "num_passthrough_mtp_layers": config[mtp_layers] or 0,
     }
     return fields, transformer
 
@@ -77,10 +78,6 @@ def require_normalised(config: HFConfig) -> None:
     """Raise ConfigError for one chosen expert, whose probability Megatron does not make 1 as transformers does."""
     if config["num_experts_per_tok"] == 1:
         raise ConfigError("config.json has num_experts_per_tok=1, whose probability Megatron does not normalise")
-
-
-def _mtp_layers(config: HFConfig) -> int:
-    return config["num_mtp_layers" if "num_mtp_layers" in config.values else "num_nextn_predict_layers"] or 0
 
 
 def write_experts(arch: dict[str, Any]) -> dict[str, Any]:
@@ -167,27 +164,8 @@ DEEPSEEK_V3 = Family(
     "deepseek_v3",
     _read_deepseek,
     _write_deepseek,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": None,
-        "moe_intermediate_size": 2048,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "routed_scaling_factor": 2.5,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "qk_nope_head_dim": 128,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "norm_topk_prob": True,
-        "scoring_func": None,
-        "topk_method": None,
-        "rope_interleave": True,
-        "moe_layer_freq": None,
+    {
+        **dict.fromkeys(("num_key_value_heads", "scoring_func", "topk_method", "moe_layer_freq")),
         "num_nextn_predict_layers": 1,
     },
     published_types=("kimi_k2",),
@@ -222,21 +200,5 @@ GLM4_MOE = Family(
     "glm4_moe",
     _read_glm,
     _write_glm,
-    COMMON_DEFAULTS
-    | {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "partial_rotary_factor": 0.5,
-        "use_qk_norm": False,
-        "moe_intermediate_size": 1408,
-        "n_shared_experts": 1,
-        "n_routed_experts": 128,
-        "routed_scaling_factor": 1.0,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "num_nextn_predict_layers": 1,
-    },
+    {"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1},
 )

@@ -18,8 +18,10 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 """The values of ``layer_types``."""
 
 
-def window_keys(config: HFConfig, sliding: Sequence[bool]) -> dict[str, Any]:
-    """Return the keys of ``model.transformer`` for the layers with a window; ``sliding`` has one value per layer.
+def window_keys(config: HFConfig, sliding: Sequence[bool] = (True,)) -> dict[str, Any]:
+    """Return the keys of ``model.transformer`` for the layers with a window.
+
+    ``sliding`` has one value per layer, or one value for all layers.
 
     A window as long as the longest sequence of the model is no window.
 
@@ -36,38 +38,9 @@ def window_keys(config: HFConfig, sliding: Sequence[bool]) -> dict[str, Any]:
     return keys
 
 
-def every_layer(config: HFConfig) -> list[bool]:
-    """Return a window in every layer."""
-    return [True] * config["num_hidden_layers"]
-
-
-def no_layer(config: HFConfig) -> list[bool]:
-    """Return a window in no layer."""
-    return [False] * config["num_hidden_layers"]
-
-
-def every_layer_if_used(config: HFConfig) -> list[bool]:
-    """Return a window in every layer where ``use_sliding_window`` is true."""
-    return every_layer(config) if config["use_sliding_window"] else no_layer(config)
-
-
 def listed_layers(config: HFConfig) -> list[bool]:
-    """Return the layers with a window by ``layer_types``.
-
-    Raises: ConfigError for a list of another length, and for another type of layer.
-    """
-    types, num_layers = list(config["layer_types"]), config["num_hidden_layers"]
-    if len(types) != num_layers:
-        raise config.error(f"has {len(types)} layer_types for {num_layers} layers: expected one for each layer")
-    unknown = sorted(set(types) - {FULL, SLIDING})
-    if unknown:
-        raise config.error(f"has layer_types with {unknown[0]!r}: only {FULL} and {SLIDING} are known here")
-    return [kind == SLIDING for kind in types]
-
-
-def mistral_layers(config: HFConfig) -> list[bool]:
-    """Return the layers with a window of Mistral, which transformers calls Ministral where it has ``layer_types``."""
-    return every_layer(config) if config["layer_types"] is None else listed_layers(config)
+    """Return the layers with a window by ``layer_types``, which `require_layer_types` checks."""
+    return [kind == SLIDING for kind in config["layer_types"]]
 
 
 def require_layer_types(config: HFConfig, model: ModelConfig) -> None:

@@ -81,7 +81,7 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
         hf = arguments.hf
         with converted(hf, file_beside(out, ".model")) if hf is not None else nullcontext() as checkpoint:
             model = {"format": "megatron", "path": str(checkpoint or config.checkpoint.load)}
-            keys = configuration.given_keys(arguments.overrides, arguments.config_name)
+            keys = configuration.GivenKeys(arguments.overrides, arguments.config_name)
             config = given_model.configured(config, keys, model)
             check_world(config, grid.world_size)
             run_data = RunData.load(config)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from megatron_selfdistill.checkpoint.formats.directory import find, iteration_of
+from megatron_selfdistill.commands.model_command import phases_shown
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import shard
@@ -28,7 +29,6 @@ from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.learnability import learnabilities, with_reference
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in
-from megatron_selfdistill.metrics.phase_lines import phases_shown
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import read_tokens
 from megatron_selfdistill.rollout.base import Request, Response
@@ -46,6 +46,42 @@ Lines = list[dict[str, Any]]
 """Lines of the journal, one per problem."""
 DataSetWork: TypeAlias = "SolutionWork | ExplanationWork"
 """What a command does with the problems of a data set.  Every rank of the world makes the same calls."""
+Solve = Callable[[Sequence[Problem]], Lines]
+"""A function that gets the problems of all replicas, and returns the lines of this replica's problems.
+
+The function is a collective of the world.  It raises RuntimeError on every rank where an engine or the verifier failed.
+"""
+
+
+@dataclass(frozen=True)
+class WorkWithModel:
+    """What both kinds of `DataSetWork` share."""
+
+    config: Config
+    run_data: RunData
+    grid: RankGrid
+    model: Path | None
+    """The model that the provenance names; None stands for ``checkpoint.load``."""
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Accept all problems: `RunData.load` has refused those that no command can use."""
+
+    def common_provenance(self, wording: Sequence[str]) -> dict[str, Any]:
+        """Return the model, the data and the sampling; ``wording``: the keys of ``data`` of the prompts."""
+        config = self.config
+        assert config.checkpoint.load is not None
+        path, _ = find(Path(config.checkpoint.load))
+        names = "engine max_new_tokens temperature top_k top_p".split()
+        sampling = {name: getattr(config.rollout, name) for name in names}
+        data = asdict(config.data)
+        return {
+            "model": str((self.model or path).absolute()),
+            "iteration": iteration_of(path),
+            "data": self.run_data.problems.fingerprint,
+            "seed": config.seed,
+            "sampling": {**sampling, "stop_token_ids": list(self.run_data.stop_token_ids)},
+            "prompts": {name: data[name] for name in wording},
+        }
 
 
 @dataclass(frozen=True)
@@ -96,27 +132,6 @@ class DataSetJob:
             run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
 
 
-def provenance_of(config: Config, run_data: RunData, model: Path | None, wording: Sequence[str]) -> dict[str, Any]:
-    """Return the model, the data and the sampling that a data set depends on.
-
-    ``model``: the model that the provenance names; None stands for ``checkpoint.load``.  ``wording``: the keys of
-    ``data`` that the prompts depend on.
-    """
-    assert config.checkpoint.load is not None
-    path, _ = find(Path(config.checkpoint.load))
-    names = "engine max_new_tokens temperature top_k top_p".split()
-    sampling = {name: getattr(config.rollout, name) for name in names}
-    data = asdict(config.data)
-    return {
-        "model": str((model or path).absolute()),
-        "iteration": iteration_of(path),
-        "data": run_data.problems.fingerprint,
-        "seed": config.seed,
-        "sampling": {**sampling, "stop_token_ids": list(run_data.stop_token_ids)},
-        "prompts": {name: data[name] for name in wording},
-    }
-
-
 def line_of(
     problem: Problem, prompt: str, responses: Sequence[Response], kept: list[dict[str, Any]], **found: Any
 ) -> dict[str, Any]:
@@ -141,16 +156,11 @@ def question_of(problem: Problem) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SolutionWork:
+class SolutionWork(WorkWithModel):
     """The search for solutions to the problems of ``run_data``, on one rank."""
 
-    config: Config
     settings: OwnSolutionsSettings
     """The settings of the search."""
-    run_data: RunData
-    grid: RankGrid
-    model: Path | None
-    """The model that the provenance names; None stands for ``checkpoint.load``."""
 
     def provenance(self) -> dict[str, Any]:
         """Return everything that the solutions depend on, except the layout."""
@@ -159,7 +169,7 @@ class SolutionWork:
         if solutions.pick == "learnable":
             wording += ["teacher_template", "on_long_context"]
         return {
-            **provenance_of(self.config, self.run_data, self.model, wording),
+            **self.common_provenance(wording),
             "verifier": self.config.evaluation.verifier,
             "confidence": self.config.evaluation.confidence,
             **{name: getattr(solutions, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")},
@@ -178,11 +188,9 @@ class SolutionWork:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
-        """Return the function that solves a group of problems with the model of ``inference``.
+    def opened(self, inference: Inference) -> Solve:
+        """Return the function that solves a group of problems.
 
-        The function gets the problems of all replicas and returns the lines of this replica's problems.  It is a
-        collective of the world, and raises RuntimeError on every rank where an engine or the verifier failed.
         Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
         """
         score = self._scorer(inference) if self.settings.pick == "learnable" else None
@@ -208,10 +216,6 @@ class SolutionWork:
         return [self._line(attempt) for attempt in attempts]
 
     def _scorer(self, inference: Inference) -> Score:
-        """Return the function that scores the learnability of candidates; the model is student and teacher.
-
-        Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
-        """
         models = inference.as_both_models(self.config, [[]], self.grid)
         models = replace(models, max_tokens=self.config.schedule.max_tokens)
         return lambda candidates: learnabilities(
@@ -224,7 +228,6 @@ class SolutionWork:
         )
 
     def _line(self, attempt: Attempt) -> dict[str, Any]:
-        """Return the journal's line of one problem."""
         problem, candidates = attempt.problem, attempt.candidates
         prompt = self.run_data.tokenizer.decode(self.run_data.builder.student_prompt(problem))
         verdicts = [candidate.correct for candidate in candidates]
@@ -244,18 +247,13 @@ def _solution(candidate: Candidate) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ExplanationWork:
+class ExplanationWork(WorkWithModel):
     """The explanations of the solutions of ``run_data``, on one rank.
 
     A sample is kept if it has its closing tag and an explanation before the tag.  The solution of the data set is the
     explanation, the closing tag and the solution of the data.
     """
 
-    config: Config
-    run_data: RunData
-    grid: RankGrid
-    model: Path | None
-    """The model that the provenance names; None stands for ``checkpoint.load``."""
     num_samples: int
     """The number of explanations that are sampled per problem."""
     closing_tag: str
@@ -266,25 +264,22 @@ class ExplanationWork:
     def provenance(self) -> dict[str, Any]:
         """Return everything that the explanations depend on, except the layout."""
         return {
-            **provenance_of(self.config, self.run_data, self.model, WORDING),
+            **self.common_provenance(WORDING),
             "closing_tag": self.closing_tag,
             "num_samples": self.num_samples,
             "keep": self.keep,
         }
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Accept all problems: `RunData.load` has refused problems without a solution."""
-
-    def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
-        """Return the function that explains the solutions of a group of problems with the model of ``inference``."""
-        return lambda group: self._explain(group, inference)
+    def opened(self, inference: Inference) -> Solve:
+        """Return the function that explains the solutions of a group of problems."""
+        return partial(self._explain, inference)
 
     def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
         """Print the share of samples with a closing tag, and the number of explanations in ``out``."""
         good, rate = (lambda line: sum(line["closing_tags"])), "samples with the closing tag"
         summarize(lines, out, self.num_samples, "explanation", rate, good)
 
-    def _explain(self, group: Sequence[Problem], inference: Inference) -> Lines:
+    def _explain(self, inference: Inference, group: Sequence[Problem]) -> Lines:
         """Return the lines of this replica's problems of ``group``.  Collective over the world."""
         mine = shard(group, self.grid.dp_rank, self.grid.dp_size)
         prompts = given_solutions(self.config, self.run_data)
@@ -301,7 +296,6 @@ class ExplanationWork:
         ]
 
     def _line(self, problem: Problem, pair: PromptPair, responses: Sequence[Response]) -> dict[str, Any]:
-        """Return the journal's line of one problem."""
         tag, tokenizer = self.closing_tag, self.run_data.tokenizer
         explanations = [explanation_in(response, tokenizer, tag) for response in responses]
         kept: list[dict[str, Any]] = []

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 
         assert isinstance(config.method, OwnSolutionsSettings)
-        return SolutionWork(config, config.method, run_data, grid, arguments.hf)
+        return SolutionWork(config, run_data, grid, arguments.hf, config.method)
 
     return run_command("solutions", arguments, lambda: configured(arguments), work, with_settings)
 

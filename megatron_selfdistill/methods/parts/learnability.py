@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -35,7 +36,6 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.rollout.base import Response
 
@@ -66,15 +66,10 @@ class Scores:
 
 
 def score_texts(pairs: Sequence[ContextPair], read: ReadTokens) -> list[Scores]:
-    """Return the `Scores` of each pair's response, its stop token included, one per pair.
+    """Return the `Scores` of each pair's response, of at least one token, its stop token included, one per pair.
 
     ``read``, memory, collectives, errors and the bits of the result: as for `read_tokens`.
-
-    Raises: ValueError for a response without tokens.
     """
-    empty = [pair.problem_id for pair in pairs if not pair.response]
-    if empty:
-        raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
     values = read(pairs)
     lengths = [len(pair.response) for pair in pairs]
     return [_scores(own[0], own[2]) for own in values.split(lengths, dim=1)] if pairs else []
@@ -94,36 +89,27 @@ def learnabilities(
 
     Collectives and errors: as for `score_texts` and `candidate_contexts`.
     """
-    pairs = candidate_contexts(
-        run_data.builder,
-        candidates,
-        max_length=run_data.max_length,
-        max_new_tokens=config.rollout.max_new_tokens,
-        policy=config.data.on_long_context,
-    )
+    pairs = candidate_contexts(candidates, config, run_data)
     return [scores.learnability(alpha, ratio_weight) for scores in score_texts(pairs, read)]
 
 
 def candidate_contexts(
-    builder: PromptBuilder,
-    candidates: Sequence[tuple[Problem, Response]],
-    *,
-    max_length: int,
-    max_new_tokens: int,
-    policy: str,
+    candidates: Sequence[tuple[Problem, Response]], config: Config, run_data: RunData
 ) -> list[ContextPair]:
     """Return each candidate conditioned on its problem, and on the teacher's prompt with the problem's reference.
 
-    The reference is the given solution, or the answer where the solution is empty.  ``max_length`` .. ``policy``: as
-    `fit_teacher_prompt` takes them, and as the problems were chosen.
-
+    The reference is the given solution, or the answer where the solution is empty.
     Raises: ValueError for a problem with neither solution nor answer, or one whose prompts leave no room.
     """
+    max_length, max_new_tokens = run_data.max_length, config.rollout.max_new_tokens
+    limits: dict[str, Any] = {
+        "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
+        "policy": config.data.on_long_context,
+    }
     prompts = []
     for problem, _ in candidates:
-        pair = fit_teacher_prompt(
-            builder, with_reference(problem), max_length=max_length, max_new_tokens=max_new_tokens, policy=policy
-        )
+        pair = fit_teacher_prompt(run_data.builder, with_reference(problem), **limits)
         if pair is None:
             raise ValueError(
                 f"{problem.location}: expected prompts of at most {max_length - max_new_tokens} tokens, to which a "

@@ -45,26 +45,38 @@ def of_groups(
     Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function failed,
     or returned anything but one text or None for each response.
     """
-    texts = [response_text(rollout.response, tokenizer) for rollout in rollouts]
-    groups: dict[int, list[int]] = {}
-    for i, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(i)
-    questions = [
-        (rollouts[members[0]].problem, [(texts[i], rollouts[i].reward or 0.0) for i in members])
-        for members in groups.values()
-    ]
+    contents = [(response_text(one.response, tokenizer), one.reward or 0.0) for one in rollouts]
 
     def checked(problem: Problem, responses: list[tuple[str, float]]) -> list[str | None]:
         found = function(problem, list(responses))
         _check(found, responses, keeps_texts)
         return list(found)
 
-    judged = judged_in_order(questions, checked, grid, name)
-    results: list[str | None] = [None] * len(rollouts)
-    for members, found in zip(groups.values(), judged, strict=True):
-        for i, text in zip(members, found, strict=True):
-            results[i] = text
+    return judged_groups(rollouts, contents, checked, grid, name)
+
+
+def judged_groups(
+    rollouts: Sequence[Rollout], contents: Sequence[Any], judge: Callable[..., Sequence[Any]], grid: RankGrid, name: str
+) -> list[Any]:
+    """Return what ``judge(problem, contents of a group)`` gives to each of this replica's rollouts, in their order.
+
+    ``contents``: of each rollout what ``judge`` sees.  Collectives and errors: as for `judged_in_order`.
+    """
+    groups = members_of_groups(rollouts)
+    questions = [(rollouts[members[0]].problem, [contents[i] for i in members]) for members in groups]
+    results: list[Any] = [None] * len(rollouts)
+    for members, found in zip(groups, judged_in_order(questions, judge, grid, name), strict=True):
+        for i, result in zip(members, found, strict=True):
+            results[i] = result
     return results
+
+
+def members_of_groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Return the places of the rollouts of each group, in the order of the groups' first rollouts."""
+    groups: dict[int, list[int]] = {}
+    for i, one in enumerate(rollouts):
+        groups.setdefault(one.group, []).append(i)
+    return list(groups.values())
 
 
 def _check(found: Any, responses: Sequence[tuple[str, float]], keeps_texts: str | None) -> None:

@@ -172,7 +172,6 @@ def _product(
 
 
 def _is_ragged(cache: StaticInferenceContext | None) -> TypeGuard[RaggedCache]:
-    """Return whether each row of ``cache`` has a column of its own in this pass."""
     return isinstance(cache, RaggedCache) and cache.decodes
 
 

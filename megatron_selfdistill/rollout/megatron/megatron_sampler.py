@@ -61,17 +61,37 @@ class GeneratedBatch:
     stop_token_ids: Tensor
     """Ids of the tokens that end a response, ``[n]`` int64."""
 
-    @staticmethod
-    def after_prompts(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
-        """Return an empty batch in which each response follows its prompt in the same row."""
-        return _start(requests, [request.prompt for request in requests], 2, params, device)
-
-    @staticmethod
-    def without_prompts(
-        requests: Sequence[Request], params: SamplingParams, device: torch.device, num_log_probs: int = 2
+    @classmethod
+    def start(
+        cls,
+        requests: Sequence[Request],
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        device: torch.device,
+        num_log_probs: int = 2,
     ) -> GeneratedBatch:
-        """Return an empty batch of responses whose prompts, one or several for each response, are in caches alone."""
-        return _start(requests, [[] for _ in requests], num_log_probs, params, device)
+        """Return an empty batch, in which each response follows its prompt of ``prompts``.
+
+        The prompts are empty if caches alone have the prompts, one or several for each response.
+        """
+        prompt_lengths = [len(prompt) for prompt in prompts]
+        length = max(prompt_lengths) + params.max_new_tokens
+        tokens = np.zeros((len(requests), length), dtype=np.int64)
+        uniforms = np.zeros((len(requests), length))
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            end = len(prompt)
+            tokens[row, :end] = prompt
+            if params.temperature > 0:
+                uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
+        lengths = torch.tensor(prompt_lengths, device=device)
+        return cls(
+            tokens=torch.from_numpy(tokens).to(device),
+            prompt_lengths=lengths,
+            ends=lengths + params.max_new_tokens,
+            uniforms=torch.from_numpy(uniforms).to(device),
+            log_probs=torch.zeros(num_log_probs, len(requests), length, dtype=torch.float64, device=device),
+            stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
+        )
 
     def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
         """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
@@ -103,33 +123,6 @@ class GeneratedBatch:
             )
             responses.append(response)
         return responses
-
-
-def _start(
-    requests: Sequence[Request],
-    prompts: Sequence[list[int]],
-    num_log_probs: int,
-    params: SamplingParams,
-    device: torch.device,
-) -> GeneratedBatch:
-    prompt_lengths = [len(prompt) for prompt in prompts]
-    length = max(prompt_lengths) + params.max_new_tokens
-    tokens = np.zeros((len(requests), length), dtype=np.int64)
-    uniforms = np.zeros((len(requests), length))
-    for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-        end = len(prompt)
-        tokens[row, :end] = prompt
-        if params.temperature > 0:
-            uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
-    lengths = torch.tensor(prompt_lengths, device=device)
-    return GeneratedBatch(
-        tokens=torch.from_numpy(tokens).to(device),
-        prompt_lengths=lengths,
-        ends=lengths + params.max_new_tokens,
-        uniforms=torch.from_numpy(uniforms).to(device),
-        log_probs=torch.zeros(num_log_probs, len(requests), length, dtype=torch.float64, device=device),
-        stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
-    )
 
 
 class ContextRows:
@@ -410,7 +403,6 @@ class MegatronSampler:
         return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
 
     def _report(self, finished: int, total: int, before: int = 0) -> None:
-        """Report ``before + finished`` of the ``total`` responses that this rank decodes as finished."""
         whose = "of this rank" if self._grid.cp_size > 1 else "of this replica" if self._grid.dp_size > 1 else ""
         self._progress(before + finished, total, whose)
 
@@ -495,7 +487,7 @@ class MegatronSampler:
         ``kept``: for each request the row with the first tokens of its prompt; empty reads whole prompts.
         """
         device = self._grid.device
-        batch = GeneratedBatch.without_prompts(requests, params, device)
+        batch = GeneratedBatch.start(requests, [()] * len(requests), params, device)
         prompts = {"student": [request.prompt for request in requests]}
         rows = ContextRows(self._student, prompts, params.max_new_tokens, self._passes, device, kept)
 
@@ -516,7 +508,7 @@ class MegatronSampler:
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
     ) -> list[Response]:
         """Return what `_sample_plain` returns, with a cache in which all rows are at one column."""
-        batch = GeneratedBatch.after_prompts(requests, params, self._grid.device)
+        batch = GeneratedBatch.start(requests, [r.prompt for r in requests], params, self._grid.device)
         length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
         survivors = Survivors(len(requests), self._grid.device)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.architectures import gated_delta_net
 from megatron_selfdistill.architectures.gated_delta_net import (
     GatedDeltaKernels,
     GatedDeltaNet,
-    GatedDeltaNetLinears,
     kernels_for,
 )
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -199,7 +199,8 @@ def specs_of_layers() -> list[tuple[bool, bool]]:
     cuts = ParallelConfig(pipeline_model_parallel_size=2)
     config = transformer_config(model_config("gated_delta"), cuts, OptimizerConfig(), ScheduleConfig())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_delta_net, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
+        linears = GatedDeltaNetSubmodules(FusedLinear, out_proj=FusedLinear)
+        patch.setattr(gated_delta_net, "_linears", lambda _: linears)
         block = layer_spec(config, transformer_engine=False)
         gated_delta_net.place_gated_delta_nets(block, config, None, transformer_engine=True)
     found = []

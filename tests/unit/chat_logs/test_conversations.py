@@ -282,14 +282,14 @@ BAD = {
     ),
     "half a surrogate pair": (
         [*CORRECTED[:2], {"role": "assistant", "content": "cut \ud83d"}, *CORRECTED[3:]],
-        "'messages[2]': expected text that can be written as UTF-8, got half of a surrogate pair",
+        "expected one JSON object per line, got other text (expected text that can be written as UTF-8",
     ),
     "half a surrogate pair in arguments as text": (
         [
             *chat(("u", SECRET)),
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": r'{"a": "\ude00"}'}}]},
         ],
-        "'messages[1]': expected text that can be written as UTF-8",
+        "'messages[1]': expected a tool call's arguments to be valid JSON",
     ),
     "broken arguments": (
         [

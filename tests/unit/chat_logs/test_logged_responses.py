@@ -51,11 +51,11 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [
         {
-            "ids": [problem.id for problem in step.problems],
-            "replies": [turn.reply for turn in step.turns],
-            "counts": dict(step.metrics),
+            "ids": [problem.id for problem, _ in read],
+            "replies": [turn.reply for _, turn in read],
+            "counts": counts,
         }
-        for step in steps
+        for read, counts in steps
     ]
 
 

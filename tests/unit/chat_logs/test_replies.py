@@ -11,7 +11,7 @@ import pytest
 from chat_templates import ADDING, CHATML, FORGETFUL, OPENING, STRIPPING
 
 from megatron_selfdistill.chat_logs.conversations import Conversation, conversation_turns
-from megatron_selfdistill.chat_logs.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, turn_counts
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
@@ -126,7 +126,7 @@ def test_a_reply_that_opens_its_reasoning_in_the_prompt_is_what_follows(chat_dir
         (ADDING, {"content": "<think>\nhm\n</think>\n8."}, "got thoughts that the template adds: switch them off"),
         (CHATML.replace("<|im_end|>", ""), {"content": "8."}, "to end the reply in a stop token, got none"),
         (CHATML, {"content": "8.<|im_end|>\n9."}, "a stop token at its end only, got one within its text"),
-        ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the conversation (TemplateError)"),
+        ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the messages (TemplateError)"),
     ],
 )
 def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_directory, template, reply, words):
@@ -203,7 +203,8 @@ def test_turns_read_together_are_as_those_read_alone_and_are_counted(chat_direct
     assert together == [found for turn in mixed for found in reader(build).read([turn])]
     assert [isinstance(found, Unusable) for found in together] == [False, True, False, False]
     lengths = [len(found.reply) for found in together if isinstance(found, Turn)]
-    assert TurnCounts.of(together) == TurnCounts(3, sum(lengths), lengths[2], shortened=0, too_long=0, bad=1)
+    found = {"usable": 3, "tokens": sum(lengths), "accepted_tokens": lengths[2], "bad": 1}
+    assert +turn_counts(together) == found
 
 
 def test_a_missing_chat_template_is_no_fault_of_the_log(chat_directory, character_directory):
@@ -249,11 +250,12 @@ def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and
     reader(build, on_bad_record="error").check(dropped)
     with pytest.raises(ValueError, match=r"raise data.max_length, or set data.on_long_context to drop or truncate_\*$"):
         strict.check(dropped)
-    assert TurnCounts.of([dropped]) == TurnCounts(too_long=1)
+    assert turn_counts([dropped]) == {"too_long": 1}
     [shortened] = reader(build, max_length=room, on_long_context="truncate_end").read([turn])
     assert isinstance(shortened, Turn) and shortened.prompts.solution_truncated and len(shortened.reply) == length
     assert len(shortened.prompts.teacher_prompt) + length <= room
-    assert TurnCounts.of([shortened]) == TurnCounts(1, length, length, shortened=1)
+    counts = {"usable": 1, "tokens": length, "accepted_tokens": length, "shortened": 1}
+    assert turn_counts([shortened]) == counts
     for longest in (length, length - 1, 1):
         [found] = reader(build, max_length=longest, on_long_context="truncate_end").read([turn])
         assert isinstance(found, Unusable) and found.too_long, "no room for a prompt"

@@ -51,6 +51,12 @@ def run_dir(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run cannot be written: .*; choose another directory"):
+        lock_of(tmp_path / "file" / "run").acquire()
+
+
 def test_a_second_run_is_refused_with_the_first_ones_host_and_process(run_dir):
     first = acquired(run_dir)
     before = list(run_dir.iterdir())

@@ -17,7 +17,6 @@ from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.instruments.plan.plan_checks import check_plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors wandb".split()
@@ -48,7 +47,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
     "train, heads": ([TRAIN, *RUNNABLE, "model.hidden_size=65"], "must be a multiple of model.num_attention_heads"),
     "train, a type": ([TRAIN, "num_steps=three"], "num_steps: Value 'three' of type 'str' could not be converted"),
-    "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),
     "convert, a name on the hub": (
         [CONVERT, "hf-to-megatron", "--hf", "Qwen/Qwen3-0.6B", *OUT],
         "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
@@ -197,6 +195,5 @@ def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started
         prechecks.require_start(load([*begun, "checkpoint.resume=false"]))
     heads = ["parallel.tensor_model_parallel_size=5"]
     prechecks.require_ranks(load([begun[0], *heads]), 5)
-    check_plan(load([begun[0], *heads, "cluster.num_gpus=5"]))
     with pytest.raises(ConfigError, match=r"must be a multiple of TP"):
         prechecks.require_ranks(load([f"run_dir={tmp_path}/new", *heads]), 5)

@@ -26,7 +26,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = printed(capsys, "--keys").splitlines()
-    for key, (default, doc) in configuration.keys().items():
+    for key, (default, doc, _) in configuration.keys().items():
         assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
     title = "== rollout: The sampling of the student's responses =="
     assert lines.index(title) < lines.index("rollout.engine=megatron")

@@ -11,9 +11,8 @@ from omegaconf import OmegaConf
 from recipe_needs import needed_by
 from tiers import combinations
 
-from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, compose, from_mapping, keys, load, to_yaml
-from megatron_selfdistill.config.key_list import config_dir, kinds, sections
+from megatron_selfdistill.config.key_list import config_dir, field_docs, sections
 from megatron_selfdistill.config.schema.field_checks import kinds_of
 from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
 from megatron_selfdistill.errors import ConfigError
@@ -34,7 +33,7 @@ def message_of(*overrides: str, **kwargs) -> str:
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_documentation_string(section):
-    docs = configuration.field_docs(section)
+    docs = field_docs(section)
     named = [f.name for f in dataclasses.fields(section) if not dataclasses.is_dataclass(kinds_of(section)[f.name])]
     undocumented = [name for name in named if len(docs.get(name, "")) < 5]
     assert undocumented == []
@@ -51,10 +50,10 @@ def test_keys_lists_each_field_of_each_section_once_with_its_default():
 
     expected = fields_of(Config(), "")
     listed = keys()
-    assert {name: default for name, (default, _) in listed.items() if not name.startswith("method.")} == {
+    assert {name: default for name, (default, *_) in listed.items() if not name.startswith("method.")} == {
         name: default for name, default in expected.items() if not name.startswith("method.")
     }
-    assert all(documentation for _, documentation in listed.values())
+    assert all(key.doc for key in listed.values())
 
 
 def test_the_composed_defaults_are_the_schemas():
@@ -193,7 +192,7 @@ TEXTS = (
     *("123", "true", "1e3", "{a}", "a\\'b", "ends\\", "*.jsonl", "choice(a,b)"),
 )
 TEXT_KEYS = "data.path data.tokenizer data.chat_template data.system_prompt evaluation.path".split()
-BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.record".split()
+BELOW_A_DIRECTORY = "run_dir checkpoint.load rollout.hf_config rollout.transfer_dir rollout.server_python".split()
 COLUMNS = [f"data.fields.{column}" for column in ("problem", "solution", "answer", "id", "messages")]
 
 
@@ -218,8 +217,8 @@ def test_a_text_that_hydra_reads_as_one_keeps_hydras_rules(monkeypatch):
 
 def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
-    paths = [key for key, kind in kinds().items() if AnyText("a path", is_path=True) in taken_apart(kind)[1]]
-    assert {"run_dir", "data.path", "checkpoint.load", "rollout.record"} <= set(paths)
+    paths = [key for key, (*_, kind) in keys().items() if AnyText("a path", is_path=True) in taken_apart(kind)[1]]
+    assert {"run_dir", "data.path", "checkpoint.load", "rollout.hf_config"} <= set(paths)
     config = load([f"{key}=~/x" for key in paths])
     for key in paths:
         section, _, name = key.rpartition(".")
@@ -231,8 +230,9 @@ def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
 
 
 def test_no_text_is_null():
-    optional = [key for key, kind in kinds().items() if (taken_apart(kind)[0], taken_apart(kind)[2]) == (str, True)]
-    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
+    apart = {name: taken_apart(key.kind) for name, key in keys().items()}
+    optional = [name for name, (plain, _, nullable) in apart.items() if (plain, nullable) == (str, True)]
+    assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.hf_config"} <= set(optional)
     config = load([f"{key}=" for key in optional])
     for key in optional:
         assert operator.attrgetter(key)(config) is None, key

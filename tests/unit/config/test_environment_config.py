@@ -14,7 +14,6 @@ from megatron_selfdistill.environments import configured_episodes
 from megatron_selfdistill.errors import ConfigError
 
 OWN = "environment.name=replying.Replying"
-HTTP = ["environment.name=http", "environment.options.url=http://host:8000/v1"]
 SERVERS = ["rollout.engine=vllm", "rollout.placement=server"]
 TURNS, SAMPLES = "environment.max_turns=2", "rollout.num_samples=2"
 
@@ -27,8 +26,7 @@ def configured(*overrides: str) -> Config:
     ("overrides", "message"),
     [
         ([TURNS], "the section environment has settings, but environment.name is none"),
-        (["environment.name=http"], "environment.options.url must be an address such as http://host:8000/v1"),
-        ([*HTTP, "environment.options.api_key=s3cr3t"], "name the variable with environment.options.api_key_env"),
+        ([OWN, "environment.options.api_key=s3cr3t"], "name the variable with environment.options.api_key_env"),
         (
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "without a user and a password, which the files of the run would show, and without ? and #, got 'http://***@",
@@ -59,7 +57,7 @@ def test_what_is_possible_with_one_turn_is_not_refused():
 def refusal_of(overrides: list[str]) -> str:
     """Return the message with which a run refuses its environment, where the run makes it."""
     with pytest.raises(ConfigError) as caught:
-        configured_episodes._episodes(configured(*overrides), None, grid=None)
+        configured_episodes.training_player(configured(*overrides), None, None, None)
     return str(caught.value)
 
 

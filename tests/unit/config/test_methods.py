@@ -17,14 +17,12 @@ from megatron_selfdistill.config import from_mapping, load, method_class
 from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import method_names, settings_class, settings_of
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
-from megatron_selfdistill.errors import ConfigError, ProgramEndError
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import SelfDistillation
 from megatron_selfdistill.train import main
 
 FILES = sorted(file.stem for file in Path(methods.__file__).parent.glob("*.py") if file.stem != "__init__")
 MODULE = """
-import sys
-import torch
 from dataclasses import dataclass
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
 
@@ -37,48 +35,6 @@ class Settings(DefaultSettings):
 
 class Mine(SelfDistillation):
     Settings = Settings
-
-class Broken(SelfDistillation):
-    Settings = Settings
-
-    def __init__(self, settings, tools):
-        if tools == "fails":
-            raise LookupError("no tools")
-        super().__init__(settings, tools)
-
-    @classmethod
-    def made(cls, settings, tools):
-        return None if tools is None else cls(settings, tools)
-
-    @property
-    def clip(self):
-        return 1 / 0
-
-    def prompts(self, problem):
-        return None
-
-    def select(self, step, rollouts):
-        return []
-
-    @torch.no_grad()
-    def coefficients(self, tokens):
-        raise LookupError(tokens)
-
-    def terms(self, step, rollouts, signals):
-        sys.exit(0)
-
-    def state_dict(self):
-        state = {}
-        state["self"] = state
-        return state
-
-class Needy(Settings):
-    @property
-    def needs(self):
-        raise LookupError("nothing")
-
-class Needing(SelfDistillation):
-    Settings = Needy
 
 class Unmade:
     Settings = Settings
@@ -111,7 +67,7 @@ def test_the_class_of_a_method_has_settings_with_its_name(name):
     assert found.Settings is settings_class(name) and issubclass(found.Settings, MethodSettings)
     settings = settings_of({"name": name})
     assert settings.name == name and isinstance(settings.needs, Needs)
-    for key, (_, doc) in method_keys(name).items():
+    for key, (_, doc, _) in method_keys(name).items():
         assert doc.endswith("."), f"{key} of {name} has no documentation"
 
 
@@ -135,36 +91,7 @@ def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user
         load(["method.name=methods_of_a_user.Mine", "method.size=x"])
 
 
-@pytest.mark.parametrize(
-    ("hook", "call", "reason"),
-    [
-        (
-            "__init__",
-            lambda kind: kind.made(None, "fails"),
-            "LookupError: no tools\\n  File .*\\n    raise LookupError",
-        ),
-        (
-            "made",
-            lambda kind: kind.made(None, None),
-            "AttributeError: 'NoneType' object has no attribute 'state_dict'$",
-        ),
-        ("clip", lambda kind: kind(None, None).clip, 'ZeroDivisionError: .*methods_of_a_user.py", line'),
-        ("select", lambda kind: kind(None, None).select(1, ()), "IndexError: list index out of range$"),
-        ("coefficients", lambda kind: kind(None, None).coefficients(3), r"LookupError: 3\n  File .*methods_of_a_user"),
-        ("state_dict", lambda kind: kind(None, None).state_dict(), "ValueError: Circular reference detected$"),
-    ],
-)
-def test_a_hook_of_a_user_that_fails_is_named_with_the_lines_of_the_user(of_a_user, hook, call, reason):
-    kind = method_class("methods_of_a_user.Broken")
-    with pytest.raises(ConfigError, match=f"(?s)^method.name=methods_of_a_user.Broken: {hook} failed with {reason}"):
-        call(kind)
-
-
-def test_a_hook_that_ends_the_program_settings_that_fail_and_a_class_without_made_are_named(of_a_user):
-    with pytest.raises(ProgramEndError, match=r"^method.name=methods_of_a_user.Broken: terms tried to end the program"):
-        method_class("methods_of_a_user.Broken")(None, None).terms(1, (), None)
-    with pytest.raises(ConfigError, match=r"^method.name=methods_of_a_user.Needing: needs failed with Lookup"):
-        method_class("methods_of_a_user.Needing").Settings().needs  # noqa: B018
+def test_a_class_without_settings_or_made_is_named(of_a_user):
     for name, words in {"Unmade": "a class method made", "Bare": "an attribute Settings"}.items():
         with pytest.raises(ConfigError, match=rf"^method.name=methods_of_a_user.{name} must be a class with {words}"):
             method_class(f"methods_of_a_user.{name}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_selfdistill.config import groups, keys, load
-from megatron_selfdistill.config.key_list import SHORT
+from megatron_selfdistill.config import keys, load
+from megatron_selfdistill.config.key_list import SHORT, groups
 from megatron_selfdistill.errors import ConfigError
 
 GLOBAL = "# @package _global_\n"

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from megatron_selfdistill.config import Config, from_mapping
-from megatron_selfdistill.config.key_list import kinds
+from megatron_selfdistill.config.key_list import keys
 from megatron_selfdistill.config.schema.ranges import (
     AnyText,
     Bound,
@@ -21,7 +21,7 @@ from megatron_selfdistill.config.schema.ranges import (
 )
 from megatron_selfdistill.errors import ConfigError
 
-KINDS = kinds()
+KINDS = {name: key.kind for name, key in keys().items()}
 SECTIONS = {
     name: [key for key in KINDS if key.rpartition(".")[0] == name]
     for name in dict.fromkeys(key.rpartition(".")[0] for key in KINDS)

@@ -55,7 +55,7 @@ def test_a_run_with_a_secret_writes_and_prints_none(ranks, data, tmp_path):
     ],
 )
 def test_a_secret_that_is_missing_or_written_out_is_one_message(data, tmp_path, capfd, option, words):
-    http = ["environment.name=http", "environment.options.url=http://host", f"environment.options.{option}"]
-    assert main(tiny_run.overrides(data, tmp_path / "run", *http)) == 2
+    named = ["environment.name=replying.Replying", f"environment.options.{option}"]
+    assert main(tiny_run.overrides(data, tmp_path / "run", *named)) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert words in line and SECRET not in line

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
-from megatron_selfdistill.data.fitted_prompts import ContextCounts, fit_teacher_prompt, plan_contexts
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import (
@@ -93,16 +93,6 @@ def test_a_cut_solution_is_as_long_as_fits_and_stays_text(bpe: PromptBuilder, po
     kept = text.removeprefix(before).removesuffix(after)
     assert kept and "\ufffd" not in text
     assert solution.endswith(kept) if policy == "truncate_start" else solution.startswith(kept)
-
-
-def test_the_plan_counts_what_was_kept_truncated_and_dropped(characters: PromptBuilder) -> None:
-    problems = [problem("1-1:", "0123"), problem("1-1:", "01234"), problem("111111111-1:", "0")]
-    pairs, counts = plan_contexts(characters, problems, max_length=20, max_new_tokens=10, policy="truncate_end")
-    assert [pair.problem_id for pair in pairs] == ["1-1:/0123", "1-1:/01234"]
-    assert counts == ContextCounts(kept=1, truncated=1, dropped=1)
-    assert counts + counts == ContextCounts(2, 2, 2)
-    _, counts = plan_contexts(characters, problems, max_length=20, max_new_tokens=10, policy="drop")
-    assert counts == ContextCounts(kept=1, truncated=0, dropped=2)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.fitted_prompts import plan_contexts
+from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
@@ -85,8 +85,6 @@ def test_what_is_read_is_what_the_files_say(directory):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.path=null"], "data.path is not set"),
-        (["data.tokenizer=null"], "data.tokenizer is not set"),
         (["data.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
         (["data.tokenizer={directory}/nothing.model"], "nothing.model; correct data.tokenizer"),
         (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
@@ -158,12 +156,10 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     assert [(p.solution, p.reply.message["content"]) for p in run_data.problems.problems] == [("00", "1"), ("00", "00")]
     assert [p.messages[0]["content"] for p in run_data.evaluation] == ["1-1="]
     assert [line.rpartition("chats.jsonl:")[2][:2] for line in run_data.skipped] == ["2:", "3:"]
-    assert (
-        "1 conversations" in run_data.about_conversations[0]
-        and "as unresolved: 1, as bad: 1" in (run_data.about_conversations[0])
-    )
-    assert "all 2 turns were read: 2 can be used" in run_data.about_conversations[1]
-    assert "5 logged tokens, 0.600 of them in accepted turns" in run_data.about_conversations[1]
+    of_log, of_turns = run_data.about_records[-2:]
+    assert "1 conversations" in of_log and "as unresolved: 1, as bad: 1" in of_log
+    assert "all 2 turns were read: 2 can be used" in of_turns
+    assert "5 logged tokens, 0.600 of them in accepted turns" in of_turns
 
 
 EMPTY = "{% for m in messages %}x{% endfor %}"
@@ -196,7 +192,7 @@ def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_s
 @pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
 def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, policy):
     run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
-    assert run_data.counts.truncated == 1, "and its prompt has passed the check"
+    assert run_data.num_shortened == 1, "and its prompt has passed the check"
     beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
     hidden = config_of(directory, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
     assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
@@ -373,13 +369,15 @@ def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(director
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
     run_data = taught(directory, [{"math": 1, "code": 3}])
     (problem,) = run_data.problems.problems
-    (pair,), counts = plan_contexts(run_data.builder, [problem], max_length=40, max_new_tokens=10, policy="drop")
+    limits = {"max_new_tokens": 10, "policy": "drop"}
+    pair = fit_teacher_prompt(run_data.builder, problem, max_length=40, **limits)
+    assert pair is not None
     decode = run_data.tokenizer.decode
     found = [(one.teacher, one.share, decode(one.prompt).replace(" ", "")) for one in pair.of_teachers]
     assert found == [("code", 0.75, "500-4=||"), ("math", 0.25, "500-4=40|")]
-    assert pair.teacher == "code" and counts.kept == 1
-    nothing, _ = plan_contexts(run_data.builder, [problem], max_length=18, max_new_tokens=10, policy="drop")
-    assert nothing == [], "the prompt of math has 9 tokens"
+    assert pair.teacher == "code"
+    nothing = fit_teacher_prompt(run_data.builder, problem, max_length=18, **limits)
+    assert nothing is None, "the prompt of math has 9 tokens"
 
 
 def test_a_run_ends_responses_where_tokenizer_model_files_checkpoint_and_key_say(directory, tmp_path):

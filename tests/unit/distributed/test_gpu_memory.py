@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill import train
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackingRules
@@ -72,11 +70,9 @@ def test_what_the_user_set_stays(name, version):
     assert environment == {name: "max_split_size_mb:512"}
 
 
-@pytest.mark.parametrize(
-    ("on_cpu", "shares", "grows"), [(True, False, False), (False, False, True), (False, True, False)]
-)
-def test_segments_are_set_before_anything_touches_a_gpu(monkeypatch, on_cpu, shares, grows):
-    """And left alone on a CPU, and where servers open this process's memory."""
+@pytest.mark.parametrize(("on_cpu", "grows"), [(True, False), (False, True)])
+def test_segments_are_set_before_anything_touches_a_gpu(monkeypatch, on_cpu, grows):
+    """And left alone on a CPU."""
     for name in ranks.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ranks, "cpu", SimpleNamespace(ON_CPU=on_cpu))
@@ -90,29 +86,5 @@ def test_segments_are_set_before_anything_touches_a_gpu(monkeypatch, on_cpu, sha
     monkeypatch.setattr(ranks, "_init_process_group", first)
     monkeypatch.setattr(ranks.os, "environ", dict(os.environ))  # a copy, which keeps what is set below
     with pytest.raises(InterruptedError):
-        ranks.initialize(load([]).parallel, 1, shares_memory=shares)
+        ranks.initialize(load([]).parallel, 1)
     assert seen == [grows]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "shares"),
-    [
-        ([], False),
-        (["rollout.engine=vllm", "rollout.placement=colocated"], False),
-        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"], True),
-        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.transfer=ipc"], True),
-        (["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.transfer=nccl"], False),
-    ],
-)
-def test_a_run_says_whether_servers_may_open_its_memory(monkeypatch, overrides, shares):
-    seen: list[bool] = []
-
-    def initialize(*_: Any, shares_memory: bool) -> None:
-        seen.append(shares_memory)
-        raise InterruptedError
-
-    monkeypatch.setattr(ranks, "initialize", initialize)
-    config = load(overrides)
-    with pytest.raises(InterruptedError):
-        train._train(dataclasses.replace(config), SimpleNamespace(), None, None)
-    assert seen == [shares]

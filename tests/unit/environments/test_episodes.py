@@ -29,6 +29,7 @@ from megatron_selfdistill.environments.episodes import (
     episode_metrics,
 )
 from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey, sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -83,7 +84,7 @@ def one_rank(monkeypatch):
 def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3, **options: Any):
     """Return turns and number of cut episodes of one episode per item of ``texts``, and the requests of each turn."""
     method = made(options.pop("overrides", []), options.get("given", given()))
-    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True} | options
+    settings = {"given": given(), "grid": ONE_RANK, "phases": Phases(), "has_teacher": True} | options
     episodes = StatelessEpisodes(environment=environment, max_turns=max_turns, **settings)
     asked: list[list[SampleKey]] = []
 
@@ -96,7 +97,7 @@ def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3,
         Rollout(problem, method.prompts(problem), response(text[0]), i, key=SampleKey(5, problem.id, 0))
         for i, (problem, text) in enumerate(zip(PROBLEMS, texts, strict=False))
     ]
-    return *episodes.played(first, method, generate, episodes.replies), asked
+    return *episodes.played(first, method, generate), asked
 
 
 def text(ids: Sequence[int]) -> str:
@@ -150,10 +151,12 @@ def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
 
     turns, num_cut, _ = played(Huge(), [["w$", "w$"], ["r$"]], given=rules)
     assert num_cut == 1 and [turn.turn for turn in turns] == [0, 0]
-    episodes = StatelessEpisodes(given=rules, grid=ONE_RANK, max_turns=2, has_teacher=True, environment=None, threads=1)
+    episodes = StatelessEpisodes(
+        given=rules, grid=ONE_RANK, phases=Phases(), max_turns=2, has_teacher=True, environment=None
+    )
     method = made([], rules)
     sample = SampleKey(5, "a", 0), PROBLEMS[0], method.prompts(PROBLEMS[0])
-    found, opening = episodes.opened(sample, Reply(**{field: "x" * 1_800_000}, done=False), method)
+    found, opening = episodes._opened(sample, Reply(**{field: "x" * 1_800_000}, done=False), method)
     assert found is sample and opening is not None and "too long for data.max_length" in (opening.failure or "")
 
 
@@ -326,7 +329,6 @@ def failing(problem: Problem, said: Sequence[str]) -> Reply:
     raise KeyError("no such tool")
 
 
-@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -340,9 +342,9 @@ def failing(problem: Problem, said: Sequence[str]) -> Reply:
     ],
     ids=["fails", "ends the program", "no reply", "half a character"],
 )
-def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(threads, reply, message):
+def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(reply, message):
     with pytest.raises(EngineError, match=message):
-        played(SimpleNamespace(reply=reply), [["r$"]], threads=threads)
+        played(SimpleNamespace(reply=reply), [["r$"]])
 
 
 class Sessions:
@@ -373,6 +375,7 @@ def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], ma
     episodes = SessionEpisodes(
         given=given(max_length),
         grid=SimpleNamespace(**vars(ONE_RANK), is_reporter=True),
+        phases=Phases(),
         max_turns=3,
         has_teacher=True,
         sessions=sessions,
@@ -380,17 +383,15 @@ def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], ma
         concurrency=2,
     )
     samples = [(SampleKey(5, problem.id, 0), problem, method.prompts(problem)) for problem in PROBLEMS[: len(texts)]]
-    found = episodes.openings(samples)
-    opened = [episodes.opened(sample, opening, method) for sample, opening in zip(samples, found, strict=True)]
     first = [
         Rollout(problem, pair, response(texts[i][0]), i, key=key, opening=opening)
-        for i, ((key, problem, pair), opening) in enumerate(opened)
+        for i, ((key, problem, pair), opening) in enumerate(zip(*episodes.opened(samples, method), strict=True))
     ]
 
     def generate(keys, pairs):
         return [response(texts["ab".index(key.problem_id)][key.turn]) for key in keys]
 
-    return episodes.played(first, method, generate, episodes.replies)[0], sessions
+    return episodes.played(first, method, generate)[0], sessions
 
 
 def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
@@ -462,7 +463,7 @@ class Answering:
 
 def evaluated(hinted: bool = False, at_once: int = 8, **options: Any):
     """Return the episodes of two samples of both problems, and the requests of each call of the sampler."""
-    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True, "max_turns": 3} | options
+    settings = {"given": given(), "grid": ONE_RANK, "phases": Phases(), "has_teacher": True, "max_turns": 3} | options
     sampler, environment = Answering(), Guiding(reward=0.25)
     player = EvaluationPlayer(StatelessEpisodes(environment=environment, **settings), sampler, 7, 20, at_once)
     samples = [(problem, i) for problem in PROBLEMS for i in range(2)]

@@ -122,7 +122,7 @@ def test_an_environments_process_that_does_not_answer_is_ended_with_its_sessions
     monkeypatch.setattr(process, "send_signal", lambda number: os.kill(process.pid, stays_stopped.get(number, number)))
     with pytest.raises(RuntimeError, match="the process of the environment has ended"):
         pool.reset("b", problem(), 1)
-    assert process.returncode == -signal.SIGKILL and not pool.keys and not left_of(group)
+    assert process.returncode == -signal.SIGKILL and not pool._sessions and not left_of(group)
     with pytest.raises(RuntimeError, match="the process of the environment has ended"):
         pool.step("a", "go")
 
@@ -134,7 +134,7 @@ def test_sessions_that_are_left_after_the_end_of_their_environments_process_end_
     pool._process.wait()
     os.kill(group_of(pool, "a"), signal.SIGKILL)
     pool.end_all()
-    assert not pool.keys
+    assert not pool._sessions
     pool.close()
 
 

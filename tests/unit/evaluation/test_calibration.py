@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_selfdistill.config import EvaluationConfig
-from megatron_selfdistill.evaluation.calibration import (
+from megatron_selfdistill.config.schema.run_config import EvaluationConfig
+from megatron_selfdistill.evaluation.estimators import (
     Calibration,
     Confidence,
     calibration,

@@ -18,9 +18,8 @@ from characters import ONE_RANK, STOP, Characters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_selfdistill.config import EvaluationConfig
+from megatron_selfdistill.config.schema.run_config import EvaluationConfig
 from megatron_selfdistill.data.end_tokens import EndTokens
-from megatron_selfdistill.data.fitted_prompts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
@@ -73,7 +72,7 @@ def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **op
     verifier, max_length = options.pop("verifier", exact_match), options.pop("max_length", 100)
     player = options.pop("player", None)
     ends = EndTokens((STOP,), "", None)
-    data = RunData(Characters(), builder(), ProblemSet([]), ContextCounts(), problems, 128, 128, max_length, ends)
+    data = RunData(Characters(), builder(), ProblemSet([]), problems, 128, 128, max_length, ends)
     return evaluate(sampler or FakeSampler(), data, verifier, EvaluationOptions(**defaults | options), grid, player)
 
 

@@ -14,13 +14,10 @@ import pytest
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
-from megatron_selfdistill.evaluation.estimators import bootstrap, resampled_means
-from megatron_selfdistill.evaluation.evaluation_directory import require_free
+from megatron_selfdistill.evaluation.estimators import Calibration, Confidence, bootstrap, calibration, resampled_means
+from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.evaluations import (
-    PROBLEMS,
-    SUMMARY,
     Difference,
     compare,
     data_fingerprint,

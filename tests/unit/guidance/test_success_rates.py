@@ -132,7 +132,7 @@ def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guid
     sampler, method = Asked(), made([], given_with(Characters()), problems=problems)
     problem_sampler = ProblemSampler(ProblemSet(problems), batch_size=3, seed=1)
     controls = Controls([], given_with(Characters()), 0, 1)
-    options = OnPolicyOptions(sampler, Phases(), ONE_RANK, 1, 1, False, 2.0, False, None, None, 0, controls)
+    options = OnPolicyOptions(sampler, Phases(), ONE_RANK, 1, 1, False, 2.0, False, None, 0, controls)
     source = GuidedOnPolicy(GuidedState(problem_sampler, method, Guidance(JUDGE, 1, SuccessRates(0.5))), options)
     batch = source.next_step(0, SamplingParams(8))
     guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}

@@ -11,7 +11,6 @@ without Transformer Engine, its FusedAdam, compiled extensions, and the package 
 
 from __future__ import annotations
 
-import enum
 import os
 import runpy
 import sys
@@ -138,17 +137,6 @@ def logits(tokens: torch.Tensor) -> torch.Tensor:
         return chunks[0](tokens[None], positions[None], mask)[0].float()
 
 
-def parsed(lines: list[list[str]]) -> list[dict[str, Any]]:
-    """Return what Megatron-LM's own parser makes of each argument vector."""
-    import argparse
-
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    found = [vars(parser.parse_args(line)) for line in lines]
-    return [{name: value for name, value in args.items() if not isinstance(value, enum.Enum)} for args in found]
-
-
 def state() -> dict[str, Any]:
     """Return what Megatron-LM holds after it loaded a run's checkpoint."""
     import random
@@ -189,10 +177,7 @@ def main() -> None:
     name_layers_as_transformer_engine_does()
     load_into_torch_adam()
     sys.argv = [str(megatron_lm / "pretrain_gpt.py"), *sys.argv[4:]]
-    if what in ("logits", "parsed"):
-        result = {"logits": logits, "parsed": parsed}[what](torch.load(out))
-    else:
-        result = {"state": state, "pretrain": pretrain}[what]()
+    result = logits(torch.load(out)) if what == "logits" else {"state": state, "pretrain": pretrain}[what]()
     if os.environ["RANK"] == "0":
         torch.save(result, out)
 

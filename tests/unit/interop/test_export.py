@@ -246,35 +246,31 @@ def test_one_bucket_of_full_tensors_is_alive_at_a_time(ranks, kind, parallel):
         assert 2 * fullest <= peak <= 2.5 * fullest + 2 * largest
 
 
-def without_copies_of_each(kinds: list[str], parallel: ParallelConfig) -> list[tuple[bool, float]]:
+def without_copies_of_each(kinds: list[str], parallel: ParallelConfig) -> list[float]:
     return [without_copies(models.model_config(kind), parallel) for kind in kinds]
 
 
-def without_copies(model: ModelConfig, parallel: ParallelConfig) -> tuple[bool, float]:
-    """Return whether the tensors are those of a stream of copies, and the share of bytes that the weights own."""
+def without_copies(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """Return the share of bytes that the weights own."""
     from megatron_selfdistill.interop.export import Exporter
 
     chunks, grid = models.build(model, parallel)
     exporter = Exporter(chunks, grid, rules_of(model), bucket_bytes=SOME)
-    copied = flat([list(bucket) for bucket in exporter.stream()])
-    views = flat([list(bucket) for bucket in exporter.stream(copies=False)])
-    assert_equal(views, copied)
+    views = flat([list(bucket) for bucket in exporter.stream()])
     own = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
-    assert not any(tensor.untyped_storage().data_ptr() in own for tensor in copied.values())
     lent = sum(t.nbytes for t in views.values() if t.untyped_storage().data_ptr() in own)
-    return list(views) == list(copied), lent / sum(t.nbytes for t in views.values())
+    return lent / sum(t.nbytes for t in views.values())
 
 
-def test_a_rank_that_holds_all_can_hand_out_its_weights_themselves(ranks):
+def test_a_rank_that_holds_all_hands_out_its_weights_themselves(ranks):
     """All but what has to be put in another order."""
     (found,) = ranks.run(without_copies_of_each, ["shallow", "tied", "moe"], ParallelConfig(), world_size=1)
-    for in_order, lent in found:
-        assert in_order and lent > 0.75
+    assert min(found) > 0.75
 
 
 def test_a_rank_that_holds_a_part_hands_out_copies(ranks):
     for found in ranks.run(without_copies_of_each, ["shallow"], sizes(tensor=2), world_size=2):
-        assert found == [(True, 0.0)]
+        assert found == [0.0]
 
 
 def from_each_bucket(model: ModelConfig, parallel: ParallelConfig) -> list[bool]:
@@ -286,7 +282,7 @@ def from_each_bucket(model: ModelConfig, parallel: ParallelConfig) -> list[bool]
     whole = [list(bucket) for bucket in exporter.stream()]
     found = []
     for first in range(len(whole) + 1):
-        tail, expected = flat([list(b) for b in exporter.stream(first=first)]), flat(whole[first:])
+        tail, expected = flat([list(b) for b in exporter.stream(first)]), flat(whole[first:])
         found.append(list(tail) == list(expected) and all(torch.equal(tail[name], expected[name]) for name in tail))
     return found
 
@@ -307,7 +303,7 @@ def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[st
     chunks = wrap_for_training(chunks, optimizer)
     megatron_optimizer, scheduler = build_optimizer(chunks, optimizer, 10)
     exporter = Exporter(chunks, grid, rules_of(model), bucket_bytes=SOME)
-    before = flat([list(bucket) for bucket in exporter.stream()])
+    before = {name: t.clone() for name, t in flat([list(bucket) for bucket in exporter.stream()]).items()}
     chunks[0].zero_grad_buffer()
     for name, param in unwrapped(chunks[0]).named_parameters():
         param.main_grad.copy_(models.full_weight(name, param.shape, seed=7))

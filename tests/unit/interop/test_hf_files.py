@@ -223,32 +223,6 @@ def test_half_precision_is_recorded_as_such(directory):
     assert {tensor.dtype for tensor in tensors_of(back).values()} == {torch.float16}
 
 
-# Numbers that are none
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name_and_leave_nothing_behind(directory, value):
-    tensors = tensors_of(directory)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
-    save(directory, tensors)
-    with pytest.raises(
-        CheckpointError, match=r"model.layers.1.mlp.up_proj.weight of .*hf has NaN or infinite elements"
-    ):
-        hf_to_megatron(directory, directory.parent / "out")
-    assert [path.name for path in directory.parent.iterdir()] == ["hf"]
-
-
-def test_weights_that_are_not_finite_are_converted_and_reported_on_request(directory):
-    tensors = tensors_of(directory)
-    tensors[NORM][3] = float("nan")
-    save(directory, tensors)
-    back, reports = there_and_back(directory, allow_non_finite=True)
-    assert tensors_of(back)[NORM][3].isnan() and torch.equal(tensors_of(back)[EMBEDDING], tensors[EMBEDDING])
-    assert len([line for line in reports if f"{NORM} of" in line]) == 2  # on the way there and on the way back
-    with pytest.raises(CheckpointError, match=rf"{NORM} of .*release has NaN .* --allow-non-finite"):
-        megatron_to_hf(directory.parent / "megatron", directory.parent / "refused")
-
-
 # Fields of config.json
 
 

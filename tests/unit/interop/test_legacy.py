@@ -151,7 +151,7 @@ def test_a_missing_or_damaged_file_is_named(saved, tmp_path):
         open_weights(directory)
     shutil.rmtree(file.parent)
     with pytest.raises(CheckpointError, match=r"has 1 of 2 shards of decoder\.layers"):
-        open_weights(directory).sizes()
+        open_weights(directory).source.sizes()
 
 
 def test_old_versions_are_refused(tmp_path):

@@ -2,9 +2,9 @@
 """The real Megatron-LM and this project load and continue each other's checkpoints; needs MEGATRON_LM=DIR, its sources.
 
 The sources must be those of the installed Megatron Core: core_v0.16.1, or core_v0.19.0.  Its ``megatron.training`` and
-``pretrain_gpt.py`` run in processes of their own on the CPU (megatron_lm_worker.py), with the flags that
-`megatron_flags` prints.  With MEGATRON_LM_CHECKPOINTS=DIR too, the tests keep checkpoints in DIR, and read there what
-the same tests kept under the other release.
+``pretrain_gpt.py`` run in processes of their own on the CPU (megatron_lm_worker.py), with the flags of
+tests/support/megatron_flags.py.  With MEGATRON_LM_CHECKPOINTS=DIR too, the tests keep checkpoints in DIR, and read
+there what the same tests kept under the other release.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import pytest
 import torch
 from checkpointed_run import ADAM, Setup
 from held_state import held
+from megatron_flags import megatron_flags
 from ports import neighbouring_ports
 
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.compat import older_megatron
-from megatron_selfdistill.config import ModelConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.interop.conversion import DTYPES, hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.hf.mapping import family_of
-from megatron_selfdistill.interop.megatron_flags import converted_args, megatron_flags
 from megatron_selfdistill.model.model_values import differences
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM")
@@ -88,71 +88,15 @@ def run_megatron_lm(what: str, out: Path, flags: Sequence[str], world_size: int 
 
 def flags_of(hf: Path) -> list[str]:
     config = json.loads((hf / "config.json").read_text())
-    flags = megatron_flags(family_of(config).model_config(config))
-    assert not flags.not_expressible
-    return flags.arguments
+    return megatron_flags(family_of(config).model_config(config))
 
 
 # Flags
 
 WITHOUT_FLAGS = ("llama_linear", "moonlight", "minimax", "qwen3_next", "qwen3_5", "olmoe")
-WITHOUT_FLAGS += () if older_megatron.has_flags_of_positions() else ("qwen3_yarn", "gpt_oss", "ministral3")
+WITHOUT_FLAGS += () if older_megatron.version() >= (0, 19) else ("qwen3_yarn", "gpt_oss", "ministral3")
 WITH_FLAGS = [kind for kind in hf_models.CONFIGS if not kind.startswith(WITHOUT_FLAGS)]
 """The kinds of models that flags express."""
-NAMES = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings normalization "
-    "layernorm_epsilon add_bias_linear add_qkv_bias qk_layernorm swiglu position_embedding_type rotary_base "
-    "rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor untie_embeddings_and_output_weights "
-    "padded_vocab_size make_vocab_size_divisible_by layernorm_zero_centered_gamma window_size attention_dropout "
-    "hidden_dropout attention_output_gate qk_l2_norm no_rope_freq glu_linear_offset transformer_impl "
-    "add_position_embedding"
-).split()
-EXPERTS = (
-    "num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax "
-    "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias "
-    "moe_router_bias_update_rate moe_router_dtype moe_shared_expert_intermediate_size moe_apply_probs_on_input "
-    "moe_aux_loss_coeff"
-).split()
-LATENT = (
-    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type"
-).split()
-YARN_NAMES = "rotary_scaling_factor mscale mscale_all_dim".split()
-
-
-def names_of(model: ModelConfig) -> list[str]:
-    """Return Megatron-LM's names of what describes such a model."""
-    names = list(NAMES)
-    if model.num_moe_experts is not None:
-        names += EXPERTS
-        names.remove("ffn_hidden_size" if not model.transformer.get("moe_layer_freq") else "kv_channels")
-    if model.transformer.get("multi_latent_attention"):
-        names = [name for name in names if name not in ("kv_channels", "num_query_groups")] + LATENT
-        names += YARN_NAMES if model.transformer["rope_type"] == "yarn" else []
-    else:
-        names += ["group_query_attention"]
-    return names
-
-
-RARE = {
-    "layernorm_zero_centered_gamma": True,
-    "rotary_interleaved": True,
-    "no_rope_freq": [0, 1],
-}
-
-
-def test_megatron_lms_own_parser_reads_each_printed_line_as_the_checkpoint_stores_the_model(hf_directory, tmp_path):
-    directories = [hf_directory(kind) for kind in WITH_FLAGS]
-    configs = [json.loads((directory / "config.json").read_text()) for directory in directories]
-    described = [family_of(config).model_config(config) for config in configs]
-    described.append(ModelConfig(num_layers=2, vocab_size=64, add_bias_linear=True, transformer=RARE))
-    torch.save([megatron_flags(model).arguments for model in described], tmp_path / "out.pt")
-    run_megatron_lm("parsed", tmp_path / "out.pt", [])
-    for model, found in zip(described, torch.load(tmp_path / "out.pt"), strict=True):
-        stored = vars(converted_args(model, torch.float32))
-        differing = {name: (found[name], stored[name]) for name in names_of(model) if found[name] != stored[name]}
-        assert not differing, model
-        if found["group_query_attention"]:
-            assert found["num_query_groups"] == stored["num_query_groups"]
 
 
 # Converted checkpoints
@@ -174,7 +118,7 @@ EXPRESSIBLE = {
 
 
 @pytest.mark.parametrize("kind", WITH_FLAGS)
-def test_megatron_lm_computes_the_logits_of_transformers_with_the_printed_flags(tmp_path, kind):
+def test_megatron_lm_computes_the_logits_of_transformers(tmp_path, kind):
     model = hf_models.write(kind, tmp_path / "hf", **EXPRESSIBLE.get(kind, {}))
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     tokens = hf_models.SEQUENCES[1]
@@ -214,7 +158,7 @@ RUNS = {
 
 def flags_of_run(setup: Setup, run_dir: Path, layout: list[str]) -> list[str]:
     return [
-        *megatron_flags(setup.model, dtype=DTYPES[setup.optimizer.precision]).arguments,
+        *megatron_flags(setup.model, dtype=DTYPES[setup.optimizer.precision]),
         *("--load", str(run_dir / "checkpoints")),
         *("--seq-length", "32", "--lr", str(setup.optimizer.lr)),  # 0.19 finds a group of parameters by its rate
         *("--use-distributed-optimizer", "--override-opt_param-scheduler"),
@@ -342,7 +286,7 @@ def test_this_project_reads_what_megatron_lm_trained_from_scratch(ranks, tmp_pat
     trained = TRAINED[name]
     directory = KEPT / older_megatron.version_text() / name if KEPT.is_dir() else tmp_path
     directory.mkdir(parents=True, exist_ok=True)
-    flags = [*megatron_flags(trained.setup.model).arguments, *trained.flags, "--seq-length", "32"]
+    flags = [*megatron_flags(trained.setup.model), *trained.flags, "--seq-length", "32"]
     flags += ["--save", str(directory / "theirs"), "--save-interval", "5"]
     run_megatron_lm("pretrain", directory / "out.pt", flags, trained.world_size)
     require_readable(ranks, directory, trained, tmp_path)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Adapters go to the library PEFT and come back, and merge: the logits are those of our model with its adapters."""
+"""Adapters go to the library PEFT and come back: the logits are those of our model with its adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import hf_models
 import models
 import pytest
 import torch
-from hf_contents import tensors_of
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import raises
 
@@ -23,7 +22,6 @@ from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
-from megatron_selfdistill.interop.merged_weights import Merge, merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft, peft_to_megatron
 from megatron_selfdistill.interop.release import Progress
 
@@ -97,16 +95,6 @@ def read_adapters(hf: Path, adapters: Path) -> torch.Tensor:
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
 
 
-def read_weights(hf: Path, weights: Path) -> torch.Tensor:
-    """Return the logits of our model with a checkpoint of full weights."""
-    from megatron_selfdistill.checkpoint.external import load_weights
-
-    _, model, _, _ = hf_models.read(hf)
-    chunks, grid = models.build(model, ParallelConfig())
-    load_weights(weights, chunks, hf_models.VOCAB_SIZE)
-    return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
-
-
 def peft_logits(hf: Path, adapters: Path) -> torch.Tensor:
     """Return the logits of transformers' model with adapters that PEFT loads, and check that it uses all of them."""
     import peft
@@ -157,20 +145,6 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
     assert replace(stored.settings, layers=settings.layers) == settings
     (logits,) = ranks.run(read_adapters, made.hf, back, world_size=1)
     assert torch.equal(logits, expected)
-
-    # Large factors round in another way once they are parts of a weight.
-    merged = merge_adapters(made.adapters, tmp_path / "merged")
-    (logits,) = ranks.run(read_weights, made.hf, merged, world_size=1)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=5e-4)
-    megatron_to_hf(made.adapters, tmp_path / "hf")
-    megatron_to_hf(merged, tmp_path / "hf_of_merged")
-    assert all(
-        torch.equal(tensor, tensors_of(tmp_path / "hf_of_merged")[name])
-        for name, tensor in tensors_of(tmp_path / "hf").items()
-    )
-    torch.testing.assert_close(
-        hf_models.hf_logits(hf_of(tmp_path / "hf"), hf_models.SEQUENCES), expected, rtol=1e-4, atol=5e-4
-    )
 
 
 def refuse_adapters_with_nan(hf: Path, adapters: Path, message: str) -> None:
@@ -265,11 +239,6 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
         ({"r": 4}, None, r"has factors of the ranks \[3\], expected r=4 alone"),
         ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer: layers_to_transform"),
         ({}, wrong_shape, r"q_proj.lora_B.weight has shape \[3, 3\], expected \[40, 3\]"),
-        (
-            {},
-            {name: factor * torch.nan for name, factor in factors.items()},
-            r"NaN or infinite elements \(as torch.float32\): take an",
-        ),
         ({}, factors | {first: torch.tensor(1.0)}, "has factors of the ranks"),
         ({}, head, "has factors of modules that have no adapters here .*: base_model.model.lm_head.lora_A.weight"),
         ({}, {"a.lora_magnitude_vector": torch.zeros(1)}, "has tensors that are no factors of LoRA: a.lora_magn"),
@@ -300,18 +269,14 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
         peft_to_megatron(peft, made.adapters, tmp_path / "out")
     with raises("holds full weights, expected a checkpoint of adapters"):
         megatron_to_peft(made.base, tmp_path / "out")
-    with raises("holds full weights, which have no base: leave out --base"):
-        megatron_to_hf(made.base, tmp_path / "out", base=made.base)
-    with raises("is not the base of the adapters in .*set --base to the present place of the checkpoint"):
-        merge_adapters(
-            made.adapters, tmp_path / "out", base=hf_to_megatron(made.hf, tmp_path / "b", dtype=torch.bfloat16)
-        )
+    with raises("holds adapters alone, expected full weights: convert it with megatron-to-peft, and merge the result"):
+        megatron_to_hf(made.adapters, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert main(["merge-adapters", "--megatron", str(made.base), "--out", str(tmp_path / "out")]) == 2
+    assert main(["megatron-to-peft", "--megatron", str(made.base), "--out", str(tmp_path / "out")]) == 2
     assert "holds full weights, expected a checkpoint of adapters" in capsys.readouterr().err
 
 
-def test_the_commands_convert_and_say_what_rounding_lost(adapted, tmp_path, capsys):
+def test_the_commands_convert_and_say_how_to_begin_a_run(adapted, tmp_path, capsys):
     made, _ = adapted("llama2", PLAIN)
     assert main(["megatron-to-peft", "--megatron", str(made.adapters), "--out", str(tmp_path / "peft")]) == 0
     arguments = ["--peft", str(tmp_path / "peft"), "--base", str(made.base), "--out", str(tmp_path / "back")]
@@ -322,22 +287,3 @@ def test_the_commands_convert_and_say_what_rounding_lost(adapted, tmp_path, caps
     )
     layers = "linear_qkv,linear_proj,linear_fc1,linear_fc2"
     assert f"adapter.alpha=1.5 adapter.rank_stabilised=false 'adapter.layers=[{layers}]'" in said
-    assert main(["merge-adapters", "--megatron", str(tmp_path / "back"), "--out", str(tmp_path / "merged")]) == 0
-    assert "rounding left" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merge_is_the_exact_sum_rounded_once(dtype):
-    torch.manual_seed(0)
-    weight = (1 + torch.rand(24, 16)).to(dtype)
-    a, b = torch.randn(3, 16).to(dtype), torch.randn(24, 3).to(dtype)
-    merge = Merge(0.25)
-    merged = merge.merged(weight, a, b)
-    exact = weight.double() + 0.25 * b.double() @ a.double()
-    assert merged.dtype == dtype
-    assert ((merged.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
-    tiny = Merge(1e-6)
-    assert torch.equal(tiny.merged(weight, a, b), weight) == (dtype == torch.bfloat16)
-    assert tiny.num_elements == 24 * 16 and (tiny.num_unchanged == 24 * 16) == (dtype == torch.bfloat16)
-    assert str(tiny).startswith("adapters are merged: rounding left ")
-    assert not torch.equal(tiny.merged(weight, a, b, torch.float32), weight.float())

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop import torch_dist_tensors
-from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader, read_ahead
+from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
 
 def cut(key: str, full: Tensor, sizes: tuple[int, ...]) -> list[Piece]:
@@ -87,36 +86,3 @@ def test_a_cut_off_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):
         TorchDistReader(tmp_path).read("key")
-
-
-def test_small_tensors_are_made_while_the_one_before_is_used_and_large_ones_are_not():
-    used: list[int] = []
-    made_ahead: list[int] = []
-
-    def make(size: int) -> int:
-        if used and used[-1] < 0:  # the one before is still in use
-            made_ahead.append(size)
-        return size
-
-    sizes = [100, 10, 20, 100, 100]
-    for i, size in enumerate(read_ahead(sizes, make, lambda size: size)):
-        used.append(-size)
-        # The other thread gets its turn, and as much time as it needs where it should make a tensor.
-        deadline = time.monotonic() + (60.0 if sizes[i + 1 : i + 2] in ([10], [20]) else 0.2)
-        while len(made_ahead) <= i and time.monotonic() < deadline:
-            time.sleep(0.01)
-        used.append(size)
-    assert [size for size in used if size > 0] == sizes
-    assert made_ahead == [10, 20]
-
-
-def test_what_fails_while_it_is_made_ahead_is_raised_in_its_turn():
-    def make(size: int) -> int:
-        if size == 3:
-            raise CheckpointError("not finite")
-        return size
-
-    results = read_ahead([100, 2, 3, 4], make, lambda size: size)
-    assert [next(results), next(results)] == [100, 2]
-    with pytest.raises(CheckpointError, match="not finite"):
-        next(results)

@@ -23,8 +23,8 @@ from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods.openclaw import (
-    TEACHER_TEMPLATE,
     JudgedReply,
+    OpenclawSettings,
     decision_in,
     hint_in,
     longest_hint,
@@ -45,7 +45,7 @@ class Logged(Characters):
         return "".join(shown) + ":" * add_generation_prompt
 
 
-BUILDER = PromptBuilder(Logged(), PromptTemplates(teacher=TEACHER_TEMPLATE), show_contents=False)
+BUILDER = PromptBuilder(Logged(), PromptTemplates(teacher=OpenclawSettings.teacher_template), show_contents=False)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def turn(name: str, reply: str, *next_state: str, role: str = "user") -> Problem
 
 
 def replies(*problems: Problem) -> list[JudgedReply]:
-    return [JudgedReply(problem, str(problem.reply.message["content"])) for problem in problems if problem.reply]
+    return [(problem, str(problem.reply.message["content"])) for problem in problems if problem.reply]
 
 
 class Voter:
@@ -144,7 +144,7 @@ def test_functions_judge_replies_and_may_not_quote_the_log(monkeypatch):
     assert method_with(by_length)._rewards(4, judged) == [2.5, 2.5]
 
     def fails(*arguments: Any) -> Any:
-        raise KeyError(judged[0].text)
+        raise KeyError(judged[0][1])
 
     path = named(monkeypatch, fails)
     for quotes in (False, True):

@@ -21,8 +21,6 @@ from megatron_selfdistill.methods.skill_sd import (
     Skill,
     SkillBank,
     SkillSd,
-    function_summaries,
-    model_summaries,
     skill_text,
 )
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -183,8 +181,9 @@ def model_skills(reply: str, rollouts: list[Rollout], max_length: int = 80) -> t
     """Return the skills that the model writes about the rollouts, and its sampler."""
     sampler: Any = Sampler(reply)
     given = replace(GIVEN, max_length=max_length)
-    tools = method_with("rollout.max_new_tokens=8", given=given, sampler=sampler).tools
-    return model_summaries(6, rollouts, tools, "{reward} {problem} {response}?"), sampler
+    template = "method.summarizer_template='{reward} {problem} {response}?'"
+    method = method_with("rollout.max_new_tokens=8", template, given=given, sampler=sampler)
+    return method._summaries(rollouts), sampler
 
 
 def test_the_model_is_asked_about_problem_response_and_reward_with_its_present_weights():
@@ -204,12 +203,11 @@ def test_an_answer_without_an_end_and_a_request_that_is_too_long_are_no_skill():
     assert written == [None] and not sampler.requests
 
 
-def test_a_function_writes_skills_and_white_space_is_none():
+def test_a_function_writes_skills_and_white_space_is_none(monkeypatch):
     def summarize(problem: Problem, text: str, reward: float) -> str | None:
         return {"8": f"{problem.id} {reward:g}", "9": " ", "7": None}[text]
 
-    tools = method_with().tools
     rollouts = [rollout(PROBLEM, i, text, 1.0) for i, text in enumerate(("8$", "9$", "7$"))]
-    assert function_summaries(summarize, rollouts, tools) == ["p 1", None, None]
+    assert summarized(monkeypatch, summarize, bank())._summaries(rollouts) == ["p 1", None, None]
     with pytest.raises(VerifierError, match="the summarizer failed with ValueError: expected a text or None"):
-        function_summaries(lambda *_: 3, rollouts, tools)
+        summarized(monkeypatch, lambda *_: 3, bank())._summaries(rollouts)

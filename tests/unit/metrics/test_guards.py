@@ -10,12 +10,8 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import (
-    EntropyGuards,
-    GuardsConfig,
-    from_mapping,
-    load,
-)
+from megatron_selfdistill.config import from_mapping, load
+from megatron_selfdistill.config.schema.run_config import EntropyGuards, GuardsConfig
 from megatron_selfdistill.metrics.first_checks import (
     check_identity,
     check_teacher_canary,
@@ -249,8 +245,8 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
 
 @pytest.mark.parametrize(
     ("keys", "wanted"),
-    [([], True), (["rollout.replay=x.jsonl"], False), (["method.name=sft"], False)],
-    ids=["on policy", "recorded", "solutions"],
+    [([], True), (["method.name=sft"], False)],
+    ids=["on policy", "solutions"],
 )
 def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wanted):
     assert student_samples(load([*keys, "run_dir=x"])) == wanted
@@ -358,7 +354,6 @@ FIRST |= {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.031}
         ([], {"teacher/kl_to_anchor": 1e-7}, 3),
         (["target.anchor=student"], {}, 3),
         (["guards.min_length_ratio=null"], {}, 3),
-        (["rollout.replay=x.jsonl"], {}, 1),
         (["method.name=sft"], {}, 0),
     ],
     ids=[
@@ -370,7 +365,6 @@ FIRST |= {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.031}
         "silent teacher",
         "a target that follows the student",
         "a run that is to shorten its responses",
-        "not the student's samples",
         "solutions",
     ],
 )

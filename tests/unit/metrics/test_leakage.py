@@ -11,7 +11,7 @@ import pytest
 import torch
 from loops import loops
 
-from megatron_selfdistill.config import MetricsConfig
+from megatron_selfdistill.config.schema.run_config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.metrics.leakage import (
     LeakCounts,

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ TENSORBOARD = ["tensorboard"]
 
 def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:
     options = {"console_every": 0, "num_steps": 9} | options
-    with MetricsLog(run_dir, **options) as log:
+    with closing(MetricsLog(run_dir, **options)) as log:
         log.resume(done)
         for step in steps:
             log.log(step, {"loss/mean": step / 10, "response/length_mean": 22.0})
 
 
 def test_numbers_that_json_lacks_come_back(tmp_path):
-    with MetricsLog(tmp_path, num_steps=3, console_every=0) as log:
+    with closing(MetricsLog(tmp_path, num_steps=3, console_every=0)) as log:
         log.resume(0)
         log.log(1, {"loss/mean": math.nan, "gradient_norm": math.inf, "k/mean": -math.inf, "lr": 1e-4})
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -52,7 +53,7 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
 def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
     answer = Transcript("", None, "a prompt", "a response", correct=True, length=3, truncated=False)
     for done, steps in ((0, (2, 4)), (3, (4, 6))):  # killed after step 4; the checkpoint is of step 3
-        with MetricsLog(tmp_path, num_steps=8, loggers=[], console_every=0) as log:
+        with closing(MetricsLog(tmp_path, num_steps=8, loggers=[], console_every=0)) as log:
             log.resume(done)
             for step in steps:
                 log.log_evaluation_samples(step, [vars(replace(answer, problem_id=name)) for name in "ab"])
@@ -97,7 +98,7 @@ def delete(run_dir: Path) -> None:
 
 
 def test_a_log_goes_on_where_the_directory_is_deleted(tmp_path):
-    with MetricsLog(tmp_path / "run", num_steps=9, console_every=0) as log:
+    with closing(MetricsLog(tmp_path / "run", num_steps=9, console_every=0)) as log:
         log.resume(0)
         for step in range(1, 6):
             if step == 4:
@@ -117,7 +118,7 @@ def lose_events(run_dir: Path, log: MetricsLog) -> None:
 
 
 def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
-    with MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console_every=0) as log:
+    with closing(MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console_every=0)) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})
         lose_events(tmp_path / "run", log)
@@ -135,7 +136,7 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
 
 def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
-    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
+    with closing(MetricsLog(tmp_path, num_steps=9, output=output)) as log:
         log.resume(0)
         for step in (1, 2, 3):
             log.log(step, metrics)
@@ -167,7 +168,7 @@ def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypat
 
 def test_an_evaluation_is_logged_with_all_its_numbers(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False)
-    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
+    with closing(MetricsLog(tmp_path, num_steps=9, output=output)) as log:
         log.resume(0)
         log.log_evaluation(0, {"evaluation/greedy_accuracy": 0.35})
         log.message("[saved] as it is")

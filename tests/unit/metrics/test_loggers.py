@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_choice_is_built_in():
 
 
 def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):
-    with log_of(tmp_path, RECORDED) as log:
+    with closing(log_of(tmp_path, RECORDED)) as log:
         log.resume(3)
         log.log(4, {"loss/mean": math.inf})
         log.log_samples(4, lambda: [MARKED, MARKED])
@@ -59,7 +60,7 @@ def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):
     ],
 )
 def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog, name, fault):
-    with log_of(tmp_path, name, RECORDED) as log:
+    with closing(log_of(tmp_path, name, RECORDED)) as log:
         log.resume(0)
         for step in (1, 2, 3):
             log.log(step, {"loss/mean": step / 10})
@@ -77,7 +78,7 @@ def test_a_logger_that_cannot_start_ends_a_new_run_and_not_a_resumed_run(tmp_pat
     with pytest.raises(ConfigError, match=message):
         log.resume(0)
     assert recorded_logger.calls(tmp_path)[-1] == ["close"], "the logger that has started is closed"
-    with log:
+    with closing(log):
         log.resume(2)
         log.log(3, {"loss/mean": 0.5})
     assert f"this launch runs without {NO_START}: ConnectionError: no answer" in caplog.text

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.distributed import signs_of_life
-from megatron_selfdistill.metrics import phase_lines, phase_progress
+from megatron_selfdistill.metrics import phase_progress
 from megatron_selfdistill.metrics.log import MetricsLog, configured_log
 from megatron_selfdistill.metrics.phases import Phases
 
@@ -34,7 +34,7 @@ def text_of(output: Console) -> str:
 def shown(tmp_path: Path, output: Console, done: int = 0) -> Iterator[tuple[MetricsLog, Phases]]:
     """Yield a log of a run of 9 steps, which resumes after ``done`` steps, and the phases that it shows."""
     phases = Phases(torch.device("cpu"))
-    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
+    with closing(MetricsLog(tmp_path, num_steps=9, output=output)) as log:
         log.show_phases(phases)
         log.resume(done)
         yield log, phases
@@ -45,7 +45,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the clock of the progress; what is returned moves it on."""
     now = [1000.0]
     monkeypatch.setattr(phase_progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 1e6)  # the tests tick
+    monkeypatch.setattr(phase_progress, "_TICK_SECONDS", 1e6)  # the tests tick
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -91,7 +91,7 @@ def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_
 def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
     shown_lines: list[str] = []
     progress = phase_progress.PhaseProgress()
-    lines = phase_lines.SlowPhaseLines(progress, shown_lines.append, at_once=True)
+    lines = phase_progress.SlowPhaseLines(progress, shown_lines.append, at_once=True)
     for name in ("loading the model", "evaluation"):
         progress.entered(name)
         for _ in range(200):
@@ -141,7 +141,9 @@ def test_a_phase_that_raises_has_no_time_with_or_without_a_listener(tmp_path):
     measured = []
     for shows in (False, True):
         phases = Phases(torch.device("cpu"))
-        with MetricsLog(tmp_path, num_steps=9, output=console(terminal=False), console_every=int(shows)) as log:
+        with closing(
+            MetricsLog(tmp_path, num_steps=9, output=console(terminal=False), console_every=int(shows))
+        ) as log:
             log.show_phases(phases)
             with phases("train"):
                 pass
@@ -153,19 +155,19 @@ def test_a_phase_that_raises_has_no_time_with_or_without_a_listener(tmp_path):
 
 def test_ranks_that_do_not_report_show_nothing(tmp_path, capsys):
     phases, config = Phases(torch.device("cpu")), load([f"run_dir={tmp_path / 'run'}"])
-    with configured_log(config, phases, enabled=False) as log:
+    with closing(configured_log(config, phases, enabled=False)) as log:
         log.resume(0)
         with phases("rollout"):
             phases.counted(1, 2, "")
         assert phases.listener is None
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
-    with configured_log(config, phases, enabled=True):
+    with closing(configured_log(config, phases, enabled=True)):
         assert isinstance(phases.listener, phase_progress.PhaseProgress)
 
 
 def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr(phase_lines, "_TICK_SECONDS", 0.001)
-    monkeypatch.setattr(phase_lines, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(phase_progress, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(phase_progress, "LINE_SECONDS", 0.0)
     printed = threading.Event()
     output = console(terminal=False)
     monkeypatch.setattr(output, "print", lambda *_, **__: printed.set())

@@ -6,7 +6,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,22 +17,25 @@ import torch
 from rich.console import Console
 from tiers import combinations
 
-from megatron_selfdistill.config import Config, MetricsConfig
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.due import samples_due
+from megatron_selfdistill.config.schema.run_config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics.log import MetricsLog
 from megatron_selfdistill.metrics.run_log import read_samples
-from megatron_selfdistill.metrics.sample_text import console_text, sample_html
 from megatron_selfdistill.metrics.samples import (
     NUMBERS,
     Sample,
     SampleToken,
     SeenHint,
     chosen,
+    console_text,
+    sample_html,
     sample_of,
-    seen_hint,
 )
+from megatron_selfdistill.teacher import Teachers
+from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
@@ -128,7 +133,7 @@ def test_the_file_has_all_turns_and_console_and_loggers_show_the_first_one(tmp_p
     output = Console(file=io.StringIO(), force_terminal=False, width=200)
     samples = [sample(token(f"said {i}"), turn=turn(i, reply=None)) for i in range(3)]
     samples.append(sample(token("said elsewhere"), problem_id="p8", turn=turn(0)))
-    with MetricsLog(tmp_path, num_steps=1, output=output) as log:
+    with closing(MetricsLog(tmp_path, num_steps=1, output=output)) as log:
         log.resume(0)
         log.log_samples(1, lambda: samples)
     text = output.file.getvalue()
@@ -156,13 +161,13 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
 
 def test_a_sample_shows_what_its_own_teachers_see_and_names_them():
     teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
-    numbers = {name: [1.0] for name in NUMBERS}
+    numbers, own = {name: [1.0] for name in NUMBERS}, SimpleNamespace(_settings=teachers)
 
     def of(teacher: str, several: tuple[str, ...] = ()) -> Sample:
         one = replace(
             context("a", [4]), teacher=teacher, of_teachers=tuple(TeacherPrompt(name, 0.5, [1]) for name in several)
         )
-        return sample_of(one, seen_hint(one, "the hint", teachers), numbers, Letters())
+        return sample_of(one, ConfiguredTeachers.seen_hint(own, one, "the hint"), numbers, Letters())
 
     unhinted, hinted, both = of("code"), of("math"), of("code", ("code", "math"))
     assert (unhinted.solution, unhinted.teacher) == ("", "code (sees no hint)")
@@ -171,8 +176,9 @@ def test_a_sample_shows_what_its_own_teachers_see_and_names_them():
     assert unhinted.record()["solution"] == "" and unhinted.record()["teacher"] == "code (sees no hint)"
     assert "teacher: code (sees no hint)\n" in console_text(unhinted, "", coloured=False).plain
     assert "hint: " not in console_text(unhinted, "", coloured=False).plain
-    assert seen_hint(context("a", [4]), "the hint", {}) == SeenHint("the hint"), "one teacher without a name"
-    assert seen_hint(context("a", [4]), "the hint", None) == SeenHint(""), "a run without a teacher"
+    for has_teacher in (True, False):
+        default = SimpleNamespace(config=SimpleNamespace(has_teacher=has_teacher))
+        assert Teachers.seen_hint(default, context("a", [4]), "the hint") == SeenHint("the hint" * has_teacher)
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():
@@ -185,7 +191,7 @@ def test_without_a_teacher_a_response_is_shown_without_marks():
 
 def shown(found: Sample, *, terminal: bool, **options: Any) -> str:
     output = Console(file=io.StringIO(), force_terminal=terminal, width=200, **options)
-    with MetricsLog("unused", num_steps=1, output=output) as log:
+    with closing(MetricsLog("unused", num_steps=1, output=output)) as log:
         log._console.sample(found, "step 3, sample 1 of 2")
     return output.file.getvalue()
 
@@ -215,7 +221,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
     text = console_text(long, "", coloured=False).plain
     assert "[-0000-]0001" in text and "0374 [... 500 tokens ...] 0875" in text and "0998[-0999-]" in text
     assert "[-0500-]" not in text and f"prompt: ... {'x' * 399}?\n" in text and f"{'y' * 400} ...\n" in text
-    with MetricsLog(tmp_path, num_steps=1, console_every=0) as log:
+    with closing(MetricsLog(tmp_path, num_steps=1, console_every=0)) as log:
         log.resume(0)
         log.log_samples(1, lambda: [long])
     [record] = read_samples(tmp_path)
@@ -223,7 +229,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
 
 
 def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
-    with MetricsLog(run_dir, **{"num_steps": 9, "console_every": 0} | options) as log:
+    with closing(MetricsLog(run_dir, **{"num_steps": 9, "console_every": 0} | options)) as log:
         log.resume(done)
         for step in steps:
             log.log(step, {"loss/mean": 0.5})
@@ -246,14 +252,14 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     def broken() -> list[Sample]:
         raise OverflowError("token 7 is out of range")
 
-    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
+    with closing(MetricsLog(tmp_path, num_steps=9, output=output)) as log:
         log.resume(0)
         log.log_samples(3, broken)
         log.log(3, {"loss/mean": 0.5})
     text = output.file.getvalue()
     assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
     assert read_samples(tmp_path) == [] and "loss 0.5000" in text and not caplog.records
-    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
+    with closing(MetricsLog(tmp_path, num_steps=9, console_every=0)) as log:
         log.resume(3)
         log.log_samples(4, broken)
     assert "the samples of step 4 are not shown" in caplog.text
@@ -273,7 +279,7 @@ def run_of(own_data: Any, name: str, *options: str) -> list[str]:
 def one(ranks, own_data) -> dict[str, Any]:
     """Return the samples of a run of one rank, by problem."""
     tiny_run.train(ranks, run_of(own_data, "start", "optimizer.lr=0", "metrics.show_samples=0"))
-    options = [f"checkpoint.load={own_data}/start/checkpoints", f"rollout.record={own_data}/one.jsonl"]
+    options = [f"checkpoint.load={own_data}/start/checkpoints", f"tests.record={own_data}/one.jsonl"]
     tiny_run.train(ranks, run_of(own_data, "one", *options, "metrics.show_samples=4"))
     return {record["problem_id"]: record for record in read_samples(own_data / "one")}
 
@@ -288,7 +294,7 @@ RUNS = {
 @combinations(name=list(RUNS), quick={"name": ["DP2"]}, strength=1)
 def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, own_data, one, name):
     world_size, layout, problems = RUNS[name]
-    options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"rollout.replay={own_data}/one.jsonl"]
+    options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"tests.replay={own_data}/one.jsonl"]
     tiny_run.train(ranks, run_of(own_data, name, *options), world_size)
     found = read_samples(own_data / name)
     assert [record["problem_id"] for record in found] == [list(one)[index] for index in problems]

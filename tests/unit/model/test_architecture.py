@@ -222,7 +222,7 @@ def test_every_sentence_of_refuse_known_faults_is_met_above():
     messages = [message for _, message in known_faults(rare, transformer_engine=False)]
     tables = REFUSED, WITH_TRANSFORMER_ENGINE, SINKS_WITH_TRANSFORMER_ENGINE
     sentences = [re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for table in tables for sentence in table]
-    assert len(messages) == len(sentences)
+    assert len(messages) == len(sentences) + 4, "test_architecture_fp8.py has four"
     assert all(any(start in message for message in messages) for start in sentences)
 
 

@@ -18,7 +18,8 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 import megatron.core
 import megatron.core.optimizer.optimizer as megatrons
 
-from megatron_selfdistill.config import LearningRateDecay, OptimizerConfig, OptimizerConstants, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig
+from megatron_selfdistill.config.schema.step_config import LearningRateDecay
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.learner import apply_gradients, gradient_norm
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training

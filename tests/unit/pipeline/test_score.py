@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import layouts
@@ -16,6 +17,7 @@ from bytes_alive import BytesAlive
 from characters import Characters
 from tiers import combinations
 
+from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
@@ -300,8 +302,9 @@ def test_the_score_of_sampled_tokens_falls_as_the_hinted_teacher_moves_away():
 def contexts_of(problem: Problem, max_length: int = 100, policy: str = "error"):
     builder = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
     response = Response([55, 36], [0.0, 0.0], [0.0, 0.0], "stop")
-    sizes = {"max_length": max_length, "max_new_tokens": 4, "policy": policy}
-    return candidate_contexts(builder, [(problem, response)], **sizes)
+    run_data: Any = SimpleNamespace(builder=builder, max_length=max_length)
+    config = load(["rollout.max_new_tokens=4", f"data.on_long_context={policy}"])
+    return candidate_contexts([(problem, response)], config, run_data)
 
 
 def problem(solution: str, answer: str | None) -> Problem:
@@ -323,6 +326,3 @@ def test_what_cannot_be_scored_is_refused():
         contexts_of(problem("it is 7", None), max_length=10)
     with pytest.raises(ValueError, match=r"^file.jsonl:7: expected prompts of at most 6 tokens"):
         contexts_of(problem("it is 7", None), max_length=10, policy="drop")
-    context = dataclasses.replace(layouts.contexts()[0], response=[])
-    with pytest.raises(ValueError, match=r"^Problem p0: expected a text of at least one token"):
-        score_texts([context], lambda pairs: torch.zeros(3, 0))

@@ -12,7 +12,7 @@ import pytest
 from fake_server_sampler import GREEDY, sampler, tell
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.engines.vllm.background import request_key
+from megatron_selfdistill.engines.vllm.server_batch import request_key
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
 
@@ -45,7 +45,7 @@ def tell_all(addresses: list[str], grid: Any, **fault: Any) -> None:
 def wait_for(ticket: Any, count: int) -> None:
     """Wait on rank 0 until ``count`` responses of ``ticket`` are finished."""
     if ticket.batch is not None:
-        ticket.batch.arrivals.wait_for(lambda finished: len(finished) >= count or None)
+        ticket.batch.wait_for(lambda finished: len(finished) >= count or None)
 
 
 def two_batches(addresses: list[str], layout: dict[str, int], settles: bool) -> Any:

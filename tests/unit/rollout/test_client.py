@@ -21,11 +21,10 @@ import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, generated, tokens_behind
 
 from megatron_selfdistill.distributed import signs_of_life, stop
+from megatron_selfdistill.engines.vllm import patient_http
 from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine import EngineRequest
-from megatron_selfdistill.engines.vllm.http import patient_http
-from megatron_selfdistill.engines.vllm.http.stated_response import StatedResponse
 from megatron_selfdistill.errors import EngineError
 
 
@@ -113,45 +112,6 @@ def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, say
         generated(client(fake.address), [request])
     assert not isinstance(error.value, RequestRefused), "another server may do the request"
     assert len(str(error.value)) < 1000
-
-
-def stated(**fields: Any) -> bytes:
-    """Return the compact form of a response to `request_of(4, 5)`, but for ``fields``."""
-    right = {"token_ids": tokens_behind([4, 5], 3), "log_probs": [-0.5] * 3, "finish_reason": "length"}
-    return StatedResponse(**{**right, "weight_versions": [("7", 0, 3)], **fields}).packed()
-
-
-COMPACT = stated()
-
-
-@pytest.mark.parametrize(
-    ("says", "why"),
-    [
-        (COMPACT[:-1], r"got \d+ bytes \(error: unpack requires a buffer of 24 bytes"),
-        (stated(token_ids=[9, 10, 50]), "token ids 50, expected 0 to 49"),
-        (stated(weight_versions=[("9" * 5000, 0, 3)]), "ValueError: Exceeds the limit"),
-    ],
-)
-def test_a_lie_in_the_compact_form_is_an_error_with_the_address(fake, says, why):
-    fake.says_compact = says
-    with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        generated(client(fake.address, timeout_s=30), [request_of(4, 5)])
-    assert not isinstance(error.value, RequestRefused) and len(str(error.value)) < 1000
-
-
-@pytest.mark.parametrize("compact", [True, False])
-def test_a_server_without_the_plugin_answers_in_json(fake, compact):
-    fake.compact, fake.version = compact, "3"
-    [output] = generated(client(fake.address), [request_of(4, 5)])
-    assert (output.token_ids, output.log_probs) == (tokens_behind([4, 5], 3), [-0.5] * 3)
-    assert (output.finish_reason, output.weight_version, fake.num_compact) == ("length", 3, int(compact))
-
-
-def test_the_compact_form_takes_eight_bytes_a_token():
-    long = stated(token_ids=[5] * 1400, log_probs=[-0.1] * 1400, weight_versions=[("7", 0, 1400)])
-    assert len(long) < 8 * 1400 + 120
-    found = StatedResponse.unpacked(long)
-    assert found.token_ids == [5] * 1400 and found.log_probs == pytest.approx([-0.1] * 1400, rel=2**-24)
 
 
 @pytest.mark.parametrize("value", [0, 5e-4, -9998.0, -7, -0.1])

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.engines.vllm import in_process, transfer_buckets
+from megatron_selfdistill.engines.vllm import in_process
 from megatron_selfdistill.engines.vllm.server import serve
 from megatron_selfdistill.engines.vllm.server.server_names import as_arguments
-from megatron_selfdistill.errors import ConfigError
 
 EXPANDING, FIXED = "expandable_segments:True", "expandable_segments:False"
 NAME = "disable_custom_all_reduce"
@@ -29,7 +28,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
     def started(directory: Path, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
         found["arguments"] = arguments
-        found["allocator"] = transfer_buckets._allocator_settings()
+        found["allocator"] = in_process._allocator_settings()
         events.append("start")
 
     monkeypatch.setattr(in_process, "_live", None)
@@ -39,16 +38,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     (tmp_path / "config.json").write_text("{}")
 
     def start(engine_tp: int, allocator: str, device: str = "cuda", **engine_args: Any) -> dict[str, Any]:
-        transfer_buckets._set_allocator_settings(allocator)
+        torch._C._accelerator_setAllocatorSettings(allocator)
         settings = {"max_model_len": 8, **engine_args}
         device_ = torch.device(device)
         in_process.InProcessEngine(tmp_path, device_, "x", engine_tp=engine_tp, settings=settings, vocab_size=8)
-        assert transfer_buckets._allocator_settings() == allocator
+        assert in_process._allocator_settings() == allocator
         return found
 
-    before = transfer_buckets._allocator_settings()
+    before = in_process._allocator_settings()
     yield start
-    transfer_buckets._set_allocator_settings(before)
+    torch._C._accelerator_setAllocatorSettings(before)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +68,29 @@ def test_the_users_choice_wins_where_memory_can_be_shared(start, value):
     assert start(1, EXPANDING, **{NAME: value})["arguments"][NAME] is value
 
 
-def test_a_choice_that_would_end_the_process_is_refused_before_vllm_starts(start):
-    with pytest.raises(ConfigError, match=rf"rollout\.engine_args\.{NAME}=False: .*expandable_segments:False"):
-        start(2, EXPANDING, **{NAME: False})
-    assert start(2, EXPANDING, **{NAME: True})["arguments"][NAME] is True
+def test_a_choice_that_would_end_the_process_is_replaced(start):
+    assert start(2, EXPANDING, **{NAME: False})["arguments"][NAME] is True
+
+
+def test_the_ranks_of_an_engine_are_those_of_the_trainer(start):
+    assert start(2, FIXED, tensor_parallel_size=4)["arguments"]["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [
+        ("expandable_segments:True,max_split_size_mb:512", "expandable_segments:False,max_split_size_mb:512"),
+        ("max_split_size_mb:512,expandable_segments: True", "max_split_size_mb:512,expandable_segments:False"),
+        ("max_split_size_mb:512", "max_split_size_mb:512"),
+    ],
+)
+@pytest.mark.usefixtures("start")
+def test_memory_is_no_expandable_segment_and_other_settings_stay(before, inside):
+    torch._C._accelerator_setAllocatorSettings(before)
+    with pytest.raises(MemoryError), in_process.without_expandable_segments():
+        assert in_process._allocator_settings() == inside
+        raise MemoryError
+    assert in_process._allocator_settings() == before
 
 
 def test_an_engine_starts_in_segments_of_fixed_size_and_the_trainers_settings_come_back(start):

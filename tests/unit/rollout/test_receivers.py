@@ -6,21 +6,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_selfdistill.engines.vllm.plugin.receivers import make_receiver
-from megatron_selfdistill.engines.vllm.transfer_buckets import MappedFile
+from megatron_selfdistill.engines.vllm.plugin.receivers import FileReceiver
+from megatron_selfdistill.engines.vllm.transfer import MappedFile
 
 CPU = torch.device("cpu")
 
 
 def test_a_bucket_that_is_cut_short_is_refused(tmp_path):
     (tmp_path / "bucket").write_bytes(b"abc")
-    receiver = make_receiver("shared_memory", CPU, 0, {})
+    receiver = FileReceiver(CPU, 0)
     with pytest.raises(ValueError, match=r"expected 4 bytes in .*, got 3"):
         receiver.receive(4, {"path": str(tmp_path / "bucket")})
 
 
 def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(tmp_path):
-    receiver = make_receiver("shared_memory", CPU, 0, {})
+    receiver = FileReceiver(CPU, 0)
     files = [MappedFile(tmp_path, size) for size in (8, 12)]
     for turn, file in enumerate([*files, *files]):
         file.memory.fill_(turn)
@@ -68,7 +68,7 @@ def test_on_a_gpu_node_a_mapped_bucket_is_pinned_until_it_goes_or_the_log_says_w
 @pytest.mark.gpu
 def test_a_pinned_bucket_reaches_a_gpu_to_the_last_bit(tmp_path):
     file = MappedFile(tmp_path, 2**20)
-    receiver = make_receiver("shared_memory", torch.device("cuda", 0), 0, {})
+    receiver = FileReceiver(torch.device("cuda", 0), 0)
     wanted = torch.randint(256, (2**20,), dtype=torch.uint8, device="cuda")
     file.memory.copy_(wanted)
     arrived = receiver.receive(2**20, {"path": str(file.path), "mapped": True})

@@ -16,7 +16,6 @@ import torch
 
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.engines.vllm.client import VllmServer
-from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory
 from megatron_selfdistill.engines.vllm.server import serve, server_process
 from megatron_selfdistill.engines.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE
 from megatron_selfdistill.engines.vllm.server.server_process import (
@@ -35,7 +34,6 @@ def started(
     directory: Path,
     python: Path | str | None,
     count: int = 1,
-    shares_gpus: bool = False,
     environment: dict[str, str] | None = None,
 ) -> list[ServerProcess]:
     return start_servers(
@@ -53,7 +51,6 @@ def started(
                 "middleware": ["a", "b"],
                 "compilation_config": {"level": 0},
             },
-            transfer="ipc" if shares_gpus else None,
         ),
         directory=directory / "servers",
         hf_config=directory,
@@ -87,13 +84,6 @@ def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, mo
     assert variables[TOKEN_VARIABLE] == "secret" and variables[PARENT_VARIABLE] == str(os.getpid())
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & set(variables)
     assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
-
-
-def test_servers_on_the_trainers_gpus_are_told_so(tmp_path):
-    [one] = started(tmp_path, script(tmp_path, 'echo "$@"'), shares_gpus=True)
-    one.process.wait(20)
-    words = one.log.read_text().split()
-    assert "--shares-gpus" in words[: words.index("--")]
 
 
 # What the user exported for the job, what torchrun added, and what the trainer has set since.
@@ -203,23 +193,22 @@ def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "each", "shares", "visible", "wanted"),
+    ("count", "each", "visible", "wanted"),
     [
-        (2, 2, False, "0,1,2,3,4,5", ["2,3", "4,5"]),
-        (1, 1, False, "4,7,9", ["9"]),
-        (2, 1, True, "4,7,9", ["4,7,9", "7,4,9"]),
-        (2, 2, False, "0,1,2,3", None),
+        (2, 2, "0,1,2,3,4,5", ["2,3", "4,5"]),
+        (1, 1, "4,7,9", ["9"]),
+        (2, 2, "0,1,2,3", None),
     ],
 )
-def test_servers_get_the_gpus_behind_the_trainers_or_share_them(monkeypatch, count, each, shares, visible, wanted):
+def test_servers_get_the_gpus_behind_the_trainers(monkeypatch, count, each, visible, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     if wanted is None:
         with pytest.raises(ConfigError, match="need 4 besides the 2 of the trainer, but this machine has 4"):
-            server_process._gpus_of_servers(count, each, shares)
+            server_process._gpus_of_servers(count, each)
     else:
-        assert server_process._gpus_of_servers(count, each, shares) == wanted
+        assert server_process._gpus_of_servers(count, each) == wanted
 
 
 @pytest.mark.parametrize(
@@ -261,18 +250,6 @@ def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_w
         (tmp_path / "config.json").write_text(config)
         arguments = set(serve.engine_arguments(options, on_cpu=on_cpu))
         assert exact & arguments == (exact if on_cpu and config != "{}" else set())
-
-
-@pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])
-def test_vllm_on_a_trainers_gpu_gets_what_is_free_there(kv_cache_gb, kv_cache_bytes):
-    options = serve.parser().parse_args(["--hf-config=/model", "--shares-gpus"])
-    options.kv_cache_gb = kv_cache_gb
-    arguments = serve.engine_arguments(options, on_cpu=False, shared=DeviceMemory(60 * GIB, 80 * GIB))
-    given = dict(argument.split("=", 1) for argument in arguments if "memory" in argument)
-    assert given == {
-        "--gpu-memory-utilization": str(58 / 80),
-        "--kv-cache-memory-bytes": str(kv_cache_bytes),
-    }
 
 
 def import_without(package: str, *modules: str) -> None:

@@ -18,10 +18,9 @@ from fake_vllm import FakeVllm, fake_servers
 from torch import Tensor
 
 from megatron_selfdistill.engines.vllm import transfer as transfer_module
-from megatron_selfdistill.engines.vllm import transfer_buckets
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.protocol import Layout, digest, layout_of, pack, unpack
-from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer, make_transfer
+from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
 from megatron_selfdistill.errors import ConfigError
 
@@ -62,7 +61,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 @pytest.fixture(params=["shared_memory", "gloo"])
 def transfer(request, tmp_path) -> Iterator[Transfer]:
-    made = make_transfer(request.param, directory=str(tmp_path), timeout_s=10)
+    made = SharedMemoryTransfer(tmp_path) if request.param == "shared_memory" else BroadcastTransfer("gloo", 10)
     yield made
     made.close()
 
@@ -182,7 +181,7 @@ def test_a_directory_without_room_is_refused_before_it_is_written_to(tmp_path, m
     def full(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer_buckets.os, "posix_fallocate", full)
+    monkeypatch.setattr(transfer_module.os, "posix_fallocate", full)
     with pytest.raises(ConfigError, match=rf"rollout\.transfer_dir={tmp_path} has no room .*rollout\.bucket_mb"):
         SharedMemoryTransfer(tmp_path).pack(tensors())
     assert list(tmp_path.iterdir()) == []
@@ -192,7 +191,7 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from typing import Any
-from megatron_selfdistill.engines.vllm.transfer_buckets import bucket_file
+from megatron_selfdistill.engines.vllm.transfer import bucket_file
 with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
 """

@@ -15,14 +15,14 @@ from megatron_selfdistill.engines.vllm.transfer import choose_transfer
 from megatron_selfdistill.errors import ConfigError
 
 NCCL, GPU = "2.27.5", "GPU-11111111"
-HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU], "gpu": "GPU-0"}
-THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpus": ["GPU-7"], "gpu": "GPU-7"}
-OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
+HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpu": "GPU-0"}
+THERE = {"host": "node7", "boot_id": "another", "address": "10.0.0.7", "nccl": NCCL, "gpu": "GPU-7"}
+OLDER = {**HERE, "nccl": "2.26.2"}
 
 
 @pytest.fixture
 def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
-    """Start two servers of one worker each, which have the trainer's NCCL and see its GPU."""
+    """Start two servers of one worker each, which have the trainer's NCCL."""
     monkeypatch.setattr(transfer, "nccl_version", lambda: NCCL)
     monkeypatch.setattr(transfer, "own_gpu", lambda: GPU)
     with fake_servers(2) as servers:
@@ -46,12 +46,11 @@ def test_without_a_name_it_is_nccl_on_gpus_else_files_where_all_workers_read_the
 @pytest.mark.parametrize(
     ("workers", "blind", "chosen"),
     [
-        ([{**HERE, "nccl": "2.26.2"}], [], "ipc"),
         ([HERE, {**THERE, "nccl": "2.27.3"}], [], "shared_memory"),
         ([HERE, {**THERE, "nccl": "2.27.3"}], ["node7"], "gloo"),
-        ([{**OLDER, "nccl": None, "gpus": []}], [], "shared_memory"),
+        ([{**OLDER, "nccl": None}], [], "shared_memory"),
     ],
-    ids=["its GPU is seen", "a shared directory", "two hosts", "a server on a CPU"],
+    ids=["a shared directory", "two hosts", "a server on a CPU"],
 )
 def test_with_another_nccl_in_one_worker_it_is_the_best_other_way_and_the_log_has_both_versions(
     fakes, tmp_path, caplog, workers, blind, chosen
@@ -76,21 +75,10 @@ def test_nccl_that_was_asked_for_is_refused_with_both_versions_before_anything_i
 @pytest.mark.parametrize("gpu", [GPU, "GPU-of-server-0"], ids=["of the trainer", "of another worker"])
 def test_nccl_is_neither_chosen_nor_accepted_where_two_members_share_a_gpu(fakes, tmp_path, caplog, gpu):
     fakes[1].workers = [{**HERE, "gpu": gpu}]
-    assert choose(fakes, None, tmp_path, on_gpu=True) == "ipc"
+    assert choose(fakes, None, tmp_path, on_gpu=True) == "shared_memory"
     assert f"compute on the same GPU, {gpu}, but NCCL needs one for each" in caplog.text
     with pytest.raises(ConfigError, match=f"rollout.transfer=nccl cannot .* compute on the same GPU, {gpu}"):
         choose(fakes, "nccl", tmp_path, on_gpu=True)
-
-
-@pytest.mark.parametrize(
-    ("worker", "why"),
-    [(OLDER, r"which worker 1 of .*, on here, does not see \(it sees GPU-0\)"), (THERE, "does not run there")],
-    ids=["does not see the trainer's GPU", "another host"],
-)
-def test_ipc_to_a_worker_that_cannot_open_memory_of_the_trainers_gpu_is_refused(fakes, tmp_path, worker, why):
-    fakes[1].workers = [HERE, worker]
-    with pytest.raises(ConfigError, match=rf"rollout\.transfer=ipc cannot .*{why}"):
-        choose(fakes, "ipc", tmp_path, on_gpu=True)
 
 
 def test_shared_memory_that_a_worker_of_another_host_does_not_see_is_refused(fakes, tmp_path):

@@ -62,7 +62,7 @@ def terms() -> RatioTerms:
 def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order():
     batch = batch_of(terms())
     order = [2, 0, 3, 1]
-    found = _opened(batch, _parcel(batch, _values_of_tokens(batch), order), CPU)
+    found = _opened(batch, [_parcel(batch, _values_of_tokens(batch), order)], CPU)
     assert found.contexts == [CONTEXTS[i] for i in order]
     assert found.solutions == [SOLUTIONS[i] for i in order]
     assert (found.metrics, found.share) == (batch.metrics, batch.share)
@@ -85,13 +85,13 @@ def test_chosen_contexts_are_those_of_a_parcel():
 
 def test_a_batch_without_log_probs_and_coefficients_has_none_in_its_parcel():
     batch = StepBatch(contexts=CONTEXTS)
-    found = _opened(batch, _parcel(batch, _values_of_tokens(batch), [0]), CPU)
+    found = _opened(batch, [_parcel(batch, _values_of_tokens(batch), [0])], CPU)
     assert found.contexts == CONTEXTS[:1] and found.sampler_log_probs is None and found.token_coefficients is None
 
 
 def test_a_replica_may_have_no_contexts():
     batch = batch_of(terms())
-    empty = _opened(batch, _parcel(batch, _values_of_tokens(batch), []), CPU)
+    empty = _opened(batch, [_parcel(batch, _values_of_tokens(batch), [])], CPU)
     assert (empty.contexts, empty.solutions) == ([], [])
     assert empty.sampler_log_probs.shape == (0,) and empty.token_coefficients.correction.owners.num_responses == 0
 

@@ -66,7 +66,6 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
         weight_cap=2.0,
         samples_teacher=False,
         player=None,
-        record=None,
         max_staleness=0,
         controls=Controls([], method.tools.given, 0, SEED),
     )

@@ -34,7 +34,7 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 )
 def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path, world_size, options):
     recorded = tmp_path / "recorded.jsonl"
-    arguments = overrides(data, tmp_path / "run", *VLLM, *options, f"rollout.record={recorded}")
+    arguments = overrides(data, tmp_path / "run", *VLLM, *options, f"tests.record={recorded}")
     train(ranks, arguments, world_size, timeout=TIMEOUT)
     lines = reproducible_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -51,7 +51,7 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
 def test_a_run_with_adapters_sends_the_factors_alone(ranks, data, tmp_path):
     recorded = tmp_path / "recorded.jsonl"
     adapters = ["adapter.rank=4", "optimizer.lr=0.1", "optimizer.lr_warmup_steps=0"]
-    arguments = overrides(data, tmp_path / "run", *VLLM, *adapters, f"rollout.record={recorded}")
+    arguments = overrides(data, tmp_path / "run", *VLLM, *adapters, f"tests.record={recorded}")
     train(ranks, arguments, timeout=TIMEOUT)
     lines = reproducible_metrics(tmp_path / "run")
     sent = [line["rollout/sync_bytes"] for line in lines]

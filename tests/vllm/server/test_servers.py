@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
 import re
 import signal
@@ -32,7 +31,6 @@ from trained import DRAWN, FAMILY, GREEDY, MODEL, Reach, greedy_by_transformers,
 
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
-from megatron_selfdistill.engines.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
 from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response, SamplingParams
@@ -194,27 +192,6 @@ def test_a_server_that_hangs_in_mid_batch_loses_no_request(ranks, servers):
     assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
 
 
-def test_a_server_answers_in_the_compact_form_what_it_answers_in_json(servers):
-    sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "logprobs": 0, "detokenize": False, "ignore_eos": True}
-    body = json.dumps({"token_ids": [4, 5, 6], "sampling_params": sampling, "stream": False}).encode()
-    headers = {"Authorization": f"Bearer {servers.reach.token}", "Content-Type": "application/json"}
-
-    def asked(accept: str) -> tuple[str, bytes]:
-        address = servers.processes[1].address + GENERATE
-        request = urllib.request.Request(address, body, {**headers, "Accept": accept})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.headers["Content-Type"], answer.read()
-
-    kind, in_json = asked("application/json")
-    compact_kind, compact = asked(f"{MEDIA_TYPE}, application/json;q=0.5")
-    assert (kind, compact_kind) == ("application/json", MEDIA_TYPE)
-    written, read = StatedResponse.of_json(json.loads(in_json)), StatedResponse.unpacked(compact)
-    assert (written.token_ids, written.finish_reason) == (read.token_ids, read.finish_reason)
-    assert list(read.log_probs) == pytest.approx(list(written.log_probs), abs=1e-4), "batches differ in rounding"
-    assert list(read.weight_versions) == list(written.weight_versions)
-    assert len(in_json) > 100 * 6 and len(compact) < 8 * 6 + 120
-
-
 def test_without_the_token_nothing_but_health_is_answered(servers):
     server = servers.processes[1].address
     run(VllmServer(server).health())
@@ -252,7 +229,7 @@ def killed_with_batches_ahead(servers: Reach, process: int) -> tuple[list[Respon
         undisturbed = built.generate(everything, DRAWN)
         built.metrics()
         tickets = [built.start(everything[first::2], DRAWN, used_at=6 + first) for first in range(2)]
-        tickets[0].batch.arrivals.wait_for(lambda finished: finished or None)
+        tickets[0].batch.wait_for(lambda finished: finished or None)
         os.kill(process, signal.SIGKILL)
         built.update_weights(6)
         batches = [built.collect(ticket) for ticket in tickets]

@@ -25,7 +25,10 @@ def load_adapter(runner: Any, tensors: Mapping[str, Tensor], adapter: EngineAdap
     vLLM keeps the tensors that lie in the host's memory, and scales B in place.
     Raises: RuntimeError for an engine without adapters, ValueError for modules that lack factors or have none in vLLM.
     """
-    manager = _manager(runner)
+    if getattr(runner, "lora_manager", None) is None:
+        raise RuntimeError("this engine takes no adapters: it was started without enable_lora")
+    manager = runner.lora_manager._adapter_manager
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)  # it renames modules, and joins them, too
     model = LoRAModel.from_lora_tensors(
         ADAPTER_ID,
         dict(tensors),
@@ -37,9 +40,9 @@ def load_adapter(runner: Any, tensors: Mapping[str, Tensor], adapter: EngineAdap
         ),
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
-        weights_mapper=_mapper(manager.model),
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
-    wanted = _modules(manager)
+    wanted = {part for name in manager.modules for part in manager.packed_modules.get(name, [name])}  # q for qkv
     lacking = [f"{name} got no factors" for name in sorted(wanted - model.loras.keys())]
     lacking += [f"{name} takes none" for name in sorted(model.loras.keys() - wanted)]
     lacking += [
@@ -50,21 +53,3 @@ def load_adapter(runner: Any, tensors: Mapping[str, Tensor], adapter: EngineAdap
     manager.remove_adapter(ADAPTER_ID)
     manager.add_adapter(model)
     manager.activate_adapter(ADAPTER_ID)
-
-
-def _manager(runner: Any) -> Any:
-    worker_manager = getattr(runner, "lora_manager", None)
-    if worker_manager is None:
-        raise RuntimeError("this engine takes no adapters: it was started without enable_lora")
-    return worker_manager._adapter_manager
-
-
-def _modules(manager: Any) -> set[str]:
-    """Return the modules that have adapters, q, k and v instead of vLLM's one module for them."""
-    return {part for name in manager.modules for part in manager.packed_modules.get(name, [name])}
-
-
-def _mapper(model: Any) -> Any:
-    """Return the renaming of Hugging Face modules that vLLM's model has, without its joining of modules."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return None if mapper is None else mapper.get_rename_mapper()

@@ -6,16 +6,15 @@ This module imports no vLLM, so that every way can be tested without it.
 
 from __future__ import annotations
 
-import base64
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.engines.vllm.protocol import pin, visible_gpus
+from megatron_selfdistill.engines.vllm.protocol import pin
 from megatron_selfdistill.engines.vllm.transfer_group import broadcast, close_group, open_group
 
 
@@ -126,47 +125,5 @@ class BroadcastReceiver(Receiver):
         del self._group
 
 
-_NO_COUNTER = b"/selfdistill-none", 0
-"""A file of counters that does not exist, and a place in it: torch then decrements no counter when it closes memory."""
-
-
-class IpcReceiver(Receiver):
-    """A receiver that copies from memory of a GPU of this node, by its CUDA IPC handle.
-
-    That GPU must be visible here, and reachable from the worker's own GPU.
-    """
-
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        """Return a copy of the memory of which ``where`` holds the handle."""
-        source = visible_gpus().index(where["gpu"])
-        storage = torch.UntypedStorage._new_shared_cuda(
-            source,
-            base64.b64decode(where["handle"]),
-            where["storage_bytes"],
-            where["storage_offset"],
-            *_NO_COUNTER,
-            base64.b64decode(where["event_handle"]),
-            where["event_sync"],
-        )
-        shared = torch.empty(0, dtype=torch.uint8, device=f"cuda:{source}").set_(storage, 0, (num_bytes,), (1,))
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._device).copy_(shared)
-        torch.cuda.synchronize(self._device)
-        return packed
-
-
-_RECEIVERS: dict[str, Any] = {
-    "shared_memory": FileReceiver,
-    "gloo": BroadcastReceiver,
-    "nccl": BroadcastReceiver,
-    "ipc": IpcReceiver,
-}
-
-
-def make_receiver(name: str, device: torch.device, worker: int, arguments: Mapping[str, Any]) -> Receiver:
-    """Return the receiver of the transfer ``name``, which copies buckets to ``device``.
-
-    ``worker`` is the number of this worker within its server; ``arguments`` are the arguments of the receiver's class,
-    as the trainer sends them.
-    """
-    receiver: Receiver = _RECEIVERS[name](device, worker, **arguments)
-    return receiver
+RECEIVERS: dict[str, Any] = {"shared_memory": FileReceiver, "gloo": BroadcastReceiver, "nccl": BroadcastReceiver}
+"""Name of a transfer -> the class of its receivers, whose arguments the trainer sends."""

@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_selfdistill.engines.vllm.packed import after_reload, before_reload
-from megatron_selfdistill.engines.vllm.plugin.receivers import Receiver, make_receiver
+from megatron_selfdistill.engines.vllm.plugin.receivers import RECEIVERS, Receiver
 from megatron_selfdistill.engines.vllm.protocol import Layout, digest, unpack
 from megatron_selfdistill.engines.vllm.server.server_names import BACKEND
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX
@@ -41,7 +41,7 @@ class InitInfo(WeightTransferInitInfo):
     """The trainer's choice of transfer, sent once."""
 
     transfer: str
-    """Name of the transfer: shared_memory, gloo, nccl or ipc."""
+    """Name of the transfer: shared_memory, gloo or nccl."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the receiver's class."""
 
@@ -75,7 +75,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
+        self._receiver = RECEIVERS[init_info.transfer](self.device, worker, **init_info.arguments)
 
     def start_weight_update(self) -> None:
         """Begin an update of all weights, of factors, or of both."""
@@ -99,7 +99,10 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.factors.update((name, tensor.to("cpu", copy=True)) for name, tensor in unpack(packed, layout))
             self._received += layout.names
             return
-        self._begin_reload()
+        if not self._reloading:  # these are the first weights of the update
+            self._reloading = True
+            before_reload(self.model)
+            initialize_layerwise_reload(self.model)
         with disable_mtp_completeness_check():
             loaded = self.model.load_weights(unpack(packed, layout))
         self._own_what_waits(packed)
@@ -125,13 +128,6 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
-
-    def _begin_reload(self) -> None:
-        """Prepare the model for its first weights of an update; do nothing for the other buckets."""
-        if not self._reloading:
-            self._reloading = True
-            before_reload(self.model)
-            initialize_layerwise_reload(self.model)
 
     def _expected(self) -> set[str]:
         """Return the parameters that an update must reach."""

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.engines.vllm.plugin.adapter_loader import load_adapter
 from megatron_selfdistill.engines.vllm.plugin.weight_backend import register
-from megatron_selfdistill.engines.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
+from megatron_selfdistill.engines.vllm.protocol import boot_id, nccl_version, own_gpu
 from megatron_selfdistill.engines.vllm.server.server_names import SERVER_VARIABLE, when_ended
 
 
@@ -76,7 +76,6 @@ class WorkerExtension:
             "boot_id": boot_id(),
             "address": os.environ.get("VLLM_HOST_IP", ""),
             "nccl": nccl_version(),
-            "gpus": visible_gpus(),
             "gpu": own_gpu(),
         }
 

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from megatron_selfdistill.engines.vllm.server.server_names import (
     BACKEND,
@@ -47,9 +47,6 @@ from megatron_selfdistill.engines.vllm.server.server_nodes import (
 )
 from megatron_selfdistill.engines.vllm.server.server_nodes import why_not as why_no_node
 
-if TYPE_CHECKING:  # `--help` needs no numpy
-    from megatron_selfdistill.engines.vllm.engine_memory import DeviceMemory
-
 _GIB = 2**30
 _MIDDLEWARE = "megatron_selfdistill.engines.vllm.plugin.middleware"
 _GRACE_SECONDS = 15.0
@@ -64,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.  A server that ends drops the
     requests that it cannot answer within seconds.  A command that cannot be served ends with exit status 2.
     """
-    own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
-    options = parser().parse_args(own)
+    given = sys.argv[1:] if argv is None else list(argv)
+    cut = given.index("--") if "--" in given else len(given)
+    options, vllm_arguments = parser().parse_args(given[:cut]), given[cut + 1 :]
     token = os.environ.get(TOKEN_VARIABLE, "")
     _refuse(why_no_node(options.nnodes, options.node_rank, options.master_addr, token))
     is_head = options.node_rank == 0
@@ -81,12 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
     cli_env_setup()
-    shared = None
-    if options.shares_gpus and not current_platform.is_cpu():
-        from megatron_selfdistill.engines.vllm.engine_memory import memory_of_visible_gpus
-
-        shared = memory_of_visible_gpus(options.tensor_parallel_size)
-    arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
+    arguments = engine_arguments(options, on_cpu=current_platform.is_cpu()) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
     # Check again, now that vLLM has read all arguments, its own files of arguments included.
@@ -98,13 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         except OSError as error:
             sys.exit(str(error))
     if not is_head:
-        _run_headless(parsed)
+        from vllm.entrypoints.cli.serve import run_headless
+
+        parsed.api_server_count = 0
+        run_headless(parsed)
         return
-    names = [
-        "CompactResponses",
-        *(["AdapterNamed"] if options.adapter_rank else []),
-        *(["TokenRequired"] if token else []),
-    ]
+    names = [*(["AdapterNamed"] if options.adapter_rank else []), *(["TokenRequired"] if token else [])]
     # The last middleware is the outermost.
     parsed.middleware = [*parsed.middleware, *(f"{_MIDDLEWARE}.{name}" for name in names)]
     uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
@@ -130,7 +122,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-cache-gb", type=float, help="GiB of KV cache; default: vLLM's, or a third of free memory on CPU"
     )
-    parser.add_argument("--shares-gpus", action="store_true", help="the GPUs hold a trainer too: take the free memory")
     parser.add_argument("--nnodes", type=int, default=1, help="nodes of this server, each started with this command")
     parser.add_argument("--node-rank", type=int, default=0, help="rank of this node; rank 0 answers requests")
     parser.add_argument("--master-addr", help="address by which the other nodes reach node rank 0")
@@ -146,13 +137,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMemory | None = None) -> list[str]:
-    """Return the arguments of vLLM's server that come before the user's own arguments, which override them.
-
-    ``shared``: memory of GPUs that hold a trainer too; the engine then takes the free part of it, and a third of that
-    part is its KV cache unless ``--kv-cache-gb`` states another size.
-    """
+def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
+    """Return the arguments of vLLM's server that come before the user's own arguments, which override them."""
     # Imported here and below, so that a wrong command line is refused before torch is imported.
+    import psutil
+
     from megatron_selfdistill.engines.vllm.engine import WORKER_EXTENSION, cpu_engine_args
     from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 
@@ -177,10 +166,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     kv_cache_gb = options.kv_cache_gb
     if on_cpu:
         settings |= {"enforce_eager": True, **cpu_engine_args(_described(options), options.max_model_len)}
-        kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
-    if shared is not None:
-        settings["gpu_memory_utilization"] = shared.share
-        kv_cache_gb = shared.free / 3 / _GIB if kv_cache_gb is None else kv_cache_gb
+        kv_cache_gb = psutil.virtual_memory().available / _GIB / 3 if kv_cache_gb is None else kv_cache_gb
     if kv_cache_gb is not None:
         settings["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)
     if options.adapter_rank:
@@ -203,7 +189,6 @@ def why_not(host: str | None, token: str) -> str | None:
 
 
 def _why_no_vllm() -> str | None:
-    """Return a message where this environment has no vLLM."""
     if "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
         return None
     return (
@@ -224,7 +209,6 @@ def _described(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:
-    """Return a message where the arguments that vLLM has parsed do not fit the nodes."""
     if (parsed.nnodes, parsed.node_rank) != (options.nnodes, options.node_rank):
         return "--nnodes, --node-rank, --master-addr and --master-port must come before `--`"
     num_gpus = parsed.tensor_parallel_size * parsed.pipeline_parallel_size * parsed.data_parallel_size
@@ -233,12 +217,8 @@ def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, vis
 
 def _refuse(refusal: str | None) -> None:
     if refusal:
-        _exit_for_bad_input(refusal)
-
-
-def _exit_for_bad_input(message: str) -> NoReturn:
-    print(f"selfdistill serve: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"selfdistill serve: {refusal}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
@@ -252,23 +232,8 @@ def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Cal
     return arguments.make_arg_parser, arguments.validate_parsed_serve_args, startup.cli_env_setup
 
 
-def _run_headless(parsed: argparse.Namespace) -> None:
-    from vllm.entrypoints.cli.serve import run_headless
-
-    parsed.api_server_count = 0
-    run_headless(parsed)
-
-
 def _node(options: argparse.Namespace) -> ServerNode:
     return ServerNode(options.nnodes, options.node_rank, options.master_addr, options.master_port)
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return our arguments, and the arguments behind ``--``."""
-    if "--" not in argv:
-        return argv, []
-    cut = argv.index("--")
-    return argv[:cut], argv[cut + 1 :]
 
 
 def _set_environment(options: argparse.Namespace) -> None:
@@ -280,7 +245,7 @@ def _set_environment(options: argparse.Namespace) -> None:
         try:
             network = network_environment(_node(options))
         except OSError as error:
-            _exit_for_bad_input(f"--master-addr {options.master_addr} cannot be reached: {error}")
+            _refuse(f"--master-addr {options.master_addr} cannot be reached: {error}")
         for name, value in network.items():
             os.environ.setdefault(name, value)
 
@@ -305,12 +270,6 @@ def _end(why: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _free_gib() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().available) / _GIB
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def _gather(node: ServerNode, token: str, deadline: float) -> dict[int, socket.s
 
 
 def _rank_of(peer: socket.socket, node: ServerNode, token: str) -> int | None:
-    """Return the node rank that ``peer`` proves to have, or None."""
     peer.settimeout(_HELLO_SECONDS)
     try:
         hello = peer.makefile("rb").readline(_LONGEST_HELLO)
@@ -241,7 +240,6 @@ def _listener(node: ServerNode) -> socket.socket:
 
 
 def _interface(address: str) -> str | None:
-    """Return the network interface that has ``address``, or None."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():

@@ -76,13 +76,12 @@ def start_servers(
     """Start ``rollout.num_servers`` servers on free ports of this machine and return them; they are not up yet.
 
     ``directory`` is for the servers' logs.  ``rollout.server_env`` overrides the variables of `server_environment`, and
-    an empty value removes a variable.  With ``rollout.transfer=ipc`` the servers use the trainer's GPUs, and of their
-    memory the part that is free when the servers start; else they use the GPUs behind the trainer's.
+    an empty value removes a variable.  The servers use the GPUs behind the trainer's.
     ``adapter``: the adapters of the run, if it has any.
     Raises: `ConfigError` where there are too few GPUs or where the Python of ``rollout.server_python`` is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    python, engine_tp, shares_gpus = rollout.server_python, rollout.engine_tp, rollout.transfer == "ipc"
+    python, engine_tp = rollout.server_python, rollout.engine_tp
     variables = {**server_environment(os.environ, environment_at_start()), **rollout.server_env}
     variables = _with_package({name: value for name, value in variables.items() if value}, directory, python, token)
     arguments = [
@@ -91,13 +90,12 @@ def start_servers(
         f"--dtype={str(dtype).removeprefix('torch.')}",
         f"--max-model-len={max_model_len}",
         *([] if rollout.kv_cache_gb is None else [f"--kv-cache-gb={rollout.kv_cache_gb}"]),
-        *(["--shares-gpus"] if shares_gpus else []),
         *([] if adapter is None else adapter.server_args()),
         "--",
         *as_arguments(rollout.engine_args),
     ]
     count = rollout.num_servers
-    gpus = _gpus_of_servers(count, engine_tp, shares_gpus)
+    gpus = _gpus_of_servers(count, engine_tp)
     started: list[ServerProcess] = []
     for number in range(count):
         log, held = directory / f"{number}.log", _free_port()
@@ -170,14 +168,8 @@ def server_environment(now: Mapping[str, str], at_start: Mapping[str, str]) -> d
 
 
 def environment_at_start() -> dict[str, str]:
-    """Return the environment with which this process was started, whatever it has set since; Linux keeps it.
-
-    The result is empty where the system does not report the environment: then a server gets no variable of `_TUNING`.
-    """
-    try:
-        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
-    except OSError:
-        return {}
+    """Return the environment with which this process was started, whatever it has set since; Linux keeps it."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
     pairs = (os.fsdecode(entry).partition("=") for entry in entries if b"=" in entry)
     return {name: value for name, _, value in pairs}
 
@@ -207,23 +199,20 @@ def _directory_with_package(directory: Path) -> Path:
     return alone
 
 
-def _gpus_of_servers(count: int, each: int, shares_gpus: bool) -> list[str] | None:
+def _gpus_of_servers(count: int, each: int) -> list[str] | None:
     """Return CUDA_VISIBLE_DEVICES of each server; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    first = 0 if shares_gpus else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if len(gpus) < first + count * each:
         raise ConfigError(
             f"rollout.num_servers={count} servers of {each} GPUs need {count * each} besides the {first} of the "
             f"trainer, but this machine has {len(gpus)}; start fewer servers, or start them elsewhere and set "
             "rollout.servers"
         )
-    shares = [gpus[first + number * each : first + (number + 1) * each] for number in range(count)]
-    if shares_gpus:  # the weights lie on the first rank's GPU, so each server must see that GPU too
-        shares = [share + [gpu for gpu in gpus if gpu not in share] for share in shares]
-    return [",".join(share) for share in shares]
+    return [",".join(gpus[first + number * each : first + (number + 1) * each]) for number in range(count)]
 
 
 def _free_port() -> socket.socket:

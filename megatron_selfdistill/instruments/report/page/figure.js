@@ -5,7 +5,7 @@
 /**
  * @typedef {{steps: number[], values: (number | null)[], meanSteps: number[], means: (number | null)[]}} Curve
  * @typedef {{name: string, colour: string, dash: number[], curve: Curve, shown: boolean}} Line
- * @typedef {{title: string, unit: string, healthy: string, sick: string, guarded: string | null,
+ * @typedef {{title: string, unit: string, healthy: string, sick: string, judged: boolean, guarded: string | null,
  *            lines: [string, string][]}} FigureData
  * @typedef {{label: string, status: string, summary: [string, string, string][],
  *            facts: [string, string][], events: string[][], resumed: number[],
@@ -129,7 +129,7 @@ class ReportFigure {
     });
     const isSick = runs.some((run) => run.sick.includes(data.title));
     const canTell = runs.every((run) => run.summary[1][2] !== "open"); // enough steps
-    const holds = isSick ? "sick" : canTell ? "healthy" : "";
+    const holds = isSick ? "sick" : canTell && data.judged ? "healthy" : "";
     this.at = element("li", { class: "soft" });
     /** @type {HTMLElement[]} */
     this.cells = this.lines.map(() => element("span", { class: "value" }));

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import checkpointed_run
@@ -156,7 +157,7 @@ def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:
     """Return the step at which the run goes on, the step without verification, and the refusal of the newest step."""
     run = checkpointed_run.start(PLAIN, run_dir)
     verified = run.load_latest()["step"]
-    run.checkpointer.verify = "none"
+    run.checkpointer.config = replace(run.checkpointer.config, verify="none")
     return verified, run.load_latest()["step"], refusal_of(newest(run_dir))
 
 

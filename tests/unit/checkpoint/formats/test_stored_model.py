@@ -24,8 +24,8 @@ from megatron_selfdistill.checkpoint.formats.stored_model import (
 )
 from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.conversion import converted_args
 from megatron_selfdistill.interop.hf.mapping import family_of
-from megatron_selfdistill.interop.megatron_flags import converted_args
 from megatron_selfdistill.model.model_values import differences
 
 LLAMA = {
@@ -154,7 +154,7 @@ def checkpoint(ranks, tmp_path_factory) -> Path:
 
 def loaded(checkpoint: Path, *overrides: str) -> Config:
     overrides = (f"checkpoint.load={checkpoint}", "run_dir=/nowhere", *overrides)
-    return with_stored_architecture(configuration.load(overrides), configuration.given_keys(overrides))
+    return with_stored_architecture(configuration.load(overrides), configuration.GivenKeys(overrides))
 
 
 def test_the_checkpoint_gives_the_whole_architecture(checkpoint):

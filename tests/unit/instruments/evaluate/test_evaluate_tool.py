@@ -202,7 +202,7 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     response = json.loads((tmp_path / "hinted" / RESPONSES).read_text())
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
     metrics, first = (summary_of(tmp_path / "hinted")[name] for name in ("metrics", "first_step"))
-    assert first["num_samples"] == 12 and first["let_through"]["target=teacher_alone"]["all_tokens"] == 1
+    assert first["num_samples"] == 12 and 0 <= first["let_through"] < 1
     names = (
         "accuracy",
         "mean_length",

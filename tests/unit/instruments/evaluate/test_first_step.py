@@ -28,18 +28,13 @@ from megatron_selfdistill.evaluation.inference import open_inference
 from megatron_selfdistill.instruments.evaluate import evaluate_command as tool
 from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_readiness
 from megatron_selfdistill.instruments.evaluate.first_step import (
-    CONFIGURED,
     GUIDED,
-    TEACHER_ALONE,
     FirstStep,
-    LetThrough,
-    compared_targets,
     first_step,
     measure_first_step,
     readiness,
     recommended,
 )
-from megatron_selfdistill.loss.target import Target
 
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
 Samples = list[tuple[list[int], list[int], list[int], bool]]
@@ -134,13 +129,7 @@ def expected(directory: Path, samples: Samples) -> dict:
     log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     of_teacher = kl(log_t, log_p)
     top = of_teacher.argsort(descending=True)[: -(-len(tokens) // 10)]
-    shares = {}
-    for name, w in {CONFIGURED: 0.75, "target.teacher_weight=2": 2.0, "target.teacher_weight=4": 4.0}.items():
-        of_target = kl(target_of(student, teacher, w), log_p)
-        parts = (
-            (it.sum() / its.sum()).item() for it, its in [(of_target, of_teacher), (of_target[top], of_teacher[top])]
-        )
-        shares[name] = dict(zip(("all_tokens", "top_tenth"), parts, strict=True))
+    of_target = kl(target_of(student, teacher, 0.75), log_p)
     return {
         "num_samples": len(samples),
         "num_tokens": len(tokens),
@@ -152,7 +141,8 @@ def expected(directory: Path, samples: Samples) -> dict:
         "accuracy": sum(map(is_even, texts)) / len(samples),
         "num_hints": len(solutions),
         "vocab_size": 23,
-        "let_through": {**shares, TEACHER_ALONE: {"all_tokens": 1.0, "top_tenth": 1.0}},
+        "let_through": (of_target.sum() / of_teacher.sum()).item(),
+        "let_through_top_tenth": (of_target[top].sum() / of_teacher[top].sum()).item(),
     }
 
 
@@ -172,25 +162,12 @@ def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layo
     assert len({str(found) for found, _ in results}) == 1, "the same on every rank"
     samples = [sample for _, of_rank in results for sample in of_rank] if layout == "DP2" else results[0][1]
     found, wanted = dataclasses.asdict(results[0][0]), expected(directory, samples)
-    assert 0 < found["truncated_share"] < 1 and found["let_through"].keys() == wanted["let_through"].keys()
-    assert 0 < found["accuracy"] < 1
-    shares, wanted_shares = found.pop("let_through"), wanted.pop("let_through")
+    assert 0 < found["truncated_share"] < 1 and 0 < found["accuracy"] < 1
+    shares = ("let_through", "let_through_top_tenth")
     assert sum(found.pop("are_right")) == round(wanted["accuracy"] * 7)
+    for share in shares:
+        assert 0 < found[share] < 1 and found.pop(share) == pytest.approx(wanted.pop(share), rel=1e-3)
     assert found == pytest.approx(wanted, rel=1e-4)
-    for setting, share in wanted_shares.items():
-        assert shares[setting] == pytest.approx(share, rel=1e-3)
-    assert shares[CONFIGURED]["all_tokens"] < shares["target.teacher_weight=4"]["all_tokens"] < 1
-
-
-def test_the_anchor_of_the_first_step_is_the_student_and_a_number_belongs_to_one_weight():
-    default = compared_targets(Target(anchor="reference"))
-    assert default == compared_targets(Target(anchor="student")), "equal weights"
-    assert list(default) == [CONFIGURED, "target.teacher_weight=2", "target.teacher_weight=4"]
-    bounded = compared_targets(Target(k_max=1.2, teacher_weight=2.0, anchor="student"))
-    assert bounded[CONFIGURED].k_max == 1.2 and bounded["target.teacher_weight=4"].k_max == "1 + w"
-    assert len(bounded) == 4, "the default bound at the configured weight is another target"
-    alone = compared_targets(Target("teacher_alone", anchor="student"))
-    assert [it.rule for it in alone.values()] == ["teacher_alone", *["entropy_matched"] * 3]
 
 
 def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
@@ -198,18 +175,17 @@ def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
     of_target = torch.tensor([0.02, 0.4, *[0.1] * 9], dtype=torch.float64)
     tokens = torch.stack([-torch.ones(11).double(), 2 * torch.ones(11).double(), of_teacher, of_target], 1)
     found = first_step(
-        tokens, [True, False, False, False], [True, True, True, False], [False, True, True, False], 3, 23, [CONFIGURED]
+        tokens, [True, False, False, False], [True, True, True, False], [False, True, True, False], 3, 23
     )
-    share = found.let_through[CONFIGURED]
-    assert share.all_tokens == pytest.approx(1.32 / 5.1) and share.top_tenth == pytest.approx(0.1)
+    assert found.let_through == pytest.approx(1.32 / 5.1) and found.let_through_top_tenth == pytest.approx(0.1)
     assert (found.log_prob_mean, found.entropy_mean, found.truncated_share) == (-1, 2, 0.25)
     assert (found.loop_share, found.accuracy, found.num_hints) == (0.75, 0.5, 3)
 
 
 def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
     tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
-    found = first_step(tokens, [False], [False], [True], 1, 23, [CONFIGURED])
-    assert found.let_through[CONFIGURED] == LetThrough(None, None) and found.advice(Config()) == []
+    found = first_step(tokens, [False], [False], [True], 1, 23)
+    assert found.let_through is None and found.let_through_top_tenth is None and found.advice(Config()) == []
 
 
 @pytest.mark.parametrize(
@@ -252,10 +228,9 @@ def judged(
     def verdicts(right: int) -> list[Verdict]:
         return [Verdict(place < right, 5, False, None) for place in range(samples)]
 
-    shares = {CONFIGURED: LetThrough(0.3, 0.3)}
     seen = tuple(map(bool, plain))
     first = FirstStep(
-        len(plain), 99, -1.0, entropy, 0.0, 0.0, 0.3, sum(plain) / len(plain), seen, num_hints, 64, shares
+        len(plain), 99, -1.0, entropy, 0.0, 0.0, 0.3, sum(plain) / len(plain), seen, num_hints, 64, 0.3, 0.3
     )
     problems = [ProblemResult(str(place), verdicts(right)[0], verdicts(right)) for place, right in enumerate(hinted)]
     result = SimpleNamespace(

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from summed_target import matching_beta
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.instruments.explorer import explore_command as tool
+from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0.1", "target.teacher_weight=2")
@@ -140,9 +142,10 @@ def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(
     from megatron_selfdistill.instruments.explorer import explored
 
     teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
+    seen_hint = partial(ConfiguredTeachers.seen_hint, SimpleNamespace(_settings=teachers))
     learner: Any = SimpleNamespace(
         grid=SimpleNamespace(dp_rank=0),
-        config=SimpleNamespace(named_teachers=teachers),
+        teachers=SimpleNamespace(seen_hint=seen_hint),
         run_data=SimpleNamespace(vocab_size=9),
         measure=lambda contexts, **options: None,
     )

@@ -20,11 +20,11 @@ from megatron_selfdistill.config import (
     RecomputeConfig,
     ScheduleConfig,
     TargetConfig,
-    TeacherConfig,
     from_mapping,
     load,
 )
 from megatron_selfdistill.config.methods import settings_of
+from megatron_selfdistill.config.schema.target_config import TeacherConfig
 from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run

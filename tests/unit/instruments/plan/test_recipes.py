@@ -17,8 +17,6 @@ from tiers import combinations
 from megatron_selfdistill.config import AdapterConfig, Config, load
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
-from megatron_selfdistill.instruments.plan.engines import Engines
-from megatron_selfdistill.instruments.plan.gpus import RATES
 
 size_table = load_script(Path(__file__).resolve().parents[4] / "tools" / "size_table.py")
 
@@ -75,13 +73,6 @@ def plan_of(recipe: str) -> Plan:
     return dry_run(config_of(recipe))
 
 
-@functools.cache
-def engines_of(recipe: str) -> Engines:
-    found = plan_of(recipe).engines
-    assert found is not None
-    return found
-
-
 def test_every_shipped_recipe_that_names_its_gpus_is_tested_here():
     shipped = {path.stem: yaml.safe_load(path.read_text()) for path in (config_dir() / "recipe").glob("*.yaml")}
     assert sorted(name for name, values in shipped.items() if "num_gpus" in values.get("cluster", {})) == REAL_SIZES
@@ -123,37 +114,12 @@ def test_the_page_of_sizes_has_a_row_for_every_recipe_and_no_other():
     assert [row.split("`")[1] for row in rows] == REAL_SIZES == size_table.recipes()
 
 
-@pytest.mark.parametrize(
-    ("recipe", "cache_gb", "kib"),
-    [
-        ("qwen3_8b", 16, 144),
-        ("qwen3_32b", 10, 64),
-        pytest.param("qwen3_235b_a22b", 16, 47, marks=pytest.mark.full),
-        ("gpt_oss_120b", 16, 18),
-        pytest.param("deepseek_v3", 16, 68.625, marks=pytest.mark.full),
-    ],
-)
-def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
-    """The prompt a third of 4096 tokens, the response a third of 4096 and half of it written."""
-    held = (4096 + 2048) / 3
-    config = config_of(recipe)
-    rollout = dataclasses.replace(config.rollout, kv_cache_gb=cache_gb)
-    engines = dry_run(dataclasses.replace(config, rollout=rollout)).engines
-    assert engines is not None and engines.capacity == int(cache_gb * 2**20 / kib / held)
-
-
-def test_a_mixture_of_experts_reads_more_than_it_computes():
-    assert engines_of("qwen3_8b").balance == pytest.approx(RATES["H100"].balance)
-    active = 5.13 + 0.58  # as published, and the embedding, which its authors leave out
-    assert engines_of("gpt_oss_120b").balance == pytest.approx(RATES["H100"].balance * 116.83 / active, rel=0.02)
-
-
 @each(_ADAPTED)
 def test_adapters_need_fewer_gpus_than_all_weights_and_send_a_hundredth(recipe):
     adapted, whole = plan_of(recipe), plan_of(recipe.removesuffix("_lora"))
     assert 4 * GPUS[recipe] <= GPUS[recipe.removesuffix("_lora")]
     assert adapted.config.optimizer.lr == pytest.approx(10 * whole.config.optimizer.lr)
-    sent = [engines_of(name).update_bytes for name in (recipe, recipe.removesuffix("_lora"))]
+    sent = [plan_of(name).update_bytes for name in (recipe, recipe.removesuffix("_lora"))]
     assert 100 * sent[0] < sent[1]
     all_weights = dry_run(dataclasses.replace(adapted.config, adapter=AdapterConfig()))
     assert all_weights.misfit() is not None, "the recipe's layout would hold all weights too"

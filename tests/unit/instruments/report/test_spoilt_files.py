@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_resumed_run_keeps_the_good_lines_byte_for_byte_and_no_line_that_is_no
     for name in names:
         (copy / name).write_bytes(data.draw(spoilt((run / name).read_bytes())))
     before = {name: (copy / name).read_bytes().split(b"\n")[:-1] for name in names}
-    with MetricsLog(copy, num_steps=10, console_every=0) as log:
+    with closing(MetricsLog(copy, num_steps=10, console_every=0)) as log:
         log.resume(done)
     for name in names:
         after = (copy / name).read_bytes().split(b"\n")[:-1]

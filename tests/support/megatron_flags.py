@@ -1,32 +1,19 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command-line flags with which Megatron-LM builds the model of a checkpoint.
-
-    flags = megatron_flags(model)
-    flags.arguments               # ["--num-layers", "36", ..., "--qk-layernorm", "--norm-epsilon", "1e-06"]
-    flags.not_expressible         # ("rope_scaling_factor=32.0",)
-
-Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
-a checkpoint loads without an error, and the model computes other numbers.
-Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of core_v0.16.1, and ``argument_utils.py`` of 0.19.0.
-"""
+"""The command-line flags with which Megatron-LM builds the model of a test."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_selfdistill.checkpoint.formats.megatron_args import YARN, model_args
+from megatron_selfdistill.checkpoint.formats.megatron_args import YARN
 from megatron_selfdistill.compat import older_megatron
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
-from megatron_selfdistill.model.model_values import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.model.architecture import padded_vocab_size
+from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture
 
-MEGATRON_LM = f"core_v{older_megatron.version_text()}"
-"""The release of Megatron-LM whose flags are listed here: that of the installed Megatron Core."""
 _PRECISIONS = {torch.bfloat16: "--bf16", torch.float16: "--fp16"}
 _SWITCHES = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
@@ -39,34 +26,19 @@ _SWITCHES = {
 }
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
 _SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
-_WITHOUT_FLAGS = ("beta_fast", "beta_slow", "original_max_position_embeddings", "latent_layernorm_epsilon")
 
 
-@dataclass(frozen=True)
-class MegatronFlags:
-    """The flags of one model, and the properties that no flag expresses."""
+def megatron_flags(model: ModelConfig, *, dtype: torch.dtype | None = None) -> list[str]:
+    """Return the flags that describe ``model``; ``dtype``: the type of the weights, which null and float32 do not name.
 
-    arguments: list[str]
-    """The flags with their values as an argument vector."""
-    not_expressible: tuple[str, ...]
-    """Each property of the model that no flag sets, as name=value; empty if Megatron-LM computes the same numbers."""
-
-
-def megatron_flags(
-    model: ModelConfig, *, dtype: torch.dtype | None = None, padded_vocab_size: int | None = None
-) -> MegatronFlags:
-    """Return the flags that describe ``model``, and the properties that no flag expresses.
-
-    ``dtype``: the type of the weights; null and float32 add no flag.  ``padded_vocab_size``: the number of rows of the
-    stored embedding; null pads ``model.vocab_size``.  The flags do not include paths, the tokenizer, batch sizes and
-    the parallel layout, which the user chooses.
+    The flags do not include paths, the tokenizer, batch sizes and the parallel layout.
     """
     arch = architecture(model)
-    flags = [*_sizes(model, arch), *_vocabulary(model, padded_vocab_size), *_attention(arch), *_mlp(arch)]
-    flags += [*_moe(model, arch), *_further(arch)]
+    flags = [*_sizes(model, arch), *_vocabulary(model), *_attention(arch), *_mlp(arch), *_moe(model, arch)]
+    flags += _further(arch)
     if dtype in _PRECISIONS:
         flags.append((_PRECISIONS[dtype],))
-    return MegatronFlags([word for flag in flags for word in flag], tuple(_not_expressible(arch)))
+    return [word for flag in flags for word in flag]
 
 
 def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -82,13 +54,11 @@ def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]
     yield "--attention-dropout", "0.0"
 
 
-def _vocabulary(model: ModelConfig, rows: int | None) -> Iterator[tuple[str, ...]]:
+def _vocabulary(model: ModelConfig) -> Iterator[tuple[str, ...]]:
     divisor = model.make_vocab_size_divisible_by
-    if rows is None and model.vocab_size is not None:
-        rows = padded_vocab_size(model.vocab_size, divisor, 1)
+    assert model.vocab_size is not None
     yield "--make-vocab-size-divisible-by", str(divisor)
-    if rows is not None:
-        yield "--padded-vocab-size", str(rows)
+    yield "--padded-vocab-size", str(padded_vocab_size(model.vocab_size, divisor, 1))
 
 
 def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -109,7 +79,7 @@ def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if arch["rope_scaling_factor"] is not None:
         yield ("--use-rope-scaling",)
         yield "--rope-scaling-factor", str(arch["rope_scaling_factor"])
-    if older_megatron.has_flags_of_positions():
+    if older_megatron.version() >= (0, 19):
         yield from _positions(arch)
     if arch["multi_latent_attention"]:
         yield from _latent_attention(arch)
@@ -191,46 +161,9 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield _flag(name), _list(value) if isinstance(value, list | tuple) else str(value)
 
 
-def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    """Yield the properties with which Megatron-LM computes other numbers; docs/conversion.md has the reasons."""
-    activation, gated, divisor = arch["activation"], arch["gated_linear_unit"], arch["seq_len_interpolation_factor"]
-    has_flags = older_megatron.has_flags_of_positions()
-    of_latents = {**TRANSFORMER_DEFAULTS, "latent_layernorm_epsilon": arch["layernorm_epsilon"]}
-    differing = {
-        "rope_scaling_factor": arch["rope_scaling_factor"] not in (None, ROPE_FACTOR),
-        "position_embedding_type": arch["position_embedding_type"] == "yarn" and not has_flags,
-        "seq_len_interpolation_factor": divisor is not None and not (has_flags and divisor == int(divisor)),
-        "qk_layernorm_all_heads": arch["qk_layernorm_all_heads"],
-        "activation": gated != (activation in ("silu", "quick_gelu"))
-        or (activation == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None)),
-        "experimental_attention_variant": arch["experimental_attention_variant"] is not None,
-        "softmax_scale": arch["softmax_scale"] is not None,
-        **{name: arch[name] not in (None, of_latents[name]) for name in _WITHOUT_FLAGS},
-    }
-    yield from (f"{name}={arch[name]}" for name, differs in differing.items() if differs)
-
-
 def _list(values: Sequence[int]) -> str:
     return "[" + ",".join(map(str, values)) + "]"
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
-    """Return the arguments of Megatron-LM that describe ``model``; ``dtype`` is the type of its weights."""
-    precision = "fp32" if dtype == torch.float32 else "bf16"
-    config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
-    assert model.vocab_size is not None
-    args = model_args(
-        config,
-        model,
-        model,
-        max_position_embeddings=model.max_position_embeddings,
-        padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
-        rope_scaling=model.rope_scaling_factor is not None,
-        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
-    )
-    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
-    return args

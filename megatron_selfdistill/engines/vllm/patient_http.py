@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_selfdistill.distributed import stop
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.distributed.timed_http import HttpAnswer, HttpError, LongAnswerError, exchange, new_client
+from megatron_selfdistill.distributed.timed_http import HttpAnswer, HttpError, exchange, new_client
 from megatron_selfdistill.errors import EngineError
 
 METRICS = "/metrics"
@@ -29,8 +29,6 @@ _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)
 
 @dataclass(eq=False)
 class _Wait:
-    """A request that is under way."""
-
     timeout_s: float
     generates: bool
     deadline: asyncio.Timeout
@@ -70,12 +68,11 @@ class PatientHttp:
         timeout_s: float | None = None,
         generates: bool = False,
         max_bytes: int = _MAX_BYTES,
-        accept: str = "*/*",
     ) -> HttpAnswer:
         """Return an answer.
 
         ``generates``: whether the server generates tokens for the request.  ``max_bytes``: the greatest length of the
-        answer.  ``accept``: the media types that the answer may have.
+        answer.
         """
         deadline = asyncio.timeout(None)
         wait = _Wait(self.timeout_s if timeout_s is None else timeout_s, generates, deadline)
@@ -84,11 +81,11 @@ class PatientHttp:
             async with deadline:
                 if self._watching is None or self._watching.done():  # one task watches for all requests
                     self._watching = asyncio.create_task(self._watch())
-                answer = await self._exchange(method, path, content, max_bytes, accept)
+                answer = await self._exchange(method, path, content, max_bytes)
         except TimeoutError:
             why = _GIVEN_UP if wait.given_up else f"TimeoutError: {self._silence(wait)}"
             raise EngineError(f"{self.address}: {method} {path}: {why}") from None
-        except (HttpError, LongAnswerError) as error:
+        except HttpError as error:
             raise EngineError(f"{self.address}: {method} {path}: {error}") from error
         finally:
             self._waits.discard(wait)
@@ -102,10 +99,9 @@ class PatientHttp:
             wait.deadline.reschedule(asyncio.get_running_loop().time())
 
     async def _exchange(
-        self, method: str, path: str, content: bytes | None = None, max_bytes: int = _MAX_BYTES, accept: str = "*/*"
+        self, method: str, path: str, content: bytes | None = None, max_bytes: int = _MAX_BYTES
     ) -> HttpAnswer:
-        headers = {**self._headers, "Accept": accept}
-        return await exchange(self._client, method, self.address + path, content, headers, max_bytes)
+        return await exchange(self._client, method, self.address + path, content, self._headers, max_bytes)
 
     async def _watch(self) -> None:
         """End the requests whose time is over, while there are requests."""
@@ -141,7 +137,7 @@ class PatientHttp:
         try:
             async with asyncio.timeout(self.timeout_s):
                 num_tokens = counted_tokens(await self._exchange("GET", METRICS), self.address)
-        except (TimeoutError, HttpError, LongAnswerError, EngineError):
+        except (HttpError, TimeoutError, EngineError):
             num_tokens = self._num_tokens  # no sign of life: the requests that wait time out
         self._looked = time.monotonic()
         if num_tokens != self._num_tokens:
