@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_selfdistill.config.schema.target_config import why_no_control
+from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
@@ -31,12 +31,10 @@ def num_controls(config: Config, problems: Sequence[Problem]) -> int:
 
     Raises: `ConfigError` for target.control=other where all hints are one text.
     """
-    target = config.target
-    if target.control == "none" or (target.control == "auto" and why_no_control(config)):
-        return 0
-    if len({problem.solution for problem in problems}) > 1:
-        return target.num_controls
-    if target.control == "other":
+    planned = planned_controls(config)
+    if not planned or len({problem.solution for problem in problems}) > 1:
+        return planned
+    if config.target.control == "other":
         raise ConfigError(
             f"target.control=other needs hints that differ, but all {len(problems)} solutions are one text, which says "
             "nothing about a single problem: set target.control=auto or none"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_selfdistill.config.schema.target_config import planned_controls
+
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 
@@ -61,6 +63,9 @@ class OutputLayer:
     mix_copies: float = 0.0
     """The number of copies of a chunk's logits that exist besides while the reference's materialised logits are mixed
     into the teacher's: the reference's and the mix, in float32; 0 where the hidden states of both are mixed."""
+    control_copies: float = 0.0
+    """The number of copies of a chunk's logits that exist besides while controls are subtracted: those of all controls
+    for a chunk's share of tokens, and the difference in float32; 0 without controls."""
 
     @property
     def largest(self) -> float:
@@ -80,7 +85,7 @@ class OutputLayer:
             "keep_gradient": tokens + chunk,
             "low_memory": 2 * chunk,
         }
-        return tokens_by_mode[self.mode]
+        return tokens_by_mode[self.mode] + self.control_copies * chunk
 
     def tokens_with_states(self, tokens: float) -> float:
         """Return the number of tokens whose hidden states of full width exist at a time, of ``tokens`` tokens.
@@ -124,6 +129,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
             f"loss.fused={asked} is not possible with this model's output layer, because {cannot}: "
             "set loss.fused=none, or null"
         )
+    controls = planned_controls(config)
     element_size = 2 if config.optimizer.precision == "bf16" else 4
     layer = OutputLayer(
         mode=asked or MATERIALISED,
@@ -133,6 +139,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
         mix_copies=2 * 4 / element_size if config.is_anchored and (config.projects_reference or cannot) else 0.0,
+        control_copies=1 + 3 * 4 / element_size / controls if controls else 0.0,
     )
     share = config.cluster.memory_of_gpu * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30

@@ -145,6 +145,12 @@ class TargetConfig(Part, section="target"):
         )
 
 
+def planned_controls(config: Any) -> int:
+    """Return the number of controls of a run with this `Config` whose hints differ; 0 for a target without controls."""
+    target = config.target
+    return 0 if target.control == "none" or why_no_control(config) is not None else int(target.num_controls)
+
+
 def why_no_control(config: Any) -> str | None:
     """Return why the hints of other problems make no control in a run with this `Config`; None where they do."""
     needs, key = config.method.needs, None

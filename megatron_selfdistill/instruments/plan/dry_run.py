@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.config.world_checks import check_world, longest_context
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.errors import ConfigError
@@ -276,9 +277,11 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     p = config.parallel
     multiple = p.pipeline_model_parallel_size if p.virtual_pipeline_model_parallel_size else 1
     num_student = math.ceil(contexts / per_sequence)
-    num_teacher = num_student if config.has_teacher else 0
+    readings = 1 + planned_controls(config)
+    num_teacher = num_student * readings if config.has_teacher else 0
     paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
-    return raised_to_multiple(num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored)
+    kinds = {"paired": paired, "with_reference": config.is_anchored, "num_readings": readings}
+    return raised_to_multiple(num_student, num_teacher, multiple, **kinds)
 
 
 def bubble(num_student: int, num_others: int, pp_size: int, num_chunks: int, backward: float) -> float:

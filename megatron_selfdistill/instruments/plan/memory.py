@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.teachers.teachers_config import joins, keeps_start
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -330,7 +331,8 @@ def _experts(config: TransformerConfig) -> dict[str, float]:
 def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
 
-    With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix.  The
+    With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix, and
+    with controls as many of each control.  The
     teachers of a product, and those of another architecture, have read all tokens before the student reads the first.
     """
     if not config.has_teacher:
@@ -340,7 +342,7 @@ def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Lo
         tokens = min(tokens, load.seq_length)
     widths = _teacher_widths(config, transformer, load) or [transformer.hidden_size]
     width = sum(widths) if joins(config.teachers) else max(widths)
-    width += transformer.hidden_size if config.is_anchored else 0
+    width += transformer.hidden_size * (config.is_anchored + planned_controls(config))
     cuts = transformer.context_parallel_size * transformer.tensor_model_parallel_size
     return float(tokens * width / cuts * element_size(config))
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron_selfdistill.choices import GPUS
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.instruments.plan.memory import (
     GIB,
     Load,
@@ -169,7 +170,7 @@ def _train(
     alike = (len(names) - len(teachers)) * each if names else 1.0
     models = {"student": (1 + backward_passes(config), student)}
     if config.has_teacher and alike:
-        models["teacher"] = (alike, student)
+        models["teacher"] = (alike * (1 + planned_controls(config)), student)
     models |= {f"teacher {name}": (each, model) for name, model in teachers.items()}
     if config.is_anchored:
         models["reference"] = (1.0, student)

@@ -175,6 +175,9 @@ def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleav
     assert microbatches(load(interleaved), 10, 4) == (3, 6), "the reference reads the student's 3 once more"
     assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
     assert microbatches(load(["method.name=sft"]), 10, 4) == (3, 0)
+    controls = ["target.control=other", "target.num_controls=2"]
+    assert microbatches(load(controls), 10, 4) == (3, 9), "the teacher reads each response after three hints"
+    assert microbatches(load([*controls, *interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 12)
     mixed_with_student = [*interleaved, "target.anchor=student"]
     assert microbatches(load(mixed_with_student), 10, 4) == (5, 3)
     assert microbatches(load([*mixed_with_student, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)

@@ -282,6 +282,9 @@ def test_rows_and_logits_are_the_last_stages():
     last = planned_memory().training
     assert last["teacher states"] == 2 * 4096 * 32 * 2 / GIB, "of teacher and reference"
     assert planned_memory(target={"anchor": "student"}).training["teacher states"] == 4096 * 32 * 2 / GIB
+    of_controls = planned_memory(target={"anchor": "student", "control": "other", "num_controls": 3}).training
+    assert of_controls["teacher states"] == (1 + 3) * 4096 * 32 * 2 / GIB
+    assert of_controls["logits"] - last["logits"] == (1 + 3 * 2 / 3) * 1024 * 64 * 2 / GIB
     assert last["logits"] == 2 * 1024 * (64 + 32) * 2 / GIB
     chunk = {"fused_chunk_tokens": 100}
     kept = planned_memory(loss={"fused": "keep_gradient", **chunk}).training["logits"]
