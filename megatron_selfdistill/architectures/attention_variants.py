@@ -198,6 +198,11 @@ def window_faults(config: Any, *, transformer_engine: bool) -> list[tuple[bool, 
             "a token that the token sees, or null for full attention",
         ),
         (
+            bounded and isinstance(freq, int) and freq < 1,
+            f"model.transformer.window_attn_skip_freq={freq}: expected at least 1, a list with 1 for each layer that "
+            "has the window, or null for a window in every layer",
+        ),
+        (
             bounded and isinstance(freq, list) and len(freq) != config.num_layers,
             f"model.transformer.window_attn_skip_freq={freq}: expected one entry for each of the {config.num_layers} "
             "layers",

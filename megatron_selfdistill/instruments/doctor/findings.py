@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_selfdistill.instruments.doctor.versions import (
+    for_another_python,
     newer,
     requirements,
     satisfies,
@@ -148,7 +149,7 @@ def package(name: str, version: str, wanted: str, error: str, *, required: bool)
     if newest is not None and newer(version, newest):
         fix = f'it may work; --selftest shows whether it works; tested: pip install "{name}=={newest}.*"'
         return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix, short)
-    return Finding(name, version, short=short)
+    return Finding(name, "; ".join(filter(None, (version, for_another_python(name, version)))), short=short)
 
 
 def _version(name: str) -> str:

@@ -36,6 +36,14 @@ def tested() -> dict[str, str]:
     return {name: ".".join(pinned[name].split(".")[: parts[name]]) for name in parts if name in pinned}
 
 
+def for_another_python(name: str, version: str) -> str:
+    """Return a sentence about the first higher tested version that needs another Python; empty without one."""
+    for locked, other, pythons in _locked():
+        if locked == name and newer(other, version) and not _is_for_this(pythons):
+            return f"{other} is there for Python {pythons.removeprefix('>=')}"
+    return ""
+
+
 def _locked() -> list[tuple[str, str, str]]:
     """Return the distributions of the lock, with their versions and the Pythons for which they are, as ``>=3.12``."""
     lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())

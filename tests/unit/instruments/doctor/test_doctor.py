@@ -77,7 +77,7 @@ def on(monkeypatch, tmp_path) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("python", "name", "version", "error", "status", "words"),
     [
-        ("3.11", "megatron-core", "0.16.1", "", "ok", "0.16.1"),
+        ("3.11", "megatron-core", "0.16.1", "", "ok", "0.16.1; 0.19.2 is there for Python 3.12"),
         ("3.12", "megatron-core", "0.16.1", "", "ok", "0.16.1"),  # the lock has a higher one, but for this Python
         ("3.12", "megatron-core", "0.19.2", "", "ok", "0.19.2"),
         ("3.11", "megatron-core", "0.16.2", "", "warning", "0.16.2, newer than tested (0.16.1)"),
