@@ -12,10 +12,10 @@ after the last step is taken; settings within .005 of it are ties, of which the 
 .75).  The learning rate is the best of 1e-4, 3e-4 and 1e-3 by the same mean, for this setting and for each of the three
 fixed targets by itself.
 
-Comparing, on seeds 11 to 15 and on all tasks: the setting; the same with the reference as the anchor; *shuffled*, whose
-control is the problem's own hint, so that it must learn nothing; and the controls of the hint, another problem's hint
-and the wording without a hint in the place of the teacher's.  The default, the mix with the student and the teacher
-alone have their lines in results/anchored_map.jsonl.
+Comparing, on seeds 11 to 15 and on all tasks: the setting; the same with the reference as the anchor; *own hint*, whose
+controls show the problem's own hint, so that it must learn nothing; another problem's hint in the place of the
+teacher's; and the rivals of control_rivals.py.  The default, the mix with the student and the teacher alone have their
+lines in results/anchored_map.jsonl.
 
 Rule for the default of the configuration, over these tasks and those of a real model: the setting with the smallest
 mean loss whose worst loss is at most .15, where the loss is the sampled accuracy of the best arm on the task minus that
@@ -30,6 +30,7 @@ where there are no solutions of the data (chat logs).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ sys.path[:0] = [str(REPOSITORY / "examples")]
 
 from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell  # noqa: E402
 from anchored_map import run_cell  # noqa: E402
+from control_rivals import PATCHES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
 
@@ -74,6 +76,9 @@ ARMS: Mapping[str, Sequence[str]] = {
     "controls": setting(4, 0.75),
     "controls_of_reference": setting(4, 0.75, "target.anchor=reference"),
     "controls_other_hint": setting(4, 0.75, "data.solutions=other"),
+    "controls_own_hint": setting(4, 0.75),
+    "topd": (*SIX["teacher_alone"], "loss.fused=none"),
+    "trust_region": SIX["teacher_alone"],
 }
 """The arms that are reported; the numbers are those that `CHOICES` has chosen."""
 
@@ -94,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arm in options.arms or arms:
             for task in options.tasks or (CHOOSING_TASKS if options.choose else TASKS):
                 if (task, arm, seed) not in done:
-                    experiment = dataclasses.replace(EXPERIMENTS[task], arms=arms)
-                    run_cell(Cell(experiment, arm, seed), options.lines, options.directory)
+                    cell = Cell(dataclasses.replace(EXPERIMENTS[task], arms=arms), arm, seed)
+                    with PATCHES.get(arm, contextlib.nullcontext)():
+                        run_cell(cell, options.lines, options.directory)
     return 0
 
 
