@@ -19,11 +19,8 @@ from megatron_selfdistill.adapters.stored_adapters import (
     StoredAdapters,
     read_stored_adapters,
     require_adapters,
-    require_rank_of_factors,
 )
-from megatron_selfdistill.adapters.stored_adapters import (
-    refuse_adapters as refuse_adapters,
-)
+from megatron_selfdistill.adapters.stored_adapters import refuse_adapters as refuse_adapters
 from megatron_selfdistill.checkpoint import state
 from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats import directory
@@ -37,7 +34,7 @@ from megatron_selfdistill.config import AdapterConfig, Config
 from megatron_selfdistill.config.schema.adapter_config import require_engine
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.model.forward import unwrapped
 
 Chunks = Sequence[torch.nn.Module]
@@ -120,7 +117,7 @@ class TrainedAdapters(TrainedWeights):
         if self.is_kept:
             digest = save_frozen(
                 KEPT_BASE,
-                KeptBase(chunks),
+                lambda: _without_factors(state.model_state(chunks, CONTENT)),
                 self.digest,
                 common={**common, "iteration": 0},
                 texts=lambda found: {KEPT_DIGEST: json.dumps({"digest": found}) + "\n"},
@@ -129,20 +126,6 @@ class TrainedAdapters(TrainedWeights):
             place = self.base.absolute()
         assert digest is not None, "weights of a checkpoint have a digest, and so have saved ones"
         return {NAME: StoredAdapters(path, self.settings, digest, place).text()}
-
-
-class KeptBase:
-    """The weights of a live model without its adapters, as `save_frozen_weights` takes them."""
-
-    def __init__(self, chunks: Chunks) -> None:
-        self.chunks = chunks
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Return the tensors of the weights under Megatron's keys, shared and not copied."""
-        whole = state.model_state(self.chunks, CONTENT)
-        return {
-            key: {name: value for name, value in model.items() if not _is_factor(name)} for key, model in whole.items()
-        }
 
 
 def with_stored_adapters(config: Config) -> Config:
@@ -179,9 +162,7 @@ def load_adapted(config: Config, path: Path, chunks: Chunks, grid: RankGrid, voc
     Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
     """
     if config.adapter.load is not None:
-        raise ConfigError(
-            f"adapter.load={config.adapter.load} is for runs: name this checkpoint in place of its base, {path}"
-        )
+        raise ConfigError(f"adapter.load={config.adapter.load} is for runs: name this checkpoint instead of {path}")
     adapters, verify = run_on_rank_0(lambda: require_adapters(path)), config.checkpoint.verify
     settings = stored_settings(config, adapters)
     base = run_on_rank_0(lambda: adapters.base_place(config.adapter.base))
@@ -208,12 +189,18 @@ def require_stored_rank(path: Path, rank: int) -> None:
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
     shapes = run_on_rank_0(lambda: weight_shapes(stored_shapes(found)))
-    require_rank_of_factors(found, shapes, rank)
+    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
+    if held != {rank}:
+        raise CheckpointError(f"{found} has factors of the ranks {sorted(held)}, but its {NAME} has the rank {rank}")
 
 
 def full_weights_of(path: Path, base: str | None) -> Path:
     """Return the checkpoint of the weights below the adapters at ``path``; ``base``: its place, if it has moved."""
     return require_adapters(path).base_place(base)
+
+
+def _without_factors(model: dict[str, Any]) -> dict[str, Any]:
+    return {key: {name: value for name, value in part.items() if not _is_factor(name)} for key, part in model.items()}
 
 
 def _is_factor(name: str) -> bool:

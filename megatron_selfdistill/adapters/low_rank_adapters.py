@@ -91,6 +91,13 @@ class LowRankAdapter(MegatronModule):
             z = reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
         return F.linear(self.scale * z, self.b)  # scaling r columns is cheaper than scaling the output
 
+    def added(self, linear: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """Return ``output`` of the layer and what the adapter adds to it; a forward hook of the layer."""
+        if not self.enabled:
+            return output
+        result, bias = output
+        return result + self(_normed(linear, inputs[0])), bias
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -124,10 +131,7 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
         model.config.moe_router_bias_update_rate = 0.0
         made = _hooked_adapters(model, adapter, grid)
         if not made:
-            raise ConfigError(
-                f"adapter.layers={list(adapter.layers)}: a pipeline stage of this model has no such layer; name layers "
-                "that every stage has, or cut the pipeline in another way"
-            )
+            raise ConfigError(f"adapter.layers={list(adapter.layers)}: a stage of the pipeline has no such layer")
         for parent, name, module in made:
             parent.add_module(name, module)
         if model.pre_process:
@@ -152,7 +156,7 @@ def _hooked_adapters(model: GPTModel, adapter: AdapterConfig, grid: RankGrid) ->
                 f"they share: remove {child} from adapter.layers, or set parallel.tensor_model_parallel_size=1"
             )
         made.append((parent, child + ADAPTER_SUFFIX, LowRankAdapter(linear, name, adapter, grid)))
-        linear.register_forward_hook(_Hook(made[-1][2]))
+        linear.register_forward_hook(made[-1][2].added)
     return made
 
 
@@ -183,19 +187,6 @@ def adapter_sizes(model: GPTModel, adapter: AdapterConfig, tp_size: int) -> Adap
         share = tp_size if model.config.sequence_parallel and not is_column else 1
         columns[int(name.split(".")[2]) + 1] += adapter.rank / share
     return AdapterSizes(here, whole, tuple(columns.values()))
-
-
-class _Hook:
-    """A forward hook that adds an adapter's output to that of its linear layer."""
-
-    def __init__(self, adapter: LowRankAdapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, linear: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not self.adapter.enabled:
-            return output
-        result, bias = output
-        return result + self.adapter(_normed(linear, inputs[0])), bias
 
 
 def _normed(linear: Any, x: Tensor) -> Tensor:
@@ -312,7 +303,6 @@ def _linears(model: GPTModel, layers: Sequence[str]) -> Iterator[tuple[torch.nn.
 
 
 def _is_column(linear: torch.nn.Module) -> bool:
-    """Return whether a layer of Megatron's or of Transformer Engine's is column-parallel."""
     mode = getattr(linear, "parallel_mode", None)
     return mode == "column" if mode is not None else "Column" in type(linear).__name__
 

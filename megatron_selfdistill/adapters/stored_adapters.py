@@ -9,12 +9,10 @@ Nothing here imports torch or communicates.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.adapters import ADAPTER_SUFFIX
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
 from megatron_selfdistill.config import AdapterConfig
@@ -81,8 +79,7 @@ class StoredAdapters:
         place = Path(given) if given is not None else self.base or kept
         if given is None and not place.exists():
             raise CheckpointError(
-                f"{self.path} holds adapters alone, and their base, with the digest {self.base_digest}, is not at "
-                f"{place} any more: set adapter.base to its present place"
+                f"{self.path} holds adapters alone, whose base {self.base_digest} is not at {place}: set adapter.base"
             )
         return place
 
@@ -146,15 +143,3 @@ def require_adapters(path: Path) -> StoredAdapters:
     if stored is None:
         raise CheckpointError(f"{path} holds full weights, expected a checkpoint of adapters")
     return stored
-
-
-def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], rank: int) -> None:
-    """Raise CheckpointError unless the factors among the tensors of a checkpoint of adapters have ``rank``.
-
-    ``shapes``: those of `weight_shapes`; ``rank``: that of the description, which may say anything.
-    """
-    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{ADAPTER_SUFFIX}.a") and len(shape) > 1}
-    if held != {rank}:
-        raise CheckpointError(
-            f"{path} has factors of the ranks {sorted(held)}, but its adapters.json has the rank {rank}"
-        )

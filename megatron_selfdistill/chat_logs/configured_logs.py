@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_selfdistill.chat_logs.acceptance import BUILT_IN
 from megatron_selfdistill.chat_logs.conversations import load_conversations
-from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -49,19 +49,9 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     shown = ["metrics.show_samples: no samples, since conversations.show_contents=false"] if hides else []
     if not config.logged:
         return ReadLog(log.turns, None, (*shown, log.about), tuple(log.turns.skipped))
-    reader = turn_reader(config.data, builder, ends, max_length)
-    about, unusable, looked_at = _look_at(log.turns.problems, reader, config.seed)
-    return ReadLog(log.turns, looked_at, (*shown, log.about, about), (*log.turns.skipped, *unusable))
-
-
-def _look_at(
-    problems: Sequence[Problem], reader: TurnReader, seed: int
-) -> tuple[str, list[str], list[tuple[Problem, PromptPair]]]:
-    """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
-
-    Return a line with their numbers, a message for each unusable turn, and the usable turns with their prompts.
-    """
-    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
+    reader, problems = TurnReader(builder, ends, max_length, config.data), log.turns.problems
+    # A sample of the turns, read as the steps will read them, shows an unfit chat template before the start.
+    numbers = sorted(random.Random(f"{config.seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
     looked_at = [problems[number] for number in numbers]
     turns = reader.read(looked_at)
     for turn in turns:
@@ -71,4 +61,5 @@ def _look_at(
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    return f"{which} turns were read: {about_turns(counts)}", unusable, pairs
+    about = f"{which} turns were read: {about_turns(counts)}"
+    return ReadLog(log.turns, pairs, (*shown, log.about, about), (*log.turns.skipped, *unusable))

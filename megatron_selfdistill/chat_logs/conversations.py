@@ -50,37 +50,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ConversationSet:
-    """The turns of the conversations of a data set, in its order, and numbers of conversations and turns."""
+    """The turns of the conversations of a data set, in its order."""
 
     turns: ProblemSet
     """One problem per assistant turn up to the accepted answer; ``skipped`` has the skipped conversations."""
-    num_conversations: int = 0
-    """Conversations that were not skipped, also without a turn to train on."""
-    num_marked: int = 0
-    """Conversations that were not skipped and whose accepted answer has a mark in the log."""
-    num_unresolved: int = 0
-    """Skipped conversations in which neither a mark nor the rule names an accepted answer."""
-    num_resolved_at_once: int = 0
-    """Conversations without a turn to train on, since the first turn was accepted and ``turns`` is before_accepted."""
-    num_later_turns: int = 0
-    """Assistant turns after the accepted answer; they are not trained on, since nobody judged them."""
-    by_next_state: bool = False
-    """Whether the turns are those that a message follows, whatever answer was accepted."""
-
-    @property
-    def about(self) -> str:
-        """The numbers of conversations and turns, for the log."""
-        unresolved = self.num_unresolved
-        skipped = f"skipped as unresolved: {unresolved}, as bad: {self.turns.num_skipped - unresolved}"
-        if self.by_next_state:
-            return (
-                f"{self.num_conversations} conversations, {len(self.turns)} replies that a message follows; {skipped}"
-            )
-        return (
-            f"{self.num_conversations} conversations, the accepted answer of {self.num_marked} marked in the log and "
-            f"of {self.num_conversations - self.num_marked} found by the rule; {self.num_resolved_at_once} without a "
-            f"turn to train on; {self.num_later_turns} turns after the accepted answer skipped; {skipped}"
-        )
+    about: str
+    """The numbers of conversations and turns, for the log."""
 
 
 def load_conversations(source: RecordSource, *, rule: Rule | None, turns: str, show_contents: bool) -> ConversationSet:
@@ -121,16 +96,20 @@ def load_conversations(source: RecordSource, *, rule: Rule | None, turns: str, s
             f"{source.path}: expected conversations with an assistant turn to train on (turns {turns}), got none: "
             f"{len(found)} good ones, {len(skipped)} bad{first}"
         )
-    with_turns = {problem.location.rpartition(", message ")[0] for problem in problems}
-    return ConversationSet(
-        ProblemSet(problems, len(skipped), skipped),
-        num_conversations=len(found),
-        num_marked=sum(conversation.marked for conversation in found),
-        num_unresolved=sum(isinstance(error, UnresolvedError) for error in errors.values()),
-        num_resolved_at_once=sum(conversation.location not in with_turns for conversation in found),
-        num_later_turns=sum(message["role"] == "assistant" for c in found for message in c.messages[c.accepted + 1 :]),
-        by_next_state=by_next_state,
-    )
+    if by_next_state:
+        about = f"{len(problems)} replies that a message follows"
+    else:
+        num_marked = sum(conversation.marked for conversation in found)
+        with_turns = {problem.location.rpartition(", message ")[0] for problem in problems}
+        num_at_once = sum(conversation.location not in with_turns for conversation in found)
+        num_later = sum(message["role"] == "assistant" for c in found for message in c.messages[c.accepted + 1 :])
+        about = (
+            f"the accepted answer of {num_marked} marked in the log and of {len(found) - num_marked} found by the "
+            f"rule; {num_at_once} without a turn to train on; {num_later} turns after the accepted answer skipped"
+        )
+    num_unresolved = sum(isinstance(error, UnresolvedError) for error in errors.values())
+    about += f"; skipped as unresolved: {num_unresolved}, as bad: {len(skipped) - num_unresolved}"
+    return ConversationSet(ProblemSet(problems, len(skipped), skipped), f"{len(found)} conversations, {about}")
 
 
 def conversation_turns(conversation: Conversation, turns: str, by_next_state: bool = False) -> list[Problem]:
@@ -152,11 +131,11 @@ def conversation_turns(conversation: Conversation, turns: str, by_next_state: bo
             tools=conversation.tools,
             reply=LoggedReply(
                 message,
-                accepted=False,
-                next_state=tuple(takewhile(lambda after: after["role"] != "assistant", messages[index + 1 :])),
-            )
-            if by_next_state
-            else LoggedReply(message, accepted=index == accepted),
+                accepted=not by_next_state and index == accepted,
+                next_state=tuple(takewhile(lambda after: after["role"] != "assistant", messages[index + 1 :]))
+                if by_next_state
+                else (),
+            ),
         )
         for index, message in enumerate(messages[:end])
         if message["role"] == "assistant"

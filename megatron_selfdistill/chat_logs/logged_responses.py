@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
@@ -146,7 +146,7 @@ class LoggedTurns:
         self.accepted = {one.id for one in problems if one.reply is not None and one.reply.accepted}
         """The ids of the turns whose reply the user accepted."""
         self._num_problems, self._grid = len(problems), grid
-        self._reader = turn_reader(config.data, run_data.builder, run_data.ends, run_data.max_length)
+        self._reader = TurnReader(run_data.builder, run_data.ends, run_data.max_length, config.data)
         self._file = Path(config.run_dir) / SKIPPED_FILE
         self._unusable: dict[str, Unusable] = {}
 
@@ -169,7 +169,9 @@ class LoggedTurns:
             own = [batch[place] for place in own_places]
             found = self._read(own)
             mine |= {p.id: turn for p, turn in zip(own, found, strict=True) if isinstance(turn, Turn)}
-            refused = self._refused_anywhere(own_places, found)
+            unusable = [(place, t) for place, t in zip(own_places, found, strict=True) if isinstance(t, Unusable)]
+            any_unusable = max_over_ranks([len(unusable)], grid.dp_group)[0]
+            refused = dict(gather_items(unusable, grid.dp_group)) if any_unusable else {}  # equal on all ranks
             num_long += sum(turn.too_long for turn in refused.values())
             num_bad += sum(not turn.too_long for turn in refused.values())
             places = sorted(refused)
@@ -179,7 +181,7 @@ class LoggedTurns:
         problems = shard(batch, grid.dp_rank, grid.dp_size)
         turns = [(problem, mine[problem.id]) for problem in problems]
         metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
-        if self._reader.on_long_context.startswith("truncate"):
+        if self._reader.data.on_long_context.startswith("truncate"):
             shortened = sum(turn.prompts.solution_truncated for _, turn in turns)
             metrics["turns/shortened"] = float(sum(gather_objects(shortened, grid.dp_group)))
         return turns, metrics
@@ -191,20 +193,13 @@ class LoggedTurns:
             found |= zip((problem.id for problem in chunk), turns, strict=True)
         return [found.get(problem.id) or self._unusable[problem.id] for problem in problems]
 
-    def _refused_anywhere(self, places: Sequence[int], found: Sequence[Turn | Unusable]) -> dict[int, Unusable]:
-        """Return the unusable turns of all replicas, by place, the same on all ranks."""
-        mine = [(place, t) for place, t in zip(places, found, strict=True) if isinstance(t, Unusable)]
-        if not max_over_ranks([len(mine)], self._grid.dp_group)[0]:
-            return {}
-        return dict(gather_items(mine, self._grid.dp_group))
-
     def _learn(self, refused: Sequence[tuple[str, Unusable]]) -> None:
         new = [(name, turn) for name, turn in refused if name not in self._unusable]
         self._unusable |= dict(new)
         if self._grid.is_reporter and new:
             list_skipped(self._file, [turn.message for _, turn in new])
         for _, turn in new:
-            _checked(self._reader, turn)
+            self._reader.check(turn)
         if len(self._unusable) == self._num_problems:
             first = next(iter(self._unusable.values())).message
             raise ConfigError(f"no turn is left of {len(self._unusable)}; the first: {first}")
@@ -217,8 +212,8 @@ def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> Ru
     Each rank of the world reads its share; rank 0 reports every half minute how far it is.
     Raises: `ConfigError` on all ranks for the first unusable turn that may not be skipped.
     """
-    reader, problems = turn_reader(config.data, run_data.builder, run_data.ends, run_data.max_length), run_data.problems
-    if not (config.dry_run or reader.has_errors):
+    reader, problems = TurnReader(run_data.builder, run_data.ends, run_data.max_length, config.data), run_data.problems
+    if not (config.dry_run or "error" in (config.data.on_long_context, config.data.on_bad_record)):
         return run_data
     counts, unusable = turn_counts(()), []
     reported_at = time.monotonic()
@@ -233,7 +228,7 @@ def with_all_turns_read(config: Config, run_data: RunData, grid: RankGrid) -> Ru
     parts = gather_objects((counts, unusable))
     everywhere = sorted((item for _, part in parts for item in part), key=lambda item: item[0])
     for _, turn in everywhere:
-        _checked(reader, turn)
+        reader.check(turn)
     total = sum((counts for counts, _ in parts), turn_counts(()))
     messages = dict.fromkeys([*problems.skipped, *(turn.message for _, turn in everywhere)])
     about = f"all {len(problems)} turns were read: {about_turns(total)}"
@@ -271,10 +266,3 @@ def list_skipped(file: Path, messages: Iterable[str]) -> None:
     new = [message for message in shown if message not in have]
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(f"{message}\n" for message in new)
-
-
-def _checked(reader: TurnReader, turn: Unusable) -> None:
-    try:
-        reader.check(turn)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

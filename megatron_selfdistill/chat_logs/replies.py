@@ -14,7 +14,7 @@ from megatron_selfdistill.data.fitted_prompts import shortened_to_fit
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import num_thoughts, parts
-from megatron_selfdistill.errors import MissingChatTemplateError
+from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class TurnReader:
     """The tokens that end a reply."""
     max_length: int
     """Largest length of a prompt and the reply together, in tokens."""
-    on_long_context: str
-    """Policy of `fit_teacher_prompt`."""
-    on_bad_record: str
-    """Policy for turns that the template cannot render: error or skip."""
+    data: DataConfig
+    """The configuration, whose policies ``on_long_context`` and ``on_bad_record`` are for unusable turns."""
 
     def read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
         """Return prompts and reply of each turn, or the reason why the turn is unusable.
@@ -76,20 +74,15 @@ class TurnReader:
         ]
 
     def check(self, turn: Turn | Unusable) -> None:
-        """Raise ValueError for an unusable turn that may not be skipped."""
+        """Raise `ConfigError` for an unusable turn that may not be skipped."""
         if not isinstance(turn, Unusable):
             return
-        if turn.too_long and self.on_long_context == "error":
-            raise ValueError(
+        if turn.too_long and self.data.on_long_context == "error":
+            raise ConfigError(
                 f"{turn.message}; raise data.max_length, or set data.on_long_context to drop or truncate_*"
             )
-        if not turn.too_long and self.on_bad_record == "error":
-            raise ValueError(f"{turn.message}; or skip such turns with data.on_bad_record=skip")
-
-    @property
-    def has_errors(self) -> bool:
-        """Whether some kinds of unusable turns may not be skipped."""
-        return "error" in (self.on_long_context, self.on_bad_record)
+        if not turn.too_long and self.data.on_bad_record == "error":
+            raise ConfigError(f"{turn.message}; or skip such turns with data.on_bad_record=skip")
 
     def _rendered(self, problem: Problem) -> tuple[str, ...] | Unusable:
         """Return the texts of `PromptBuilder.pair_texts`, and the conversation with the reply at its end."""
@@ -97,7 +90,7 @@ class TurnReader:
         try:
             texts = self.builder.pair_texts(problem)
             whole = self.builder.student_text(problem, problem.reply.message)
-            _check_the_reply_follows(problem, texts[1], whole)
+            _check_reply(problem, texts[1], whole)
         except MissingChatTemplateError:
             raise
         except ValueError as error:
@@ -111,7 +104,7 @@ class TurnReader:
             student, teacher = self.builder.pair_of(problem, texts[:4], ids[:4])
         except ValueError as error:
             return Unusable(str(error), too_long=False)
-        policy = "drop" if self.on_long_context == "error" else self.on_long_context
+        policy = "drop" if self.data.on_long_context == "error" else self.data.on_long_context
         prompts = shortened_to_fit(self.builder, problem, student, teacher, self.max_length - len(reply), policy)
         if prompts is None:
             return Unusable(
@@ -129,27 +122,17 @@ class TurnReader:
         else:
             reply = self.builder.tokenizer.encode(whole[len(prompt) :])
             if decode([*prompt_ids, *reply]) != decode(ids):
-                raise ValueError(
-                    f"{where}: expected prompt and reply to be encoded into tokens that spell both, got another text; "
-                    "the tokenizer joins the end of the generation prompt with the reply: give another "
-                    "data.chat_template"
-                )
+                raise ValueError(f"{where}: expected the tokens of prompt and reply to spell both (data.chat_template)")
         stops = [i for i, token in enumerate(reply) if token in self.ends.ids]
         if not stops and self.ends.reply_end is not None and not problem.reply.message.get("tool_calls"):
             return [*reply, self.ends.reply_end]  # the template writes it before the next message only
         if not stops:
             raise ValueError(
-                f"{where}: expected the chat template to end the reply in a stop token, got none; add the token that "
-                "ends its replies to rollout.stop_token_ids"
+                f"{where}: expected the chat template to end the reply in one of rollout.stop_token_ids, got none"
             )
         if decode([token for token in reply[stops[0] + 1 :] if token not in self.ends.ids]).strip():
             raise ValueError(f"{where}: expected a reply with a stop token at its end only, got one within its text")
         return reply[: stops[0] + 1]
-
-
-def turn_reader(data: DataConfig, builder: PromptBuilder, ends: EndTokens, max_length: int) -> TurnReader:
-    """Return the reader of logged turns of a run; the arguments: as the fields of `TurnReader`."""
-    return TurnReader(builder, ends, max_length, data.on_long_context, data.on_bad_record)
 
 
 def turn_counts(turns: Iterable[Turn | Unusable]) -> Counter[str]:
@@ -177,43 +160,31 @@ def about_turns(counts: Counter[str]) -> str:
     )
 
 
-def _check_the_reply_follows(problem: Problem, prompt: str, whole: str) -> None:
-    if not whole.startswith(prompt):
-        raise ValueError(
-            f"{problem.location}: expected the chat template to show the reply right after its generation prompt, got "
-            "another text there; where the generation prompt opens a reasoning block that the log does not have, close "
-            "it with data.chat_template_kwargs (such as enable_thinking: false), else give another data.chat_template"
-        )
-    _check_reply(problem, whole[len(prompt) :])
-
-
-def _check_reply(problem: Problem, text: str) -> None:
-    """Raise ValueError if the rendered text lacks a part of the reply, or has thoughts that the reply does not have.
+def _check_reply(problem: Problem, prompt: str, whole: str) -> None:
+    """Raise ValueError if ``whole`` lacks a part of the reply after the prompt, or has thoughts that the reply lacks.
 
     Some templates drop the reasoning, or the text beside a tool call.  Others write empty thoughts into a reply without
     thoughts, or write the thoughts of its content a second time.
     """
     assert problem.reply is not None
-    message = problem.reply.message
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"{problem.location}: expected the chat template to show the reply right after its generation prompt; a "
+            "reasoning block that this opens is closed by data.chat_template_kwargs (such as enable_thinking: false)"
+        )
+    message, text = problem.reply.message, whole[len(prompt) :]
     content = str(message.get("content", ""))
     reasoning, answer = parts(content)
     names = ("reasoning_content", "reasoning", "thinking")
     apart = {f"the {name}": str(message[name]) for name in names if message.get(name)}
     for name, part in {"the reasoning": reasoning or "", "the text": answer, **apart}.items():
         if part.strip() not in text:
-            raise ValueError(
-                f"{problem.location}: expected the chat template to show {name} of the reply, got a text without it; "
-                "give a data.chat_template that keeps it, or take it out of the log"
-            )
+            raise ValueError(f"{problem.location}: expected the chat template to show {name} of the reply")
     if num_thoughts(text) > num_thoughts(content) + bool(apart):
         raise ValueError(
-            f"{problem.location}: expected the chat template to show the reply as the assistant wrote it, got thoughts "
-            "that the template adds: switch them off with data.chat_template_kwargs={enable_thinking: false}, or give "
-            "another data.chat_template"
+            f"{problem.location}: expected the reply as the assistant wrote it, got thoughts that the template adds: "
+            "switch them off with data.chat_template_kwargs={enable_thinking: false}"
         )
     calls = message.get("tool_calls", ())
     if any(call["function"]["name"] not in text for call in calls):
-        raise ValueError(
-            f"{problem.location}: expected the chat template to show the tool calls of the reply, got a text without "
-            "them; give a data.chat_template that knows tools"
-        )
+        raise ValueError(f"{problem.location}: expected the chat template to show the tool calls of the reply")

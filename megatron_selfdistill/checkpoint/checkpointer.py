@@ -24,7 +24,7 @@ from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun,
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
     TEACHER,
-    FrozenWeights,
+    StateDict,
     TeacherState,
     has_frozen_weights,
     load_frozen_teacher,
@@ -93,8 +93,8 @@ class Checkpointer:
             return None
         reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
         raise CheckpointError(
-            f"none of the checkpoints in {self.directory} can be used: {reasons}; nothing was changed: restore one of "
-            f"them, or move {self.run_dir} away to start afresh"
+            f"none of the checkpoints in {self.directory} can be used: {reasons}; restore one, or move {self.run_dir} "
+            "away"
         )
 
     def _warn(self, faults: dict[Path, str], taken: Path) -> None:
@@ -135,7 +135,7 @@ class Checkpointer:
         target = self.directory / directory.iteration_name(step)
         frozen = _frozen(teacher, reference)
         if frozen is not None:
-            self.save_frozen(TEACHER, frozen)
+            self.save_frozen(TEACHER, frozen.sharded_state_dict)
         common = {"args": args, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
         texts = trained.texts(self.save_frozen, target, chunks, common)
         with state.gathered_parameters(chunks):
@@ -284,7 +284,7 @@ class Checkpointer:
                 self._pending.release()
                 self._pending = None
 
-    def save_frozen(self, name: str, weights: FrozenWeights, known: str | None = None, **more: Any) -> str:
+    def save_frozen(self, name: str, weights: StateDict, known: str | None = None, **more: Any) -> str:
         """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since.
 
         Return their id.  ``known``: the id of the weights that an earlier launch has saved.  ``more``: further

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
@@ -116,25 +116,14 @@ def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = 
     faults = dict.fromkeys(name for names in gather_objects(non_finite(named())) for name in names)
     if faults:
         raise CheckpointError(
-            f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: its training diverged or its "
-            "save was interrupted; take an earlier checkpoint"
+            f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: take an earlier checkpoint"
         )
 
 
 def _optimizer_steps(common: dict[str, Any]) -> int:
     """Return the number of updates for Adam's bias correction: the stored number, else one per iteration."""
-    counts: list[int] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, dict):
-            counts.extend(int(v) for k, v in value.items() if k in ("step", "common_step") and not isinstance(v, dict))
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                visit(inner)
-
-    visit(common["optimizer"])
+    entries = nested_items_iter(common["optimizer"])
+    counts = (int(value) for _, key, value in entries if key in ("step", "common_step"))
     return max(counts, default=int(common.get("iteration") or 0))
 
 

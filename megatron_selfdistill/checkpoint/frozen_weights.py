@@ -27,20 +27,17 @@ TEACHER = "teacher"
 """The name of the directory of the frozen teacher, or reference, in the run directory."""
 
 
-class FrozenWeights(Protocol):
-    """Weights that never change."""
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Return the tensors for a checkpoint."""
-        ...
+StateDict = Callable[[], dict[str, Any]]
+"""Returns the sharded tensors of weights for a checkpoint."""
 
 
-class TeacherState(FrozenWeights, Protocol):
+class TeacherState(Protocol):
     """The parts of a `Teacher` that a checkpoint needs; ``weights`` is frozen, ema or current."""
 
     weights: str
     is_copy: bool
     """Whether the teacher has weights of its own."""
+    sharded_state_dict: StateDict
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy loaded tensors of `sharded_state_dict` into the teacher."""
@@ -55,7 +52,7 @@ def has_frozen_weights(target: Path) -> bool:
 
 def save_frozen_weights(
     target: Path,
-    weights: FrozenWeights,
+    weights: StateDict,
     weights_id: str | None = None,
     *,
     common: Mapping[str, Any] | None = None,
@@ -77,7 +74,7 @@ def save_frozen_weights(
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
     found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
     contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
-    contents |= weights.sharded_state_dict()
+    contents |= weights()
     request = sharded_io.begin_write(
         contents, target, replicas=replicas, prove_ownership=prove_ownership, texts=texts(found_id)
     )
@@ -99,10 +96,7 @@ def load_frozen_teacher(
     sharded_io.verify_integrity(path, verify)
     found = _stored_id(path)
     if teacher_id not in (None, found):
-        raise CheckpointError(
-            f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
-            "directory replaced it"
-        )
+        raise CheckpointError(f"{path} is not the teacher of this checkpoint: a later start in run_dir replaced it")
     wanted = teacher.sharded_state_dict()
     sharded_io.check_shapes(wanted, path)
     teacher.load_state_dict(sharded_io.read(wanted, path))
@@ -118,9 +112,9 @@ def _stored_id(path: Path) -> str:
     return found
 
 
-def _holds_same_weights(path: Path, weights: FrozenWeights) -> bool:
+def _holds_same_weights(path: Path, weights: StateDict) -> bool:
     """Return whether the stored tensors equal the tensors of ``weights`` bit for bit; read each tensor once."""
-    wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(weights.sharded_state_dict()))}
+    wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(weights()))}
     own = {name: tensor.data for name, tensor in wanted.items()}
     try:
         sharded_io.check_shapes(wanted, path)
@@ -136,10 +130,7 @@ def shared_base_digest(path: Path) -> str:
     """Return `base_digest` of the checkpoint at ``path`` on all ranks, which share the reading.  Collective."""
     found, _ = run_on_rank_0(lambda: directory.find(path))
     known: str | None = run_on_rank_0(lambda: known_digest(found))
-    if known is not None:
-        return known
-
-    return digest_of(shared_checksums(found, run_on_rank_0(lambda: weight_files(found))))
+    return known or digest_of(shared_checksums(found, run_on_rank_0(lambda: weight_files(found))))
 
 
 def shared_checksums(path: Path, files: Sequence[Path]) -> dict[str, Entry]:

@@ -46,11 +46,6 @@ class _Parameter:
     parts: dict[int, range]
     """The elements of the flattened parameter whose state each rank of the data-parallel group holds, by rank."""
 
-    @property
-    def has_one_holder(self) -> bool:
-        """Whether one rank holds the state of the whole parameter."""
-        return len(self.parts) == 1
-
 
 @dataclass(frozen=True)
 class _Segment:
@@ -99,7 +94,8 @@ def parameter_state(
             for one in parameters
             if rank in one.parts
         }
-    saved = [one for one in parameters if _is_saved_by_group(described[one.param])]
+    # Other tensor-parallel ranks and stages write no copies; replica ids end with the data-parallel rank.
+    saved = [one for one in parameters if not any(described[one.param].replica_id[:-1])]
     owned = _collect(optimizer, saved)
     return {
         one.index: {key: _sharded(described[one.param], key, owned[one.index][key]) for key in KEYS}
@@ -149,7 +145,7 @@ def _owners(parameters: Sequence[_Parameter]) -> dict[int, int]:
     """
     load: dict[int, int] = {}
     owners: dict[int, int] = {}
-    for one in sorted(parameters, key=lambda one: (not one.has_one_holder, -one.param.numel(), one.index)):
+    for one in sorted(parameters, key=lambda one: (len(one.parts) > 1, -one.param.numel(), one.index)):
         owner = min(one.parts, key=lambda rank: (load.get(rank, 0), -len(one.parts[rank]), rank))
         owners[one.index] = owner
         load[owner] = load.get(owner, 0) + one.param.numel()
@@ -173,7 +169,9 @@ def _collect(optimizer: DistributedOptimizer, parameters: Sequence[_Parameter]) 
         owner = owners[one.index]
         for source, part in one.parts.items():
             if source != owner:
-                travelling += _segments(one, source, owner, part)
+                for low in range(part.start, part.stop, EXCHANGED_ELEMENTS):
+                    elements = range(low, min(low + EXCHANGED_ELEMENTS, part.stop))
+                    travelling.append(_Segment(one, source, owner, elements))
             elif owner == rank:
                 for key in KEYS:
                     owned[one.index][key][part.start : part.stop].copy_(mine[one.index][key].detach())
@@ -181,11 +179,6 @@ def _collect(optimizer: DistributedOptimizer, parameters: Sequence[_Parameter]) 
         for some in _rounds(travelling):
             _exchange(some, {index: state[key] for index, state in mine.items()}, owned, key, group)
     return owned
-
-
-def _segments(one: _Parameter, source: int, owner: int, part: range) -> list[_Segment]:
-    cuts = range(part.start, part.stop, EXCHANGED_ELEMENTS)
-    return [_Segment(one, source, owner, range(low, min(low + EXCHANGED_ELEMENTS, part.stop))) for low in cuts]
 
 
 def _rounds(segments: Sequence[_Segment]) -> Iterator[list[_Segment]]:
@@ -232,15 +225,6 @@ def _exchange(
 def _described(model: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensorFactory]:
     sharded, _ = extract_sharded_tensors_and_factories(model)
     return {one.data: one for one in nested_values(sharded)}
-
-
-def _is_saved_by_group(described: ShardedTensor | ShardedTensorFactory) -> bool:
-    """Return whether a rank of this data-parallel group writes the parameter.
-
-    Copies on other tensor-parallel ranks and pipeline stages are not written.  Megatron's replica ids end with the
-    data-parallel rank.
-    """
-    return not any(described.replica_id[:-1])
 
 
 def _sharded(described: ShardedTensor | ShardedTensorFactory, key: str, flat: Tensor) -> Any:

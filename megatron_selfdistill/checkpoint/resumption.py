@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 PROMPTS = "prompts_digest"
 """The key of a trainer's state under which a checkpoint keeps the digest of the first prompts."""
 _PROBLEMS = "the problems that data.path gives (their digest)"
-_FORCE = "force"
 LONGEST_WARMUP = 10
 """The largest number of warm-up steps of a run that sets none."""
 
@@ -92,10 +91,7 @@ def latest_resumption(
     if latest is None:
         return None
     if not config.checkpoint.resume:
-        raise ConfigError(
-            f"checkpoint.resume=false, but {Path(config.run_dir)} holds {latest.name} of an earlier run: "
-            "choose another run_dir, or let it resume"
-        )
+        raise ConfigError(f"checkpoint.resume=false, but {config.run_dir} holds {latest.name}: choose another run_dir")
     found = resumption(config, run_data.problems.fingerprint, checkpointer.read(latest))
     if grid.is_reporter:
         for line in (*found.warnings, *_other_prompts(found, run_data.prompts_digest)):
@@ -123,7 +119,7 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
     found, sampler = _changed(saved, config), saved.trainer_state.get("problem_sampler")
     if sampler is not None and sampler["fingerprint"] != fingerprint:
         found.append(KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND))
-    forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
+    forced = config.checkpoint.resume == "force" and not any(difference.rule == FIXED for difference in found)
     message = None if forced else refusal(found, str(saved.path))
     with raise_on_all_ranks():
         if message is not None:
@@ -185,14 +181,11 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             if (value := stored["model"].get(field.name, field.default)) is not MISSING
         }
         architecture = architecture_from_args(args)
-        given_fields = (
-            None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
-        )
         if isinstance(before.get("yarn"), dict):
             before["yarn"] = YarnConfig(**before["yarn"])
         try:
             stored = stored | {"model": _completed(ModelConfig(**before), architecture)}
-            now = now | {"model": _completed(config.model, architecture, given_fields)}
+            now = now | {"model": _completed(config.model, architecture, given)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
     return differences(stored, now)
@@ -200,6 +193,6 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
 
 def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
     """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
-    resolved = reconcile(model, fields_set(model) if given is None else given, stored)
+    resolved = reconcile(model, fields_set(model, given), stored)
     plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
     return plain

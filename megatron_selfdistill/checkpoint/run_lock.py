@@ -15,7 +15,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -33,25 +32,17 @@ SILENCE_S = 120.0
 class RunLock:
     """The lock of one run directory, which rank 0 of a run holds; a thread renews it from `acquire` to `release`."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        beat_s: float = BEAT_S,
-        silence_s: float = SILENCE_S,
-        report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-    ) -> None:
-        """Prepare the lock; ``report`` receives a line if `acquire` waits for an owner."""
-        self.run_dir, self._beat_s, self._silence_s, self._report = Path(run_dir), beat_s, silence_s, report
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self._made_run_dir = Path(run_dir), False
         self._lease = SoftFileLease(
-            self.run_dir / LOCK, lease_duration=silence_s, heartbeat_interval=beat_s, thread_local=False
+            self.run_dir / LOCK, lease_duration=SILENCE_S, heartbeat_interval=BEAT_S, thread_local=False
         )
-        self._made_run_dir = False
 
     def acquire(self) -> None:
         """Take the lock, and renew it from now on.
 
-        Where another run has it, the call waits until the owner renews it, or for ``silence_s`` seconds.
+        Where another run has it, the call waits until the owner renews it, or for `SILENCE_S` seconds, and says so on
+        standard error.
 
         Raises: `ConfigError` where the owner is alive, or where the directory is not writable.
         """
@@ -85,12 +76,11 @@ class RunLock:
         else:
             self._lease.release(force=True)
             self.acquire()
-            self._report(f"run_dir={self.run_dir} was removed while the run used it: the run holds its lock again")
+            _say(f"run_dir={self.run_dir} was removed while the run used it: the run holds its lock again")
             return
         raise CheckpointError(
             f"run_dir={self.run_dir} no longer belongs to this run: {loss}.  A run loses its directory when it gives "
-            f"no sign of life for {self._silence_s:g} s, for instance while it is suspended.  This run ends without "
-            "writing anything"
+            f"no sign of life for {SILENCE_S:g} s, such as a suspended one.  This run ends without writing anything"
         )
 
     def release(self) -> None:
@@ -106,22 +96,21 @@ class RunLock:
         seen: tuple[str | None, int] | None = None
         while True:
             try:
-                self._lease.acquire(timeout=min(1.0, self._beat_s), poll_interval=min(0.1, self._beat_s / 4))
+                self._lease.acquire(timeout=min(1.0, BEAT_S), poll_interval=min(0.1, BEAT_S / 4))
                 return
             except Timeout:
                 present = self._renewal()
             if present is None or seen is None or present[0] != seen[0]:
                 seen = present
                 if present is not None:
-                    self._report(
+                    _say(
                         f"run_dir={self.run_dir} is locked by another run ({self._owner()}): waiting up to "
-                        f"{self._silence_s:g} s for a sign that it is alive"
+                        f"{SILENCE_S:g} s for a sign that it is alive"
                     )
             elif present != seen:
                 raise ConfigError(
                     f"run_dir={self.run_dir} is in use by another run ({self._owner()}), which is alive: choose "
-                    "another run_dir, or end that run first; nothing has been changed.  If you are certain that no "
-                    f"run uses this directory, remove {self.run_dir / LOCK}"
+                    f"another run_dir, or end that run.  If you know that no run uses it, remove {self.run_dir / LOCK}"
                 )
 
     def _renewal(self) -> tuple[str | None, int] | None:
@@ -139,3 +128,7 @@ class RunLock:
         if self._made_run_dir:
             with contextlib.suppress(OSError):  # not empty
                 self.run_dir.rmdir()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -58,8 +58,12 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
     `optimizer_steps`.  The hyperparameters of this run's configuration stay, and so does the number of Megatron's
     chained optimizers in this layout (experts have their own optimizer under expert parallelism only).
     """
-    complete = merge(_unsharded(wanted), loaded)
-    for single, single_state in _with_states(optimizer, complete):
+    copied, _ = extract_matching_values(wanted, lambda _: True)
+    _, persistent = extract_nonpersistent(copied)
+    complete = merge(extract_sharded_base(persistent)[1], loaded)
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    parts = [complete] if len(chained) == 1 else [complete[index] for index in range(len(chained))]
+    for single, single_state in zip(chained, parts, strict=True):
         _keep_own_rates(single.optimizer.param_groups, single_state.get("optimizer", single_state))
         if not isinstance(single, DistributedOptimizer):
             # Megatron omits a step of 0 and the state of SGD without momentum, but its loader expects them.
@@ -190,14 +194,6 @@ def _single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
 
 
-def _with_states(optimizer: MegatronOptimizer, states: Any) -> list[tuple[MegatronOptimizer, dict[str, Any]]]:
-    """Return each of Megatron's chained optimizers with its part of ``states``, as `ChainedOptimizer` cuts it."""
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    if len(chained) == 1:
-        return [(chained[0], states)]
-    return [(single, states[index]) for index, single in enumerate(chained)]
-
-
 def _is_torch_adam(single: MegatronOptimizer) -> bool:
     return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
@@ -238,10 +234,3 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
 
 def _like(count: Any, value: int) -> Any:
     return torch.full_like(count, value) if torch.is_tensor(count) else value
-
-
-def _unsharded(sharded_state_dict: Any) -> Any:
-    """Return a copy of the entries that are not tensors of a checkpoint."""
-    copied, _ = extract_matching_values(sharded_state_dict, lambda _: True)
-    _, persistent = extract_nonpersistent(copied)
-    return extract_sharded_base(persistent)[1]

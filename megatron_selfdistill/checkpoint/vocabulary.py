@@ -28,7 +28,10 @@ def require_same_tokenizer(config: Config) -> None:
 
     Raises: ConfigError that names both tokenizers and their first difference, or the tokenizer that cannot be loaded.
     """
-    data, stored = config.data, _stored_tokenizer(config)
+    data, resumes = config.data, config.run_dir and config.checkpoint.resume
+    newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
+    path = newest or config.checkpoint.load
+    stored = None if path is None else tokenizer_directory(Path(path))
     difference = None if data.allow_other_tokenizer else difference_to(stored, data)
     if difference is not None:
         raise ConfigError(
@@ -69,15 +72,6 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
 
 def _shown(tokens: Mapping[int, str], index: int) -> str:
     return repr(tokens[index]) if index in tokens else "absent"
-
-
-def _stored_tokenizer(config: Config) -> Path | None:
-    resumes = config.run_dir and config.checkpoint.resume
-    newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
-    path = newest or config.checkpoint.load
-    if path is None:
-        return None
-    return tokenizer_directory(Path(path))
 
 
 def tokenizer_directory(path: Path) -> Path | None:

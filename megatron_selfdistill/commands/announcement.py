@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
+from megatron_selfdistill.commands.installation import installed_version
 from megatron_selfdistill.config import Config, GivenKeys
 from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.metrics.leakage import are_one_hint
@@ -222,9 +222,5 @@ def _hardware(device: torch.device, world_size: int) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"megatron_selfdistill": __version__, "Python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found |= {name: version for name in _PACKAGES if (version := installed_version(name))}
     return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
-from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
+from megatron_selfdistill.checkpoint.formats.stored_model import fields_set, reconcile, with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.choices import PRECISIONS
 from megatron_selfdistill.config import Config
@@ -45,10 +45,17 @@ def configured(config: Config, given: frozenset[str], model: dict[str, Any]) -> 
     Raises: `ConfigError`, `CheckpointError`.
     """
     path = Path(model["path"])
-    tokenizer = config.data.tokenizer or _tokenizer_of(path, model["format"])
+    tokenizer = config.data.tokenizer
+    if tokenizer is None:
+        assets = path if model["format"] == "hugging_face" else hf_assets_of(path)
+        files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        if assets is None or not any((assets / name).is_file() for name in files):
+            raise ConfigError(f"expected a tokenizer in {path}, got none: set data.tokenizer=DIR")
+        tokenizer = str(assets)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     if model["format"] == "hugging_face":
-        return _with_hf_architecture(config, given, path)
+        stored = door("interop").hf_model(path)
+        return dataclasses.replace(config, model=reconcile(config.model, fields_set(config.model, given), stored))
     checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
     config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
     require_same_tokenizer(config)
@@ -87,17 +94,3 @@ def temporary_directory(parent: Path, grid: RankGrid) -> Iterator[Path]:
     finally:
         if grid.is_reporter:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
-    """Return ``config`` with the architecture that the checkpoint converted from ``hf`` will have."""
-    fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
-    return dataclasses.replace(config, model=reconcile(config.model, fields, door("interop").hf_model(hf)))
-
-
-def _tokenizer_of(path: Path, model_format: str) -> str:
-    directory = path if model_format == "hugging_face" else hf_assets_of(path)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if directory is None or not any((directory / name).is_file() for name in files):
-        raise ConfigError(f"expected a tokenizer in {path}, got none: set data.tokenizer=DIR")
-    return str(directory)

@@ -73,14 +73,15 @@ def version() -> str:
     return "\n".join(
         [
             f"megatron_selfdistill {__version__}",
-            *(f"{name} {_installed(name)}" for name in ("torch", "megatron-core")),
+            *(f"{name} {installed_version(name) or 'is not installed'}" for name in ("torch", "megatron-core")),
             f"Python {sys.version.split()[0]}",
         ]
     )
 
 
-def _installed(name: str) -> str:
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "is not installed"
+        return None

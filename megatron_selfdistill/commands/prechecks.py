@@ -44,17 +44,11 @@ def require_ranks(config: Config, world_size: int) -> None:
     The check includes the sizes of the model only if no checkpoint states these sizes.
     """
     check_ranks(config, world_size)
-    if names_its_model(config):
+    if config.checkpoint.load is None and not _resumes(config):
         check_world(config, world_size)
 
 
-def names_its_model(config: Config) -> bool:
-    """Return whether ``config`` alone, and no checkpoint, states the architecture."""
-    return config.checkpoint.load is None and not _resumes(config)
-
-
 def _resumes(config: Config) -> bool:
-    """Return whether ``run_dir`` has a checkpoint from which the run would continue."""
     run_dir = config.run_dir if config.checkpoint.resume else None
     return run_dir is not None and bool(directory.candidates(Path(run_dir) / "checkpoints"))
 
@@ -63,9 +57,7 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
     """Raise `ConfigError` if a k of pass@k or majority@k is less than 1 or more than ``num_samples``."""
     for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
         if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
-            raise ConfigError(
-                f"Evaluation: expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}."
-            )
+            raise ConfigError(f"expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}.")
 
 
 def require_model(config: Config, path: Path, iteration: int | None = None) -> None:

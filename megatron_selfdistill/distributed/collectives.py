@@ -116,10 +116,10 @@ def raise_on_all_ranks(unexpected: type[Exception] = CheckpointError) -> Iterato
     raise kind(_joined({rank: message for rank, (_, message) in failures.items()}, len(found))) from error
 
 
-def run_on_each_rank(work: Callable[[], T], unexpected: type[Exception] = CheckpointError) -> T:
+def run_on_each_rank(work: Callable[[], T]) -> T:
     """Return the result of ``work`` on this rank, after `raise_on_all_ranks`."""
     results: list[T] = []
-    with raise_on_all_ranks(unexpected):
+    with raise_on_all_ranks():
         results.append(work())
     return results[0]
 

@@ -86,11 +86,6 @@ class RankGrid:
         return self.ep_group.size()
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank belongs to the first pipeline stage, which has the embedding."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank belongs to the last pipeline stage, which has the output layer."""
         return self.pp_rank == self.pp_size - 1
@@ -233,10 +228,7 @@ def _init_process_group(config: ParallelConfig) -> None:
         dist.init_process_group(backend, timeout=timeout)
         return
     if world_size() != 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size()} but RANK is not set; start several ranks with torchrun, "
-            "or unset WORLD_SIZE for a single process"
-        )
+        raise ConfigError(f"WORLD_SIZE is {world_size()} but RANK is not set: start several ranks with torchrun")
     with socket.socket() as probe:  # any free port: nobody else will connect
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

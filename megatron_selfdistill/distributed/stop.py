@@ -118,6 +118,8 @@ def at_sudden_end(act: Callable[[], None]) -> Iterator[None]:
 
 
 def _count_presses(reader: int) -> None:
+    by_torchrun = "SIGTERM" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM") and _under_torchrun()
+    second_presses = {signal.SIGINT, signal.SIGTERM} if by_torchrun else {signal.SIGINT}
     first: float | None = None
     while (number := os.read(reader, 1)) != _THE_END:
         if first is None:
@@ -125,16 +127,11 @@ def _count_presses(reader: int) -> None:
                 first = time.monotonic()
                 patience = "; torchrun waits 30 s for that (--shutdown-timeout)" if _under_torchrun() else ""
                 _say(f"Ctrl-C: the run saves and ends after its present step{patience}; Ctrl-C again ends it at once")
-        elif number[0] in _second_presses() and time.monotonic() - first > _SAME_PRESS_S:
+        elif number[0] in second_presses and time.monotonic() - first > _SAME_PRESS_S:
             _say("Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost")
             for act in _last_acts:
                 act()
             os._exit(EXIT_INTERRUPTED)
-
-
-def _second_presses() -> set[int]:
-    by_torchrun = "SIGTERM" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
-    return {signal.SIGINT, signal.SIGTERM} if _under_torchrun() and by_torchrun else {signal.SIGINT}
 
 
 def _under_torchrun() -> bool:
@@ -231,10 +228,7 @@ class Stop:
             try:
                 left = seconds_left_in_slurm(os.environ)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                self.plan = (
-                    f"does not know when its Slurm job ends ({error}): signals alone end it in time, unless "
-                    "stop.time_limit_minutes is set"
-                )
+                self.plan = f"does not know when its Slurm job ends ({error}): set stop.time_limit_minutes"
                 return
             if left is not None:
                 self._ends = time.monotonic() + left

@@ -30,13 +30,8 @@ class HttpAnswer:
 
     status: int
     """The status code."""
-    body: bytes
-    """The body as it was sent; the request asks for no compression."""
-
-    @property
-    def text(self) -> str:
-        """The body as UTF-8, with U+FFFD for other bytes."""
-        return self.body.decode(errors="replace")
+    text: str
+    """The body as UTF-8, with U+FFFD for other bytes; the request asks for no compression."""
 
 
 def new_client(url: str) -> httpx.AsyncClient:
@@ -69,7 +64,7 @@ async def exchange(
             async for piece in answer.aiter_raw():
                 body += piece
                 _require_short(len(body), max_bytes)
-            return HttpAnswer(answer.status_code, bytes(body))
+            return HttpAnswer(answer.status_code, body.decode(errors="replace"))
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         raise HttpError(_cause(error)) from None
 

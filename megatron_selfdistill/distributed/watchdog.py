@@ -119,8 +119,6 @@ def _missed(reports: Mapping[int, Report]) -> dict[int, str]:
 
 
 class _Watch:
-    """The thread that publishes this rank's signs, reads the signs of the other ranks, and ends the process."""
-
     def __init__(self, rank: int, world_size: int, directory: Path, timeout_s: float) -> None:
         self._rank, self._world_size, self._directory, self._timeout_s = rank, world_size, directory, timeout_s
         self._tick_s = min(timeout_s / _TICKS, _MAX_TICK_S)

@@ -13,12 +13,7 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.environments.bridges import require_bridges as require_bridges
 from megatron_selfdistill.environments.environment import BUILT_IN, SessionLimits, has_sessions
-from megatron_selfdistill.environments.episodes import (
-    Episodes,
-    EvaluationPlayer,
-    SessionEpisodes,
-    StatelessEpisodes,
-)
+from megatron_selfdistill.environments.episodes import Episodes, EvaluationPlayer, SessionEpisodes, StatelessEpisodes
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
 from megatron_selfdistill.errors import ConfigError
@@ -80,7 +75,6 @@ def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phase
             )
         if limits:
             raise ConfigError(
-                f"environment.limits: {', '.join(sorted(limits))} limit a session, and {wanted.name} has none: it "
-                "replies without a state"
+                f"environment.limits: {', '.join(sorted(limits))} are for sessions, not for {wanted.name}"
             )
     return StatelessEpisodes(**rules, environment=environment)

@@ -216,10 +216,7 @@ class Episodes(ABC):
         if not self.one_sequence:
             return self._pair(first.problem, hints[-1] if hints else first.prompts.solution, problem, method)
         if hints:
-            raise ValueError(
-                "the environment gives a hint for a later turn, but environment.limits.one_sequence=true keeps the "
-                "teacher's prompt of the first one: set environment.limits.one_sequence=false"
-            )
+            raise ValueError("the environment gives a hint for a later turn: set environment.limits.one_sequence=false")
         pair, ids, reply = last.prompts, last.response.token_ids, problem.messages[-1]
         student = [*pair.student_prompt, *ids, *bridge(given.builder, first.problem, None, reply, ids[-1])]
         teacher = student
@@ -340,8 +337,10 @@ class SessionEpisodes(Episodes):
             if theirs:
                 raise EngineError(theirs[0])
         replies = {key: reply for part, _ in gathered for key, reply in part.items()}
-        if self.grid.is_reporter:
-            _warn_of_failures(replies)
+        failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
+        if failures and self.grid.is_reporter:
+            message = "%d of %d sessions failed, which ends their episodes: %s"
+            logger.warning(message, len(failures), len(replies), visible(failures[0][:2000]))
         return replies
 
 
@@ -349,13 +348,6 @@ def _key(episode: Episode) -> SampleKey:
     key = episode[0].key
     assert key is not None, "a sampled response has a name"
     return key
-
-
-def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
-    failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
-    if failures:
-        first = visible(failures[0][:2000])
-        logger.warning("%d of %d sessions failed, which ends their episodes: %s", len(failures), len(replies), first)
 
 
 def _reply(turn: Rollout) -> Reply:

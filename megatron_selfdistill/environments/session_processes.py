@@ -276,13 +276,15 @@ def _play(environment: SessionEnvironment, connection: socket.socket, memory_gb:
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * _GB),) * 2)
     loop = asyncio.new_event_loop()
     calls: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "reset": lambda asked: environment.reset(_problem(asked["problem"]), asked["seed"]),
+        "reset": lambda asked: environment.reset(Problem(**asked["problem"]), asked["seed"]),
         "step": lambda asked: environment.step(asked["response"]),
         "close": lambda asked: environment.close(),
     }
     with connection.makefile("rb") as requests:
         for line in requests:
             asked = json.loads(line)
+            for name in ("messages", "tools") if asked["call"] == "reset" else ():
+                asked["problem"][name] = tuple(asked["problem"][name])
             try:
                 result = calls[asked["call"]](asked)
                 if inspect.isawaitable(result):
@@ -292,10 +294,6 @@ def _play(environment: SessionEnvironment, connection: socket.socket, memory_gb:
                 answer = {"failure": _text(f"{asked['call']} raised {type(error).__name__}: {error}{own_lines(error)}")}
             connection.sendall(json.dumps(answer).encode() + b"\n")
     os._exit(0)
-
-
-def _problem(fields: dict[str, Any]) -> Problem:
-    return Problem(**{**fields, "messages": tuple(fields["messages"]), "tools": tuple(fields["tools"])})
 
 
 def _answer(call: str, result: Any) -> dict[str, Any]:

@@ -101,8 +101,6 @@ def _not_glm(block: str) -> ToolCallError:
     )
 
 
-NO_TOOLS = ("reset", "reward", "close")
-"""The methods of a class with tools that are no tools."""
 PARSERS: dict[str, Parser] = {"hermes": hermes, "llama": llama, "glm": glm}
 """Name of a parser that needs no dotted path -> its function."""
 
@@ -138,8 +136,8 @@ def tool_class(path: str) -> type:
 
 def tools_of(kind: type) -> dict[str, Callable[..., Any]]:
     """Return the tools of a class by their names: its public methods but reset, reward and close."""
-    methods = inspect.getmembers(kind, inspect.isfunction)
-    return {name: method for name, method in methods if not name.startswith("_") and name not in NO_TOOLS}
+    methods, others = inspect.getmembers(kind, inspect.isfunction), ("reset", "reward", "close")
+    return {name: method for name, method in methods if not name.startswith("_") and name not in others}
 
 
 def schemas_of(kind: type) -> list[dict[str, Any]]:

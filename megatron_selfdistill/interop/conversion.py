@@ -28,7 +28,7 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.describe import FORMATS, num_tokens, true_vocab_size
+from megatron_selfdistill.interop.describe import num_tokens, true_vocab_size
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import (
@@ -125,7 +125,7 @@ def megatron_to_hf(
     assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
     model, family = _model_and_family(weights, original, assets, vocab_size, progress)
-    rules = [rule for rule in family.rules(model) if not rule.may_be_absent or weights.holds(rule)]
+    rules = [rule for rule in family.rules(model) if not rule.may_be_absent or weights.place(rule)]
     carried = carried_rules(family, weights.passthrough)
     rules += carried
     weights.check_shapes(rules)
@@ -339,11 +339,8 @@ def _model_and_family(
     vocab_size: int | None,
     progress: Progress,
 ) -> tuple[ModelConfig, Family]:
-    """Return the model of a Megatron checkpoint, and its Hugging Face family."""
     if weights.args is None and original is None:
-        raise CheckpointError(
-            f"{weights.path} stores no arguments: set --hf-config to a directory with its config.json"
-        )
+        raise CheckpointError(f"{weights.path} stores no arguments: set --hf-config to a directory with config.json")
     if weights.args is not None:
         model = architecture_from_args(weights.args)
     else:
@@ -365,7 +362,7 @@ def _model_and_family(
         )
         model = replace(model, num_passthrough_mtp_layers=num_layers)
     family = family_of(original) if original is not None else family_of_model(model)
-    progress.report(f"{family.architecture}; {FORMATS[weights.format]}; iteration {weights.iteration}")
+    progress.report(f"{family.architecture}; {weights.format}; iteration {weights.iteration}")
     return model, family
 
 
@@ -404,6 +401,5 @@ def _carried_by_hf(weights: Weights, family: Family, hf: Path | None) -> tuple[W
             return directory, rules
     names = " and ".join(f"{prefix}*" for prefix in family.carried)
     raise CheckpointError(
-        f"{weights.path} has no {names}, which {family.architecture} needs: set --hf-config to the Hugging Face "
-        "directory from which the run began, with its weights"
+        f"{weights.path} has no {names}: set --hf-config to the Hugging Face directory of the start, with its weights"
     )

@@ -74,7 +74,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    """Call the function of the sub-command with the values of its options, and return the exit status."""
     module, _, name = arguments.function.rpartition(".")
     function = getattr(importlib.import_module(f"megatron_selfdistill.interop.{module}"), name)
     values = {key: value for key, value in vars(arguments).items() if key not in ("run", "function", "advice")}
@@ -97,7 +96,6 @@ def _adapter_advice(target: Path, given: argparse.Namespace) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    """Print the description of a checkpoint or a Hugging Face directory, and return the exit status."""
     from megatron_selfdistill.interop.describe import describe
 
     found = describe(arguments.checkpoint)

@@ -19,24 +19,25 @@ from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_h
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.full_weights import Weights, open_weights
+from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import check_counts, family_of, family_of_model
 from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.interop.safetensors_directory import dequantised, open_weights_directory
 from megatron_selfdistill.model.model_values import architecture
 
-FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
-"""The description of each checkpoint format of Megatron."""
-
 
 def describe(path: Path) -> dict[str, str]:
     """Return the properties of a checkpoint by name: family, sizes, layout, iteration, parameters, vocabulary."""
     path = Path(path)
     if is_hugging_face(path):
-        return _describe_hf(path)
+        config = read_config(path)
+        family = family_of(config)
+        check_counts(family, config, dequantised(open_weights_directory(path)).tensors)
+        lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes_of(path))}
+        return lines | _describe_model(family.model_config(config), family)
     weights = open_weights(path)
-    lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
+    lines = {"checkpoint": f"{weights.path}", "format": weights.format, "iteration": str(weights.iteration)}
     sizes = weights.source.sizes()
     adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
@@ -46,22 +47,16 @@ def describe(path: Path) -> dict[str, str]:
         return lines | {"arguments": "none are stored: the architecture is not known"}
     args, assets = weights.args, hf_assets_of(weights.path)
     model = architecture_from_args(args)
-    if adapters is not None:
-        return lines | _origin(weights) | _describe_model(model)
-    try:
-        vocab_size = true_vocab_size(args, num_tokens(assets), weights.num_rows)
-        lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
-    except CheckpointError as error:
-        vocab_size = weights.num_rows
-        lines["vocabulary"] = str(error)
-    model = replace(model, vocab_size=vocab_size)
-    return lines | _origin(weights) | _describe_model(model)
-
-
-def _origin(weights: Weights) -> dict[str, str]:
-    """Return the layout that wrote the checkpoint."""
-    sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
-    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())}
+    if adapters is None:
+        try:
+            vocab_size = true_vocab_size(args, num_tokens(assets), weights.num_rows)
+            lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
+        except CheckpointError as error:
+            vocab_size = weights.num_rows
+            lines["vocabulary"] = str(error)
+        model = replace(model, vocab_size=vocab_size)
+    lines["written by"] = " x ".join(f"{axis} {getattr(args, name, None) or 1}" for axis, name in _LAYOUT.items())
+    return lines | _describe_model(model)
 
 
 def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
@@ -75,18 +70,18 @@ def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None,
     """
     stored = stored_vocab_size(args) if args is not None else None
     padded = getattr(args, "padded_vocab_size", None) if args is not None else None
-    shown = (
-        f"the arguments say {stored} ({padded} with padding), the tokenizer has {tokenizer_size} tokens, {num_rows} "
-        "rows are on disk"
-    )
     chosen = next((size for size in (stored, tokenizer_size) if size is not None), num_rows)
-    if chosen > num_rows or (tokenizer_size or 0) > chosen or (stored is not None and (padded or num_rows) < stored):
-        raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+    unclear = chosen > num_rows or (tokenizer_size or 0) > chosen
+    unclear = unclear or (stored is not None and (padded or num_rows) < stored)
     if stored is None and tokenizer_size is not None and num_rows != tokenizer_size:
-        divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
-        tp_size = getattr(args, "tensor_model_parallel_size", None) or 1
-        if num_rows != math.ceil(tokenizer_size / (divisor * tp_size)) * divisor * tp_size:
-            raise CheckpointError(f"the true vocabulary is unclear: {shown}; set it with --vocab-size")
+        multiple = getattr(args, "make_vocab_size_divisible_by", None) or 128
+        multiple *= getattr(args, "tensor_model_parallel_size", None) or 1
+        unclear = unclear or num_rows != math.ceil(tokenizer_size / multiple) * multiple
+    if unclear:
+        raise CheckpointError(
+            f"the true vocabulary is unclear: the arguments say {stored} ({padded} with padding), the tokenizer has "
+            f"{tokenizer_size} tokens, {num_rows} rows are on disk; set it with --vocab-size"
+        )
     return chosen
 
 
@@ -111,14 +106,6 @@ _LAYOUT = {
     "VPP": "virtual_pipeline_model_parallel_size",
     "EP": "expert_model_parallel_size",
 }
-
-
-def _describe_hf(path: Path) -> dict[str, str]:
-    config = read_config(path)
-    family = family_of(config)
-    check_counts(family, config, dequantised(open_weights_directory(path)).tensors)
-    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes_of(path))}
-    return lines | _describe_model(family.model_config(config), family)
 
 
 def sizes_of(path: Path) -> Mapping[torch.dtype, int]:

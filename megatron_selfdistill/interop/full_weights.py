@@ -38,7 +38,7 @@ class Weights:
 
     path: Path
     format: str
-    """``torch_dist``, or ``torch`` for legacy."""
+    """The name of the format of the checkpoint, for people."""
     source: TorchDistReader | LegacyReader
     args: argparse.Namespace | None
     """The stored arguments; None if the checkpoint stores none."""
@@ -59,15 +59,11 @@ class Weights:
         shapes = self.source.shapes if isinstance(self.source, TorchDistReader) else {}
         return {key.removeprefix(PASSTHROUGH): shapes[key] for key in shapes if key.startswith(PASSTHROUGH)}
 
-    def holds(self, rule: Rule) -> bool:
-        """Return whether the checkpoint holds the tensor of ``rule``."""
-        return self._place(rule) is not None
-
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], set[Place]()
         for rule in rules:
-            place = self._place(rule)
+            place = self.place(rule)
             if place is None:
                 faults.append(f"{_shown(rule)} is missing")
                 continue
@@ -80,17 +76,18 @@ class Weights:
 
     def dtype(self, rule: Rule) -> torch.dtype:
         """Return the type of the stored tensor of ``rule``."""
-        place = self._place(rule)
+        place = self.place(rule)
         assert place is not None, "call check_shapes first"
         return self.source.dtype_at(place)
 
     def read(self, rule: Rule) -> Tensor:
         """Return the tensor of ``rule``, without padding."""
-        place = self._place(rule)
+        place = self.place(rule)
         assert place is not None, "call check_shapes first"
         return self.source.read_at(place, rule.shape, rule.shape[0] if rule.vocabulary else None)
 
-    def _place(self, rule: Rule) -> Place | None:
+    def place(self, rule: Rule) -> Place | None:
+        """Return the place of the tensor of ``rule``; None if the checkpoint lacks it."""
         return self.source.place(rule.megatron.key, rule.megatron.index)
 
 
@@ -119,7 +116,7 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     found, is_legacy = find(directory.of_iteration(Path(path), iteration))
     if is_legacy:
         legacy = LegacyReader(found)
-        return Weights(found, "torch", legacy, legacy.args, legacy.iteration)
+        return Weights(found, "torch (legacy: one file per model-parallel rank)", legacy, legacy.args, legacy.iteration)
     source = TorchDistReader(found)
     common = source.common
     stored = int(common.get("iteration") or directory.iteration_of(found))

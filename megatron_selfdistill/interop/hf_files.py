@@ -48,9 +48,7 @@ def weight_files(directory: Path) -> dict[Path, set[str] | None]:
             return _indexed(directory, index)
     others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not others:
-        raise CheckpointError(
-            f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
-        )
+        raise CheckpointError(f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or an index")
     return {contained(directory, name): None for name in others}
 
 
@@ -67,9 +65,7 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
     files: dict[Path, set[str] | None] = {}
     for name, file in entries:
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise CheckpointError(
-                f"{index} places {name} in {file!r}, expected the name of a file in the same directory"
-            )
+            raise CheckpointError(f"{index} places {name} in {file!r}, expected the name of a file beside it")
         names = files.setdefault(directory / file, set())
         assert names is not None
         names.add(name)

@@ -60,7 +60,7 @@ class LegacyReader:
         self.args = _arguments(first, self.directory)
         self.iteration = int(first.get("iteration") or 0)
         sizes = {axis: int(getattr(self.args, f"{axis}_model_parallel_size", None) or 1) for axis in _AXES}
-        self._tp_size, self._ep_size = sizes["tensor"], sizes["expert"]
+        self._tp_size = sizes["tensor"]
         self._etp_size = int(getattr(self.args, "expert_tensor_parallel_size", None) or self._tp_size)
         self._ranks = {_rank_of(name, sizes): file for name, file in files.items()}
         self._states: dict[_Rank, dict[str, dict[str, Tensor]]] = {}
@@ -132,9 +132,10 @@ class LegacyReader:
             names[rank] = {chunk: list(tensors) for chunk, tensors in self._state(rank).items()}
             self._states.pop(rank)  # keep the table of contents of one rank at a time
         offsets = _layer_offsets({rank.pipeline: by_chunk for rank, by_chunk in names.items()})
+        num_experts = getattr(self.args, "num_experts", None) or getattr(self.args, "num_moe_experts", None) or 0
         found: dict[Place, list[_Shard]] = defaultdict(list)
         for rank, by_chunk in names.items():
-            first_expert = rank.expert * (_num_experts(self.args) // sizes["expert"])
+            first_expert = rank.expert * (num_experts // sizes["expert"])
             for chunk, tensors in by_chunk.items():
                 for name in tensors:
                     place = _place(name, offsets[rank.pipeline, chunk], first_expert)
@@ -215,19 +216,10 @@ def _place(name: str, first_layer: int, first_expert: int) -> Place | None:
 def _arguments(state: Any, directory: Path) -> argparse.Namespace:
     args: argparse.Namespace | None = state.get("args") if isinstance(state, dict) else None
     if args is None:
-        raise CheckpointError(
-            f"{directory} stores no arguments, which its layout needs: save it again with Megatron-LM"
-        )
+        raise CheckpointError(f"{directory} stores no arguments, which its layout needs: save it again")
     if float(state.get("checkpoint_version", 3.0)) < 3.0:
-        raise CheckpointError(
-            f"{directory} has checkpoint_version {state['checkpoint_version']}, expected 3.0: save it with a newer "
-            "Megatron-LM"
-        )
+        raise CheckpointError(f"{directory} has checkpoint_version {state['checkpoint_version']}, expected 3.0")
     return args
-
-
-def _num_experts(args: argparse.Namespace) -> int:
-    return int(getattr(args, "num_experts", None) or getattr(args, "num_moe_experts", None) or 0)
 
 
 def _rank_of(name: str, sizes: dict[str, int]) -> _Rank:
@@ -238,10 +230,7 @@ def _rank_of(name: str, sizes: dict[str, int]) -> _Rank:
     numbers = [int(number) for number in name.removeprefix("mp_rank_").split("_")]
     expected = 1 + (sizes["pipeline"] > 1) + (sizes["expert"] > 1)
     if len(numbers) != expected:
-        raise CheckpointError(
-            f"{name} names {len(numbers)} ranks, but the arguments in it say tensor {sizes['tensor']} x pipeline "
-            f"{sizes['pipeline']} x expert {sizes['expert']}"
-        )
+        raise CheckpointError(f"{name} names {len(numbers)} ranks, but the arguments in it have the sizes {sizes}")
     later = iter(numbers[1:])
     pipeline = next(later) if sizes["pipeline"] > 1 else 0
     return _Rank(numbers[0], pipeline, next(later) if sizes["expert"] > 1 else 0)

@@ -207,14 +207,12 @@ def _layers(
             lacking.append(rule_a)
     if unused:
         raise CheckpointError(
-            f"{peft} has factors of modules that have no adapters here (routed experts, embeddings, output layer), or "
-            f"lacks their other factors: {first_few(list(unused), ', ')}"
+            f"{peft} has factors of modules without adapters here, or one factor alone: {first_few(list(unused), ', ')}"
         )
     adapted = {_linear_of(rule) for rule, _, _ in found}
     if part := [rule for rule in lacking if _linear_of(rule) in adapted]:
         raise CheckpointError(
-            f"{peft} has no factors of {first_few(list(part[0].hf_names), ', ')}, expected adapters on every layer: "
-            "layers_to_transform and layers_pattern cannot be read"
+            f"{peft} has no factors of {first_few(list(part[0].hf_names), ', ')}, expected adapters on every layer"
         )
     return found
 
@@ -285,10 +283,7 @@ def weight_rules(weights: Weights) -> list[Rule]:
     assets = hf_assets_of(weights.path)
     family = family_of(read_config(assets)) if assets is not None else family_of_model(model)
     if family.text_config is not None:
-        raise ConfigError(
-            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: the adapters "
-            "cannot be converted"
-        )
+        raise ConfigError(f"the names of PEFT for {family.architecture} depend on the version of transformers")
     return family.rules(model)
 
 
@@ -313,7 +308,6 @@ def peft_config(settings: AdapterConfig, base_model: str | None) -> dict[str, An
 
 
 def _modules(rules: Sequence[Rule], ending: str) -> list[str]:
-    """Return the names of the Hugging Face modules whose tensors with ``ending`` the rules have."""
     names = (name for rule in rules for name in rule.hf_names if name.endswith(ending))
     return [name.removesuffix(ending).removeprefix(PEFT_PREFIX) for name in names]
 

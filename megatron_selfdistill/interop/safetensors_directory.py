@@ -45,7 +45,7 @@ def open_weights_directory(directory: Path) -> StoredDirectory:
     """
     files = weight_files(Path(directory))
     is_safetensors = all(file.suffix == ".safetensors" for file in files)
-    return SafetensorsDirectory(directory, files) if is_safetensors else PickledDirectory(directory, files)
+    return SafetensorsDirectory(files) if is_safetensors else PickledDirectory(files)
 
 
 class SafetensorsDirectory:
@@ -54,8 +54,7 @@ class SafetensorsDirectory:
     Raises: CheckpointError for files that are missing or corrupt.
     """
 
-    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
-        self.directory = Path(directory)
+    def __init__(self, files: Mapping[Path, set[str] | None]) -> None:
         self.tensors: dict[str, Stored] = {}
         for file, names in files.items():
             try:
@@ -77,8 +76,7 @@ class SafetensorsDirectory:
 class PickledDirectory:
     """The weights in ``pytorch_model.bin`` or its shards, from the restricted unpickler, which runs no code."""
 
-    def __init__(self, directory: Path, files: Mapping[Path, set[str] | None]) -> None:
-        self.directory = Path(directory)
+    def __init__(self, files: Mapping[Path, set[str] | None]) -> None:
         self.tensors: dict[str, Stored] = {}
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
         for file, names in files.items():
@@ -172,7 +170,6 @@ class Mxfp4Directory:
 
     def __init__(self, stored: StoredDirectory, names: list[str]) -> None:
         """Show the tensors ``names`` of ``stored`` as bf16; the other tensors are as they are."""
-        self.directory = stored.directory
         self._stored, self._names = stored, frozenset(names)
         parts = {name + suffix for name in names for suffix in (_BLOCKS, _SCALES)}
         self.tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}

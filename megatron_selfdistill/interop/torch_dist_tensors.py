@@ -2,7 +2,7 @@
 """Read and write the tensors of torch_dist checkpoints in one process without a process group.
 
     reader = TorchDistReader(path)
-    reader.read("decoder.layers.mlp.linear_fc2.weight", (17,))
+    reader.read_at(("decoder.layers.mlp.linear_fc2.weight", (17,)), ())
     write(path, pieces, common)            # the writer makes each Piece when its turn comes
 
 Memory of a reader: one slice, and one stored chunk where the chunks of the checkpoint are larger than the slice.
@@ -133,8 +133,7 @@ def _made(piece: Piece) -> Tensor:
     tensor = piece.make().contiguous()
     if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
         raise CheckpointError(
-            f"{piece.key} at {list(piece.offset)} has the shape {list(tensor.shape)} and type "
-            f"{tensor.dtype}, expected {list(piece.sizes)} and {piece.dtype}: report this error"
+            f"{piece.key} is {list(tensor.shape)} {tensor.dtype}, not {list(piece.sizes)} {piece.dtype}"
         )
     # torch.save writes the whole storage of a view.
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
@@ -191,10 +190,6 @@ class TorchDistReader:
         """Return the type of the tensor at ``place``."""
         return self._tensors[place[0]].properties.dtype
 
-    def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
-        """Return the tensor at ``place``, or its first ``num_rows`` rows; see `read`."""
-        return self.read(place[0], place[1], num_rows)
-
     def sizes(self) -> dict[torch.dtype, int]:
         """Return the number of elements of the model's tensors by type, including padding."""
         sizes: Counter[torch.dtype] = Counter()
@@ -213,9 +208,9 @@ class TorchDistReader:
                 faults.append(f"{key} holds {count} tensors, expected {counts[key]}")
         return faults
 
-    def read(self, key: str, index: tuple[int, ...] = (), num_rows: int | None = None) -> Tensor:
-        """Return ``stored[key][index]``, or its first ``num_rows`` rows."""
-        shape = self.shapes[key][len(index) :]
+    def read_at(self, place: Place, expected: tuple[int, ...], num_rows: int | None = None) -> Tensor:
+        """Return the tensor at ``place``, or its first ``num_rows`` rows; nothing depends on ``expected`` here."""
+        (key, index), shape = place, self.full_shape(place, expected)
         sizes = shape if num_rows is None else (num_rows, *shape[1:])
         start, end = (*index, *(0 for _ in sizes)), (*(i + 1 for i in index), *sizes)
         target: Tensor | None = None

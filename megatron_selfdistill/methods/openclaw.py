@@ -52,7 +52,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from megatron_selfdistill.chat_logs.replies import Turn, turn_reader
+from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
@@ -288,7 +288,7 @@ class Openclaw(HintedLater):
                 if pair is not None
             }
         run = self.tools.run_data
-        reader = turn_reader(self.tools.config.data, run.builder, run.ends, run.max_length)
+        reader = TurnReader(run.builder, run.ends, run.max_length, self.tools.config.data)
         turns = reader.read(list(shown.values())) if shown else []
         return {i: turn.prompts for i, turn in zip(shown, turns, strict=True) if isinstance(turn, Turn)}
 

@@ -178,7 +178,7 @@ def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) 
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
     return [
         build(
-            grid.is_first_stage and index == 0,
+            grid.pp_rank == 0 and index == 0,
             grid.is_last_stage and index == num_chunks - 1,
             index if num_chunks > 1 else None,
         )

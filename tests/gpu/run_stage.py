@@ -69,7 +69,9 @@ def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Fig
 
     a, b = (TorchDistReader(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
     tensors = {
-        key: float((a.read(key).double() - b.read(key).double()).abs().max()) if math.prod(shape) else 0.0
+        key: float((a.read_at((key, ()), ()).double() - b.read_at((key, ()), ()).double()).abs().max())
+        if math.prod(shape)
+        else 0.0
         for key, shape in a.shapes.items()
     }
     return largest("metrics, largest difference", metrics, 0.0), largest("tensors, largest difference", tensors, 0.0)

@@ -154,7 +154,7 @@ def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, ca
     shutil.rmtree(moved)
     model = ["--megatron", str(run / "checkpoints"), "--data", str(data / "problems.jsonl")]
     assert evaluate.main([*model, "--out", str(tmp_path / "out"), f"data.tokenizer={data}/tokenizer"]) == 2
-    assert f"with the digest {expected}, is not at {moved}/checkpoints any more" in capsys.readouterr().err
+    assert f"whose base {expected} is not at {moved}/checkpoints" in capsys.readouterr().err
 
 
 @pytest.mark.full

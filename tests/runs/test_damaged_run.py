@@ -67,7 +67,7 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
     assert all(reason in message for reason in reasons)
     if damages == (lose, lose):
         assert "iter_0000006 does not exist" in message  # the tracker file names it
-    assert f"move {run} away to start afresh" in message
+    assert f"move {run} away" in message
     assert bytes_of(run) == before
 
 

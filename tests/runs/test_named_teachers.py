@@ -350,9 +350,9 @@ def merge(adapters: Path, out: Path) -> None:
     factors = TorchDistReader(adapters)
     pieces = []
     for key, shape in weight_shapes(base.source.shapes).items():
-        weight, adapter = base.source.read(key), f"{key.removesuffix('.weight')}_adapter"
+        weight, adapter = base.source.read_at((key, ()), ()), f"{key.removesuffix('.weight')}_adapter"
         if f"{adapter}.a" in factors.shapes:
-            a, b = (factors.read(f"{adapter}.{name}") for name in "ab")
+            a, b = (factors.read_at((f"{adapter}.{name}", ()), ()) for name in "ab")
             weight = weight + (stored.settings.scale * b.double() @ a.double()).to(weight.dtype)
         pieces.append(Piece(key, shape, (0,) * len(shape), shape, weight.dtype, lambda made=weight: made))
     objects = [key for key in load_metadata(base.path).state_dict_metadata if "_extra_state" in key]

@@ -233,9 +233,7 @@ class Temporary:
     """A checkpoint that is being written; every rank, and each writer that a rank forks, shares its lock."""
 
     path: Path
-
-    def __post_init__(self) -> None:
-        self._lock: int | None = None
+    _lock: int | None = None
 
     def hold(self) -> Temporary:
         """Share the lock, and return this object.
@@ -285,10 +283,7 @@ def begin(directory: Path, name: str, num_bytes: int) -> Temporary:
     _remove_leftovers(directory)
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
-        raise CheckpointError(
-            f"{name} needs {num_bytes:,} bytes but {directory} has {free:,} free: make room; in a run, lower "
-            "checkpoint.keep_last"
-        )
+        raise CheckpointError(f"{name} needs {num_bytes:,} bytes but {directory} has {free:,} free: make room")
     temporary = Temporary(directory / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
     temporary.path.mkdir()
     return temporary

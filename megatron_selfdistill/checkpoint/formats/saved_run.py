@@ -41,9 +41,7 @@ def read_saved_run(path: Path) -> SavedRun:
     common = read_common(path)
     own = common.get(SECTION) if isinstance(common, dict) else None
     if not isinstance(own, dict):
-        raise CheckpointError(
-            f"{path} was not saved by a run of this program: to start from its weights, set checkpoint.load"
-        )
+        raise CheckpointError(f"{path} was not saved by a run of this program: set checkpoint.load to its weights")
     try:
         state: dict[str, Any] = json.loads(own.get("trainer_state") or "")
         int(state["step"])

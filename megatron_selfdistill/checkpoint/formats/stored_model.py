@@ -41,10 +41,7 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
         args = stored_args(Path(config.checkpoint.load))
     if args is None:
         return config
-    if given is None:
-        fields = fields_set(config.model)
-    else:
-        fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
+    fields = fields_set(config.model, given)
     return dataclasses.replace(config, model=reconcile(config.model, fields, architecture_from_args(args)))
 
 
@@ -154,8 +151,10 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
     return wanted
 
 
-def fields_set(model: ModelConfig) -> set[str]:
-    """Return the fields that differ from their defaults, for configurations without a record of the set keys."""
+def fields_set(model: ModelConfig, given: Collection[str] | None = None) -> set[str]:
+    """Return the fields among the keys ``given``; without a record of the set keys, those without their defaults."""
+    if given is not None:
+        return {key.removeprefix("model.") for key in given if key.startswith("model.")}
     parts: list[tuple[str, Any, Any]] = [("", model, ModelConfig()), ("yarn.", model.yarn, YarnConfig())]
     return {
         prefix + f.name
@@ -175,9 +174,6 @@ _NAMES = (
 )
 _SAME = {**{name: name for name in _NAMES.split()}, "num_moe_experts": "num_experts"}
 
-# A field of TransformerConfig -> Megatron-LM's argument.
-_RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
-
 _NOT_BUILT = (
     *("use_legacy_models", "squared_relu", "openai_gelu", "heterogeneous_layers_config_path", "moe_latent_size"),
     *("hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "use_mup", "mla_down_proj_fusion"),
@@ -186,7 +182,6 @@ _NOT_BUILT = (
 """The arguments of models that this program does not build."""
 _NEW = "null_tokenizer_eod_id"
 """An argument that Megatron-LM stores since 0.18."""
-_ROUTINGS_NOT_BUILT = ("sinkhorn", "quantile_balancing")
 
 
 def _require_known(stored: dict[str, Any]) -> None:
@@ -194,7 +189,7 @@ def _require_known(stored: dict[str, Any]) -> None:
         if stored.get(name):
             raise CheckpointError(f"the checkpoint has the argument {name}={stored[name]!r}, which is not built here")
     balancing = stored.get("moe_router_load_balancing_type") or ""  # a name or a list of names
-    if stored.get("num_experts") and any(name in balancing for name in _ROUTINGS_NOT_BUILT):
+    if stored.get("num_experts") and any(name in balancing for name in ("sinkhorn", "quantile_balancing")):
         raise CheckpointError(f"the checkpoint's router chooses experts by {balancing}, which is not built here")
     if stored.get("experimental_attention_variant") and "num_passthrough_mtp_layers" not in stored:
         raise CheckpointError(
@@ -222,8 +217,8 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
     latent = bool(stored.get("multi_latent_attention"))
     for name, default in TRANSFORMER_DEFAULTS.items():
         value = stored.get(name)
-        if value is None:
-            value = stored.get(_RENAMED.get(name, name))
+        if value is None and name == "layernorm_zero_centered_gamma":
+            value = stored.get("apply_layernorm_1p")  # Megatron-LM's argument
         value = getattr(value, "name", value)  # an enumeration
         if name == "q_lora_rank" and latent and name in stored and value is None:
             found[name] = None  # queries without compression

@@ -62,14 +62,10 @@ def _refuse_newer(directory: Path, common: dict[str, Any]) -> None:
     newest = ".".join(map(str, older_megatron.NEWEST))
     written = re.fullmatch(r"(\d+)\.(\d+)", str(common.get(WRITTEN_WITH)))
     if written is not None and (int(written[1]), int(written[2])) > older_megatron.NEWEST:
-        raise CheckpointError(
-            f"{directory} was written with Megatron Core {written[0]}, expected at most {newest}: read it with the "
-            "version of this program that wrote it"
-        )
+        raise CheckpointError(f"{directory} was written with Megatron Core {written[0]}, expected at most {newest}")
     if isinstance(version := common.get("checkpoint_version"), int | float) and version > _CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{directory} was written by a Megatron-LM whose checkpoint_version is {version}, expected at most "
-            f"{_CHECKPOINT_VERSION}, as in Megatron Core {newest}: convert it with that Megatron-LM"
+            f"{directory} was written with checkpoint_version {version}, expected at most {_CHECKPOINT_VERSION}"
         )
 
 

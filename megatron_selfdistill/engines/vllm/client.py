@@ -8,7 +8,6 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from megatron_selfdistill.distributed.timed_http import HttpAnswer
 from megatron_selfdistill.engines.vllm.coroutines import begin
 from megatron_selfdistill.engines.vllm.engine import EngineRequest, possible_response, stated_in_json
 from megatron_selfdistill.engines.vllm.engine_adapter import ADAPTER_NAME
@@ -54,7 +53,9 @@ class VllmServer:
         self.address = address.rstrip("/")
         self._http = PatientHttp(self.address, token, timeout_s)
         self._vocab_size, self._model = vocab_size, ADAPTER_NAME if adapted else None
-        self._url = urllib.parse.urlsplit(self.address)
+        url = urllib.parse.urlsplit(self.address)
+        self.place = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+        """Name or number of the server's host, and its port."""
 
     def __repr__(self) -> str:
         return f"VllmServer({self.address!r})"  # without the token
@@ -63,16 +64,6 @@ class VllmServer:
     def name(self) -> str:
         """The name of the server in messages, with its address."""
         return f"the vLLM server {self.address}"
-
-    @property
-    def host(self) -> str:
-        """Name or number of the server's host, without the port."""
-        return self._url.hostname or ""
-
-    @property
-    def port(self) -> int:
-        """Port of the server, by default that of the scheme."""
-        return self._url.port or (443 if self._url.scheme == "https" else 80)
 
     def interrupt(self) -> None:
         """Let every request that is under way raise `EngineError`; the server drops the request."""
@@ -90,14 +81,11 @@ class VllmServer:
         if self._model is not None:
             body["model"] = self._model
         max_bytes = _FIXED_BYTES + _TOKEN_BYTES * int(request.sampling.get("max_tokens", 0))
-        content = json.dumps(body).encode()
-        answer = await self._http.answer("POST", _GENERATE, content, generates=True, max_bytes=max_bytes)
-        return self._read(
-            answer,
-            "POST",
-            _GENERATE,
-            lambda found: possible_response(request, stated_in_json(found), vocab_size, self.name),
-        )
+
+        def read(answer: Any) -> Response:
+            return possible_response(request, stated_in_json(answer), vocab_size, self.name)
+
+        return await self._ask("POST", _GENERATE, body, read, generates=True, max_bytes=max_bytes)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Call the worker extension's method of that name; return the result of each worker, by rank."""
@@ -186,18 +174,15 @@ class VllmServer:
         path: str,
         body: Any = None,
         read: Callable[[Any], T] = lambda answer: answer,
-        timeout_s: float | None = None,
+        **options: Any,
     ) -> T:
-        """Send a request and return what ``read`` finds in its answer; see `_read`."""
-        content = None if body is None else json.dumps(body).encode()
-        answer = await self._http.answer(method, path, content, timeout_s=timeout_s)
-        return self._read(answer, method, path, read)
+        """Send a request and return what ``read`` finds in the JSON of its answer, None in an empty one.
 
-    def _read(self, answer: HttpAnswer, method: str, path: str, read: Callable[[Any], T]) -> T:
-        """Return what ``read`` finds in the JSON of an answer, None in an empty one.
-
+        ``options``: those of `PatientHttp.answer`.
         Raises: `EngineError` for a refusal, and for an answer of another form.
         """
+        content = None if body is None else json.dumps(body).encode()
+        answer = await self._http.answer(method, path, content, **options)
         if answer.status != 200:
             kind = RequestRefused if 400 <= answer.status < 500 else EngineError
             raise kind(f"{self.address}: {method} {path} answered {answer.status}: {_reason(answer.text)}")

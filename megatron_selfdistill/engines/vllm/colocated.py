@@ -126,15 +126,24 @@ class ColocatedSampler:
         Raises, on all ranks alike: ValueError as `check_requests`; `EngineError` where an engine fails, returns fewer
         responses than requests, or samples with other weights than the last `update_weights` sent.
         """
-        version = self._last_version()
+        if (version := self._version) is None:
+            raise EngineError("the vLLM engines have no weights yet: call update_weights before generate")
         with raise_on_all_ranks(EngineError):
             check_requests(requests, params, self._max_length)
         shares = EngineShares(len(requests), self._grid, self._engine_tp)
         share = shares.distribute(requests)
         if self._asleep:  # the weights have left the device
             self.update_weights(version)
+
+        def report(finished: int) -> None:
+            self._progress(finished, len(share), "of this engine" if self._num_engines > 1 else "")
+
         with raise_on_all_ranks(EngineError):
-            responses = self._generate_share(share, params)
+            report(0)
+            age = WeightAge(version, self._max_staleness)
+            responses = self._engine.generate([engine_request(request, params) for request in share], report)
+            for response in responses:
+                age.require(response.weight_version, self._engine.name)
         return shares.collect(responses)
 
     def sleep(self) -> None:
@@ -156,22 +165,6 @@ class ColocatedSampler:
         for bucket in buckets:
             self._count("sync_bytes", sum(tensor.nbytes for _, tensor in bucket))
             yield from bucket
-
-    def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        def report(finished: int) -> None:
-            self._progress(finished, len(requests), "of this engine" if self._num_engines > 1 else "")
-
-        report(0)
-        age = WeightAge(self._last_version(), self._max_staleness)
-        responses = self._engine.generate([engine_request(request, params) for request in requests], report)
-        for response in responses:
-            age.require(response.weight_version, self._engine.name)
-        return responses
-
-    def _last_version(self) -> int:
-        if self._version is None:
-            raise EngineError("the vLLM engines have no weights yet: call update_weights before generate")
-        return self._version
 
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"

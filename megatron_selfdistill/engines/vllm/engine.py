@@ -28,7 +28,7 @@ def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> 
     its rotary kernel for a CPU rotates the queries wrongly (0.32), so that the engine takes neither.
     """
     budget = {} if max_model_len is None else {"max_num_batched_tokens": max(2048, max_model_len)}
-    arguments: dict[str, Any] = {"enable_chunked_prefill": False, **budget}
+    arguments: dict[str, Any] = {"enforce_eager": True, "enable_chunked_prefill": False, **budget}
     if hf_config.get("kv_lora_rank"):
         arguments |= {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["none"]}}
     return arguments
@@ -82,16 +82,14 @@ def stated_in_json(answer: Any) -> StatedResponse:
     token_ids = [_integer(token) for token in choice["token_ids"]]
     content = choice["logprobs"]["content"]
     logged = [_integer(token["token_id"]) for token in content]
-    log_probs = [_number_of(token["logprob"]) for token in content]
+    numbers = [token["logprob"] for token in content]
+    log_probs = [number if type(number) is float else float(_integer(number)) for number in numbers]
     spans = [
         (str(span["version"]), _integer(span["start"]), _integer(span["end"]))
         for span in choice["weight_versions"] or []
     ]
     if logged != token_ids:
-        raise ValueError(
-            f"expected tokens with a log-prob each, got {len(token_ids)} tokens and {len(log_probs)} log-probs"
-            f"{' of other tokens' if len(token_ids) == len(log_probs) else ''}"
-        )
+        raise ValueError(f"got {len(token_ids)} tokens and {len(log_probs)} log-probs, expected a log-prob per token")
     return StatedResponse(token_ids, log_probs, str(choice["finish_reason"]), spans)
 
 
@@ -100,11 +98,6 @@ def _integer(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"expected an integer, got {type(value).__name__}")
     return value
-
-
-def _number_of(value: Any) -> float:
-    """Return a number of JSON as a float; raise TypeError for anything else, and OverflowError if it is too large."""
-    return value if type(value) is float else float(_integer(value))
 
 
 def stated_in_process(output: Any) -> StatedResponse:

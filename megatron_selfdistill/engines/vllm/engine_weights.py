@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,15 +42,12 @@ class EngineWeights:
         self.transformer: Any = unwrapped(chunks[0]).config
         """Megatron's configuration of the chunks, in whose ``params_dtype`` engines compute."""
         self._factors: Exporter | None = None
+        exporter = partial(Exporter, chunks, grid, bucket_bytes=bucket_bytes, on_ranks=on_ranks)
         if adapter is not None and adapter.rank:
             factors = adapter_rules(rules, adapter)
             self.adapter = EngineAdapter.of(adapter, factors)
-            self._factors = Exporter(
-                chunks, grid, factors, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=is_adapter_key
-            )
-        self._weights = Exporter(
-            chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=lambda key: not is_adapter_key(key)
-        )
+            self._factors = exporter(factors, part=is_adapter_key)
+        self._weights = exporter(rules, part=lambda key: not is_adapter_key(key))
 
     def stream(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Return the stream of the weights, without adapters: `Exporter.stream` with views where possible."""

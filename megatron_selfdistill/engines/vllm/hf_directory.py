@@ -49,7 +49,12 @@ def engine_directory(config: Config, vocab_size: int, run_dir: Path, grid: RankG
 
 def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[Rule]]:
     source = _source(config, run_dir)
-    original = None if source is None else _as_trained(read_config(source), vocab_size)
+    original = None
+    if source is not None:
+        original = dict(text_config(read_config(source)))  # an engine holds what is trained
+        untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
+        # Rows without a token, which many directories have, would take a share of every softmax.
+        original |= {"vocab_size": vocab_size, **untrained}
     model, family = _model(config, original, vocab_size)
     _require_yarns_positions(model)
     _require_known_gpt_oss(model, family)
@@ -58,9 +63,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
         hf_config = family.hf_config(model, dtype, original)
     except ConfigError as error:
         where = "" if source is None else f"{source}: "
-        raise ConfigError(
-            f"{where}{error}; set rollout.hf_config to the directory of the model that is trained"
-        ) from error
+        raise ConfigError(f"{where}{error}; set rollout.hf_config to the directory of the trained model") from error
     return {"architectures": [family.architecture], **hf_config}, family.rules(model)
 
 
@@ -69,8 +72,7 @@ def _source(config: Config, run_dir: Path) -> Path | None:
         return Path(config.rollout.hf_config)
     if config.model.provider is not None:
         raise ConfigError(
-            "model.provider builds a model that rollout.engine=vllm does not know: name a directory with its "
-            "Hugging Face config.json in rollout.hf_config"
+            "vLLM does not know the model: name a directory with its Hugging Face config.json in rollout.hf_config"
         )
     found = None
     if config.checkpoint.load is not None:
@@ -81,13 +83,6 @@ def _source(config: Config, run_dir: Path) -> Path | None:
     return found
 
 
-def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    # Rows without a token, which many directories have, would take a share of every softmax.
-    original = dict(text_config(original))  # an engine holds what is trained
-    untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
-    return {**original, "vocab_size": vocab_size, **untrained}
-
-
 def _require_yarns_positions(model: ModelConfig) -> None:
     """Raise ConfigError for more positions than the table of vLLM's YaRN holds, behind whose end vLLM reads NaN."""
     if model.position_embedding_type != "yarn":
@@ -96,8 +91,7 @@ def _require_yarns_positions(model: ModelConfig) -> None:
     if model.max_position_embeddings > held:
         raise ConfigError(
             f"model.max_position_embeddings={model.max_position_embeddings} exceeds the {held} positions of YaRN in "
-            "vLLM (rotary_scaling_factor x original_max_position_embeddings of model.yarn): set "
-            f"model.max_position_embeddings to at most {held}"
+            f"vLLM: set it to at most {held}"
         )
 
 

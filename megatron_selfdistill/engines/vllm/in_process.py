@@ -58,7 +58,6 @@ def in_process_engine_args(
         "trust_remote_code": False,  # rollout.engine_args may say otherwise
         "load_format": "dummy",
         "generation_config": "vllm",
-        "enforce_eager": device.type == "cpu",
         "disable_log_stats": True,
         "enable_sleep_mode": device.type == "cuda",
         "worker_extension_cls": WORKER_EXTENSION,
@@ -270,8 +269,17 @@ class InProcessEngine:
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
         lora = None if self._adapter is None else LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
-        step = _reporting(llm.llm_engine.step, report)
-        with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
+        step, finished = llm.llm_engine.step, 0
+
+        def step_and_report() -> Any:
+            nonlocal finished
+            beat()
+            outputs = step()
+            finished += sum(output.finished for output in outputs)
+            report(finished)
+            return outputs
+
+        with trainer_state_kept(), _replaced(llm.llm_engine, "step", step_and_report):
             try:
                 outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
             except Exception as error:
@@ -377,8 +385,7 @@ def _started(directory: Path, arguments: dict[str, Any], rank: int, local_rank: 
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
     except ImportError as error:
         raise ConfigError(
-            "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment "
-            f"({error}); install it there, or set rollout.placement=server"
+            f"rollout.placement=colocated needs vLLM in the trainer's environment ({error}); or set it to server"
         ) from error
 
     def distributed_args(self: Any) -> tuple[str, int, int]:
@@ -404,21 +411,6 @@ def _started(directory: Path, arguments: dict[str, Any], rank: int, local_rank: 
     for path in _SHARED_MEMORY.glob(f"{ident}-*"):
         path.unlink(missing_ok=True)
     return llm
-
-
-def _reporting(step: Callable[[], Any], report: Callable[[int], None]) -> Callable[[], Any]:
-    """Return ``step`` of vLLM's engine, which also is a sign of progress and reports the finished requests so far."""
-    finished = 0
-
-    def step_and_report() -> Any:
-        nonlocal finished
-        beat()
-        outputs = step()
-        finished += sum(output.finished for output in outputs)
-        report(finished)
-        return outputs
-
-    return step_and_report
 
 
 @contextlib.contextmanager

@@ -73,12 +73,6 @@ def _one_by_one(
 _weight_loader = layerwise._get_weight_loader
 
 
-def reload_in_place() -> None:
-    """Let every later reload of this process use the memory that a layer has; calling it again changes nothing."""
-    layerwise.materialize_layer = _materialize_in_place
-    layerwise._get_weight_loader = _named_weight_loader
-
-
 def _named_weight_loader(tensor: Tensor) -> Any:
     """Return the loader of a parameter as vLLM's own function does, with a name.
 
@@ -109,9 +103,10 @@ def before_reload(model: torch.nn.Module) -> None:
     """Let experts be packed as at their first load, and let vLLM load into the memory that layers have.
 
     An expert layer that has a kernel counts as ready, so that vLLM would read plain weights as packed ones.  On every
-    device vLLM loads into the memory that the layers have (reload_in_place.py).
+    device, this and every later reload of the process load into the memory that the layers have.
     """
-    reload_in_place()
+    layerwise.materialize_layer = _materialize_in_place
+    layerwise._get_weight_loader = _named_weight_loader
     load_through_loaders(model)
     if current_platform.is_cpu():
         for module in model.modules():

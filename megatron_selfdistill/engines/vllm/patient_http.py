@@ -81,10 +81,11 @@ class PatientHttp:
             async with deadline:
                 if self._watching is None or self._watching.done():  # one task watches for all requests
                     self._watching = asyncio.create_task(self._watch())
-                answer = await self._exchange(method, path, content, max_bytes)
+                answer = await exchange(self._client, method, self.address + path, content, self._headers, max_bytes)
         except TimeoutError:
-            why = _GIVEN_UP if wait.given_up else f"TimeoutError: {self._silence(wait)}"
-            raise EngineError(f"{self.address}: {method} {path}: {why}") from None
+            why = f"TimeoutError: no {'token' if generates else 'answer'} within {self._timeout_s(wait):g} s"
+            why += "" if self._signalled is None else ", and a signal has asked the run to end"
+            raise EngineError(f"{self.address}: {method} {path}: {_GIVEN_UP if wait.given_up else why}") from None
         except HttpError as error:
             raise EngineError(f"{self.address}: {method} {path}: {error}") from error
         finally:
@@ -97,11 +98,6 @@ class PatientHttp:
         for wait in self._waits:
             wait.given_up = True
             wait.deadline.reschedule(asyncio.get_running_loop().time())
-
-    async def _exchange(
-        self, method: str, path: str, content: bytes | None = None, max_bytes: int = _MAX_BYTES
-    ) -> HttpAnswer:
-        return await exchange(self._client, method, self.address + path, content, self._headers, max_bytes)
 
     async def _watch(self) -> None:
         """End the requests whose time is over, while there are requests."""
@@ -128,15 +124,13 @@ class PatientHttp:
     def _timeout_s(self, wait: _Wait) -> float:
         return wait.timeout_s if self._signalled is None else min(wait.timeout_s, _LEAVING_SECONDS)
 
-    def _silence(self, wait: _Wait) -> str:
-        why = "" if self._signalled is None else ", and a signal has asked the run to end"
-        return f"no {'token' if wait.generates else 'answer'} within {self._timeout_s(wait):g} s{why}"
-
     async def _look(self) -> None:
         """Note a sign of life if the server's count of tokens has grown since the last look."""
         try:
             async with asyncio.timeout(self.timeout_s):
-                num_tokens = counted_tokens(await self._exchange("GET", METRICS), self.address)
+                url = self.address + METRICS
+                answer = await exchange(self._client, "GET", url, None, self._headers, _MAX_BYTES)
+                num_tokens = counted_tokens(answer, self.address)
         except (HttpError, TimeoutError, EngineError):
             num_tokens = self._num_tokens  # no sign of life: the requests that wait time out
         self._looked = time.monotonic()

@@ -30,20 +30,10 @@ Task = Callable[[VllmServer], Work[T]]
 """A coroutine function that lets a server do the task."""
 
 
-@dataclass(frozen=True)
-class DispatchResult:
-    """What has happened while servers did all tasks."""
-
-    num_retried: int
-    """Number of tasks that were begun again, since a server failed at them."""
-    failures: dict[VllmServer, EngineError]
-    """The first error of each server that failed."""
-
-
 def dispatch(
     tasks: Sequence[Task[T]], servers: Sequence[VllmServer], arrived: Callable[[int, T], None]
-) -> DispatchResult:
-    """Do every task on one of ``servers``.
+) -> tuple[int, dict[VllmServer, EngineError]]:
+    """Do every task on one of ``servers``; return the number of retried tasks, and the first error of each lost server.
 
     Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
     server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
@@ -54,7 +44,7 @@ def dispatch(
     other error of a task, at once.
     """
     if not tasks:
-        return DispatchResult(0, {})
+        return 0, {}
     cuts = [len(tasks) * i // len(servers) for i in range(len(servers) + 1)]
     waiting = {server: deque(range(first, end)) for server, (first, end) in zip(servers, pairwise(cuts), strict=True)}
     num_at_once = min(MAX_IN_FLIGHT, -(-len(tasks) // len(servers)))  # per server
@@ -97,7 +87,7 @@ def dispatch(
         for server in servers:
             server.interrupt()
         raise
-    return DispatchResult(len(retried), failures)
+    return len(retried), failures
 
 
 class BusyTime:
@@ -180,8 +170,10 @@ class ServerBatch:
         self._responses = dict(known)
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self.dispatched = DispatchResult(0, {})
-        """What has happened on the way, once the batch is finished."""
+        self.num_retried = 0
+        """The number of requests that were begun again, once the batch is finished."""
+        self.failures: dict[VllmServer, EngineError] = {}
+        """The first error of each server that was lost on the way."""
         self._thread = threading.Thread(target=self._run, name="server batch", daemon=True)
         self._thread.start()
 
@@ -221,7 +213,8 @@ class ServerBatch:
 
         try:
             with self._busy_time:
-                self.dispatched = dispatch([self._task(self.requests[i]) for i in todo], self._servers, arrived)
+                tasks = [self._task(self.requests[i]) for i in todo]
+                self.num_retried, self.failures = dispatch(tasks, self._servers, arrived)
         except BaseException as error:
             self._error = error
         finally:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work, begin
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.errors import EngineError, first_few
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +21,14 @@ _GRACE_SECONDS = 5.0
 Failures = dict[VllmServer, Exception]
 
 
-def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]) -> Failures:
-    """Run ``do`` for all servers at once; return the exception of each server on which it failed."""
-    return on_each_while(None, servers, do)
-
-
-def on_each_while(
-    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]
+def on_each(
+    servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]], own: Callable[[], None] | None = None
 ) -> Failures:
-    """Run ``do`` for all servers at once and call ``own`` meanwhile in this thread; return the failures.
+    """Run ``do`` for all servers at once; return the exception of each server on which it failed.
 
-    A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
-    that has not answered some seconds after ``own`` failed is interrupted, and fails.  No server takes a thread.
+    ``own``: what this thread calls meanwhile.  A failure of ``own`` alone counts as a failure of every server: it does
+    not show which of them caused it.  A server that has not answered some seconds after ``own`` failed is interrupted,
+    and fails.  No server takes a thread.
     """
     answers: dict[VllmServer, Future[None]] = {}
     own_error: Exception | None = None
@@ -95,7 +91,7 @@ class ServerPool:
                 forget(server)
                 self._versions.pop(server, None)
         if not reported:
-            raise EngineError(f"no vLLM server can be reached: {_causes(failures.values())}")
+            raise EngineError(f"no vLLM server can be reached: {_causes(failures)}")
         return [server for server in self.servers if server in reported]
 
     def has_weights(self, server: VllmServer) -> bool:
@@ -123,7 +119,7 @@ class ServerPool:
     def require(self, version: int) -> None:
         """Raise `EngineError` if no server has the weights of ``version``."""
         if version not in self._versions.values():
-            raise EngineError(f"no vLLM server took the weights: {_causes(self._failed.values())}")
+            raise EngineError(f"no vLLM server took the weights: {_causes(self._failed)}")
 
     def usable(self, version: int, max_staleness: int) -> list[VllmServer]:
         """Return the servers whose weights are at most ``max_staleness`` steps older than ``version``.
@@ -148,12 +144,9 @@ class ServerPool:
                 self._failed.pop(server, None)
         usable = [server for server in self.servers if server not in self._failed and is_recent(server)]
         if not usable:
-            raise EngineError(
-                f"none of {len(self.servers)} vLLM servers is alive and has weights of version {version}: "
-                f"{_causes(self._failed.values())}"
-            )
+            raise EngineError(f"no vLLM server is alive and has weights of version {version}: {_causes(self._failed)}")
         return usable
 
 
-def _causes(errors: Iterable[Exception]) -> str:
-    return "; ".join(str(error) for error in list(errors)[:4])
+def _causes(failures: Failures) -> str:
+    return first_few([str(error) for error in failures.values()])

@@ -313,8 +313,8 @@ class ServerSampler:
         batch.join()
         if batch in self._under_way:
             self._under_way.remove(batch)
-            self._pool.lose(batch.dispatched.failures)
-            self._count("requests_retried", batch.dispatched.num_retried)
+            self._pool.lose(batch.failures)
+            self._count("requests_retried", batch.num_retried)
 
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"
@@ -327,11 +327,7 @@ def _check(server: VllmServer, max_length: int) -> None:
     longest = run(server.max_model_len())
     if longest is not None and longest < max_length:
         raise ConfigError(
-            f"the vLLM server {server.address} was started with --max-model-len {longest}, but contexts of this run "
-            f"have up to {max_length} tokens: start it with --max-model-len {max_length}"
+            f"{server.name} was started with --max-model-len {longest}, but this run needs --max-model-len {max_length}"
         )
     if run(server.num_tokens()) is None:
-        raise ConfigError(
-            f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
-            "server that works on long responses looks as if it hung; start it without this option"
-        )
+        raise ConfigError(f"{server.name} must start without --disable-log-stats, so that the run sees it work")

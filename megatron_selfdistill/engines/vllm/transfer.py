@@ -26,7 +26,7 @@ from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack, pin
 from megatron_selfdistill.engines.vllm.server.server_names import own_address
-from megatron_selfdistill.engines.vllm.server_pool import Failures, on_each, on_each_while
+from megatron_selfdistill.engines.vllm.server_pool import Failures, on_each
 from megatron_selfdistill.engines.vllm.transfer_group import broadcast, close_group, open_group
 from megatron_selfdistill.errors import ConfigError, EngineError
 
@@ -257,7 +257,7 @@ class BroadcastTransfer(Transfer):
         failures = on_each(servers, ask)
         for server, workers in nodes.items():
             try:  # here, since a coroutine must not wait for the lookup of a name
-                addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
+                addresses.update([own_address(*server.place), *(own_address(each, 1) for each in workers)])
             except OSError as error:
                 failures[server] = EngineError(f"{server.address}: no way to its workers is known: {error}")
         if failures:
@@ -287,7 +287,7 @@ class BroadcastTransfer(Transfer):
                 failed.set()
                 raise
 
-        failures = on_each_while(enter, servers, invite)
+        failures = on_each(servers, invite, own=enter)
         self._joined = [] if failures else list(servers)
         if failures:
             self.close()
@@ -322,7 +322,7 @@ class BroadcastTransfer(Transfer):
                 failed.set()
                 raise
 
-        failures = on_each_while(offer, servers, load)
+        failures = on_each(servers, load, own=offer)
         if failures:  # a server that failed may have left the group
             self.close()
         return failures

@@ -27,7 +27,7 @@ from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work
 from megatron_selfdistill.engines.vllm.protocol import digest
 from megatron_selfdistill.engines.vllm.server_pool import Failures, on_each
-from megatron_selfdistill.engines.vllm.transfer import Bucket, Transfer
+from megatron_selfdistill.engines.vllm.transfer import Transfer
 from megatron_selfdistill.errors import EngineError
 
 LOADING = "loading"
@@ -96,7 +96,13 @@ class WeightUpdate:
         if not self.broken:
             self._names += bucket.layout.names
             self.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
-            self._on_its_way = self._thread.submit(self._send, bucket, list(self.servers), packed)
+            servers = list(self.servers)
+
+            def deliver() -> Failures:
+                packed()
+                return self._transfer.send(bucket, servers)
+
+            self._on_its_way = self._thread.submit(deliver)
         return True
 
     def settle(self, deadline: float = math.inf) -> bool:
@@ -111,33 +117,21 @@ class WeightUpdate:
 
     def finish(self) -> None:
         """Let servers that got every tensor answer with the new weights from now on."""
-        try:
+        with self._thread:
             self.settle()
-            self._end()
-        finally:
-            self._thread.shutdown()
+            if not self.broken:
+                # The transfer itself is over, so a failure here concerns one server only.
+                self._drop(on_each(self.servers, partial(self._end, digest(self._names))))
 
-    def _send(self, bucket: Bucket, servers: Sequence[VllmServer], packed: Callable[[], None]) -> Failures:
-        packed()
-        return self._transfer.send(bucket, servers)
-
-    def _end(self) -> None:
-        if self.broken:
-            return
-        complete = digest(self._names)
-
-        async def end(server: VllmServer) -> None:
-            await server.update_weights(complete=complete)
-            if self._load_factors is None:
-                await server.finish_weight_update(str(self._version))
-            else:
-                await server.finish_weight_update(LOADING)
-                await self._load_factors(server)
-                await server.set_weight_version(str(self._version))
-            await server.resume()
-
-        # The transfer itself is over, so a failure here concerns one server only.
-        self._drop(on_each(self.servers, end))
+    async def _end(self, complete: str, server: VllmServer) -> None:
+        await server.update_weights(complete=complete)
+        if self._load_factors is None:
+            await server.finish_weight_update(str(self._version))
+        else:
+            await server.finish_weight_update(LOADING)
+            await self._load_factors(server)
+            await server.set_weight_version(str(self._version))
+        await server.resume()
 
     def _drop(self, failures: Failures) -> None:
         self.failures.update(failures)

@@ -155,7 +155,6 @@ def _data(config: Mapping[str, Any]) -> str:
 
 
 def _seen(run: RunRecord) -> str | None:
-    """Return how often the run has seen its data, and how many tokens it has trained on, from its metrics."""
     epochs, tokens = run.values("data/epoch"), run.values("tokens/response")
     parts = [f"{epochs[-1]:.3g} epochs"] if epochs else []
     parts += [f"{sum(tokens):,.0f} response tokens"] if tokens else []

@@ -172,11 +172,8 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
             raise ValueError(f"expected keys with values, got {type(stored).__name__}")
         return dict(_flat(stored))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        logger.warning(
-            "%s is not the configuration of a run, so the report shows no settings and no texts: %s",
-            path,
-            shortened(f"{type(error).__name__}: {error}", 200),
-        )
+        reason = shortened(f"{type(error).__name__}: {error}", 200)
+        logger.warning("%s is not the configuration of a run, so settings and texts are missing: %s", path, reason)
         return {}
 
 

@@ -42,10 +42,7 @@ class Repeated:
         """
         for other in tensors[1:]:
             if not torch.equal(tensors[0], other):
-                raise ConfigError(
-                    "modules that Megatron fuses into one linear layer have different factors A, expected equal ones: "
-                    "only adapters that share A can be read"
-                )
+                raise ConfigError("modules of one fused linear layer have different factors A, expected the same")
         return tensors[0]
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -63,34 +60,24 @@ def adapter_rules(rules: Iterable[Rule], adapter: AdapterConfig) -> list[Rule]:
 
     Raises: ConfigError where no rule is that of an adapted layer.
     """
-    found = [rule for rule in rules if _is_adapted(rule, adapter)]
-    if not found:
+    made, rank = [], adapter.rank
+    for rule in rules:
+        key = rule.megatron.key
+        *parents, linear = key.removesuffix(_WEIGHT).split(".")
+        if rule.is_passthrough or not key.endswith(_WEIGHT) or linear not in adapter.layers or "experts" in parents:
+            continue
+        count, shape_of_a = len(rule.hf_names), (rank, rule.shape[1])
+        made.append(_factor(rule, "a", shape_of_a, (shape_of_a,) * count, Repeated(count)))
+        shapes_of_b = tuple((shape[0], rank) for shape in rule.hf_shapes)
+        made.append(_factor(rule, "b", (rule.shape[0], rank), shapes_of_b, rule.arrangement))
+    if not made:
         raise ConfigError(f"adapter.layers={list(adapter.layers)}: this model has no such layer with adapters")
-    return [made for rule in found for made in (_rule_of_a(rule, adapter.rank), _rule_of_b(rule, adapter.rank))]
+    return made
 
 
 def is_adapter_key(key: str) -> bool:
     """Return whether ``key`` of a Megatron checkpoint names a factor of an adapter."""
     return key.endswith((f"{ADAPTER_SUFFIX}.a", f"{ADAPTER_SUFFIX}.b"))
-
-
-def _is_adapted(rule: Rule, adapter: AdapterConfig) -> bool:
-    key = rule.megatron.key
-    if rule.is_passthrough or not key.endswith(_WEIGHT):
-        return False
-    *parents, linear = key.removesuffix(_WEIGHT).split(".")
-    return linear in adapter.layers and "experts" not in parents
-
-
-def _rule_of_a(rule: Rule, rank: int) -> Rule:
-    shape = (rank, rule.shape[1])
-    count = len(rule.hf_names)
-    return _factor(rule, "a", shape, (shape,) * count, Repeated(count))
-
-
-def _rule_of_b(rule: Rule, rank: int) -> Rule:
-    shapes = tuple((shape[0], rank) for shape in rule.hf_shapes)
-    return _factor(rule, "b", (rule.shape[0], rank), shapes, rule.arrangement)
 
 
 def _factor(

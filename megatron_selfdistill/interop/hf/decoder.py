@@ -41,15 +41,17 @@ class TensorNames:
     """Whether one tensor holds all experts of a layer, with gate and up interleaved, as in GPT-OSS."""
 
 
-def decoder_rules(arch: Architecture, names: TensorNames, stacked: bool | None = None) -> list[Rule]:
-    """Return one rule for each tensor of the model; ``arch`` is the result of `family.architecture`."""
+def decoder_rules(arch: Architecture, names: TensorNames) -> list[Rule]:
+    """Return one rule for each tensor of the model; ``arch`` is the result of `family.architecture`.
+
+    As in Megatron, the layers are stacked under one key, unless the model has several kinds of layers.
+    """
     if arch["vocab_size"] is None:
         raise ConfigError("model.vocab_size is null: a conversion needs the number of vocabulary rows")
     num_layers, hidden = arch["num_layers"], arch["hidden_size"]
     is_moe = arch["moe_layer_freq"] or [0] * num_layers
     is_linear = arch["linear_attention_freq"] or [0] * num_layers
-    if stacked is None:
-        stacked = len(set(is_moe)) == 1 and not any(is_linear)
+    stacked = len(set(is_moe)) == 1 and not any(is_linear)
     vocabulary = (arch["vocab_size"], hidden)
     embedding = MegatronSlice("embedding.word_embeddings.weight")
     rules = [rows(embedding, {"model.embed_tokens.weight": vocabulary}, vocabulary=True)]
@@ -62,7 +64,7 @@ def decoder_rules(arch: Architecture, names: TensorNames, stacked: bool | None =
     if names.mtp is not None:
         return rules + list(_mtp_module_rules(arch, names, names.mtp) if arch["num_passthrough_mtp_layers"] else ())
     for layer in range(num_layers, num_layers + arch["num_passthrough_mtp_layers"]):
-        rules += passthrough_rules(arch, names, f"model.layers.{layer}", is_moe=arch["num_moe_experts"] is not None)
+        rules += _mtp_layer_rules(arch, names, f"model.layers.{layer}")
     return rules
 
 
@@ -87,12 +89,11 @@ def layer_rules(
         yield from _mlp("mlp", arch["hidden_size"], arch["ffn_hidden_size"], f"{hf}.mlp", TensorNames(), place)
 
 
-def passthrough_rules(arch: Architecture, names: TensorNames, hf: str, is_moe: bool) -> Iterator[Rule]:
-    """Yield the rules of a multi-token-prediction layer, whose tensors keep their Hugging Face names.
+def _mtp_layer_rules(arch: Architecture, names: TensorNames, hf: str) -> Iterator[Rule]:
+    """Yield the rules of a multi-token-prediction layer.
 
-    The layer has an embedding, a projection, norms and an output layer around a transformer layer.  Each key is
-    `PASSTHROUGH` and the Hugging Face name.  A directory may lack the embedding and the output layer, which are copies
-    of the model's own.
+    The layer has an embedding, a projection, norms and an output layer around a transformer layer.  A directory may
+    lack the embedding and the output layer, which are copies of the model's own.
     """
     hidden, vocabulary = arch["hidden_size"], (arch["vocab_size"], arch["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {
@@ -103,25 +104,24 @@ def passthrough_rules(arch: Architecture, names: TensorNames, hf: str, is_moe: b
         f"{hf}.shared_head.norm.weight": (hidden,),
         f"{hf}.shared_head.head.weight": vocabulary,
     }
-    copies = {f"{hf}.embed_tokens.weight", f"{hf}.shared_head.head.weight"}
-    for name, shape in shapes.items():
-        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, may_be_absent=name in copies)
-    yield from _kept_layer(arch, names, hf, is_moe)
+    yield from _passthrough_rules(arch, names, hf, shapes)
 
 
 def _mtp_module_rules(arch: Architecture, names: TensorNames, hf: str) -> Iterator[Rule]:
-    """Yield the rules of a multi-token-prediction module of one attention layer, whose tensors keep their names."""
     hidden = arch["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {f"{hf}.fc.weight": (hidden, 2 * hidden)}
     shapes |= {f"{hf}.{norm}.weight": (hidden,) for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    yield from _passthrough_rules(arch, names, f"{hf}.layers.0", shapes)
+
+
+def _passthrough_rules(
+    arch: Architecture, names: TensorNames, layer: str, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[Rule]:
+    """Yield the rules of ``shapes`` and of a transformer layer, whose keys are `PASSTHROUGH` and the name."""
     for name, shape in shapes.items():
-        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape})
-    yield from _kept_layer(arch, names, f"{hf}.layers.0", is_moe=arch["num_moe_experts"] is not None)
-
-
-def _kept_layer(arch: Architecture, names: TensorNames, hf: str, is_moe: bool) -> Iterator[Rule]:
-    """Yield the rules of a transformer layer whose tensors keep their Hugging Face names."""
-    for rule in layer_rules(arch, names, hf, _place(0, True), is_moe):
+        is_copy = name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, may_be_absent=is_copy)
+    for rule in layer_rules(arch, names, layer, _place(0, True), is_moe=arch["num_moe_experts"] is not None):
         for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
             yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, float32=rule.float32)
 
@@ -136,7 +136,6 @@ def _place(layer: int, stacked: bool) -> Place:
 
 
 def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
-    """Yield the rules of multi-head or grouped-query attention."""
     hidden, channels = arch["hidden_size"], arch["kv_channels"]
     heads, groups = arch["num_attention_heads"], arch["num_query_groups"]
     gated = arch["attention_output_gate"]
@@ -217,7 +216,6 @@ def _experts(arch: Architecture, names: TensorNames, hf: str, place: Place) -> I
 
 
 def _fused_experts(arch: Architecture, names: TensorNames, hf: str, place: Place) -> Iterator[Rule]:
-    """Yield the rules of the tensors that hold all experts of a layer."""
     num_experts, hidden, width = arch["num_moe_experts"], arch["hidden_size"], arch["moe_ffn_hidden_size"]
     layers = {"linear_fc1": (f"{names.gate}_{names.up}", hidden, 2 * width), "linear_fc2": (names.down, width, hidden)}
     for layer, (name, inputs, outputs) in layers.items():

@@ -107,10 +107,6 @@ def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _windows_mistral(config: HFConfig) -> list[bool]:
-    return [True] if config["layer_types"] is None else listed_layers(config)  # Ministral has layer_types
-
-
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
@@ -120,7 +116,8 @@ LLAMA = Family(
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
-    _reader(windows=_windows_mistral, bias=False),
+    # Ministral has layer_types.
+    _reader(windows=lambda config: [True] if config["layer_types"] is None else listed_layers(config), bias=False),
     lambda arch: write_decoder(arch) | {"sliding_window": write_window(arch)},  # else transformers has one
 )
 QWEN2 = Family(
@@ -140,10 +137,7 @@ QWEN3 = Family(
 def _read_phi(config: HFConfig) -> ModelConfig:
     rope = read_rope(config)
     if rope.kind != "default":
-        raise config.error(
-            f"has rope_type={rope.kind!r}: only default is known here, since the "
-            "factors of longrope depend on the length of the sequence"
-        )
+        raise config.error(f"has rope_type={rope.kind!r}: only default is known here, as longrope varies by length")
     return read_common(config, transformer=window_keys(config), **llama3_fields(rope, config))
 
 

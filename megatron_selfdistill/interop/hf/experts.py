@@ -15,11 +15,7 @@ from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, wr
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
 from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields
 from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
-from megatron_selfdistill.interop.hf.sliding_windows import (
-    SLIDING,
-    window_keys,
-    write_window,
-)
+from megatron_selfdistill.interop.hf.sliding_windows import SLIDING, window_keys, write_window
 
 
 def _read_mixtral(config: HFConfig) -> ModelConfig:
@@ -166,7 +162,12 @@ OLMOE = Family(
 
 
 def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
-    _refuse_windows(config)
+    sliding = config["use_sliding_window"] or SLIDING in (config["layer_types"] or ())
+    if sliding and window_keys(config):
+        raise config.error(
+            f"has a sliding_window of {config['sliding_window']} tokens: versions "
+            "of transformers disagree on the layers that have it, and vLLM ignores it; set use_sliding_window to false"
+        )
     config.require("qkv_bias", (True, False), "expected true or false")
     return read_common(
         config,
@@ -180,15 +181,6 @@ def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
         },
         **rotary_fields(read_rope(config), config),
     )
-
-
-def _refuse_windows(config: HFConfig) -> None:
-    sliding = config["use_sliding_window"] or SLIDING in (config["layer_types"] or ())
-    if sliding and window_keys(config):
-        raise config.error(
-            f"has a sliding_window of {config['sliding_window']} tokens: versions "
-            "of transformers disagree on the layers that have it, and vLLM ignores it; set use_sliding_window to false"
-        )
 
 
 def _write_qwen2_moe(arch: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Family:
         differing = differences(self.model_config(config), model)
         if differing:
             raise ConfigError(
-                f"a config.json of {self.architecture} cannot be this model's: {describe_differences(differing)}"
+                f"a config.json of {self.architecture} is of another model: {describe_differences(differing)}"
             )
         return config
 
@@ -127,13 +127,9 @@ class Family:
         """Return the config.json nearest to ``model``, without the properties that this family cannot express."""
         return {"architectures": [self.architecture], "model_type": self.model_type} | self.write(architecture(model))
 
-    def rules(self, model: ModelConfig, stacked: bool | None = None) -> list[Rule]:
-        """Return one rule for each tensor of the model: embedding, layers, norm, output layer, then passthrough layers.
-
-        ``stacked``: whether a torch_dist checkpoint holds all layers under one key.  Null is Megatron's choice for this
-        model: stacked, unless the model has both dense and MoE layers.
-        """
-        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
+    def rules(self, model: ModelConfig) -> list[Rule]:
+        """Return one rule per tensor of the model: embedding, layers, norm, output layer, then passthrough layers."""
+        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names)]
 
 
 _OF_EVERY_FAMILY: dict[str, Any] = {

@@ -24,9 +24,6 @@ _YARN = {
 }
 """The positions of a config.json that names none."""
 
-_LINEAR_OFFSET = 1.0
-"""What transformers' code adds to the up projection."""
-
 
 def _read(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (True,), "Megatron has biases in all linear layers, as published, or in none")
@@ -49,7 +46,7 @@ def _read(config: HFConfig) -> ModelConfig:
             **window_keys(config, sliding),
             "softmax_type": "learnable",
             "activation_func_clamp_value": float(limit),
-            "glu_linear_offset": _LINEAR_OFFSET,
+            "glu_linear_offset": 1.0,  # which transformers' code adds to the up projection
         },
         **rotary_fields(read_rope(config), config),
     )

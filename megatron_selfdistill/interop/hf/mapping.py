@@ -122,12 +122,22 @@ def family_of_model(model: ModelConfig) -> Family:
 def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
     """Return the rules for a directory with the tensors ``hf_names``, without absent passthrough layers.
 
+    transformers saves ``num_nextn_predict_layers`` in config.json, but not those layers.  GLM-4.6 omits the tensors of
+    such a layer that copy the model's own (`Rule.may_be_absent`).
     The directory may also have the scales of FP8 weights (``..._scale_inv``), inverse frequencies and `TIED`.
 
     Raises: ConfigError with the first missing and the first unexpected tensors.
     """
-    found = set(hf_names)
-    rules = without_absent_layers(rules, found)
+    rules, found = list(rules), set(hf_names)
+    held = (rule.hf_names[0] for rule in rules if rule.is_passthrough and found.intersection(rule.hf_names))
+    present = set(map(passthrough_layer, held))
+
+    def stays(rule: Rule) -> bool:
+        if rule.may_be_absent:
+            return bool(found.intersection(rule.hf_names))
+        return not rule.is_passthrough or passthrough_layer(rule.hf_names[0]) in present
+
+    rules = [rule for rule in rules if stays(rule)]
     mapped = {name for rule in rules for name in rule.hf_names}
     expected = mapped | {name + _SCALES for name in mapped}
     expected |= {tied_output_layer(name) for name in mapped if name.endswith(TIED[1])}
@@ -164,28 +174,6 @@ def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) 
             if tuple(hf_shapes[name]) != shape:
                 faults.append(f"{name} has shape {list(hf_shapes[name])}, expected {list(shape)}")
     _raise_first(faults)
-
-
-def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[Rule]:
-    """Return ``rules`` without the passthrough layers that have no tensor in ``names``, and without their copies.
-
-    ``names``: Hugging Face names, or keys of a checkpoint.  transformers saves ``num_nextn_predict_layers`` in
-    config.json, but not those layers.  GLM-4.6 omits the tensors of such a layer that copy the model's own
-    (`Rule.may_be_absent`), each of which stays only where ``names`` has it.
-    """
-    rules, found = list(rules), set(names)
-    present = {
-        passthrough_layer(rule.hf_names[0])
-        for rule in rules
-        if rule.is_passthrough and (rule.megatron.key in found or found.intersection(rule.hf_names))
-    }
-
-    def stays(rule: Rule) -> bool:
-        if rule.may_be_absent:
-            return rule.megatron.key in found or bool(found.intersection(rule.hf_names))
-        return not rule.is_passthrough or passthrough_layer(rule.hf_names[0]) in present
-
-    return [rule for rule in rules if stays(rule)]
 
 
 def _raise_first(faults: list[str]) -> None:

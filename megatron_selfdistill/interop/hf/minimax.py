@@ -55,10 +55,7 @@ def _with_share(config: HFConfig) -> HFConfig:
     if given is None and "partial_rotary_factor" in config.values:
         given = config["partial_rotary_factor"] or 1.0  # transformers takes null for all channels
     if given is not None and int(channels * given) != width:
-        raise ConfigError(
-            f"config.json has rotary_dim={width} and partial_rotary_factor={given}, which is {int(channels * given)} "
-            f"of {channels} channels: keep one of them"
-        )
+        raise ConfigError(f"config.json has rotary_dim={width} and partial_rotary_factor={given}: keep one of them")
     share = {**config.values, "partial_rotary_factor": width / channels if given is None else given}
     return HFConfig(config.architecture, share, config.defaults)
 

@@ -37,14 +37,11 @@ def _refuse_growing_queries(config: HFConfig, rope: dict[str, Any]) -> None:
     """
     beta, original, longest = rope.get(_BETA), rope.get(_ORIGINAL), config["max_position_embeddings"]
     if beta is None or original is None:
-        raise config.error(
-            f"has rope_parameters without {_BETA if beta is None else _ORIGINAL}, which transformers needs"
-        )
+        raise config.error(f"has rope_parameters without {_BETA if beta is None else _ORIGINAL}")
     if beta and longest > original:
         raise config.error(
-            f"has {_BETA}={beta}, by which queries grow from position {original} "
-            "on, but Megatron has no such factor; if no sequence is longer, set max_position_embeddings to "
-            f"{original}"
+            f"has {_BETA}={beta}, by which queries grow from position {original} on, but not in Megatron: set "
+            f"max_position_embeddings to {original} if no sequence is longer"
         )
 
 
@@ -96,8 +93,7 @@ def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     family = _TEXT_FAMILIES.get(kind)
     if family is None:
         raise ConfigError(
-            "config.json of Mistral3ForConditionalGeneration has a text_config with "
-            f"model_type={kind!r}: only {' and '.join(_TEXT_FAMILIES)} are known here"
+            f"config.json has text_config.model_type={kind!r}: only {' and '.join(_TEXT_FAMILIES)} are known"
         )
     tied = hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return text | {"architectures": [family.architecture], "tie_word_embeddings": tied}
@@ -109,10 +105,7 @@ def _read_mistral3(config: HFConfig) -> ModelConfig:
     family = next(family for family in _TEXT_FAMILIES.values() if family.architecture == architecture)
     model = family.model_config(text)
     if differences(model, family.model_config(text | {"layer_types": None})):
-        raise config.error(
-            f"has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
-            "this model: remove layer_types"
-        )
+        raise config.error("has layer_types in its text_config, which transformers ignores: remove layer_types")
     return model
 
 

@@ -25,31 +25,26 @@ _SIZES = (
 )
 """The sizes of gated delta nets, by the same names in config.json and in Megatron."""
 
-_ZERO_CENTRED = {"layernorm_zero_centered_gamma": True, "attention_output_gate": True}
 
-
-_Experts = Callable[[HFConfig], tuple[dict[str, Any], dict[str, Any]]]
-"""A function from a config.json to fields of `ModelConfig` and keys of ``model.transformer``."""
-
-
-def _reader(experts: _Experts | None = None) -> Callable[[HFConfig], ModelConfig]:
-    """Return the reader of a family; ``experts`` reads the mixture of experts, None is a family without experts."""
+def _reader(router: Callable[[HFConfig], dict[str, Any]] | None = None) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a family; ``router`` returns the keys of its router, None is a family without experts."""
 
     def read(config: HFConfig) -> ModelConfig:
         config.require("attention_bias", (False, None), "biases are not known here")
         config.require("attn_output_gate", (True, None), "transformers has an output gate in every layer of attention")
         linear = _linear_layers(config)
-        transformer: dict[str, Any] = dict(_ZERO_CENTRED)
+        transformer: dict[str, Any] = {"layernorm_zero_centered_gamma": True, "attention_output_gate": True}
         if any(linear):
             transformer |= {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": linear}
             transformer |= {name: config[name] for name in _SIZES}
         # mrope_section changes nothing for text, whose three positions are equal.
         fields: dict[str, Any] = {"qk_layernorm": True, **rotary_fields(read_rope(config, partial=True), config)}
         fields["num_passthrough_mtp_layers"] = config["num_nextn_predict_layers"] or 0
-        if experts is not None:
-            of_experts, keys = experts(config)
-            fields |= of_experts
-            transformer |= keys
+        if router is not None:
+            fields |= expert_fields(config)
+            width = config["shared_expert_intermediate_size"]
+            transformer |= {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+            transformer |= router(config)
         return read_common(config, transformer=transformer, **fields)
 
     return read
@@ -64,24 +59,16 @@ def _linear_layers(config: HFConfig) -> list[int]:
     return [int(kind == LINEAR) for kind in kinds]  # `require_layer_types` checks the list
 
 
-def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return fields and keys of a mixture of experts in every layer."""
-    width = config["shared_expert_intermediate_size"]
-    return expert_fields(config), {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
-
-
-def _normalised_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `_experts` for Qwen3.5, where the chosen probabilities sum to 1."""
+def _normalised(config: HFConfig) -> dict[str, Any]:
+    """Return no key: in Qwen3.5 every layer has experts, and the chosen probabilities sum to 1."""
     require_normalised(config)
-    return _experts(config)
+    return {}
 
 
-def _experts_of_some_layers(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `_experts` for Qwen3-Next, where layers may be dense and the chosen probabilities may sum to less."""
+def _softmax_in_some_layers(config: HFConfig) -> dict[str, Any]:
+    """Return the keys of Qwen3-Next, where layers may be dense and the chosen probabilities may sum to less."""
     otherwise = " (mlp_only_layers, decoder_sparse_step): this family is known with experts only"
-    layers = sparse_layers(config, otherwise)
-    fields, keys = _experts(config)
-    return fields, keys | layers | softmax_router(config)
+    return sparse_layers(config, otherwise) | softmax_router(config)
 
 
 def _writer(
@@ -123,7 +110,7 @@ _DEFAULTS = {
 QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     "qwen3_next",
-    _reader(_experts_of_some_layers),
+    _reader(_softmax_in_some_layers),
     _writer(write_experts),
     _DEFAULTS,
     TensorNames(shared="shared_expert", mtp="mtp"),
@@ -139,7 +126,7 @@ QWEN3_5 = Family(
 QWEN3_5_MOE = Family(
     "Qwen3_5MoeForCausalLM",
     "qwen3_5_moe_text",
-    _reader(_normalised_experts),
+    _reader(_normalised),
     _writer(write_expert_sizes),
     _DEFAULTS | {"intermediate_size": 512},
     TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),

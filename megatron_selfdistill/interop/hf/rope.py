@@ -49,8 +49,7 @@ def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     scaling, parameters = config.given("rope_scaling"), config.given("rope_parameters")
     if scaling and parameters and _read(config, "rope_scaling") != _read(config, "rope_parameters"):
         raise config.error(
-            f"has rope_scaling={scaling} and rope_parameters={parameters}, which "
-            "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
+            f"has rope_scaling={scaling} and rope_parameters={parameters}, which differ: keep only rope_parameters"
         )
     rope = _read(config, "rope_scaling" if scaling else "rope_parameters")
     if rope.partial != 1 and not partial:
@@ -93,8 +92,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
         raise config.error(f"has rope_type={rope.kind!r}: only default, linear, llama3 and yarn are known here")
     if rope.kind == "yarn" and rope.partial != 1:
         raise ConfigError(
-            f"config.json has yarn rope with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all "
-            "channels: remove yarn, if no sequence is longer than original_max_position_embeddings"
+            f"config.json has yarn with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all channels"
         )
     return fields if rope.partial == 1 else fields | {"rotary_percent": rope.partial}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_common
+from megatron_selfdistill.interop.hf.dense import expert_fields, read_common, write_common, write_decoder
 from megatron_selfdistill.interop.hf.family import Family, HFConfig
-from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary, write_yarn, yarn_fields
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_yarn, yarn_fields
 
 ROUTER_FIELDS = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
 """The fields of `ModelConfig` that every sigmoid router with biases has."""
@@ -186,8 +186,7 @@ def _read_glm(config: HFConfig) -> ModelConfig:
 
 def _write_glm(arch: dict[str, Any]) -> dict[str, Any]:
     return {
-        **write_common(arch),
-        **write_rotary(arch),
+        **write_decoder(arch),
         **write_experts(arch),
         "partial_rotary_factor": arch["rotary_percent"],
         "attention_bias": arch["add_qkv_bias"],

@@ -63,8 +63,7 @@ def require_layer_types(config: HFConfig, model: ModelConfig) -> None:
     for layer, (got, expected) in enumerate(zip_longest(given, kinds)):
         if got != expected:
             raise config.error(
-                f"has {got} as entry {layer} of layer_types, but its other fields make that layer "
-                f"{expected}: remove layer_types, or change the other fields"
+                f"has {got} as entry {layer} of layer_types, but its other fields make that {expected}: remove the list"
             )
 
 
@@ -80,10 +79,7 @@ def qwen_layers(config: HFConfig) -> list[bool]:
         return [layer >= first for layer in range(config["num_hidden_layers"])]
     sliding = listed_layers(config)
     if any(sliding) and not used:
-        raise config.error(
-            f"has layer_types with {SLIDING} but use_sliding_window=false: set "
-            f"use_sliding_window to true, or layer_types to {FULL} for every layer"
-        )
+        raise config.error(f"has layer_types with {SLIDING} but use_sliding_window=false: change one of them")
     return sliding
 
 

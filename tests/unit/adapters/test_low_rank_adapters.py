@@ -80,7 +80,7 @@ def refused() -> str:
 
 def test_layers_that_the_model_lacks_are_one_sentence(ranks):
     (message,) = ranks.run(refused, world_size=1)
-    assert "adapter.layers=['linear_q_proj']: a pipeline stage of this model has no such layer" in message
+    assert "adapter.layers=['linear_q_proj']: a stage of the pipeline has no such layer" in message
 
 
 class CopiedLinear(torch.nn.Module):

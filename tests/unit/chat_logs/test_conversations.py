@@ -49,14 +49,16 @@ def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_soluti
     assert first.solution == second.solution == "7"
     assert (first.reply.message, first.reply.accepted) == (CORRECTED[2], False)
     assert (second.reply.message, second.reply.accepted) == (CORRECTED[4], True)
-    assert (found.num_conversations, found.num_marked) == (1, 0)
+    assert found.about.startswith(
+        "1 conversations, the accepted answer of 0 marked in the log and of 1 found by the rule"
+    )
 
 
 def test_the_accepted_turn_is_skipped_on_request(tmp_path):
     at_once = chat(("u", "3+4?"), ("a", "7"), ("u", "Thanks!"))
     found = log(tmp_path, CORRECTED, at_once, turns="before_accepted")
     assert [p.reply.message["content"] for p in found.turns.problems] == ["8"]
-    assert (found.num_conversations, found.num_resolved_at_once) == (2, 1)
+    assert found.about.startswith("2 conversations, ") and "; 1 without a turn to train on; " in found.about
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
     found = log(tmp_path, {"messages": CORRECTED, "accepted": 2}, marked_messages)
     assert [p.solution for p in found.turns.problems] == ["8", "8"]
     assert "accepted" not in found.turns.problems[1].reply.message
-    assert (found.num_marked, found.num_later_turns) == (2, 2)
+    assert "of 2 marked in the log" in found.about and "; 2 turns after the accepted answer skipped" in found.about
 
 
 def test_a_user_who_gave_the_answer_himself_is_marked_like_a_reply(tmp_path):
@@ -309,7 +311,8 @@ def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, 
     sentence = str(caught.value)
     assert words in sentence and "log.jsonl:2: " in sentence and SECRET not in sentence and "\n" not in sentence
     found = log(tmp_path, CORRECTED, entry, CORRECTED, on_bad_record="skip")
-    assert (len(found.turns), found.turns.num_skipped, found.num_unresolved) == (4, 1, int(name == "unresolved"))
+    assert (len(found.turns), found.turns.num_skipped) == (4, 1)
+    assert f"skipped as unresolved: {int(name == 'unresolved')}, as bad: {int(name != 'unresolved')}" in found.about
     assert words in found.turns.skipped[0] and SECRET not in found.turns.skipped[0]
 
 

@@ -25,7 +25,7 @@ LONG, BAD = {"3", "8", "11"}, {"5", "14"}
 class Reader:
     """A reader that refuses the turns LONG and BAD, none of which is an error."""
 
-    on_long_context = "drop"
+    data = SimpleNamespace(on_long_context="drop")
 
     def read(self, problems: Sequence[Problem]) -> list[Turn | Unusable]:
         return [
@@ -46,7 +46,7 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
     run_data = SimpleNamespace(problems=ProblemSet(problems), builder=None, ends=None, max_length=None)
     sampler = ProblemSampler(run_data.problems, batch_size=BATCH_SIZE, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logged_responses, "turn_reader", lambda *fields: Reader())
+        patch.setattr(logged_responses, "TurnReader", lambda *fields: Reader())
         turns = logged_responses.LoggedTurns(SimpleNamespace(run_dir=run_dir, data=None), run_data, grid)
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [

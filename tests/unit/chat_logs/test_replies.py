@@ -12,6 +12,7 @@ from chat_templates import ADDING, CHATML, FORGETFUL, OPENING, STRIPPING
 
 from megatron_selfdistill.chat_logs.conversations import Conversation, conversation_turns
 from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, turn_counts
+from megatron_selfdistill.config import DataConfig
 from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
@@ -46,7 +47,8 @@ def turns(messages: tuple[dict[str, Any], ...] = TALK, accepted: int = 6) -> lis
 def reader(build: PromptBuilder, **options: Any) -> TurnReader:
     assert build.tokenizer.eos_id is not None
     settings = {"max_length": 1000, "on_long_context": "drop", "on_bad_record": "skip", **options}
-    return TurnReader(build, EndTokens((build.tokenizer.eos_id,), "", None), **settings)
+    max_length = settings.pop("max_length")
+    return TurnReader(build, EndTokens((build.tokenizer.eos_id,), "", None), max_length, DataConfig(**settings))
 
 
 def turn_of(build: PromptBuilder, problem: Problem) -> Turn:
@@ -124,7 +126,11 @@ def test_a_reply_that_opens_its_reasoning_in_the_prompt_is_what_follows(chat_dir
         (FORGETFUL, {"content": "8.", "tool_calls": [SUM]}, "show the tool calls of the reply"),
         (ADDING, {"content": "8."}, "got thoughts that the template adds: switch them off"),
         (ADDING, {"content": "<think>\nhm\n</think>\n8."}, "got thoughts that the template adds: switch them off"),
-        (CHATML.replace("<|im_end|>", ""), {"content": "8."}, "to end the reply in a stop token, got none"),
+        (
+            CHATML.replace("<|im_end|>", ""),
+            {"content": "8."},
+            "to end the reply in one of rollout.stop_token_ids, got none",
+        ),
         (CHATML, {"content": "8.<|im_end|>\n9."}, "a stop token at its end only, got one within its text"),
         ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the messages (TemplateError)"),
     ],
@@ -233,7 +239,7 @@ def test_tokens_that_would_spell_another_text_are_refused(sentencepiece_file):
     )
     [turn] = turns(({"role": "user", "content": "seve"}, {"role": "assistant", "content": "n"}), accepted=1)
     [found] = reader(build).read([turn])
-    assert isinstance(found, Unusable) and "expected prompt and reply to be encoded into tokens" in found.message
+    assert isinstance(found, Unusable) and "expected the tokens of prompt and reply to spell both" in found.message
 
 
 def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and_line(chat_directory):
@@ -244,7 +250,7 @@ def test_turns_that_are_too_long_are_dropped_shortened_or_an_error_with_file_and
     room = len(build.teacher_prompt(turn, "zebra")) + length
     strict = reader(build, max_length=room, on_long_context="error")
     for policy in ("error", "drop"):
-        [dropped] = dataclasses.replace(strict, on_long_context=policy).read([turn])
+        [dropped] = reader(build, max_length=room, on_long_context=policy).read([turn])
         assert isinstance(dropped, Unusable) and dropped.too_long and "zebra" not in dropped.message
         assert dropped.message.startswith(f"log.jsonl:1, message 1: expected contexts of at most {room} tokens")
     reader(build, on_bad_record="error").check(dropped)

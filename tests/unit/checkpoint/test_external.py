@@ -73,7 +73,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
     tensors: dict[str, torch.Tensor] = {}
     for key in source.shapes:
         if not key.startswith(NOT_WEIGHTS):
-            tensors |= rename(key, source.read(key))
+            tensors |= rename(key, source.read_at((key, ()), ()))
     pieces = [
         Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
     ]

@@ -94,7 +94,7 @@ def test_a_conversion_writes_and_reads_both_formats(tmp_path, monkeypatch, in_a_
 
 NEWER = {
     "Megatron Core": ({WRITTEN_WITH: "0.21"}, "was written with Megatron Core 0.21, expected at most 0.19"),
-    "Megatron-LM": ({"checkpoint_version": 4.0}, "checkpoint_version is 4.0, expected at most 3.0"),
+    "Megatron-LM": ({"checkpoint_version": 4.0}, "checkpoint_version 4.0, expected at most 3.0"),
 }
 
 

@@ -132,7 +132,7 @@ def load_non_finite(path: Path, message: str, vocab_size: int | None) -> None:
 def test_a_nan_in_the_weights_is_found_when_they_are_loaded_and_its_tensor_is_named_on_every_rank(ranks, tmp_path):
     where = {"layers.2.mlp.linear_fc2.weight": 5}
     ranks.run(save_with_nan, Setup(teacher="current"), tmp_path, where, world_size=1)
-    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: .* take an earlier"
+    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2.weight\[2\]: take an earlier"
     ranks.run(load_non_finite, tmp_path / "checkpoints", message, models.VOCAB_SIZE, world_size=2)
 
 

@@ -18,6 +18,7 @@ import pytest
 import tiny_run
 from tiny_run import overrides, reproducible_metrics, saved_step, train
 
+from megatron_selfdistill.checkpoint import run_lock
 from megatron_selfdistill.checkpoint.run_lock import LOCK, RunLock
 from megatron_selfdistill.checkpoint.run_lock import SILENCE_S as SILENCE_OF_RUNS_S
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -28,13 +29,14 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 BEAT_S, SILENCE_S = 0.1, 3.0
 
 
-def lock_of(run_dir: Path, reports: list[str] | None = None, **options: float) -> RunLock:
-    reports = [] if reports is None else reports
-    return RunLock(run_dir, report=reports.append, **{"beat_s": BEAT_S, "silence_s": SILENCE_S, **options})
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(run_lock, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(run_lock, "SILENCE_S", SILENCE_S)
 
 
-def acquired(run_dir: Path, **options: float) -> RunLock:
-    lock = lock_of(run_dir, **options)
+def acquired(run_dir: Path) -> RunLock:
+    lock = RunLock(run_dir)
     lock.acquire()
     return lock
 
@@ -54,14 +56,14 @@ def run_dir(tmp_path) -> Path:
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/run cannot be written: .*; choose another directory"):
-        lock_of(tmp_path / "file" / "run").acquire()
+        RunLock(tmp_path / "file" / "run").acquire()
 
 
 def test_a_second_run_is_refused_with_the_first_ones_host_and_process(run_dir):
     first = acquired(run_dir)
     before = list(run_dir.iterdir())
     with pytest.raises(ConfigError) as refused:
-        lock_of(run_dir).acquire()
+        RunLock(run_dir).acquire()
     message = str(refused.value)
     assert f"run_dir={run_dir} is in use by another run" in message and "\n" not in message
     assert f"host {os.uname().nodename}" in message and f"process {os.getpid()}" in message
@@ -84,8 +86,9 @@ def test_a_released_lock_leaves_nothing_and_can_be_taken_again(run_dir):
 def killed_owner(run_dir: Path, signal_number: int = signal.SIGKILL) -> subprocess.Popen[str]:
     """Return a process that holds the lock and has just received a signal; SIGCONT continues the process."""
     code = (
-        "import sys, time; from pathlib import Path; from megatron_selfdistill.checkpoint.run_lock import RunLock\n"
-        f"lock = RunLock(Path(sys.argv[1]), beat_s={BEAT_S}, silence_s={SILENCE_S}); lock.acquire()\n"
+        "import sys, time; from pathlib import Path; from megatron_selfdistill.checkpoint import run_lock\n"
+        f"run_lock.BEAT_S, run_lock.SILENCE_S = {BEAT_S}, {SILENCE_S}\n"
+        "lock = run_lock.RunLock(Path(sys.argv[1])); lock.acquire()\n"
         "print('locked', flush=True)\n"
         "while lock._lease.compromise is None: time.sleep(0.01)\n"
         "try: lock.renew()\n"
@@ -100,14 +103,12 @@ def killed_owner(run_dir: Path, signal_number: int = signal.SIGKILL) -> subproce
     return process
 
 
-def test_a_suspended_owner_is_replaced_after_its_silence_and_notices_without_touching_the_new_lock(run_dir):
+def test_a_suspended_owner_is_replaced_after_its_silence_and_notices_without_touching_the_new_lock(run_dir, capsys):
     process = killed_owner(run_dir, signal.SIGSTOP)
-    reports: list[str] = []
     began = time.monotonic()
-    new = lock_of(run_dir, reports)
-    new.acquire()
+    new = acquired(run_dir)
     assert time.monotonic() - began >= SILENCE_S
-    assert len(reports) == 1 and f"waiting up to {SILENCE_S:g} s" in reports[0]
+    assert capsys.readouterr().err.count(f"waiting up to {SILENCE_S:g} s") == 1
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=60)
     assert "no longer belongs to this run: another run has taken the directory over" in output
@@ -120,7 +121,7 @@ def test_an_owner_elsewhere_is_judged_by_its_renewals_alone_whatever_the_clocks_
     alive = elsewhere(run_dir)
     os.utime(run_dir / LOCK, (0, 0))
     with pytest.raises(ConfigError, match="host elsewhere"):
-        lock_of(run_dir).acquire()  # refused as soon as the owner renews the lock
+        RunLock(run_dir).acquire()  # refused as soon as the owner renews the lock
     alive._lease._stop_heartbeat()
     os.utime(run_dir / LOCK, (2**33, 2**33))
     new = acquired(run_dir)
@@ -146,8 +147,9 @@ def test_a_run_directory_that_was_removed_is_locked_again_and_one_that_others_us
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_in_a_directory_in_use_ends_on_all_ranks_with_status_2_and_changes_nothing(ranks, data, run_dir):
-    lock = acquired(run_dir, silence_s=SILENCE_OF_RUNS_S)
+def test_a_run_in_a_directory_in_use_ends_with_status_2_and_changes_nothing(ranks, data, run_dir, monkeypatch):
+    monkeypatch.setattr(run_lock, "SILENCE_S", SILENCE_OF_RUNS_S)
+    lock = acquired(run_dir)
     before = sorted(run_dir.rglob("*"))
     train(ranks, overrides(data, run_dir), world_size=2, expected=2)
     assert sorted(run_dir.rglob("*")) == before

@@ -191,7 +191,7 @@ def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
     ]
     assert [turn.prompts.solution for turn in turns] == ["hint a", "step 2", "step 3", "step 3"]
     assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
-    with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn, but"):
+    with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn: set"):
         played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
 
 

@@ -112,7 +112,7 @@ def test_an_index_may_only_name_files_of_its_directory(directory, name, kind):
     shutil.copyfile(directory / "model.safetensors", directory.parent / "outside.safetensors")
     (directory / "model.safetensors").unlink()
     (directory / f"{kind}.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
-    with pytest.raises(CheckpointError, match="expected the name of a file in the same directory"):
+    with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
         hf_to_megatron(directory, directory.parent / "out")
 
 

@@ -237,10 +237,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
         ({"lora_alpha": None}, None, "cannot be read, expected adapter_config.json"),
         ({"use_rslora": "no"}, None, "has use_rslora='no': expected true or false"),
         ({"r": 4}, None, r"has factors of the ranks \[3\], expected r=4 alone"),
-        ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer: layers_to_transform"),
+        ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer"),
         ({}, wrong_shape, r"q_proj.lora_B.weight has shape \[3, 3\], expected \[40, 3\]"),
         ({}, factors | {first: torch.tensor(1.0)}, "has factors of the ranks"),
-        ({}, head, "has factors of modules that have no adapters here .*: base_model.model.lm_head.lora_A.weight"),
+        ({}, head, "has factors of modules without adapters here, .*: base_model.model.lm_head.lora_A.weight"),
         ({}, {"a.lora_magnitude_vector": torch.zeros(1)}, "has tensors that are no factors of LoRA: a.lora_magn"),
     ]
     for number, (changes, tensors, message) in enumerate(cases):

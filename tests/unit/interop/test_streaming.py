@@ -40,9 +40,9 @@ def test_every_slice_reads_back_whatever_the_chunks(tmp_path_factory, data):
     source = TorchDistReader(directory)
     depth = data.draw(st.integers(0, len(shape) - 1))
     index = tuple(data.draw(st.integers(0, n - 1)) for n in shape[:depth])
-    assert torch.equal(source.read("key", index), full[index])
+    assert torch.equal(source.read_at(("key", index), ()), full[index])
     rows = data.draw(st.integers(1, shape[depth]))
-    assert torch.equal(source.read("key", index, rows), full[index][:rows])
+    assert torch.equal(source.read_at(("key", index), (), rows), full[index][:rows])
 
 
 def test_a_tensor_is_dropped_before_the_next_one_is_made(tmp_path):
@@ -70,14 +70,14 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
     entries = manifest.read(tmp_path)
     assert entries is not None and len([name for name in entries if name.endswith(".distcp")]) > 2
     assert manifest.wrong_size(tmp_path, entries) is None and manifest.wrong_contents(tmp_path, entries) is None
-    assert torch.equal(TorchDistReader(tmp_path).read("key"), full)
+    assert torch.equal(TorchDistReader(tmp_path).read_at(("key", ()), ()), full)
 
 
 def test_what_is_not_covered_is_reported(tmp_path):
     full = torch.zeros(4, 3)
     torch_dist_tensors.write(tmp_path, cut("key", full, (2, 3))[:1], {})
     with pytest.raises(CheckpointError, match=r"holds only parts of key"):
-        TorchDistReader(tmp_path).read("key")
+        TorchDistReader(tmp_path).read_at(("key", ()), ())
 
 
 def test_a_cut_off_file_is_named(tmp_path):
@@ -85,4 +85,4 @@ def test_a_cut_off_file_is_named(tmp_path):
     file: Path = tmp_path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):
-        TorchDistReader(tmp_path).read("key")
+        TorchDistReader(tmp_path).read_at(("key", ()), ())

@@ -14,6 +14,7 @@ from made_methods import made, named
 from term_arrays import signals
 
 from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
+from megatron_selfdistill.config import DataConfig
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.episode_reply import Reply
@@ -162,7 +163,8 @@ def test_functions_judge_replies_and_may_not_quote_the_log(monkeypatch):
 
 def selected(monkeypatch: pytest.MonkeyPatch, weight: float, max_length: int = 70) -> tuple[list[Rollout], Any]:
     """Return what is trained on of three turns: the first has a hint, the second one that does not fit."""
-    reader = TurnReader(BUILDER, EndTokens((STOP,), "", None), max_length, "drop", "skip")
+    policies = DataConfig(on_long_context="drop", on_bad_record="skip")
+    reader = TurnReader(BUILDER, EndTokens((STOP,), "", None), max_length, policies)
     problems = [turn("a", "11", "no"), turn("b", "22", "x" * 40), turn("c", "33", "thanks")]
     turns: Any = reader.read(problems)
 

@@ -88,7 +88,7 @@ def of_spans(*spans: tuple[object, object]) -> str:
         (" ", "another form"),
         (changed(logprobs=None), "another form"),
         (changed(logprobs={"content": CONTENT[:2]}), "3 tokens and 2 log-probs"),
-        (changed(logprobs={"content": OTHER}), "a log-prob each"),
+        (changed(logprobs={"content": OTHER}), "expected a log-prob per token"),
         (changed(token_ids=[], logprobs={"content": []}), "0 tokens, the last None"),
         (changed(token_ids=[9, 10], logprobs={"content": CONTENT[:2]}), "--max-model-len"),
         (changed(finish_reason="abort"), "'abort'"),

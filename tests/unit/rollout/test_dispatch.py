@@ -90,6 +90,6 @@ def test_each_result_arrives_once_on_the_callers_thread_also_where_a_server_fail
             raise EngineError("gone")
 
     tasks, _ = counting(20, before)
-    assert dispatch(tasks, servers, lambda index, i: arrived.append((i, threading.current_thread()))).num_retried
+    assert dispatch(tasks, servers, lambda index, i: arrived.append((i, threading.current_thread())))[0]
     assert sorted(i for i, _ in arrived) == list(range(20))
     assert {thread for _, thread in arrived} == {threading.current_thread()}

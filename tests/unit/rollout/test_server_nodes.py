@@ -183,9 +183,7 @@ def connected(port: int) -> socket.socket:
 
 @pytest.mark.timing
 def test_nodes_that_do_not_come_are_named(port):
-    with pytest.raises(
-        TimeoutError, match=rf"node ranks \[1, 2\] of this server have not connected to port {port + 1}"
-    ):
+    with pytest.raises(TimeoutError, match=rf"node ranks \[1, 2\] of the server have not connected to port {port + 1}"):
         meet(ServerNode(3, 0, "127.0.0.1", port), "", print, 0.1)
     with pytest.raises(TimeoutError, match=f"cannot be reached at 127.0.0.1:{port + 1}"):
         meet(ServerNode(3, 1, "127.0.0.1", port), "", print, 0.1)

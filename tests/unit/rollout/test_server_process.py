@@ -166,7 +166,7 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(tmp_path):
 
 def test_a_server_that_does_not_come_up_is_an_error_in_time(tmp_path):
     [one] = started(tmp_path, script(tmp_path, "echo loading; exec sleep 60"))
-    with pytest.raises(EngineError, match=r"(?s)not up after 0\.5 s .*loading"):
+    with pytest.raises(EngineError, match=r"(?s)is up after 0\.5 s .*loading"):
         wait_until_healthy([one], [VllmServer(one.address)], 0.5)
     one.stop()
     assert one.process.returncode is not None

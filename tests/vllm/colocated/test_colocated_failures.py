@@ -116,8 +116,6 @@ def settings_refused() -> list[str]:
     for options in (
         {"kv_cache_gb": 3e-4},
         {"engine_args": {"max_num_sequences": 3}},
-        {"engine_args": {"pipeline_parallel_size": 2}},
-        {"engine_args": {"tensor_parallel_size": 2}},
         {"engine_tp": 4},
     ):
         with pytest.raises(ConfigError) as error, sampler(MODELS["gqa"], chunks, grid, **options):
@@ -142,8 +140,6 @@ def settings_refused() -> list[str]:
 SETTINGS_REFUSED = [
     r"vLLM cannot run this model with rollout.kv_cache_gb and rollout.engine_args as set: .*cache.*",
     r"vLLM cannot run .*unexpected keyword argument 'max_num_sequences'",
-    r"rollout.engine_args.pipeline_parallel_size=2: a colocated engine runs on .*",
-    r"rollout.engine_args.tensor_parallel_size=2: a colocated engine runs on .*",
     r"rollout.engine_tp=4 ranks form one engine, but the world size 2 is no multiple of it; .*",
     r"rank 1: MemoryError: no room",
     r"this process has a vLLM engine already: close its sampler before the next one is built",

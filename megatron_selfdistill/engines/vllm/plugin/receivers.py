@@ -1,13 +1,16 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The receiving ends of transfer.py: one class per way in which a bucket of weights reaches a worker.
 
+A receiver takes the device of the worker and the worker's number in its server.  ``receive`` returns a bucket as
+``[num_bytes]`` uint8 on the device.  The bytes stay valid until the trainer learns that the bucket is loaded; then the
+same memory may hold a later bucket.  ``close`` leaves the trainer, and is called once.
+
 This module imports no vLLM, so that every way can be tested without it.
 """
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,25 +21,7 @@ from megatron_selfdistill.engines.vllm.protocol import pin
 from megatron_selfdistill.engines.vllm.transfer_group import broadcast, close_group, open_group
 
 
-class Receiver(ABC):
-    """One way in which a bucket arrives on ``device``, that of worker number ``worker`` of its server."""
-
-    def __init__(self, device: torch.device, worker: int) -> None:
-        self._device = device
-
-    @abstractmethod
-    def receive(self, num_bytes: int, where: dict[str, Any]) -> Tensor:
-        """Return the bucket ``[num_bytes]`` uint8 on the worker's device.
-
-        The bytes stay valid until the trainer learns that the bucket is loaded; then the same memory may hold a later
-        bucket.
-        """
-
-    def close(self) -> None:  # noqa: B027
-        """Leave the trainer; may be called once."""
-
-
-class FileReceiver(Receiver):
+class FileReceiver:
     """A receiver that reads files of the trainer.
 
     A file that the trainer keeps is mapped once, and on a CPU its own memory is the bucket.  A file that the trainer
@@ -44,7 +29,7 @@ class FileReceiver(Receiver):
     """
 
     def __init__(self, device: torch.device, worker: int) -> None:
-        super().__init__(device, worker)
+        self._device = device
         self._mapped: dict[str, Tensor] = {}
         self._unpin: dict[str, Callable[[], None]] = {}
 
@@ -82,7 +67,7 @@ def _read(path: str, num_bytes: int) -> Tensor:
     return packed
 
 
-class BroadcastReceiver(Receiver):
+class BroadcastReceiver:
     """A receiver in a process group of the trainer (rank 0) and the workers of all servers."""
 
     def __init__(
@@ -97,7 +82,7 @@ class BroadcastReceiver(Receiver):
         world_size: int,
         timeout_s: float,
     ) -> None:
-        super().__init__(device, worker)
+        self._device = device
         self._arrives_on = torch.device("cpu") if backend == "gloo" else device
         self._timeout_s = timeout_s
         self._broken = False
@@ -125,5 +110,6 @@ class BroadcastReceiver(Receiver):
         del self._group
 
 
+Receiver = FileReceiver | BroadcastReceiver
 RECEIVERS: dict[str, Any] = {"shared_memory": FileReceiver, "gloo": BroadcastReceiver, "nccl": BroadcastReceiver}
 """Name of a transfer -> the class of its receivers, whose arguments the trainer sends."""

@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
@@ -157,8 +153,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _verify(self, complete: str) -> None:
         if digest(self._received) != complete:
             raise ValueError(
-                f"the trainer sent other tensors than the {len(self._received)} that arrived here, "
-                f"{', '.join(self._received[:_SHOWN])}, ..."
+                f"the trainer sent other tensors than {len(self._received)} here: {self._received[:_SHOWN]}"
             )
         if self._unloaded and (self._reloading or not self.factors):
             missing = sorted(self._unloaded)

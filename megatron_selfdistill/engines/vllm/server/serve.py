@@ -165,7 +165,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool) -> list[str]:
         settings["max_model_len"] = options.max_model_len
     kv_cache_gb = options.kv_cache_gb
     if on_cpu:
-        settings |= {"enforce_eager": True, **cpu_engine_args(_described(options), options.max_model_len)}
+        settings |= cpu_engine_args(_described(options), options.max_model_len)
         kv_cache_gb = psutil.virtual_memory().available / _GIB / 3 if kv_cache_gb is None else kv_cache_gb
     if kv_cache_gb is not None:
         settings["kv_cache_memory_bytes"] = int(kv_cache_gb * _GIB)

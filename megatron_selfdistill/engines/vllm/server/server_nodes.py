@@ -59,10 +59,7 @@ def why_not(nnodes: int, node_rank: int, master_addr: str | None, token: str) ->
             f"--nnodes {nnodes} --node-rank {node_rank} --master-addr {master_addr}"
         )
     if nnodes > 1 and not token and not is_loopback(str(master_addr)):
-        return (
-            f"a server of --nnodes {nnodes} that meet at {master_addr} needs the environment variable "
-            f"{TOKEN_VARIABLE}, the same secret on all nodes"
-        )
+        return f"a server of --nnodes {nnodes} needs the environment variable {TOKEN_VARIABLE}, one secret for all"
     return None
 
 
@@ -73,10 +70,7 @@ def why_not_gpus(nnodes: int, num_gpus: int, visible: int | None) -> str | None:
     """
     each, left = divmod(num_gpus, nnodes)
     if left:
-        return (
-            f"a server of {num_gpus} GPUs cannot be cut into --nnodes {nnodes} equal parts: make "
-            f"--tensor-parallel-size a multiple of {nnodes}"
-        )
+        return f"a server of {num_gpus} GPUs cannot be cut into --nnodes {nnodes} equal parts"
     if nnodes > 1 and visible not in (None, each):
         # vLLM concludes from this number which of its workers share a node.
         return (
@@ -102,12 +96,16 @@ def network_environment(node: ServerNode) -> dict[str, str]:
     The addresses that vLLM and gloo would choose (the route to the internet, the host's name) may be unreachable for
     other nodes.
     """
+    import psutil
+
     address = own_address(node.master_addr, node.master_port)
     if is_loopback(address) != is_loopback(node.master_addr):
         return {}  # on the head its own name may stand for loopback, and vLLM's guess is better
     environment = {"VLLM_HOST_IP": address}
-    interface = _interface(address)
-    return environment | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.split("%")[0] == address for each in addresses):
+            environment.setdefault("GLOO_SOCKET_IFNAME", str(name))
+    return environment
 
 
 def meet(node: ServerNode, token: str, lost: Callable[[str], None], timeout_s: float = MEET_SECONDS) -> None:
@@ -136,9 +134,7 @@ def _gather(node: ServerNode, token: str, deadline: float) -> dict[int, socket.s
             ready, _, _ = select.select([listener, *peers.values()], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 missing = [rank for rank in range(1, node.nnodes) if rank not in peers]
-                raise TimeoutError(
-                    f"node ranks {missing} of this server have not connected to port {node.meeting_port}"
-                )
+                raise TimeoutError(f"node ranks {missing} of the server have not connected to port {node.meeting_port}")
             for rank, peer in peers.items():
                 if peer in ready:  # a node sends nothing more, so its connection has ended
                     raise ConnectionError(f"node rank {rank} of this server ended before the other nodes came")
@@ -232,17 +228,6 @@ def _listener(node: ServerNode) -> socket.socket:
         return socket.create_server((node.master_addr, node.meeting_port), family=family, backlog=node.nnodes)
     # Listen on every interface, as torch's own store does: on the head its name may stand for an address that the other
     # nodes do not see.
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", node.meeting_port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=node.nnodes
-        )
-    return socket.create_server(("", node.meeting_port), backlog=node.nnodes)
-
-
-def _interface(address: str) -> str | None:
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.split("%")[0] == address for each in addresses):
-            return str(name)
-    return None
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", node.meeting_port), family=family, dualstack_ipv6=dual, backlog=node.nnodes)

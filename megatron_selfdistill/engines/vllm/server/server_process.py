@@ -136,7 +136,7 @@ def wait_until_healthy(started: Sequence[ServerProcess], servers: Sequence[VllmS
             except EngineError as error:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"a vLLM server is not up after {timeout_s:g} s ({error}); {_tail(one.log)}"
+                        f"no vLLM server is up after {timeout_s:g} s ({error}); {_tail(one.log)}"
                     ) from error
             time.sleep(0.2)
 
@@ -175,28 +175,23 @@ def environment_at_start() -> dict[str, str]:
 
 
 def _with_package(variables: Mapping[str, str], directory: Path, python: str | None, token: str) -> dict[str, str]:
-    """Return ``variables`` with those by which a server imports this package and knows its token and parent."""
-    environment = {name: value for name, value in variables.items() if python is None or name not in _PYTHON}
-    paths = [str(_directory_with_package(directory))]
-    paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    environment[TOKEN_VARIABLE] = token
-    environment[PARENT_VARIABLE] = str(os.getpid())
-    return environment
+    """Return ``variables`` with those by which a server imports this package and knows its token and parent.
 
-
-def _directory_with_package(directory: Path) -> Path:
-    """Return a directory from which this package can be imported and nothing else.
-
-    Where the package is installed, its neighbours are the trainer's torch and other packages that a server has of its
-    own.
+    The server imports nothing else of the trainer: where the package is installed, its neighbours are the trainer's
+    torch and other packages that a server has of its own.
     """
+    environment = {name: value for name, value in variables.items() if python is None or name not in _PYTHON}
     alone = directory.resolve() / "package"
     alone.mkdir(exist_ok=True)
     link = alone / _PACKAGE
     link.unlink(missing_ok=True)
     link.symlink_to(Path(megatron_selfdistill.__file__).resolve().parent, target_is_directory=True)
-    return alone
+    paths = [str(alone)]
+    paths += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment[TOKEN_VARIABLE] = token
+    environment[PARENT_VARIABLE] = str(os.getpid())
+    return environment
 
 
 def _gpus_of_servers(count: int, each: int) -> list[str] | None:

@@ -118,7 +118,7 @@ def test_factors_return_to_megatron_and_modules_that_share_a_layer_must_share_a(
     names = [name.removeprefix(f"{PEFT_PREFIX}model.layers.0.self_attn.") for name in rules[0].hf_names]
     assert names == ["q_proj.lora_A.weight", "k_proj.lora_A.weight", "v_proj.lora_A.weight"]
     a = torch.randn(rules[0].shape)
-    with pytest.raises(ConfigError, match="modules that Megatron fuses into one linear layer have different factors A"):
+    with pytest.raises(ConfigError, match="modules of one fused linear layer have different factors A"):
         rules[0].to_megatron(a, a, a + 1)
     with pytest.raises(ConfigError, match=r"adapter\.layers=\['linear_q_proj'\]: this model has no such layer"):
         adapter_rules(family.rules(model), AdapterConfig(rank=2, layers=["linear_q_proj"]))

@@ -69,7 +69,7 @@ def test_rope_is_what_transformers_reads(tmp_path, spelling):
 def test_yarn_added_to_a_directory_that_names_another_rope_is_refused_and_never_dropped(tmp_path):
     config = config_json(tmp_path, {"rope_parameters": DEFAULT, "rope_scaling": YARN})
     assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "yarn"
-    with pytest.raises(ConfigError, match=r"rope_scaling=.* and rope_parameters=.*, which differ: .* keep only"):
+    with pytest.raises(ConfigError, match=r"rope_scaling=.* and rope_parameters=.*, which differ: keep only"):
         read(config)
 
 
