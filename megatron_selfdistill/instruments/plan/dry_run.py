@@ -280,8 +280,9 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     readings = 1 + planned_controls(config)
     num_teacher = num_student * readings if config.has_teacher else 0
     paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
-    kinds = {"paired": paired, "with_reference": config.is_anchored, "num_readings": readings}
-    return raised_to_multiple(num_student, num_teacher, multiple, **kinds)
+    return raised_to_multiple(
+        num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored, num_readings=readings
+    )
 
 
 def bubble(num_student: int, num_others: int, pp_size: int, num_chunks: int, backward: float) -> float:
