@@ -68,7 +68,7 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_requests
-from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, require_problems
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, weighted_advantages
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
@@ -117,26 +117,17 @@ class PastSettings(DistillSettings, AdvantageSettings):
             hint=FUNCTION,
         )
 
+    required = ("data.kind=problems", "environment.name=none", "loss.normalize=tokens", "loss.rollout_correction=none")
+
     teacher_template = (
         "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"
         "Correctly solve the original question, in your own words."
     )
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` for an environment, another mean, a correction, or a teacher that would not adapt."""
+        """Raise `ConfigError` for a teacher that would not adapt."""
         super().check(config)
-        require_problems(config, "method.name=past shows an attempt to its own problem: it")
-        name, kind = config.environment.name, config.loss.normalize
-        require(
-            name == "none", f"method.name=past lets the teacher answer again: set environment.name=none, got {name}"
-        )
-        require(kind == "tokens", f"method.name=past has means of its own: leave loss.normalize=tokens, got {kind}")
-        correction, weights = config.loss.rollout_correction, config.teacher.weights
-        require(
-            correction == "none",
-            "method.name=past trains on texts that nobody sampled after their prompts: it needs "
-            f"loss.rollout_correction=none, got {correction}",
-        )
+        weights = config.teacher.weights
         require(
             not self.adapts or (weights != "frozen" and self.num_retries > 1),
             "method.name=past adapts the teacher, which shares the student's weights, by comparing retries: it needs "

@@ -57,8 +57,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
@@ -81,21 +79,12 @@ class SkaldSettings(DistillSettings, AdvantageSettings):
     """Whether a card that has the problem's answer as a word is not shown; its problem trains on rewards alone."""
 
     needs = Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
+    required = ("environment.name=none", "rollout.guidance=none")
 
     teacher_template = (
         "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"
         "Solve the problem step by step, in your own words."
     )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where an environment replies, or the responses are no plain samples."""
-        super().check(config)
-        name, guidance = config.environment.name, config.rollout.guidance
-        require(
-            name == "none" and guidance == "none",
-            "method.name=skald compares single responses with and without a card: it needs environment.name=none and "
-            f"rollout.guidance=none, got {name} and {guidance}",
-        )
 
 
 class Skald(SelfDistillation):
