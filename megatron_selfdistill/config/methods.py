@@ -60,11 +60,6 @@ def settings_class(name: str) -> type[MethodSettings]:
     return found
 
 
-def default_settings() -> MethodSettings:
-    """Return the settings of the default method."""
-    return settings_class("default")()
-
-
 def settings_of(section: Mapping[str, Any]) -> MethodSettings:
     """Return the settings of a section ``method`` of plain values; keys that are missing have their defaults.
 

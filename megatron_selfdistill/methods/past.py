@@ -67,7 +67,7 @@ from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegat
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_requests
+from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_responses
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, weighted_advantages
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
@@ -206,16 +206,12 @@ class Past(HintedLater):
         return terms_of_parts(signals, part, weighted_advantages(signals, own), totals, own)
 
     def _retries(self, failed: Sequence[Rollout], first_group: int) -> list[list[Rollout]]:
-        """Return the rewarded retries of each failed attempt, in a group of its own, after the teacher's prompt.
-
-        The seed of a retry depends on (seed, step, problem, attempt, retry) alone.
-        """
-        number, seed = self.settings.num_retries, self.tools.config.seed
+        """Return the rewarded retries of each failed attempt, in a group of its own, after the teacher's prompt."""
+        number = self.settings.num_retries
         views = [replace(one.in_privileged_view(), key=None, part="view") for one in failed]
         asked = [replace(view, group=first_group + i) for i, view in enumerate(views) for _ in range(number)]
-        requests = hinted_requests(failed, number, "retry", self.step, seed)
         with self.tools.phases("rollout"):
-            responses = self.tools.generate(self.step, requests)
+            responses = hinted_responses(self.tools, failed, number, "retry", self.step)
             answered = [replace(one, response=response) for one, response in zip(asked, responses, strict=True)]
             retries, _ = self.tools.judge.rewarded(answered)
         return [retries[i : i + number] for i in range(0, len(retries), number)]

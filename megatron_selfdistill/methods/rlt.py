@@ -115,17 +115,14 @@ class Rlt(Grpo):
 
         Collectives over the world: those of a pass of both models; one sum over the data-parallel ranks.
         """
-        with self.tools.phases("measure"):
-            return self._rewarded(rollouts)
-
-    def _rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         tag, tokenizer = self.settings.closing_tag, self.tools.given.builder.tokenizer
         explanations = [explanation_in(rollout.response, tokenizer, tag) for rollout in rollouts]
         pairs = [
             *(self._explaining(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
             *(self._solving(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
         ]
-        policy, student, _ = self.tools.models.read_tokens(pairs, self.settings.temperature)
+        with self.tools.phases("measure"):
+            policy, student, _ = self.tools.models.read_tokens(pairs, self.settings.temperature)
         lengths = [len(pair.response) for pair in pairs]
         of_policy, of_student = policy.split(lengths), student.split(lengths)
         found = [

@@ -60,7 +60,7 @@ from dataclasses import dataclass
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.hints import hinted_requests
+from megatron_selfdistill.methods.parts.hints import hinted_responses
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
 from megatron_selfdistill.sources.judge import over_replicas
@@ -124,13 +124,10 @@ class Skald(SelfDistillation):
         return rollout.hinted and not (self.settings.filters_answers and states_answer(card, answer))
 
     def _hinted_rewards(self, step: int, firsts: Sequence[Rollout]) -> list[list[float]]:
-        """Return the rewards of the responses after the card of each problem; ``firsts``: a rollout of each problem.
-
-        The seed of a response depends on (seed, step, problem, first sample of the group, response) alone.
-        """
-        number, seed = self.settings.num_hinted, self.tools.config.seed
+        """Return the rewards of the responses after the card of each problem; ``firsts``: a rollout of each problem."""
+        number = self.settings.num_hinted
         asked = [one for one in firsts for _ in range(number)]
-        responses = self.tools.generate(step, hinted_requests(firsts, number, "card", step, seed))
+        responses = hinted_responses(self.tools, firsts, number, "card", step)
         hinted = [Rollout(one.problem, one.prompts, response) for one, response in zip(asked, responses, strict=True)]
         rewards = self.tools.judge.rewards(hinted)
         return [rewards[i : i + number] for i in range(0, len(rewards), number)]

@@ -13,10 +13,6 @@ from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFlo
 
 SIGNALS = ("full", "sampled", "advantage")
 """Values of method.signal."""
-ADVANTAGE_STDS = ("sample", "population", "none")
-"""Values of method.advantage_std."""
-CREDITS = ("episode", "turn")
-"""Values of method.credit."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +64,10 @@ class AdvantageSettings(ClipSettings, RewardSettings):
 
     weight: NonNegativeFloat = 1.0
     """Weight of the advantages of rewards in the loss."""
-    advantage_std: Annotated[str, OneOf(ADVANTAGE_STDS)] = "sample"
+    advantage_std: Annotated[str, OneOf(("sample", "population", "none"))] = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""
-    credit: Annotated[str, OneOf(CREDITS)] = "episode"
+    credit: Annotated[str, OneOf(("episode", "turn"))] = "episode"
     """What is compared in an environment of several turns: episode (the sum of the rewards of an episode, for each of
     its responses) or turn (the return from a response on, with the responses of the same turn)."""
     discount: Share = 1.0
