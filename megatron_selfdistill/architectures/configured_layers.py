@@ -70,39 +70,29 @@ def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:
 
     Raises: `ConfigError` for values that do not fit the rest of the model or the layout.
     """
-    if model.position_embedding_type == "yarn":
-        _set_yarn(config, model)
-    if model.latent_layernorm_epsilon is not None:
-        _set_latent_epsilon(config, model.latent_layernorm_epsilon)
+    if model.position_embedding_type == "yarn":  # Megatron Core's ``GPTModel`` and ``Attention`` read the attributes
+        if config.multi_latent_attention:
+            raise ConfigError(
+                "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
+                "model.transformer.rope_type=yarn"
+            )
+        original, parts = model.yarn.original_max_position_embeddings, 2 * config.context_parallel_size
+        if config.context_parallel_size > 1 and original % parts:
+            raise ConfigError(
+                f"model.yarn.original_max_position_embeddings={original} must be a multiple of {parts}, twice "
+                "parallel.context_parallel_size: Megatron Core cuts a table of this length"
+            )
+        for name, value in dataclasses.asdict(model.yarn).items():
+            setattr(config, f"yarn_{name}", value)
+    if model.latent_layernorm_epsilon is not None:  # `LatentRMSNorm` and `with_latent_epsilon` read the attribute
+        if not (config.multi_latent_attention and config.normalization == "RMSNorm"):
+            raise ConfigError(
+                "model.latent_layernorm_epsilon is for multi-latent attention with model.normalization=RMSNorm: do not "
+                "set it for this model"
+            )
+        config.latent_layernorm_epsilon = model.latent_layernorm_epsilon
     if model.qk_layernorm_all_heads:
         setattr(config, ALL_HEADS, True)
-
-
-def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
-    """Set the attributes that Megatron Core's ``GPTModel`` and ``Attention`` read."""
-    if config.multi_latent_attention:
-        raise ConfigError(
-            "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
-            "model.transformer.rope_type=yarn"
-        )
-    original, parts = model.yarn.original_max_position_embeddings, 2 * config.context_parallel_size
-    if config.context_parallel_size > 1 and original % parts:
-        raise ConfigError(
-            f"model.yarn.original_max_position_embeddings={original} must be a multiple of {parts}, twice "
-            "parallel.context_parallel_size: Megatron Core cuts a table of this length"
-        )
-    for name, value in dataclasses.asdict(model.yarn).items():
-        setattr(config, f"yarn_{name}", value)
-
-
-def _set_latent_epsilon(config: TransformerConfig, epsilon: float) -> None:
-    """Set the attribute that `LatentRMSNorm` and `with_latent_epsilon` read."""
-    if not (config.multi_latent_attention and config.normalization == "RMSNorm"):
-        raise ConfigError(
-            "model.latent_layernorm_epsilon is for multi-latent attention with model.normalization=RMSNorm: do not set "
-            "it for this model"
-        )
-    config.latent_layernorm_epsilon = epsilon
 
 
 def layer_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[Fault]:
@@ -110,6 +100,7 @@ def layer_faults(config: TransformerConfig, *, transformer_engine: bool) -> list
 
     ``transformer_engine``: whether the other layers are Transformer Engine's.
     """
+    normalised, tp = hasattr(config, ALL_HEADS), config.tensor_model_parallel_size
     return [
         *window_faults(config, transformer_engine=transformer_engine),
         *sink_faults(config, transformer_engine=transformer_engine),
@@ -125,13 +116,6 @@ def layer_faults(config: TransformerConfig, *, transformer_engine: bool) -> list
             config.experimental_attention_variant == "gated_delta_net" and config.context_parallel_size > 1,
             "Gated delta net does not support context parallelism here: set parallel.context_parallel_size=1",
         ),
-        *_all_heads_faults(config),
-    ]
-
-
-def _all_heads_faults(config: TransformerConfig) -> list[Fault]:
-    normalised, tp = hasattr(config, ALL_HEADS), config.tensor_model_parallel_size
-    return [
         (
             normalised and (config.multi_latent_attention or config.normalization != "RMSNorm"),
             "qk_layernorm_all_heads is an RMSNorm of ordinary attention: set model.normalization=RMSNorm, and leave "

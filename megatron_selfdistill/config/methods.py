@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The registry of methods: the one place where the core finds the class that ``method.name`` names.
 
-A file of the package ``methods`` is a method of the project, and a dotted path is a class of the user.
+A file of the package ``methods`` is a method of the project: its class, or where it has none the default method with
+the values of a recipe.  A dotted path is a class of the user.
 """
 
 from __future__ import annotations
@@ -50,19 +51,13 @@ def method_class(name: str) -> type[Any]:
         )
     module = importlib.import_module(f"{_PACKAGE}.{name}")
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    (found,) = [value for value in own if "Settings" in dir(value)]
-    return found
+    return next((value for value in own if "Settings" in dir(value)), None) or method_class("default")
 
 
 def settings_class(name: str) -> type[MethodSettings]:
     """Return the class of the settings of the method ``name``.  Raises: `ConfigError`, as `method_class`."""
     found: type[MethodSettings] = method_class(name).Settings
     return found
-
-
-def default_settings() -> MethodSettings:
-    """Return the settings of the default method."""
-    return settings_class("default")()
 
 
 def settings_of(section: Mapping[str, Any]) -> MethodSettings:

@@ -48,7 +48,10 @@ def write_evaluation(directory: Path, result: EvaluationResult, about: Mapping[s
     """
     lines = [_line(problem, list(result.pass_at_k), list(result.majority_at_k)) for problem in result.problems]
     metrics = {name.removeprefix("/"): value for name, value in result.metrics("").items()}
-    summary = {**about, "metrics": metrics, "intervals": _intervals(_values(lines))}
+    values = _values(lines)
+    means = bootstrap(np.stack(list(values.values()), axis=1)) if len(lines) > 1 else []
+    intervals = {name: [it.low, it.high] for name, it in zip(values, means, strict=bool(means))}
+    summary = {**about, "metrics": metrics, "intervals": intervals}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SUMMARY).unlink(missing_ok=True)  # the summary states that the other files are complete
     (directory / RESPONSES).unlink(missing_ok=True)
@@ -223,13 +226,6 @@ def _values_of_calibration(kind: str, responses: Sequence[Sequence[Mapping[str, 
         f"{kind}_ocg": (confidence - correct).mean(1),
         f"{kind}_stated_confidence": states.mean(1),
     }
-
-
-def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Return the 95 % intervals over the problems; the result is empty for a single problem."""
-    columns = np.stack(list(values.values()), axis=1)
-    found = bootstrap(columns) if len(columns) > 1 else []
-    return {name: [it.low, it.high] for name, it in zip(values, found, strict=bool(found))}
 
 
 def _json_lines(records: Iterable[Mapping[str, Any]]) -> str:

@@ -74,12 +74,21 @@ def select_mixed_tokens(
     limit = _MAX_MIXED_LOGITS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
-    sampled = [
-        _select(student, teacher, anchor, some, target, greedy, backend, num_ids)
-        for student, teacher, anchor, some in zip(*parts, strict=True)
-    ]
-    token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
-    return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
+
+    def select(of_student: Tensor, of_teacher: Tensor, of_anchor: Tensor, some: Tensor) -> tuple[Tensor, ...]:
+        student, teacher = of_student.double(), of_teacher.double()
+        mix = mixed_logits(of_anchor.double(), teacher, *target.mix_weights)
+        if greedy:
+            tokens = mix[:, :num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
+            mixed_log_probs = mix.new_zeros(mix.size(0))
+        else:
+            solution = _solution(of_student, of_teacher, of_anchor, mix, target, backend)
+            # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
+            log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
+            tokens, mixed_log_probs = invert_cdf(log_q.exp_()[:, :num_ids], some)
+        return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs
+
+    return MixedTokens(*map(torch.cat, zip(*(select(*some) for some in zip(*parts, strict=True)), strict=True)))
 
 
 def guided_roles(target: Target) -> tuple[str, ...]:
@@ -88,29 +97,6 @@ def guided_roles(target: Target) -> tuple[str, ...]:
     The student's context is among them: ``Response.log_probs`` are the student's, whatever the target mixes.
     """
     return ROLES if target.is_anchored else ROLES[:2]
-
-
-def _select(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    anchor_logits: Tensor,
-    uniforms: Tensor,
-    target: Target,
-    greedy: bool,
-    backend: str | None,
-    num_ids: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher, anchor = student_logits.double(), teacher_logits.double(), anchor_logits.double()
-    mix = mixed_logits(anchor, teacher, *target.mix_weights)
-    if greedy:
-        tokens = mix[:, :num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
-        mixed_log_probs = mix.new_zeros(mix.size(0))
-    else:
-        solution = _solution(student_logits, teacher_logits, anchor_logits, mix, target, backend)
-        # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
-        log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
-        tokens, mixed_log_probs = invert_cdf(log_q.exp_()[:, :num_ids], uniforms)
-    return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs
 
 
 def _solution(

@@ -33,12 +33,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.evaluation.estimators import split_confidence
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import RewardSettings, require_single_turn
+from megatron_selfdistill.methods.parts.settings import RewardSettings
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -51,18 +49,7 @@ class CaopdSettings(RewardSettings):
     """The settings of CaOPD."""
 
     needs = Needs(rewards=True, group_size=2)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where edited responses, or the solution that is edited with them, cannot be used."""
-        super().check(config)
-        require_single_turn(config, "method.name=caopd")
-        solutions, correction = config.data.solutions, config.loss.rollout_correction
-        require(
-            solutions == "given" and correction == "none",
-            "method.name=caopd edits responses, whose probability when they were sampled is then unknown, and the "
-            "given solution: it needs data.solutions=given and loss.rollout_correction=none, got "
-            f"{solutions} and {correction}",
-        )
+    required = ("environment.max_turns=1", "data.solutions=given", "loss.rollout_correction=none")
 
 
 class Caopd(SelfDistillation):

@@ -64,11 +64,11 @@ class ChatLogsSettings(DefaultSettings):
     unlikely: Annotated[str, OneOf(("drop", "down_weight"))] = "drop"
     """Weight of unlikely turns in the loss: drop (weight 0) or down_weight (exp(mean log-prob - min_log_prob))."""
 
+    required = ("data.kind=conversations",)
+
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the records are no logs."""
+        """Raise `ConfigError` where turns that are sampled would be dropped."""
         super().check(config)
-        kind = config.data.kind
-        require(kind == "conversations", f"method.name=chat_logs needs data.kind=conversations, got {kind}")
         require(
             self.min_log_prob is None or config.logged,
             "method.min_log_prob drops unlikely logged turns: unset it, or set conversations.responses=logged",

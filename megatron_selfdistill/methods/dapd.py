@@ -50,13 +50,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import require_problems, require_single_turn
 from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -87,20 +84,10 @@ class DapdSettings(MethodSettings):
     """Weight of the solution, which the student sees before it, and whose teacher sees the response."""
 
     needs = Needs(contexts_per_sample=len(TERMS))
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""
-        super().check(config)
-        require_problems(config, "method.name=dapd trains on the texts of given solutions: it")
-        require_single_turn(config, "method.name=dapd")
-        kind = config.loss.normalize
-        require(kind == "tokens", f"method.name=dapd has means of its own: leave loss.normalize=tokens, got {kind}")
-        solutions, correction = config.data.solutions, config.loss.rollout_correction
-        require(
-            solutions == "given" and correction == "none",
-            "method.name=dapd trains on given solutions and on other texts that nobody sampled after their prompts: "
-            f"it needs data.solutions=given and loss.rollout_correction=none, got {solutions} and {correction}",
-        )
+    required = (
+        *("data.kind=problems", "data.solutions=given", "environment.max_turns=1"),
+        *("loss.normalize=tokens", "loss.rollout_correction=none"),
+    )
 
 
 class Dapd(SelfDistillation):

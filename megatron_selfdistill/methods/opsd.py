@@ -51,13 +51,3 @@ Known failure:
 - Tokens of style carry 6 to 15 times the divergence of other tokens.
 - Losses of up to 40 % outside of the trained domain.
 """
-
-from __future__ import annotations
-
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-
-class Opsd(SelfDistillation):
-    """The default method; the recipe sets target, divergence, wording and teacher as published."""
-
-    Settings = DefaultSettings

@@ -29,10 +29,9 @@ Known failure:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
+from megatron_selfdistill.config.schema.method_config import MethodSettings
 from megatron_selfdistill.methods.default import SelfDistillation
 from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings
 from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
@@ -40,25 +39,10 @@ from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
 
-@dataclass(frozen=True)
-class OpsdRlSettings(DistillAndRewardSettings):
-    """The settings of self-distillation beside rewards."""
-
-    @property
-    def needs(self) -> Needs:
-        """What the method needs from the core."""
-        selects, rewards = self.select is not None, self.weight > 0
-        return Needs(
-            log_probs=self.log_probs,
-            rewards=rewards or selects,
-            group_size=2 if rewards else 1,
-        )
-
-
 class OpsdRl(SelfDistillation):
     """Self-distillation beside rewards."""
 
-    Settings: ClassVar[type[MethodSettings]] = OpsdRlSettings
+    Settings: ClassVar[type[MethodSettings]] = DistillAndRewardSettings
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the teacher's part plus the advantages of the rewards."""

@@ -87,6 +87,8 @@ class OvdSettings(GrpoSettings):
     """Text in the token that ends a step of a response, such as a line feed.  Under use=filter a replaced response
     keeps its beginning up to its last step whose score is at least the threshold.  Null replaces whole responses."""
 
+    required = ("environment.name=none", "rollout.guidance=none")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_slots("method.template", self.template, ("problem", "response"), ("solution",))
@@ -97,14 +99,8 @@ class OvdSettings(GrpoSettings):
         return replace(super().needs, scores=True)
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the teacher cannot be shown a response to a problem and its solution."""
+        """Raise `ConfigError` where two selections, or two rewards, meet."""
         super().check(config)
-        name, guidance = config.environment.name, config.rollout.guidance
-        require(
-            name == "none" and guidance == "none",
-            "method.name=ovd shows the teacher a response to a problem and the solution, and asks for a score: it "
-            f"needs environment.name=none and rollout.guidance=none, got {name} and {guidance}",
-        )
         require(
             self.select is None and (self.reward is None or self.use == "filter"),
             "method.name=ovd has a selection and, with method.use=reward, rewards of its own: unset method.select and "

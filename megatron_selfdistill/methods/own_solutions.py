@@ -46,14 +46,13 @@ from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
 from megatron_selfdistill.methods.parts.hints import chosen_with_hints
 from megatron_selfdistill.methods.parts.learnability import learnabilities
-from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings, require_problems
+from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings
 from megatron_selfdistill.methods.parts.solution_search import Search, content_of, solve
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 
@@ -79,21 +78,12 @@ class OwnSolutionsSettings(DistillAndRewardSettings):
     """Weight of the divergence of the student from the teacher against the log-prob of the response under
     pick=learnable; 0 ranks by the log-prob alone."""
 
+    required = ("data.kind=problems",)
+
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        rewards = self.weight > 0
-        return Needs(
-            log_probs=self.log_probs,
-            rewards=rewards or self.select is not None,
-            group_size=2 if rewards else 1,
-            hint=FOUND,
-        )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where responses answer no problems."""
-        super().check(config)
-        require_problems(config, "method.name=own_solutions solves problems: it")
+        return replace(super().needs, hint=FOUND)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegat
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_requests
-from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, require_problems
+from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_responses
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, weighted_advantages
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
@@ -117,26 +117,17 @@ class PastSettings(DistillSettings, AdvantageSettings):
             hint=FUNCTION,
         )
 
+    required = ("data.kind=problems", "environment.name=none", "loss.normalize=tokens", "loss.rollout_correction=none")
+
     teacher_template = (
         "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"
         "Correctly solve the original question, in your own words."
     )
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` for an environment, another mean, a correction, or a teacher that would not adapt."""
+        """Raise `ConfigError` for a teacher that would not adapt."""
         super().check(config)
-        require_problems(config, "method.name=past shows an attempt to its own problem: it")
-        name, kind = config.environment.name, config.loss.normalize
-        require(
-            name == "none", f"method.name=past lets the teacher answer again: set environment.name=none, got {name}"
-        )
-        require(kind == "tokens", f"method.name=past has means of its own: leave loss.normalize=tokens, got {kind}")
-        correction, weights = config.loss.rollout_correction, config.teacher.weights
-        require(
-            correction == "none",
-            "method.name=past trains on texts that nobody sampled after their prompts: it needs "
-            f"loss.rollout_correction=none, got {correction}",
-        )
+        weights = config.teacher.weights
         require(
             not self.adapts or (weights != "frozen" and self.num_retries > 1),
             "method.name=past adapts the teacher, which shares the student's weights, by comparing retries: it needs "
@@ -215,16 +206,12 @@ class Past(HintedLater):
         return terms_of_parts(signals, part, weighted_advantages(signals, own), totals, own)
 
     def _retries(self, failed: Sequence[Rollout], first_group: int) -> list[list[Rollout]]:
-        """Return the rewarded retries of each failed attempt, in a group of its own, after the teacher's prompt.
-
-        The seed of a retry depends on (seed, step, problem, attempt, retry) alone.
-        """
-        number, seed = self.settings.num_retries, self.tools.config.seed
+        """Return the rewarded retries of each failed attempt, in a group of its own, after the teacher's prompt."""
+        number = self.settings.num_retries
         views = [replace(one.in_privileged_view(), key=None, part="view") for one in failed]
         asked = [replace(view, group=first_group + i) for i, view in enumerate(views) for _ in range(number)]
-        requests = hinted_requests(failed, number, "retry", self.step, seed)
         with self.tools.phases("rollout"):
-            responses = self.tools.generate(self.step, requests)
+            responses = hinted_responses(self.tools, failed, number, "retry", self.step)
             answered = [replace(one, response=response) for one, response in zip(asked, responses, strict=True)]
             retries, _ = self.tools.judge.rewarded(answered)
         return [retries[i : i + number] for i in range(0, len(retries), number)]

@@ -46,8 +46,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import LATER, SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_selfdistill.data.contexts import ContextPair
@@ -55,11 +53,7 @@ from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater
 from megatron_selfdistill.methods.parts.selection import members_of_groups
-from megatron_selfdistill.methods.parts.settings import (
-    AdvantageSettings,
-    DistillSettings,
-    require_single_turn,
-)
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import group_advantage
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
@@ -92,13 +86,7 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
         scores=True,
         hint=LATER,
     )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where responses cannot be each other's hints, or the loss has another mean."""
-        super().check(config)
-        require_single_turn(config, "method.name=rlcsd")
-        normalize = config.loss.normalize
-        require(normalize == "tokens", f"method.name=rlcsd has two means over tokens: loss.normalize is {normalize}")
+    required = ("environment.max_turns=1", "loss.normalize=tokens")
 
 
 class Rlcsd(HintedLater):

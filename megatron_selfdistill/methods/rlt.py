@@ -86,21 +86,16 @@ class RltSettings(GrpoSettings):
     missing_tag_penalty: NonNegativeFloat = 1.0
     """Number that is subtracted from the reward of an explanation without its closing tag."""
 
+    required = ("teacher.weights=frozen", "environment.name=none", "data.kind=problems")
+
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
         return replace(super().needs, teacher_prompt=SAME, samples=TEACHER, scores=True)
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the frozen weights cannot read what the policy writes."""
+        """Raise `ConfigError` where two selections, or two rewards, meet."""
         super().check(config)
-        weights, name = config.teacher.weights, config.environment.name
-        require(
-            weights == "frozen" and name == "none" and config.data.kind == "problems",
-            "method.name=rlt rewards what the policy writes after the solution, as the frozen weights read it: it "
-            f"needs teacher.weights=frozen, environment.name=none and data.kind=problems, got {weights}, {name} and "
-            f"{config.data.kind}",
-        )
         require(
             self.select is None and self.reward is None,
             "method.name=rlt has rewards of its own, for all responses: unset method.select and method.reward",
@@ -120,17 +115,14 @@ class Rlt(Grpo):
 
         Collectives over the world: those of a pass of both models; one sum over the data-parallel ranks.
         """
-        with self.tools.phases("measure"):
-            return self._rewarded(rollouts)
-
-    def _rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         tag, tokenizer = self.settings.closing_tag, self.tools.given.builder.tokenizer
         explanations = [explanation_in(rollout.response, tokenizer, tag) for rollout in rollouts]
         pairs = [
             *(self._explaining(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
             *(self._solving(rollout, e.token_ids) for rollout, e in zip(rollouts, explanations, strict=True)),
         ]
-        policy, student, _ = self.tools.models.read_tokens(pairs, self.settings.temperature)
+        with self.tools.phases("measure"):
+            policy, student, _ = self.tools.models.read_tokens(pairs, self.settings.temperature)
         lengths = [len(pair.response) for pair in pairs]
         of_policy, of_student = policy.split(lengths), student.split(lengths)
         found = [

@@ -141,7 +141,9 @@ class Rltf(Grpo):
         for _, members in groupby(rollouts, key=lambda one: one.episode):
             episode = list(members)
             if own.revision_weight and len(episode) > 1:
-                revisions.append(_revision(episode[0], episode[-1]))
+                prompts = without_hint(episode[0].prompts)
+                alone = replace(episode[-1], problem=episode[0].problem, prompts=prompts)
+                revisions.append(replace(alone, hinted=False, part="revision"))
             if own.reply_weight:
                 replies += [self._reply(rollout) for rollout in episode[:-1]]
         if not own.reply_weight:
@@ -169,7 +171,8 @@ class Rltf(Grpo):
         places = {(rollout.episode, rollout.turn): i for i, rollout in enumerate(responses)}
         is_revision = torch.tensor([rollout.part == "revision" for rollout in extra])
         of_extra = advantages[[places[rollout.episode, rollout.turn] for rollout in extra]]
-        weight = weight_at(step, own.revision_weight, own.revision_warmup_steps)
+        weight, warmup = own.revision_weight, own.revision_warmup_steps
+        weight = weight if step >= warmup else weight * step / warmup
         # No coefficient has a ratio p / mu, since the texts were written after other prompts.
         likelihood = torch.where(is_revision, weight * of_extra, own.reply_weight)
         lengths = signals.lengths[len(responses) :]
@@ -195,10 +198,6 @@ class Rltf(Grpo):
         return replace(rollout, prompts=pair, response=text, hinted=False, part="reply")
 
 
-def _revision(first: Rollout, last: Rollout) -> Rollout:
-    return replace(last, problem=first.problem, prompts=without_hint(first.prompts), hinted=False, part="revision")
-
-
 def revision_advantages(signals: Signals, baseline: str) -> Tensor:
     """Return [B]: the advantage of each response as an answer to the problem alone; ``baseline``: as the setting."""
     if baseline == "same_turn":
@@ -207,8 +206,3 @@ def revision_advantages(signals: Signals, baseline: str) -> Tensor:
     first = (signals.turns == 0).to(signals.rewards)
     mean = signals.sum_per_group(signals.rewards * first) / signals.sum_per_group(first)
     return signals.rewards - mean[signals.groups]
-
-
-def weight_at(step: int, weight: float, warmup_steps: int) -> float:
-    """Return the weight of revisions after ``step`` optimizer steps: weight min(1, step / warm-up)."""
-    return weight if step >= warmup_steps else weight * step / warmup_steps

@@ -33,16 +33,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, Temperature
 from megatron_selfdistill.methods.default import SelfDistillation
-from megatron_selfdistill.methods.parts.settings import (
-    AdvantageSettings,
-    DistillSettings,
-    SelectSettings,
-    require_single_turn,
-)
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, SelectSettings
 from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -58,11 +52,7 @@ class ScopeSettings(DistillSettings, AdvantageSettings, SelectSettings):
     """Temperature of the weights of responses."""
 
     needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where episodes of several turns would be compared."""
-        super().check(config)
-        require_single_turn(config, "method.name=scope")
+    required = ("environment.max_turns=1",)
 
 
 class Scope(SelfDistillation):

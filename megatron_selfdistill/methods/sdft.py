@@ -24,13 +24,3 @@ Known failure:
 - Models with long thinking, unless the demonstrations are regenerated with it.
 - Demonstrations in another style than the model's: forward KL moves the student to the teacher's style.
 """
-
-from __future__ import annotations
-
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-
-class Sdft(SelfDistillation):
-    """The default method; the recipe sets target, divergence, wording and teacher as published."""
-
-    Settings = DefaultSettings

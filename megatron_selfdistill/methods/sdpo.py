@@ -53,11 +53,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
 from megatron_selfdistill.methods.parts.selection import of_groups
-from megatron_selfdistill.methods.parts.settings import (
-    DistillAndRewardSettings,
-    require_problems,
-    require_single_turn,
-)
+from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -103,12 +99,10 @@ class SdpoSettings(DistillAndRewardSettings):
         """The teacher's wording where data.teacher_template is null."""
         return TEMPLATES.get(self.hints)
 
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where episodes of several turns would be compared."""
-        super().check(config)
-        require_problems(config, "method.name=sdpo compares responses to problems: it")
-        if self.hints != "feedback":
-            require_single_turn(config, f"method.hints={self.hints}")
+    @property
+    def required(self) -> Sequence[str]:
+        """The keys with the values that the method needs: only feedback compares no responses to a problem."""
+        return ("data.kind=problems", *["environment.max_turns=1"] * (self.hints != "feedback"))
 
     def require_start(self, config: Config) -> None:
         """Raise `ConfigError` also for feedback without an environment."""

@@ -27,11 +27,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.methods.default import SelfDistillation
-from megatron_selfdistill.methods.parts.settings import require_problems
 
 
 @dataclass(frozen=True)
@@ -39,15 +36,7 @@ class SftSettings(MethodSettings):
     """The settings of supervised fine-tuning."""
 
     needs = Needs(teacher_prompt=None, samples=None)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the data give no solutions."""
-        require_problems(config, "method.name=sft trains on the text of given solutions: it")
-        solutions = config.data.solutions
-        require(
-            solutions == "given",
-            f"method.name=sft trains on the text of given solutions: leave data.solutions=given, got {solutions}",
-        )
+    required = ("data.kind=problems", "data.solutions=given")
 
 
 class Sft(SelfDistillation):

@@ -57,12 +57,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.hints import hinted_requests
+from megatron_selfdistill.methods.parts.hints import hinted_responses
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
 from megatron_selfdistill.sources.judge import over_replicas
@@ -81,21 +79,12 @@ class SkaldSettings(DistillSettings, AdvantageSettings):
     """Whether a card that has the problem's answer as a word is not shown; its problem trains on rewards alone."""
 
     needs = Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
+    required = ("environment.name=none", "rollout.guidance=none")
 
     teacher_template = (
         "{problem}\n\nHere is a skill that may help with problems of this kind:\n\n{solution}\n\n"
         "Solve the problem step by step, in your own words."
     )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where an environment replies, or the responses are no plain samples."""
-        super().check(config)
-        name, guidance = config.environment.name, config.rollout.guidance
-        require(
-            name == "none" and guidance == "none",
-            "method.name=skald compares single responses with and without a card: it needs environment.name=none and "
-            f"rollout.guidance=none, got {name} and {guidance}",
-        )
 
 
 class Skald(SelfDistillation):
@@ -135,13 +124,10 @@ class Skald(SelfDistillation):
         return rollout.hinted and not (self.settings.filters_answers and states_answer(card, answer))
 
     def _hinted_rewards(self, step: int, firsts: Sequence[Rollout]) -> list[list[float]]:
-        """Return the rewards of the responses after the card of each problem; ``firsts``: a rollout of each problem.
-
-        The seed of a response depends on (seed, step, problem, first sample of the group, response) alone.
-        """
-        number, seed = self.settings.num_hinted, self.tools.config.seed
+        """Return the rewards of the responses after the card of each problem; ``firsts``: a rollout of each problem."""
+        number = self.settings.num_hinted
         asked = [one for one in firsts for _ in range(number)]
-        responses = self.tools.generate(step, hinted_requests(firsts, number, "card", step, seed))
+        responses = hinted_responses(self.tools, firsts, number, "card", step)
         hinted = [Rollout(one.problem, one.prompts, response) for one, response in zip(asked, responses, strict=True)]
         rewards = self.tools.judge.rewards(hinted)
         return [rewards[i : i + number] for i in range(0, len(rewards), number)]

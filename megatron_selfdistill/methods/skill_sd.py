@@ -45,7 +45,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Annotated, Any
 
-from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Text
@@ -59,7 +59,7 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked, chosen_with_hints
-from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings, require_problems
+from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -101,6 +101,8 @@ class SkillSdSettings(DistillAndRewardSettings):
     exploration: NonNegativeFloat = 1.0
     """Weight c of exploration in the choice of a skill: of the number of its uses against its mean reward."""
 
+    required = ("data.kind=problems",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_slots("method.summarizer_template", self.summarizer_template, ("problem", "response", "reward"))
@@ -108,23 +110,12 @@ class SkillSdSettings(DistillAndRewardSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(
-            log_probs=self.log_probs,
-            rewards=True,
-            group_size=2 if self.weight > 0 else 1,
-            asks_model=self.summarizer == "model",
-            hint=LATER,
-        )
+        return replace(super().needs, rewards=True, asks_model=self.summarizer == "model", hint=LATER)
 
     teacher_template = (
         "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"
         "Correctly solve the original question."
     )
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where responses answer no problems."""
-        super().check(config)
-        require_problems(config, "method.name=skill_sd keeps lessons about problems: it")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.data.problems import Problem
@@ -44,11 +43,7 @@ from megatron_selfdistill.evaluation.verify import judged_text, voted_answer
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
 from megatron_selfdistill.methods.parts.selection import judged_groups
-from megatron_selfdistill.methods.parts.settings import (
-    ClipSettings,
-    SignalSettings,
-    require_single_turn,
-)
+from megatron_selfdistill.methods.parts.settings import ClipSettings, SignalSettings
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -61,16 +56,13 @@ class UOpsdSettings(SignalSettings, ClipSettings):
     threshold: Share = 0.5
     """Least share of the responses to a problem that must give the same answer, so that this answer is a majority."""
 
+    required = ("environment.max_turns=1",)
+
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
         log_probs = None if self.signal == "full" else MEASURED
         return Needs(log_probs=log_probs, group_size=2, hint=LATER)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the responses do not answer one problem each."""
-        super().check(config)
-        require_single_turn(config, "method.name=u_opsd")
 
 
 class UOpsd(HintedLater):

@@ -41,12 +41,7 @@ from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.settings import (
-    AdvantageSettings,
-    DistillSettings,
-    SelectSettings,
-    require_single_turn,
-)
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, SelectSettings
 from megatron_selfdistill.methods.parts.terms import with_rewards
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -71,11 +66,11 @@ class UniOpdSettings(DistillSettings, AdvantageSettings, SelectSettings):
     responses of the larger kind at random."""
 
     needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
+    required = ("environment.max_turns=1",)
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where episodes of several turns would be compared, or two selections meet."""
+        """Raise `ConfigError` where two selections meet."""
         super().check(config)
-        require_single_turn(config, "method.name=uni_opd")
         require(
             not self.balance or self.select is None,
             "method.balance=true selects responses, and so does method.select: set method.balance=false",

@@ -27,13 +27,3 @@ docs/recipes/comparison.md).
 Known failure: The target moves with the student, and the teacher is its only fixed point. So alpha sets how fast the
 student gets there, and what only a leaking hint explains arrives later, but it arrives (docs/method.md).
 """
-
-from __future__ import annotations
-
-from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
-
-
-class Veto(SelfDistillation):
-    """The default method; the recipe sets target, divergence and teacher."""
-
-    Settings = DefaultSettings

@@ -94,7 +94,7 @@ def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid,
     """
     config = _for_local_layers(config)
     config.use_cpu_initialization = True  # the other initialization names the device of every parameter
-    config.init_method = config.output_layer_init_method = config.embedding_init_method = _without_values
+    config.init_method = config.output_layer_init_method = config.embedding_init_method = lambda weight: weight
     config.gradient_accumulation_fusion = False
     meta = torch.device("meta")
     with meta, mock.patch.object(torch.cuda, "current_device", lambda: meta):
@@ -104,10 +104,6 @@ def build_on_meta(model: ModelConfig, config: TransformerConfig, grid: RankGrid,
                 model, config, grid, vocab_size, pre_process, post_process, vp_stage, transformer_engine=False
             ),
         )
-
-
-def _without_values(weight: torch.Tensor) -> torch.Tensor:
-    return weight
 
 
 def wrap_for_training(chunks: Sequence[torch.nn.Module], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:

@@ -32,38 +32,28 @@ def refuse_known_faults(config: TransformerConfig, *, transformer_engine: bool) 
 
 def known_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[Fault]:
     """Return all faults that `refuse_known_faults` knows, and whether ``config`` has them."""
-    rare = has_rare_layers(config)
+    rare, vpp = has_rare_layers(config), config.virtual_pipeline_model_parallel_size
+    balancing = config.moe_router_load_balancing_type
     return [
-        *_precision_faults(config, transformer_engine),
-        *_pipeline_faults(config),
-        *_loss_faults(config),
-        *_attention_faults(config, not transformer_engine),
-        *(door("architectures").layer_faults(config, transformer_engine=transformer_engine) if rare else ()),
-        *kernel_faults(config),
-        *_expert_faults(config),
-    ]
-
-
-def has_sinks(config: TransformerConfig) -> bool:
-    """Return whether the softmax of attention has a sink: ``softmax_type`` is learnable or off-by-one."""
-    return bool(getattr(config.softmax_type, "value", config.softmax_type) != "vanilla")
-
-
-def has_rare_layers(config: TransformerConfig) -> bool:
-    """Return whether a model has layers of the annex ``architectures``."""
-    return bool(
-        config.window_size is not None
-        or has_sinks(config)
-        or config.experimental_attention_variant
-        or hasattr(config, ALL_HEADS)
-        or hasattr(config, "latent_layernorm_epsilon")
-        or (config.num_moe_experts is not None and config.add_bias_linear)
-    )
-
-
-def _pipeline_faults(config: TransformerConfig) -> list[Fault]:
-    vpp = config.virtual_pipeline_model_parallel_size
-    return [
+        (
+            bool(config.fp4) or config.use_kitchen,
+            "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
+            "and model.transformer.use_kitchen",
+        ),
+        (
+            bool(config.fp8) and not transformer_engine,
+            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, but this run has Megatron's local layers: "
+            "do not set model.transformer.fp8",
+        ),
+        (
+            config.fp8_param,
+            "fp8_param keeps the parameters in fp8, which teachers, checkpoints and samplers cannot read: set "
+            "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
+        ),
+        (
+            getattr(config, "fp8_output_proj", False),  # since 0.18
+            "fp8_output_proj computes the logits of the loss in fp8, which samplers compute in bf16: leave it false",
+        ),
         (
             vpp is not None and config.pipeline_model_parallel_size == 2 and config.batch_p2p_comm,
             "interleaved pipelining over 2 stages with batch_p2p_comm exchanges the wrong messages: "
@@ -74,11 +64,6 @@ def _pipeline_faults(config: TransformerConfig) -> list[Fault]:
             "on gloo, overlap_p2p_comm sends buffers that deallocate_pipeline_outputs has already freed: "
             "set model.transformer.deallocate_pipeline_outputs=false",
         ),
-    ]
-
-
-def _loss_faults(config: TransformerConfig) -> list[Fault]:
-    return [
         (
             config.calculate_per_token_loss,
             "calculate_per_token_loss multiplies router losses by tokens per response token; the loss is "
@@ -105,13 +90,8 @@ def _loss_faults(config: TransformerConfig) -> list[Fault]:
             "dropout makes the trained student differ from the student that sampled: leave "
             "hidden_dropout and attention_dropout at 0",
         ),
-    ]
-
-
-def _attention_faults(config: TransformerConfig, local: bool) -> list[Fault]:
-    return [
         (
-            local and config.multi_latent_attention and config.tensor_model_parallel_size > 1,
+            not transformer_engine and config.multi_latent_attention and config.tensor_model_parallel_size > 1,
             "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
             "install Transformer Engine or use tensor_model_parallel_size=1",
         ),
@@ -134,12 +114,8 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[Fault]:
             "attention_output_gate needs whole query groups on each tensor-parallel rank: use a "
             "tensor_model_parallel_size that divides num_query_groups",
         ),
-    ]
-
-
-def _expert_faults(config: TransformerConfig) -> list[Fault]:
-    balancing = config.moe_router_load_balancing_type
-    return [
+        *(door("architectures").layer_faults(config, transformer_engine=transformer_engine) if rare else ()),
+        *kernel_faults(config),
         (
             config.moe_expert_capacity_factor is not None
             or getattr(config, "moe_expert_rank_capacity_factor", None) is not None,  # since 0.18
@@ -164,25 +140,18 @@ def _expert_faults(config: TransformerConfig) -> list[Fault]:
     ]
 
 
-def _precision_faults(config: TransformerConfig, transformer_engine: bool) -> list[Fault]:
-    return [
-        (
-            bool(config.fp4) or config.use_kitchen,
-            "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
-            "and model.transformer.use_kitchen",
-        ),
-        (
-            bool(config.fp8) and not transformer_engine,
-            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, but this run has Megatron's local layers: "
-            "do not set model.transformer.fp8",
-        ),
-        (
-            config.fp8_param,
-            "fp8_param keeps the parameters in fp8, which teachers, checkpoints and samplers cannot read: set "
-            "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
-        ),
-        (
-            getattr(config, "fp8_output_proj", False),  # since 0.18
-            "fp8_output_proj computes the logits of the loss in fp8, which samplers compute in bf16: leave it false",
-        ),
-    ]
+def has_sinks(config: TransformerConfig) -> bool:
+    """Return whether the softmax of attention has a sink: ``softmax_type`` is learnable or off-by-one."""
+    return bool(getattr(config.softmax_type, "value", config.softmax_type) != "vanilla")
+
+
+def has_rare_layers(config: TransformerConfig) -> bool:
+    """Return whether a model has layers of the annex ``architectures``."""
+    return bool(
+        config.window_size is not None
+        or has_sinks(config)
+        or config.experimental_attention_variant
+        or hasattr(config, ALL_HEADS)
+        or hasattr(config, "latent_layernorm_epsilon")
+        or (config.num_moe_experts is not None and config.add_bias_linear)
+    )

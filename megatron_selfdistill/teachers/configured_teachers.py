@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.models.gpt import GPTModel
-
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
@@ -104,7 +101,11 @@ class ConfiguredTeachers(Teachers):
         self._joins, last = joins(config.teachers), unwrapped(student[-1])
         if self._joins:
             with raise_on_all_ranks():
-                _require_weight_alone(last)
+                if last.post_process and (reason := unfusable(last)):
+                    raise ConfigError(
+                        "teachers.join=product needs an output layer that multiplies by its weight alone, but "
+                        f"{reason}: set teachers.join=sum"
+                    )
         reads_start = keeps_start(config) or bool(adapted)
         super().__init__(config, grid, vocab, student, build_chunks, saved, start, keeps_start=reads_start)
         self.names = list(config.named_teachers)
@@ -267,13 +268,17 @@ class ConfiguredTeachers(Teachers):
         of_contexts = [it.of_teachers or (TeacherPrompt(it.teacher, 1.0, it.teacher_prompt),) for it in contexts]
         each: list[TeacherHiddenStates] = []
         widths = [self._other_widths.get(name, self._width) // self.grid.tp_size for name in names]
+        store_bytes = self.config.schedule.teacher_store_gb * 2**30 / len(names)
         weight: Tensor | None = None
         for place, name in enumerate(names):
             with contextlib.ExitStack() as stack:
                 chunks = self._on_device(name, stack)
-                prompts = [several[place].prompt for several in of_contexts]
-                each.append(self._read(name, chunks, packed, prompts, contexts, len(names)))
-                last = unwrapped(chunks[-1])
+                prompts, last = [several[place].prompt for several in of_contexts], unwrapped(chunks[-1])
+                packing = configured_packing(self.config, self.grid, last.config)
+                packing = replace(packing, with_teacher=False, with_reference=False)
+                reading = self._pack_alone(prompts, contexts, packing)
+                known = chunks if name in self._other_widths else self.student
+                each.append(read_states(known, chunks, packed, reading, self.grid, self.vocab, store_bytes=store_bytes))
                 if last.post_process:  # copied, since the next teacher may take the place of this one
                     own = output_weight(last, torch.empty(0)).detach().unflatten(1, (self.grid.tp_size, -1))
                     weight = own.new_empty(*own.shape[:2], sum(widths)) if weight is None else weight
@@ -281,22 +286,6 @@ class ConfiguredTeachers(Teachers):
                 self._fetch([*names, following][place + 1])
         shares, token_weights = self._shares(names, of_contexts, contexts)
         return JoinedTeachers(each, shares, token_weights, None if weight is None else weight.flatten(1))
-
-    def _read(
-        self,
-        name: str,
-        chunks: Chunks,
-        packed: PackedBatch,
-        prompts: Sequence[list[int]],
-        contexts: Sequence[ContextPair],
-        num_teachers: int,
-    ) -> TeacherHiddenStates:
-        """Return the states of one of the teachers at the response tokens.  Collective."""
-        packing = configured_packing(self.config, self.grid, unwrapped(chunks[-1]).config)
-        reading = self._pack_alone(prompts, contexts, replace(packing, with_teacher=False, with_reference=False))
-        known = chunks if name in self._other_widths else self.student
-        store_bytes = self.config.schedule.teacher_store_gb * 2**30 / num_teachers
-        return read_states(known, chunks, packed, reading, self.grid, self.vocab, store_bytes=store_bytes)
 
     def _shares(
         self,
@@ -374,11 +363,3 @@ def about_teachers(
         unused = "" if taught[name] or teacher.load is None else "; warning: it is loaded, and no record names it"
         other = f" (another architecture of hidden size {widths[name]})" if name in widths else ""
         yield f"teachers.{name}: {place}{other}, sees {view}, problems: {taught[name]:,}{unused}"
-
-
-def _require_weight_alone(last: GPTModel) -> None:
-    if last.post_process and (reason := unfusable(last)):
-        raise ConfigError(
-            f"teachers.join=product needs an output layer that multiplies by its weight alone, but {reason}: set "
-            "teachers.join=sum"
-        )

@@ -148,7 +148,12 @@ def require_teachers(config: Config) -> None:
             raise CheckpointError(f"{key} does not exist, expected a checkpoint or a Hugging Face directory")
         if name in adapted:
             _require_start(key, config, path)
-        _require_same_tokenizer(key, config, path)
+        difference = difference_to(tokenizer_directory(path), config.data)
+        if difference is not None:
+            raise ConfigError(
+                f"{key} has another tokenizer than data.tokenizer={config.data.tokenizer}, and a teacher reads the "
+                f"student's tokens: {difference}: choose a teacher with the student's tokenizer"
+            )
     others = teacher_architectures(config)
     guide = guide_of(config.teachers)
     if guide in adapted or guide in others:
@@ -157,7 +162,14 @@ def require_teachers(config: Config) -> None:
             "has adapters or another architecture: choose another guide, or rollout.guidance=none"
         )
     for name, model in others.items():
-        _require_fit(f"teachers.{name}.load={config.named_teachers[name].load}", config, model)
+        key, longest = f"teachers.{name}.load={config.named_teachers[name].load}", longest_context(config)
+        with about_architecture(key):
+            check_model_divides(model, config.parallel)
+        if model.max_position_embeddings < longest:
+            raise ConfigError(
+                f"{key} takes contexts of {model.max_position_embeddings} tokens at most, and the longest context of "
+                f"this run has {longest}: set data.max_length={model.max_position_embeddings}"
+            )
 
 
 def _require_start(key: str, config: Config, path: Path) -> None:
@@ -182,26 +194,6 @@ def _stored_architecture(path: Path) -> ModelConfig | None:
     directory.require_checkpoint(path)
     args = stored_args(path)
     return None if args is None else architecture_from_args(args)
-
-
-def _require_fit(key: str, config: Config, model: ModelConfig) -> None:
-    with about_architecture(key):
-        check_model_divides(model, config.parallel)
-    longest = longest_context(config)
-    if model.max_position_embeddings < longest:
-        raise ConfigError(
-            f"{key} takes contexts of {model.max_position_embeddings} tokens at most, and the longest context of this "
-            f"run has {longest}: set data.max_length={model.max_position_embeddings}"
-        )
-
-
-def _require_same_tokenizer(key: str, config: Config, path: Path) -> None:
-    difference = difference_to(tokenizer_directory(path), config.data)
-    if difference is not None:
-        raise ConfigError(
-            f"{key} has another tokenizer than data.tokenizer={config.data.tokenizer}, and a teacher reads the "
-            f"student's tokens: {difference}: choose a teacher with the student's tokenizer"
-        )
 
 
 def directory_digests(config: Config, saved: SavedRun | None) -> dict[str, str]:

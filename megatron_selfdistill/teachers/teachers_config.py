@@ -14,12 +14,9 @@ from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED, STUD
 from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
 from megatron_selfdistill.config.schema.target_config import TeacherWeight
 
-CHOOSE = "choose"
-"""The entry of the key ``teachers`` that is no teacher: the dotted path of the function that chooses for a record."""
-JOIN = "join"
-"""The entry of the key ``teachers`` that is no teacher: how the teachers of one record become one loss."""
-GUIDE = "guide"
-"""The entry of the key ``teachers`` that is no teacher: the name of the teacher whose problems are guided."""
+CHOOSE, JOIN, GUIDE = "choose", "join", "guide"
+"""The entries of the key ``teachers`` that are no teachers: the dotted path of the function that chooses for a record,
+how the teachers of one record become one loss, and the name of the teacher whose problems are guided."""
 TEACHER_JOINS = ("sum", "product")
 """Values of `JOIN`: the sum of the divergences from each teacher's target, or one target of the teachers' product."""
 DEFAULT_TEACHER = "default"

@@ -144,7 +144,7 @@ def settings(name: str) -> type[Any]:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Name)
         if ast.unparse(node).startswith("Settings")
     ]
-    return _stand_in(module, named[0])
+    return _stand_in(module, named[0]) if named else settings("default")
 
 
 @functools.cache

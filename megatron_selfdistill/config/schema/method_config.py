@@ -6,8 +6,9 @@ The file of a method (methods/) defines its settings, as a subclass of `MethodSe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from megatron_selfdistill.config.functions import function_named
@@ -140,6 +141,11 @@ class MethodSettings:
         return Needs()
 
     @property
+    def required(self) -> Sequence[str]:
+        """The keys with the values that the method needs: with others the run would train on something else."""
+        return ()
+
+    @property
     def divergence_numbers(self) -> Mapping[str, float]:
         """The numbers of the loss's divergence that only this method sets, by the names of `loss.target.Divergence`."""
         return {}
@@ -151,6 +157,10 @@ class MethodSettings:
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where other keys of the `Config` ``config`` contradict the method."""
+        for needed in self.required:
+            key, _, value = needed.partition("=")
+            got = str(attrgetter(key)(config))
+            require(got == value, f"method.name={self.name} needs {needed}, got {got}")
 
     def require_start(self, config: Any) -> None:
         """Raise `ConfigError` where a run could not begin: for a setting that names a function that does not exist."""

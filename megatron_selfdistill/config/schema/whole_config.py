@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_selfdistill.annexes import door
-from megatron_selfdistill.config.methods import default_settings
+from megatron_selfdistill.config.methods import settings_of
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import Part, check_fields
@@ -60,7 +60,7 @@ class Config:
     the names that returns the teacher's name, or weights by name, in place of the field; join is sum (the default)
     or product, the weighted geometric mean of the teachers of a record with weights; guide is the name of the
     teacher whose problems rollout.guidance=mixed guides."""
-    method: MethodSettings = field(default_factory=default_settings)
+    method: MethodSettings = field(default_factory=lambda: settings_of({}))
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.evaluation.inference import converted
-    from megatron_selfdistill.methods.data_sets.data_set_job import DataSetJob
+    from megatron_selfdistill.methods.data_sets.data_set_job import write_data_set
     from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
 
     out = arguments.out
@@ -84,23 +84,21 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
             keys = configuration.GivenKeys(arguments.overrides, arguments.config_name)
             config = given_model.configured(config, keys, model)
             check_world(config, grid.world_size)
-            run_data = RunData.load(config)
-            work = make_work(config, run_data, grid)
-            DataSetJob(config, run_data, grid, out, arguments.group_size, work).run()
+            write_data_set(out, arguments.group_size, make_work(config, RunData.load(config), grid))
         return 0
     finally:
         ranks.shutdown()
 
 
-def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Config:
-    """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
+def configured(arguments: argparse.Namespace) -> Config:
+    """Return the configuration of the command line, before the model is known."""
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.checkpoint.vocabulary import with_stored_tokenizer
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
 
     arguments.overrides = with_files(arguments.overrides)
-    config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)
+    config = configuration.load(arguments.overrides, arguments.config_name)
     if arguments.num_problems is not None:
         config = replace(config, data=replace(config.data, limit=arguments.num_problems))
     if (arguments.hf is None) == (config.checkpoint.load is None):

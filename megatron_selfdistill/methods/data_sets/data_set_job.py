@@ -58,6 +58,7 @@ class WorkWithModel:
     """What both kinds of `DataSetWork` share."""
 
     config: Config
+    """The configuration, whose ``checkpoint.load`` names the model."""
     run_data: RunData
     grid: RankGrid
     model: Path | None
@@ -84,52 +85,36 @@ class WorkWithModel:
         }
 
 
-@dataclass(frozen=True)
-class DataSetJob:
-    """The work on all problems of ``run_data``, on one rank."""
+def write_data_set(out: Path, group_size: int, work: DataSetWork) -> None:
+    """Work on the problems that the journal lacks, then write the data set to ``out`` and print a summary.
 
-    config: Config
-    """The configuration, whose ``checkpoint.load`` names the model."""
-    run_data: RunData
-    grid: RankGrid
-    out: Path
-    """The file that receives the data set."""
-    group_size: int
-    """The number of problems that are worked on, and saved in the journal, at a time."""
-    work: DataSetWork
-
-    def run(self) -> None:
-        """Work on the problems that the journal lacks, then write the data set and print a summary.
-
-        Every rank of the world calls this method; rank 0 writes and prints.  Raises: `ConfigError`, `CheckpointError`.
-        """
-        problems = self.run_data.problems.problems
-        self.work.check(problems)
-        journal = Journal(self.out, {**self.work.provenance(), "group_size": self.group_size}, self.group_size)
-        done = run_on_rank_0(lambda: journal.begin(len(problems)))
-        if done < len(problems):
-            phases = Phases(self.grid.device)
-            with (
-                phases_shown(phases, enabled=self.grid.is_reporter),
-                open_inference(self.config, self.run_data, self.grid, phases) as inference,
-                phases("the data set"),
-            ):
-                self._solve(problems, done, inference, journal)
-        run_on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
-        if self.grid.is_reporter:
-            self.work.summarize(journal.lines(), self.out)
-
-    def _solve(self, problems: Sequence[Problem], done: int, inference: Inference, journal: Journal) -> None:
-        solve_group = self.work.opened(inference)
-        for start in range(done, len(problems), self.group_size):
-            group = problems[start : start + self.group_size]
-            try:
-                own = solve_group(group)
-            except RuntimeError as error:  # the verifier or an engine failed: the groups in the journal are kept
-                raise ConfigError(f"{error}; after a fix, the same command continues from here") from error
-            by_id = {line["problem_id"]: line for line in gather_items(own, self.grid.dp_group)}
-            lines = [by_id[problem.id] for problem in group]
-            run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
+    ``group_size``: the number of problems that are worked on, and saved in the journal, at a time.
+    Every rank of the world calls this function; rank 0 writes and prints.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    grid, problems = work.grid, work.run_data.problems.problems
+    work.check(problems)
+    journal = Journal(out, {**work.provenance(), "group_size": group_size}, group_size)
+    done = run_on_rank_0(lambda: journal.begin(len(problems)))
+    if done < len(problems):
+        phases = Phases(grid.device)
+        with (
+            phases_shown(phases, enabled=grid.is_reporter),
+            open_inference(work.config, work.run_data, grid, phases) as inference,
+            phases("the data set"),
+        ):
+            solve_group = work.opened(inference)
+            for start in range(done, len(problems), group_size):
+                group = problems[start : start + group_size]
+                try:
+                    own = solve_group(group)
+                except RuntimeError as error:  # the verifier or an engine failed: the groups in the journal are kept
+                    raise ConfigError(f"{error}; after a fix, the same command continues from here") from error
+                by_id = {line["problem_id"]: line for line in gather_items(own, grid.dp_group)}
+                lines = [by_id[problem.id] for problem in group]
+                run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
+    run_on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
+    if grid.is_reporter:
+        work.summarize(journal.lines(), out)
 
 
 def line_of(

@@ -13,7 +13,7 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.methods.opsd_rl import OpsdRl
-from megatron_selfdistill.rollout.base import Request, response_text
+from megatron_selfdistill.rollout.base import Request, Response, response_text
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import MethodTools
@@ -55,17 +55,21 @@ def chosen_with_hints(
     return chosen, {"hints/share": num_hinted / max(number, 1)}
 
 
-def hinted_requests(rollouts: Sequence[Rollout], number: int, kind: str, step: int, seed: int) -> list[Request]:
-    """Return ``number`` requests after the teacher's prompt of each rollout, one rollout after the other.
+def hinted_responses(
+    tools: MethodTools, rollouts: Sequence[Rollout], number: int, kind: str, step: int
+) -> list[Response]:
+    """Return ``number`` sampled responses to the teacher's prompt of each rollout, one rollout after the other.
 
     The seed of a response depends on (seed, step, kind, problem, sample of the rollout, response) alone.
+    Collectives over the world: those of the sampler.
     """
+    seed = tools.config.seed
     requests = []
     for one in rollouts:
         assert one.key is not None, "a sampled response has a name"
         name = f"{kind}/{one.problem.id}/{one.key.sample_index}"
         requests += [Request(one.prompts.teacher_prompt, sample_seed(seed, step, name, i)) for i in range(number)]
-    return requests
+    return tools.generate(step, requests)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,12 @@ def of_groups(
 
     def checked(problem: Problem, responses: list[tuple[str, float]]) -> list[str | None]:
         found = function(problem, list(responses))
-        _check(found, responses, keeps_texts)
+        fits = isinstance(found, (list, tuple)) and len(found) == len(responses) and is_text(found)
+        if not fits or any(not isinstance(item, str | None) for item in found):
+            raise ValueError(f"expected one text or None for each of {len(responses)} responses, in a list, in UTF-8")
+        edited = any(item not in (None, text) for item, (text, _) in zip(found, responses, strict=True))
+        if keeps_texts is not None and edited:
+            raise ValueError(f"expected each text as it is or None, since {keeps_texts}, got an edited text")
         return list(found)
 
     return judged_groups(rollouts, contents, checked, grid, name)
@@ -77,15 +82,6 @@ def members_of_groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
     for i, one in enumerate(rollouts):
         groups.setdefault(one.group, []).append(i)
     return list(groups.values())
-
-
-def _check(found: Any, responses: Sequence[tuple[str, float]], keeps_texts: str | None) -> None:
-    fits = isinstance(found, (list, tuple)) and len(found) == len(responses) and is_text(found)
-    if not fits or any(not isinstance(item, str | None) for item in found):
-        raise ValueError(f"expected one text or None for each of {len(responses)} responses, in a list, in UTF-8")
-    edited = any(item not in (None, text) for item, (text, _) in zip(found, responses, strict=True))
-    if keeps_texts is not None and edited:
-        raise ValueError(f"expected each text as it is or None, since {keeps_texts}, got an edited text")
 
 
 def selected_by_function(name: str, rollouts: Sequence[Rollout], tools: MethodTools) -> list[Rollout]:

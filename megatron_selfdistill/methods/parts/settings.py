@@ -8,15 +8,11 @@ from typing import Annotated
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
-from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings
+from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings, Needs
 from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFloat, OneOf, PositiveFloat, Share
 
 SIGNALS = ("full", "sampled", "advantage")
 """Values of method.signal."""
-ADVANTAGE_STDS = ("sample", "population", "none")
-"""Values of method.advantage_std."""
-CREDITS = ("episode", "turn")
-"""Values of method.credit."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,12 @@ class SelectSettings(MethodSettings):
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where episodes of several turns would be compared."""
         super().check(config)
-        if self.select is not None:
-            require_single_turn(config, "method.select")
+        turns = config.environment.max_turns
+        require(
+            self.select is None or turns == 1,
+            "method.select compares responses to one prompt, and those of several turns follow different "
+            f"conversations: it needs environment.max_turns=1, got {turns}",
+        )
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class AdvantageSettings(ClipSettings, RewardSettings):
 
     weight: NonNegativeFloat = 1.0
     """Weight of the advantages of rewards in the loss."""
-    advantage_std: Annotated[str, OneOf(ADVANTAGE_STDS)] = "sample"
+    advantage_std: Annotated[str, OneOf(("sample", "population", "none"))] = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""
-    credit: Annotated[str, OneOf(CREDITS)] = "episode"
+    credit: Annotated[str, OneOf(("episode", "turn"))] = "episode"
     """What is compared in an environment of several turns: episode (the sum of the rewards of an episode, for each of
     its responses) or turn (the return from a response on, with the responses of the same turn)."""
     discount: Share = 1.0
@@ -117,18 +117,12 @@ class DistillAndRewardSettings(SignalSettings, AdvantageSettings, SelectSettings
             return MEASURED
         return SAMPLED if self.weight > 0 else None
 
-
-def require_single_turn(config: Config, what: str) -> None:
-    """Raise `ConfigError` where ``what`` compares responses, but the environment has several turns."""
-    turns = config.environment.max_turns
-    require(
-        turns == 1,
-        f"{what} compares responses to one prompt, but with environment.max_turns={turns} the responses to a problem "
-        "follow different conversations: set environment.max_turns=1 or another method",
-    )
-
-
-def require_problems(config: Config, what: str) -> None:
-    """Raise `ConfigError` unless the records are problems."""
-    kind = config.data.kind
-    require(kind == "problems", f"{what} needs data.kind=problems, got {kind}")
+    @property
+    def needs(self) -> Needs:
+        """What the method needs from the core."""
+        rewards = self.weight > 0
+        return Needs(
+            log_probs=self.log_probs,
+            rewards=rewards or self.select is not None,
+            group_size=2 if rewards else 1,
+        )

@@ -92,20 +92,8 @@ def has_our_attention(models: Sequence[GPTModel]) -> bool:
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
     """Raise `ConfigError` if Megatron's static KV cache would be wrong for the model, or decode another model."""
-    refusals = _model_refusals(models)
-    if models[0].config.num_moe_experts is not None:
-        refusals += _router_refusals(models[0].config, grid)
-    for found, message in refusals:
-        if found:
-            raise ConfigError(f"this model cannot be sampled in process: {message}")
-
-
-def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
-    """Return each property of a model that decoding cannot have: whether the model has it, and a message."""
-    config = models[0].config
-    rotary = {model.position_embedding_type for model in models}
-    attention = list(attention_layers(models))
-    return [
+    config, attention = models[0].config, list(attention_layers(models))
+    refusals = [
         (
             config.flash_decode,
             "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false",
@@ -115,7 +103,7 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "CUDA graphs fix the shapes that decoding changes: set model.transformer.cuda_graph_impl=none",
         ),
         (
-            "mrope" in rotary,
+            any(model.position_embedding_type == "mrope" for model in models),
             "multimodal rotary embeddings (mrope) have no KV cache in Megatron Core: sample elsewhere",
         ),
         (
@@ -140,27 +128,27 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "the layer spec must say attn_mask_type=causal for self-attention, or prompts would attend ahead",
         ),
     ]
-
-
-def _router_refusals(config: Any, grid: RankGrid) -> list[tuple[bool, str]]:
-    """Return each setting of a mixture-of-experts model that decoding cannot have: whether it is set, and a message."""
-    return [
-        (
-            config.moe_router_load_balancing_type == "sinkhorn",
-            "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
-        ),
-        (
-            bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing)
-            or getattr(config, "moe_router_force_biased", None) is not None,  # since 0.17
-            "a random router cannot be sampled from: unset moe_input_jitter_eps, moe_router_force_load_balancing and "
-            "moe_router_force_biased",
-        ),
-        (
-            config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
-            "the allgather dispatcher needs equal batches on all expert-parallel ranks: "
-            "set moe_token_dispatcher_type=alltoall",
-        ),
-    ]
+    if config.num_moe_experts is not None:
+        refusals += [
+            (
+                config.moe_router_load_balancing_type == "sinkhorn",
+                "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
+            ),
+            (
+                bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing)
+                or getattr(config, "moe_router_force_biased", None) is not None,  # since 0.17
+                "a random router cannot be sampled from: unset moe_input_jitter_eps, moe_router_force_load_balancing "
+                "and moe_router_force_biased",
+            ),
+            (
+                config.moe_token_dispatcher_type == "allgather" and grid.ep_size > 1,
+                "the allgather dispatcher needs equal batches on all expert-parallel ranks: "
+                "set moe_token_dispatcher_type=alltoall",
+            ),
+        ]
+    for found, message in refusals:
+        if found:
+            raise ConfigError(f"this model cannot be sampled in process: {message}")
 
 
 def attention_layers(models: Sequence[torch.nn.Module]) -> Iterator[Attention]:

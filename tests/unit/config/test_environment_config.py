@@ -36,7 +36,7 @@ def configured(*overrides: str) -> Config:
             "data.kind=problems and rollout.guidance=none, got method.name=sft",
         ),
         ([OWN, "rollout.guidance=mixed"], "got method.name=default, problems and mixed"),
-        ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.hints=peer compares responses to one prompt"),
+        ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.name=sdpo needs environment.max_turns=1, got"),
         (
             [OWN, SAMPLES, "environment.limits.one_sequence=true", "method.name=sdpo"],
             "method.name=sdpo gives each turn a hint of its own later: set environment.limits.one_sequence=false",
