@@ -51,14 +51,12 @@ class Controls:
     given: GivenSolutions
     """The prompts that show the teacher a solution."""
     number: int
-    """The number of controls of a response; 0 for a target without controls."""
+    """The number of controls of a response."""
     seed: int
     """The seed of the run."""
 
-    def added(self, step: int, contexts: Sequence[ContextPair], about: Sequence[AboutProblem]) -> Sequence[ContextPair]:
+    def added(self, step: int, contexts: Sequence[ContextPair], about: Sequence[AboutProblem]) -> list[ContextPair]:
         """Return the contexts of a step with their control prompts; ``about[i].problem``: that of ``contexts[i]``."""
-        if not self.number:
-            return contexts
         problems = {one.problem.id: one.problem for one in about}
         prompts = {name: self.prompts(step, problem) for name, problem in problems.items()}
         return [

@@ -49,6 +49,7 @@ def configured_source(
     player = None
     if config.environment.exists:
         player = door("environments").training_player(config, tools.given, grid, phases)
+    number = run_data.num_controls
     options = OnPolicyOptions(
         sampler=sampler,
         phases=phases,
@@ -60,7 +61,7 @@ def configured_source(
         samples_teacher=config.needs.samples == TEACHER,
         player=player,
         max_staleness=config.rollout.max_staleness,
-        controls=Controls(run_data.problems.problems, tools.given, run_data.num_controls, config.seed),
+        controls=Controls(run_data.problems.problems, tools.given, number, config.seed) if number else None,
     )
     found: ResponseSource
     if config.rollout.guidance != "none":

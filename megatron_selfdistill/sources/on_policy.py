@@ -55,8 +55,8 @@ class OnPolicyOptions:
     """The player of episodes with an environment; None if nothing replies."""
     max_staleness: int
     """The number of steps by which the weights that sampled a response may be older than the student's."""
-    controls: Controls
-    """The hints of other problems that the teacher reads the responses after."""
+    controls: Controls | None
+    """The hints of other problems that the teacher reads the responses after; None for a target without controls."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ class OnPolicy(ResponseSource):
     def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
         """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
         with self._options.phases("pack"):
-            contexts = self._options.controls.added(step, self._contexts(method, trained), trained)
+            contexts = self._contexts(method, trained)
+            if self._options.controls is not None:
+                contexts = self._options.controls.added(step, contexts, trained)
         coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,

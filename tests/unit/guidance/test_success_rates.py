@@ -11,7 +11,6 @@ from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 from sums import written
 
-from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
@@ -131,8 +130,7 @@ def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guid
     problems = [replace(PROBLEM, id=name) for name in "pqr"]
     sampler, method = Asked(), made([], given_with(Characters()), problems=problems)
     problem_sampler = ProblemSampler(ProblemSet(problems), batch_size=3, seed=1)
-    controls = Controls([], given_with(Characters()), 0, 1)
-    options = OnPolicyOptions(sampler, Phases(), ONE_RANK, 1, 1, False, 2.0, False, None, 0, controls)
+    options = OnPolicyOptions(sampler, Phases(), ONE_RANK, 1, 1, False, 2.0, False, None, 0, None)
     source = GuidedOnPolicy(GuidedState(problem_sampler, method, Guidance(JUDGE, 1, SuccessRates(0.5))), options)
     batch = source.next_step(0, SamplingParams(8))
     guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}

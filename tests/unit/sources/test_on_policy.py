@@ -13,7 +13,6 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 
-from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
@@ -67,7 +66,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
         samples_teacher=False,
         player=None,
         max_staleness=0,
-        controls=Controls([], method.tools.given, 0, SEED),
+        controls=None,
     )
     return OnPolicy(SourceState(problem_sampler, method), options)
 
