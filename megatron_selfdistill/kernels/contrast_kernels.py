@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_selfdistill.kernels.pass_launches import COMPILED, as_sum, launching_on
+from megatron_selfdistill.kernels.pass_launches import COMPILED, as_sum, launching_on, row_stride
 
 BLOCK, WARPS = 2048, 4
 """The columns and the warps of a program at a time."""
@@ -98,7 +98,7 @@ def contrast(teacher_logits: Tensor, control_logits: Tensor, normalisers: Tensor
                 out,
                 num_rows,
                 num_columns,
-                teacher_logits.stride(0),
+                row_stride(teacher_logits),
                 as_sum(math.log(len(control_logits))),
                 len(control_logits),
                 BLOCK=BLOCK,

@@ -189,9 +189,9 @@ def write_gradient(
                 *(unread if log_prob is None else (operand.contiguous() for operand in log_prob)),
                 kl_value if forward_shares is None else forward_shares.contiguous(),
                 out,
-                _row_stride(shard.student),
-                _row_stride(shard.teacher),
-                _row_stride(out),
+                row_stride(shard.student),
+                row_stride(shard.teacher),
+                row_stride(out),
                 kl_value.stride(0),
                 grad_loss.stride(0),
                 num_columns,
@@ -231,7 +231,7 @@ def _extent(shard: Shard, columns_per_load: int) -> tuple[int, int, int, int, in
     """Return both row strides, the number of rows, the number of columns, and the number of blocks of a part."""
     num_rows, num_columns = shard.student.shape
     blocks = triton.cdiv(num_columns, LANES * columns_per_load)
-    strides = _row_stride(shard.student), _row_stride(shard.teacher)
+    strides = row_stride(shard.student), row_stride(shard.teacher)
     return *strides, num_rows, num_columns, triton.cdiv(blocks, shard.num_parts)
 
 
@@ -255,7 +255,7 @@ def is_packed(shard: Shard) -> bool:
     return all(x.data_ptr() % LOAD_BYTES == 0 and x.stride(0) % 16 == 0 for x in (shard.student, shard.teacher))
 
 
-def _row_stride(logits: Tensor) -> int:
+def row_stride(logits: Tensor) -> int:
     """Return the distance of two rows in memory, in columns.
 
     Raises: ValueError if the columns of a row do not lie side by side.

@@ -76,3 +76,9 @@ def test_the_fused_layer_with_controls_has_the_loss_of_the_twin(mode: str) -> No
     for ours, theirs in zip(*found.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert triton_backend.backend().contrast is contrast_kernels.contrast
+
+
+def test_a_teacher_whose_columns_do_not_lie_side_by_side_is_refused_and_not_read_wrongly() -> None:
+    controls, columns = logits(2, 5, 40, dtype=torch.float32), logits(40, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="whose columns lie side by side"):
+        contrast_kernels.contrast(columns.t(), controls, contrast_kernels.row_log_sums(controls, 40))
