@@ -543,7 +543,8 @@ class ScheduledStep:
             reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
         teacher, control = self._teacher_logits(kept.teacher[tokens]), None
         if kept.controls is not None:
-            contrast = self._teacher_logits(kept.teacher[tokens], controls=kept.controls[:, tokens])
+            contrast = teacher.clone()
+            self._subtract_controls(contrast, kept.controls[:, tokens])
             control = (teacher.float() - contrast).masked_fill(torch.isneginf(teacher), -torch.inf)
         return OwnLogits(teacher, reference, control)
 
@@ -561,18 +562,22 @@ class ScheduledStep:
         """
         logits = self._projected(states)
         if controls is not None:
-            subtract_controls(
-                logits,
-                lambda rows: self._projected(controls[:, rows].flatten(0, 1)).view(len(controls), -1, logits.size(1)),
-                logits.new_empty(len(controls), len(logits), dtype=torch.float32),
-                vocab=self.vocab,
-                backend=chosen(None, logits, logits),
-                chunk_tokens=CONTROL_ROWS,
-            )
+            self._subtract_controls(logits, controls)
         if reference_states is not None:
             assert self.reference is not None
             self.reference.mix_into(logits, self._kept.at_full_width(reference_states), teacher_weights)
         return logits
+
+    def _subtract_controls(self, logits: Tensor, controls: Tensor) -> None:
+        """Replace the teacher's ``logits [R, v / tp]`` by t - c; ``controls``: the states [K, R, h / tp]."""
+        subtract_controls(
+            logits,
+            lambda rows: self._projected(controls[:, rows].flatten(0, 1)).view(len(controls), -1, logits.size(1)),
+            logits.new_empty(len(controls), len(logits), dtype=torch.float32),
+            vocab=self.vocab,
+            backend=chosen(None, logits, logits),
+            chunk_tokens=CONTROL_ROWS,
+        )
 
     def _projected(self, states: Tensor) -> Tensor:
         """Return the teacher's logits [R, v / tp] of its ``states [R, h / tp]``."""
