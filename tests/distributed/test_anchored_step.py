@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import anchored
 import pytest
 import torch
-from anchored import ANCHORED, APART, LAYOUTS, ORDERS, OUTPUT_LAYERS, loss_and_gradient_by_definition
+from anchored import ANCHORED, APART, LAYOUTS, ORDERS, OUTPUT_LAYERS
 from layouts import Case, Outcomes, contexts_of, worst_difference
 from parity import TOLERANCE
 from tiers import combinations
@@ -55,9 +56,8 @@ def shows_more(name: str, own: Case, order: dict[str, Any], output_layer: Fusion
     A layer that is not linear cannot be fused, and a kept gradient has no second term.  Some guided tokens and the
     current teacher run in few layouts and one order.
     """
-    possible = not (own.soft_cap and output_layer) and not (own.two_terms and output_layer == OUTPUT_LAYERS["fused"])
     is_small = own.teacher == "current" or (own.guided and own not in (GUIDED, CASES["two terms"]))
-    return possible and (not is_small or (name in QUICK and not order))
+    return anchored.is_possible(own, output_layer) and (not is_small or (name in QUICK and not order))
 
 
 @combinations(
@@ -71,15 +71,7 @@ def shows_more(name: str, own: Case, order: dict[str, Any], output_layer: Fusion
     valid=shows_more,
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_layer):
-    kind, cuts, world_size = LAYOUTS[name]
-    alone, expected, _ = outcomes(dataclasses.replace(own, kind=kind))
-    assert alone.loss > 0.02, "the target must differ from the student"
-    case = dataclasses.replace(own, kind=kind, parallel=cuts, fusion=output_layer, **order)
-    got, gradients, _ = outcomes(case, world_size)
-    worst, where = worst_difference(gradients, expected)
-    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
-    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
-    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE, nan_ok=True)
+    anchored.assert_equals_one_rank(outcomes, name, own, order, output_layer, nan_ok=True)
 
 
 def test_what_a_case_has_of_its_own_changes_the_gradient(outcomes):
@@ -104,7 +96,7 @@ def test_two_projections_equal_one_projection_of_the_mixed_states(outcomes):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.two_terms])
 def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
-    ((loss, gradient),) = ranks.run(loss_and_gradient_by_definition, CASES[name], world_size=1)
+    ((loss, gradient),) = ranks.run(anchored.loss_and_gradient_by_definition, CASES[name], world_size=1)
     got, gradients, _ = outcomes(CASES[name])
     assert got.loss == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)

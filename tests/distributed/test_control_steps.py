@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import anchored
 import pytest
 import torch
-from anchored import ANCHORED, LAYOUTS, ORDERS, OUTPUT_LAYERS, loss_and_gradient_by_definition
-from layouts import Case, Outcomes, worst_difference
-from parity import TOLERANCE
+from anchored import ANCHORED, LAYOUTS, ORDERS, OUTPUT_LAYERS
+from layouts import Case, Outcomes
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
@@ -36,11 +36,6 @@ def outcomes(ranks) -> Outcomes:
     return found
 
 
-def possible(name: str, own: Case, order: dict, output_layer: object) -> bool:
-    """Return whether a case is possible: only a linear layer is fused, and a kept gradient has no second term."""
-    return not (own.soft_cap and output_layer) and not (own.two_terms and output_layer == OUTPUT_LAYERS["fused"])
-
-
 @combinations(
     name=list(LAYOUTS),
     own=CASES,
@@ -49,23 +44,15 @@ def possible(name: str, own: Case, order: dict, output_layer: object) -> bool:
     quick={"name": QUICK},
     strength=1,
     full_strength=2,
-    valid=possible,
+    valid=lambda own, output_layer, **_: anchored.is_possible(own, output_layer),
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_layer):
-    kind, cuts, world_size = LAYOUTS[name]
-    alone, expected, _ = outcomes(dataclasses.replace(own, kind=kind))
-    assert alone.loss > 0.02, "the target must differ from the student"
-    case = dataclasses.replace(own, kind=kind, parallel=cuts, fusion=output_layer, **order)
-    got, gradients, _ = outcomes(case, world_size)
-    worst, where = worst_difference(gradients, expected)
-    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
-    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
-    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE)
+    anchored.assert_equals_one_rank(outcomes, name, own, order, output_layer)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.two_terms])
 def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
-    ((loss, gradient),) = ranks.run(loss_and_gradient_by_definition, CASES[name], world_size=1)
+    ((loss, gradient),) = ranks.run(anchored.loss_and_gradient_by_definition, CASES[name], world_size=1)
     got, gradients, _ = outcomes(CASES[name])
     assert got.loss == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)

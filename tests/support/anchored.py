@@ -7,10 +7,12 @@ import dataclasses
 from typing import Any
 
 import models
+import pytest
 import torch
-from layouts import Case, contexts_of, soft_capped
+from layouts import Case, Outcomes, contexts_of, soft_capped, worst_difference
 from logit_pairs import divergence
 from models import parallel
+from parity import TOLERANCE
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -39,6 +41,35 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
 }
 ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
 OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
+
+
+def assert_equals_one_rank(
+    outcomes: Outcomes,
+    name: str,
+    own: Case,
+    order: dict[str, Any],
+    output_layer: Fusion | None,
+    *,
+    nan_ok: bool = False,
+) -> None:
+    """Assert that a step in the layout ``name`` has the gradients and the numbers of one rank.
+
+    ``nan_ok``: whether the teacher's entropy may be unknown in both.
+    """
+    kind, cuts, world_size = LAYOUTS[name]
+    alone, expected, _ = outcomes(dataclasses.replace(own, kind=kind))
+    assert alone.loss > 0.02, "the target must differ from the student"
+    case = dataclasses.replace(own, kind=kind, parallel=cuts, fusion=output_layer, **order)
+    got, gradients, _ = outcomes(case, world_size)
+    worst, where = worst_difference(gradients, expected)
+    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
+    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE, nan_ok=nan_ok)
+
+
+def is_possible(own: Case, output_layer: Fusion | None) -> bool:
+    """Return whether the output layer can compute a case: only a linear one is fused, a kept gradient has one term."""
+    return not (own.soft_cap and output_layer) and not (own.two_terms and output_layer == OUTPUT_LAYERS["fused"])
 
 
 def chunks_of(case: Case) -> list[Any]:

@@ -250,12 +250,11 @@ class _Logits:
         torch.mm(student, self.student_weight.t(), out=student_logits)
         weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
         teacher = self._full_width(others.teacher_hidden[tokens], weight)
-        if others.control_hidden is not None:
+        if others.control_hidden is not None or others.reference_weight is None:
             torch.mm(teacher, weight.t(), out=teacher_logits)
+        if others.control_hidden is not None:
             self._contrast(tokens, teacher_logits, weight)
         if others.reference_hidden is None or others.reference_weight is None:
-            if others.control_hidden is None:
-                torch.mm(teacher, weight.t(), out=teacher_logits)
             return student_logits, teacher_logits
         reference = self._full_width(others.reference_hidden[tokens], others.reference_weight)
         weights = self.layer.teacher_weights
