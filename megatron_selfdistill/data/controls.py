@@ -57,10 +57,10 @@ class Controls:
 
     def added(self, step: int, contexts: Sequence[ContextPair], about: Sequence[AboutProblem]) -> list[ContextPair]:
         """Return the contexts of a step with their control prompts; ``about[i].problem``: that of ``contexts[i]``."""
-        problems = {one.problem.id: one.problem for one in about}
+        problems = {(one.problem.id, one.problem.teacher): one.problem for one in about}
         prompts = {name: self.prompts(step, problem) for name, problem in problems.items()}
         return [
-            replace(context, control_prompts=prompts[one.problem.id])
+            replace(context, control_prompts=prompts[one.problem.id, one.problem.teacher])
             for context, one in zip(contexts, about, strict=True)
         ]
 

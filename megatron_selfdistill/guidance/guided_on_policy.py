@@ -43,11 +43,13 @@ class GuidedOnPolicy(OnPolicy):
             self._state = replace(self._state, guidance=self._state.guidance.restored(state["success"]))
 
     def _first_requests(self, samples: Sequence[Sample], method: Method) -> list[Request]:
-        guides = self._state.guidance.guides
-        return [
-            replace(request, teacher_prompt=pair.teacher_prompt) if guides(problem, method) else request
-            for request, (_, problem, pair) in zip(super()._first_requests(samples, method), samples, strict=True)
-        ]
+        guides, controls, requests = self._state.guidance.guides, self._options.controls, []
+        for request, (key, problem, pair) in zip(super()._first_requests(samples, method), samples, strict=True):
+            if guides(problem, method):
+                others = () if controls is None else controls.prompts(key.step, problem)
+                request = replace(request, teacher_prompt=pair.teacher_prompt, control_prompts=others)
+            requests.append(request)
+        return requests
 
     def _contexts(self, method: Method, trained: Sequence[Rollout]) -> list[ContextPair]:
         is_guided = self._state.guidance.is_guided

@@ -14,6 +14,7 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.guidance.guided_tokens import (
+    CONTROL,
     GuidedParams,
     guided_roles,
     select_mixed_tokens,
@@ -78,7 +79,8 @@ class GuidedSampler(MegatronSampler):
         return shares
 
     def _lengths(self, requests: Sequence[Request], params: SamplingParams) -> tuple[list[int], list[int]]:
-        lengths = [len(prompt) for r in requests for prompt in (r.prompt, r.teacher_prompt) if prompt is not None]
+        prompts = [(r.prompt, r.teacher_prompt, *r.control_prompts) for r in requests]
+        lengths = [len(prompt) for of_one in prompts for prompt in of_one if prompt is not None]
         sequences = [1 if r.teacher_prompt is None else len(guided_roles(_target(params))) for r in requests]
         taken = [(r.longest_prompt + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
         return lengths, taken
@@ -105,10 +107,9 @@ class GuidedSampler(MegatronSampler):
         """
         device = self._grid.device
         batch = GeneratedBatch.start(requests, [()] * len(requests), params, device, num_log_probs=3)
-        own, teachers = [r.prompt for r in requests], [r.teacher_prompt or [] for r in requests]
         groups = []
         for model, roles in self._readers(_target(params)):
-            prompts = {role: teachers if role == "teacher" else own for role in roles}
+            prompts = {role: [_prompt(request, role) for request in requests] for role in roles}
             groups.append(ContextRows(model, prompts, params.max_new_tokens, self._passes, device))
 
         def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +122,7 @@ class GuidedSampler(MegatronSampler):
         wanted, taken = guided_roles(target), set[str]()
         others = []
         for model, weights in zip(self._role_models, self._role_weights, strict=True):
-            roles = tuple(role for role in weights.roles if role in wanted)
+            roles = tuple(role for role in wanted if _model_role(role) in weights.roles)
             taken |= set(roles)
             others += [(model, roles)] if roles else []
         return [(self._student, tuple(role for role in wanted if role not in taken)), *others]
@@ -132,6 +133,7 @@ class GuidedSampler(MegatronSampler):
         """Return token ``step`` of each guided request, sampled as `_sample` does from the logits of all its roles."""
         tokens = torch.empty_like(live)
         if logits and self._grid.tp_rank == 0:
+            controls = [logits[role] for role in guided_roles(_target(params)) if role.startswith(CONTROL)]
             sampled = select_mixed_tokens(
                 logits["student"],
                 logits["teacher"],
@@ -139,6 +141,7 @@ class GuidedSampler(MegatronSampler):
                 _target(params),
                 greedy=params.temperature == 0,
                 reference_logits=logits.get("reference"),
+                control_logits=torch.stack(controls) if controls else None,
                 backend=cast(GuidedParams, params).loss_backend,
                 num_ids=params.num_ids,
             )
@@ -147,6 +150,18 @@ class GuidedSampler(MegatronSampler):
             batch.log_probs[:, live, step] = torch.stack(log_probs)
         self._broadcast(tokens)
         return tokens
+
+
+def _model_role(role: str) -> str:
+    """Return the role of `ROLES` whose weights read a context: those of the teacher read the controls, too."""
+    return "teacher" if role.startswith(CONTROL) else role
+
+
+def _prompt(request: Request, role: str) -> list[int]:
+    """Return the prompt of a guided request in one of its `guided_roles`."""
+    if role.startswith(CONTROL):
+        return request.control_prompts[int(role.removeprefix(CONTROL))]
+    return (request.teacher_prompt or []) if role == "teacher" else request.prompt
 
 
 def _target(params: SamplingParams) -> Target:

@@ -54,6 +54,7 @@ from megatron_selfdistill.loss.target import (
     Target,
     check_arguments,
     check_controls,
+    joint_anchor,
     mixed_logits,
     status_given,
     token_status,
@@ -82,7 +83,8 @@ def mixed_target(
     Shapes: all logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
     than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
     target: None is `Target()`, as for `self_distillation_loss`.
-    ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
+    ``reference_logits``: given if and only if the target's anchor is a reference, as that of `Target()`, or has a share
+    of one.
     ``control_logits``: [K, ..., V], given if and only if the target has K = `Target.num_controls` controls.
     Raises: ValueError if the logits have different shapes, or if those of the reference or of the controls are missing
     or not asked for.
@@ -90,12 +92,14 @@ def mixed_target(
     target = Target() if target is None else target
     check_arguments("mixed_target", locals())
     check_controls("mixed_target", "control_logits", control_logits, target)
-    if target.is_anchored != (reference_logits is not None):
+    if target.has_reference != (reference_logits is not None):
         raise ValueError(
-            f"mixed_target: reference_logits must be given with anchor=reference only; "
+            f"mixed_target: reference_logits must be given where the anchor has a reference, and only there; "
             f"got {'none' if reference_logits is None else 'some'} with {target}."
         )
-    anchor_logits = student_logits if reference_logits is None else reference_logits
+    anchor_logits = student_logits
+    if reference_logits is not None:
+        anchor_logits = joint_anchor(student_logits, reference_logits, target)
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
     if control_logits is not None:

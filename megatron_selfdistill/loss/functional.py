@@ -21,7 +21,15 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import chosen as chosen_backend
-from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls, mixed_logits
+from megatron_selfdistill.loss.target import (
+    Divergence,
+    Target,
+    check_arguments,
+    check_controls,
+    joint_anchor,
+    mixed_logits,
+    shared_mix,
+)
 
 IGNORED = -100
 """The label of a position without a loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -66,8 +74,8 @@ def self_distillation_loss(
     vocabulary where ``process_group`` cuts it.  Row i of all three must predict the same token of the response: the
     prompts of student and teacher have different lengths, so that the caller picks the response's positions, and
     nothing is shifted here.
-    reference_logits: those of the frozen start on the student's context, given if and only if the target is anchored to
-    a reference, as `Target()` is; ``Target(anchor="student")`` mixes with the student itself.
+    reference_logits: those of the frozen start on the student's context, given if and only if the target's anchor is a
+    reference, as that of `Target()`, or has a share of one; ``Target(anchor="student")`` mixes with the student itself.
     control_logits: [K, ..., V], those of the teacher on the same response after the hints of K other problems in place
     of this one's, with ``Target(num_controls=K)``: then m = w (t - c) + a, where c is the log of the mean of their
     probabilities, and k is at most 1.
@@ -110,11 +118,15 @@ def self_distillation_loss(
     if reference_logits is not None:
         reference, weight = _rows(reference_logits, chosen), target.teacher_weight
         with torch.no_grad():
-            entropy = vocab_entropy(reference, vocab) if target.needs_reference_entropy else None
-            wide = torch.promote_types(torch.promote_types(reference.dtype, teacher.dtype), torch.float32)
-            mix = mixed_logits(reference.to(wide), teacher, weight, 1.0)
-            # With weight 0 the mix may be the caller's tensor.
-            teacher = mix.div_(target.geometric_k) if weight else mix
+            anchor = joint_anchor(student, reference, target) if target.reference_share else reference
+            entropy = vocab_entropy(anchor, vocab) if target.needs_reference_entropy else None
+            if target.reference_share:
+                teacher = shared_mix(reference, teacher, target)
+            else:
+                wide = torch.promote_types(torch.promote_types(reference.dtype, teacher.dtype), torch.float32)
+                mix = mixed_logits(reference.to(wide), teacher, weight, 1.0)
+                # With weight 0 the mix may be the caller's tensor.
+                teacher = mix.div_(target.geometric_k) if weight else mix
     stats = distillation_loss(
         student,
         teacher.detach(),
@@ -173,7 +185,7 @@ def linear_self_distillation_loss(
     if reference_hidden is not None:
         own = student_weight.detach() if reference_weight is None else reference_weight.detach()
         reference = _rows(reference_hidden, chosen).detach(), own
-        if target.needs_reference_entropy:
+        if target.needs_reference_entropy and target.is_anchored:
             with torch.no_grad():
                 parts = [vocab_entropy(part @ own.t(), vocab) for part in reference[0].split(int(chunk_tokens))]
                 entropy = torch.cat(parts)
@@ -198,9 +210,9 @@ def linear_self_distillation_loss(
 
 def _check(what: str, name: str, is_given: bool, target: Target, reduction: str, is_counted: bool) -> None:
     """Raise ValueError for arguments that do not go together."""
-    if target.is_anchored != is_given:
+    if target.has_reference != is_given:
         raise ValueError(
-            f"{what}: {name} must be given if and only if the target is anchored to a reference, as Target() "
+            f"{what}: {name} must be given if and only if the target's anchor has a reference, as that of Target() "
             f'is; got {"one" if is_given else "none"} with {target}; Target(anchor="student") needs none.'
         )
     if target.rule == "batch" and target.k is None:

@@ -94,6 +94,8 @@ class Target:
     """k of fixed and batch; None is 1 + w."""
     anchor: str = "reference"
     """The logits a in m = w t + a: reference (r) or student (s)."""
+    reference_share: float = 0.0
+    """l, with anchor=student: the logits a are (1 - l) s + l r, so that a moving anchor stays tied to the start."""
     match: str | None = None
     """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
     num_controls: int = 0
@@ -107,7 +109,7 @@ class Target:
         ``batch_k``: the k that the rule "batch" has solved for this step; None before the first solution.
         ``num_controls``: those of the run's data (`data.controls.num_controls`).
         """
-        names = ("rule", "teacher_weight", "k_max", "anchor", "match")
+        names = ("rule", "teacher_weight", "k_max", "anchor", "reference_share", "match")
         k = batch_k if section.rule == "batch" else section.k
         return cls(k=k, num_controls=num_controls, **{name: getattr(section, name) for name in names})
 
@@ -135,6 +137,13 @@ class Target:
             )
         if self.is_anchored and self.rule == "teacher_alone":
             raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
+        if not 0 <= self.reference_share < 1 or (
+            self.reference_share and (self.anchor != "student" or self.rule == "teacher_alone")
+        ):
+            raise ValueError(
+                "Target.reference_share must lie in [0, 1), and be 0 unless the rule mixes with anchor=student; got "
+                f"{self.reference_share} with {self.anchor} and {self.rule}."
+            )
         if self.num_controls < 0 or (self.num_controls and self.rule == "teacher_alone"):
             raise ValueError(
                 "Target.num_controls must be at least 0, and 0 with the rule teacher_alone, whose target is no mix; "
@@ -161,18 +170,23 @@ class Target:
         return self.anchor == "reference"
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the anchor is a frozen reference, or has a share of one."""
+        return self.is_anchored or self.reference_share > 0
+
+    @property
     def reads_teacher(self) -> bool:
         """Whether the loss takes the teacher's own logits; with a reference or a control the caller combines them."""
-        return not (self.is_anchored or self.num_controls)
+        return not (self.has_reference or self.num_controls)
 
     @property
     def matches_reference(self) -> bool:
-        """Whether the entropy that k gives to the target is the reference's."""
-        return (self.match or self.anchor) == "reference"
+        """Whether the entropy that k gives to the target is that of an anchor with a reference, not the student's."""
+        return self.has_reference and self.match != "student"
 
     @property
     def needs_reference_entropy(self) -> bool:
-        """Whether k is solved from the reference's entropy: per token, or once per step."""
+        """Whether k is solved from an entropy other than the student's: per token, or once per step."""
         return self.matches_reference and self.rule in ("entropy_matched", "batch")
 
     @property
@@ -219,6 +233,25 @@ def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_
     if anchor_weight == 0:
         return teacher
     return anchor if teacher_weight == 0 else torch.add(anchor, teacher, alpha=teacher_weight)
+
+
+def joint_anchor(student: Tensor, reference: Tensor, target: Target) -> Tensor:
+    """Return the anchor's logits a = (1 - l) s + l r, at least float32; r alone where the target is anchored to it."""
+    wide = torch.promote_types(torch.promote_types(student.dtype, reference.dtype), torch.float32)
+    if target.is_anchored:
+        return reference.to(wide)
+    share = target.reference_share
+    return (student.to(wide) * (1 - share)).add_(reference, alpha=share)
+
+
+def shared_mix(reference: Tensor, teacher: Tensor, target: Target) -> Tensor:
+    """Return (w t + l r) / (1 - l), at least float32, to which the passes of the loss add s: m / (1 - l).
+
+    teacher: t, or with controls t - c.
+    """
+    wide = torch.promote_types(torch.promote_types(teacher.dtype, reference.dtype), torch.float32)
+    share = target.reference_share
+    return mixed_logits(reference.to(wide) * share, teacher, target.teacher_weight, 1.0).div_(1 - share)
 
 
 def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor, *, is_contrast: bool = False) -> Tensor:

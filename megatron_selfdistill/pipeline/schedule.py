@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +38,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     chosen,
     vocab_entropy,
 )
-from megatron_selfdistill.loss.target import Target, unit_mix
+from megatron_selfdistill.loss.target import Target, joint_anchor, shared_mix, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
     ModelInputs,
@@ -281,16 +281,21 @@ class ScheduledTeacher:
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen model on the student's contexts, and its part of a target that is anchored to it."""
+    """The frozen model on the student's contexts, and its part of a target whose anchor it is, or has a share of it."""
 
     target: Target
-    """The target, which is anchored to a reference."""
+    """The target, which has a reference."""
     chunks: Sequence[torch.nn.Module]
     """The reference's chunks on this rank, cut like the student's; the teacher's own where one copy serves as both."""
     chunk_tokens: int = 4096
     """The number of tokens whose logits of the reference exist at a time."""
     backend: str | None = None
     """As for `distillation_loss`."""
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the target matches the entropy of the reference alone."""
+        return self.target.needs_reference_entropy and self.target.is_anchored
 
     @property
     def last(self) -> GPTModel:
@@ -300,9 +305,11 @@ class Reference:
     def mixes_states(self, teacher: GPTModel | Tensor) -> bool:
         """Return whether one projection of mixed hidden states gives the mix of both models' logits.
 
-        It does where teacher and reference have the same output layer, this layer is linear, and there are no controls.
+        It does where teacher and reference have the same output layer, this layer is linear, there are no controls, and
+        the student is no part of the anchor.
         """
-        return teacher is self.last and nonlinear(self.last) is None and not self.target.num_controls
+        shares = self.target.num_controls or self.target.reference_share
+        return teacher is self.last and nonlinear(self.last) is None and not shares
 
     @torch.no_grad()
     def entropy(self, states: Tensor, vocab: VocabShard) -> Tensor:
@@ -315,6 +322,26 @@ class Reference:
             for chunk in states.split(self.chunk_tokens)
         ]
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def share_anchor(
+        self, student_logits: Tensor, teacher_logits: Tensor, states: Tensor, vocab: VocabShard
+    ) -> Tensor | None:
+        """Replace the teacher's logits [R, v / tp] by `shared_mix`; return the entropy of the anchor, or None.
+
+        ``student_logits [R, v / tp]``; ``states [R, 1, h]``: the reference's states.  None where the target needs no
+        entropy of the anchor.
+        Collectives: those of `vocab_entropy` per ``chunk_tokens`` tokens.
+        """
+        entropies = []
+        for start in range(0, max(1, len(states)), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            logits = project(self.last, states[chunk])
+            if self.target.needs_reference_entropy:
+                anchor = joint_anchor(student_logits[chunk], logits, self.target)
+                entropies.append(vocab_entropy(anchor, vocab, backend=self.backend))
+            teacher_logits[chunk] = shared_mix(logits, teacher_logits[chunk], self.target)
+        return torch.cat(entropies) if entropies else None
 
     @torch.no_grad()
     def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
@@ -360,8 +387,8 @@ def run(
     ``token_coefficients`` w is 1 and a is 0.  Coefficients without a policy term cost nothing in the loss.
 
     ``student``: this rank's chunks (DDP).  ``teacher``: None for a loss without a teacher, which ignores
-    ``batch.teacher``.  ``reference``: with a target that is anchored
-    to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
+    ``batch.teacher``.  ``reference``: with a target whose anchor has a reference, whose chunks run each student
+    microbatch, too, without gradients.  ``guided``: what the tokens of
     guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
     the place of ``batch`` in a step of several partial batches (pipeline/partial_batches.py): only the last one
@@ -519,14 +546,21 @@ class ScheduledStep:
             observe=measuring,
         )
         states, apart, controls = kept.of_teacher_logits, kept.unmixed_reference, kept.controls
+        share = 0.0 if self.reference is None else self.reference.target.reference_share
         if isinstance(self.token_loss, FusedLoss):
             assert states is not None, "a fused distillation loss has a teacher"
             reference = None if apart is None else (self._reference_model, apart)
             models, place = (model, self._teacher_output), (self.vocab, self.grid)
             stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, controls, options)
         else:
-            teacher_logits = None if states is None else self._teacher_logits(states, apart, weights, controls)
+            unshared = None if share else apart
+            teacher_logits = None if states is None else self._teacher_logits(states, unshared, weights, controls)
             student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
+            if share:
+                assert self.reference is not None and teacher_logits is not None and apart is not None
+                of_reference = self._kept.at_full_width(apart)
+                entropy = self.reference.share_anchor(student_logits, teacher_logits, of_reference, self.vocab)
+                options = replace(options, reference_entropy=entropy)
             stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, options)
         if measuring is None:
             return stats
@@ -626,7 +660,7 @@ class ScheduledStep:
             self._kept.add_reference(
                 index,
                 states,
-                reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
+                reference.entropy(states, self.vocab) if reference.needs_entropy else None,
                 mix_weight=weight if reference.mixes_states(self._teacher_output) else None,
                 keeps_both=self.measurement is not None,
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
-from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.target import Divergence, Target, joint_anchor
 
 CHUNK_TOKENS = 512
 """The largest number of tokens whose logits of teacher and reference exist at a time, besides those of the loss."""
@@ -44,14 +44,14 @@ class TokenMeasures:
     mass_on_rare_student: Tensor
     """The target's mass on tokens that are rare for the student, see `TargetMeasures`; float64."""
     mass_on_rare_reference: Tensor | None = None
-    """The same for the reference; None without a reference."""
+    """The same for an anchor with a reference; None without a reference."""
     kl_to_anchor: Tensor | None = None
     """KL(q || a) and KL(t || a) of target q, teacher t and anchor a, [R, 2] float64, see `TargetMeasures`; None where
     the teacher is not measured."""
     kl_of_control: Tensor | None = None
     """KL(c || a) and KL(t || c), [R, 2] float64, see `TargetMeasures`; None without controls."""
     reference_entropy: Tensor | None = None
-    """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
+    """The entropy of an anchor with a reference in nats, float64; None where the loss takes it anyway."""
     teacher_entropy: Tensor | None = None
     """The entropy of the teacher in nats; None without a reference, where the loss takes it, and where the step does
     not measure the teacher."""
@@ -131,22 +131,23 @@ class MeasuringObserver:
     def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
         """Return the measures of a slice of the R tokens."""
         target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
+        anchor = None if own.reference is None else joint_anchor(student_logits, own.reference, target)
         masses, kl_to_anchor, kl_of_control = target_measures(
             student_logits,
             teacher_logits,
             beta,
             target=target,
             vocab=self.vocab,
-            reference_logits=own.reference,
+            reference_logits=anchor,
             own_teacher_logits=teacher_logits if target.reads_teacher else own.teacher,
             teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
             control_log_probs=own.control,
         )
         of_reference = entropy = None
-        if own.reference is not None:
+        if anchor is not None:
             of_reference = masses[:, 1]
             if not target.needs_reference_entropy:
-                entropy = vocab_entropy(own.reference, self.vocab, backend=backend)
+                entropy = vocab_entropy(anchor, self.vocab, backend=backend)
         of_teacher: dict[str, Tensor] = {}
         if own.teacher is not None:
             alone = distillation_loss(

@@ -111,14 +111,16 @@ class Request:
     With a teacher's prompt the response is *guided*: every token is sampled from the mix of the distributions that the
     same weights have under both prompts.
     """
+    control_prompts: tuple[list[int], ...] = ()
+    """Token ids of the teacher's prompts with the hints of other problems, for the controls of a guided response."""
     episode: str | None = None
     """Name of the episode that is one sequence, of which this is a turn: the prompt of its next request begins with
     this prompt and its response, so that a sampler may keep what it has read.  None if nothing follows."""
 
     @property
     def longest_prompt(self) -> int:
-        """Number of tokens of the longer prompt, which must leave room for the response."""
-        return max(len(self.prompt), len(self.teacher_prompt or ()))
+        """Number of tokens of the longest prompt, which must leave room for the response."""
+        return max(map(len, (self.prompt, self.teacher_prompt or (), *self.control_prompts)))
 
 
 @dataclass(frozen=True)

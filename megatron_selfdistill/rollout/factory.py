@@ -78,5 +78,5 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
     )
     if rollout.guidance == "none":
         return params
-    guided: SamplingParams = door("guidance").guided_params(params, config, batch_k)
+    guided: SamplingParams = door("guidance").guided_params(params, config, batch_k, run_data.num_controls)
     return guided

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step whose target has controls is alike in every layout, and its loss and gradient are those of the definition."""
+"""A step with controls or a shared anchor is alike in every layout, with the loss and gradient of the definition."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ CASES = {
     "reference of its own": dataclasses.replace(ANCHORED, target=Target(num_controls=2), reference_copy=True),
     "average teacher": dataclasses.replace(OF_STUDENT, teacher="ema"),
     "current teacher": dataclasses.replace(OF_STUDENT, teacher="current"),
+    "a share of the reference": dataclasses.replace(
+        OF_STUDENT, target=Target(anchor="student", reference_share=0.25, num_controls=2)
+    ),
+    "a share without controls": dataclasses.replace(OF_STUDENT, target=Target(anchor="student", reference_share=0.25)),
     "soft cap": dataclasses.replace(OF_STUDENT, soft_cap=3.0),
     "two terms": dataclasses.replace(OF_STUDENT, two_terms=True),
 }

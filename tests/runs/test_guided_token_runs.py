@@ -59,6 +59,22 @@ def test_a_resumed_run_guides_the_same_problems(ranks, arguments, whole):
     assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
 
 
+def test_a_resumed_run_guides_from_the_same_target_with_controls(ranks, data, tmp_path):
+    options = ["target.anchor=student", "target.control=other", "target.num_controls=2", "rollout.guidance=mixed"]
+
+    def arguments(run_dir: Path, *more: str) -> list[str]:
+        return overrides(data, run_dir, *options, "num_steps=2", "checkpoint.save_every=1", *more)
+
+    def tokens(name: str, *more: str) -> list[list[int]]:
+        train(ranks, arguments(tmp_path / name, f"tests.record={tmp_path}/{name}.jsonl", *more))
+        records = map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+        return [record["token_ids"] for record in records if record["step"] == 0]
+
+    guided = tokens("whole")
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=1, num_steps=2)
+    assert guided != tokens("without", "target.control=none", "num_steps=1")
+
+
 @pytest.mark.full
 def test_one_k_per_step_is_in_proportion_to_1_plus_w_of_the_guided_tokens(ranks, data, tmp_path):
     """All problems are guided; the first step has k = 1 + w, and the second a k that was solved."""

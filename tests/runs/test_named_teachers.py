@@ -133,7 +133,8 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
             shares = {problem.id: dict(problem.shares) for problem in problems if problem.shares}
             expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size, shares)
             for context in contexts:
-                assert (context.teacher_prompt == context.student_prompt) == (context.teacher == "code")
+                assert (context.teacher_prompt == context.student_prompt) != named[context.teacher].is_hinted
+                assert len(context.control_prompts) == target.num_controls
         assert expected.keys() == found.keys()
         norm = torch.stack([one.norm() for one in expected.values()]).norm()
         errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
@@ -153,6 +154,9 @@ QUICK_STEPS: dict[str, list[str]] = {
     "several": [SHARED_FILE],
     "another architecture": [WIDE_TEACHER],
     "product": [SHARED_FILE, *PRODUCT],
+    "several, with controls": [
+        *(SHARED_FILE, "teachers.code.hint=given", "target.control=other", "target.num_controls=2"),
+    ],
 }
 STEPS = QUICK_STEPS | {
     # one response per step has the mean over its tokens in either normalisation; a weight of 1 changes nothing

@@ -118,7 +118,7 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
             if guided.teacher_weight is not None:
                 target = dataclasses.replace(target, teacher_weight=guided.teacher_weight)
             kind = guided.divergence or kind
-        anchor = r.detach() if target.is_anchored else None
+        anchor = r.detach() if target.has_reference else None
         control_logits = torch.stack(controls).detach() if controls else None
         log_q = mixed_target(s.detach(), t.detach(), target, anchor, control_logits).log_q
         losses.append(divergence(s.log_softmax(-1), log_q, kind))

@@ -190,9 +190,9 @@ def packed_partial_batch(
         _max(len(stream), grid) + case.extra_weightless * each
         for stream, each in zip((batch.student, batch.teacher), more, strict=True)
     ]
-    roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
+    roles = (2, 1) if case.target.has_reference else (1, 1)  # the reference reads the student's microbatches
     while sum(n * m for n, m in zip(counts, roles, strict=True)) % microbatch_multiple(grid):
-        grown = (1, readings) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
+        grown = (1, readings) if case.paired else (0, 1) if case.target.has_reference else (1, 0)
         counts = [n + m for n, m in zip(counts, grown, strict=True)]
     return pad_to_count(batch, *counts)
 
@@ -379,7 +379,7 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
 
 def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
     """Return the reference of the case's target; None without a reference."""
-    if not case.target.is_anchored:
+    if not case.target.has_reference:
         return None
     return Reference(case.target, chunks, chunk_tokens=5)
 

@@ -91,8 +91,9 @@ def gradients_by_definition(
     loss = torch.zeros((), dtype=torch.float64)
     for context in contexts:
         teacher, target = teachers[context.teacher]
-        s, t, r = rows_of(context, student, teacher, reference, vocab_size)
-        log_q = mixed_target(s.detach(), t.detach(), target, r.detach()).log_q
+        s, t, r, *controls = rows_of(context, student, teacher, reference, vocab_size)
+        control_logits = torch.stack(controls).detach() if controls else None
+        log_q = mixed_target(s.detach(), t.detach(), target, r.detach(), control_logits).log_q
         log_p = s.log_softmax(-1)
         loss = (
             loss

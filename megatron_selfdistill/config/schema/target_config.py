@@ -92,6 +92,9 @@ class TargetConfig(Part, section="target"):
     """The model that the teacher is mixed with, on the student's context: reference (the weights at the start of the
     run, so that the target stands still with a frozen teacher, whose weights are also the reference's; with another
     teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
+    reference_share: Annotated[float, at_least(0), below(1)] = 0.0
+    """The share l of the reference in the anchor (1 - l) student + l reference, with anchor=student: a student that
+    moves stays tied to the start of the run."""
     match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
     control: Annotated[str, OneOf(("auto", "other", "none"))] = "none"
@@ -122,6 +125,11 @@ class TargetConfig(Part, section="target"):
             self.anchor == "student" or self.rule != "teacher_alone",
             "target.rule=teacher_alone mixes the teacher with nothing: set target=teacher_alone, which also sets "
             "target.anchor=student",
+        )
+        require(
+            not self.reference_share or (self.anchor == "student" and self.rule != "teacher_alone"),
+            f"target.reference_share={self.reference_share} is the reference's part of an anchor that moves, but "
+            f"target.anchor is {self.anchor} and target.rule {self.rule}: set target.anchor=student, or the share to 0",
         )
         missing = why_no_control(config)
         require(
@@ -160,10 +168,10 @@ def why_no_control(config: Any) -> str | None:
         key = "the hints of logged conversations and of environments belong to one conversation"
     elif needs.teacher_prompt != HINTED or needs.hint != GIVEN or config.data.solutions == "none":
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
-    elif config.rollout.guidance != "none":
-        key = f"rollout.guidance={config.rollout.guidance} samples from a target without controls"
-    elif config.teachers:
-        key = "the key teachers gives some hints to other teachers"
+    elif config.teachers.get("join") == "product":
+        key = "teachers.join=product joins teachers whose hints differ"
+    elif any(not one.is_hinted or one.transformer for one in config.named_teachers.values()):
+        key = "the key teachers has one without a hint, or of another architecture"
     return key
 
 

@@ -112,8 +112,8 @@ class Config:
 
     @property
     def is_anchored(self) -> bool:
-        """Whether the target mixes the teacher with a frozen reference."""
-        return self.has_teacher and self.target.anchor == "reference"
+        """Whether the target's anchor is a frozen reference, or has a share of one."""
+        return self.has_teacher and (self.target.anchor == "reference" or self.target.reference_share > 0)
 
     @property
     def copies_reference(self) -> bool:
@@ -127,7 +127,7 @@ class Config:
     def projects_reference(self) -> bool:
         """Whether the reference has an output layer of its own, so that no mix of states serves both models."""
         loads_teachers = any(teacher.load is not None for teacher in self.named_teachers.values())
-        return self.copies_reference or (self.is_anchored and loads_teachers)
+        return self.copies_reference or (self.is_anchored and (loads_teachers or self.target.reference_share > 0))
 
     @property
     def logged(self) -> bool:

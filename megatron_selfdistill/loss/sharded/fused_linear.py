@@ -43,6 +43,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     make_shard,
     run_forward,
     shares_of,
+    vocab_entropy,
 )
 from megatron_selfdistill.loss.target import (
     Divergence,
@@ -50,6 +51,8 @@ from megatron_selfdistill.loss.target import (
     TokenDivergences,
     check_arguments,
     check_controls,
+    joint_anchor,
+    shared_mix,
     token_groups,
 )
 
@@ -92,6 +95,8 @@ def fused_distillation_loss(
     output weight that teacher and reference share.  Where the weights differ, teacher_hidden are the teacher's own
     states, ``reference`` holds the reference's hidden states and weight, in the teacher's shapes, and the logits
     (w t + r) / (1 + w) are the sum of two projections.
+    With a share of a reference the latter always comes in ``reference``, and the layer computes the entropy of the
+    anchor itself: one more all-gather per chunk, and float32 logits of a chunk.
     Controls: with ``target.num_controls`` = K, control_hidden [K, R, ..] are the controls' hidden states in the shape
     of the teacher's, for the teacher's weight; the teacher's own states come in teacher_hidden, and a reference, which
     is projected apart even if it shares the weight, in ``reference``.
@@ -118,10 +123,10 @@ def fused_distillation_loss(
     wide = {"teacher_hidden": "T t", "teacher_weight": "V w", "reference_hidden": "T r", "control_hidden": "K T t"}
     rows = {} if gather_indices is None else {"student_hidden": "n h"}
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
-    check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
+    check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights, reads_reference=True)
     check_controls("fused_distillation_loss", "control_hidden", control_hidden, target)
-    if reference is not None and not target.is_anchored:
-        raise ValueError(f"fused_distillation_loss: reference must be None without anchor=reference; got {target}.")
+    if reference is not None and not target.has_reference:
+        raise ValueError(f"fused_distillation_loss: reference must be None where the anchor has none; got {target}.")
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
@@ -215,6 +220,7 @@ class _Logits:
     With a reference of its own, the teacher's logits t become those of the mix, (w t + r) / (1 + w).  With controls t
     becomes t - c first, and the mix is w (t - c) + r.
 
+    anchor_entropy: [R] float64, written in the forward pass where the anchor has a share of a reference.
     kept: [R, V / tp] or None.  The student's logits of a chunk lie in the chunk's rows of ``kept``, where their
     gradient overwrites them.  The teacher's logits lie behind them, where the next chunk will be written, as long as
     there is room.
@@ -234,6 +240,7 @@ class _Logits:
         self.is_forward = is_forward
         longest, columns = min(layer.chunk_tokens, layer.num_tokens), student_weight.shape[0]
         self.kept = all_hidden.new_empty(layer.num_tokens, columns) if keep else None
+        self.anchor_entropy = all_hidden.new_empty(layer.num_tokens, dtype=torch.float64)
         self.block = all_hidden.new_empty(longest if keep else 2 * longest, columns)
 
     def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -250,19 +257,23 @@ class _Logits:
         torch.mm(student, self.student_weight.t(), out=student_logits)
         weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
         teacher = self._full_width(others.teacher_hidden[tokens], weight)
-        if others.control_hidden is not None or others.reference_weight is None:
+        target = self.layer.target
+        if others.control_hidden is not None or others.reference_weight is None or target.reference_share:
             torch.mm(teacher, weight.t(), out=teacher_logits)
         if others.control_hidden is not None:
             self._contrast(tokens, teacher_logits, weight)
         if others.reference_hidden is None or others.reference_weight is None:
             return student_logits, teacher_logits
         reference = self._full_width(others.reference_hidden[tokens], others.reference_weight)
+        if target.reference_share:
+            self._share_anchor(tokens, student_logits, teacher_logits, reference @ others.reference_weight.t())
+            return student_logits, teacher_logits
         weights = self.layer.teacher_weights
         if others.control_hidden is not None:
-            share = self.layer.target.teacher_weight if weights is None else weights[tokens, None].float()
+            share = target.teacher_weight if weights is None else weights[tokens, None].float()
             teacher_logits.mul_(share).addmm_(reference, others.reference_weight.t())
             return student_logits, teacher_logits
-        beta, alpha = 1 - 1 / self.layer.target.geometric_k, 1 / self.layer.target.geometric_k
+        beta, alpha = 1 - 1 / target.geometric_k, 1 / target.geometric_k
         if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
             share = 1 / (1 + weights[tokens, None].float())
             teacher, reference = ((1 - share) * teacher).to(teacher.dtype), (share * reference).to(reference.dtype)
@@ -271,6 +282,14 @@ class _Logits:
         # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
         teacher_logits.addmm_(reference, others.reference_weight.t(), beta=beta, alpha=alpha)
         return student_logits, teacher_logits
+
+    def _share_anchor(self, tokens: slice, student: Tensor, teacher: Tensor, reference: Tensor) -> None:
+        """Replace the teacher's logits t or t - c of a chunk by `shared_mix`; keep the entropy of the anchor."""
+        layer = self.layer
+        if self.is_forward and layer.target.needs_reference_entropy:
+            anchor = joint_anchor(student, reference, layer.target)
+            self.anchor_entropy[tokens] = vocab_entropy(anchor, layer.vocab, backend=layer.backend.name)
+        teacher.copy_(shared_mix(reference, teacher, layer.target))
 
     def _contrast(self, tokens: slice, teacher_logits: Tensor, weight: Tensor) -> None:
         """Replace the teacher's logits t of a chunk by t - c."""
@@ -310,7 +329,7 @@ def _forward_chunks(
 
     Where the gradient is kept, it is written into ``logits.kept``.
     """
-    parts = []
+    parts, joint = [], layer.target.reference_share > 0 and layer.target.needs_reference_entropy
     for tokens, divergence in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
@@ -322,7 +341,7 @@ def _forward_chunks(
             divergence,
             layer.vocab,
             layer.backend,
-            reference_entropy=reference_entropy,
+            reference_entropy=logits.anchor_entropy if joint else reference_entropy,
             teacher_weights=layer.teacher_weights,
         )
         if observe is not None:

@@ -60,16 +60,18 @@ def beta_grid(target: Target, unit: float = 1.0) -> tuple[float, ...]:
 
 
 def mix_unit(target: Target, teacher_weights: Tensor | None = None) -> float | Tensor:
-    """Return the number by which the mix is divided before it reaches the passes: 1 + w with a reference, else 1.
+    """Return the number by which the mix is divided before it reaches the passes.
+
+    It is 1 + w with a reference as the anchor, 1 - l where the reference has the share l of it, else 1.
 
     With a reference, the passes receive the logits m / (1 + w) = (w t + r) / (1 + w) in place of the teacher's.  Their
     magnitude is that of logits, and their grid of betas is the same for every w.  With controls m = w (t - c) + r has
-    this magnitude already, and the number is 1.
+    this magnitude already, and the number is 1.  With a share l the passes receive (w t + l r) / (1 - l), and add s.
     ``teacher_weights``: w of each token [T], for which the result is [T] float64.
     """
     if teacher_weights is not None and not target.num_controls:
         return 1 + teacher_weights.double()
-    return target.geometric_k if target.is_anchored else 1.0
+    return target.geometric_k if target.is_anchored else 1 - target.reference_share
 
 
 def _given_beta(target: Target, unit: float) -> float:
@@ -90,7 +92,8 @@ class BetaGrid:
     doubled: indices of the betas that are twice the beta before, whose exponentials may be computed as squares.
     given: whether the rule gives beta, which is betas[-1], and solves nothing.
     lowest_is_bound: see `Target.lowest_is_bound`.
-    mix_weights: (weight of t, weight of s) in m; (1, 0) with a reference, where the mix comes in place of t.
+    mix_weights: (weight of t, weight of s) in m; (1, 0) with a reference, where the mix comes in place of t, and (1, 1)
+    with a share of one, where all of the mix but the student comes in place of t.
     unit: see `mix_unit`; ``betas`` are those of m / unit.
     dtype: the dtype of the sums, float32 or float64.
     """
@@ -124,7 +127,7 @@ class BetaGrid:
             doubled=tuple(j for j in range(1, len(betas)) if j != favoured and betas[j] == 2 * betas[j - 1]),
             given=target.given_beta is not None,
             lowest_is_bound=target.lowest_is_bound,
-            mix_weights=(1.0, 0.0) if target.is_anchored else target.mix_weights,
+            mix_weights=(1.0, 1.0 - target.is_anchored) if target.has_reference else target.mix_weights,
             unit=unit,
             dtype=dtype,
         )

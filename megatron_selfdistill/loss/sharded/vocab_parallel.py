@@ -182,7 +182,8 @@ def distillation_loss(
     Shapes: both logits [T, vocab.size], any float dtype; response_tokens [T] int64, global ids.
     Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, (w t + r) / (1 + w), and the loss
     equals ``mixed_target(s, t, target, r)``.  reference_entropy: [T] H(softmax(r)) in nats, given if and only if
-    ``target.needs_reference_entropy``.
+    ``target.needs_reference_entropy``.  With a share of a reference the teacher's logits are `target.shared_mix`, and
+    the entropy is that of `target.joint_anchor`.
     Controls: with ``target.num_controls`` the teacher's logits are t - c, see `control.contrast`, and with a reference
     too w (t - c) + r.
     Per token: teacher_weights [T], with a reference only: each token's own w >= 0, with which the caller has mixed; the
@@ -458,10 +459,18 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
 
 
 def check_reference(
-    caller: str, target: Target, reference_entropy: Tensor | None, teacher_weights: Tensor | None = None
+    caller: str,
+    target: Target,
+    reference_entropy: Tensor | None,
+    teacher_weights: Tensor | None = None,
+    *,
+    reads_reference: bool = False,
 ) -> None:
-    """Raise ValueError unless reference_entropy and teacher_weights are given as `distillation_loss` says."""
-    needed = target.needs_reference_entropy
+    """Raise ValueError unless reference_entropy and teacher_weights are given as `distillation_loss` says.
+
+    reads_reference: whether the caller computes the entropy of an anchor with a share of a reference itself.
+    """
+    needed = target.needs_reference_entropy and not (reads_reference and target.reference_share)
     if (reference_entropy is not None) != needed:
         raise ValueError(
             f"{caller}: reference_entropy must be {'[T]' if needed else 'None'} with rule {target.rule}, anchor "

@@ -14,6 +14,7 @@ from characters import Characters
 from made_methods import given_with
 
 from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.controls import Controls, num_controls
 from megatron_selfdistill.data.problems import Problem
@@ -102,3 +103,33 @@ def test_controls_of_one_text_are_refused() -> None:
     config = Config(target=TargetConfig(control="other"))
     with pytest.raises(ConfigError, match="all 2 solutions are one text"):
         num_controls(config, [problem("a", "one"), problem("b", "one")])
+
+
+@pytest.mark.parametrize(
+    ("teachers", "why"),
+    [
+        ({"math": {}, "code": {"hint": "none"}}, "has one without a hint, or of another architecture"),
+        (
+            {"math": {"transformer": {"num_layers": 2}, "load": "x"}},
+            "has one without a hint, or of another architecture",
+        ),
+        ({"math": {}, "code": {}, "join": "product"}, r"teachers\.join=product joins teachers whose hints differ"),
+    ],
+)
+def test_teachers_whose_readings_do_not_compare_have_no_controls(teachers: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Config(target=TargetConfig(control="other"), teachers=teachers)
+    assert planned_controls(Config(target=TargetConfig(control="auto"), teachers=teachers)) == 0
+    assert planned_controls(Config(target=TargetConfig(control="auto"), teachers={"math": {}})) == 4
+
+
+def test_the_controls_of_a_teacher_have_its_own_wording() -> None:
+    """A problem that several teachers read has the same hints for each of them, in the wording of each."""
+    rollouts = [SimpleNamespace(problem=replace(PROBLEMS[0], teacher=name)) for name in ("", "math")]
+    contexts = [ContextPair("p0", [1], [2], [3], False) for _ in rollouts]
+    own = controls_of(PROBLEMS, of_teachers={"math": "M{problem} {solution}"})
+    plain, of_math = own.added(2, contexts, rollouts)
+    assert hints(own, 2, PROBLEMS[0]) == [
+        "".join(map(chr, prompt)).removeprefix("Mp0? ").removesuffix(":") for prompt in of_math.control_prompts
+    ]
+    assert plain.control_prompts == own.prompts(2, PROBLEMS[0]) != of_math.control_prompts

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
+from megatron_selfdistill.guidance.guided_tokens import ROLES
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
@@ -71,6 +73,14 @@ def check_response(models: dict[str, Any], request: Request, response: Response,
         predicting(lambda ids, model=models[role]: logits_of(model, ids), prompts[role], response.token_ids)
         for role in prompts
     )
+    read = partial(logits_of, models["teacher"])
+    controls = [predicting(read, prompt, response.token_ids) for prompt in request.control_prompts]
+    if controls:
+        assert params.temperature > 0
+        log_q = mixed_target(student, teacher, params.target, reference, torch.stack(controls)).log_q
+        check_inversion(log_q, request, response)
+        check_pair_log_probs(student, teacher, response, 1e-4)
+        return
     if params.temperature == 0:
         check_argmax(params.target.teacher_weight * teacher + reference, response, gap=1e-4)
     else:
@@ -109,6 +119,27 @@ def on_one_rank(ranks):
         return known[kind]
 
     return get
+
+
+def write_with_controls(teacher: str) -> None:
+    """Assert that whole passes of the teacher's weights after each control's prompt confirm every sampled token."""
+    [sampler], _ = samplers_of("shallow", parallel(), TEACHERS[teacher], None)
+    seeds = {role: seed for roles, seed in TEACHERS[teacher].items() for role in roles}
+    models = {role: build(model_config("shallow"), parallel(), seed=seeds.get(role, 0))[0][0].eval() for role in ROLES}
+    pairs = make_pairs()
+    requests = [
+        dataclasses.replace(pair, control_prompts=(pairs[i - 1].teacher_prompt, pairs[i - 2].teacher_prompt))
+        for i, pair in enumerate(pairs)
+    ]
+    params = dataclasses.replace(SAMPLED, target=Target(num_controls=2))
+    responses = sampler.generate(requests, params)
+    for request, response in zip(requests, responses, strict=True):
+        check_response(models, request, response, params)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_controls_are_read_by_the_weights_of_the_teacher(ranks, teacher):
+    ranks.run(write_with_controls, teacher, world_size=1)
 
 
 @combinations(teacher=["ema", "current"], quick={"teacher": ["ema"]}, strength=1)

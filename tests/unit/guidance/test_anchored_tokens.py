@@ -62,6 +62,45 @@ def test_a_token_is_sampled_where_the_definitions_cdf_passes_the_uniform(name: s
         torch.testing.assert_close(mine, expected.gather(1, sampled.token_ids[:, None])[:, 0], rtol=0, atol=2e-5)
 
 
+WITH_CONTROLS = {
+    "student": Target(anchor="student", num_controls=3),
+    "student, strict": Target(anchor="student", k_max=None, num_controls=3),
+    "reference": Target(num_controls=3),
+    "a share of the reference": Target(anchor="student", reference_share=0.3, num_controls=3),
+    "a share without controls": Target(anchor="student", reference_share=0.3),
+}
+
+
+@pytest.mark.parametrize("name", WITH_CONTROLS)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_token_of_a_target_with_controls_or_a_shared_anchor_is_that_of_the_definition(
+    name: str, greedy: bool
+) -> None:
+    target = WITH_CONTROLS[name]
+    student, teacher, reference, uniforms = rows(500)
+    controls = None
+    if target.num_controls:
+        controls = teacher + torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(3))
+        controls[:, 0] = teacher[0]
+    anchor = reference if target.has_reference else None
+    sampled = select_mixed_tokens(
+        student, teacher, uniforms, target, greedy=greedy, reference_logits=anchor, control_logits=controls
+    )
+    wide = [None if it is None else it.double() for it in (student, teacher, anchor, controls)]
+    log_q = mixed_target(wide[0], wide[1], target, *wide[2:]).log_q
+    ids = sampled.token_ids[:, None]
+    if greedy:
+        assert (log_q.gather(1, ids)[:, 0] > log_q.amax(-1) - 1e-5).all()
+    else:
+        cdf = log_q.exp().cumsum(-1)
+        sure = (cdf - uniforms[:, None]).abs().amin(-1) > 1e-5
+        assert sure.sum() > 480
+        assert torch.equal(sampled.token_ids[sure], (cdf <= uniforms[:, None]).sum(-1)[sure])
+        torch.testing.assert_close(sampled.mixed_log_probs, log_q.gather(1, ids)[:, 0], rtol=0, atol=2e-5)
+    of_teacher = teacher.double().log_softmax(-1).gather(1, ids)[:, 0]
+    torch.testing.assert_close(sampled.teacher_log_probs, of_teacher, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> None:
     target = TARGETS[name]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Targets with controls: the definition, the sharded loss and the fused layer equal float64 written out here."""
+"""Controls and shared anchors: the definition, the sharded loss and the fused layer equal float64 written out here."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ TARGETS = {
     "student, fixed": Target("fixed", anchor="student", num_controls=K),
     "reference": Target(num_controls=K),
     "reference, student's entropy": Target(match="student", num_controls=K),
+    "a share of the reference": Target(anchor="student", reference_share=0.2, num_controls=K),
+    "a share, student's entropy": Target(anchor="student", reference_share=0.9, match="student", num_controls=K),
+    "a share, fixed": Target("fixed", anchor="student", reference_share=0.5, num_controls=K),
+    "a share without controls": Target(anchor="student", reference_share=0.3),
 }
 
 
@@ -61,12 +65,16 @@ def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def log_q_by_bisection(student: Tensor, teacher: Tensor, reference: Tensor, controls: Tensor, target: Target) -> Tensor:
-    """Return log q, written out: m = w (t - c) + a, and k <= 1 with H(q) = H(anchor or student)."""
+    """Return log q, written out: m = w (t - c) + a, and k <= 1 (without controls 1 + w) with H(q) = H(a or student)."""
     control = controls.softmax(-1).mean(0).log()
     tiny = controls.log_softmax(-1).logsumexp(0) - math.log(len(controls))
     control = torch.where(torch.isneginf(control), tiny, control)  # a probability below the range of float64
-    anchor = reference if target.anchor == "reference" else student
+    if not target.num_controls:
+        control = torch.zeros_like(control)
+    share = 1.0 if target.anchor == "reference" else target.reference_share
+    anchor = reference if share == 1 else student if share == 0 else (1 - share) * student + share * reference
     gone = torch.isneginf(teacher)
+    largest_k = 1.0 if target.num_controls else 1 + target.teacher_weight
     mix = anchor + target.teacher_weight * (teacher - control).masked_fill(gone, 0.0)
     mix = mix.masked_fill(gone, -torch.inf)
 
@@ -77,12 +85,12 @@ def log_q_by_bisection(student: Tensor, teacher: Tensor, reference: Tensor, cont
         return mix.log_softmax(-1)
     matched = student if target.match == "student" else anchor
     wanted = entropy(matched.log_softmax(-1)).clamp(min=1e-6)
-    low, high = (torch.full_like(wanted, math.log(end)) for end in (1 / 16, 16.0))
+    low, high = (torch.full_like(wanted, math.log(end / largest_k)) for end in (1 / 16, 16.0))
     for _ in range(80):
         middle = (low + high) / 2
         soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
         low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
-    beta = low.exp().clamp(min=0.0 if target.k_max is None else 1.0)
+    beta = low.exp().clamp(min=0.0 if target.k_max is None else 1 / largest_k)
     return (beta[:, None] * mix).log_softmax(-1)
 
 
@@ -102,8 +110,8 @@ ORDINARY = [row for row in range(9) if row != EXCLUDED]
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_the_definition_is_the_formula(target: Target) -> None:
     student, teacher, reference, controls = rows()
-    anchor = reference if target.is_anchored else None
-    found = mixed_target(student, teacher, target, anchor, controls).log_q
+    anchor = reference if target.has_reference else None
+    found = mixed_target(student, teacher, target, anchor, controls if target.num_controls else None).log_q
     expected = log_q_by_bisection(student, teacher, reference, controls, target)
     torch.testing.assert_close(found.exp(), expected.exp(), rtol=0, atol=1e-9)
     assert (found[EXCLUDED, 10:12] == -torch.inf).all()
@@ -119,8 +127,8 @@ def test_loss_and_gradient_are_those_of_the_formula(target: Target) -> None:
         found = self_distillation_loss(
             logits,
             teacher.to(dtype),
-            reference.to(dtype) if target.is_anchored else None,
-            control_logits=controls.to(dtype),
+            reference.to(dtype) if target.has_reference else None,
+            control_logits=controls.to(dtype) if target.num_controls else None,
             target=target,
             reduction="none",
         )
@@ -211,7 +219,7 @@ class Layer:
         columns = slice(vocab.start, vocab.start + vocab.size)
         hidden, weight = self.student.clone().requires_grad_(), self.student_weight[columns].clone().requires_grad_()
         theirs, entropy = self.teacher_weight[columns], None
-        if target.needs_reference_entropy:
+        if target.needs_reference_entropy and target.is_anchored:
             log_r = self.logits()[2].log_softmax(-1)
             entropy = -(log_r.exp() * log_r).sum(-1)
         stats = fused_distillation_loss(
@@ -224,8 +232,8 @@ class Layer:
             divergence=Divergence(),
             vocab=vocab,
             reference_entropy=entropy,
-            reference=(self.reference, theirs) if target.is_anchored else None,
-            control_hidden=self.controls,
+            reference=(self.reference, theirs) if target.has_reference else None,
+            control_hidden=self.controls if target.num_controls else None,
             chunk_tokens=chunk_tokens,
             mode=mode,
         )
@@ -235,7 +243,7 @@ class Layer:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 100])
 @pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
-@pytest.mark.parametrize("name", ["student", "reference", "reference, student's entropy"])
+@pytest.mark.parametrize("name", [name for name in TARGETS if "fixed" not in name and "k" not in name.split()])
 def test_the_fused_layer_equals_the_formula_in_every_chunking(name: str, mode: str, chunk_tokens: int) -> None:
     layer, target = Layer.made(13), TARGETS[name]
     loss, of_hidden, of_weight = layer.fused(target, mode, chunk_tokens, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
@@ -277,8 +285,11 @@ def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
     return *fused, normalisers, contrast(teacher, controls, normalisers)[:, : vocab.num_valid], vocab.start
 
 
+FUSED = [("student", "low_memory"), ("reference", "keep_gradient"), ("a share of the reference", "low_memory")]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize(("name", "mode"), [("student", "low_memory"), ("reference", "keep_gradient")])
+@pytest.mark.parametrize(("name", "mode"), FUSED)
 def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, name: str, mode: str, world_size: int) -> None:
     layer, target = Layer.made(9), TARGETS[name]
     loss, of_hidden, of_weight = layer.fused(target, mode, 4, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
