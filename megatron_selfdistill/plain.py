@@ -19,6 +19,9 @@ they agree; k gives it the entropy of the reference back, so that the student do
 Under the bound 1 + w, k never makes the target flatter than the geometric mean of both.  q is a constant: no gradient
 flows through it, nor through its samples.  There is no reward and no verifier.
 
+Where all solutions are one text, such as an instruction, they tell nothing about a single problem that could leak.  The
+anchor is then the student itself, s in place of r, so that what it learns in one step it considers in the next.
+
 A step:
 
 1. `train` takes the next problems, in an order that is shuffled anew in every epoch.
@@ -101,6 +104,7 @@ class PreparedProblem(NamedTuple):
     id: str
     student_prompt: list[int]
     teacher_prompt: list[int]
+    solution: str
     answer: str
 
 
@@ -140,7 +144,8 @@ def read_problems(path: Path, tokenizer: Any, teacher_template: str) -> list[Pre
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         hinted = teacher_template.format(problem=record["problem"], solution=record["solution"])
-        problems.append(PreparedProblem(record["id"], prompt(record["problem"]), prompt(hinted), record["answer"]))
+        prompts = prompt(record["problem"]), prompt(hinted)
+        problems.append(PreparedProblem(record["id"], *prompts, record["solution"], record["answer"]))
     return problems
 
 
@@ -252,15 +257,15 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def target_log_probs(teacher: Tensor, reference: Tensor) -> Tensor:
-    """Return log q of every token, ``[R, V]`` float64, from the logits ``[R, V]`` of teacher and reference.
+def target_log_probs(teacher: Tensor, anchor: Tensor) -> Tensor:
+    """Return log q of every token, ``[R, V]`` float64, from the logits ``[R, V]`` of teacher and anchor.
 
-    H(softmax(m / k)) rises with k, so bisection over log k finds the k that gives the entropy of the reference.  Where
-    that k is above 1 + w, the bound 1 + w is the end of the search.  A reference without any doubt counts as one with
+    H(softmax(m / k)) rises with k, so bisection over log k finds the k that gives the entropy of the anchor.  Where
+    that k is above 1 + w, the bound 1 + w is the end of the search.  An anchor without any doubt counts as one with
     the entropy 1e-6, since with its own entropy, which is rounding noise, every k would do.
     """
-    mix = TEACHER_WEIGHT * teacher.double() + reference.double()
-    wanted = entropy(reference.double().log_softmax(-1)).clamp(min=1e-6)
+    mix = TEACHER_WEIGHT * teacher.double() + anchor.double()
+    wanted = entropy(anchor.double().log_softmax(-1)).clamp(min=1e-6)
     largest = 1 + TEACHER_WEIGHT
     low = torch.full_like(wanted, largest / 16).log()
     high = torch.full_like(wanted, largest).log()
@@ -281,10 +286,17 @@ def reverse_kl(student: Tensor, log_q: Tensor) -> Tensor:
 
 
 def backward(
-    student: Model, start: Model, problems: Sequence[PreparedProblem], responses: Sequence[list[int]], max_tokens: int
+    student: Model,
+    start: Model,
+    problems: Sequence[PreparedProblem],
+    responses: Sequence[list[int]],
+    max_tokens: int,
+    *,
+    follows: bool,
 ) -> float:
     """Leave the gradient of the mean loss over the tokens of all ranks in the parameters; return the mean.
 
+    ``follows``: whether the anchor is the student, not the start.
     Collectives: one sum of the number of tokens and the loss, and one of the gradients.
     """
     student.gpt.zero_grad(set_to_none=True)
@@ -299,7 +311,7 @@ def backward(
             teacher = response_logits(start, [problems[i].teacher_prompt for i in several], read)
             reference = response_logits(start, [problems[i].student_prompt for i in several], read)
         own = response_logits(student, [problems[i].student_prompt for i in several], read)
-        part = reverse_kl(own, target_log_probs(teacher, reference)).sum() / num_tokens
+        part = reverse_kl(own, target_log_probs(teacher, own if follows else reference)).sum() / num_tokens
         part.backward()
         loss += part.detach()
     for parameter in student.gpt.parameters():
@@ -319,13 +331,14 @@ def train(
     """
     optimizer = torch.optim.Adam(student.gpt.parameters(), betas=(0.9, 0.95), eps=1e-8)
     order = batches(problems, numbers.global_batch_size, numbers.seed)
+    follows = len(problems) > 1 and len({problem.solution for problem in problems}) == 1
     for step in range(numbers.num_steps):
         batch = next(order)
         # A problem that comes twice in a batch has a seed of its own each time.
         seeds = [sample_seed(numbers.seed, step, it.id, batch[:place].count(it)) for place, it in enumerate(batch)]
         own, seeds = batch[grid.rank :: grid.world_size], seeds[grid.rank :: grid.world_size]
         responses = sample(student, [problem.student_prompt for problem in own], seeds, numbers, end)
-        yield backward(student, start, own, responses, numbers.max_tokens)
+        yield backward(student, start, own, responses, numbers.max_tokens, follows=follows)
         torch.nn.utils.clip_grad_norm_(student.gpt.parameters(), MAX_GRADIENT_NORM)
         for group in optimizer.param_groups:
             group["lr"] = numbers.learning_rate * min(1, (step + 1) / numbers.warmup_steps)

@@ -23,6 +23,7 @@ from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, teacher_due
+from megatron_selfdistill.data.controls import with_decided_anchor
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -90,6 +91,7 @@ class Trainer:
 
         Raises: `ConfigError`, `CheckpointError`.
         """
+        config = with_decided_anchor(config, run_data.problems.problems)
         self.config, self.grid, self.run_dir = config, grid, Path(config.run_dir)
         self.loss_backend = loss_backend(config, grid)
         self.phases = Phases(grid.device)

@@ -17,6 +17,7 @@ from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.checkpoint.run_directory import CONFIGURATION_FILE
+from megatron_selfdistill.choices import ANCHORS
 from megatron_selfdistill.config import Config, ModelConfig, YarnConfig, to_yaml
 from megatron_selfdistill.config.bound_keys import (
     BOUND,
@@ -161,7 +162,8 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
     if config.dry_run or not config.checkpoint.resume or not file.is_file():
         return None
     # The first launch wrote the file without the architecture of a checkpoint, the later launches with it.
-    if file.read_text(encoding="utf-8", errors="replace") not in map(to_yaml, (as_given, config)):
+    possible = [one for given in (as_given, config) for one in _decided(given)]
+    if file.read_text(encoding="utf-8", errors="replace") not in map(to_yaml, possible):
         return None  # `resumption` judges the differences
     latest = directory.latest(run_dir / "checkpoints")
     if latest is None or directory.iteration_of(latest) < config.num_steps:
@@ -169,10 +171,19 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
     return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
 
 
+def _decided(config: Config) -> list[Config]:
+    """Return ``config`` with each anchor that the data of the run may have decided."""
+    if config.target.anchor != "auto":
+        return [config]
+    return [replace(config, target=replace(config.target, anchor=anchor)) for anchor in ANCHORS]
+
+
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
     stored, now = saved.trainer_state[CONFIGURATION], stored_values(config)
     if "method" not in stored:
         raise CheckpointError(f"{saved.path}: an earlier version wrote it, with other keys: start from its weights")
+    if config.target.anchor == "auto":  # which the data decide, once they are read
+        now = now | {"target": now["target"] | {"anchor": stored["target"]["anchor"]}}
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
         before = {

@@ -20,8 +20,7 @@ from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.commands.installation import installed_version
 from megatron_selfdistill.config import Config, GivenKeys
-from megatron_selfdistill.data.problems import Problem, about_visits
-from megatron_selfdistill.metrics.leakage import are_one_hint
+from megatron_selfdistill.data.problems import Problem, about_visits, are_one_hint
 from megatron_selfdistill.metrics.phase_progress import duration
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
@@ -90,22 +89,22 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     if data.about_prompts:
         yield data.about_prompts
     yield from data.about_records
-    if config.has_teacher and config.is_anchored and (warning := warning_of_one_hint(data.problems.problems)):
-        yield warning
+    if config.has_teacher and (line := about_one_hint(config.target.anchor, data.problems.problems)):
+        yield line
     yield f"{start(trainer)}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
 
 
-def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
-    """Return a warning for a target with an anchor if all problems have the same solution, such as an instruction."""
+def about_one_hint(anchor: str, problems: Sequence[Problem]) -> str | None:
+    """Return a line about the target's ``anchor`` if all problems have the same solution, such as an instruction."""
     if not are_one_hint([problem.solution for problem in problems]):
         return None
-    return (
-        f"warning: all {len(problems)} solutions are one text, which tells nothing about a single problem that could "
-        "leak, and the anchor holds back what it asks for; try target.anchor=student"
-    )
+    found = f"all {len(problems)} solutions are one text, which tells nothing about a single problem that could leak"
+    if anchor == "student":
+        return f"{found}: the target follows the student (target.anchor=student)"
+    return f"warning: {found}, and the anchor holds back what it asks for; try target.anchor=auto"
 
 
 def _problems(trainer: Trainer) -> str:

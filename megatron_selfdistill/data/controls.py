@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Controls: the hints of other problems, after which the teacher reads a response as it does after the right hint."""
+"""What the hints of the data decide, and controls: hints of other problems after which the teacher reads a response."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_selfdistill.config.schema.target_config import planned_controls
+from megatron_selfdistill.config.schema.target_config import planned_controls, shows_solutions
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.problems import Problem, are_one_hint
 from megatron_selfdistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.given_solutions import GivenSolutions
+
+
+def with_decided_anchor(config: Config, problems: Sequence[Problem]) -> Config:
+    """Return ``config`` with the anchor that target.anchor=auto stands for in a run on these problems."""
+    if config.target.anchor != "auto":
+        return config
+    one_hint = shows_solutions(config) and not config.teachers
+    one_hint = one_hint and are_one_hint([problem.solution for problem in problems])
+    return replace(config, target=replace(config.target, anchor="student" if one_hint else "reference"))
 
 
 class AboutProblem(Protocol):

@@ -283,3 +283,8 @@ def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places
 
 def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def are_one_hint(solutions: Sequence[str]) -> bool:
+    """Return whether several problems have one hint, such as an instruction: no response can leak it."""
+    return len(solutions) > 1 and bool(solutions[0]) and len(set(solutions)) == 1

@@ -93,7 +93,7 @@ class Target:
     k: float | None = None
     """k of fixed and batch; None is 1 + w."""
     anchor: str = "reference"
-    """The logits a in m = w t + a: reference (r) or student (s)."""
+    """The logits a in m = w t + a: reference (r), or student (s), which suits hints that are all one text."""
     reference_share: float = 0.0
     """l, with anchor=student: the logits a are (1 - l) s + l r, so that a moving anchor stays tied to the start."""
     match: str | None = None
@@ -107,11 +107,15 @@ class Target:
         """Return the target of the ``section`` target of a configuration.
 
         ``batch_k``: the k that the rule "batch" has solved for this step; None before the first solution.
-        ``num_controls``: those of the run's data (`data.controls.num_controls`).
+        ``num_controls``: those of the run's data (`data.controls.num_controls`).  An anchor that no data have decided
+        (auto) is the reference.
         """
         names = ("rule", "teacher_weight", "k_max", "anchor", "reference_share", "match")
         k = batch_k if section.rule == "batch" else section.k
-        return cls(k=k, num_controls=num_controls, **{name: getattr(section, name) for name in names})
+        values = {name: getattr(section, name) for name in names}
+        if section.anchor == "auto":
+            values["anchor"] = "reference"
+        return cls(k=k, num_controls=num_controls, **values)
 
     def __post_init__(self) -> None:
         if self.rule not in TARGET_RULES:

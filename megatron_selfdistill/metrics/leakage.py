@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.problems import Problem, are_one_hint
 from megatron_selfdistill.data.tokenizer import Tokenizer
 
 NUM_TOKENS = 8
@@ -71,11 +71,6 @@ def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
     found = _grams(response)
     num_quoted = sum(gram in hint for gram in found)
     return LeakCounts(num_quoted, len(found), quoting=int(num_quoted > 0), hinted=int(bool(hint)))
-
-
-def are_one_hint(solutions: Sequence[str]) -> bool:
-    """Return whether several problems have one hint, such as an instruction: no response can leak it."""
-    return len(solutions) > 1 and bool(solutions[0]) and len(set(solutions)) == 1
 
 
 def telling_words(words: Sequence[str], problems: Sequence[Problem]) -> Sequence[str]:

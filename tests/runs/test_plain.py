@@ -38,19 +38,32 @@ class Steps(NamedTuple):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> Path:
     """Return a directory with problems, a tokenizer, a base model, and a run of `selfdistill train` from this model."""
-    directory = tmp_path_factory.mktemp("plain")
+    return trained(tmp_path_factory.mktemp("plain"), ranks)
+
+
+def trained(directory: Path, ranks: Any, solution: str | None = None) -> Path:
+    """Train a base model, and a run from it, on problems that may have one ``solution`` all; return ``directory``."""
     tiny_run.write_data(directory)
+    if solution is not None:
+        records = map(json.loads, (directory / "problems.jsonl").read_text().splitlines())
+        lines = [json.dumps(record | {"solution": solution}) for record in records]
+        (directory / "problems.jsonl").write_text("\n".join(lines))
     first = ("num_steps=1", "optimizer.lr=0.02", "optimizer.lr_warmup_steps=0")
     base = tiny_run.overrides(directory, directory / "base", *first)
     tiny_run.train_each(ranks, [base, overrides(directory, "run")])
     return directory
 
 
+def losses_of_the_run(directory: Path) -> list[float]:
+    """Return the losses of `selfdistill train`."""
+    lines = map(json.loads, (directory / "run" / "metrics.jsonl").read_text().splitlines())
+    return [record["loss/mean"] for record in lines if "loss/mean" in record]
+
+
 @pytest.fixture(scope="module")
 def expected(files: Path, ranks: Any) -> Steps:
     """Return what `selfdistill train` computes."""
-    lines = map(json.loads, (files / "run" / "metrics.jsonl").read_text().splitlines())
-    losses = [record["loss/mean"] for record in lines if "loss/mean" in record]
+    losses = losses_of_the_run(files)
     (gradients,) = ranks.run(first_gradients, overrides(files, "unstarted"), world_size=1, init_process_group=False)
     return Steps(losses, gradients, responses_of_the_run(files))
 
@@ -134,6 +147,19 @@ def test_ten_steps_have_the_losses_and_the_first_gradient_of_selfdistill_train(f
         assert float((found.gradients[name] - gradient).abs().max()) <= TOLERANCE * largest, name
 
 
+def test_where_all_solutions_are_one_text_both_take_the_student_as_the_anchor(ranks, tmp_path):
+    directory = trained(tmp_path, ranks, solution="7")
+    (found,) = ranks.run(plain_steps, directory, NUM_STEPS, world_size=1, init_process_group=False)
+    assert "  anchor: student\n" in (directory / "run" / "config.yaml").read_text()
+    assert found.losses == pytest.approx(losses_of_the_run(directory), rel=0, abs=TOLERANCE)
+    # The run has ended, and the anchor that the data have decided is that of the run.
+    started = ranks.run(tiny_run.start_and_listen, overrides(directory, "run"), world_size=1, init_process_group=False)
+    assert started[0][0] == 0 and "complete" in started[0][1]
+    more = [*overrides(directory, "run"), f"num_steps={NUM_STEPS + 1}"]
+    assert "target.anchor" in tiny_run.refusal(ranks, [*more, "target.anchor=reference"])
+    tiny_run.train(ranks, more)
+
+
 def test_two_data_parallel_ranks_have_the_losses_of_one(files, ranks, expected):
     both = ranks.run(plain_steps, files, NUM_STEPS, world_size=2, init_process_group=False)
     for found in both:
@@ -155,7 +181,7 @@ def test_another_teacher_weight_shows_in_the_first_loss(files, ranks, expected):
 def test_every_epoch_has_each_problem_once_also_where_a_batch_belongs_to_two_epochs():
     from megatron_selfdistill import plain
 
-    problems = [plain.PreparedProblem(str(number), [], [], "") for number in range(3)]
+    problems = [plain.PreparedProblem(str(number), [], [], "", "") for number in range(3)]
     batches = plain.batches(problems, 2, seed=1)
     taken = [problem.id for _ in range(3) for problem in next(batches)]
     assert sorted(taken[:3]) == sorted(taken[3:]) == ["0", "1", "2"]

@@ -88,10 +88,12 @@ class TargetConfig(Part, section="target"):
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: Annotated[float, at_least(0.01), at_most(MAX_K)] | None = None
     """The value of k under rule=fixed; null is 1 + w."""
-    anchor: Annotated[str, OneOf(ANCHORS)] = "reference"
+    anchor: Annotated[str, OneOf(("auto", *ANCHORS))] = "auto"
     """The model that the teacher is mixed with, on the student's context: reference (the weights at the start of the
     run, so that the target stands still with a frozen teacher, whose weights are also the reference's; with another
-    teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
+    teacher the reference is one more copy of the weights), student (the weights that are trained), or auto: student
+    where all solutions of the data are one text, such as an instruction, which tells nothing about a single problem
+    that could leak, and reference elsewhere.  The run's config.yaml states which of both it is."""
     reference_share: Annotated[float, at_least(0), below(1)] = 0.0
     """The share l of the reference in the anchor (1 - l) student + l reference, with anchor=student: a student that
     moves stays tied to the start of the run."""
@@ -138,7 +140,7 @@ class TargetConfig(Part, section="target"):
         )
         if self.guided_teacher_weight is not None:
             require(
-                self.anchor == "reference",
+                self.anchor != "student",
                 "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
                 "target.teacher_weight",
             )
@@ -153,6 +155,13 @@ class TargetConfig(Part, section="target"):
         )
 
 
+def shows_solutions(config: Any) -> bool:
+    """Return whether the hints of a run with this `Config` are the solutions of the data, each of a single problem."""
+    needs, data = config.needs, config.data
+    is_single = data.kind == "problems" and not config.environment.exists
+    return is_single and needs.teacher_prompt == HINTED and needs.hint == GIVEN and data.solutions != "none"
+
+
 def planned_controls(config: Any) -> int:
     """Return the number of controls of a run with this `Config` whose hints differ; 0 for a target without controls."""
     target = config.target
@@ -161,12 +170,12 @@ def planned_controls(config: Any) -> int:
 
 def why_no_control(config: Any) -> str | None:
     """Return why the hints of other problems make no control in a run with this `Config`; None where they do."""
-    needs, key = config.method.needs, None
+    key = None
     if config.target.rule == "teacher_alone":
         key = "target.rule=teacher_alone mixes the teacher with nothing"
     elif config.data.kind != "problems" or config.environment.exists:
         key = "the hints of logged conversations and of environments belong to one conversation"
-    elif needs.teacher_prompt != HINTED or needs.hint != GIVEN or config.data.solutions == "none":
+    elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
     elif config.teachers.get("join") == "product":
         key = "teachers.join=product joins teachers whose hints differ"

@@ -113,7 +113,7 @@ class Config:
     @property
     def is_anchored(self) -> bool:
         """Whether the target's anchor is a frozen reference, or has a share of one."""
-        return self.has_teacher and (self.target.anchor == "reference" or self.target.reference_share > 0)
+        return self.has_teacher and (self.target.anchor != "student" or self.target.reference_share > 0)
 
     @property
     def copies_reference(self) -> bool:

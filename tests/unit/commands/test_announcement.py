@@ -21,11 +21,12 @@ from megatron_selfdistill.trainer import Trainer
     ("solutions", "warns"),
     [(["Be brief."] * 3, True), (["Be brief.", "Be brief.", "4"], False), ([""] * 3, False), (["Be brief."], False)],
 )
-def test_a_run_with_an_anchor_warns_if_all_hints_are_one_text(solutions, warns):
+def test_a_run_speaks_of_the_anchor_if_all_hints_are_one_text(solutions, warns):
     problems = [Problem(str(number), (), solution, None, "p.jsonl:1") for number, solution in enumerate(solutions)]
-    warning = announcement.warning_of_one_hint(problems)
-    assert (warning is not None) == warns
+    warning, line = (announcement.about_one_hint(anchor, problems) for anchor in ("reference", "student"))
+    assert (warning is not None) == (line is not None) == warns
     assert not warns or warning.startswith("warning: all 3 solutions are one text")
+    assert not warns or line.endswith("the target follows the student (target.anchor=student)")
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,12 @@ def lines_before_the_first_step(trainer: Trainer) -> list[str]:
     return list(announcement._lines(trainer))
 
 
-@pytest.mark.parametrize("anchor", ["reference", "student"])
-def test_the_lines_before_the_first_step_have_the_warning_if_the_target_has_an_anchor(ranks, data, tmp_path, anchor):
+@pytest.mark.parametrize("anchor", ["reference", "auto"])
+def test_where_all_solutions_are_one_text_auto_follows_the_student(ranks, data, tmp_path, anchor):
     records = [json.loads(line) | {"solution": "7"} for line in (data / "problems.jsonl").open()]
     (tmp_path / "one_hint.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     given = [f"data.path={tmp_path}/one_hint.jsonl", f"target.anchor={anchor}"]
     arguments = tiny_run.overrides(data, tmp_path / "run", *given)
     (lines,) = ranks.run(tiny_run.with_trainer, arguments, lines_before_the_first_step, world_size=1)
-    assert any("solutions are one text" in line for line in lines) == (anchor == "reference")
+    expected = "warning: all " if anchor == "reference" else "the target follows the student"
+    assert any("solutions are one text" in line and expected in line for line in lines)

@@ -13,12 +13,13 @@ import pytest
 from characters import Characters
 from made_methods import given_with
 
-from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.config import Config, DataConfig, TargetConfig
 from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.controls import Controls, num_controls
+from megatron_selfdistill.data.controls import Controls, num_controls, with_decided_anchor
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.target import Target
 
 
 def problem(name: str, solution: str, answer: str | None = None) -> Problem:
@@ -133,3 +134,24 @@ def test_the_controls_of_a_teacher_have_its_own_wording() -> None:
         "".join(map(chr, prompt)).removeprefix("Mp0? ").removesuffix(":") for prompt in of_math.control_prompts
     ]
     assert plain.control_prompts == own.prompts(2, PROBLEMS[0]) != of_math.control_prompts
+
+
+@pytest.mark.parametrize(
+    ("solutions", "options", "anchor"),
+    [
+        (["Be brief."] * 3, {}, "student"),
+        (["Be brief.", "Be brief.", "4"], {}, "reference"),
+        (["Be brief."], {}, "reference"),
+        (["Be brief."] * 3, {"target": TargetConfig(anchor="reference")}, "reference"),
+        (["Be brief."] * 3, {"teachers": {"math": {}}}, "reference"),
+        (["Be brief."] * 3, {"data": DataConfig(kind="conversations")}, "reference"),
+        (["Be brief."] * 3, {"data": DataConfig(solutions="none")}, "reference"),
+    ],
+)
+def test_the_data_decide_the_anchor(solutions: Sequence[str], options: dict[str, Any], anchor: str) -> None:
+    config = Config(**options)
+    problems = [problem(str(i), text) for i, text in enumerate(solutions)]
+    decided = with_decided_anchor(config, problems)
+    assert decided.target.anchor == anchor
+    assert replace(decided, target=config.target) == config
+    assert Target.configured(config.target).anchor == "reference", "without data the anchor stands still"

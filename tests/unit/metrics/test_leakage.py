@@ -13,9 +13,9 @@ from loops import loops
 
 from megatron_selfdistill.config.schema.run_config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import are_one_hint
 from megatron_selfdistill.metrics.leakage import (
     LeakCounts,
-    are_one_hint,
     ends_in_loop,
     grams_of_hint,
     hint_counts,
