@@ -92,13 +92,13 @@ HINDSIGHT = ("method.judge=_lib.checked_subtraction.hint", "method.min_length=1"
 ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
     "other_hint": Row(
-        "control: default, another hint",
+        "ablation: default, another hint",
         "the solution of another problem",
         1,
         ("recipe=default", "data.solutions=other"),
     ),
-    "no_hint": Row("control: default, no hint", "the wording alone", 1, ("recipe=default", "data.solutions=none")),
-    "opsa": Row("control: OPSA", "no teacher: a penalty on unlikely tokens", 1, ("recipe=opsa",)),
+    "no_hint": Row("ablation: default, no hint", "the wording alone", 1, ("recipe=default", "data.solutions=none")),
+    "opsa": Row("ablation: OPSA", "no teacher: a penalty on unlikely tokens", 1, ("recipe=opsa",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
     "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
     "own": Row("own solutions", "an own right response, of 8 more", 1, ("recipe=default", "method.name=own_solutions")),
@@ -226,7 +226,7 @@ ASKING = (
     "explained",
 )
 """The rows whose base must read critiques, skills or scores, or explain the solution."""
-CONTROLS = ("other_hint", "no_hint")
+ABLATIONS = ("other_hint", "no_hint")
 """The rows that show what the hint of the row ``default`` does."""
 COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", "sft_worked", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
@@ -267,21 +267,21 @@ BLOCKS = {
         calculator.TASK,
         8,
         ("sampled", "pass_at_8", "length", *COURSE),
-        rows=("default", *CONTROLS, "grpo", "sod"),
+        rows=("default", *ABLATIONS, "grpo", "sod"),
     ),
     "stating": Block(
         "Honest about its confidence",
         stating_subtraction.TASK,
         8,
         (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
-        rows=("default", *CONTROLS, "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
+        rows=("default", *ABLATIONS, "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
     ),
     "checked": Block(
         "Critiques, skills, scores and explanations",
         checked_subtraction.TASK,
         8,
         (*REACHED, "shows_work", *COURSE),
-        rows=("default", *CONTROLS, "grpo", *ASKING),
+        rows=("default", *ABLATIONS, "grpo", *ASKING),
     ),
 }
 RESULTS = {

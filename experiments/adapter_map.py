@@ -47,13 +47,13 @@ ARMS = {
     ALL: "all weights",
     "rank_4": "rank 4",
     "rank_16": "rank 16",
-    "rank_16_other_hint": "control: rank 16, another problem's hint",
-    "rank_16_no_hint": "control: rank 16, no hint",
+    "rank_16_other_hint": "ablation: rank 16, another problem's hint",
+    "rank_16_no_hint": "ablation: rank 16, no hint",
 }
 """Name of an arm -> its label in a table."""
 RANKS = {ALL: 0, "rank_4": 4, "rank_16": 16}
-CONTROLS = {"rank_16_other_hint": "data.solutions=other", "rank_16_no_hint": "data.solutions=none"}
-"""Name of a control of rank 16 -> its override."""
+ABLATIONS = {"rank_16_other_hint": "data.solutions=other", "rank_16_no_hint": "data.solutions=none"}
+"""Name of an ablation of rank 16 -> its override."""
 _LEAK = dataclasses.replace(EXPERIMENTS["leak"], steps=(100, 200))
 TASKS = {
     "quickstart": dataclasses.replace(EXPERIMENTS["quickstart"], steps=(50, 150)),
@@ -116,9 +116,9 @@ def overrides_of(arm: str, rate: int) -> tuple[str, ...]:
     """Return the overrides of an arm at a multiple of `RATE`; the base needs none."""
     if arm == BEFORE:
         return ()
-    rank = RANKS["rank_16" if arm in CONTROLS else arm]
+    rank = RANKS["rank_16" if arm in ABLATIONS else arm]
     adapters = (f"adapter.rank={rank}",) if rank else ()
-    return (*adapters, *filter(None, [CONTROLS.get(arm)]), f"optimizer.lr={rate * RATE:g}")
+    return (*adapters, *filter(None, [ABLATIONS.get(arm)]), f"optimizer.lr={rate * RATE:g}")
 
 
 def run_cell(task: str, arm: str, rate: int, seed: int, lines: Path, root: Path) -> None:

@@ -48,7 +48,7 @@ SIX = {
 }
 """The six arms: the teacher alone; the mix with the student, matched with the bound and strictly; the anchored target
 with k = 1 + w, matched with the bound (the default) and matched strictly."""
-CONTROLS = {
+ABLATIONS = {
     "other_hint": (*SIX["anchored_matched"], "data.solutions=other"),
     "no_hint": (*SIX["anchored_matched"], "data.solutions=none"),
 }
@@ -82,15 +82,15 @@ GUIDED_AND_ANCHORED = {
 }
 """Guided rollouts from the anchored target; the last arm has reverse KL and w = 0.75, and for problems that the student
 rarely solves forward KL, w = 2 and guided rollouts."""
-GUIDED_CONTROLS = {
-    **CONTROLS,
+GUIDED_ABLATIONS = {
+    **ABLATIONS,
     **{
         f"guided_{name}": (*GUIDED_AND_ANCHORED["anchored_matched_forward_w2_guided"], overrides[-1])
-        for name, overrides in CONTROLS.items()
+        for name, overrides in ABLATIONS.items()
     },
     "teacher_alone_forward_guided": (*SIX["teacher_alone"], FORWARD, GUIDED),
 }
-"""The controls, the same with guided rollouts, w = 2 and forward KL, and guided rollouts without any anchor."""
+"""The ablations, the same with guided rollouts, w = 2 and forward KL, and guided rollouts without any anchor."""
 WEIGHTS = (0.25, 0.75, 2)
 SWEEP = {
     f"{rule}_w{weight}_{mark}": (*SIX[f"anchored_{rule}"], f"target.teacher_weight={weight}")
@@ -382,15 +382,15 @@ EXPERIMENTS = {
         Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction.TASK, LONG),
     )
 }
-WITH_CONTROLS = {
-    **dict.fromkeys(("leak", "quickstart", "hard", "many_answers", "wrong_hints", "wrong_hints_forward"), CONTROLS),
-    **dict.fromkeys(("choosing", "choosing_surer"), CONTROLS),
-    **dict.fromkeys(("unsolved", "unsolved_leaking", "unsolved_wrong"), GUIDED_CONTROLS),
+WITH_ABLATIONS = {
+    **dict.fromkeys(("leak", "quickstart", "hard", "many_answers", "wrong_hints", "wrong_hints_forward"), ABLATIONS),
+    **dict.fromkeys(("choosing", "choosing_surer"), ABLATIONS),
+    **dict.fromkeys(("unsolved", "unsolved_leaking", "unsolved_wrong"), GUIDED_ABLATIONS),
 }
-"""Name of an experiment -> the arms of its controls."""
+"""Name of an experiment -> the arms of its ablations."""
 EXPERIMENTS |= {
-    f"{name}_controls": dataclasses.replace(
-        EXPERIMENTS[name], name=f"{name}_controls", title=f"{EXPERIMENTS[name].title}: controls", arms=arms
+    f"{name}_ablations": dataclasses.replace(
+        EXPERIMENTS[name], name=f"{name}_ablations", title=f"{EXPERIMENTS[name].title}: ablations", arms=arms
     )
-    for name, arms in WITH_CONTROLS.items()
+    for name, arms in WITH_ABLATIONS.items()
 }

@@ -4,7 +4,7 @@
     python experiments/anchored_tables.py              the tables and both pictures
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
-A table stands between <!-- table NAME --> and <!-- end NAME --> in a page; NAME is one of `TABLES`, controls, sweep,
+A table stands between <!-- table NAME --> and <!-- end NAME --> in a page; NAME is one of `TABLES`, ablations, sweep,
 flips or clipped, whose lines are those of clipped_opsd.py.  A table shows the seeds that have a line for every arm of
 it.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 import clipped_opsd
-from anchored_experiments import CONTROLS, EXPERIMENTS, WITH_CONTROLS
+from anchored_experiments import ABLATIONS, EXPERIMENTS, WITH_ABLATIONS
 from anchored_map import LINES, arms_of
 from cell_lines import DOCS, Line, read_lines
 from leak_sweep import logit
@@ -121,8 +121,8 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
         return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
     if name == "flips":
         return flips()
-    if name == "controls":
-        return controls(lines)
+    if name == "ablations":
+        return ablations(lines)
     if name == "sweep":
         return [differences(lines_of("sweep", lines))]
     return table(TABLES[name], lines)
@@ -139,15 +139,15 @@ def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
     return found
 
 
-def controls(lines: Sequence[Line]) -> list[str]:
-    """Return a table with a row for each task: the base, the default, and the default's controls on the same seeds.
+def ablations(lines: Sequence[Line]) -> list[str]:
+    """Return a table with a row for each task: the base, the default, and its ablations on the same seeds.
 
     Problems that the base never solves have one more row, with guided rollouts, w = 2 and forward KL.
     """
     rows: list[list[str]] = []
-    for name, arms in WITH_CONTROLS.items():
-        of_controls = lines_of(f"{name}_controls", lines)
-        seeds = {line["seed"] for line in of_controls}
+    for name, arms in WITH_ABLATIONS.items():
+        of_ablations = lines_of(f"{name}_ablations", lines)
+        seeds = {line["seed"] for line in of_ablations}
         of_task = [line for line in lines if line["experiment"] in (name, f"{name}_guided") and line["seed"] in seeds]
         figure = "within_3" if name.startswith("choosing") else "sampled"
         for prefix, arm in (("", DEFAULT), ("guided_", f"{DEFAULT}_forward_w2_guided")):
@@ -155,8 +155,8 @@ def controls(lines: Sequence[Line]) -> list[str]:
                 shown = [
                     spread([value_of(line, figure) for line in found if line["arm"] == which])
                     for found, which in (
-                        *((of_controls, "base"), (of_task, arm)),
-                        *((of_controls, f"{prefix}{control}") for control in CONTROLS),
+                        *((of_ablations, "base"), (of_task, arm)),
+                        *((of_ablations, f"{prefix}{ablation}") for ablation in ABLATIONS),
                     )
                 ]
                 title = EXPERIMENTS[name].title + (": guided rollouts, w = 2, forward KL" if prefix else "")

@@ -64,8 +64,8 @@ LABELS = {
     "teacher_alone": "teacher alone, reverse KL",
     "opsd": "teacher alone, forward KL (OPSD without its clip)",
     "opsd_clipped": f"teacher alone, forward KL, columns clipped at {CLIP} (OPSD)",
-    "other_hint": "control: the default, another problem's hint",
-    "no_hint": "control: the default, no hint",
+    "other_hint": "ablation: the default, another problem's hint",
+    "no_hint": "ablation: the default, no hint",
 }
 
 

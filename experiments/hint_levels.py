@@ -41,8 +41,8 @@ SEEDS = (31, 32, 33)
 NUM_STEPS = 100
 MEASURED = "measured"
 LEVELS = ("none", "other", "digits", "noisy", "answer", "solution")
-"""The levels: controls, a part of the answer, answers of which 60 % are wrong, the answer, and the worked solution.  In
-additions the answer is the sum itself, which the problem states, and the solution is one right answer."""
+"""The levels: ablations, a part of the answer, answers of which 60 % are wrong, the answer, and the worked solution.
+In additions the answer is the sum itself, which the problem states, and the solution is one right answer."""
 TARGETS = {"default": (), "teacher_alone": ("target=teacher_alone",)}
 NUMBERS = ("utility", "divergence", "contrast", "gain")
 

@@ -54,7 +54,7 @@ LABELS = {
     "student_mix": "mix with the student",
     "teacher_alone": "teacher alone",
     "grpo": "GRPO, 8 episodes of 2 quests in a step",
-    "default_other": "control: default, another quest's walkthrough",
+    "default_other": "ablation: default, another quest's walkthrough",
 }
 """Name of an arm -> its label in the table."""
 

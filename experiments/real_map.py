@@ -304,10 +304,10 @@ LABELS = {
     "teacher_alone_forward_greedily_guided_repeating_twice": (
         "teacher alone, forward KL, greedy guided rollouts, the base repeats the hint, 60 steps"
     ),
-    "student_mix_other_hint": "control: mix with the student, another hint",
-    "default_other_hint": "control: default, another hint",
-    "student_mix_no_hint": "control: mix with the student, the wording without a hint",
-    "default_no_hint": "control: default, the wording without a hint",
+    "student_mix_other_hint": "ablation: mix with the student, another hint",
+    "default_other_hint": "ablation: default, another hint",
+    "student_mix_no_hint": "ablation: mix with the student, the wording without a hint",
+    "default_no_hint": "ablation: default, the wording without a hint",
     "grpo": "GRPO with the verifier",
     "rft": "RFT with the verifier",
     "sft": "SFT on the hint",
@@ -315,7 +315,7 @@ LABELS = {
 DRAWN = {
     BEFORE: "before",
     "default": "the default: the anchor is\nthe frozen reference",
-    "student_mix_other_hint": "control: another instruction",
+    "student_mix_other_hint": "ablation: another instruction",
     "teacher_alone": "teacher alone",
     "student_mix": "the anchor is the student",
 }

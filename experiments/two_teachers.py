@@ -49,8 +49,8 @@ LABELS = {
     SECOND: f"specialist of {SECOND}",
     "two_teachers": "two teachers, each alone in the target of its records",
     "two_teachers_anchored": "two teachers, each mixed with the student's start (w = 2)",
-    "one_teacher": f"control: the specialist of {FIRST} for all records",
-    "mixed_up": "control: each record has the other specialist",
+    "one_teacher": f"ablation: the specialist of {FIRST} for all records",
+    "mixed_up": "ablation: each record has the other specialist",
     "sequential": f"the specialist of {FIRST}, then 150 steps on {SECOND}",
     "merged": "average of the weights of both specialists",
 }

@@ -20,8 +20,9 @@ PROBLEMS = [  # your own: a problem, and what the teacher sees beside it
 class SelfDistillationTrainer(Trainer):
     """The Trainer whose model reads its own responses with and without a hint.
 
-    A row of the dataset has the token ids ``prompt`` and ``hinted``, the prompt with the hint.  Teacher and reference
-    are the model without its adapters, or a frozen copy of its start.
+    A row of the dataset has the token ids ``prompt`` and ``hinted``, the prompt with the hint, and for a target with K
+    controls ``controls``, K prompts with the hints of other problems.  Teacher and reference are the model without its
+    adapters, or a frozen copy of its start.
     """
 
     def __init__(self, *args, max_new_tokens=512, target=None, divergence="reverse_kl", **options):
@@ -39,7 +40,10 @@ class SelfDistillationTrainer(Trainer):
             frozen = own if self.frozen is None else self.frozen
             teacher = response_logits(frozen, hinted, responses)
             reference = response_logits(frozen, plain, responses) if self.target.anchor == "reference" else None
-        return self_distillation_loss(student, teacher, reference, target=self.target, divergence=self.divergence)
+            others = [[row["controls"][k] for row in inputs] for k in range(self.target.num_controls)]
+            controls = torch.stack([response_logits(frozen, it, responses) for it in others]) if others else None
+        options = {"control_logits": controls, "target": self.target, "divergence": self.divergence}
+        return self_distillation_loss(student, teacher, reference, **options)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss on responses that the model samples to the problems of ``eval_dataset``."""

@@ -3,7 +3,8 @@
 
 Algorithm: Each problem gets 8 responses. The teacher reads each response after a right response of its group, and after
 up to 4 wrong ones; no response is its own hint. What both kinds of hints change alike, such as the style, cancels in
-the difference. It changes the size of the reward's advantage, and never its sign.
+the difference. It changes the size of the reward's advantage, and never its sign. Controls (`target.control`) make such
+a contrast the target itself, over the vocabulary and without a reward, with the hints of other problems as wrong ones.
 
 Equation:
 
@@ -15,9 +16,8 @@ Equation:
 c is method.distill_weight, and scale and threshold are the settings of these names. The tokens with m = 0 and the
 others have a mean of their own, and the loss is the first mean plus method.changed_weight times the second.
 
-Paper: RLCSD, Pan et al. (arXiv 2606.11709). The abstract was read in full, of the paper no more, and the published code
-(THU-BPM/RLCSD) for the formula and the constants. Published are c = .5, the scale .02, the threshold .02, 4 wrong
-hints, both means, the clip of .2, 8 responses, and a learning rate of 1e-6.
+Paper: RLCSD, Pan et al. (arXiv 2606.11709): the abstract and the published code (THU-BPM/RLCSD) were read. Published
+are c = .5, scale and threshold .02, 4 wrong hints, both means, the clip of .2, 8 responses, a learning rate of 1e-6.
 
 Differences:
 - Published is a teacher that is copied from the student every 10 steps; ours is an average that is about as old.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from trainer_gradients import END, HINTED, PROMPTS, RESPONSES
 
+from megatron_selfdistill.loss import Target
+
 if TYPE_CHECKING:  # the imports take a second in each process that collects tests
     from trainers.hf_trainer import SelfDistillationTrainer
 
@@ -65,6 +67,13 @@ def test_adapters_have_the_gradient_that_follows_from_it_and_no_second_copy_is_m
             )
             found += 1
     assert found == 8
+
+
+def test_what_the_controls_of_a_row_say_too_is_not_learnt(model, tmp_path, monkeypatch):
+    trainer = trainer_of(model, tmp_path, target=Target(anchor="student", num_controls=2))
+    monkeypatch.setattr(trainer, "responses", lambda *_: RESPONSES)
+    rows = {name: [row | {"controls": [row["hinted"], row[name]]} for row in ROWS] for name in ("hinted", "prompt")}
+    assert trainer.compute_loss(model, rows["hinted"]) < 1e-6 < 1e-3 < trainer.compute_loss(model, rows["prompt"])
 
 
 def test_a_response_ends_with_its_first_end(model, tmp_path, monkeypatch):

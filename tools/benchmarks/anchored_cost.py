@@ -1,23 +1,28 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the price of an anchored target: products, bytes and time of a step, and the error of its folded row.
+"""Measure the price of an anchored target or of controls: products, bytes and time of a step; the folded row's error.
 
     python tools/benchmarks/anchored_cost.py
     python tools/benchmarks/anchored_cost.py --layers 16 --hidden 2048 --vocab 151936 --fused keep_gradient
+    python tools/benchmarks/anchored_cost.py --controls 1 2 4 8
 
 The targets take turns on the same contexts of a random dense model, with frozen weights as the teacher and, where the
 target is anchored to a reference, as the reference too.  Every ratio is the median, over the rounds, of the ratio
 within one round.  On a CPU the script compares the processor's time, which depends less on other work.
 
+    controls     with --controls: targets without a reference, for which the teacher reads each response once more after
+                 the hint of each of K other problems (target.control=other)
     own weights  a reference beside a teacher that is not frozen (teacher.weights=ema), projected separately
     measured     a step that is measured (metrics.teacher_every): the mass on rare tokens, and with a reference the
                  teacher's own metrics, which the loss does not see
-    forwards     forward passes of the model per problem: student, teacher and reference
+    forwards     forward passes of the model per problem: student, teacher with its controls, and reference
     products     products of the output layer with the vocabulary per response token, forward + backward; the
                  backward pass of a fused layer with --fused low_memory makes its logits again
     kept         the most that the bank of hidden states holds at a time, in hidden states per response token; all
                  teachers come before all students (schedule.pair_order=teacher_first)
     moved        states put into the bank and taken from it, in hidden states per response token
     step         time of forward and backward, divided by that of the first line
+    by the plan  the same ratio by the arithmetic of selfdistill plan: a backward pass costs two forward passes, all
+                 forward passes cost the same, and samples of one problem share nothing
 """
 
 from __future__ import annotations
@@ -27,9 +32,9 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,26 +62,40 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of step: the name of its target, and whether its reference has weights of its own or is measured."""
+    """A kind of step: its target, whether its reference has weights of its own, and whether it is measured."""
 
     name: str
     own_weights: bool = False
     measured: bool = False
+    num_controls: int = 0
 
     @property
     def target(self) -> Target:
         """The target that the step trains towards."""
-        return TARGETS[self.name]
+        return replace(TARGETS[self.name], num_controls=self.num_controls)
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes per problem."""
+        return 2 + self.target.is_anchored + self.num_controls
 
     def __str__(self) -> str:
         """Return the words of the table."""
-        return self.name + ", own weights" * self.own_weights + ", measured" * self.measured
+        controls = f", K = {self.num_controls}" if self.num_controls else ""
+        return self.name + controls + ", own weights" * self.own_weights + ", measured" * self.measured
 
 
 CASES = [
     *(Case(name, False, measured) for name in TARGETS for measured in (False, True)),
     Case("anchor=reference, match=reference", own_weights=True),
 ]
+
+
+def cases_of(controls: Sequence[int]) -> list[Case]:
+    """Return the steps to compare, of which the first is the baseline; ``controls``: the numbers of controls."""
+    if not controls:
+        return CASES
+    return [Case(BASELINE, False, measured, number) for number in (0, *controls) for measured in (False, True)]
 
 
 def main() -> None:
@@ -87,18 +106,20 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     from megatron_selfdistill.distributed import ranks
 
-    bench = _Bench.build(arguments)
-    counts = {case: bench.counts(case) for case in CASES}  # also the warm-up
+    cases = cases_of(arguments.controls)
+    bench = _Bench.build(arguments, cases)
+    counts = {case: bench.counts(case) for case in cases}  # also the warm-up
     rounds: list[dict[Case, float]] = []
     for repeat in range(arguments.repeats):
-        order = CASES[:: 1 if repeat % 2 else -1]  # no case always comes after the same one
+        order = cases[:: 1 if repeat % 2 else -1]  # no case always comes after the same one
         rounds.append({case: bench.seconds(case) for case in order})
     print(_table(counts, rounds, bench, arguments), flush=True)
-    anchored = {name: target for name, target in TARGETS.items() if target.is_anchored}
-    sizes = arguments.rows, arguments.width, arguments.columns
-    print("\n" + error_table(anchored, *sizes, bench.grid.device), flush=True)
+    if not arguments.controls:
+        anchored = {name: target for name, target in TARGETS.items() if target.is_anchored}
+        sizes = arguments.rows, arguments.width, arguments.columns
+        print("\n" + error_table(anchored, *sizes, bench.grid.device), flush=True)
     if arguments.json:
-        found = {str(case): {**vars(counts[case]), "seconds": [one[case] for one in rounds]} for case in CASES}
+        found = {str(case): {**vars(counts[case]), "seconds": [one[case] for one in rounds]} for case in cases}
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "found": found}, indent=2))
     ranks.shutdown()
 
@@ -107,7 +128,6 @@ def main() -> None:
 class Counts:
     """What one step does per response token: see the columns of the table."""
 
-    forwards: int
     products_forward: float
     products_backward: float
     kept: float
@@ -171,18 +191,18 @@ def counted_bank() -> Iterator[list[Any]]:
 
 @dataclass
 class _Bench:
-    """A random model, its frozen teacher, and one batch of random contexts."""
+    """A random model, its frozen teacher, and the same random contexts for each number of controls."""
 
     grid: Any
     chunks: list[Any]
     teacher: list[Any]
     own_weights: list[Any]
     vocab: Any
-    batch: Any
-    losses: Mapping[str, Any]
+    batches: Mapping[int, Any]
+    losses: Mapping[Target, Any]
 
     @classmethod
-    def build(cls, arguments: argparse.Namespace) -> _Bench:
+    def build(cls, arguments: argparse.Namespace, cases: Sequence[Case]) -> _Bench:
         from random_llama import RandomLlama
 
         from megatron_selfdistill.config import ParallelConfig
@@ -215,8 +235,8 @@ class _Bench:
             teacher=llama.chunks(),
             own_weights=llama.chunks(),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, None),
-            batch=random_batch(arguments),
-            losses={name: loss_of(target) for name, target in TARGETS.items()},
+            batches={number: random_batch(arguments, number) for number in {case.num_controls for case in cases}},
+            losses={case.target: loss_of(case.target) for case in cases},
         )
 
     def step(self, case: Case) -> None:
@@ -233,8 +253,8 @@ class _Bench:
         schedule.run(
             self.chunks,
             schedule.ScheduledTeacher(self.teacher),
-            self.batch,
-            self.losses[case.name],
+            self.batches[case.num_controls],
+            self.losses[case.target],
             self.grid,
             self.vocab,
             reference=reference,
@@ -253,14 +273,13 @@ class _Bench:
         """Return what a `step` does per response token."""
         from megatron_selfdistill.model.forward import unwrapped
 
-        config, num_tokens = unwrapped(self.chunks[-1]).config, len(self.batch.response_tokens)
+        config, num_tokens = unwrapped(self.chunks[-1]).config, len(self.batches[0].response_tokens)
         with counted_bank() as counted, ProductCount(self.vocab.size) as products:
             self.step(case)
         (bank,) = counted
         product = num_tokens * config.hidden_size * self.vocab.size
         state = num_tokens * config.hidden_size * config.params_dtype.itemsize
         return Counts(
-            forwards=3 if case.target.is_anchored else 2,
             products_forward=products.forward / product,
             products_backward=products.backward / product,
             kept=bank.kept / state,
@@ -268,21 +287,28 @@ class _Bench:
         )
 
 
-def random_batch(arguments: argparse.Namespace) -> Any:
-    """Return packed contexts of random tokens; the hint stands before the problem."""
+def random_batch(arguments: argparse.Namespace, num_controls: int = 0) -> Any:
+    """Return packed contexts of random tokens; the hint stands before the problem, as do the hints of the controls."""
     from megatron_selfdistill.data.contexts import ContextPair
     from megatron_selfdistill.data.packed_batch import PackingRules
     from megatron_selfdistill.data.packing import pack
 
-    rng = random.Random(0)
+    rng, rng_of_controls = random.Random(0), random.Random(1)
     contexts = []
     for number in range(arguments.problems):
         prompt, hint, response = (
             [rng.randrange(arguments.vocab) for _ in range(length)]
             for length in (arguments.prompt, arguments.hint, arguments.response)
         )
-        contexts.append(ContextPair(str(number), prompt, hint + prompt, response, False))
-    return pack(contexts, PackingRules(max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=False))
+        others = [rng_of_controls.choices(range(arguments.vocab), k=arguments.hint) for _ in range(num_controls)]
+        controls = tuple(other + prompt for other in others)
+        contexts.append(
+            ContextPair(str(number), prompt, hint + prompt, response, truncated=False, control_prompts=controls)
+        )
+    return pack(
+        contexts,
+        PackingRules(max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=False, num_controls=num_controls),
+    )
 
 
 def _table(
@@ -299,14 +325,16 @@ def _table(
         f"{arguments.problems} problems of {arguments.prompt} tokens, hints of {arguments.hint}, responses of "
         f"{arguments.response}; output layer {layer}; torch {torch.__version__}, {where}",
         "",
-        "| target | forwards | products | kept | moved | step |",
-        "|---|---|---|---|---|---|",
+        "| target | forwards | products | kept | moved | step | by the plan |",
+        "|---|---|---|---|---|---|---|",
     ]
+    baseline = next(iter(counts))
     for case, found in counts.items():
-        ratio = statistics.median(one[case] / one[CASES[0]] for one in rounds)
+        ratio = statistics.median(one[case] / one[baseline] for one in rounds)
+        planned = (case.forwards + 2) / (baseline.forwards + 2)
         lines.append(
-            f"| {case} | {found.forwards} | {found.products_forward:.3g} + {found.products_backward:.3g} | "
-            f"{found.kept:.3g} | {found.moved:.3g} | {ratio:.2f} |"
+            f"| {case} | {case.forwards} | {found.products_forward:.3g} + {found.products_backward:.3g} | "
+            f"{found.kept:.3g} | {found.moved:.3g} | {ratio:.2f} | {planned:.2f} |"
         )
     return "\n".join(lines)
 
@@ -318,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = measuring_parser(__doc__, sizes)
     modes = ("none", "keep_gradient", "low_memory")
     parser.add_argument("--fused", choices=modes, default="none", help="the output layer with the loss (loss.fused)")
+    parser.add_argument("--controls", type=int, nargs="*", default=[], help="measure these numbers of controls instead")
     return parser
 
 

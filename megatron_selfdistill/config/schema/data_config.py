@@ -119,7 +119,7 @@ class DataConfig(Part, section="data"):
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
     solutions: Annotated[str, OneOf(("given", "answer", "other", "none"))] = "given"
-    """The text of the data that serves as the solution: given (the solution) or answer (the answer alone); as controls
+    """The text of the data that serves as the solution: given (the solution) or answer (the answer alone); as ablations
     that show what the hint does, other (the solution of another problem, drawn by seed) or none (an empty text in the
     teacher's wording).  A method whose hints are other texts, such as method.name=own_solutions, sdpo or skill_sd, does
     not read it."""

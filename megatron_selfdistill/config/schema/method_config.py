@@ -95,7 +95,7 @@ class Needs:
         of_data = config.data.kind == "problems" and self.teacher_prompt == HINTED and self.hint == GIVEN
         require(
             solutions not in ("other", "none") or of_data,
-            f"data.solutions={solutions} is a control for hints from the solutions of the data, but {method} with "
+            f"data.solutions={solutions} is an ablation of hints from the solutions of the data, but {method} with "
             f"data.kind={config.data.kind} has no such hints: set data.solutions=given",
         )
         require(

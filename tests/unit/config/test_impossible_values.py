@@ -137,8 +137,8 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
             ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
             "vLLM reports at temperature 1 only",
         ),
-        (["data.solutions=other", "method.name=grpo", TWO], "data.solutions=other is a control for hints from the"),
-        (["data.solutions=none", "method.name=sdpo", TWO], "data.solutions=none is a control for hints from the"),
+        (["data.solutions=other", "method.name=grpo", TWO], "data.solutions=other is an ablation of hints from the"),
+        (["data.solutions=none", "method.name=sdpo", TWO], "data.solutions=none is an ablation of hints from the"),
         (["method.name=grpo"], "method.name=grpo compares the responses to one problem: it needs data.kind=problems"),
         ([*SAMPLED, "rollout.temperature=0"], "which rollout.temperature=0 does not have"),
         (
