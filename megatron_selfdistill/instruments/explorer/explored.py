@@ -6,9 +6,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,10 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, flat_summaries
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Status, Target
 from megatron_selfdistill.metrics.run_log import finite
 from megatron_selfdistill.metrics.samples import chosen, gathered_rows
@@ -59,10 +59,9 @@ class TokenTarget:
         of_anchor = ("reference",) if self.target.is_anchored else ()
         return ("student", "teacher", *of_anchor, *(("other hints",) if self.target.num_controls else ()))
 
-    @property
-    def summarise(self) -> Callable[..., Tensor]:
-        """The summary of the logits of these models, as `TokenMeasurement` takes it."""
-        return partial(flat_summaries, with_controls=self.target.num_controls > 0)
+    def summarise(self, logits: Sequence[Tensor], vocab: VocabShard) -> Tensor:
+        """Return `LogitSummary.flat` of the logits of these models, for a `TokenMeasurement`."""
+        return summarise_logits(logits, vocab, self.target.num_controls > 0).flat()
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values.

@@ -114,11 +114,6 @@ def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard, with_controls:
     return LogitSummary.of_flat(torch.cat(parts), len(logits))
 
 
-def flat_summaries(logits: Sequence[Tensor], vocab: VocabShard, with_controls: bool = False) -> Tensor:
-    """Return `LogitSummary.flat` of `summarise_logits`, for a measurement of a step."""
-    return summarise_logits(logits, vocab, with_controls).flat()
-
-
 def _summary(x: Tensor, vocab: VocabShard, with_controls: bool) -> LogitSummary:
     """Return the summaries of the logits ``x [n, M, v]``, the valid columns of this rank."""
     ids, logits = _candidates(x, vocab)
