@@ -139,6 +139,7 @@ def read(
         with_teacher=models.teacher is not None,
         with_reference=models.reference is not None,
         joins_turns=models.joins_turns,
+        num_controls=0 if measurement is None else measurement.target.num_controls,
     )
     batch = pack_everywhere(contexts, packing, models.grid)
     output = schedule.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,57 @@ def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
     same = [row[6] == names[status] for row, status in zip(found, exact.status.tolist(), strict=True)]
     assert sum(same) >= 0.97 * NUM_TOKENS, "a token near its bound may have another status"
     assert tab.problems == []
+
+
+CONTRASTED = Target(anchor="reference", teacher_weight=1.0, num_controls=3)
+
+
+@pytest.fixture(scope="module")
+def contrasted(browser, tmp_path_factory):
+    path = tmp_path_factory.mktemp("contrasted") / "target.html"
+    path.write_text(target_page(record_of(logit_rows(NUM_TOKENS, VOCAB_SIZE, 4), CONTRASTED)), encoding="utf-8")
+    return shown(browser, path, width=400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "target"),
+    [
+        ({}, CONTRASTED),
+        ({"k_max": None}, dataclasses.replace(CONTRASTED, k_max=None)),
+        ({"rule": "fixed", "k": None}, dataclasses.replace(CONTRASTED, rule="fixed")),
+        ({"num_controls": 0}, SAVED),
+    ],
+)
+def test_the_page_of_a_target_with_controls_computes_it_with_and_without_them(contrasted, changes, target):
+    s, t, r, c = (each.double() for each in logit_rows(NUM_TOKENS, VOCAB_SIZE, 4))
+    found = torch.tensor([row[:4] for row in contrasted.value(NUMBERS % json.dumps(changes))], dtype=torch.float64)
+    exact = mixed_target(s, t, target, r, c.expand(target.num_controls, -1, -1) if target.num_controls else None)
+    torch.testing.assert_close(1 / found[:, 0], exact.beta, rtol=2e-2 if "num_controls" in changes else 2e-3, atol=0)
+    expected = divergence_of_rows(s.log_softmax(-1), exact.log_q, Divergence())
+    torch.testing.assert_close(found[:, 3], expected, rtol=5e-3, atol=1e-3)
+    assert contrasted.problems == []
+
+
+def test_the_table_shows_that_what_any_hint_does_cancels(contrasted):
+    """At token 9 the teacher and the controls have another favourite than the student, and the target has not."""
+    _, t, _, c = (each.double() for each in logit_rows(NUM_TOKENS, VOCAB_SIZE, 4))
+    contrasted.value("explorer.choose(9)")
+    rows = "[...document.querySelectorAll('.candidates tbody tr')]"
+    column = f"{rows}.map((row) => [+row.dataset.id, row.cells[%d].innerText])"
+    heads = contrasted.value("[...document.querySelectorAll('.candidates thead th')].map((head) => head.innerText)")
+    assert heads == ["token", "student", "teacher", "reference", "other hints", "t - c", "target"]
+    for index, log_p in ((2, t.log_softmax(-1)), (4, c)):
+        assert all(
+            float(text) == pytest.approx(math.exp(log_p[9, i]), abs=6e-4)
+            for i, text in contrasted.value(column % index)
+        )
+    told = (t.log_softmax(-1) - c)[9]
+    for i, text in contrasted.value(column % 5):
+        assert float(text) == pytest.approx(float(told[i]), abs=6e-3)
+    favourite = int(t[9].argmax())
+    assert t.softmax(-1)[9, favourite] > 0.9 and float(dict(contrasted.value(column % 6))[favourite]) < 0.1
+    assert "What any hint does is in the teacher (t) and in c" in contrasted.text(".candidates caption")
+    assert contrasted.value("document.documentElement.scrollWidth") <= 400 and contrasted.problems == []
 
 
 @pytest.mark.parametrize(

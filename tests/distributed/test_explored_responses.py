@@ -14,7 +14,6 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
-from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
 from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks
@@ -22,7 +21,12 @@ from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
-TARGETS = {"student": Target(anchor="student"), "reference": Target(anchor="reference", teacher_weight=2.0)}
+TARGETS = {
+    "student": Target(anchor="student"),
+    "reference": Target(anchor="reference", teacher_weight=2.0),
+    "controls of the student": Target(anchor="student", num_controls=2),
+    "controls": Target(anchor="reference", teacher_weight=2.0, num_controls=2),
+}
 LAYOUTS: dict[str, tuple[Case, int]] = {
     "one rank, fused": (Case(fusion=Fusion("keep_gradient", 4)), 1),
     "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),
@@ -44,6 +48,7 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
 
     teacher = filled(1)
     divergence = Divergence()
+    setting = TokenTarget(case.target, divergence)
     output = schedule.run(
         student,
         schedule.ScheduledTeacher(teacher),
@@ -52,13 +57,12 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
         grid,
         vocab_shard(student, grid),
         reference=reference(case, filled(2) if apart else teacher),
-        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarise=flat_summaries),
+        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarise=setting.summarise),
         pair_order=case.pair_order,
         forward_only=True,
     )
     pairs = contexts()
-    settings = [TokenTarget(case.target, divergence)] * len(pairs)
-    return explored_responses(output, pairs, ["" for _ in pairs], settings, models.VOCAB_SIZE, grid)
+    return explored_responses(output, pairs, ["" for _ in pairs], [setting] * len(pairs), models.VOCAB_SIZE, grid)
 
 
 def in_layout(case: Case, apart: bool = False, names: Collection[str] = tuple(TARGETS)) -> list[list[ExploredResponse]]:
@@ -84,7 +88,8 @@ def check(found: list[list[ExploredResponse]]) -> None:
         assert len(responses) == len(contexts()) > 3
         for one in responses:
             s, t, *rest = whole_rows(one)
-            exact = mixed_target(s, t, target, rest[0] if rest else None)
+            c = rest.pop().expand(2, -1, -1) if target.num_controls else None  # as the mean of two equal controls
+            exact = mixed_target(s, t, target, rest[0] if rest else None, c)
             torch.testing.assert_close(torch.tensor(one.numbers["beta"]), exact.beta.float(), rtol=2e-3, atol=0)
             log_p = s.log_softmax(-1)
             reverse_kl = (log_p.exp() * (log_p - exact.log_q)).sum(-1)
@@ -108,10 +113,10 @@ def test_a_reference_with_weights_of_its_own_keeps_its_logits_apart(ranks):
 
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
 def test_every_rank_of_every_layout_has_the_same(ranks, alone, name):
-    """The responses of a target with a reference have the logits of all models."""
+    """The responses of a target with a reference and controls have the logits of all models."""
     case, world_size = LAYOUTS[name]
-    for [mine] in ranks.run(in_layout, case, names=["reference"], world_size=world_size):
-        for one, other in zip(mine, alone[1], strict=True):
+    for [mine] in ranks.run(in_layout, case, names=["controls"], world_size=world_size):
+        for one, other in zip(mine, alone[-1], strict=True):
             assert one.context == other.context and one.summary.ids.equal(other.summary.ids)
             torch.testing.assert_close(one.summary.flat(), other.summary.flat(), rtol=1e-3, atol=1e-3)
             for key in ("beta", "reverse_kl", "mass_on_rare_student", "reference_entropy"):

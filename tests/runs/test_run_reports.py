@@ -16,7 +16,11 @@ from tiny_run import overrides, reproducible_metrics, train, train_each
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, forget_explored_after, read_explored
 from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_events, read_metrics, read_samples
 
-TARGETS = {"student": ["target.anchor=student", "target.teacher_weight=2"], "reference": ["teacher.weights=ema"]}
+TARGETS = {
+    "student": ["target.anchor=student", "target.teacher_weight=2"],
+    "reference": ["teacher.weights=ema"],
+    "controls": ["target.control=other", "target.num_controls=2", "target.anchor=student"],
+}
 SHOWN = ["report.every=1", "metrics.explore_samples=2"]
 NOT_SHOWN = ["report.every=0", "metrics.explore_samples=0"]
 

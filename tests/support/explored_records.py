@@ -40,6 +40,7 @@ def target_of(record: Mapping[str, Any]) -> Target:
         k=settings["k"],
         anchor=settings["anchor"],
         match=settings["match"] if anchored else None,
+        num_controls=settings["num_controls"],
     )
 
 
@@ -55,7 +56,7 @@ class Words:
 def logit_rows(num_tokens: int, vocab_size: int, num_models: int) -> list[Tensor]:
     """Return logits of models that agree at most tokens, float32: sharp and soft rows, and some with another favourite.
 
-    The order is student, teacher and, with three models, reference.
+    The order is student, teacher, reference and, with four, c of controls, which have the teacher's other favourites.
     """
     generator = torch.Generator().manual_seed(17)
 
@@ -68,7 +69,9 @@ def logit_rows(num_tokens: int, vocab_size: int, num_models: int) -> list[Tensor
     base.scatter_(1, heads, height + 1.5 * normal(num_tokens, 6))
     teacher = base + 0.5 * normal(num_tokens, vocab_size)
     teacher[::9].scatter_(1, heads[::9, :1], 16.0)
-    return [base + 0.3 * normal(num_tokens, vocab_size), teacher, base][:num_models]
+    student = base + 0.3 * normal(num_tokens, vocab_size)
+    control = (teacher + 0.4 * normal(num_tokens, vocab_size)).log_softmax(1)
+    return [student, teacher, base, control][:num_models]
 
 
 def record_of(
@@ -81,6 +84,7 @@ def record_of(
 def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence | None = None) -> ExploredResponse:
     """Return a response whose tokens are sampled from the student's logits, with the loss's numbers."""
     student, teacher, *rest = rows
+    told, unit = (teacher - rest.pop(), 1.0) if target.num_controls else (teacher, 1 + target.teacher_weight)
     divergence = divergence or Divergence()
     vocab = VocabShard(0, student.shape[1], student.shape[1])
     generator = torch.Generator().manual_seed(3)
@@ -89,7 +93,7 @@ def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence |
     w = target.teacher_weight
     stats = distillation_loss(
         student,
-        (w * teacher + rest[0]) / (1 + w) if target.is_anchored else teacher,
+        (w * told + rest[0]) / unit if target.is_anchored else told,
         tokens,
         target=target,
         divergence=divergence,
@@ -101,5 +105,5 @@ def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence |
     numbers["teacher_entropy"] = vocab_entropy(teacher, vocab).tolist()
     numbers["reference_entropy"] = (vocab_entropy(rest[0], vocab) if rest else torch.full(tokens.shape, nan)).tolist()
     context = ContextPair("p<1>", [5, 6], [7, 5, 6], tokens.tolist(), truncated=False)
-    settings, summary = TokenTarget(target, divergence), summarise_logits(rows, vocab)
+    settings, summary = TokenTarget(target, divergence), summarise_logits(rows, vocab, target.num_controls > 0)
     return ExploredResponse(context, "<b>a solution</b>", settings, numbers, summary, vocab.vocab_size)

@@ -14,10 +14,12 @@ from megatron_selfdistill.loss.target import MIN_ENTROPY
 
 
 def weights_of(target: Target, num_models: int) -> list[float]:
-    """Return the weight of each model in the mix m: student, teacher and, with three models, reference."""
+    """Return the weight of each model in the mix m, in the order of a summary."""
     teacher, anchor = target.mix_weights
-    weights = [0.0, teacher, 0.0][:num_models]
+    weights = [0.0, teacher, 0.0, 0.0][:num_models]
     weights[2 if target.is_anchored else 0] += anchor
+    if target.num_controls:
+        weights[-1] = -teacher
     return weights
 
 

@@ -72,7 +72,7 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
     """Print the entry first_step of a summary as a table, with ``advice``, a sentence per line, below it."""
     samples, tokens = _counted(first["num_samples"], "sample"), _counted(first["num_tokens"], "token")
     table = Table(title=f"the first step of a run: {samples} without hints, {tokens}")
-    table.add_column("number", no_wrap=True)
+    table.add_column("number")
     table.add_column("all tokens", justify="right")
     table.add_column("top tenth", justify="right")
     table.add_row("mean log-prob, nats per token", _shown(first["log_prob_mean"]), "")
@@ -80,10 +80,17 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
     table.add_row("share cut at rollout.max_new_tokens", _shown(first["truncated_share"]), "")
     table.add_row("share that ends in a loop", _shown(first["loop_share"]), "")
     table.add_row("accuracy without hints", _shown(first["accuracy"]), "")
-    table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "", end_section=True)
+    table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "")
+    if first["general_kl"] is None:
+        table.add_row(f"no controls: {first['why_no_controls']}", "-", "", end_section=True)
+    else:
+        general, specific = _shown(first["general_kl"]), _shown(first["specific_kl"])
+        table.add_row("general: KL(other hints || reference), nats per token", general, "")
+        table.add_row("specific: KL(teacher || other hints), nats per token", specific, "", end_section=True)
     shares = (first["let_through"], first["let_through_top_tenth"])
     table.add_row("let through", *("-" if share is None else _shown(share) for share in shares))
     table.caption = (
+        "other hints: the mean after those of other problems (target.control)\n"
         "let through: KL(target || reference) / KL(teacher || reference)\n"
         "top tenth: of the tokens by KL(teacher || reference)\n"
         "target.anchor=student: the same until the first update"

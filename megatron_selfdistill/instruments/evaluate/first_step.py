@@ -10,6 +10,9 @@ with the hint, with the logits t.  The share of the hint that a target q lets th
 It is 1 for the teacher alone.  It is equal for target.anchor=reference and student, because both anchors have the
 logits s.  The two differ after the first update, since the mix with the student follows the student.
 
+The teacher also reads r after the hints of other problems, whose mean is c (target.control).  KL(c || softmax(s)) is
+the general part of its news, which any hint gives, and KL(softmax(t) || c) the specific part of this hint alone.
+
 `readiness` says whether a run is worth its time, from the gain of the hint on the same problems.  `recommended` chooses
 a target from three numbers: how many different hints there are, and the accuracy without and with the hint.
 docs/real_model.md has the rule, and how it does beside every fixed target.
@@ -20,14 +23,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.target_config import why_no_control
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.controls import Controls, num_controls
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -87,6 +94,12 @@ class FirstStep:
     """The share of the hint that the configured target lets through; None if teacher and reference predict the same."""
     let_through_top_tenth: float | None
     """The same over the tenth of the tokens with the largest KL(teacher || reference)."""
+    general_kl: float | None = None
+    """The mean KL(c || reference) in nats per token, with the mean c of the controls; None without controls."""
+    specific_kl: float | None = None
+    """The mean KL(teacher || c) in nats per token; None without controls."""
+    why_no_controls: str | None = None
+    """Why the hints of other problems make no control; None where they do."""
 
     @property
     def is_untrained(self) -> bool:
@@ -206,12 +219,26 @@ def measure_first_step(
     responses = inference.first_samples(problems, [it.student_prompt for it in prompts], config.seed, grid)
     inference.sampler.sleep()
 
-    both = (prompt for it in prompts for prompt in (it.student_prompt, it.teacher_prompt))
-    models = inference.as_both_models(config, both, grid)
-    target = replace(Target.configured(config.target), anchor="student", match=None)
-    loss = self_distillation(target, Divergence(), models.backend, fusion=models.fusion)
-    measurement = TokenMeasurement(target, config.loss.fused_chunk_tokens, models.backend)
-    rows = _rows(read(build_contexts(own, responses), models, loss, measurement))
+    both = [prompt for it in prompts for prompt in (it.student_prompt, it.teacher_prompt)]
+    number, why_none = possible_controls(config, run_data.evaluation)
+    of_others = _with_other_hints(config, run_data, problems, number, max(map(len, both)))
+    models = inference.as_both_models(config, [*both, *chain.from_iterable(of_others)], grid)
+    controls = of_others[grid.dp_rank :: grid.dp_size]
+    contexts = [
+        replace(context, control_prompts=hinted)
+        for context, hinted in zip(build_contexts(own, responses), controls, strict=True)
+    ]
+
+    def reading(target: Target) -> Reading:
+        loss = self_distillation(target, Divergence(), models.backend, fusion=models.fusion)
+        return read(contexts, models, loss, TokenMeasurement(target, config.loss.fused_chunk_tokens, models.backend))
+
+    target = Target.configured(config.target, num_controls=0 if config.target.control == "none" else number)
+    as_configured = reading(replace(target, anchor="student", match=None))
+    rows = _rows(as_configured)
+    if number:
+        contrasted = as_configured if target.num_controls else reading(Target(anchor="student", num_controls=number))
+        rows = torch.cat([rows, _control_rows(contrasted)])
 
     is_right = right_response(verifier, run_data.tokenizer, config.evaluation.confidence_pattern)
     asked = zip(problems[grid.dp_rank :: grid.dp_size], responses, strict=True)
@@ -222,7 +249,25 @@ def measure_first_step(
     are_looping = gather_items([ends_in_loop(response.token_ids) for response in responses] if speaks else [])
     num_hints = len({problem.solution for problem in run_data.evaluation})
     are_right = [rights[problem.id] for problem in problems]
-    return first_step(tokens, are_cut, are_looping, are_right, num_hints, run_data.vocab_size)
+    found = first_step(tokens, are_cut, are_looping, are_right, num_hints, run_data.vocab_size)
+    return replace(found, why_no_controls=why_none)
+
+
+def possible_controls(config: Config, problems: Sequence[Problem]) -> tuple[int, str | None]:
+    """Return the number of controls that a response could have, and why it is 0, or None."""
+    automatic = replace(config, target=replace(config.target, control="auto"))
+    number, one_text = num_controls(automatic, problems), f"all {len(problems)} hints are one text"
+    return number, None if number else why_no_control(config) or one_text
+
+
+def _with_other_hints(
+    config: Config, run_data: RunData, problems: Sequence[Problem], number: int, longest: int
+) -> list[tuple[list[int], ...]]:
+    """Return the teacher's prompts of each problem with the hints of ``number`` others; ``longest``: of its prompts."""
+    new = config.rollout.max_new_tokens
+    given = GivenSolutions(run_data.builder, max(run_data.max_length, longest + new), new, config.data.on_long_context)
+    controls = Controls(run_data.evaluation, given, number, config.seed)
+    return [controls.prompts(0, problem) if number else () for problem in problems]
 
 
 def first_step(
@@ -235,11 +280,13 @@ def first_step(
 ) -> FirstStep:
     """Return what the numbers of the tokens say.
 
-    ``tokens`` [R, 4] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of the configured target.
+    ``tokens`` [R, 4] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of the configured target; with
+    controls [R, 6]: also KL(c || p) and KL(t || c).
     ``are_cut``, ``are_looping``, ``are_right``: per sample, whether it reached the limit of tokens, whether it ends in
     a loop, and whether it is right.
     """
-    log_prob, entropy, of_teacher, of_target = tokens.unbind(1)
+    log_prob, entropy, of_teacher, of_target, *of_controls = tokens.unbind(1)
+    general, specific = (column.mean().item() for column in of_controls) if of_controls else (None, None)
     top = of_teacher.topk(-(-len(of_teacher) // _TOP)).indices
 
     def share(target: Tensor, teacher: Tensor) -> float | None:
@@ -259,6 +306,8 @@ def first_step(
         vocab_size=vocab_size,
         let_through=share(of_target, of_teacher),
         let_through_top_tenth=share(of_target[top], of_teacher[top]),
+        general_kl=general,
+        specific_kl=specific,
     )
 
 
@@ -271,3 +320,10 @@ def _rows(reading: Reading) -> Tensor:
         columns = (stats.student_log_prob, stats.student_entropy, of_teacher, of_target)
         own = torch.stack([column.double() for column in columns])
     return reading.on_whole_replica(own, 4)
+
+
+def _control_rows(reading: Reading) -> Tensor:
+    """Return KL(c || p) and KL(t || c) of this replica's tokens, [2, R] float64."""
+    measures = reading.output.measures
+    kl = None if measures is None else measures.kl_of_control
+    return reading.on_whole_replica(None if kl is None else kl.T, 2)

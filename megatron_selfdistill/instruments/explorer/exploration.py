@@ -13,8 +13,8 @@ import torch
 from megatron_selfdistill.checkpoint.trained_weights import loaded_chunks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
-from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
-from megatron_selfdistill.data.given_solutions import build_contexts
+from megatron_selfdistill.data.controls import Controls, num_controls
+from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_checks import check_student_prompt, check_teacher_prompt
 from megatron_selfdistill.data.run_data import RunData
@@ -24,7 +24,6 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
 from megatron_selfdistill.instruments.explorer.given_models import ModelCheckpoints
-from megatron_selfdistill.instruments.explorer.logit_summary import flat_summaries
 from megatron_selfdistill.instruments.explorer.target_page import target_page
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -48,32 +47,33 @@ class Exploration:
     prompts: PromptPair
     response: Response | None
     """The given response; None if the student generates one."""
+    control_prompts: tuple[list[int], ...] = ()
+    """The teacher's prompts with the hints of other problems, for a target with controls."""
 
     @classmethod
     def of_problem(cls, config: Config, problem: Problem, text: str | None) -> Exploration:
         """Return the exploration of ``text``, or of a response that the student generates.
 
+        The controls have the hints of ``evaluation.path``, if it is set.
         Raises: `ConfigError` for a problem that does not fit or that the prompts do not show.
         """
-        run_data = RunData.of_problem(config, problem)
+        others = [] if config.evaluation.path is None else RunData.load_evaluation(config, True).evaluation
+        number = num_controls(config, [problem, *others])
+        run_data = replace(RunData.of_problem(config, problem), num_controls=number)
         response = None
         if text is not None:
             response = Response.unsampled([*run_data.tokenizer.encode(text), run_data.stop_token_ids[0]])
+        new = config.rollout.max_new_tokens if response is None else len(response.token_ids)
+        given = GivenSolutions(run_data.builder, run_data.max_length, new, "error")
         try:
-            prompts = fit_teacher_prompt(
-                run_data.builder,
-                problem,
-                max_length=run_data.max_length,
-                max_new_tokens=config.rollout.max_new_tokens if response is None else len(response.token_ids),
-                policy="error",
-            )
-            assert prompts is not None, "the policy error returns prompts or raises"
+            prompts = given.pair(problem)
             student, teacher = prompts.student_prompt, prompts.teacher_prompt
             check_student_prompt(run_data.builder, problem, student)
             check_teacher_prompt(run_data.builder, problem, student, teacher, problem.solution)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return cls(config, run_data, prompts, response)
+        controls = Controls(others, given, number, config.seed)
+        return cls(config, run_data, prompts, response, controls.prompts(0, problem) if number else ())
 
     def write_page(
         self, out: Path, models: ModelCheckpoints, run_dir: Path, grid: RankGrid, about: Mapping[str, Any]
@@ -115,7 +115,8 @@ class Exploration:
         (context,) = build_contexts([self.prompts], [response])
         if not context.response:
             raise ConfigError("expected a response of at least one token, got none; give one with --response")
-        contexts = [cut(context)] if grid.dp_rank == 0 else []
+        context = replace(cut(context), control_prompts=self.control_prompts)
+        contexts = [context] if grid.dp_rank == 0 else []
         every = AllModels.load(self.config, self.run_data, grid, student, models.teacher, models.reference)
         solutions = [self.prompts.solution] * len(contexts)
         return read_by_all_models(self.config, self.run_data, every, contexts, solutions, grid)
@@ -176,7 +177,8 @@ def read_by_all_models(
     ``solutions``: the solution that the teacher's prompt of each context shows.
     Every rank of the world calls this function; at least one replica has a context with a response token.
     """
-    settings = TokenTarget(Target.configured(config.target), Divergence.configured(config.loss, config.method))
+    target = Target.configured(config.target, num_controls=run_data.num_controls)
+    settings = TokenTarget(target, Divergence.configured(config.loss, config.method))
     backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
     fusion = decided_output_layer(config, models.student).fusion
     loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)
@@ -191,7 +193,7 @@ def read_by_all_models(
         max_tokens=sequence_for(run_data.max_length, grid),
         reference=reference,
     )
-    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarise=flat_summaries)
+    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarise=settings.summarise)
     output = read(contexts, readers, loss, measurement).output
     if not contexts:
         return []

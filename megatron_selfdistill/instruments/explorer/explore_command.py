@@ -23,6 +23,7 @@ DESCRIPTION = """Write a page that shows the target of every token of a response
 
     selfdistill explore /models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144" -o target.html
     selfdistill explore runs/first --problem p.txt --solution s.txt --response r.txt
+    selfdistill explore runs/first --problem p.txt --solution s.txt target.control=other --data problems.jsonl
 
 A run directory stands for its latest checkpoint, with the prompts, the target and the sampling of the run, and with the
 checkpoint that the run has started from as a frozen teacher and as the reference.  Without --response the model
@@ -42,7 +43,7 @@ rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 
 RESERVED = {
     "data.path": "--problem and --solution",
-    "evaluation.path": "--problem and --solution",
+    "evaluation.path": "--data",
     "checkpoint.load": "the argument CHECKPOINT",
     "run_dir": "--out",
 }
@@ -61,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explore(arguments: argparse.Namespace) -> int:
     """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
-    given, keys = config_of_reading(arguments, RESERVED, {"path": None})
+    given, keys = config_of_reading(arguments, RESERVED, {"path": arguments.data})
+    if given.target.control == "other" and arguments.data is None:
+        raise ConfigError(
+            "target.control=other compares with the hints of other problems: name a file of problems with --data, or "
+            "set target.control=none"
+        )
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
@@ -104,6 +110,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--problem", required=True, metavar="TEXT", help=text)
     parser.add_argument("--solution", required=True, metavar="TEXT", help=f"what only the teacher sees: {text}")
     parser.add_argument("--response", metavar="TEXT", help=f"the response (default: the model generates one): {text}")
+    parser.add_argument("--data", metavar="FILE", help="problems with the other hints of target.control=other")
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("target.html"), metavar="FILE", help="the page (default: target.html)"
     )

@@ -18,9 +18,10 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, flat_summaries
+from megatron_selfdistill.instruments.explorer.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Status, Target
 from megatron_selfdistill.metrics.run_log import finite
 from megatron_selfdistill.metrics.samples import chosen, gathered_rows
@@ -42,6 +43,7 @@ _STATS = (
     "student_log_prob teacher_log_prob target_log_prob"
 ).split()
 _MEASURES = ("mass_on_rare_student", "reference_entropy")
+_OF_CONTROLS = ("general_kl", "specific_kl")  # KL(c || a) and KL(t || c)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,16 @@ class TokenTarget:
 
     target: Target
     divergence: Divergence
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models of a `LogitSummary`, in its order; "other hints" is c, the mean of the controls."""
+        of_anchor = ("reference",) if self.target.is_anchored else ()
+        return ("student", "teacher", *of_anchor, *(("other hints",) if self.target.num_controls else ()))
+
+    def summarise(self, logits: Sequence[Tensor], vocab: VocabShard) -> Tensor:
+        """Return `LogitSummary.flat` of the logits of these models, for a `TokenMeasurement`."""
+        return summarise_logits(logits, vocab, self.target.num_controls > 0).flat()
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values.
@@ -64,6 +76,7 @@ class TokenTarget:
             "k": target.k if target.rule in ("fixed", "batch") else None,
             "anchor": target.anchor,
             "match": "reference" if target.matches_reference else "student",
+            "num_controls": target.num_controls,
             "divergence": self.divergence.kind,
             "jsd_lambda": self.divergence.jsd_lambda,
             "order": self.divergence.order,
@@ -109,7 +122,7 @@ class ExploredResponse:
             "truncated": self.context.truncated,
             **(asdict(self.context.turn) if self.context.turn else {}),
             "vocab_size": self.vocab_size,
-            "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
+            "models": list(self.settings.models),
             "settings": self.settings.record(),
             "block_tokens": BLOCK_TOKENS,
             "tokens": {"id": list(ids), "text": pieces(ids, tokenizer), "status": self.statuses, **numbers},
@@ -145,18 +158,17 @@ def explored_responses(
     context.
     Collectives: those of `gathered_rows` on the ranks of the replica.
     """
-    anchored = settings[0].target.is_anchored
-    num_models = 3 if anchored else 2
+    num_models, names = len(settings[0].models), (*_STATS, *_MEASURES)
+    names += _OF_CONTROLS if settings[0].target.num_controls else ()
     spans, start = [], 0
     for context in contexts:
         spans.append(range(start, start + len(context.response)))
         start += len(context.response)
-    width = len(_STATS) + len(_MEASURES) + LogitSummary.width(num_models)
+    width = len(names) + LogitSummary.width(num_models)
     rows = gathered_rows(_rows(output), output.response_ids, spans, width, grid).cpu()
     found = []
     per_context = zip(contexts, solutions, settings, rows.split([len(span) for span in spans]), strict=True)
     for context, solution, own, part in per_context:
-        names = (*_STATS, *_MEASURES)
         numbers = dict(zip(names, part[:, : len(names)].t().tolist(), strict=True))
         summary = LogitSummary.of_flat(part[:, len(names) :], num_models)
         found.append(ExploredResponse(context, solution, own, numbers, summary, vocab_size))
@@ -173,6 +185,7 @@ def _rows(output: StepOutput) -> Tensor | None:
     unknown = torch.full_like(measures.mass_on_rare_student, math.nan)
     columns = [getattr(stats, name).double() for name in _STATS]
     columns += [measures.mass_on_rare_student, unknown if entropy is None else entropy.double()]
+    columns += [] if measures.kl_of_control is None else measures.kl_of_control.unbind(1)
     return torch.cat([torch.stack(columns, 1), measures.summary], 1)
 
 
@@ -224,7 +237,8 @@ def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[Explored
     contexts = batch.contexts
     first = chosen(contexts, count)[:count] if learner.grid.dp_rank == 0 else []
     shown = [cut(context) for context, _ in first]
-    output = learner.measure(shown, summarise=flat_summaries, teacher=batch.teacher)
+    summarise = _token_target(learner, batch.teacher, False).summarise
+    output = learner.measure(shown, summarise=summarise, teacher=batch.teacher)
     if not shown:
         return []
     solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}

@@ -87,21 +87,22 @@ def shapes(num_models: int) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard) -> LogitSummary:
+def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard, with_controls: bool = False) -> LogitSummary:
     """Return the summaries of T tokens from the logits of their models, [T, vocab.size] each, any float dtype.
 
-    ``logits``: of the student, the teacher and, where there is one, the reference.  The bins lie along a + 0.75 t and
-    a - t, with t the teacher's logits and a the reference's, or the student's without a reference.
+    ``logits``: of the student, the teacher, where there is one the reference, and ``with_controls`` their c.  The bins
+    lie along a + 0.75 t and a - t, with t the teacher's logits, or t - c, and a the reference's, or the student's
+    without a reference.
     Of equal logits any may be the last candidate.  A token with NaN in its logits gives NaN for this token only.
     Collectives over ``vocab.group``, per `_CHUNK` logits: three all-gathers, of the candidates, of the moments along
     the axes and of the sums of the bins; never of the logits.
     Raises: ValueError if shapes do not fit.
     """
     expected = (len(logits[0]), vocab.size)
-    if len(logits) not in (2, 3) or any(tuple(each.shape) != expected for each in logits):
+    if len(logits) - with_controls not in (2, 3) or any(tuple(each.shape) != expected for each in logits):
         raise ValueError(
-            f"summarise_logits: expected logits of 2 or 3 models, [T, {vocab.size}] each, "
-            f"got {[tuple(each.shape) for each in logits]}."
+            f"summarise_logits: expected logits of 2 or 3 models{' and of controls' if with_controls else ''}, "
+            f"[T, {vocab.size}] each, got {[tuple(each.shape) for each in logits]}."
         )
     if expected[0] == 0:
         return LogitSummary.of_flat(logits[0].new_empty(0, LogitSummary.width(len(logits))).double(), len(logits))
@@ -109,16 +110,11 @@ def summarise_logits(logits: Sequence[Tensor], vocab: VocabShard) -> LogitSummar
     parts = []
     for start in range(0, expected[0], step):
         rows = [each[start : start + step, : vocab.num_valid].double() for each in logits]
-        parts.append(_summary(torch.stack(rows, 1), vocab).flat())
+        parts.append(_summary(torch.stack(rows, 1), vocab, with_controls).flat())
     return LogitSummary.of_flat(torch.cat(parts), len(logits))
 
 
-def flat_summaries(logits: Sequence[Tensor], vocab: VocabShard) -> Tensor:
-    """Return `LogitSummary.flat` of `summarise_logits`, for a measurement of a step."""
-    return summarise_logits(logits, vocab).flat()
-
-
-def _summary(x: Tensor, vocab: VocabShard) -> LogitSummary:
+def _summary(x: Tensor, vocab: VocabShard, with_controls: bool) -> LogitSummary:
     """Return the summaries of the logits ``x [n, M, v]``, the valid columns of this rank."""
     ids, logits = _candidates(x, vocab)
     top = logits.amax(2)
@@ -127,8 +123,9 @@ def _summary(x: Tensor, vocab: VocabShard) -> LogitSummary:
     own = _own(ids, x, vocab)
     rest = torch.isfinite(x).all(1) & ~own
     near = rest & (x > -FAR).all(1)
-    anchor = x[:, -1] if x.shape[1] == 3 else x[:, 0]
-    axes = torch.stack([anchor + AXIS_WEIGHT * x[:, 1], anchor - x[:, 1]], 1)
+    anchor = x[:, 2] if x.shape[1] - with_controls == 3 else x[:, 0]
+    told = x[:, 1] - x[:, -1] if with_controls else x[:, 1]
+    axes = torch.stack([anchor + AXIS_WEIGHT * told, anchor - told], 1)
     place = _bins(axes, near, vocab)
     sums = gather_parts(_sums(x, place, rest)[None], vocab.group).sum(0)
     counts, means, covariances = _moments(sums[:, : -2 * x.shape[1]], x.shape[1])

@@ -6,7 +6,22 @@ const LEVELS = [0.003, 0.01, 0.03, 0.1, 0.3, 1];
 const SHOWN_CANDIDATES = 12;
 const SMALL_SHARE = 1e-4; // candidates below it are folded
 const SLICE_MS = 12;
-const MODEL_COLOURS = ["--series-1", "--series-2", "--series-4"];
+const COLOURS = /** @type {Record<string, string>} */ ({
+  student: "--series-1",
+  teacher: "--series-2",
+  reference: "--series-4",
+  "other hints": "--series-5",
+  "t - c": "--series-6",
+  target: "--series-3",
+});
+const CONTROL_ROWS = [
+  ["general: KL(c ‖ anchor), what any hint does", "general_kl"],
+  ["specific: KL(t ‖ c), what only this hint says", "specific_kl"],
+];
+const CONTRAST_TEXT =
+  ". The other hints (c) are those of other problems. What any hint does is in the teacher (t) and in c, and cancels in " +
+  "t - c, in nats: what only this hint says remains, and the target adds it to the anchor.";
+const CONTRAST_RANGE = 8; // the |t - c| in nats of a full bar
 const STATUS_TEXTS = /** @type {Record<string, string>} */ ({
   matched: "matched: the target has the wanted entropy",
   capped: "capped: k is at its bound, and the matching k is larger",
@@ -196,7 +211,8 @@ function settingsText(settings) {
   const text = ruleText(settings);
   if (settings.rule === "teacher_alone") return `Target: ${text}`;
   const entropy = settings.match === settings.anchor ? "" : `, with the entropy of the ${settings.match}`;
-  return `Target: w = ${numberText(settings.teacher_weight)}, mixed with the ${settings.anchor}, ${text}${entropy}`;
+  const contrast = settings.num_controls ? `the teacher less ${settings.num_controls} other hints, ` : "";
+  return `Target: ${contrast}w = ${numberText(settings.teacher_weight)}, mixed with the ${settings.anchor}, ${text}${entropy}`;
 }
 
 /**
@@ -217,9 +233,9 @@ function ruleName(settings) {
  */
 function ruleText(settings) {
   const name = ruleName(settings);
-  if (name !== "saved") return RULES[name].text;
+  if (name !== "saved") return settings.num_controls ? RULES[name].text.replace("1 + w", "1") : RULES[name].text;
   if (settings.rule === "entropy_matched") return `entropy matched, k ≤ ${numberText(Number(settings.k_max))}`;
-  const k = numberText(settings.k ?? 1 + settings.teacher_weight);
+  const k = numberText(settings.k ?? geometricK(settings));
   return `${settings.rule === "batch" ? "one k per step" : "fixed k"} = ${k}`;
 }
 
@@ -311,13 +327,16 @@ function numberRows(explorer, token, target) {
     ["status", STATUS_TEXTS[target.status], "status"],
     ["mass on tokens that the student did not consider (below 1e-3)", numberText(storedMass ?? target.rareMass), "rare"],
   ];
+  for (const [name, key] of CONTROL_ROWS) {
+    if (tokens[key]) rows.push([name, `${numberText(tokens[key][token])} nats`, key]);
+  }
   const made = rows.map(([name, value, key]) =>
     element("tr", {}, element("th", { scope: "row" }, name), element("td", { "data-number": key }, value)),
   );
   /** @type {[string, number | null][]} */
-  const entropies = explorer.overview.models.map(
-    (/** @type {string} */ name) => [name, tokens[`${name}_entropy`][token]],
-  );
+  const entropies = explorer.overview.models
+    .filter((/** @type {string} */ name) => tokens[`${name}_entropy`])
+    .map((/** @type {string} */ name) => [name, tokens[`${name}_entropy`][token]]);
   const cell = element("td");
   for (const [name, value] of [...entropies, /** @type {[string, number]} */ (["target", target.entropy])]) {
     if (cell.childNodes.length) cell.append(", ");
@@ -328,6 +347,11 @@ function numberRows(explorer, token, target) {
 }
 
 /**
+ * A column of the table of candidates: a probability, or a difference in nats.
+ * @typedef {{name: string, of: (slot: number) => number, inNats?: boolean}} Column
+ */
+
+/**
  * Show a table of the likeliest candidates with a bar per distribution, and a button for the others.
  * @param {Explorer} explorer
  * @param {number} token
@@ -335,37 +359,42 @@ function numberRows(explorer, token, target) {
  * @param {TokenTarget} target
  */
 function showCandidates(explorer, token, summary, target) {
-  const models = explorer.overview.models;
-  const columns = /** @type {{name: string, colour: string, of: (slot: number) => number}[]} */ (
-    models.map((/** @type {string} */ name, /** @type {number} */ model) => ({
+  const models = /** @type {string[]} */ (explorer.overview.models);
+  const columns = /** @type {Column[]} */ (
+    models.map((name, model) => ({
       name,
-      colour: MODEL_COLOURS[model],
       of: (/** @type {number} */ slot) => Math.exp(summary.logits[model][slot] - summary.logNormalisers[model]),
     }))
   );
-  columns.push({ name: "target", colour: "--series-3", of: (slot) => target.q[slot] });
+  const control = models.indexOf("other hints");
+  if (control > 0) {
+    const logProb = (/** @type {number} */ model, /** @type {number} */ slot) =>
+      summary.logits[model][slot] - summary.logNormalisers[model];
+    columns.push({ name: "t - c", inNats: true, of: (slot) => logProb(1, slot) - logProb(control, slot) });
+  }
+  columns.push({ name: "target", of: (slot) => target.q[slot] });
   const sampled = explorer.tokens.id[token];
   /** @type {{slot: number, id: number, shares: number[], largest: number}[]} */
   const rows = [];
   for (let slot = 0; slot < summary.ids.length; slot++) {
     if (summary.ids[slot] < 0) continue;
     const shares = columns.map((column) => column.of(slot));
-    rows.push({ slot, id: summary.ids[slot], shares, largest: Math.max(...shares) });
+    rows.push({ slot, id: summary.ids[slot], shares, largest: Math.max(...shares.filter((_, i) => !columns[i].inNats)) });
   }
   rows.sort((a, b) => b.largest - a.largest);
-  const firsts = columns.map((_, i) => Math.max(...rows.map((row) => row.shares[i])));
   const likely = rows.filter((row, i) => (i < SHOWN_CANDIDATES && row.largest >= SMALL_SHARE) || row.id === sampled);
   const shown = explorer.showsAll ? rows : likely;
+  const firsts = columns.map(({ inNats }, i) => Math.max(...(inNats ? likely : rows).map((row) => row.shares[i])));
   const folded = rows.length - likely.length;
   byId("all-candidates").hidden = folded === 0;
   byId("all-candidates").textContent = explorer.showsAll ? "Show the likeliest only" : `Show ${folded} less likely tokens`;
-  const head = columns.map(({ name, colour }) =>
-    element("th", { scope: "col", class: "number" }, swatch(colour), name),
+  const head = columns.map(({ name }) =>
+    element("th", { scope: "col", class: "number" }, swatch(COLOURS[name]), name),
   );
   const table = element(
     "table",
     { class: "candidates" },
-    element("caption", {}, "Probabilities of the likeliest tokens"),
+    element("caption", {}, "Probabilities of the likeliest tokens", control > 0 ? CONTRAST_TEXT : ""),
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "token"), ...head)),
     element("tbody", {}, ...shown.map((row) => candidateRow(explorer, row, columns, row.id === sampled, firsts))),
   );
@@ -376,7 +405,7 @@ function showCandidates(explorer, token, summary, target) {
  * Return the row of a candidate.
  * @param {Explorer} explorer
  * @param {{slot: number, id: number, shares: number[]}} row
- * @param {{name: string, colour: string}[]} columns
+ * @param {Column[]} columns
  * @param {boolean} isSampled whether the candidate is the token of the response
  * @param {number[]} firsts the largest probability of each column
  */
@@ -386,11 +415,13 @@ function candidateRow(explorer, row, columns, isSampled, firsts) {
   if (isSampled) name.append(" ", element("span", { class: "soft" }, "sampled"));
   const cells = columns.map((column, i) => {
     const bar = element("span", { class: "bar", "aria-hidden": "true" });
-    bar.style.width = `${100 * row.shares[i]}%`;
-    bar.style.background = `var(${column.colour})`;
-    const isFirst = row.shares[i] === firsts[i];
+    const value = row.shares[i];
+    const length = column.inNats ? Math.min(1, Math.abs(value) / CONTRAST_RANGE) : value;
+    bar.style.width = `${100 * length}%`;
+    bar.style.background = `var(${column.inNats && value < 0 ? "--line" : COLOURS[column.name]})`;
+    const isFirst = value === firsts[i];
     const number = isFirst ? element("strong", { title: `first choice of the ${column.name}` }) : element("span");
-    number.textContent = shareText(row.shares[i]);
+    number.textContent = column.inNats ? contrastText(value) : shareText(value);
     return element("td", { class: "number" }, number, element("span", { class: "rail" }, bar));
   });
   return element("tr", { "data-id": row.id }, name, ...cells);
@@ -410,4 +441,12 @@ function swatch(colour) {
 function shareText(share) {
   if (share >= 0.0005) return share.toFixed(3);
   return share > 0 ? share.toExponential(0) : "0";
+}
+
+/**
+ * Return a difference of log-probabilities as text, with its sign.
+ * @param {number} nats
+ */
+function contrastText(nats) {
+  return `${nats < 0 ? "" : "+"}${nats.toFixed(2)}`;
 }

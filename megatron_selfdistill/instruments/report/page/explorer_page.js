@@ -76,12 +76,13 @@ function showControls(explorer) {
   if (own === "saved") rules.unshift(option("saved", ruleText(saved)));
   const rule = select("rule", rules);
   const anchors = [option("student", "the student")];
-  if (explorer.overview.models.length === 3) anchors.push(option("reference", "the reference"));
+  if (explorer.overview.models.includes("reference")) anchors.push(option("reference", "the reference"));
   const anchor = select("anchor", anchors);
   const match = select("match", anchors.map((one) => /** @type {HTMLElement} */ (one.cloneNode(true))));
   const divergences = Object.entries(DIVERGENCES).map(([name, { text }]) => option(name, text));
   if (divergenceName(saved) === "saved") divergences.unshift(option("saved", divergenceText(saved)));
   const divergence = select("divergence", divergences);
+  const contrast = select("contrast", [option("other", "other hints"), option("none", "nothing")]);
   const reset = element("button", { type: "button", id: "reset" }, "As saved");
 
   const show = () => {
@@ -92,9 +93,12 @@ function showControls(explorer) {
     input(anchor).value = now.anchor;
     input(match).value = now.match;
     input(divergence).value = divergenceName(now);
+    input(contrast).value = now.num_controls ? "other" : "none";
+    for (const one of rules) one.textContent = ruleText({ ...now, ...rulesValues(saved, input(one).value) });
     const mixes = now.rule !== "teacher_alone";
     input(weight).disabled = !mixes;
     input(anchor).disabled = !mixes || anchors.length === 1;
+    input(contrast).disabled = !mixes;
     input(match).disabled = now.rule !== "entropy_matched" || now.anchor === "student";
     input(reset).disabled = explorer.isAsSaved;
   };
@@ -105,10 +109,13 @@ function showControls(explorer) {
   };
   weight.addEventListener("input", () => change({ teacher_weight: Number(input(weight).value) }));
   rule.addEventListener("change", () => {
-    const values = RULES[input(rule).value]?.values ?? { rule: saved.rule, k_max: saved.k_max, k: saved.k };
+    const values = rulesValues(saved, input(rule).value);
     change(values.rule === "teacher_alone" ? { ...values, anchor: "student", match: "student" } : values);
   });
   anchor.addEventListener("change", () => change({ anchor: input(anchor).value, match: input(anchor).value }));
+  contrast.addEventListener("change", () =>
+    change({ num_controls: input(contrast).value === "other" ? saved.num_controls : 0 }),
+  );
   match.addEventListener("change", () => change({ match: input(match).value }));
   divergence.addEventListener("change", () => {
     const { divergence: kind, order, forward_above } = saved;
@@ -120,11 +127,22 @@ function showControls(explorer) {
     labelled("teacher's weight w", weight, shown),
     labelled("rule", rule),
     labelled("mixed with", anchor),
+    ...(saved.num_controls ? [labelled("compared with", contrast)] : []),
     labelled("entropy of", match),
     labelled("divergence", divergence),
     reset,
   );
   byId("title").append(themeSwitch());
+}
+
+/**
+ * Return the settings of a rule; those of the run for another name than those of RULES.
+ * @param {Settings} saved
+ * @param {string} name
+ * @returns {Partial<Settings>}
+ */
+function rulesValues(saved, name) {
+  return RULES[name]?.values ?? { rule: saved.rule, k_max: saved.k_max, k: saved.k };
 }
 
 /** @param {HTMLElement} made an input, a select or a button */

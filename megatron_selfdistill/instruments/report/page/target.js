@@ -9,7 +9,8 @@ const RARE = 1e-3;
 const FAR_SHARE = 1e-4; // the largest share of the bin of far columns in a sum that counts as known
 
 /**
- * The summary of a token's logits (instruments/explorer/logit_summary.py), the models in the order student, teacher, reference.
+ * The summary of a token's logits (instruments/explorer/logit_summary.py), the models in the order student, teacher,
+ * reference and c, the mean of the controls.
  * @typedef {object} Summary
  * @property {ArrayLike<number>} ids ids of the candidates; -1 marks a slot without a candidate
  * @property {ArrayLike<number>[]} logits of each model, the logits of the candidates
@@ -29,6 +30,7 @@ const FAR_SHARE = 1e-4; // the largest share of the bin of far columns in a sum 
  * @property {number | null} k the k of fixed and batch; null is 1 + w
  * @property {string} anchor student or reference
  * @property {string} match the model whose entropy the target has: student or reference
+ * @property {number} [num_controls] the number of controls, whose c is subtracted from the teacher; 0 is none
  * @property {string} divergence reverse_kl, forward_kl or jsd
  * @property {number} jsd_lambda
  * @property {number} order the order of the Renyi divergence in the place of KL; 1 is KL
@@ -68,8 +70,17 @@ function mixWeights(settings, numModels) {
     return weights;
   }
   weights[1] = settings.teacher_weight;
+  if (settings.num_controls) weights[numModels - 1] = -settings.teacher_weight;
   weights[settings.anchor === "reference" ? 2 : 0] += 1;
   return weights;
+}
+
+/**
+ * Return the sum of the weights of the mix: 1 + w, and 1 with controls, since w t and -w c cancel.
+ * @param {Settings} settings
+ */
+function geometricK(settings) {
+  return settings.num_controls ? 1 : 1 + settings.teacher_weight;
 }
 
 /**
@@ -77,7 +88,7 @@ function mixWeights(settings, numModels) {
  * @param {Settings} settings
  */
 function kBound(settings) {
-  return settings.k_max === "1 + w" ? 1 + settings.teacher_weight : settings.k_max;
+  return settings.k_max === "1 + w" ? geometricK(settings) : settings.k_max;
 }
 
 /**
@@ -85,7 +96,7 @@ function kBound(settings) {
  * @param {Settings} settings
  */
 function betaRange(settings) {
-  const unit = 1 + settings.teacher_weight;
+  const unit = geometricK(settings);
   const bound = kBound(settings);
   const isBound = bound !== null && bound <= BETA_RANGE * unit;
   return { low: isBound ? 1 / /** @type {number} */ (bound) : 1 / unit / BETA_RANGE, high: BETA_RANGE / unit, isBound };
@@ -255,7 +266,7 @@ function targetOf(summary, settings, entropies) {
  */
 function givenBeta(settings) {
   if (settings.rule === "entropy_matched") return null;
-  return settings.rule === "teacher_alone" ? 1 : 1 / (settings.k ?? 1 + settings.teacher_weight);
+  return settings.rule === "teacher_alone" ? 1 : 1 / (settings.k ?? geometricK(settings));
 }
 
 /**

@@ -203,6 +203,7 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
     metrics, first = (summary_of(tmp_path / "hinted")[name] for name in ("metrics", "first_step"))
     assert first["num_samples"] == 12 and 0 <= first["let_through"] < 1
+    assert first["general_kl"] > 0 and first["specific_kl"] > 0 and first["why_no_controls"] is None
     names = (
         "accuracy",
         "mean_length",

@@ -26,19 +26,23 @@ from megatron_selfdistill.distributed import ranks as grids
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.inference import open_inference
 from megatron_selfdistill.instruments.evaluate import evaluate_command as tool
-from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_readiness
+from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_first_step, show_readiness
 from megatron_selfdistill.instruments.evaluate.first_step import (
     GUIDED,
     FirstStep,
     first_step,
     measure_first_step,
+    possible_controls,
     readiness,
     recommended,
 )
 
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
-Samples = list[tuple[list[int], list[int], list[int], bool]]
-"""Per sample: both prompts, the tokens, and whether the sample was cut."""
+CONTROLS = 6
+"""The number of controls: all other problems, so that no draw decides which."""
+Samples = list[tuple[list[int], list[list[int]], list[int], bool]]
+"""Per sample: the student's prompt, the teacher's with the problem's own hint and then with each other hint, the
+tokens, and whether the sample was cut."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,8 @@ def is_even(response: str, problem: Problem | None = None) -> bool:
 def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
     """Return the first step, and the samples of this replica."""
     given = ["--megatron", str(directory / "megatron"), "--data", str(directory / "problems.jsonl"), "--hinted"]
-    settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE, *options]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE]
+    settings += [f"target.num_controls={CONTROLS}", *options]
     arguments = tool.evaluation_arguments([*given, "--out", str(directory / "out"), *settings])
     model = find_model(arguments.hf, arguments.megatron, None)
     config = configured(*tool.checked(arguments), model)
@@ -79,15 +84,12 @@ def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
         inference.sampler.generate = recorded
         found = measure_first_step(inference, config, run_data, is_even, grid)
     problem_of = {tuple(run_data.builder.student_prompt(it)): it for it in run_data.evaluation}
-    samples = [
-        (
-            list(request.prompt),
-            run_data.builder.teacher_prompt(problem_of[tuple(request.prompt)]),
-            list(response.token_ids),
-            response.truncated,
-        )
-        for request, response in drawn
-    ]
+    samples = []
+    for request, response in drawn:
+        own = problem_of[tuple(request.prompt)]
+        hints = [own.solution, *(it.solution for it in run_data.evaluation if it.solution != own.solution)]
+        hinted = [run_data.builder.teacher_prompt(own, hint) for hint in hints]
+        samples.append((list(request.prompt), hinted, list(response.token_ids), response.truncated))
     return found, samples
 
 
@@ -101,10 +103,10 @@ def entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def target_of(student: Tensor, teacher: Tensor, w: float) -> Tensor:
-    """Return log q [T, V]: the mix with the student's entropy, k at most 1 + w, by bisection over k."""
+def target_of(student: Tensor, teacher: Tensor, w: float, k_max: float) -> Tensor:
+    """Return log q [T, V]: the mix with the student's entropy, k at most ``k_max``, by bisection over k."""
     mix, wanted = w * teacher + student, entropy(student.log_softmax(-1))
-    low, high = torch.full_like(wanted, (1 + w) / 16), torch.full_like(wanted, 1 + w)
+    low, high = torch.full_like(wanted, k_max / 16), torch.full_like(wanted, k_max)
     for _ in range(80):
         middle = (low + high) / 2
         is_soft = entropy((mix / middle[:, None]).log_softmax(-1)) > wanted
@@ -116,7 +118,7 @@ def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def expected(directory: Path, samples: Samples) -> dict:
+def expected(directory: Path, samples: Samples, contrasted: bool) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float64)
@@ -124,12 +126,15 @@ def expected(directory: Path, samples: Samples) -> dict:
     texts = [decode(ids[:-1], skip_special_tokens=True) for *_, ids, is_cut in samples if not is_cut]
     solutions = {json.loads(line)["solution"] for line in (directory / "problems.jsonl").read_text().splitlines()}
     student = torch.cat([logits_of(model, plain, ids) for plain, _, ids, _ in samples])
-    teacher = torch.cat([logits_of(model, hinted, ids) for _, hinted, ids, _ in samples])
+    teacher, *controls = (
+        torch.cat([logits_of(model, hinted[k], ids) for _, hinted, ids, _ in samples]) for k in range(1 + CONTROLS)
+    )
     tokens = torch.tensor([token for *_, ids, _ in samples for token in ids])
     log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    of_teacher = kl(log_t, log_p)
+    of_teacher, log_c = kl(log_t, log_p), torch.stack(controls).softmax(-1).mean(0).log()
     top = of_teacher.argsort(descending=True)[: -(-len(tokens) // 10)]
-    of_target = kl(target_of(student, teacher, 0.75), log_p)
+    told, k_max = (log_t - log_c, 1.0) if contrasted else (teacher, 1.75)
+    of_target = kl(target_of(student, told, 0.75, k_max), log_p)
     return {
         "num_samples": len(samples),
         "num_tokens": len(tokens),
@@ -143,25 +148,29 @@ def expected(directory: Path, samples: Samples) -> dict:
         "vocab_size": 23,
         "let_through": (of_target.sum() / of_teacher.sum()).item(),
         "let_through_top_tenth": (of_target[top].sum() / of_teacher[top].sum()).item(),
+        "general_kl": kl(log_c, log_p).mean().item(),
+        "specific_kl": kl(log_t, log_c).mean().item(),
     }
 
 
 LAYOUTS = {
     "one rank": (1, []),
     "fused, one token at a time": (1, ["loss.fused=low_memory", "loss.fused_chunk_tokens=5"]),
+    "a target with controls": (1, ["target.control=other"]),
     "DP2": (2, []),
     "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "DP2", "TP2"]}, strength=1)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "a target with controls", "DP2", "TP2"]}, strength=1)
 def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layout):
     world_size, options = LAYOUTS[layout]
     results = ranks.run(measured, directory, *options, world_size=world_size, init_process_group=False)
     assert len({str(found) for found, _ in results}) == 1, "the same on every rank"
     samples = [sample for _, of_rank in results for sample in of_rank] if layout == "DP2" else results[0][1]
-    found, wanted = dataclasses.asdict(results[0][0]), expected(directory, samples)
+    found, wanted = dataclasses.asdict(results[0][0]), expected(directory, samples, "target.control=other" in options)
+    assert found.pop("why_no_controls") is None and found["specific_kl"] > 0.01
     assert 0 < found["truncated_share"] < 1 and 0 < found["accuracy"] < 1
     shares = ("let_through", "let_through_top_tenth")
     assert sum(found.pop("are_right")) == round(wanted["accuracy"] * 7)
@@ -186,6 +195,31 @@ def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
     tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
     found = first_step(tokens, [False], [False], [True], 1, 23)
     assert found.let_through is None and found.let_through_top_tenth is None and found.advice(Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "hints", "why"),
+    [
+        (["target.control=auto"], ["a", "a"], "all 2 hints are one text"),
+        (["target=teacher_alone"], ["a", "b"], "target.rule=teacher_alone mixes the teacher with nothing"),
+        (["data.solutions=none"], ["a", "b"], "the teacher of method.name=default sees no solutions of the data"),
+    ],
+)
+def test_where_other_hints_make_no_control_the_row_says_why(settings, hints, why, capsys):
+    problems = [Problem(hint, ({"role": "user", "content": "1"},), hint, None, "") for hint in hints]
+    number, found = possible_controls(configuration.load(["data.path=x", *settings]), problems)
+    assert (number, found) == (0, why)
+    first = first_step(torch.full((1, 4), -1.0, dtype=torch.float64), [False], [False], [True], 1, 23)
+    show_first_step(dataclasses.asdict(first) | {"why_no_controls": found}, [])
+    assert f"no controls: {why}" in capsys.readouterr().out
+
+
+def test_the_table_has_the_means_of_the_general_and_of_the_specific_part(capsys):
+    tokens = torch.tensor([[-1.0, 1.0, 1.0, 0.5, 0.25, 2.0], [-1.0, 1.0, 1.0, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    show_first_step(dataclasses.asdict(first_step(tokens, [False], [False], [True], 2, 23)), [])
+    shown = capsys.readouterr().out
+    for name, value in (("general: KL(other hints || reference)", "0.375"), ("specific: KL(teacher || other", "1.500")):
+        assert value in next(line for line in shown.splitlines() if name in line)
 
 
 @pytest.mark.parametrize(

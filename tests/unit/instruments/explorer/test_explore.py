@@ -16,12 +16,15 @@ from typing import Any
 import hf_models
 import pytest
 import tiny_run
+import torch
 from explored_records import summary_of, target_of
-from summed_target import matching_beta
+from summed_target import matching_beta, weights_of
+from torch import Tensor
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.instruments.explorer import explore_command as tool
+from megatron_selfdistill.loss.definition import entropy
 from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
@@ -98,6 +101,59 @@ def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(
         assert many["tokens"][key] == pytest.approx(one["tokens"][key], rel=1e-3, abs=1e-5), key
 
 
+def log_probs(model: Path, prompt: str, response: list[int]) -> Tensor:
+    """Return the log-probs [len(response), V] that predict the response, in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model).encode(prompt, add_special_tokens=False)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)(torch.tensor([ids + response])).logits
+    return logits[0, len(ids) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize(("anchor", "tp_size"), [("reference", 1), ("student", 2)])
+def test_with_controls_the_page_has_what_any_hint_says_and_what_only_this_one_says(directory, ranks, anchor, tp_size):
+    """The controls are the hints of all problems of the data; the page has the values of transformers in float64."""
+    data = directory / "problems.jsonl"
+    others = [json.loads(line)["solution"] for line in data.read_text().splitlines()]
+    controls = ["--data", str(data), "target.control=other", f"target.num_controls={len(others)}"]
+    options = [f"target.anchor={anchor}", f"parallel.tensor_model_parallel_size={tp_size}", "--response", "0923"]
+    options += ["--teacher", str(directory / "hf"), "target.k_max=null"]
+    record = explore(ranks, directory / "first", directory / "c.html", *controls, *options, world_size=tp_size)
+    tokens, summary = record["tokens"], summary_of(record)
+    first, hf = (partial(log_probs, directory / name, response=tokens["id"]) for name in ("first", "hf"))
+    t, c_j = hf("500-408:H092|"), torch.stack([hf(f"500-408:H{other}|") for other in others])
+    a, c = (hf if anchor == "reference" else first)("500-408:"), c_j.exp().mean(0).log()
+    low, high, mix = torch.full_like(a[:, :1], 1 / 16), torch.full_like(a[:, :1], 16), a + 2 * (t - c)
+    for _ in range(60):
+        is_soft = entropy((mix / (low + high) * 2).log_softmax(-1)) > entropy(a)
+        middle = (low + high) / 2
+        low, high = torch.where(is_soft[:, None], low, middle), torch.where(is_soft[:, None], middle, high)
+
+    assert record["models"] == ["student", "teacher", *["reference"] * (anchor == "reference"), "other hints"]
+    rows = (summary.logits[:, :, :23] - summary.log_normalisers[:, :, None]).unbind(1)
+    near = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    for found, expected in (
+        (rows[1], t),
+        (rows[-1], c),
+        (rows[1] - rows[-1], t - c),
+        (rows[-2 if anchor == "reference" else 0], a),
+    ):
+        near(found, expected)
+    w, k = weights_of(target_of(record), len(rows)), torch.tensor(tokens["k"], dtype=torch.float64)
+    near(k, high[:, 0])
+    q = (sum(weight * row for weight, row in zip(w, rows, strict=True)) / k[:, None]).softmax(-1)
+    near(q, (mix / high).softmax(-1))
+    near(torch.tensor(tokens["general_kl"]).double(), (c.exp() * (c - a)).sum(-1))
+    near(torch.tensor(tokens["specific_kl"]).double(), (t.exp() * (t - c)).sum(-1))
+    assert (t - c).abs().max() > 0.1 and (k - 1).abs().min() > 0.01
+
+
+def test_controls_need_other_problems(directory, capsys):
+    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, "target.control=other"]) == 2
+    assert "name a file of problems with --data, or set target.control=none" in capsys.readouterr().err
+
+
 def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, capsys):
     run_dir = directory / "run"
     shutil.copytree(directory / "megatron", run_dir / "checkpoints")
@@ -151,6 +207,6 @@ def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(
     )
     contexts = [ContextPair(name, [1], [2], [3], False, teacher=name) for name in teachers]
     batch: Any = SimpleNamespace(contexts=contexts, solutions=["unseen", "seen"], teacher="")
-    monkeypatch.setattr(explored, "_token_target", lambda *_: None)
+    monkeypatch.setattr(explored, "_token_target", lambda *_: SimpleNamespace(summarise=None))
     monkeypatch.setattr(explored, "explored_responses", lambda output, shown, texts, *_: texts)
     assert explored.explored_of(learner, batch, 2) == ["", "seen"]
