@@ -3,14 +3,15 @@ r"""Self-distillation towards what the same model predicts when it sees the solu
 
 Algorithm: The student samples a response after the problem. The teacher reads it after the problem and the solution.
 The target of a token is a mix of teacher and anchor whose entropy matches the anchor's, with k at most 1 + w. The loss
-is the divergence of student and target at every response token. With recipe=default the target stands still: teacher
-and reference are frozen. docs/method.md explains the choices.
+is the divergence of student and target at every response token. With recipe=default the target stands still where the
+solutions of the data differ: teacher and reference are frozen. docs/method.md explains the choices.
 
 Equation:
 
     target = softmax(m / k)     m: the mix of docs/method.md, with w = target.teacher_weight
     k: H(target) = H(anchor),  k <= 1 + w
     recipe=default:        D = KL(student || target),   anchor = reference, frozen teacher
+                           (anchor = student where all solutions are one text)
     recipe=teacher_alone:  D = KL(student || teacher),  no mix,             frozen teacher
     recipe=literal:        D = KL(target || student),   anchor = student,   current teacher, k unbounded
     recipe=multi_teacher:  as the default, with the teacher that the record names (docs/teachers.md)
