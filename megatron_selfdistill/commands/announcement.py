@@ -91,6 +91,8 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from data.about_records
     if config.has_teacher and (line := about_one_hint(config.target.anchor, data.problems.problems)):
         yield line
+    if data.num_controls:
+        yield about_controls(data.num_controls, data.problems.problems)
     yield f"{start(trainer)}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
     if trainer.stop.plan:
@@ -105,6 +107,13 @@ def about_one_hint(anchor: str, problems: Sequence[Problem]) -> str | None:
     if anchor == "student":
         return f"{found}: the target follows the student (target.anchor=student)"
     return f"warning: {found}, and the anchor holds back what it asks for; try target.anchor=auto"
+
+
+def about_controls(number: int, problems: Sequence[Problem]) -> str:
+    """Return a line about the ``number`` of controls of each response, and whether the problems have as many hints."""
+    found = f"the teacher also reads each response after the hints of {number} other problems (target.num_controls)"
+    others = len({problem.solution for problem in problems}) - 1
+    return found if others >= number else f"{found}, of which some count twice: a problem meets {others} other hints"
 
 
 def _problems(trainer: Trainer) -> str:
