@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 import clipped_opsd
+import control_tables
 from anchored_experiments import ABLATIONS, EXPERIMENTS, WITH_ABLATIONS
 from anchored_map import LINES, arms_of
 from cell_lines import DOCS, Line, read_lines
@@ -119,6 +120,8 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the table ``name`` of the page: of `TABLES`, the sweep, OPSD's clip, or the weights of a flip."""
     if name == "clipped":
         return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
+    if name == "controls":
+        return control_tables.table_of_choices(read_lines(control_tables.LINES))
     if name == "flips":
         return flips()
     if name == "ablations":

@@ -36,18 +36,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cell_lines import REPOSITORY, RESULTS, read_lines
+from cell_lines import REPOSITORY, read_lines
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
 from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell  # noqa: E402
 from anchored_map import run_cell  # noqa: E402
 from control_rivals import PATCHES  # noqa: E402
+from control_tables import CHOOSING_TASKS, LINES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
 
-LINES = RESULTS / "control_map.jsonl"
-CHOOSING_TASKS = ("leak", "quickstart", "wrong_hints", "many_answers", "hard")
 TASKS = (*CHOOSING_TASKS, "unsolved", "unsolved_leaking", "unsolved_wrong", "choosing", "choosing_surer")
 """The small tasks whose teacher sees solutions of the data; on chat logs the setting auto is the default of today."""
 OF_STUDENT = (*SIX["student_matched"], "target.control=other")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.joint_anchor import joint_anchor, shared_mix
 from megatron_selfdistill.loss.sharded.contrast import contrast, row_log_sums
 from megatron_selfdistill.loss.sharded.target_solution import TargetSolution, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, vocab_entropy
-from megatron_selfdistill.loss.target import Target, joint_anchor, mixed_logits, shared_mix
+from megatron_selfdistill.loss.target import Target, mixed_logits
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.sampling import invert_cdf, token_log_probs
 

@@ -40,6 +40,7 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_gradient,
     reverse_kl_terms,
 )
+from megatron_selfdistill.loss.joint_anchor import joint_anchor
 from megatron_selfdistill.loss.jsd_and_renyi import (
     jsd_gradient,
     jsd_terms,
@@ -54,7 +55,6 @@ from megatron_selfdistill.loss.target import (
     Target,
     check_arguments,
     check_controls,
-    joint_anchor,
     mixed_logits,
     status_given,
     token_status,

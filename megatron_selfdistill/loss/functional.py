@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.loss.joint_anchor import joint_anchor, shared_mix
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
@@ -26,9 +27,7 @@ from megatron_selfdistill.loss.target import (
     Target,
     check_arguments,
     check_controls,
-    joint_anchor,
     mixed_logits,
-    shared_mix,
 )
 
 IGNORED = -100

@@ -239,25 +239,6 @@ def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_
     return anchor if teacher_weight == 0 else torch.add(anchor, teacher, alpha=teacher_weight)
 
 
-def joint_anchor(student: Tensor, reference: Tensor, target: Target) -> Tensor:
-    """Return the anchor's logits a = (1 - l) s + l r, at least float32; r alone where the target is anchored to it."""
-    wide = torch.promote_types(torch.promote_types(student.dtype, reference.dtype), torch.float32)
-    if target.is_anchored:
-        return reference.to(wide)
-    share = target.reference_share
-    return (student.to(wide) * (1 - share)).add_(reference, alpha=share)
-
-
-def shared_mix(reference: Tensor, teacher: Tensor, target: Target) -> Tensor:
-    """Return (w t + l r) / (1 - l), at least float32, to which the passes of the loss add s: m / (1 - l).
-
-    teacher: t, or with controls t - c.
-    """
-    wide = torch.promote_types(torch.promote_types(teacher.dtype, reference.dtype), torch.float32)
-    share = target.reference_share
-    return mixed_logits(reference.to(wide) * share, teacher, target.teacher_weight, 1.0).div_(1 - share)
-
-
 def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor, *, is_contrast: bool = False) -> Tensor:
     """Return m / (1 + w) = (w t + a) / (1 + w) in float32, of logits or of hidden states, [T, n] each.
 

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.loss.sharded.anchor_share import share_anchor
 from megatron_selfdistill.loss.sharded.subtracted_controls import subtract_controls
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TokenOptions,
@@ -38,7 +39,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     chosen,
     vocab_entropy,
 )
-from megatron_selfdistill.loss.target import Target, joint_anchor, shared_mix, unit_mix
+from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
     ModelInputs,
@@ -324,26 +325,6 @@ class Reference:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def share_anchor(
-        self, student_logits: Tensor, teacher_logits: Tensor, states: Tensor, vocab: VocabShard
-    ) -> Tensor | None:
-        """Replace the teacher's logits [R, v / tp] by `shared_mix`; return the entropy of the anchor, or None.
-
-        ``student_logits [R, v / tp]``; ``states [R, 1, h]``: the reference's states.  None where the target needs no
-        entropy of the anchor.
-        Collectives: those of `vocab_entropy` per ``chunk_tokens`` tokens.
-        """
-        entropies = []
-        for start in range(0, max(1, len(states)), self.chunk_tokens):
-            chunk = slice(start, start + self.chunk_tokens)
-            logits = project(self.last, states[chunk])
-            if self.target.needs_reference_entropy:
-                anchor = joint_anchor(student_logits[chunk], logits, self.target)
-                entropies.append(vocab_entropy(anchor, vocab, backend=self.backend))
-            teacher_logits[chunk] = shared_mix(logits, teacher_logits[chunk], self.target)
-        return torch.cat(entropies) if entropies else None
-
-    @torch.no_grad()
     def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
         """Replace the teacher's logits t [R, v / tp] by (w t + r) / (1 + w), computed in float32 and rounded once.
 
@@ -558,8 +539,17 @@ class ScheduledStep:
             student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
             if share:
                 assert self.reference is not None and teacher_logits is not None and apart is not None
-                of_reference = self._kept.at_full_width(apart)
-                entropy = self.reference.share_anchor(student_logits, teacher_logits, of_reference, self.vocab)
+                states_of_reference, last = self._kept.at_full_width(apart), self.reference.last
+                entropy = share_anchor(
+                    student_logits,
+                    teacher_logits,
+                    lambda rows: project(last, states_of_reference[rows]),
+                    self.reference.target,
+                    self.vocab,
+                    backend=self.reference.backend,
+                    chunk_tokens=self.reference.chunk_tokens,
+                    wants_entropy=self.reference.target.needs_reference_entropy,
+                )
                 options = replace(options, reference_entropy=entropy)
             stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, options)
         if measuring is None:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.joint_anchor import joint_anchor
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
-from megatron_selfdistill.loss.target import Divergence, Target, joint_anchor
+from megatron_selfdistill.loss.target import Divergence, Target
 
 CHUNK_TOKENS = 512
 """The largest number of tokens whose logits of teacher and reference exist at a time, besides those of the loss."""

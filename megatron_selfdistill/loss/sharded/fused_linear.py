@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_selfdistill.loss.sharded.anchor_share import share_anchor
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather, group_size, reduce_scatter
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.subtracted_controls import subtract_controls
@@ -43,7 +44,6 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     make_shard,
     run_forward,
     shares_of,
-    vocab_entropy,
 )
 from megatron_selfdistill.loss.target import (
     Divergence,
@@ -51,8 +51,6 @@ from megatron_selfdistill.loss.target import (
     TokenDivergences,
     check_arguments,
     check_controls,
-    joint_anchor,
-    shared_mix,
     token_groups,
 )
 
@@ -266,7 +264,19 @@ class _Logits:
             return student_logits, teacher_logits
         reference = self._full_width(others.reference_hidden[tokens], others.reference_weight)
         if target.reference_share:
-            self._share_anchor(tokens, student_logits, teacher_logits, reference @ others.reference_weight.t())
+            of_reference = reference @ others.reference_weight.t()
+            entropy = share_anchor(
+                student_logits,
+                teacher_logits,
+                lambda rows: of_reference[rows],
+                target,
+                self.layer.vocab,
+                backend=self.layer.backend.name,
+                chunk_tokens=max(1, count),
+                wants_entropy=self.is_forward and target.needs_reference_entropy,
+            )
+            if entropy is not None:
+                self.anchor_entropy[tokens] = entropy
             return student_logits, teacher_logits
         weights = self.layer.teacher_weights
         if others.control_hidden is not None:
@@ -282,14 +292,6 @@ class _Logits:
         # The product and the sum are float32 inside of the GEMM, and the sum is rounded once.
         teacher_logits.addmm_(reference, others.reference_weight.t(), beta=beta, alpha=alpha)
         return student_logits, teacher_logits
-
-    def _share_anchor(self, tokens: slice, student: Tensor, teacher: Tensor, reference: Tensor) -> None:
-        """Replace the teacher's logits t or t - c of a chunk by `shared_mix`; keep the entropy of the anchor."""
-        layer = self.layer
-        if self.is_forward and layer.target.needs_reference_entropy:
-            anchor = joint_anchor(student, reference, layer.target)
-            self.anchor_entropy[tokens] = vocab_entropy(anchor, layer.vocab, backend=layer.backend.name)
-        teacher.copy_(shared_mix(reference, teacher, layer.target))
 
     def _contrast(self, tokens: slice, teacher_logits: Tensor, weight: Tensor) -> None:
         """Replace the teacher's logits t of a chunk by t - c."""

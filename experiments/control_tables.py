@@ -1,0 +1,40 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The table of docs/results.md about controls, from the lines of control_map.py; anchored_tables.py writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from cell_lines import RESULTS, Line
+from page_tables import short, spread
+
+LINES = RESULTS / "control_map.jsonl"
+CHOOSING_TASKS = ("leak", "quickstart", "wrong_hints", "many_answers", "hard")
+"""The tasks on which the setting is chosen."""
+LABELS = {
+    "anchored_matched": "the default",
+    "student_matched": "mix with the student",
+    "teacher_alone": "teacher alone",
+    "k1": "controls, K = 1",
+    "k2": "controls, K = 2",
+    "k4": "controls, K = 4",
+    "k8": "controls, K = 8",
+    "w050": "controls, K = 4, w = .5",
+    "w150": "controls, K = 4, w = 1.5",
+    "reference": "controls, K = 4, anchored",
+}
+"""The arms of the table."""
+
+
+def table_of_choices(lines: Sequence[Line]) -> list[str]:
+    """Return the sampled accuracy of each setting after the last step, over the seeds with a line for each of them."""
+    found = {(line["arm"], line["experiment"], line["seed"]): line["sampled"][-1] for line in lines}
+    seeds = [s for s in (1, 2) if all((arm, task, s) in found for arm in LABELS for task in CHOOSING_TASKS)]
+    scores = {(arm, task): [found[arm, task, s] for s in seeds] for arm in LABELS for task in CHOOSING_TASKS}
+    best = {task: max(mean(scores[arm, task]) for arm in LABELS) for task in CHOOSING_TASKS}
+    rows = [[f"seeds {' and '.join(map(str, seeds))}", *CHOOSING_TASKS, "mean loss", "worst loss"], ["---"] * 8]
+    for arm, label in LABELS.items():
+        losses = [best[task] - mean(scores[arm, task]) for task in CHOOSING_TASKS]
+        rows.append([label, *(spread(scores[arm, t]) for t in CHOOSING_TASKS), short(mean(losses)), short(max(losses))])
+    return [f"| {' | '.join(row)} |" for row in rows]
