@@ -119,7 +119,7 @@ def _keys_of_rank(
 ) -> tuple[PackedSeqParams, Tensor]:
     """Return the segments of a context-parallel rank, and the places of their keys among the gathered keys, int64.
 
-    The rank holds two chunks of each sequence as queries (`data.packing.context_parallel_positions`).  Each chunk is a
+    The rank holds two chunks of each sequence as queries (`context_parallel_positions`).  Each chunk is a
     segment whose keys are those of its sequence up to the end of the chunk.  The tensors are computed on the device,
     for which the host does not wait, and are kept on ``packed`` for all layers.
     """

@@ -531,7 +531,7 @@ def jsd_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write one row of ``shard_sums.jsd_pass``."""
+    """Write one row of ``jsd_and_renyi_passes.jsd_pass``."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
     student += row * student_stride
@@ -583,7 +583,7 @@ def renyi_pass_kernel(
     VEC: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write one row of ``shard_sums.renyi_pass``.
+    """Write one row of ``jsd_and_renyi_passes.renyi_pass``.
 
     rest_of_order: 1 - alpha.  FORWARD: whether the divergence is D(q || p).
     """

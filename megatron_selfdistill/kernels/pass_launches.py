@@ -135,12 +135,12 @@ def second_pass(
 
 
 def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
-    """Launch the kernel of `shard_sums.jsd_pass`."""
+    """Launch the kernel of `jsd_and_renyi_passes.jsd_pass`."""
     return _two_sums(jsd_pass_kernel, shard, constants, jsd_lambda)
 
 
 def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
-    """Launch the kernel of `shard_sums.renyi_pass`."""
+    """Launch the kernel of `jsd_and_renyi_passes.renyi_pass`."""
     is_forward = divergence.kind == "forward_kl"
     return _two_sums(renyi_pass_kernel, shard, constants, 1 - divergence.order, FORWARD=is_forward)
 

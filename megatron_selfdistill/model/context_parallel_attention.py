@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 
 _FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""

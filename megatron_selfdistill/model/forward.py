@@ -16,8 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, layers
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.packed_batch import Microbatch
-from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.local_attention import PackedSequences

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import (
-    context_parallel_positions,
     length_quantum,
     pack,
     pad_to_count,

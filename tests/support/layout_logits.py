@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.forward import unwrapped

@@ -29,12 +29,8 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_terms,
 )
 from megatron_selfdistill.loss.jsd_and_renyi import (
-    FAR,
     jsd_gradient,
-    jsd_terms,
-    log_mixture_over_p,
     renyi_gradient,
-    renyi_sums,
 )
 from megatron_selfdistill.loss.target import RANGE, Divergence, Status, Target, mixed_logits
 
@@ -398,32 +394,6 @@ def second_pass(
     return shard.over_rows(work, len(SECOND_PASS_FORWARD if forward_kl else SECOND_PASS), needed)
 
 
-def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
-    """Return [num_parts, T, 2]: this shard's sums of the JSD and of KL(p || M)."""
-
-    def work(rows: Chunk) -> Tensor:
-        p, q, d = _probabilities(shard, constants.rows(rows), rows)
-        jsd = jsd_terms(p, q, d, jsd_lambda).sum(1)
-        return torch.stack([jsd, log_mixture_over_p(d, jsd_lambda).mul_(p).sum(1).neg_()], dim=1)
-
-    return shard.over_rows(work, 2)
-
-
-def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
-    """Return [num_parts, T, 2]: this shard's Z - 1 and log Z of the Renyi divergence, see `divergence.renyi_sums`.
-
-    A shard of padding only has 0 and a log Z that stands for -inf.
-    """
-
-    def work(rows: Chunk) -> Tensor:
-        return renyi_sums(*_log_probs(shard, constants.rows(rows), rows), divergence)
-
-    sums = shard.over_rows(work, 2)
-    if shard.student.shape[1] == 0:
-        sums[..., 1] = -10 * FAR
-    return sums
-
-
 def write_gradient(
     shard: Shard,
     constants: TokenConstants,
@@ -447,7 +417,7 @@ def write_gradient(
         return
     for rows in shard.chunks():
         if divergence.is_renyi:
-            log_p, log_q = _log_probs(shard, constants.rows(rows), rows)
+            log_p, log_q = row_log_probs(shard, constants.rows(rows), rows)
             p, gradient = log_p.exp(), renyi_gradient(log_p, log_q, kl_value[rows], divergence)
         else:
             p, gradient = _kl_or_jsd_gradient(shard, constants.rows(rows), rows, kl_value, divergence, forward_shares)
@@ -466,7 +436,7 @@ def _kl_or_jsd_gradient(
     forward_shares: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return p and the gradient of the divergence of a chunk."""
-    p, q, d = _probabilities(shard, chunk, rows)
+    p, q, d = row_probabilities(shard, chunk, rows)
     if divergence.kind == "forward_kl":
         return p, q_minus_p(p, q, d).neg_()
     if divergence.kind == "jsd":
@@ -493,14 +463,14 @@ def _shifted(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, 
     return y.clamp_(min=FLOOR), x
 
 
-def _probabilities(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+def row_probabilities(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """Return p, q and log q - log p of a chunk."""
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)
     return log_p.exp(), log_q.exp(), log_q.sub_(log_p)
 
 
-def _log_probs(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
+def row_log_probs(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
     """Return log p and log q of a chunk, -inf where a column does not exist."""
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y - chunk.student_log_sum, x * chunk.beta - chunk.log_sum

@@ -22,7 +22,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.choices import LOSS_BACKENDS
 from megatron_selfdistill.loss.divergence import forward_share
 from megatron_selfdistill.loss.jsd_and_renyi import renyi_value
-from megatron_selfdistill.loss.sharded import contrast, shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded import contrast, jsd_and_renyi_passes, shard_sums, token_statistics
 from megatron_selfdistill.loss.sharded.group_collectives import all_gather
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
@@ -553,8 +553,8 @@ _TORCH = Backend(
     solve_tokens=token_statistics.solve_tokens,
     second_pass=shard_sums.second_pass,
     finish_tokens=token_statistics.finish_tokens,
-    jsd_pass=shard_sums.jsd_pass,
-    renyi_pass=shard_sums.renyi_pass,
+    jsd_pass=jsd_and_renyi_passes.jsd_pass,
+    renyi_pass=jsd_and_renyi_passes.renyi_pass,
     write_gradient=shard_sums.write_gradient,
     row_log_sums=contrast.row_log_sums,
     contrast=contrast.contrast,

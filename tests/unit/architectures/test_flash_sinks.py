@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.architectures import flash_sinks
 from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
-from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config

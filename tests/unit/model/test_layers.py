@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.architectures import attention_variants
 from megatron_selfdistill.architectures.attention_variants import VariantAttention, sink_channels
-from megatron_selfdistill.data.packing import context_parallel_positions, microbatch_of
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
+from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.model import context_parallel_attention, local_attention
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
 
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackingRules
-from megatron_selfdistill.data.packing import context_parallel_positions, pack
+from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.model import rotary
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.local_attention import PackedSequences
