@@ -137,11 +137,10 @@ def check(config: Config, world_size: int) -> None:
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
-    from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
+    from megatron_selfdistill.checkpoint.resumption import finished_run
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.teacher import Teachers
 
-    refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
     prechecks.require_packages(config)  # of the architecture that a checkpoint states
     require_same_tokenizer(config)

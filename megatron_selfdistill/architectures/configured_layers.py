@@ -85,11 +85,6 @@ def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:
         for name, value in dataclasses.asdict(model.yarn).items():
             setattr(config, f"yarn_{name}", value)
     if model.latent_layernorm_epsilon is not None:  # `LatentRMSNorm` and `with_latent_epsilon` read the attribute
-        if not (config.multi_latent_attention and config.normalization == "RMSNorm"):
-            raise ConfigError(
-                "model.latent_layernorm_epsilon is for multi-latent attention with model.normalization=RMSNorm: do not "
-                "set it for this model"
-            )
         config.latent_layernorm_epsilon = model.latent_layernorm_epsilon
     if model.qk_layernorm_all_heads:
         setattr(config, ALL_HEADS, True)

@@ -19,7 +19,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.directory import Temporary
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION, SavedRun, read_saved_run
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.frozen_weights import (
@@ -71,7 +70,7 @@ class Checkpointer:
         """The ids of the weights that are kept beside the checkpoints, by the names of their directories."""
         # Forked writers: a persistent writer would share memory with weights that change during the save.
         self._queue = AsyncCallsQueue(persistent=False)
-        self._pending: Temporary | None = None
+        self._pending: Path | None = None  # the directory of the background save
         self._lost: str | None = None  # why the last background save left no checkpoint
         self._validated = False
 
@@ -82,31 +81,24 @@ class Checkpointer:
 
         Raises: CheckpointError where all checkpoints have faults; the method then changes nothing.
         """
-        faults: dict[Path, str] = {}
+        faults: dict[str, str] = {}
         for path in run_on_rank_0(lambda: directory.candidates(self.directory)):
             fault = sharded_io.integrity_fault(path, self.config.verify)
             if fault is None:
-                self._warn(faults, path)
+                if faults and self.grid.is_reporter:
+                    reasons = "; ".join(f"{name} {why}" for name, why in faults.items())
+                    lost = max(map(directory.iteration_of, map(Path, faults))) - directory.iteration_of(path)
+                    again = f", {lost} steps earlier" if lost > 0 else ""
+                    logger.warning("%s in %s: the run continues from %s%s", reasons, self.directory, path.name, again)
                 return path
-            faults[path] = fault
+            faults[path.name] = fault
         if not faults:
             return None
-        reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
+        reasons = "; ".join(f"{name} {why}" for name, why in faults.items())
         raise CheckpointError(
             f"none of the checkpoints in {self.directory} can be used: {reasons}; restore one, or move {self.run_dir} "
             "away"
         )
-
-    def _warn(self, faults: dict[Path, str], taken: Path) -> None:
-        if not self.grid.is_reporter:
-            return
-        if fault := directory.tracker_fault(self.directory):
-            logger.warning("%s %s: the newest checkpoint counts", self.directory, fault)
-        if faults:
-            reasons = "; ".join(f"{path.name} {fault}" for path, fault in faults.items())
-            lost = max(map(directory.iteration_of, faults)) - directory.iteration_of(taken)
-            again = f", {lost} steps earlier" if lost > 0 else ""
-            logger.warning("%s in %s: the run continues from %s%s", reasons, self.directory, taken.name, again)
 
     @moving_files()
     def save(
@@ -249,7 +241,7 @@ class Checkpointer:
         )
         self._validated = True
         if not self.config.async_save:
-            sharded_io.write_now(request, temporary, target)
+            sharded_io.write_now(request, target)
             return
         self._pending = temporary
         run_on_each_rank(lambda: self._queue.schedule_async_request(request))
@@ -261,11 +253,10 @@ class Checkpointer:
         process = calls[0].async_caller.process if calls else None  # which Megatron forgets
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
-        place = self._pending.path
+        place = self._pending
         if calls and not run_on_rank_0(place.is_dir):  # removed, perhaps with the complete run directory
             calls.popleft()
             sharded_io.forget_results()
-            self._pending.release()
             self._pending = None
             self._lost = f"{place} was removed while a checkpoint was being written there in the background"
             if self.grid.is_reporter:
@@ -281,7 +272,6 @@ class Checkpointer:
             raise sharded_io.unwritten("a checkpoint in the background", error) from error
         finally:
             if done:
-                self._pending.release()
                 self._pending = None
 
     def save_frozen(self, name: str, weights: StateDict, known: str | None = None, **more: Any) -> str:

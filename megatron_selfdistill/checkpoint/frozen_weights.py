@@ -75,10 +75,10 @@ def save_frozen_weights(
     found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
     contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
     contents |= weights()
-    request = sharded_io.begin_write(
+    request, _ = sharded_io.begin_write(
         contents, target, replicas=replicas, prove_ownership=prove_ownership, texts=texts(found_id)
     )
-    sharded_io.write_now(*request, target)
+    sharded_io.write_now(request, target)
     return found_id
 
 

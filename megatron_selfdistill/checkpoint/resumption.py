@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, SavedRun, read_saved_run
+from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, SavedRun
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.checkpoint.run_directory import CONFIGURATION_FILE
 from megatron_selfdistill.choices import ANCHORS
@@ -58,26 +58,6 @@ class Resumption:
     """One line for every key that has changed by force, and one for every consequence."""
     same_problems: bool
     """Whether the stored position in the data still refers to the same problems."""
-
-
-def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
-    """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
-
-    ``given``: the keys that the user has set (`config.GivenKeys`); null takes the keys that differ from their
-    defaults.  The function compares the newest readable checkpoint, before anything expensive starts and without other
-    ranks.  `resumption` compares the checkpoint that the run then loads.
-    """
-    if config.checkpoint.resume is not True:
-        return
-    for path in directory.candidates(Path(config.run_dir) / "checkpoints"):
-        try:
-            saved = read_saved_run(path)
-        except CheckpointError:
-            continue  # the run reports the fault when it verifies all files
-        message = refusal(_changed(saved, config, given), str(path))
-        if message is not None:
-            raise ConfigError(message)
-        return
 
 
 def latest_resumption(
@@ -178,12 +158,10 @@ def _decided(config: Config) -> list[Config]:
     return [replace(config, target=replace(config.target, anchor=anchor)) for anchor in ANCHORS]
 
 
-def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
+def _changed(saved: SavedRun, config: Config) -> list[KeyDifference]:
     stored, now = saved.trainer_state[CONFIGURATION], stored_values(config)
     if "method" not in stored:
         raise CheckpointError(f"{saved.path}: an earlier version wrote it, with other keys: start from its weights")
-    if config.target.anchor == "auto":  # which the data decide, once they are read
-        now = now | {"target": now["target"] | {"anchor": stored["target"]["anchor"]}}
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
         before = {
@@ -196,14 +174,14 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             before["yarn"] = YarnConfig(**before["yarn"])
         try:
             stored = stored | {"model": _completed(ModelConfig(**before), architecture)}
-            now = now | {"model": _completed(config.model, architecture, given)}
+            now = now | {"model": _completed(config.model, architecture)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
     return differences(stored, now)
 
 
-def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+def _completed(model: ModelConfig, stored: ModelConfig) -> dict[str, Any]:
     """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
-    resolved = reconcile(model, fields_set(model, given), stored)
+    resolved = reconcile(model, fields_set(model), stored)
     plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
     return plain

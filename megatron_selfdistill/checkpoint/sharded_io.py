@@ -36,7 +36,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
-from megatron_selfdistill.checkpoint.formats.directory import Temporary
 from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, NOT_WEIGHTS, raise_misfit
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, WRITTEN_WITH, stored_shapes
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
@@ -57,13 +56,13 @@ def begin_write(
     prove_ownership: Callable[[], None] = lambda: None,
     published: Callable[[], None] = lambda: None,
     texts: Mapping[str, str] | None = None,
-) -> tuple[AsyncRequest, Temporary]:
-    """Return Megatron's request to write ``contents``, and the locked temporary directory of the request; collective.
+) -> tuple[AsyncRequest, Path]:
+    """Return Megatron's request to write ``contents``, and the temporary directory of the request; collective.
 
     The caller executes the request at once or in the background.  At its end rank 0 calls ``prove_ownership``, renames
-    the directory to ``target`` and calls ``published``.  The caller then calls `Temporary.release`, also after a
-    failure. ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for
-    instance while this run was suspended in the middle of the save; then rank 0 does not rename the directory.
+    the directory to ``target`` and calls ``published``.  ``prove_ownership`` raises `CheckpointError` where another run
+    has taken the run directory over, for instance while this run was suspended in the middle of the save; then rank 0
+    does not rename the directory.
     ``replicas``: the group of ranks that hold equal tensors and share the writing.  ``validate``: check that the shards
     of all ranks cover each tensor once.  ``texts``: further files of the directory, by their names.
 
@@ -72,14 +71,14 @@ def begin_write(
     needed = sum(gather_objects(_num_bytes(contents)))
     # Here, because a rank that fails to start its queue inside Megatron's save would leave the other ranks waiting.
     run_on_each_rank(filesystem_async.get_write_results_queue)
-    temporary = _begin_on_all_ranks(target, needed)
+    temporary = run_on_rank_0(lambda: directory.begin(target.parent, target.name, needed))
     strategy = get_default_save_sharded_strategy()
     if replicas is not None and replicas.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
     try:
         request = dist_checkpointing.save(
             {**contents, WRITTEN_WITH: older_megatron.version_text()},
-            str(temporary.path),
+            str(temporary),
             strategy,
             validate_access_integrity=validate,
             async_sharded_save=True,
@@ -87,30 +86,27 @@ def begin_write(
             **older_megatron.save_options(),
         )
     except WRITE_ERRORS as error:
-        temporary.release()
         raise unwritten(str(target), error) from error
 
     def publish() -> None:
         prove_ownership()
         for name, text in (texts or {}).items():
-            (temporary.path / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8")
         directory.publish(temporary, target)
         published()
 
     if request.async_fn is not None:  # None on a rank that has nothing to write
-        request = request._replace(async_fn=functools.partial(_write_with_checksums, request.async_fn, temporary.path))
+        request = request._replace(async_fn=functools.partial(_write_with_checksums, request.async_fn, temporary))
     request.add_finalize_fn(lambda: run_on_rank_0(publish))
     return request, temporary
 
 
-def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None:
-    """Execute the request of `begin_write` now, and release the lock of its directory."""
+def write_now(request: AsyncRequest, target: Path) -> None:
+    """Execute the request of `begin_write` for ``target`` now."""
     try:
         request.execute_sync()
     except WRITE_ERRORS as error:
         raise unwritten(str(target), error) from error
-    finally:
-        temporary.release()
 
 
 def unwritten(what: str, error: BaseException) -> CheckpointError:
@@ -325,18 +321,6 @@ def _write_file(sender: Any, number: int, bucket: Any, transforms: Any, use_msc:
         transforms, number, bucket, results, unused, True, **options
     )
     sender.send(results.get()[1])
-
-
-def _begin_on_all_ranks(target: Path, num_bytes: int) -> Temporary:
-    """Call `directory.begin` on rank 0, and let every rank hold the lock of the temporary directory."""
-    begun: list[Temporary] = []
-
-    def begin() -> Path:
-        begun.append(directory.begin(target.parent, target.name, num_bytes))
-        return begun[0].path
-
-    path = run_on_rank_0(begin)
-    return run_on_each_rank(lambda: begun[0] if begun else Temporary(path).hold())
 
 
 def _num_bytes(contents: dict[str, Any]) -> int:

@@ -68,11 +68,6 @@ def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phase
                 sessions = SessionProcesses(wanted.name, wanted.options, checked)
                 return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
             environment = make(**wanted.options)
-        if not callable(getattr(environment, "reply", None)):
-            raise ConfigError(
-                f"environment.name={wanted.name} must make an object with a method reply(problem, said), or be a class "
-                f"with the methods reset, step and close, got a {type(environment).__name__}"
-            )
         if limits:
             raise ConfigError(
                 f"environment.limits: {', '.join(sorted(limits))} are for sessions, not for {wanted.name}"

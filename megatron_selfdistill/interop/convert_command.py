@@ -38,13 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
-    # --help and a mistyped option do not wait for these imports; torch is imported after the arguments are checked.
+    # --help and a mistyped option do not wait for these imports.
     from megatron_selfdistill.distributed.terminal import silence_known_warnings
     from megatron_selfdistill.errors import CheckpointError, ConfigError
 
     silence_known_warnings()
     try:
-        _check(arguments)
         return int(arguments.run(arguments))
     except (CheckpointError, ConfigError) as error:
         print_error("convert:", error)
@@ -54,23 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert: interrupted; nothing was left behind", file=sys.stderr)
         return 130
     return EXIT_REFUSED
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Raise `CheckpointError` for the mistakes in the names of directories that no import of torch has to find."""
-    from megatron_selfdistill.checkpoint.formats.directory import is_hugging_face, require_checkpoint
-    from megatron_selfdistill.interop.hf_files import require_hugging_face
-    from megatron_selfdistill.interop.new_directory import require_free
-
-    named = vars(arguments)
-    if "out" in named:
-        require_free(arguments.out)
-    if "hf" in named:
-        require_hugging_face(arguments.hf)
-    if "megatron" in named:
-        require_checkpoint(arguments.megatron, arguments.iteration)
-    if "checkpoint" in named and not is_hugging_face(arguments.checkpoint):
-        require_checkpoint(arguments.checkpoint)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +23,13 @@ def created(target: Path, num_bytes: int) -> Iterator[Path]:
     target = target.absolute()
     temporary = begin(target.parent, target.name, num_bytes + 2**20)
     try:
-        yield temporary.path
+        yield temporary
         require_free(target)
-        sync(temporary.path)
-        temporary.path.rename(target)
+        sync(temporary)
+        temporary.rename(target)
         sync(target.parent)
     finally:
-        temporary.remove()
-        temporary.release()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_free(target: Path) -> None:

@@ -47,7 +47,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.methods.default import SelfDistillation
@@ -69,14 +68,6 @@ class BetaOpsdSettings(SignalSettings, ClipSettings):
     def needs(self) -> Needs:
         """What the method needs from the core."""
         return Needs(log_probs=None if self.signal == "full" else MEASURED)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.discount == 0 or self.signal == "advantage",
-            f"method.discount={self.discount} adds the log-ratios of later tokens to an advantage, but method.signal "
-            f"is {self.signal}: set method.signal=advantage",
-        )
 
 
 class BetaOpsd(SelfDistillation):

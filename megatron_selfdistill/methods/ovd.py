@@ -46,8 +46,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require, require_slots
+from megatron_selfdistill.config.schema.field_checks import require_slots
 from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import OneOf, Text, at_least, at_most
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -97,15 +96,6 @@ class OvdSettings(GrpoSettings):
     def needs(self) -> Needs:
         """What the method needs from the core."""
         return replace(super().needs, scores=True)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where two selections, or two rewards, meet."""
-        super().check(config)
-        require(
-            self.select is None and (self.reward is None or self.use == "filter"),
-            "method.name=ovd has a selection and, with method.use=reward, rewards of its own: unset method.select and "
-            "method.reward",
-        )
 
 
 class Ovd(Grpo):

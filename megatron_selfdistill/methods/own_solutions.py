@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
 from megatron_selfdistill.config.schema.method_config import FOUND, Needs
@@ -47,13 +47,9 @@ from megatron_selfdistill.methods.opsd_rl import OpsdRl
 from megatron_selfdistill.methods.parts.hints import chosen_with_hints
 from megatron_selfdistill.methods.parts.learnability import learnabilities
 from megatron_selfdistill.methods.parts.settings import DistillAndRewardSettings
-from megatron_selfdistill.methods.parts.solution_search import Search, content_of, solve
+from megatron_selfdistill.methods.parts.solution_search import content_of, solve
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
-from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
-
-if TYPE_CHECKING:
-    from megatron_selfdistill.distributed.ranks import RankGrid
 
 
 @dataclass(frozen=True)
@@ -99,32 +95,57 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class OwnSolutions:
-    """The solutions that a run has found for its problems, and when the next search is due.
+class OwnSolutionHints(OpsdRl):
+    """The method whose teacher sees the model's own solutions instead of the data's.
 
-    The table is a value, the same on every rank of the world: `refreshed` returns another one.
+    The table of solutions is a value, the same on every rank of the world: `refreshed` returns a method with another.
     """
 
-    search: Search
-    refresh_every: int
-    """Steps between two searches."""
+    Settings = OwnSolutionsSettings
     table: Mapping[str, Sequence[Solution]] = field(default_factory=dict)
     """Problem id -> its solutions, best first."""
     refreshed_at: int | None = None
     """The step of the last search; None before the first."""
 
+    def check_data(self) -> None:
+        """Raise `ConfigError` for a problem without an answer."""
+        check_answers(self.tools.run_data.problems.problems, self.tools.judge.verifier)
+
     def due(self, step: int) -> bool:
         """Return whether a search is due before the step that ``step`` optimizer steps precede."""
-        return self.refreshed_at is None or step >= self.refreshed_at + self.refresh_every
+        return self.refreshed_at is None or step >= self.refreshed_at + self.settings.refresh_every
 
-    def refreshed(
-        self, step: int, problems: Sequence[Problem], group_size: int, *, grid: RankGrid, **tools: Any
-    ) -> tuple[OwnSolutions, dict[str, float]]:
-        """Return the table after a search for solutions of ``problems``, and the metrics of the search.
+    def prepare(
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
+    ) -> tuple[OwnSolutionHints, Metrics]:
+        """Return the method and the metrics of `refreshed` after a search, where a search is due.
 
-        The search runs ``group_size`` problems at a time with the present weights.  The new solutions of a problem come
-        first; older solutions, which are still right, fill the rest of ``search.keep``.  Other problems keep their
-        solutions.  ``tools``: generate, builder, verifier, confidence, score, fits as `solve` takes them.
+        The search covers the problems of the coming steps.  Collective.
+        """
+        if not self.due(step):
+            return self, {}
+        tools, settings = self.tools, self.settings
+        tools.sampler.update_weights(step)
+        with tools.phases("solutions"):
+            return self.refreshed(
+                step,
+                problem_sampler.coming(settings.refresh_every),
+                generate=lambda requests: tools.sampler.generate(requests, sampling),
+                builder=tools.given.builder,
+                verifier=tools.judge.verifier,
+                confidence=tools.judge.confidence,
+                score=lambda found: learnabilities(
+                    found, tools.models.read_tokens, tools.config, tools.run_data, settings.alpha, settings.ratio_weight
+                ),
+                fits=lambda problem, text: tools.given.pair_with(problem, text) is not None,
+            )
+
+    def refreshed(self, step: int, problems: Sequence[Problem], **tools: Any) -> tuple[OwnSolutionHints, Metrics]:
+        """Return the method after a search for solutions of ``problems``, and the metrics of the search.
+
+        The search runs as many problems at a time as a step has, with the present weights.  The new solutions of a
+        problem come first; older solutions, which are still right, fill the rest of method.keep.  Other problems keep
+        their solutions.  ``tools``: generate, builder, verifier, confidence, score, fits as `solve` takes them.
 
         The metrics, equal on all ranks: solutions/problems, solutions/pass_rate (right / sampled),
         solutions/solved_share (with a right sample in this search), solutions/available_share (with a solution in the
@@ -132,28 +153,31 @@ class OwnSolutions:
 
         Collectives: per group the collectives of `solve`, and an all_gather_object over the data-parallel ranks.
         """
-        num_right = num_sampled = num_solved = 0
-        table = dict(self.table)
+        config, grid, settings = self.tools.config, self.tools.grid, self.settings
+        num_right = num_solved = 0
+        table, group_size = dict(self.table), config.data.global_batch_size
         for start in range(0, len(problems), group_size):
-            attempts = solve(problems[start : start + group_size], self.search, step, grid=grid, **tools)
+            group = problems[start : start + group_size]
             found = [
                 (
                     attempt.problem.id,
                     sum(candidate.correct for candidate in attempt.candidates),
                     [Solution(c.text, len(c.response.token_ids), step) for c in attempt.kept],
                 )
-                for attempt in attempts
+                for attempt in solve(group, settings, step, seed=config.seed, grid=grid, **tools)
             ]
             for problem_id, right, solutions in gather_items(found, grid.dp_group):
-                num_sampled += self.search.num_samples
                 num_right += right
                 num_solved += right > 0
-                table[problem_id] = self._distinct((*solutions, *table.get(problem_id, ())))
+                distinct: dict[str, Solution] = {}
+                for solution in (*solutions, *table.get(problem_id, ())):
+                    distinct.setdefault(content_of(solution.text), solution)
+                table[problem_id] = list(distinct.values())[: settings.keep]
         available = [table[problem.id] for problem in problems if table.get(problem.id)]
         lengths = [solution.length for solutions in available for solution in solutions]
         return replace(self, table=table, refreshed_at=step), {
             "solutions/problems": float(len(problems)),
-            "solutions/pass_rate": num_right / max(num_sampled, 1),
+            "solutions/pass_rate": num_right / max(len(problems) * settings.num_samples, 1),
             "solutions/solved_share": num_solved / max(len(problems), 1),
             "solutions/available_share": len(available) / max(len(problems), 1),
             "solutions/length_mean": sum(lengths) / max(len(lengths), 1),
@@ -171,77 +195,14 @@ class OwnSolutions:
         own = content_of(response)
         return next((solution for solution in solutions if content_of(solution.text) != own), None)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values: the table, and the step of the last search."""
-        table = {problem_id: [asdict(s) for s in solutions] for problem_id, solutions in self.table.items()}
-        return {"table": table, "refreshed": self.refreshed_at}
-
-    def restored(self, state: Mapping[str, Any]) -> OwnSolutions:
-        """Return these solutions with the table and the step of ``state``, which `state_dict` returned."""
-        table = {name: [Solution(**values) for values in kept] for name, kept in state["table"].items()}
-        return replace(self, table=table, refreshed_at=state["refreshed"])
-
-    def _distinct(self, solutions: Sequence[Solution]) -> list[Solution]:
-        distinct: dict[str, Solution] = {}
-        for solution in solutions:
-            distinct.setdefault(content_of(solution.text), solution)
-        return list(distinct.values())[: self.search.keep]
-
-
-@dataclass(frozen=True)
-class OwnSolutionHints(OpsdRl):
-    """The method whose teacher sees the model's own solutions instead of the data's."""
-
-    Settings = OwnSolutionsSettings
-    own: OwnSolutions = field(default_factory=lambda: OwnSolutions(Search(1, 1, "shortest", 0), 1))
-    """The solutions so far."""
-
-    @classmethod
-    def made(cls, settings: Any, tools: MethodTools) -> Any:
-        """Return the method before the first search."""
-        search = Search(settings.num_samples, settings.keep, settings.pick, tools.config.seed)
-        return replace(super().made(settings, tools), own=OwnSolutions(search, settings.refresh_every))
-
-    def check_data(self) -> None:
-        """Raise `ConfigError` for a problem without an answer."""
-        check_answers(self.tools.run_data.problems.problems, self.tools.judge.verifier)
-
-    def prepare(
-        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
-    ) -> tuple[OwnSolutionHints, Metrics]:
-        """Return the method and the metrics of `OwnSolutions.refreshed` after a search, where a search is due.
-
-        The search covers the problems of the coming steps.  Collective.
-        """
-        if not self.own.due(step):
-            return self, {}
-        tools, settings = self.tools, self.settings
-        tools.sampler.update_weights(step)
-        with tools.phases("solutions"):
-            own, metrics = self.own.refreshed(
-                step,
-                problem_sampler.coming(self.own.refresh_every),
-                tools.config.data.global_batch_size,
-                grid=tools.grid,
-                generate=lambda requests: tools.sampler.generate(requests, sampling),
-                builder=tools.given.builder,
-                verifier=tools.judge.verifier,
-                confidence=tools.judge.confidence,
-                score=lambda found: learnabilities(
-                    found, tools.models.read_tokens, tools.config, tools.run_data, settings.alpha, settings.ratio_weight
-                ),
-                fits=lambda problem, text: tools.given.pair_with(problem, text) is not None,
-            )
-        return replace(self, own=own), metrics
-
     def prompts(self, problem: Problem) -> PromptPair:
         """Return both prompts of a problem, the teacher's with the best own solution, where there is one."""
-        solution = self.own.solution_for(problem.id)
+        solution = self.solution_for(problem.id)
         return self.tools.given.pair(problem if solution is None else replace(problem, solution=solution.text))
 
     def has_solution(self, problem: Problem) -> bool:
         """Return whether an own solution of ``problem`` has been found."""
-        return self.own.solution_for(problem.id) is not None
+        return self.solution_for(problem.id) is not None
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts of problems with a solution other than the response itself, and solutions/skipped_share.
@@ -255,15 +216,19 @@ class OwnSolutionHints(OpsdRl):
         hints = []
         for rollout in selected:
             response = final_part(response_text(rollout.response, self.tools.given.builder.tokenizer))
-            solution = self.own.solution_for(rollout.problem.id, response)
+            solution = self.solution_for(rollout.problem.id, response)
             hints.append(None if solution is None else solution.text)
         kept, found = chosen_with_hints(selected, hints, self.tools, self.settings.weight > 0)
         return kept, {"solutions/skipped_share": 1 - found["hints/share"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table of solutions as plain values."""
-        return {"own": self.own.state_dict()}
+        """Return plain values: the table of solutions, and the step of the last search."""
+        table = {problem_id: [asdict(s) for s in solutions] for problem_id, solutions in self.table.items()}
+        return {"own": {"table": table, "refreshed": self.refreshed_at}}
 
     def restored(self, state: Mapping[str, Any]) -> OwnSolutionHints:
         """Return this method with the table of ``state``."""
-        return self if state.get("own") is None else replace(self, own=self.own.restored(state["own"]))
+        if (own := state.get("own")) is None:
+            return self
+        table = {name: [Solution(**values) for values in kept] for name, kept in own["table"].items()}
+        return replace(self, table=table, refreshed_at=own["refreshed"])

@@ -53,8 +53,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAME, TEACHER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, Temperature, Text
 from megatron_selfdistill.data.contexts import ContextPair
@@ -92,14 +90,6 @@ class RltSettings(GrpoSettings):
     def needs(self) -> Needs:
         """What the method needs from the core."""
         return replace(super().needs, teacher_prompt=SAME, samples=TEACHER, scores=True)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where two selections, or two rewards, meet."""
-        super().check(config)
-        require(
-            self.select is None and self.reward is None,
-            "method.name=rlt has rewards of its own, for all responses: unset method.select and method.reward",
-        )
 
 
 class Rlt(Grpo):

@@ -61,7 +61,6 @@ from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, Inquiry, asked, chosen_with_hints
 from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
-from megatron_selfdistill.sources.method import MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
 
 SUMMARIZER_TEMPLATE = """\
@@ -131,60 +130,16 @@ class Skill:
     """The sum over these visits of the mean reward of their responses."""
 
 
-@dataclass(frozen=True)
-class SkillBank:
-    """The skills of a run.  The bank is a value, the same on every rank of the world."""
+def chosen(skills: Sequence[Skill], exploration: float) -> int | None:
+    """Return the index of the skill that the teacher sees next, the oldest of equals; None if there is no skill."""
+    total = sum(skill.uses for skill in skills)
 
-    keep: int
-    """The largest number of skills per problem."""
-    exploration: float
-    """The weight c of exploration in `chosen`."""
-    skills: Mapping[str, Sequence[Skill]] = field(default_factory=dict)
-    """Problem id -> its skills, oldest first."""
+    def worth(skill: Skill) -> float:
+        if not skill.uses:
+            return math.inf
+        return skill.total_reward / skill.uses + exploration * math.sqrt(math.log(total) / skill.uses)
 
-    def chosen(self, problem_id: str) -> int | None:
-        """Return the index of the skill that the teacher sees next, the oldest of equals; None if there is no skill."""
-        skills = self.skills.get(problem_id, ())
-        total = sum(skill.uses for skill in skills)
-
-        def worth(skill: Skill) -> float:
-            if not skill.uses:
-                return math.inf
-            bonus = self.exploration * math.sqrt(math.log(total) / skill.uses)
-            return skill.total_reward / skill.uses + bonus
-
-        return max(range(len(skills)), key=lambda i: worth(skills[i]), default=None)
-
-    def shown(self, problem_id: str) -> str | None:
-        """Return the text of the `chosen` skill; None if the problem has no skill."""
-        index = self.chosen(problem_id)
-        return None if index is None else self.skills[problem_id][index].text
-
-    def is_full(self, problem_id: str) -> bool:
-        """Return whether the problem has as many skills as the bank keeps."""
-        return len(self.skills.get(problem_id, ())) >= self.keep
-
-    def used(self, problem_id: str, index: int, reward: float) -> SkillBank:
-        """Return the bank after a visit in which the teacher saw skill ``index``, with the mean reward of the visit."""
-        skills = list(self.skills[problem_id])
-        skill = skills[index]
-        skills[index] = replace(skill, uses=skill.uses + 1, total_reward=skill.total_reward + reward)
-        return replace(self, skills={**self.skills, problem_id: skills})
-
-    def with_skill(self, problem_id: str, text: str, step: int) -> SkillBank:
-        """Return the bank with another skill; a full bank, and a bank with this text, stay as they are."""
-        skills = self.skills.get(problem_id, ())
-        if self.is_full(problem_id) or any(skill.text == text for skill in skills):
-            return self
-        return replace(self, skills={**self.skills, problem_id: [*skills, Skill(text, step)]})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the skills as plain values."""
-        return {name: [asdict(skill) for skill in skills] for name, skills in self.skills.items()}
-
-    def restored(self, state: Mapping[str, Any]) -> SkillBank:
-        """Return this bank with the skills of ``state``, which `state_dict` returned."""
-        return replace(self, skills={name: [Skill(**skill) for skill in skills] for name, skills in state.items()})
+    return max(range(len(skills)), key=lambda i: worth(skills[i]), default=None)
 
 
 @dataclass(frozen=True)
@@ -192,19 +147,14 @@ class SkillSd(HintedLater):
     """Skill-SD; in episodes of several turns, the last response stands for its episode, with the sum of its rewards."""
 
     Settings = SkillSdSettings
-    bank: SkillBank = field(default_factory=lambda: SkillBank(1, 0.0))
-    """The skills so far."""
+    bank: Mapping[str, Sequence[Skill]] = field(default_factory=dict)
+    """Problem id -> its skills, oldest first: a value, the same on every rank of the world."""
     step: int = 0
     """The step that is under way."""
 
-    @classmethod
-    def made(cls, settings: Any, tools: MethodTools) -> Any:
-        """Return the method with an empty bank."""
-        return replace(super().made(settings, tools), bank=SkillBank(settings.keep, settings.exploration))
-
     def prepare(self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler) -> tuple[SkillSd, Metrics]:
         """Return the method of the step, and the numbers of skills and of problems with a skill."""
-        counts = [len(skills) for skills in self.bank.skills.values()]
+        counts = [len(skills) for skills in self.bank.values()]
         metrics = {"skills/count": float(sum(counts)), "skills/problems": float(len(counts))}
         return replace(self, step=step), metrics
 
@@ -214,7 +164,11 @@ class SkillSd(HintedLater):
         Collectives: one sum over the data-parallel ranks.
         """
         selected, _ = super().select(step, rollouts)
-        skills = [self.bank.shown(rollout.problem.id) for rollout in selected]
+        skills = []
+        for rollout in selected:
+            known = self.bank.get(rollout.problem.id, ())
+            index = chosen(known, self.settings.exploration)
+            skills.append(None if index is None else known[index].text)
         return chosen_with_hints(selected, skills, self.tools, self.settings.weight > 0)
 
     def record(self, rollouts: Sequence[Rollout]) -> SkillSd:
@@ -223,11 +177,11 @@ class SkillSd(HintedLater):
         Collectives: a maximum and an all_gather_object over the data-parallel ranks, and those of the summarizer where
         any replica has a problem without a full bank.
         """
-        grid = self.tools.grid
+        grid, own = self.tools.grid, self.settings
         visits = [list(members) for _, members in groupby(rollouts, key=lambda rollout: rollout.group)]
         returns = [_episode_returns(visit) for visit in visits]
         best = [max(episodes, key=lambda rollout: rollout.reward or 0.0) for episodes in returns]
-        wanted = [i for i, rollout in enumerate(best) if not self.bank.is_full(rollout.problem.id)]
+        wanted = [i for i, rollout in enumerate(best) if len(self.bank.get(rollout.problem.id, ())) < own.keep]
         written: list[str | None] = [None] * len(visits)
         if max_over_ranks([len(wanted)], grid.dp_group)[0]:
             texts = self._summaries([best[i] for i in wanted])
@@ -238,23 +192,27 @@ class SkillSd(HintedLater):
             reward = sum(rollout.reward or 0.0 for rollout in episodes) / len(episodes)
             place = episodes[0].group * grid.dp_size + grid.dp_rank
             mine.append((place, episodes[0].problem.id, reward, text))
-        bank = self.bank
+        bank = dict(self.bank)
         for _, problem_id, reward, text in sorted(gather_items(mine, grid.dp_group), key=lambda visit: visit[0]):
-            shown = self.bank.chosen(problem_id)
+            known = list(bank.get(problem_id, ()))
+            shown = chosen(self.bank.get(problem_id, ()), own.exploration)
             if shown is not None:
-                bank = bank.used(problem_id, shown, reward)
-            if text is not None:
-                bank = bank.with_skill(problem_id, text, self.step)
+                skill = known[shown]
+                known[shown] = replace(skill, uses=skill.uses + 1, total_reward=skill.total_reward + reward)
+            if text is not None and len(known) < own.keep and all(skill.text != text for skill in known):
+                known.append(Skill(text, self.step))
+            if known:
+                bank[problem_id] = known
         return replace(self, bank=bank)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the skills as plain values."""
-        return {"skills": self.bank.state_dict()}
+        return {"skills": {name: [asdict(skill) for skill in skills] for name, skills in self.bank.items()}}
 
     def restored(self, state: Mapping[str, Any]) -> SkillSd:
         """Return this method with the skills of ``state``."""
-        skills = state.get("skills")
-        return self if skills is None else replace(self, bank=self.bank.restored(skills))
+        bank = {name: [Skill(**skill) for skill in skills] for name, skills in (state.get("skills") or {}).items()}
+        return replace(self, bank=bank) if bank else self
 
     def _summaries(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         """Return the skill that the model or the user's function writes about each rollout; None is no skill.

@@ -36,8 +36,6 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
@@ -68,14 +66,6 @@ class UniOpdSettings(DistillSettings, AdvantageSettings, SelectSettings):
     needs = Needs(log_probs=MEASURED, rewards=True, group_size=2)
     required = ("environment.max_turns=1",)
 
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where two selections meet."""
-        super().check(config)
-        require(
-            not self.balance or self.select is None,
-            "method.balance=true selects responses, and so does method.select: set method.balance=false",
-        )
-
 
 class UniOpd(SelfDistillation):
     """Uni-OPD."""
@@ -83,10 +73,9 @@ class UniOpd(SelfDistillation):
     Settings = UniOpdSettings
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
-        """Return the responses that `balanced` keeps, and no metrics."""
-        if self.settings.balance:
-            return balanced(rollouts, self.tools.config.seed, step), {}
-        return super().select(step, rollouts)
+        """Return what `balanced` keeps of the responses of method.select, and no metrics."""
+        selected, metrics = super().select(step, rollouts)
+        return balanced(selected, self.tools.config.seed, step) if self.settings.balance else selected, metrics
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the advantages of `uni_opd`, plus those of the rewards where they have a weight."""

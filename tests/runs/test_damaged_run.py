@@ -73,7 +73,7 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
 
 @pytest.mark.parametrize("damage", [flip, pytest.param(flip_arguments, marks=pytest.mark.full)])
 def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_reports_each_damage_once(ranks, data, run, damage):
-    """Besides, the tracker file is no text, so that the newest checkpoint counts."""
+    """Besides, the tracker file is no text: then the newest checkpoint counts."""
     (run / "checkpoints" / tiny_run.TRACKER).write_bytes(b"\xff\xfe6")
     reason = damage(checkpoint(run, 6))
     status, output = started(ranks, overrides(data, run))
@@ -84,8 +84,6 @@ def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_reports_each_damag
         "iter_0000003, 3 steps earlier"
     ]
     assert len(reproducible_metrics(run)) == 6
-    (line,) = [line for line in output.splitlines() if tiny_run.TRACKER in line]
-    assert line.startswith(f"{run}/checkpoints has '") and line.endswith("the newest checkpoint counts")
 
 
 def test_odd_lines_of_the_log_stop_no_resumed_run(ranks, data, run):

@@ -4,20 +4,16 @@
     begin -> all ranks fill ``.writing_iter_0000004_1f3a...`` -> publish -> ``iter_0000004``
 
 A directory under its final name is complete.  A killed save leaves a directory under its temporary name; the next
-`begin` removes that directory unless a live process holds its lock.  No function communicates; one rank calls the
-functions for all ranks.
+`begin` removes that directory.  No function communicates; one rank calls the functions for all ranks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import manifest
@@ -228,84 +224,49 @@ def unverifiable(path: Path) -> str | None:
     )
 
 
-@dataclass
-class Temporary:
-    """A checkpoint that is being written; every rank, and each writer that a rank forks, shares its lock."""
+def begin(directory: Path, name: str, num_bytes: int) -> Path:
+    """Make an empty directory in ``directory`` that becomes ``name`` when it is complete; first remove what kills left.
 
-    path: Path
-    _lock: int | None = None
-
-    def hold(self) -> Temporary:
-        """Share the lock, and return this object.
-
-        No other process removes the directory until this process and its forks have released the lock or ended.
-        """
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT)
-        with contextlib.suppress(OSError):  # without locks in the file system, `_remove_leftovers` removes nothing
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
-        return self
-
-    def release(self) -> None:
-        """Release the lock; a second call does nothing."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def is_abandoned(self) -> bool:
-        """Return whether no live process holds the lock."""
-        if not self._lock_path.exists():
-            return True
-        descriptor = os.open(self._lock_path, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
-        return True
-
-    def remove(self) -> None:
-        """Delete the directory, then its lock: a directory without a lock is abandoned."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock_path.unlink(missing_ok=True)
-
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.lock")
-
-
-def begin(directory: Path, name: str, num_bytes: int) -> Temporary:
-    """Create an empty temporary directory for ``name``, locked by this process; first remove the leftovers of kills.
+    What they left is of earlier iterations where ``name`` is one, else of the same name.  Nobody else is writing it:
+    a run holds the lock of its directory, and a conversion is the only one to its target.
 
     Raises: CheckpointError if the disk has less than ``num_bytes`` free.
     """
+    kind = r"iter_[\w.]+" if _ITERATION.fullmatch(name) else re.escape(name)
+    left = re.compile(rf"\{_TEMPORARY}{kind}_[0-9a-f]{{8}}")
+    for path in list(directory.iterdir()) if directory.is_dir() else []:
+        replaced = _ITERATION.fullmatch(path.name) and path.suffix == _REPLACED
+        if left.fullmatch(path.name) or (replaced and incomplete(path.with_suffix("")) is None):
+            shutil.rmtree(path, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(directory)
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise CheckpointError(f"{name} needs {num_bytes:,} bytes but {directory} has {free:,} free: make room")
-    temporary = Temporary(directory / f"{_TEMPORARY}{name}_{uuid.uuid4().hex[:8]}").hold()
-    temporary.path.mkdir()
+    temporary = _temporary(directory / name)
+    temporary.mkdir()
     return temporary
 
 
-def publish(temporary: Temporary, target: Path) -> None:
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}")
+
+
+def publish(temporary: Path, target: Path) -> None:
     """Write the manifest of a completely written checkpoint, then rename its directory to ``target``.
 
     A crash at any point leaves either the old or the new checkpoint under ``target``.
     """
-    manifest.write(temporary.path)
-    for file in temporary.path.iterdir():
+    manifest.write(temporary)
+    for file in temporary.iterdir():
         if file.suffix != ".distcp":  # Megatron's writers have synced the .distcp files
             sync(file)
-    sync(temporary.path)
+    sync(temporary)
     replaced = target.with_name(target.name + _REPLACED)
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    temporary.path.rename(target)
+    temporary.rename(target)
     sync(target.parent)
-    temporary.remove()  # removes the lock
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -327,24 +288,9 @@ def prune(target: Path, keep_last: int | None) -> None:
     older = sorted((path for path in older if iteration_of(path) <= iteration_of(target)), key=iteration_of)
     for path in older[:-keep_last]:
         # Rename first, so that a kill leaves no half checkpoint under the name of a checkpoint.
-        doomed = Temporary(path.with_name(f"{_TEMPORARY}{path.name}_{uuid.uuid4().hex[:8]}"))
-        path.rename(doomed.path)
-        doomed.remove()
-
-
-def _remove_leftovers(directory: Path) -> None:
-    for path in list(directory.iterdir()):
-        if path.name.startswith(_TEMPORARY) and path.suffix != ".lock":
-            if path.is_file():
-                path.unlink()
-            elif (left := Temporary(path)).is_abandoned():
-                left.remove()
-        elif path.suffix == ".lock" and path.name.startswith(_TEMPORARY):
-            temporary = Temporary(path.with_suffix(""))
-            if not temporary.path.exists() and temporary.is_abandoned():
-                temporary.remove()
-        elif _ITERATION.fullmatch(path.name) and path.suffix == _REPLACED and incomplete(path.with_suffix("")) is None:
-            shutil.rmtree(path, ignore_errors=True)
+        doomed = _temporary(path)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def tracked(directory: Path) -> Path | None:
@@ -353,24 +299,8 @@ def tracked(directory: Path) -> Path | None:
     ``directory``: the directory with the tracker file, or the run directory of it.
     """
     directory = of_run(directory)
-    text = _tracker_text(directory)
+    tracker = directory / TRACKER
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
     if text == "release":
         return directory / "release"
-    return directory / iteration_name(int(text)) if text is not None and _is_iteration(text) else None
-
-
-def tracker_fault(directory: Path) -> str | None:
-    """Return the fault of the tracker file in ``directory``; None if the file is valid or missing."""
-    text = _tracker_text(directory)
-    if text is None or text == "release" or _is_iteration(text):
-        return None
-    return f"has {text[:20]!r} in {TRACKER}, expected an iteration or release"
-
-
-def _tracker_text(directory: Path) -> str | None:
-    tracker = directory / TRACKER
-    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
-
-
-def _is_iteration(text: str) -> bool:
-    return text.isdecimal() and len(text) < 20
+    return directory / iteration_name(int(text)) if text.isdecimal() and len(text) < 20 else None

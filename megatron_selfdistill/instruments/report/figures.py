@@ -134,6 +134,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The entropy falls slowly, within the guards.",
             "The entropy rises, or it falls below a fiftieth of its first value.",
             [rises("entropy/student", ratio=2, by=0.05), falls("entropy/student", ratio=1 / 50)],
+            guarded="entropy/student",
         ),
         ReportFigure(
             "Entropy of the target minus entropy of the student",
@@ -232,16 +233,6 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The rate is 0, or another rate than the configuration gives.",
         ),
     ],
-    "Guards": [
-        ReportFigure(
-            "Entropy of the student and its limits",
-            {"entropy/student": "student"},
-            NATS,
-            "The curve stays between the dotted limits.",
-            "The curve is beyond a limit for guards.patience steps in a row: the guard stops the run.",
-            guarded="entropy/student",
-        ),
-    ],
     "What only the hint gives": [
         ReportFigure(
             "Target's mass on tokens that a model hardly considers",
@@ -283,13 +274,6 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The difference is small and steady.",
             "The difference grows: sampler and trainer compute different models.",
             [rises("sampler/log_prob_mean_abs_diff", ratio=3, by=0.01)],
-        ),
-        ReportFigure(
-            "Mean difference of the log-probs and its limit",
-            {"sampler/log_prob_mean_abs_diff": "mean"},
-            "nats",
-            "The curve stays below the dotted limit.",
-            "The curve is above the limit for guards.patience steps in a row: the guard stops the run.",
             guarded="sampler/log_prob_mean_abs_diff",
         ),
         ReportFigure(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.commands.model_command import ended
 from megatron_selfdistill.config.command_line import at_least_1, with_files
-from megatron_selfdistill.config.world_checks import check_ranks, check_world
+from megatron_selfdistill.config.world_checks import check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -35,33 +35,16 @@ def run_command(
 
     The status is 0, or that of `ended` after a message.  ``name``: the name of the command in messages.
     ``config``: the function that returns the `configured` keys of the command line; it raises `ConfigError`.
-    ``completed``: a function that adds what needs torch, after the checks that do not.
+    ``completed``: a function that adds what needs torch.
     """
-
-    def work() -> int:
-        given = config()
-        check(arguments, given)
-        return make_data_set(arguments, completed(given), make_work)
-
-    return ended(name, work, "the same command continues from here")
-
-
-def check(arguments: argparse.Namespace, config: Config) -> None:
-    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill.annexes import door
-    from megatron_selfdistill.commands import prechecks
-    from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
 
-    if arguments.out.is_dir():
-        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    if arguments.hf is not None:
-        door("hugging_face").require_hugging_face(arguments.hf)
-    prechecks.require_data(config)
-    prechecks.require_packages(config)
-    if config.checkpoint.load is not None:
-        prechecks.require_model(config, Path(config.checkpoint.load))
-    check_ranks(config, world_size())
+    def work() -> int:
+        if arguments.out.is_dir():
+            raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
+        return make_data_set(arguments, completed(config()), make_work)
+
+    return ended(name, work, "the same command continues from here")
 
 
 def make_data_set(arguments: argparse.Namespace, config: Config, make_work: MakeWork) -> int:

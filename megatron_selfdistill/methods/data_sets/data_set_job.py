@@ -27,7 +27,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.methods.data_sets.solution_journal import Journal, summarize
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.learnability import learnabilities, with_reference
-from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
+from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, solve
 from megatron_selfdistill.methods.rlt import explanation_in
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.pipeline.score import read_tokens
@@ -186,11 +186,11 @@ class SolutionWork(WorkWithModel):
         summarize(lines, out, self.settings.num_samples, "solution", "pass rate", lambda line: line["num_correct"])
 
     def _solve(self, group: Sequence[Problem], inference: Inference, score: Score | None) -> Lines:
-        solutions = self.settings
         attempts = solve(
             group,
-            Search(solutions.num_samples, solutions.keep, solutions.pick, self.config.seed),
+            self.settings,
             STEP,
+            seed=self.config.seed,
             generate=lambda requests: inference.sampler.generate(requests, inference.sampling),
             builder=self.run_data.builder,
             verifier=load_verifier(self.config.evaluation.verifier),

@@ -73,14 +73,6 @@ class AdvantageSettings(ClipSettings, RewardSettings):
     discount: Share = 1.0
     """Factor by which a reward counts less for the turn before, under credit=turn."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.discount == 1 or self.credit == "turn",
-            f"method.discount={self.discount} discounts the rewards of later turns, but method.credit=episode adds all "
-            "rewards of an episode: set method.credit=turn",
-        )
-
 
 @dataclass(frozen=True)
 class DistillSettings(MethodSettings):

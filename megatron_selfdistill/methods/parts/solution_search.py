@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.data.problem_sampler import shard
 from megatron_selfdistill.data.problems import Problem
@@ -29,21 +29,6 @@ Generate = Callable[[list[Request]], list[Response]]
 
 Score = Callable[[Sequence[tuple[Problem, Response]]], Sequence[float]]
 """A function that returns the learnability of each response of this replica; a collective of the world."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """The settings of a search for solutions: its samples, and the solutions that it keeps."""
-
-    num_samples: int
-    """The number of responses per problem."""
-    keep: int
-    """The largest number of solutions per problem."""
-    pick: str
-    """The rule that selects among the right responses: shortest (in tokens), most_likely (mean log-prob per token under
-    the student), random (by problem and step), learnable (by `Score`)."""
-    seed: int
-    """The seed of the run."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +64,10 @@ class Attempt:
 
 def solve(
     problems: Sequence[Problem],
-    search: Search,
+    settings: Any,
     step: int,
     *,
+    seed: int,
     generate: Generate,
     builder: PromptBuilder,
     verifier: Verifier,
@@ -90,9 +76,10 @@ def solve(
     score: Score | None = None,
     fits: Callable[[Problem, str], bool] = lambda problem, text: True,
 ) -> list[Attempt]:
-    """Sample ``search.num_samples`` responses to the own prompt of each problem, and keep the best right responses.
+    """Sample ``method.num_samples`` responses to the own prompt of each problem, and keep the best right responses.
 
-    ``problems``: without repetitions, the same on all ranks. Each replica takes every dp_size-th problem and
+    ``settings``: num_samples, keep and pick of `OwnSolutionsSettings`.  ``problems``: without repetitions, the same on
+    all ranks. Each replica takes every dp_size-th problem and
     returns the attempts at these problems, the same on each of its ranks. The seed of sample i is
     ``sample_seed(seed, step, "solution/" + problem.id, i)``: no rollout and no evaluation has this seed, and no
     layout or order changes it. ``confidence``: the pattern of a stated confidence, which the verifier does not see.
@@ -104,10 +91,10 @@ def solve(
     """
     check_answers(problems, verifier)
     mine = shard(problems, grid.dp_rank, grid.dp_size)
-    keys = [(problem, i) for problem in mine for i in range(search.num_samples)]
+    keys = [(problem, i) for problem in mine for i in range(settings.num_samples)]
     prompts = {problem.id: builder.student_prompt(problem) for problem in mine}
     requests = [
-        Request(prompts[problem.id], sample_seed(search.seed, step, f"solution/{problem.id}", i)) for problem, i in keys
+        Request(prompts[problem.id], sample_seed(seed, step, f"solution/{problem.id}", i)) for problem, i in keys
     ]
     responses = generate(requests)
     texts = [judged_text(response, builder.tokenizer, confidence) for response in responses]
@@ -121,36 +108,41 @@ def solve(
             keys, responses, texts, judge(questions, verifier, grid), strict=True
         )
     ]
-    if search.pick == "learnable":
+    if settings.pick == "learnable":
         assert score is not None, "the caller scores texts for pick=learnable"
         right = [at for at, candidate in enumerate(candidates) if candidate.correct]
         for at, value in zip(right, score([(keys[at][0], responses[at]) for at in right]), strict=True):
             candidates[at] = replace(candidates[at], score=value)
     attempts = []
     for number, problem in enumerate(mine):
-        own = candidates[number * search.num_samples : (number + 1) * search.num_samples]
-        attempts.append(Attempt(problem, own, _pick(problem, own, search, step, fits)))
+        own = candidates[number * settings.num_samples : (number + 1) * settings.num_samples]
+        attempts.append(Attempt(problem, own, _pick(problem, own, settings, step, seed, fits)))
     return attempts
 
 
 def _pick(
-    problem: Problem, candidates: Sequence[Candidate], search: Search, step: int, fits: Callable[[Problem, str], bool]
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    settings: Any,
+    step: int,
+    seed: int,
+    fits: Callable[[Problem, str], bool],
 ) -> list[Candidate]:
     """Return the right candidates with a content, best first, each content once; of equals the earlier sample."""
 
     def order(candidate: Candidate) -> tuple[bool, float, int]:
-        if search.pick == "random":
-            value: float = sample_seed(search.seed, step, f"pick/{problem.id}", candidate.sample)
-        elif search.pick == "shortest":
+        if settings.pick == "random":
+            value: float = sample_seed(seed, step, f"pick/{problem.id}", candidate.sample)
+        elif settings.pick == "shortest":
             value = len(candidate.response.token_ids)
         else:
-            value = -(candidate.mean_log_prob if search.pick == "most_likely" else candidate.score or 0.0)
+            value = -(candidate.mean_log_prob if settings.pick == "most_likely" else candidate.score or 0.0)
         return math.isnan(value), value, candidate.sample
 
     kept: dict[str, Candidate] = {}
     for candidate in sorted((c for c in candidates if c.correct), key=order):
         content = content_of(candidate.text)
-        if len(kept) < search.keep and content and content not in kept and fits(problem, candidate.text):
+        if len(kept) < settings.keep and content and content not in kept and fits(problem, candidate.text):
             kept[content] = candidate
     return list(kept.values())
 

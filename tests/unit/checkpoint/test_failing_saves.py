@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import checkpointed_run
-import psutil
 import pytest
 import torch
 from checkpointed_run import Setup
@@ -124,8 +123,7 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
         (run_dir / f"writer_{os.getpid()}").touch()
         for descriptor in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):  # the pool waits for the rank's pipes to close
-                if not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".lock"):
-                    os.close(int(descriptor))
+                os.close(int(descriptor))
         time.sleep(0.3)  # let the other writer come as far
         for pid in (rank, os.getppid()):
             if pid != 1:
@@ -139,16 +137,6 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
     run.checkpointer.finish()
 
 
-def wait_for_the_end_of(processes: list[int]) -> None:
-    """Return when the processes have released their files, which a busy machine does some time after SIGKILL."""
-    deadline = time.monotonic() + 60
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
-                assert time.monotonic() < deadline, f"process {process} has not ended"
-                time.sleep(0.01)
-
-
 def resume_and_save(run_dir: Path, step: int) -> None:
     run = checkpointed_run.start(dataclasses.replace(PLAIN, seed=1), run_dir)
     assert run.load_latest()["step"] == step
@@ -159,19 +147,15 @@ def resume_and_save(run_dir: Path, step: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.full), True])
 def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
-    directory = tmp_path / "checkpoints"
     with pytest.raises(RankError, match="exit code -9"):
         ranks.run(killed_in_a_save, tmp_path, async_save, world_size=1)
     writers = [int(path.name.removeprefix("writer_")) for path in tmp_path.glob("writer_*")]
     assert writers
     try:
         ranks.run(resume_and_save, tmp_path, 1, world_size=1)
-        (left,) = directory.glob(".writing_iter_0000002_????????")
-        assert any(path.suffix == ".distcp" for path in left.iterdir())  # its writers live: it is not touched
     finally:
         for writer in writers:
             os.kill(writer, signal.SIGKILL)
-    wait_for_the_end_of(writers)
     ranks.run(resume_and_save, tmp_path, 2, world_size=1)
     steps = [f"iter_000000{step}" for step in (1, 2, 3)]
     assert checkpoint_names(tmp_path) == [*steps, "latest_checkpointed_iteration.txt"]

@@ -47,19 +47,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
     "train, heads": ([TRAIN, *RUNNABLE, "model.hidden_size=65"], "must be a multiple of model.num_attention_heads"),
     "train, a type": ([TRAIN, "num_steps=three"], "num_steps: Value 'three' of type 'str' could not be converted"),
-    "convert, a name on the hub": (
-        [CONVERT, "hf-to-megatron", "--hf", "Qwen/Qwen3-0.6B", *OUT],
-        "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
-    ),
-    "convert, a mistyped path": ([CONVERT, "inspect", "full/nope"], "full/nope does not exist\n"),
-    "convert, a directory in the way": (
-        [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
-        "full exists and is not overwritten",
-    ),
-    "convert back, a directory in the way": (
-        [CONVERT, "megatron-to-hf", "--megatron", "empty", "--out", "full"],
-        "full exists and is not",
-    ),
     "evaluate, a reserved key": ([EVALUATE, *EVALUATED, "run_dir=x"], "run_dir cannot be set here"),
     "evaluate, results in the way": ([EVALUATE, *EVALUATED[:4], "--out", "full"], "add --overwrite"),
     "evaluate, too few samples": (
@@ -68,7 +55,6 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "explore, a missing checkpoint": ([PROGRAM, "explore", "nope", *EXPLORED], NO_CHECKPOINT),
     "solutions, no model": ([SOLUTIONS, *SOLVED[:2], SOLVED[4]], "expected one model"),
-    "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
     "explanations, no model": ([PROGRAM, "explanations", *SOLVED[:2], SOLVED[4]], "expected one model"),
     "plan, an unknown number of GPUs": ([PROGRAM, "plan"], "a dry run without a launch needs cluster.num_gpus"),
     "plan, a layout": ([PROGRAM, "plan", *PLAN[1:], THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
@@ -138,9 +124,6 @@ def test_a_server_refuses_before_it_imports_anything_heavy(run, arguments, words
             "train, no directory",
             "train, a missing checkpoint",
             "train, heads",
-            "convert, a directory in the way",
-            "convert, a name on the hub",
-            "convert, a mistyped path",
             "evaluate, too few samples",
             "solutions, no model",
             "plan, a layout",

@@ -256,3 +256,26 @@ def test_a_tensor_of_neither_part_is_refused(tmp_path):
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"audio_tower\.weight is unexpected"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            "hf-to-megatron --hf Qwen/Qwen3-0.6B --out out",
+            "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
+        ),
+        ("hf-to-megatron --hf hf --out full", "full exists and is not overwritten"),
+        ("megatron-to-hf --megatron empty --out full", "full exists and is not overwritten"),
+        ("inspect full/nope", "full/nope does not exist"),
+    ],
+)
+def test_a_mistaken_name_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(arguments.split()) == 2
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) == 1
+    assert len(list(tmp_path.rglob("*"))) == 4

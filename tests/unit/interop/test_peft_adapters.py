@@ -69,8 +69,8 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, 
     stored = StoredAdapters(target, settings, base_digest(base), base)
     contents = {"args": megatron_args(chunks[0], model), "iteration": 5, "checkpoint_version": 3.0}
     contents |= TrainedAdapters.stored(state.model_state(chunks, CONTENT))
-    written = sharded_io.begin_write(contents, target, texts={"adapters.json": stored.text()})
-    sharded_io.write_now(*written, target)
+    request, _ = sharded_io.begin_write(contents, target, texts={"adapters.json": stored.text()})
+    sharded_io.write_now(request, target)
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
 
 

@@ -223,7 +223,7 @@ def read_statistics(directory: Path, mark: Path) -> None:
 
     statistics = torch.frombuffer(bytearray(pickle.dumps(Payload(mark))), dtype=torch.uint8)
     target = directory / "iter_0000001"
-    sharded_io.write_now(*sharded_io.begin_write(contents(statistics), target), target)
+    sharded_io.write_now(sharded_io.begin_write(contents(statistics), target)[0], target)
     with pytest.raises(CheckpointError, match=r"x._extra_state was refused: its pickle asks for posix.system"):
         sharded_io.read(contents(None), target)
 

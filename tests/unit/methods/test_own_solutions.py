@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from characters import ONE_RANK, Characters
+from characters import Characters
 from made_methods import given_with, made
 from record_sources import load_problems
 from sums import answered, sums, written
@@ -19,8 +19,7 @@ from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.evaluation.verify import exact_match
-from megatron_selfdistill.methods.own_solutions import OwnSolutions, Solution
-from megatron_selfdistill.methods.parts.solution_search import Search
+from megatron_selfdistill.methods.own_solutions import OwnSolutionHints, Solution
 from megatron_selfdistill.sources.rollouts import Rollout
 
 BUILDER = given_with(Characters()).builder
@@ -33,9 +32,13 @@ GIVEN = given_with(Characters(), max_length=40)
 def method_with(*overrides: str, **table: list[str]) -> Any:
     """Return the method with these solutions, found at step 0."""
     solutions = {name: [Solution(text, len(text), 0) for text in texts] for name, texts in table.items()}
-    method = made(["method.name=own_solutions", "rollout.num_samples=2", *overrides], GIVEN)
-    own = OwnSolutions(Search(4, 2, "shortest", 5), 10, solutions, refreshed_at=0)
-    return replace(method, own=own)
+    return replace(new_method(*overrides), table=solutions, refreshed_at=0)
+
+
+def new_method(*overrides: str, **tools: Any) -> OwnSolutionHints:
+    """Return the method before its first search."""
+    keys = ["rollout.num_samples=2", "seed=5", "data.global_batch_size=8", "method.num_samples=4"]
+    return made(["method.name=own_solutions", *keys, "method.refresh_every=10", *overrides], GIVEN, **tools)
 
 
 def rollout(method: Any, problem: Problem, text: str) -> Rollout:
@@ -87,18 +90,16 @@ def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[d
         calls.append(those)
         return [random.Random(str(response.log_probs)).random() for _, response in those]
 
-    table = OwnSolutions(Search(6, 2, pick, 5), refresh_every=3)
-    table, metrics = table.refreshed(
+    keys = [f"method.pick={pick}", "method.num_samples=6", "data.global_batch_size=4"]
+    method, metrics = new_method(*keys, grid=grid).refreshed(
         4,
         sums(count),
-        4,
-        grid=grid,
         generate=lambda requests: [answered(request) for request in requests],
         builder=BUILDER,
         verifier=exact_match,
         score=score,
     )
-    return table.state_dict(), metrics, len(calls)
+    return method.state_dict()["own"], metrics, len(calls)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}])
@@ -112,14 +113,14 @@ def test_every_layout_finds_the_same_solutions(ranks, sizes, pick):
     assert few[0] == few[1] and few[0][2] == (2 if pick == "learnable" else 0)
 
 
-def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutions:
-    """Return a table after searches that found these texts, at these steps, for one problem."""
-    table = OwnSolutions(Search(4, keep, "shortest", 5), refresh_every=10)
+def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutionHints:
+    """Return the method after searches that found these texts, at these steps, for one problem."""
+    method = new_method(f"method.keep={keep}")
     for step, texts in found:
         replies = [written(f"{text}$") for text in texts] + [written("wrong$")] * (4 - len(texts))
         tools = {"generate": lambda requests, replies=replies: replies, "builder": BUILDER, "verifier": exact_match}
-        table, _ = table.refreshed(step, sums(1), 8, grid=ONE_RANK, **tools)
-    return table
+        method, _ = method.refreshed(step, sums(1), **tools)
+    return method
 
 
 def test_no_response_is_its_own_hint():
@@ -143,21 +144,21 @@ def test_a_response_that_is_its_hint_but_for_form_gets_another_hint_or_none():
 
 def test_twins_take_one_place_among_the_solutions_that_are_kept():
     texts = ["so\n8", "So  \n8", "so\n\n8", "hence\n8"]
-    assert [s["text"] for s in own_solutions((0, texts)).state_dict()["table"]["p0"]] == ["so\n8", "hence\n8"]
+    assert [s["text"] for s in own_solutions((0, texts)).state_dict()["own"]["table"]["p0"]] == ["so\n8", "hence\n8"]
     table = own_solutions((0, ["so\n8"]), (10, ["SO\n8"]), keep=3)
-    assert [(s["text"], s["step"]) for s in table.state_dict()["table"]["p0"]] == [("SO\n8", 10)]
+    assert [(s["text"], s["step"]) for s in table.state_dict()["own"]["table"]["p0"]] == [("SO\n8", 10)]
 
 
 def test_new_solutions_come_first_and_old_ones_fill_up():
     table = own_solutions((0, ["8", "so\n8"]), (10, ["well\n8"]))
-    assert [(s["text"], s["step"]) for s in table.state_dict()["table"]["p0"]] == [("well\n8", 10), ("8", 0)]
+    assert [(s["text"], s["step"]) for s in table.state_dict()["own"]["table"]["p0"]] == [("well\n8", 10), ("8", 0)]
     table = own_solutions((0, ["8", "so\n8"]), (10, ["well\n8", "8", "hence\n8"]))
-    assert [(s["text"], s["step"]) for s in table.state_dict()["table"]["p0"]] == [("8", 10), ("well\n8", 10)]
+    assert [(s["text"], s["step"]) for s in table.state_dict()["own"]["table"]["p0"]] == [("8", 10), ("well\n8", 10)]
     assert own_solutions((0, ["8"]), (10, [])).solution_for("p0").step == 0
 
 
 def test_a_search_is_due_at_the_start_and_every_so_many_steps():
-    table = OwnSolutions(Search(4, 2, "shortest", 5), refresh_every=10)
+    table = new_method()
     assert table.due(0) and table.due(7)
     table = own_solutions((20, ["8"]))
     assert [step for step in range(20, 42) if table.due(step)] == list(range(30, 42))
@@ -165,7 +166,7 @@ def test_a_search_is_due_at_the_start_and_every_so_many_steps():
 
 def test_a_table_that_was_saved_and_loaded_goes_on_alike():
     table = own_solutions((0, ["8", "so\n8"]), (10, ["well\n8"]))
-    empty = OwnSolutions(table.search, table.refresh_every)
+    empty = new_method()
     other = empty.restored(json.loads(json.dumps(table.state_dict())))
     assert empty.table == {} and empty.due(0), "solutions are a value: restoring makes another one"
     assert other.state_dict() == table.state_dict()
@@ -175,12 +176,11 @@ def test_a_table_that_was_saved_and_loaded_goes_on_alike():
 
 def test_metrics_say_what_was_found_and_what_there_is():
     replies = [written("8$"), written("so\n8$"), written("9$"), written("9")] + [written("7$")] * 4
-    table = OwnSolutions(Search(4, 2, "shortest", 5), refresh_every=10)
-    tools = {"builder": BUILDER, "verifier": exact_match, "grid": ONE_RANK}
-    table, metrics = table.refreshed(0, sums(2), 8, generate=lambda requests: replies, **tools)
+    tools = {"builder": BUILDER, "verifier": exact_match}
+    table, metrics = new_method().refreshed(0, sums(2), generate=lambda requests: replies, **tools)
     wanted = {"problems": 2, "pass_rate": 0.25, "solved_share": 0.5, "available_share": 0.5, "length_mean": 3.5}
     assert metrics == {f"solutions/{name}": value for name, value in wanted.items()}
-    table, metrics = table.refreshed(10, sums(2), 8, generate=lambda requests: [written("7$")] * 8, **tools)
+    table, metrics = table.refreshed(10, sums(2), generate=lambda requests: [written("7$")] * 8, **tools)
     assert metrics["solutions/solved_share"] == 0 and metrics["solutions/available_share"] == 0.5
 
 

@@ -38,8 +38,6 @@ def test_a_setting_of_a_method_changes_the_divergence_of_this_method_alone(overr
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("beta_opsd method.signal=full method.discount=0.5", r"method\.discount=0\.5 .* set method\.signal=advantage"),
-        ("beta_opsd method.signal=sampled method.discount=0.5", r"method\.discount=0\.5 .* set method\.signal="),
         ("dapd loss.normalize=sequences", r"method\.name=dapd needs loss\.normalize=tokens, got sequences"),
         ("dapd loss.rollout_correction=truncated", r"needs loss\.rollout_correction=none, got truncated"),
         ("dapd data.solutions=none", r"needs data\.solutions=given, got none"),

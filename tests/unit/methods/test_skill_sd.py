@@ -19,8 +19,8 @@ from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
 from megatron_selfdistill.methods.skill_sd import (
     Skill,
-    SkillBank,
     SkillSd,
+    chosen,
     skill_text,
 )
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -41,37 +41,38 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(skill_sd, "max_over_ranks", lambda values, group: list(values))
 
 
-def bank(*uses: tuple[int, float], exploration: float = 1.0) -> SkillBank:
-    """Return the bank of one problem with a skill for each pair of its uses and their total reward."""
-    known = [Skill(f"skill {i}", i, n, total) for i, (n, total) in enumerate(uses)]
-    return SkillBank(8, exploration, {"p": known} if known else {})
+Bank = dict[str, list[Skill]]
+
+
+def skills(*uses: tuple[int, float]) -> list[Skill]:
+    """Return a skill for each pair of its uses and their total reward."""
+    return [Skill(f"skill {i}", i, n, total) for i, (n, total) in enumerate(uses)]
 
 
 def test_the_shown_skill_has_the_greatest_mean_reward_plus_exploration():
     uses = [(4, 3.0), (1, 0.4), (2, 1.4)]
     worth = [total / n + math.sqrt(math.log(7) / n) for n, total in uses]
-    assert max(range(3), key=worth.__getitem__) == 1 == bank(*uses).chosen("p")
-    assert bank(*uses, exploration=0.0).chosen("p") == 0
-    assert bank(*uses, exploration=0.3).chosen("p") == max(
+    assert max(range(3), key=worth.__getitem__) == 1 == chosen(skills(*uses), 1.0)
+    assert chosen(skills(*uses), 0.0) == 0
+    assert chosen(skills(*uses), 0.3) == max(
         range(3), key=lambda i: uses[i][1] / uses[i][0] + 0.3 * math.sqrt(math.log(7) / uses[i][0])
     )
 
 
 def test_skills_without_a_use_come_first_and_the_oldest_one_wins_among_equals():
-    assert bank((1, 1.0), (0, 0.0), (0, 0.0)).chosen("p") == 1
-    assert bank((2, 1.0), (2, 1.0)).chosen("p") == 0
-    assert bank().chosen("p") is None and bank().shown("p") is None
+    assert chosen(skills((1, 1.0), (0, 0.0), (0, 0.0)), 1.0) == 1
+    assert chosen(skills((2, 1.0), (2, 1.0)), 1.0) == 0
+    assert chosen([], 1.0) is None
 
 
-def test_a_bank_is_a_value_keeps_so_many_skills_and_no_text_twice():
-    before = SkillBank(2, 1.0)
-    one = before.with_skill("p", "a", 3)
-    full = one.with_skill("p", "a", 4).with_skill("p", "b", 5)
-    assert before.skills == {} and one.shown("p") == "a" and full.is_full("p") and not full.is_full("q")
-    assert full.with_skill("p", "c", 6) is full
-    used = full.used("p", 0, 0.25)
-    assert used.skills["p"] == [Skill("a", 3, 1, 0.25), Skill("b", 5)] and full.skills["p"][0].uses == 0
-    assert before.restored(used.state_dict()) == used
+def test_a_bank_is_a_value_keeps_so_many_skills_and_no_text_twice(monkeypatch):
+    texts = iter(["a", "a", "b"])
+    method = before = summarized(monkeypatch, lambda *_: next(texts), {}, keep=2)
+    for _ in range(5):  # the bank is full after the third visit: then nobody is asked
+        method = method.record([rollout(PROBLEM, 0, "8$", 0.25)])
+    assert before.bank == {} and next(texts, None) is None
+    assert method.bank == {"p": [Skill("a", 6, 2, 0.5), Skill("b", 6, 2, 0.5)]}
+    assert before.restored(method.state_dict()).bank == method.bank
 
 
 def rollout(problem: Problem, group: int, text: str, reward: float) -> Rollout:
@@ -80,7 +81,7 @@ def rollout(problem: Problem, group: int, text: str, reward: float) -> Rollout:
     return Rollout(problem, GIVEN.pair(problem), response, group, reward)
 
 
-def method_with(*overrides: str, known: SkillBank | None = None, **tools: Any) -> SkillSd:
+def method_with(*overrides: str, known: Bank | None = None, **tools: Any) -> SkillSd:
     """Return the method in step 6, with ``known`` as its bank."""
     method = made(
         ["recipe=skill_sd", "rollout.num_samples=2", "seed=5", *overrides], tools.pop("given", GIVEN), **tools
@@ -90,8 +91,9 @@ def method_with(*overrides: str, known: SkillBank | None = None, **tools: Any) -
     return prepared
 
 
-def summarized(monkeypatch: pytest.MonkeyPatch, function: Any, known: SkillBank, **tools: Any) -> SkillSd:
-    return method_with(f"method.summarizer={named(monkeypatch, function)}", known=known, **tools)
+def summarized(monkeypatch: pytest.MonkeyPatch, function: Any, known: Bank, keep: int = 8, **tools: Any) -> SkillSd:
+    overrides = [f"method.summarizer={named(monkeypatch, function)}", f"method.keep={keep}"]
+    return method_with(*overrides, known=known, **tools)
 
 
 def test_a_step_shows_credits_and_writes_skills(monkeypatch):
@@ -101,7 +103,7 @@ def test_a_step_shows_credits_and_writes_skills(monkeypatch):
         asked.append((text, reward))
         return f"new {problem.id}" if reward else None
 
-    prompts = summarized(monkeypatch, summarize, bank((3, 0.0), (1, 1.0)))
+    prompts = summarized(monkeypatch, summarize, {"p": skills((3, 0.0), (1, 1.0))})
     assert prompts.prepare(6, None, None)[1] == {"skills/count": 2.0, "skills/problems": 1.0}
     rollouts = [rollout(PROBLEM, 0, "7$", 0.0), rollout(PROBLEM, 0, "8$", 1.0), rollout(OTHER, 1, "1$", 0.0)]
     chosen, metrics = prompts.select(6, rollouts)
@@ -111,10 +113,10 @@ def test_a_step_shows_credits_and_writes_skills(monkeypatch):
     assert metrics == {"hints/share": pytest.approx(2 / 3)}
     after = prompts.record(rollouts)
     assert asked == [("8", 1.0), ("1", 0.0)], "the best response of each visit"
-    assert after.bank.skills == {
+    assert after.bank == {
         "p": [Skill("skill 0", 0, 3, 0.0), Skill("skill 1", 1, 2, 1.5), Skill("new p", 6)],
     }
-    assert prompts.bank.skills["p"][1].uses == 1, "old prompts stay as they were"
+    assert prompts.bank["p"][1].uses == 1, "old prompts stay as they were"
     fresh = method_with()
     assert fresh.restored(after.state_dict()).bank == after.bank and fresh.restored({"skills": None}) is fresh
 
@@ -124,20 +126,20 @@ def test_visits_of_all_replicas_change_the_bank_in_the_order_of_the_global_batch
     others = [(2, "p", 1.0, "third"), (0, "p", 0.5, "first")]
     monkeypatch.setattr(skill_sd, "gather_items", lambda items, group: [*items, *others])
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": 1, "dp_size": 2}))
-    prompts = summarized(monkeypatch, lambda *_: "second", bank((1, 1.0)), grid=grid)
+    prompts = summarized(monkeypatch, lambda *_: "second", {"p": skills((1, 1.0))}, grid=grid)
     after = prompts.record([rollout(PROBLEM, 0, "8$", 0.0)])
-    assert [skill.text for skill in after.bank.skills["p"]] == ["skill 0", "first", "second", "third"]
-    assert (after.bank.skills["p"][0].uses, after.bank.skills["p"][0].total_reward) == (4, 2.5)
+    assert [skill.text for skill in after.bank["p"]] == ["skill 0", "first", "second", "third"]
+    assert (after.bank["p"][0].uses, after.bank["p"][0].total_reward) == (4, 2.5)
 
 
 def test_the_last_response_of_an_episode_stands_for_its_rewards(monkeypatch):
     asked: list[float | None] = []
-    prompts = summarized(monkeypatch, lambda problem, text, reward: asked.append(reward) or "s", bank())
+    prompts = summarized(monkeypatch, lambda problem, text, reward: asked.append(reward) or "s", {})
     turns = [(0, 0, 0.25), (0, 1, 0.5), (1, 0, 0.5)]
     rollouts = [replace(rollout(PROBLEM, 0, "8$", r), episode=e, turn=t) for e, t, r in turns]
     after = prompts.record(rollouts)
     assert asked == [0.75]
-    reward = replace(prompts, bank=after.bank).record(rollouts).bank.skills["p"][0].total_reward
+    reward = replace(prompts, bank=after.bank).record(rollouts).bank["p"][0].total_reward
     assert reward == (0.75 + 0.5) / 2
 
 
@@ -208,6 +210,6 @@ def test_a_function_writes_skills_and_white_space_is_none(monkeypatch):
         return {"8": f"{problem.id} {reward:g}", "9": " ", "7": None}[text]
 
     rollouts = [rollout(PROBLEM, i, text, 1.0) for i, text in enumerate(("8$", "9$", "7$"))]
-    assert summarized(monkeypatch, summarize, bank())._summaries(rollouts) == ["p 1", None, None]
+    assert summarized(monkeypatch, summarize, {})._summaries(rollouts) == ["p 1", None, None]
     with pytest.raises(VerifierError, match="the summarizer failed with ValueError: expected a text or None"):
-        summarized(monkeypatch, lambda *_: 3, bank())._summaries(rollouts)
+        summarized(monkeypatch, lambda *_: 3, {})._summaries(rollouts)

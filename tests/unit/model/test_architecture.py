@@ -261,15 +261,6 @@ def test_yarn_that_megatron_cannot_build_is_refused():
         configured(odd, CP2)
 
 
-LATENT = dataclasses.replace(DENSE, latent_layernorm_epsilon=1e-6)
-
-
-@pytest.mark.parametrize("model", [LATENT, dataclasses.replace(LATENT, normalization="LayerNorm")])
-def test_an_epsilon_of_latents_without_latents_is_refused(model):
-    with pytest.raises(ConfigError, match=r"latent_layernorm_epsilon is for multi-latent attention with model\.norm"):
-        configured(model, {}, multi_latent_attention=model.normalization == "LayerNorm")
-
-
 class FusedLinear:
     """Stands for Transformer Engine's linear layer, which normalises its input."""
 
@@ -285,7 +276,7 @@ def test_on_transformer_engines_spec_the_linear_layers_after_the_latents_have_th
         layer_specs=[SimpleNamespace(submodules=SimpleNamespace(self_attention=attention, mlp=None))]
     )
     monkeypatch.setattr(architecture, "get_gpt_decoder_block_spec", lambda *_, **__: block)
-    config = configured(dataclasses.replace(LATENT, latent_layernorm_epsilon=epsilon), {}, multi_latent_attention=True)
+    config = configured(dataclasses.replace(DENSE, latent_layernorm_epsilon=epsilon), {}, multi_latent_attention=True)
     assert layer_spec(config, transformer_engine=True) is block
     linears = {name: getattr(attention.submodules, name)(3, 4, config=config) for name in names}
     of_latents = {name: linear.eps for name, linear in linears.items() if "_up_" in name}

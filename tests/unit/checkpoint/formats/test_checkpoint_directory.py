@@ -44,13 +44,10 @@ def write(checkpoints: Path, step: int, complete: Path, keep_last: int | None = 
     """Do the work of rank 0 around Megatron's writing of the files."""
     target = checkpoints / directory.iteration_name(step)
     temporary = directory.begin(checkpoints, target.name, 0)
-    try:
-        shutil.copytree(complete, temporary.path, dirs_exist_ok=True)
-        directory.publish(temporary, target)
-        directory.set_latest(target)
-        directory.prune(target, keep_last)
-    finally:
-        temporary.release()
+    shutil.copytree(complete, temporary, dirs_exist_ok=True)
+    directory.publish(temporary, target)
+    directory.set_latest(target)
+    directory.prune(target, keep_last)
 
 
 def test_the_tracker_file_names_the_latest(checkpoints):
@@ -167,14 +164,12 @@ def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_leftovers_are_removed_unless_their_writer_lives(tmp_path):
+def test_leftovers_of_the_same_kind_are_removed(tmp_path):
     dead = directory.begin(tmp_path, "iter_0000001", 0)
-    (dead.path / "half.distcp").write_text("half")
-    dead.release()
-    alive = directory.begin(tmp_path, "iter_0000002", 0)
-    assert not dead.path.exists()
-    new = directory.begin(tmp_path, "iter_0000003", 0)
-    assert alive.path.exists()
-    assert names(tmp_path) == sorted(name for t in (alive, new) for name in (t.path.name, f"{t.path.name}.lock"))
-    alive.release()
-    new.release()
+    (dead / "half.distcp").write_text("half")
+    other = directory.begin(tmp_path, "converted", 0)
+    same = directory.begin(tmp_path, "converted", 0)
+    longer = directory.begin(tmp_path, "converted_too", 0)
+    assert dead.exists() and not other.exists()
+    new = directory.begin(tmp_path, "iter_0000002", 0)
+    assert names(tmp_path) == sorted([new.name, same.name, longer.name])

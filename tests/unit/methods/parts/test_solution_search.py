@@ -18,7 +18,8 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import exact_match
-from megatron_selfdistill.methods.parts.solution_search import Attempt, Search, content_of, solve
+from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
+from megatron_selfdistill.methods.parts.solution_search import Attempt, content_of, solve
 from megatron_selfdistill.rollout.base import Request, response_text
 from megatron_selfdistill.rollout.sampling import sample_seed
 
@@ -26,9 +27,9 @@ BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{soluti
 
 
 def attempts_at(problems: list[Problem], generate: Any = None, step: int = 4, **options: Any) -> list[Attempt]:
-    search = Search(**({"num_samples": 12, "keep": 3, "pick": "shortest", "seed": 5} | options.pop("search", {})))
+    search = OwnSolutionsSettings(**({"num_samples": 12, "keep": 3} | options.pop("search", {})))
     generate = generate or (lambda requests: [answered(request) for request in requests])
-    settings = {"builder": BUILDER, "verifier": exact_match, "grid": ONE_RANK} | options
+    settings = {"builder": BUILDER, "verifier": exact_match, "grid": ONE_RANK, "seed": 5} | options
     return solve(problems, search, step, generate=generate, **settings)
 
 
