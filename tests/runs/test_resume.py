@@ -60,6 +60,10 @@ LAYOUTS = {
             *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas with their controls
         ],
     ),
+    "an anchor with a share of the reference, PP2": (
+        2,
+        ["target.anchor=student", "target.reference_share=0.2", "parallel.pipeline_model_parallel_size=2"],
+    ),
     "gated delta nets": (
         1,
         [

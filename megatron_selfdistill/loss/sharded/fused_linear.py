@@ -123,8 +123,11 @@ def fused_distillation_loss(
     check_arguments("fused_distillation_loss", locals(), **wide, **rows)
     check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights, reads_reference=True)
     check_controls("fused_distillation_loss", "control_hidden", control_hidden, target)
-    if reference is not None and not target.has_reference:
-        raise ValueError(f"fused_distillation_loss: reference must be None where the anchor has none; got {target}.")
+    if (reference is None and target.reference_share) or (reference is not None and not target.has_reference):
+        raise ValueError(
+            f"fused_distillation_loss: reference must be given for target.reference_share > 0, and None where the "
+            f"anchor has none; got {'none' if reference is None else 'one'} with {target}."
+        )
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,

@@ -180,6 +180,9 @@ def test_controls_are_asked_for_and_counted() -> None:
         self_distillation_loss(student, teacher, control_logits=controls[:, :4], target=TARGETS["student"])
     with pytest.raises(ValueError, match=r"Target\.num_controls"):
         Target("teacher_alone", anchor="student", num_controls=1)
+    for wrong in ({"anchor": "reference"}, {"rule": "teacher_alone", "anchor": "student"}, {"reference_share": 1.0}):
+        with pytest.raises(ValueError, match=r"Target\.reference_share"):
+            Target(**{"anchor": "student", "reference_share": 0.2, **wrong})
 
 
 @dataclasses.dataclass

@@ -21,7 +21,8 @@ STRICT = Target(k_max=None, anchor="student")
 def test_a_target_in_python_has_the_defaults_of_the_configuration() -> None:
     configured = TargetConfig()
     expected = {field.name: getattr(configured, field.name) for field in dataclasses.fields(Target)}
-    assert dataclasses.asdict(Target()) == expected | {"num_controls": 0}, "the default has no controls"
+    undecided = {"num_controls": 0, "anchor": "reference"}
+    assert dataclasses.asdict(Target()) == expected | undecided, "no controls, and an anchor that no data decide"
     assert Target() == Target.configured(configured)
 
 
