@@ -92,10 +92,9 @@ class Target:
     """The largest k of entropy_matched and batch; "1 + w" is the k of the geometric mean, None is no bound."""
     k: float | None = None
     """k of fixed and batch; None is 1 + w."""
-    anchor: str = "reference"
-    """The logits a in m = w t + a: reference (r), or student (s), which suits hints that are all one text."""
-    reference_share: float = 0.0
-    """l, with anchor=student: the logits a are (1 - l) s + l r, so that a moving anchor stays tied to the start."""
+    anchor: str | float = "reference"
+    """The logits a in m = w t + a: reference (r), student (s), which suits hints that are all one text, or the share l
+    of the reference in (1 - l) s + l r, a number, with which a moving anchor stays tied to the start."""
     match: str | None = None
     """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
     num_controls: int = 0
@@ -110,7 +109,7 @@ class Target:
         ``num_controls``: those of the run's data (`data.controls.num_controls`).  An anchor that no data have decided
         (auto) is the reference.
         """
-        names = ("rule", "teacher_weight", "k_max", "anchor", "reference_share", "match")
+        names = ("rule", "teacher_weight", "k_max", "anchor", "match")
         k = batch_k if section.rule == "batch" else section.k
         values = {name: getattr(section, name) for name in names}
         if section.anchor == "auto":
@@ -134,20 +133,15 @@ class Target:
             self.rule in ("fixed", "batch") and isinstance(self.k, Real) and 0 < self.k < math.inf
         ):
             raise ValueError(f"Target.k must be a finite number > 0 of fixed or batch; got {self.k} with {self.rule}.")
-        if self.anchor not in ANCHORS or self.match not in (None, "student", self.anchor):
-            raise ValueError(
-                f"Target.anchor must be one of {', '.join(ANCHORS)}, and Target.match None, student or the anchor; "
-                f"got {self.anchor!r} and {self.match!r}."
-            )
-        if self.is_anchored and self.rule == "teacher_alone":
-            raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
-        if not 0 <= self.reference_share < 1 or (
-            self.reference_share and (self.anchor != "student" or self.rule == "teacher_alone")
+        if not (self.anchor in ANCHORS or (isinstance(self.anchor, Real) and 0 < self.anchor < 1)) or (
+            self.match not in (None, "student", self.anchor)
         ):
             raise ValueError(
-                "Target.reference_share must lie in [0, 1), and be 0 unless the rule mixes with anchor=student; got "
-                f"{self.reference_share} with {self.anchor} and {self.rule}."
+                f"Target.anchor must be one of {', '.join(ANCHORS)} or a number between 0 and 1, and Target.match "
+                f"None, student or the anchor; got {self.anchor!r} and {self.match!r}."
             )
+        if self.has_reference and self.rule == "teacher_alone":
+            raise ValueError("Target.anchor must be student with the rule teacher_alone, whose target is no mix.")
         if self.num_controls < 0 or (self.num_controls and self.rule == "teacher_alone"):
             raise ValueError(
                 "Target.num_controls must be at least 0, and 0 with the rule teacher_alone, whose target is no mix; "
@@ -172,6 +166,11 @@ class Target:
     def is_anchored(self) -> bool:
         """Whether the teacher is mixed with a frozen reference."""
         return self.anchor == "reference"
+
+    @property
+    def reference_share(self) -> float:
+        """The share l of the reference in an anchor that is the student otherwise; 0 for other anchors."""
+        return 0.0 if isinstance(self.anchor, str) else float(self.anchor)
 
     @property
     def has_reference(self) -> bool:

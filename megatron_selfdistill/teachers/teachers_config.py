@@ -176,7 +176,7 @@ def check_teachers(config: Any) -> None:
     for name in (name for name, one in config.named_teachers.items() if one.weight is not None):
         key = f"teachers.{name}.weight"
         require(
-            target.rule in ("entropy_matched", "fixed") and (not joined or target.anchor != "student"),
+            target.rule in ("entropy_matched", "fixed") and (not joined or target.anchor in ("reference", "auto")),
             f"{key} needs target.rule=entropy_matched or fixed, and with teachers.{JOIN}=product "
             f"target.anchor=reference, got {target.rule} and {target.anchor}",
         )

@@ -22,10 +22,8 @@ CASES = {
     "reference of its own": dataclasses.replace(ANCHORED, target=Target(num_controls=2), reference_copy=True),
     "average teacher": dataclasses.replace(OF_STUDENT, teacher="ema"),
     "current teacher": dataclasses.replace(OF_STUDENT, teacher="current"),
-    "a share of the reference": dataclasses.replace(
-        OF_STUDENT, target=Target(anchor="student", reference_share=0.25, num_controls=2)
-    ),
-    "a share without controls": dataclasses.replace(OF_STUDENT, target=Target(anchor="student", reference_share=0.25)),
+    "a share of the reference": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25, num_controls=2)),
+    "a share without controls": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25)),
     "soft cap": dataclasses.replace(OF_STUDENT, soft_cap=3.0),
     "two terms": dataclasses.replace(OF_STUDENT, two_terms=True),
 }

@@ -14,7 +14,7 @@ def test_each_variant_has_a_guided_one(load_example):
     chosen = load_example("07_guided_rollouts").with_and_without_guidance(())
     guided = [configuration.load(variant.overrides, CONFIG_NAME) for variant in chosen if "guided" in variant.title]
     assert len(guided) == len(chosen) // 2 + 1 and all(c.rollout.guidance == "mixed" for c in guided)
-    assert {c.target.anchor for c in guided} == {"student", "reference"}
+    assert {c.target.anchor for c in guided} == {"student", "auto"}
 
 
 @pytest.mark.full

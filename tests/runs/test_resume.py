@@ -62,7 +62,7 @@ LAYOUTS = {
     ),
     "an anchor with a share of the reference, PP2": (
         2,
-        ["target.anchor=student", "target.reference_share=0.2", "parallel.pipeline_model_parallel_size=2"],
+        ["target.anchor=0.2", "parallel.pipeline_model_parallel_size=2"],
     ),
     "gated delta nets": (
         1,

@@ -88,15 +88,13 @@ class TargetConfig(Part, section="target"):
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: Annotated[float, at_least(0.01), at_most(MAX_K)] | None = None
     """The value of k under rule=fixed; null is 1 + w."""
-    anchor: Annotated[str, OneOf(("auto", *ANCHORS))] = "auto"
+    anchor: Annotated[Any, OneOf(("auto", *ANCHORS), or_number=True), above(0), below(1)] = "auto"
     """The model that the teacher is mixed with, on the student's context: reference (the weights at the start of the
     run, so that the target stands still with a frozen teacher, whose weights are also the reference's; with another
     teacher the reference is one more copy of the weights), student (the weights that are trained), or auto: student
     where all solutions of the data are one text, such as an instruction, which tells nothing about a single problem
-    that could leak, and reference elsewhere.  The run's config.yaml states which of both it is."""
-    reference_share: Annotated[float, at_least(0), below(1)] = 0.0
-    """The share l of the reference in the anchor (1 - l) student + l reference, with anchor=student: a student that
-    moves stays tied to the start of the run."""
+    that could leak, and reference elsewhere.  The run's config.yaml states which of both it is.  A number between 0 and
+    1 is the reference's share in a mix of the logits of both, which moves and stays tied to the start."""
     match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
     control: Annotated[str, OneOf(("auto", "other", "none"))] = "none"
@@ -128,11 +126,6 @@ class TargetConfig(Part, section="target"):
             "target.rule=teacher_alone mixes the teacher with nothing: set target=teacher_alone, which also sets "
             "target.anchor=student",
         )
-        require(
-            not self.reference_share or (self.anchor == "student" and self.rule != "teacher_alone"),
-            f"target.reference_share={self.reference_share} is the reference's part of an anchor that moves, but "
-            f"target.anchor is {self.anchor} and target.rule {self.rule}: set target.anchor=student, or the share to 0",
-        )
         missing = why_no_control(config)
         require(
             self.control != "other" or missing is None,
@@ -140,7 +133,7 @@ class TargetConfig(Part, section="target"):
         )
         if self.guided_teacher_weight is not None:
             require(
-                self.anchor != "student",
+                self.anchor in ("reference", "auto"),
                 "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
                 "target.teacher_weight",
             )

@@ -113,7 +113,7 @@ class Config:
     @property
     def is_anchored(self) -> bool:
         """Whether the target's anchor is a frozen reference, or has a share of one."""
-        return self.has_teacher and (self.target.anchor != "student" or self.target.reference_share > 0)
+        return self.has_teacher and self.target.anchor != "student"
 
     @property
     def copies_reference(self) -> bool:
@@ -127,7 +127,8 @@ class Config:
     def projects_reference(self) -> bool:
         """Whether the reference has an output layer of its own, so that no mix of states serves both models."""
         loads_teachers = any(teacher.load is not None for teacher in self.named_teachers.values())
-        return self.copies_reference or (self.is_anchored and (loads_teachers or self.target.reference_share > 0))
+        is_shared = not isinstance(self.target.anchor, str)
+        return self.copies_reference or (self.is_anchored and (loads_teachers or is_shared))
 
     @property
     def logged(self) -> bool:

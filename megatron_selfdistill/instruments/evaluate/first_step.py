@@ -234,7 +234,7 @@ def measure_first_step(
         return read(contexts, models, loss, TokenMeasurement(target, config.loss.fused_chunk_tokens, models.backend))
 
     target = Target.configured(config.target, num_controls=0 if config.target.control == "none" else number)
-    as_configured = reading(replace(target, anchor="student", reference_share=0.0, match=None))
+    as_configured = reading(replace(target, anchor="student", match=None))
     rows = _rows(as_configured)
     if number:
         contrasted = as_configured if target.num_controls else reading(Target(anchor="student", num_controls=number))

@@ -57,8 +57,8 @@ class Exploration:
         The controls have the hints of ``evaluation.path``, if it is set.
         Raises: `ConfigError` for a problem that does not fit or that the prompts do not show.
         """
-        if config.target.reference_share:
-            raise ConfigError("the page shows anchors that are one model: set target.reference_share=0")
+        if not isinstance(config.target.anchor, str):
+            raise ConfigError("the page shows anchors that are one model: set target.anchor to reference or student")
         others = [] if config.evaluation.path is None else RunData.load_evaluation(config, True).evaluation
         number = num_controls(config, [problem, *others])
         run_data = replace(RunData.of_problem(config, problem), num_controls=number)

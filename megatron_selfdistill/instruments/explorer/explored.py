@@ -201,7 +201,7 @@ def explore_run(trainer: Trainer) -> None:
                 forget_explored_after(trainer.run_dir, trainer.step)
     config = trainer.config
     is_evaluated = config.evaluation.every or config.evaluation.at_start
-    shows = config.shows_contents and not config.target.reference_share  # the page knows no shared anchor
+    shows = config.shows_contents and isinstance(config.target.anchor, str)  # the page knows no shared anchor
     if is_evaluated and config.has_teacher and shows and config.metrics.num_explored > 0:
         trainer.before_gradients.append(_save_explored)
 

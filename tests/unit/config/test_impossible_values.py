@@ -167,7 +167,7 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["target.rule=teacher_alone"], "mixes the teacher with nothing"),
         (["target.anchor=student", "target.match=reference"], "target.match must be null, student or target.anchor"),
         (["target.guided_teacher_weight=2", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
-        (["target.reference_share=0.2"], "target.reference_share=0.2 is the reference's part of an anchor that moves"),
+        (["target.anchor=0.2", "target.guided_teacher_weight=2"], "target.guided_teacher_weight needs target.anchor"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):

@@ -66,8 +66,8 @@ WITH_CONTROLS = {
     "student": Target(anchor="student", num_controls=3),
     "student, strict": Target(anchor="student", k_max=None, num_controls=3),
     "reference": Target(num_controls=3),
-    "a share of the reference": Target(anchor="student", reference_share=0.3, num_controls=3),
-    "a share without controls": Target(anchor="student", reference_share=0.3),
+    "a share of the reference": Target(anchor=0.3, num_controls=3),
+    "a share without controls": Target(anchor=0.3),
 }
 
 

@@ -11,7 +11,7 @@ from megatron_selfdistill.config import Config, RolloutConfig, TargetConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.factory import sampling_params
 
-RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9)
+RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=0)
 
 
 def sampled_target(batch_k: float | None = None, **target: object) -> Target:

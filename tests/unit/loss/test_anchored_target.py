@@ -139,7 +139,7 @@ def test_a_reference_of_another_shape_or_without_its_target_is_refused() -> None
     options = {"divergence": Divergence(), "vocab": vocab}
     anchored = Target("fixed", anchor="reference")
     for target, reference, words in (
-        (Target(anchor="student"), (student, weight), "reference must be None without anchor=reference"),
+        (Target(anchor="student"), (student, weight), "and None where the anchor has none"),
         (anchored, (student[:2], weight), r"reference_hidden must be \[3, r\].*got \[2, 16\]"),
         (anchored, (student, weight[:5]), r"reference_weight must be \[192, 16\].*got \[5, 16\]"),
     ):
@@ -158,5 +158,5 @@ def test_the_entropy_of_a_vocabulary_is_that_of_its_valid_columns() -> None:
 def test_a_reference_is_given_if_and_only_if_the_target_has_one() -> None:
     s, t = pair(0)
     for target, more in ((Target(anchor="reference"), ()), (Target(anchor="student"), (s,))):
-        with pytest.raises(ValueError, match="reference_logits must be given with anchor=reference only"):
+        with pytest.raises(ValueError, match="reference_logits must be given where the anchor has a reference"):
             mixed_target(s, t, target, *more)

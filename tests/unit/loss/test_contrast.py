@@ -30,10 +30,10 @@ TARGETS = {
     "student, fixed": Target("fixed", anchor="student", num_controls=K),
     "reference": Target(num_controls=K),
     "reference, student's entropy": Target(match="student", num_controls=K),
-    "a share of the reference": Target(anchor="student", reference_share=0.2, num_controls=K),
-    "a share, student's entropy": Target(anchor="student", reference_share=0.9, match="student", num_controls=K),
-    "a share, fixed": Target("fixed", anchor="student", reference_share=0.5, num_controls=K),
-    "a share without controls": Target(anchor="student", reference_share=0.3),
+    "a share of the reference": Target(anchor=0.2, num_controls=K),
+    "a share, student's entropy": Target(anchor=0.9, match="student", num_controls=K),
+    "a share, fixed": Target("fixed", anchor=0.5, num_controls=K),
+    "a share without controls": Target(anchor=0.3),
 }
 
 
@@ -180,9 +180,9 @@ def test_controls_are_asked_for_and_counted() -> None:
         self_distillation_loss(student, teacher, control_logits=controls[:, :4], target=TARGETS["student"])
     with pytest.raises(ValueError, match=r"Target\.num_controls"):
         Target("teacher_alone", anchor="student", num_controls=1)
-    for wrong in ({"anchor": "reference"}, {"rule": "teacher_alone", "anchor": "student"}, {"reference_share": 1.0}):
-        with pytest.raises(ValueError, match=r"Target\.reference_share"):
-            Target(**{"anchor": "student", "reference_share": 0.2, **wrong})
+    for wrong in ({"anchor": 0.0}, {"anchor": 1.0}, {"anchor": 0.2, "rule": "teacher_alone"}):
+        with pytest.raises(ValueError, match=r"Target\.anchor must be "):
+            Target(**wrong)
 
 
 @dataclasses.dataclass

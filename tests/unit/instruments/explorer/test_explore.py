@@ -195,9 +195,8 @@ def test_a_prompt_that_does_not_show_the_solution_is_refused(directory, capsys):
 
 
 def test_a_shared_anchor_is_refused(directory, capsys):
-    shared = ("target.anchor=student", "target.reference_share=0.5")
-    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, *shared]) == 2
-    assert "set target.reference_share=0" in capsys.readouterr().err
+    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, "target.anchor=0.5"]) == 2
+    assert "set target.anchor to reference or student" in capsys.readouterr().err
 
 
 def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(monkeypatch):
