@@ -167,6 +167,23 @@ def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() ->
     assert raised[0, 7] > before[0, 7] + 1.0
 
 
+def test_over_all_hints_one_control_cancels_and_the_mean_of_several_leaves_what_varies_below_zero() -> None:
+    """The mean of t - c over the hints, each against the others, is 0 for one control, and by Jensen at most 0 else.
+
+    A token that every hint makes equally likely keeps 0, and so gains on the tokens that depend on the hint.
+    """
+    hints = (2 * torch.randn(6, 1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).log_softmax(-1)
+    hints[..., :1] = hints[..., :1].mean(0, keepdim=True)  # a token that is alike after every hint
+    alone, joined = torch.zeros(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
+    for i, teacher in enumerate(hints):
+        others = torch.cat([hints[:i], hints[i + 1 :]])
+        normalisers = torch.zeros(5, 1, dtype=torch.float64)  # the rows are log-probabilities
+        alone += sum(contrast(teacher, other[None], normalisers[:1])[0] for other in others) / 30
+        joined += contrast(teacher, others, normalisers)[0] / 6
+    torch.testing.assert_close(alone, torch.zeros_like(alone), rtol=0, atol=1e-12)
+    assert joined[0].abs() < 1e-12 and (joined[1:] < -0.1).all()
+
+
 def test_controls_are_asked_for_and_counted() -> None:
     student, teacher, _, controls = rows()
     for given, target in (
