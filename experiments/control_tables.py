@@ -33,7 +33,8 @@ def table_of_choices(lines: Sequence[Line]) -> list[str]:
     seeds = [s for s in (1, 2) if all((arm, task, s) in found for arm in LABELS for task in CHOOSING_TASKS)]
     scores = {(arm, task): [found[arm, task, s] for s in seeds] for arm in LABELS for task in CHOOSING_TASKS}
     best = {task: max(mean(scores[arm, task]) for arm in LABELS) for task in CHOOSING_TASKS}
-    rows = [[f"seeds {' and '.join(map(str, seeds))}", *CHOOSING_TASKS, "mean loss", "worst loss"], ["---"] * 8]
+    of_seeds = f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
+    rows = [[of_seeds, *CHOOSING_TASKS, "mean loss", "worst loss"], ["---"] * (3 + len(CHOOSING_TASKS))]
     for arm, label in LABELS.items():
         losses = [best[task] - mean(scores[arm, task]) for task in CHOOSING_TASKS]
         rows.append([label, *(spread(scores[arm, t]) for t in CHOOSING_TASKS), short(mean(losses)), short(max(losses))])

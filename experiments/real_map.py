@@ -312,6 +312,11 @@ LABELS = {
     "rft": "RFT with the verifier",
     "sft": "SFT on the hint",
 }
+NOT_SHOWN = (
+    *("anchored_jsd", "anchored_guided", "student_mix_jsd", "student_mix_w4", "student_mix_guided"),
+    *("teacher_alone_jsd", "default_no_hint"),
+)
+"""The arms that the tables leave out, for their length; their lines are recorded as all others."""
 DRAWN = {
     BEFORE: "before",
     "default": "the anchor is the\nfrozen reference",
@@ -371,7 +376,7 @@ def rows_of_task(task: str, figures: Sequence[str], lines: Sequence[Line]) -> li
     rows = []
     for arm, label in LABELS.items():
         of_arm = [line for line in lines if (line["task"], line["arm"]) == (task, arm)]
-        if of_arm:
+        if of_arm and arm not in NOT_SHOWN:
             label = f"{label} (the default)" if arm == default_on(task) else label
             rows.append([label, str(len(of_arm)), *(spread([line[figure] for line in of_arm]) for figure in figures)])
         if of_arm and arm == BEFORE:

@@ -102,7 +102,7 @@ class TargetConfig(Part, section="target"):
     hints of num_controls other problems, and w (t - c) takes the place of w t, where c is the log of the mean of these
     probabilities.  What any hint makes the model do then cancels.  auto is none where no other hint makes sense (all
     hints are one text, or they are no solutions of the data), and other elsewhere."""
-    num_controls: Annotated[int, at_least(1), at_most(64)] = 4
+    num_controls: Annotated[int, at_least(1), at_most(64)] = 2
     """The number of controls of a response.  Where the data have fewer different hints, some of them count twice."""
 
     def check(self, config: Any) -> None:

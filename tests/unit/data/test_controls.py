@@ -121,7 +121,7 @@ def test_teachers_whose_readings_do_not_compare_have_no_controls(teachers: dict[
     with pytest.raises(ConfigError, match=why):
         Config(target=TargetConfig(control="other"), teachers=teachers)
     assert planned_controls(Config(target=TargetConfig(control="auto"), teachers=teachers)) == 0
-    assert planned_controls(Config(target=TargetConfig(control="auto"), teachers={"math": {}})) == 4
+    assert planned_controls(Config(target=TargetConfig(control="auto"), teachers={"math": {}})) == 2
 
 
 def test_the_controls_of_a_teacher_have_its_own_wording() -> None:
