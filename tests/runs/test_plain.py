@@ -152,7 +152,6 @@ def test_where_all_solutions_are_one_text_both_take_the_student_as_the_anchor(ra
     (found,) = ranks.run(plain_steps, directory, NUM_STEPS, world_size=1, init_process_group=False)
     assert "  anchor: student\n" in (directory / "run" / "config.yaml").read_text()
     assert found.losses == pytest.approx(losses_of_the_run(directory), rel=0, abs=TOLERANCE)
-    # The run has ended, and the anchor that the data have decided is that of the run.
     started = ranks.run(tiny_run.start_and_listen, overrides(directory, "run"), world_size=1, init_process_group=False)
     assert started[0][0] == 0 and "complete" in started[0][1]
     more = [*overrides(directory, "run"), f"num_steps={NUM_STEPS + 1}"]
