@@ -82,19 +82,19 @@ class Checkpointer:
         Raises: CheckpointError where all checkpoints have faults; the method then changes nothing.
         """
         faults: dict[str, str] = {}
+        reasons = ""
         for path in run_on_rank_0(lambda: directory.candidates(self.directory)):
             fault = sharded_io.integrity_fault(path, self.config.verify)
             if fault is None:
                 if faults and self.grid.is_reporter:
-                    reasons = "; ".join(f"{name} {why}" for name, why in faults.items())
                     lost = max(map(directory.iteration_of, map(Path, faults))) - directory.iteration_of(path)
                     again = f", {lost} steps earlier" if lost > 0 else ""
                     logger.warning("%s in %s: the run continues from %s%s", reasons, self.directory, path.name, again)
                 return path
             faults[path.name] = fault
+            reasons = "; ".join(f"{name} {why}" for name, why in faults.items())
         if not faults:
             return None
-        reasons = "; ".join(f"{name} {why}" for name, why in faults.items())
         raise CheckpointError(
             f"none of the checkpoints in {self.directory} can be used: {reasons}; restore one, or move {self.run_dir} "
             "away"

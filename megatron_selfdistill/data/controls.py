@@ -22,9 +22,9 @@ def with_decided_anchor(config: Config, problems: Sequence[Problem]) -> Config:
     """Return ``config`` with the anchor that target.anchor=auto stands for in a run on these problems."""
     if config.target.anchor != "auto":
         return config
-    one_hint = shows_solutions(config) and not config.teachers
-    one_hint = one_hint and are_one_hint([problem.solution for problem in problems])
-    return replace(config, target=replace(config.target, anchor="student" if one_hint else "reference"))
+    counts = shows_solutions(config) and not config.teachers
+    follows = counts and are_one_hint([problem.solution for problem in problems])
+    return replace(config, target=replace(config.target, anchor="student" if follows else "reference"))
 
 
 class AboutProblem(Protocol):

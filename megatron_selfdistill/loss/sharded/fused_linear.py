@@ -147,9 +147,11 @@ def fused_distillation_loss(
     others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight, control_hidden, normalisers)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
+    if target.reference_share and target.needs_reference_entropy:  # written chunk by chunk, as the normalisers are
+        reference_entropy = student_hidden.new_empty(layer.num_tokens, dtype=torch.float64)
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
-        logits = _Logits(layer, all_hidden, student_weight, others, keep, is_forward=True)
+        logits = _Logits(layer, all_hidden, student_weight, others, keep, is_forward=True, entropy=reference_entropy)
         forward = _forward_chunks(layer, logits, response_tokens, reference_entropy, observe)
     stats = forward.stats
     if not trained:
@@ -221,7 +223,8 @@ class _Logits:
     With a reference of its own, the teacher's logits t become those of the mix, (w t + r) / (1 + w).  With controls t
     becomes t - c first, and the mix is w (t - c) + r.
 
-    anchor_entropy: [R] float64, written in the forward pass where the anchor has a share of a reference.
+    entropy: the reference's [R], or where it has a share of the anchor the place that gets the anchor's; None in
+    backward.
     kept: [R, V / tp] or None.  The student's logits of a chunk lie in the chunk's rows of ``kept``, where their
     gradient overwrites them.  The teacher's logits lie behind them, where the next chunk will be written, as long as
     there is room.
@@ -236,12 +239,12 @@ class _Logits:
         keep: bool,
         *,
         is_forward: bool = False,
+        entropy: Tensor | None = None,
     ) -> None:
         self.layer, self.all_hidden, self.student_weight, self.others = layer, all_hidden, student_weight, others
-        self.is_forward = is_forward
+        self.is_forward, self.entropy = is_forward, entropy
         longest, columns = min(layer.chunk_tokens, layer.num_tokens), student_weight.shape[0]
         self.kept = all_hidden.new_empty(layer.num_tokens, columns) if keep else None
-        self.anchor_entropy = all_hidden.new_empty(layer.num_tokens, dtype=torch.float64)
         self.block = all_hidden.new_empty(longest if keep else 2 * longest, columns)
 
     def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -276,10 +279,10 @@ class _Logits:
                 self.layer.vocab,
                 backend=self.layer.backend.name,
                 chunk_tokens=max(1, count),
-                wants_entropy=self.is_forward and target.needs_reference_entropy,
+                wants_entropy=self.entropy is not None,
             )
-            if entropy is not None:
-                self.anchor_entropy[tokens] = entropy
+            if self.entropy is not None and entropy is not None:
+                self.entropy[tokens] = entropy
             return student_logits, teacher_logits
         weights = self.layer.teacher_weights
         if others.control_hidden is not None:
@@ -334,7 +337,7 @@ def _forward_chunks(
 
     Where the gradient is kept, it is written into ``logits.kept``.
     """
-    parts, joint = [], layer.target.reference_share > 0 and layer.target.needs_reference_entropy
+    parts = []
     for tokens, divergence in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
@@ -346,7 +349,7 @@ def _forward_chunks(
             divergence,
             layer.vocab,
             layer.backend,
-            reference_entropy=logits.anchor_entropy if joint else reference_entropy,
+            reference_entropy=reference_entropy,
             teacher_weights=layer.teacher_weights,
         )
         if observe is not None:
