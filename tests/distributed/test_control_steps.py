@@ -43,7 +43,7 @@ def outcomes(ranks) -> Outcomes:
     own=CASES,
     order=ORDERS,
     output_layer=OUTPUT_LAYERS,
-    quick={"name": QUICK},
+    quick={"name": QUICK, "own": ["student", "one control", "reference", "a share of the reference"]},
     strength=1,
     full_strength=2,
     valid=lambda own, output_layer, **_: anchored.is_possible(own, output_layer),

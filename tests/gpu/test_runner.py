@@ -8,6 +8,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.gpu.results import FAILED, OK, Figure, Outcome, largest
 from tests.gpu.runner import Stage, run_stages
@@ -23,6 +24,7 @@ def stage(name: str, code: str, *arguments: str, limit_s: float = 60.0, checks: 
     return Stage(name, [sys.executable, "-c", code, *arguments], limit_s, checks or (name,))
 
 
+@pytest.mark.full
 def test_a_stage_beyond_its_limit_is_killed_with_all_its_processes_and_the_next_ones_run(tmp_path):
     pids = tmp_path / "pids"
     hangs = (

@@ -147,6 +147,7 @@ def test_ten_steps_have_the_losses_and_the_first_gradient_of_selfdistill_train(f
         assert float((found.gradients[name] - gradient).abs().max()) <= TOLERANCE * largest, name
 
 
+@pytest.mark.full
 def test_where_all_solutions_are_one_text_both_take_the_student_as_the_anchor(ranks, tmp_path):
     directory = trained(tmp_path, ranks, solution="7")
     (found,) = ranks.run(plain_steps, directory, NUM_STEPS, world_size=1, init_process_group=False)

@@ -34,7 +34,6 @@ FUNCTIONS = [
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 ]
 CLAIMS = [node.name for node in FUNCTIONS]
-QUICK_CLAIMS = [node.name for node in FUNCTIONS if "full" not in map(ast.unparse, node.decorator_list)]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
@@ -42,7 +41,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package trit
 Outcomes = dict[str, list[tuple[str, str]]]
 
 
-def outcomes(directory: Path, *, interpreted: bool, marks: str = "", seconds: float = 3600) -> Outcomes:
+def outcomes(directory: Path, *, interpreted: bool, seconds: float = 3600) -> Outcomes:
     """Return, for every test of CLAIM_FILES, (passed, failed or skipped, message) of each of its cases.
 
     Raises: subprocess.TimeoutExpired after so many seconds, far more than the tests take: some wait for other
@@ -58,7 +57,7 @@ def outcomes(directory: Path, *, interpreted: bool, marks: str = "", seconds: fl
         "-q",
         *map(str, CLAIM_FILES),
         "-m",
-        marks,
+        "",
         f"--junitxml={report}",
     ]
     process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -82,11 +81,6 @@ def report(found: Outcomes, claim: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_the_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return outcomes(tmp_path_factory.mktemp("interpreted"), interpreted=True, marks="not full")
-
-
-@pytest.fixture(scope="module")
-def all_in_the_interpreter(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return outcomes(tmp_path_factory.mktemp("interpreted"), interpreted=True)
 
 
@@ -95,17 +89,11 @@ def on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return outcomes(tmp_path_factory.mktemp("gpu"), interpreted=False)
 
 
-@needs_triton
-@pytest.mark.parametrize("claim", QUICK_CLAIMS)
-def test_in_the_interpreter(claim: str, in_the_interpreter: Outcomes) -> None:
-    report(in_the_interpreter, claim)
-
-
 @pytest.mark.full
 @needs_triton
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_with_all_its_cases_in_the_interpreter(claim: str, all_in_the_interpreter: Outcomes) -> None:
-    report(all_in_the_interpreter, claim)
+def test_in_the_interpreter(claim: str, in_the_interpreter: Outcomes) -> None:
+    report(in_the_interpreter, claim)
 
 
 @pytest.mark.gpu

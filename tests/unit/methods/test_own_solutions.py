@@ -103,7 +103,7 @@ def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[d
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}])
-@pytest.mark.parametrize("pick", ["shortest", "learnable"])
+@pytest.mark.parametrize("pick", ["learnable", pytest.param("shortest", marks=pytest.mark.full)])
 def test_every_layout_finds_the_same_solutions(ranks, sizes, pick):
     alone = ranks.run(table_in_layout, {}, pick, world_size=1)[0]
     assert sum(bool(kept) for kept in alone[0]["table"].values()) > 5

@@ -174,6 +174,7 @@ def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
     assert 1.0 <= time.monotonic() - started < 30
 
 
+@pytest.mark.full
 def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
     fake.seconds, fake.gets_on = 4.0, True
     before = signs_of_life._signs.count
@@ -181,6 +182,7 @@ def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
     assert signs_of_life._signs.count > before
 
 
+@pytest.mark.full
 def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
     server = client(fake.address, timeout_s=3.0)
     fake.seconds, fake.counts = 4.0, False
@@ -245,6 +247,7 @@ def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(
     assert 1.0 < time.monotonic() - started < 60
 
 
+@pytest.mark.full
 def test_a_run_that_shall_end_waits_for_a_server_that_writes_tokens(fake, monkeypatch):
     fake.seconds, fake.gets_on = 4.5, True
     with preempted(monkeypatch, 3.0):

@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from subprocess import run as run_process
 
+import pytest
+
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.teachers.configured_teachers import about_teachers
@@ -26,6 +28,7 @@ def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing()
     ]
 
 
+@pytest.mark.full
 def test_a_run_without_the_key_teachers_imports_nothing_of_the_annex():
     source = """
 import sys

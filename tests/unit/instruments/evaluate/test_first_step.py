@@ -163,7 +163,7 @@ LAYOUTS = {
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "a target with controls", "DP2", "TP2"]}, strength=1)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["a target with controls", "TP2"]}, strength=1)
 def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layout):
     world_size, options = LAYOUTS[layout]
     results = ranks.run(measured, directory, *options, world_size=world_size, init_process_group=False)
