@@ -118,6 +118,7 @@ def num_padded_buckets(setup: Setup, run_dir: Path) -> int:
     return sum(bucket.numel_unpadded < bucket.grad_data.numel() for bucket in buckets)
 
 
+@pytest.mark.full
 def test_padded_buckets_and_an_exchange_in_many_rounds_resume_bit_for_bit(ranks, tmp_path):
     overlapped = dataclasses.replace(BF16, overlap_grad_reduce=True, overlap_param_gather=True)
     setup = dataclasses.replace(WHOLE, optimizer=overlapped)

@@ -136,6 +136,7 @@ def allocated(profile: torch.profiler.profile) -> tuple[int, int]:
     return total, peak
 
 
+@pytest.mark.full
 def test_memory_is_one_tensor_of_logits_and_a_chunk_or_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shard_sums.CHUNK_BYTES, "cpu", 1 << 16)  # temporaries of the passes: a row or two each
     num_tokens, chunk, columns = 192, 48, 8192

@@ -83,6 +83,7 @@ def test_a_member_that_never_comes_is_named_when_the_time_is_over(store, threads
     assert "did not meet" in sentence(openings[1])
 
 
+@pytest.mark.full
 def test_a_trainer_that_is_gone_frees_the_others(threads):
     code = (
         "import torch.distributed as dist, sys, time\n"
