@@ -16,7 +16,9 @@ Shares of the reference in the anchor, .1 and .2, with K = 2, the best number wh
 same seeds and tasks, written before their first run.
 
 Comparing, on seeds 11 to 15 and on all tasks: the setting that the stage above has chosen, K = 4 with the reference as
-the anchor; the best one whose anchor is the student, K = 2; *own hint*, whose controls show the problem's own hint, so
+the anchor; the best one whose anchor is the student, K = 2; the same with a share of .1 of the reference, which entered
+this stage, before its first run here, when it had proved best on the choosing seeds (thirteen of its twenty cells);
+*own hint*, whose controls show the problem's own hint, so
 that it must learn nothing; another problem's hint in the place of the teacher's; and the rivals of control_rivals.py.
 The default, the mix with the student and the teacher alone have their lines in results/anchored_map.jsonl.
 
@@ -78,6 +80,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
 ARMS: Mapping[str, Sequence[str]] = {
     "controls": setting(4, 0.75, "target.anchor=reference"),
     "controls_of_student": setting(2, 0.75),
+    "controls_with_share": setting(2, 0.75, "target.anchor=0.1"),
     "controls_own_hint": setting(2, 0.75),
     "controls_other_hint": setting(2, 0.75, "data.solutions=other"),
     "topd": (*SIX["teacher_alone"], "loss.fused=none"),
