@@ -5,8 +5,8 @@
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
 A table stands between <!-- table NAME --> and <!-- end NAME --> in a page; NAME is one of `TABLES`, ablations, sweep,
-flips or clipped, whose lines are those of clipped_opsd.py.  A table shows the seeds that have a line for every arm of
-it.
+flips, clipped, whose lines are those of clipped_opsd.py, or controls and compared, whose lines are those of
+control_map.py.  A table shows the seeds that have a line for every arm of it.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
         return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
     if name == "controls":
         return control_tables.table_of_choices(read_lines(control_tables.LINES))
+    if name == "compared":
+        return control_tables.table_of_comparison(read_lines(control_tables.LINES), lines)
     if name == "flips":
         return flips()
     if name == "ablations":
@@ -145,7 +147,8 @@ def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
 def ablations(lines: Sequence[Line]) -> list[str]:
     """Return a table with a row for each task: the base, the default, and its ablations on the same seeds.
 
-    Problems that the base never solves have one more row, with guided rollouts, w = 2 and forward KL.
+    Problems that the base never solves have the row of guided rollouts, w = 2 and forward KL, since reverse KL teaches
+    none of them.
     """
     rows: list[list[str]] = []
     for name, arms in WITH_ABLATIONS.items():
@@ -154,7 +157,7 @@ def ablations(lines: Sequence[Line]) -> list[str]:
         of_task = [line for line in lines if line["experiment"] in (name, f"{name}_guided") and line["seed"] in seeds]
         figure = "within_3" if name.startswith("choosing") else "sampled"
         for prefix, arm in (("", DEFAULT), ("guided_", f"{DEFAULT}_forward_w2_guided")):
-            if f"{prefix}no_hint" in arms:
+            if f"{prefix}no_hint" in arms and (prefix or not name.startswith("unsolved")):
                 shown = [
                     spread([value_of(line, figure) for line in found if line["arm"] == which])
                     for found, which in (

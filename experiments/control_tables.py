@@ -23,8 +23,12 @@ LABELS = {
     "w050": "controls, K = 4, w = .5",
     "w150": "controls, K = 4, w = 1.5",
     "reference": "controls, K = 4, anchored",
+    "share_0.1": "controls, K = 2, l = .1",
+    "share_0.2": "controls, K = 2, l = .2",
 }
-"""The arms of the table."""
+"""The arms of the table of choices."""
+FIXED = ("anchored_matched", "student_matched", "teacher_alone")
+SHARED = "controls_with_share"
 
 
 def table_of_choices(lines: Sequence[Line]) -> list[str]:
@@ -38,4 +42,24 @@ def table_of_choices(lines: Sequence[Line]) -> list[str]:
     for arm, label in LABELS.items():
         losses = [best[task] - mean(scores[arm, task]) for task in CHOOSING_TASKS]
         rows.append([label, *(spread(scores[arm, t]) for t in CHOOSING_TASKS), short(mean(losses)), short(max(losses))])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
+    """Return the sampled accuracy of the fixed targets and of controls with a shared anchor, on the same seeds.
+
+    ``lines``: those of controls; ``of_fixed``: those of anchored_map.py.
+    """
+    arms = (*FIXED, SHARED)
+    shown = [line for line in (*of_fixed, *lines) if line["arm"] in arms]
+    found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in shown}
+    labels = [*(LABELS[arm] for arm in FIXED), LABELS["share_0.1"]]
+    rows, losses = [["task", "seeds", *labels], ["---"] * (2 + len(arms))], []
+    for task in dict.fromkeys(line["experiment"] for line in lines if line["arm"] == SHARED):
+        seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
+        scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
+        losses.append([max(map(mean, scores)) - mean(own) for own in scores])
+        rows.append([task, ", ".join(map(str, seeds)), *(short(mean(own)) for own in scores[:-1]), spread(scores[-1])])
+    for name, of in (("mean loss", mean), ("worst loss", max)):
+        rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True))])
     return [f"| {' | '.join(row)} |" for row in rows]
