@@ -365,9 +365,10 @@ def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
 
 
 def table_of_brief_tasks(lines: Sequence[Line]) -> list[str]:
-    """Return one table of the tasks in `BRIEF`, with a row for each task and arm."""
+    """Return one table of the tasks in `BRIEF`, with a row for each task and arm but the base, which `hints` has."""
     rows = [["task", "", "seeds", *(FIGURES[figure] for figure in SHOWN_OF_BRIEF)], ["---"] * (len(SHOWN_OF_BRIEF) + 3)]
-    rows += [[f"`{task}`", *row] for task in BRIEF for row in rows_of_task(task, SHOWN_OF_BRIEF, lines)]
+    trained = [line for line in lines if line["arm"] != BEFORE]
+    rows += [[f"`{task}`", *row] for task in BRIEF for row in rows_of_task(task, SHOWN_OF_BRIEF, trained)]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
