@@ -59,7 +59,7 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
-        rows.append([task, ", ".join(map(str, seeds)), *(short(mean(own)) for own in scores[:-1]), spread(scores[-1])])
+        rows.append([task, f"{seeds[0]}-{seeds[-1]}", *(short(mean(own)) for own in scores[:-1]), spread(scores[-1])])
     for name, of in (("mean loss", mean), ("worst loss", max)):
         rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True))])
     return [f"| {' | '.join(row)} |" for row in rows]
