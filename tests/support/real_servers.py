@@ -116,7 +116,7 @@ def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], o
         responses = built.collect(ticket)
         if any(response.weight_spans for response in responses):
             break
-    server = built._pool.servers[0]
+    server = built._pool.usable(version + 1, max_staleness=0)[0]  # a busy machine may cost the other one
     return version, responses, [_read(server, one, r) for one, r in zip(everything, responses, strict=True)]
 
 
