@@ -156,17 +156,17 @@ def ablations(lines: Sequence[Line]) -> list[str]:
         seeds = {line["seed"] for line in of_ablations}
         of_task = [line for line in lines if line["experiment"] in (name, f"{name}_guided") and line["seed"] in seeds]
         figure = "within_3" if name.startswith("choosing") else "sampled"
-        for prefix, arm in (("", DEFAULT), ("guided_", f"{DEFAULT}_forward_w2_guided")):
-            if f"{prefix}no_hint" in arms and (prefix or not name.startswith("unsolved")):
-                shown = [
-                    spread([value_of(line, figure) for line in found if line["arm"] == which])
-                    for found, which in (
-                        *((of_ablations, "base"), (of_task, arm)),
-                        *((of_ablations, f"{prefix}{ablation}") for ablation in ABLATIONS),
-                    )
-                ]
-                title = EXPERIMENTS[name].title + (": guided rollouts, w = 2, forward KL" if prefix else "")
-                rows.append([title, *shown])
+        prefix, arm, more = "", DEFAULT, ""
+        if "guided_no_hint" in arms:
+            prefix, arm, more = "guided_", f"{DEFAULT}_forward_w2_guided", ": guided rollouts, w = 2, forward KL"
+        shown = [
+            spread([value_of(line, figure) for line in found if line["arm"] == which])
+            for found, which in (
+                *((of_ablations, "base"), (of_task, arm)),
+                *((of_ablations, f"{prefix}{ablation}") for ablation in ABLATIONS),
+            )
+        ]
+        rows.append([EXPERIMENTS[name].title + more, *shown])
     rows[:0] = [["task", "before", "the hint", "another problem's hint", "no hint"], ["---"] * 5]
     return [f"| {' | '.join(row)} |" for row in rows]
 

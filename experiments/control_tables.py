@@ -27,8 +27,10 @@ LABELS = {
     "share_0.2": "controls, K = 2, l = .2",
 }
 """The arms of the table of choices."""
-FIXED = ("anchored_matched", "student_matched", "teacher_alone")
+FIXED_TARGETS = ("anchored_matched", "student_matched", "teacher_alone")
+"""The arms without controls; their lines on the seeds that are reported are those of anchored_map.py."""
 SHARED = "controls_with_share"
+"""The arm that is compared with them: that of share_0.1."""
 
 
 def table_of_choices(lines: Sequence[Line]) -> list[str]:
@@ -50,10 +52,10 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
 
     ``lines``: those of controls; ``of_fixed``: those of anchored_map.py.
     """
-    arms = (*FIXED, SHARED)
+    arms = (*FIXED_TARGETS, SHARED)
     shown = [line for line in (*of_fixed, *lines) if line["arm"] in arms]
     found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in shown}
-    labels = [*(LABELS[arm] for arm in FIXED), LABELS["share_0.1"]]
+    labels = [LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")]
     rows, losses = [["task", "seeds", *labels], ["---"] * (2 + len(arms))], []
     for task in dict.fromkeys(line["experiment"] for line in lines if line["arm"] == SHARED):
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
