@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.guidance.guided_tokens import (
     CONTROL,
     GuidedParams,
@@ -84,19 +83,6 @@ class GuidedSampler(MegatronSampler):
         sequences = [1 if r.teacher_prompt is None else len(guided_roles(_target(params))) for r in requests]
         taken = [(r.longest_prompt + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
         return lengths, taken
-
-    def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
-        """Return what `MegatronSampler` returns.
-
-        Raises: `ConfigError` on all ranks if the model's attention takes no mask.
-        """
-        takes_masks = all(model.takes_masks for model in (self._student, *self._role_models))
-        if _any_guided(requests) and max_over_ranks([not takes_masks])[0]:
-            raise ConfigError(
-                "guided responses cannot be sampled in process with Transformer Engine's flash or fused attention, "
-                "which take no arbitrary mask; set model.transformer.attention_backend=auto"
-            )
-        return super()._agree_on_capacity(requests, params)
 
     def _sample_guided(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.known_faults import has_sinks
@@ -42,7 +43,7 @@ class Override:
     value: Any
 
 
-def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Override]:
+def decoding_overrides(models: Sequence[torch.nn.Module], grid: RankGrid) -> list[Override]:
     """Return the attributes in which decoding differs from a training step; found once per model.
 
     * Sequence parallelism is off: one token per sequence cannot be cut, so each tensor-parallel rank holds full
@@ -56,7 +57,7 @@ def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Overr
     Collectives: none (a group of one needs no other rank).
     """
     modules = [module for model in models for module in model.modules()]
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
+    configs: list[Any] = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
     overrides = []
     if grid.sequence_parallel:
         overrides += [Override(config, "sequence_parallel", False) for config in configs]
@@ -74,20 +75,26 @@ def decoding_overrides(models: Sequence[GPTModel], grid: RankGrid) -> list[Overr
     return overrides
 
 
-def takes_masks(models: Sequence[GPTModel]) -> bool:
-    """Return whether attention can hide the columns that a shorter sequence has not reached.
+def stand_in_of(layer: Attention) -> CoreAttention:
+    """Return this program's attention with the numbers of ``layer``, whose attention over a cache it computes.
 
-    Transformer Engine's flash and fused attention cannot hide columns, because they take no arbitrary mask.
+    Transformer Engine builds a plan for each number of keys, and its fast attention cannot hide columns.
     """
-    return has_our_attention(models) or models[0].config.attention_backend not in (
-        AttnBackend.flash,
-        AttnBackend.fused,
+    config, theirs = layer.config, layer.core_attention
+    varies = bool(config.window_size) or has_sinks(config)
+    made: CoreAttention = (door("architectures").VariantAttention if varies else CoreAttention)(
+        config,
+        layer.layer_number,
+        AttnMaskType.causal,
+        "self",
+        softmax_scale=getattr(layer, "softmax_scale", None) or getattr(config, "softmax_scale", None),
+        k_channels=layer.key_hidden_size,
+        v_channels=layer.val_hidden_size,
+        pg_collection=layer.pg_collection,
     )
-
-
-def has_our_attention(models: Sequence[GPTModel]) -> bool:
-    """Return whether all attention is `CoreAttention`."""
-    return all(isinstance(layer.core_attention, CoreAttention) for layer in attention_layers(models))
+    if isinstance(getattr(theirs, "softmax_offset", None), torch.nn.Parameter):
+        made.softmax_offset = theirs.softmax_offset  # the sinks, which both name alike
+    return made
 
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
@@ -113,11 +120,6 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
         (
             getattr(config, "fine_grained_activation_offloading", False),
             "fine_grained_activation_offloading also acts while decoding: set it to false",
-        ),
-        (
-            (bool(config.window_size) or has_sinks(config)) and not has_our_attention(models),
-            "sliding windows and attention sinks are decoded with this program's attention only, not with Transformer "
-            "Engine's on Megatron's static KV cache: set rollout.engine=vllm",
         ),
         (
             getattr(config, "cache_mla_latents", False),

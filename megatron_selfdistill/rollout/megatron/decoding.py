@@ -39,16 +39,16 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
 from megatron_selfdistill.rollout.megatron.decodable_models import (
     Override,
     attention_layers,
     cache_bytes_per_token,
     decoding_overrides,
-    has_our_attention,
     refuse_undecodable,
+    stand_in_of,
     state_bytes,
-    takes_masks,
 )
 from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
 
@@ -75,17 +75,22 @@ class CachedAttention:
     Megatron's own attention caches keys without their rotary embedding and rotates the whole cache again in every pass.
     It also has one offset for all rows and takes no mask, which a `RaggedCache` needs.
 
-    Four functions are replaced during a pass: the step of each attention layer that writes and reads the cache, in
-    multi-latent attention the table of rotary embeddings, which is applied before that step, Megatron's own linear
-    layers, whose autograd functions take longer on one token per row than the operations around the product, and the
-    block of all layers, which returns the states of the last tokens of padded prompts.
+    A pass replaces the step of each attention layer that writes and reads the cache, the attention of other programs
+    (`stand_in_of`), in multi-latent attention the table of rotary embeddings, which is applied before that step,
+    Megatron's own linear layers, whose autograd functions take longer on one token per row than the operations around
+    the product, and the block of all layers, which returns the states of the last tokens of padded prompts.
     """
 
     def __init__(self, models: Sequence[GPTModel]) -> None:
         self._cache: StaticInferenceContext | None = None  # of the present pass
         self._positions: Tensor | None = None  # of the present pass
         self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
+        self.stand_ins: list[CoreAttention] = []
+        """The attention that takes the place of other programs' attention during a pass."""
         for layer in attention_layers(models):
+            if not isinstance(layer.core_attention, CoreAttention):
+                self.stand_ins.append(stand_in_of(layer))
+                self._replacements[id(layer.core_attention)] = layer.core_attention, "forward", self.stand_ins[-1]
             self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", self._cached_step(layer)
             if isinstance(layer, MultiLatentAttention):
                 rotary = layer.rotary_pos_emb
@@ -255,11 +260,8 @@ class DecodingModel:
         refuse_undecodable(self.models, grid)
         self._grid = grid
         self._vocab_size = vocab_size
-        self._overrides = decoding_overrides(self.models, grid)
         self._attention = CachedAttention(self.models)
-        self.takes_masks = takes_masks(self.models)
-        """Whether attention can hide columns, as rows of unequal length need it."""
-        self._has_our_attention = has_our_attention(self.models)
+        self._overrides = decoding_overrides([*self.models, *self._attention.stand_ins], grid)
         config = self.models[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
@@ -283,11 +285,8 @@ class DecodingModel:
 
     @property
     def hides_columns_cheaply(self) -> bool:
-        """Whether a pass takes as long with hidden columns as without: no Transformer Engine and no sliding window.
-
-        A window would otherwise read the columns within it alone.
-        """
-        return self._has_our_attention and not self.models[0].config.window_size
+        """Whether a pass takes as long with hidden columns as without: a window would read its own columns alone."""
+        return not self.models[0].config.window_size
 
     @property
     def keeps_rows(self) -> bool:

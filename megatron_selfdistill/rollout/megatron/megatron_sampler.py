@@ -293,10 +293,10 @@ class MegatronSampler:
     full sequences for its share of the requests.  Where expert all-to-alls join ranks that hold different requests, all
     ranks run the same number of forward passes (`ForwardPasses`).
 
-    Prompts may have different lengths.  With this program's own attention, a batch reads them with padding behind each
-    prompt, and then every row decodes at a column of its own (`RaggedCache`).  Transformer Engine's fast attention
-    takes no mask.  A batch then reads the length of its shortest prompt in one pass, then one token per pass, where the
-    tokens of a longer prompt take the place of sampled tokens.  Positions are exact in both cases.
+    Prompts may have different lengths.  A batch reads them with padding behind each prompt, and then every row decodes
+    at a column of its own (`RaggedCache`).  Where layers have a sliding window, a batch reads the length of its
+    shortest prompt in one pass, then one token per pass, where the tokens of a longer prompt take the place of sampled
+    tokens.  Positions are exact in both cases.
 
     Up to half of the KV cache keeps the rows of responses that later requests continue (`KeptRows`).
     """

@@ -26,7 +26,6 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_selfdistill.config import OptimizerConfig
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response
@@ -174,20 +173,3 @@ def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks)
     [messages] = ranks.run(refuse, world_size=1)
     for message, words in zip(messages, ("empty prompt", "57 tokens", "all its sequences"), strict=True):
         assert words in message
-
-
-def refuse_attention_without_masks() -> None:
-    from megatron.core.transformer.enums import AttnBackend
-
-    [model], grid = build(model_config(), parallel())
-    attention = unwrapped(model).decoder.layers[0].self_attention
-    unwrapped(model).config.attention_backend = AttnBackend.flash
-    # This project's own attention takes masks.
-    guided_sampler_of([model], grid).generate(make_pairs()[:1], GREEDY_PAIRS)
-    attention.core_attention = torch.nn.Identity()  # where Transformer Engine's would be
-    with pytest.raises(ConfigError, match="attention_backend=auto"):
-        guided_sampler_of([model], grid).generate(make_pairs()[:1], GREEDY_PAIRS)
-
-
-def test_attention_that_takes_no_mask_is_refused(ranks):
-    ranks.run(refuse_attention_without_masks, world_size=1)

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from decoding import GREEDY, NEW_TOKENS, log_softmax_after, make_requests, sampler_of
+from decoding import (
+    GREEDY,
+    GREEDY_PAIRS,
+    NEW_TOKENS,
+    guided_sampler_of,
+    log_softmax_after,
+    make_pairs,
+    make_requests,
+    sampler_of,
+)
 from models import ROTATIONS, VOCAB_SIZE, build, model_config, parallel
 from responses import tokens
 from tiers import combinations
@@ -233,6 +241,43 @@ def test_other_models_decode_the_same_under_pipelining_and_without_cache(special
         assert tokens(responses) == tokens(whole)
 
 
+class OtherAttention(torch.nn.Module):
+    """The place of Transformer Engine's attention, with its sinks, which must not compute a pass of decoding."""
+
+    def __init__(self, ours: torch.nn.Module) -> None:
+        super().__init__()
+        self.softmax_offset, self.cp_group = getattr(ours, "softmax_offset", None), ours.cp_group
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("the attention of another program has read the cache")
+
+
+def sample_beside_other_attention(name: str, config: ParallelConfig) -> None:
+    changes, precision, schedule = SPECIAL[name]
+    model = model_config(**({"num_layers": 2} | changes))
+    chunks, grid = build(model, config, optimizer=OptimizerConfig(precision=precision), schedule=schedule)
+    layers = [m for m in unwrapped(chunks[0]).modules() if hasattr(m, "core_attention")]
+    for sinks in (sinks for layer in layers for sinks in layer.core_attention.parameters()):
+        torch.nn.init.normal_(sinks)
+
+    def sampled() -> list[Response]:
+        sampler = guided_sampler_of(chunks, grid)
+        return [*sampler.generate(make_requests(), SAMPLED), *sampler.generate(make_pairs(), GREEDY_PAIRS)]
+
+    expected = sampled()
+    for layer in layers:
+        layer.core_attention = OtherAttention(layer.core_attention)
+    assert sampled() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "cp_size"),
+    [("bf16", 1), ("MLA", 1), ("windows and sinks", 1), ("gated delta nets", 1), ("windows", 2), ("YaRN", 2)],
+)
+def test_the_attention_of_another_program_reads_no_cache(ranks, name, cp_size):
+    ranks.run(sample_beside_other_attention, name, parallel(cp=cp_size), world_size=cp_size)
+
+
 def refuse() -> list[str]:
     [model], grid = build(model_config(), parallel())
     messages = []
@@ -251,7 +296,6 @@ def refuse() -> list[str]:
         unwrapped(model).config.__dict__[name], before = value, getattr(unwrapped(model).config, name)
         collect(lambda: sampler_of([model], grid), ConfigError)
         setattr(unwrapped(model).config, name, before)
-    refuse_windows_of_other_attention(model, lambda: collect(lambda: sampler_of([model], grid), ConfigError))
     unwrapped(model).position_embedding_type = "mrope"
     collect(lambda: sampler_of([model], grid), ConfigError)
     [experts], grid = build(model_config("moe"), parallel())
@@ -273,17 +317,6 @@ ROUTERS: list[tuple[str, object]] = [
 """Settings of a router under which the experts of a token are random."""
 
 
-def refuse_windows_of_other_attention(model: torch.nn.Module, refuse: Callable[[], None]) -> None:
-    """Call ``refuse`` with a window, and with sinks, in a model whose attention stands in for Transformer Engine's."""
-    attention, config = unwrapped(model).decoder.layers[0].self_attention, unwrapped(model).config
-    ours, attention.core_attention = attention.core_attention, torch.nn.Identity()
-    for name, value in [("window_size", (8, 0)), ("softmax_type", "learnable")]:
-        config.__dict__[name], before = value, getattr(config, name)
-        refuse()
-        setattr(config, name, before)
-    attention.core_attention = ours
-
-
 def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
     [messages] = ranks.run(refuse, world_size=1)
     words = [
@@ -292,8 +325,6 @@ def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
         "empty prompt",
         "flash_decode",
         "cuda_graph_impl",
-        "sliding windows and attention sinks",
-        "sliding windows and attention sinks",
         "mrope",
         *(name for name, _ in ROUTERS),
     ]
