@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -35,9 +36,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the norm of ``x``."""
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        """Return the norm of ``x``; PyTorch divides by the root in one kernel on a GPU."""
         if self.zero_centered_gamma:  # 1 + weight would lose bits of the weight in bf16
-            return (normed * (1 + self.weight.float())).type_as(x)
-        return normed.type_as(x) * self.weight
+            return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * (1 + self.weight.float())).type_as(x)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
