@@ -68,12 +68,12 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "seconds": found}, default=str))
 
 
-def random_llama(hf: Path) -> Path:
+def random_llama(hf: Path, num_layers: int = 30) -> Path:
     """Write a Llama with the sizes of SmolLM2-135M and random weights, without a tokenizer; return its directory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": num_layers, "vocab_size": 49152}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
     config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.04)
     LlamaForCausalLM(config).save_pretrained(hf)
