@@ -39,7 +39,14 @@ from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, NOT_WEIGHTS, raise_misfit
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, WRITTEN_WITH, stored_shapes
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata, loads_pickled
-from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.distributed.collectives import (
+    error_message,
+    gather_items,
+    gather_objects,
+    run_on_each_rank,
+    run_on_rank_0,
+)
+from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.stop import how_ended
 from megatron_selfdistill.errors import CheckpointError
 
@@ -163,18 +170,16 @@ def check_shapes(
 ) -> None:
     """Raise `CheckpointError` on all ranks unless the checkpoint has each wanted tensor of each rank, in its shape.
 
-    Collective.  ``only_weights``: the checkpoint must not have further weights.  For tensors with padded rows
-    (embedding, output layer) the number of rows may differ, but must be at least ``vocab_size``.  The function reads no
-    tensor data.
+    Collectives: a broadcast of the stored shapes, a maximum of one integer per stored tensor, and the ranks' faults.
+    ``only_weights``: the checkpoint must not have further weights.  For tensors with padded rows (embedding, output
+    layer) the number of rows may differ, but must be at least ``vocab_size``.  The function reads no tensor data.
     """
-    expected: dict[str, tuple[tuple[int, ...], bool]] = {}
-    for theirs in gather_objects({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
-        expected |= theirs
     stored = run_on_rank_0(lambda: stored_shapes(path))
+    expected = {t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
     if only_weights:
-        extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
-        faults += [f"{key} is unexpected" for key in sorted(extra)]
+        known = max_over_ranks([key in expected or key.startswith(NOT_WEIGHTS + NOT_BUILT) for key in stored])
+        faults += [f"{key} is unexpected" for key, is_known in sorted(zip(stored, known, strict=True)) if not is_known]
     for key in sorted(expected.keys() & stored.keys()):
         (shape, padded), found = expected[key], stored[key]
         if padded and found[1:] == shape[1:]:
@@ -182,7 +187,7 @@ def check_shapes(
                 faults.append(f"{key} has {found[0]} rows, expected at least {vocab_size}")
         elif found != shape:
             faults.append(f"{key} has shape {list(found)}, expected {list(shape)}")
-    raise_misfit(path, faults)
+    raise_misfit(path, list(dict.fromkeys(gather_items(faults))))
 
 
 def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:

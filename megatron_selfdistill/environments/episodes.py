@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Protocol
 
 from megatron_selfdistill.config import user_code
@@ -288,12 +288,8 @@ class SessionEpisodes(Episodes):
         Raises: `EngineError` on all ranks if an environment's process has ended, or every session has failed.
         """
         mine = samples[self.grid.replica_rank :: self.grid.replica_size]
-        found = self._gathered(
-            {key: partial(self.sessions.reset, key, one, key.seed(self.seed)) for key, one, _ in mine}
-        )
-        failures = [reply.failure for reply in found.values()]
-        if failures and None not in failures:
-            raise EngineError(f"environment: all {len(failures)} sessions of the step failed, the first: {failures[0]}")
+        asked = {key: partial(self.sessions.reset, key, one, key.seed(self.seed)) for key, one, _ in mine}
+        found = self._gathered(asked, begins=True)
         return [found[key] for key, _, _ in samples]
 
     def played(self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate) -> tuple[list[Rollout], int]:
@@ -312,13 +308,15 @@ class SessionEpisodes(Episodes):
         failed = {_key(one): one[0].opening.failure for one in episodes if one[0].opening and one[0].opening.failure}
         texts = {_key(one): self._text(one[-1]) for one in episodes if _key(one) not in failed}
         mine = {key: partial(self.sessions.step, key, text) for key, text in texts.items() if key in self.sessions}
-        found = self._gathered(mine)
+        found = self._gathered(mine, begins=False)
         return [found[key] if (key := _key(one)) in texts else Reply(failure=failed[key]) for one in episodes]
 
-    def _gathered(self, asked: Mapping[SampleKey, Callable[[], Reply]]) -> dict[SampleKey, Reply]:
-        """Return the replies of all ranks, after this rank has made the calls in ``asked``.
+    def _gathered(self, asked: Mapping[SampleKey, Callable[[], Reply]], *, begins: bool) -> dict[SampleKey, Reply]:
+        """Return the replies of all ranks of this replica, after this rank has made the calls in ``asked``.
 
-        Collectives: one all_gather_object over the world.
+        Collectives: one all_gather_object over the world, of a count and at most one failure of each rank, and one over
+        each of the replica's groups.  Raises: `EngineError` on all ranks where a call has failed, and if ``begins``
+        where every session has.
         """
         found: dict[SampleKey, Reply] = {}
         errors: list[str] = []
@@ -332,16 +330,23 @@ class SessionEpisodes(Episodes):
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             list(pool.map(attempt, asked))
-        gathered = gather_objects((found, errors))
-        for _, theirs in gathered:
-            if theirs:
-                raise EngineError(theirs[0])
-        replies = {key: reply for part, _ in gathered for key, reply in part.items()}
-        failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
-        if failures and self.grid.is_reporter:
-            message = "%d of %d sessions failed, which ends their episodes: %s"
-            logger.warning(message, len(failures), len(replies), visible(failures[0][:2000]))
-        return replies
+        failed = [(key, reply.failure[:2000]) for key, reply in sorted(found.items()) if reply.failure is not None]
+        of_ranks = gather_objects((errors[:1], len(found), len(failed), failed[:1]))
+        ended, num_sessions, num_failed, first = zip(*of_ranks, strict=True)
+        for error in chain(*ended):
+            raise EngineError(error)
+        if any(num_failed):
+            key, failure = min(chain(*first))
+            if begins and sum(num_failed) == sum(num_sessions):
+                raise EngineError(
+                    f"environment: all {sum(num_failed)} sessions of the step failed, the first: {failure}"
+                )
+            if self.grid.is_reporter:
+                message = "%d of %d sessions failed, which ends their episodes: %s: %s"
+                logger.warning(message, sum(num_failed), sum(num_sessions), key, visible(failure))
+        for group in (self.grid.pp_group, self.grid.cp_group, self.grid.tp_group):
+            found = {key: reply for part in gather_objects(found, group) for key, reply in part.items()}
+        return found
 
 
 def _key(episode: Episode) -> SampleKey:

@@ -9,6 +9,7 @@ thread works at a time, until it waits for another rank, so that a thousand rank
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -142,6 +143,12 @@ class CountedWorld:
         self._own.count(tensor.nbytes)
         tensor.copy_(self._meet(group, tensor.clone() if self._rank == src else None)[src])
 
+    def all_gather_object(self, found: list[Any], value: Any, group: Any = None) -> None:
+        """Fill ``found`` with the pickled value of each rank, all of which travel at the length of the longest."""
+        packed = self._meet(group, pickle.dumps(value))
+        self._own.count(len(packed) * max(map(len, packed.values())))
+        found[:] = [pickle.loads(packed[rank]) for rank in sorted(packed)]
+
     def batch_isend_irecv(self, batch: Sequence[Any]) -> list[Any]:
         """Send and receive at once; the result holds nothing to wait for."""
         for op, tensor, peer in batch:
@@ -172,6 +179,7 @@ class CountedWorld:
             P2POp=lambda op, tensor, peer: (op, tensor, peer),
             all_reduce=self.all_reduce,
             broadcast=self.broadcast,
+            all_gather_object=self.all_gather_object,
             batch_isend_irecv=self.batch_isend_irecv,
         ):
             yield
