@@ -12,7 +12,6 @@ from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import SourceState
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.data.contexts import ContextPair
     from megatron_selfdistill.data.problem_sampler import ProblemSampler
     from megatron_selfdistill.rollout.base import Request
     from megatron_selfdistill.sources.method import Method
@@ -50,13 +49,6 @@ class GuidedOnPolicy(OnPolicy):
                 request = replace(request, teacher_prompt=pair.teacher_prompt, control_prompts=others)
             requests.append(request)
         return requests
-
-    def _contexts(self, method: Method, trained: Sequence[Rollout]) -> list[ContextPair]:
-        is_guided = self._state.guidance.is_guided
-        return [
-            replace(context, guided=is_guided(one.problem, method))
-            for context, one in zip(super()._contexts(method, trained), trained, strict=True)
-        ]
 
     def _state_after(self, problem_sampler: ProblemSampler, method: Method, rollouts: Sequence[Rollout]) -> SourceState:
         return GuidedState(problem_sampler, method, self._state.guidance.record(rollouts))

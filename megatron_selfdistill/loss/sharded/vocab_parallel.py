@@ -152,8 +152,6 @@ class TokenOptions:
     """The reference's entropy [R] in nats, float64, if the target matches it."""
     teacher_weights: Tensor | None = None
     """The teacher's weight w of each token [R], float64; None is the weight of the target."""
-    guided: tuple[int, Divergence] | None = None
-    """The number of tokens at the end that have another divergence, and this divergence."""
     observe: Observer | None = None
     """The function that reads the logits of each chunk of tokens."""
 

@@ -166,8 +166,6 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["adapter.rank=4", "rollout.engine=vllm", "adapter.layers=[linear_q_proj]"], "remove linear_q_proj"),
         (["target.rule=teacher_alone"], "mixes the teacher with nothing"),
         (["target.anchor=student", "target.match=reference"], "target.match must be null, student or target.anchor"),
-        (["target.guided_teacher_weight=2", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
-        (["target.anchor=0.2", "target.guided_teacher_weight=2"], "target.guided_teacher_weight needs target.anchor"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
