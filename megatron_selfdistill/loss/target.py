@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate
 from numbers import Real
 from typing import Any
 
@@ -311,32 +310,6 @@ class Divergence:
     def needs_forward_kl(self) -> bool:
         """Whether KL(q || p) is a part of the divergence, for some tokens at least."""
         return (self.kind == "forward_kl" and not self.is_renyi) or self.forward_above is not None
-
-
-TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
-"""The divergence of all tokens; or the divergences of consecutive groups of tokens, each with its number of tokens."""
-
-
-def split_divergence(divergence: Divergence, num_tokens: int, last: tuple[int, Divergence] | None) -> TokenDivergences:
-    """Return the divergence of ``num_tokens`` tokens, of which ``last`` = (n, other) gives the last n another one."""
-    return divergence if last is None else [(num_tokens - last[0], divergence), last]
-
-
-def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[slice, Divergence]]:
-    """Return the consecutive slices of ``num_tokens`` tokens that have one divergence, each with its divergence.
-
-    There is no empty slice, except for a single one without tokens.
-    Raises: ValueError unless the numbers of tokens are at least 0 and add up to ``num_tokens``.
-    """
-    groups = [(num_tokens, divergence)] if isinstance(divergence, Divergence) else list(divergence)
-    counts = [count for count, _ in groups]
-    if not groups or min(counts) < 0 or sum(counts) != num_tokens:
-        raise ValueError(
-            f"the groups of tokens with one divergence must have {num_tokens} tokens together, got {counts}."
-        )
-    ends = list(accumulate(counts))
-    slices = [(slice(end - count, end), kind) for end, (count, kind) in zip(ends, groups, strict=True) if count]
-    return slices or [(slice(0, 0), groups[0][1])]
 
 
 _AXES = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -177,10 +177,6 @@ class Shard:
     mix_weights: tuple[float, float]
     dtype: torch.dtype
     num_parts: int = 1
-
-    def of_tokens(self, tokens: slice) -> Shard:
-        """Return the shard of a slice of the tokens; it shares the memory of the logits."""
-        return replace(self, student=self.student[tokens], teacher=self.teacher[tokens])
 
     def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
         """Return the chunks of rows that a pass works on.
