@@ -148,18 +148,17 @@ class Target:
             )
 
     def with_teacher_weight(self, teacher_weight: float) -> Target:
-        """Return the target of tokens with another w: k_max "1 + w" follows w, and k keeps its ratio to 1 + w.
+        """Return the target of tokens with another w, which a k_max "1 + w" and a k of None follow.
 
-        Raises: ValueError for a k of fixed or a k_max that is a number, which belongs to one w only.
+        Raises: ValueError for a k or a k_max of the rule that is a number, which belongs to one w only.
         """
-        key, bound = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
+        key, bound = ("k_max", self.k_max) if self.rule == "entropy_matched" else ("k", self.k)
         if isinstance(bound, int | float):
             raise ValueError(
                 f"Target.{key} must not be a number where tokens have different teacher weights, since a number "
                 f"belongs to one weight; got {bound:g}. Use {'None' if key == 'k' else repr('1 + w') + ' or None'}."
             )
-        other = replace(self, teacher_weight=teacher_weight)
-        return replace(other, k=None if self.k is None else self.k * other.geometric_k / self.geometric_k)
+        return replace(self, teacher_weight=teacher_weight)
 
     @property
     def is_anchored(self) -> bool:
@@ -241,14 +240,13 @@ def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor, *,
     """Return m / (1 + w) = (w t + a) / (1 + w) in float32, of logits or of hidden states, [T, n] each.
 
     teacher_weight: w of all tokens, or [T] the w of each token.
-    is_contrast: whether ``teacher`` is the contrast t - c with controls; then the result is m = w (t - c) + a.
+    is_contrast: whether ``teacher`` is the contrast t - c with controls, for one w; then the result is w (t - c) + a.
     """
     if not isinstance(teacher_weight, Tensor):
         unit = 1.0 if is_contrast else 1 + teacher_weight
         return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(unit)
     weight = teacher_weight.float()[:, None]
-    mix = torch.where(weight > 0, weight * teacher, 0.0).add_(anchor)
-    return mix if is_contrast else mix.div_(1 + weight)
+    return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
 
 
 @dataclass(frozen=True)

@@ -273,11 +273,10 @@ class _Logits:
             if self.entropy is not None and entropy is not None:
                 self.entropy[tokens] = entropy
             return student_logits, teacher_logits
-        weights = self.layer.teacher_weights
         if others.control_hidden is not None:
-            share = target.teacher_weight if weights is None else weights[tokens, None].float()
-            teacher_logits.mul_(share).addmm_(reference, others.reference_weight.t())
+            teacher_logits.mul_(target.teacher_weight).addmm_(reference, others.reference_weight.t())
             return student_logits, teacher_logits
+        weights = self.layer.teacher_weights
         beta, alpha = 1 - 1 / target.geometric_k, 1 / target.geometric_k
         if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
             share = 1 / (1 + weights[tokens, None].float())

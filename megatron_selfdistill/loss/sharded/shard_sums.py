@@ -65,7 +65,7 @@ def mix_unit(target: Target, teacher_weights: Tensor | None = None) -> float | T
     this magnitude already, and the number is 1.  With a share l the passes receive (w t + l r) / (1 - l), and add s.
     ``teacher_weights``: w of each token [T], for which the result is [T] float64.
     """
-    if teacher_weights is not None and not target.num_controls:
+    if teacher_weights is not None:
         return 1 + teacher_weights.double()
     return target.geometric_k if target.is_anchored else 1 - target.reference_share
 

@@ -114,8 +114,7 @@ class TokenStats:
     top1_agreement: Tensor
     """[T] bool: whether student and teacher have the same argmax; of equal maxima the lowest column counts."""
     grid_betas: Tensor
-    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``.  The betas of a token with
-    its own w are ``beta_grid(target.with_teacher_weight(w))``, in proportion to 1 / (1 + w)."""
+    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``."""
     grid_entropies: Tensor
     """[T, J] H(softmax(grid_betas[j] m))."""
 
@@ -178,8 +177,8 @@ def distillation_loss(
     the entropy is that of `target.joint_anchor`.
     Controls: with ``target.num_controls`` the teacher's logits are t - c, see `control.contrast`, and with a reference
     too w (t - c) + r.
-    Per token: teacher_weights [T], with a reference only: each token's own w >= 0, with which the caller has mixed; the
-    target of the token is ``target.with_teacher_weight(w)``.
+    Per token: teacher_weights [T], with a reference and no controls: each token's own w >= 0, with which the caller has
+    mixed; the target of the token is ``target.with_teacher_weight(w)``.
     Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
     Gradient: to ``student_logits`` s only, in their dtype; the target is a constant; 0 at padding columns.  ``loss``
     and ``student_log_prob`` are differentiable, and one pass writes the gradient of both, ``grad_loss dD / ds +
@@ -434,10 +433,10 @@ def check_reference(
             f"{target.anchor} and match {target.match}; got {'None' if needed else 'entropies'}."
         )
     if teacher_weights is not None:
-        if not target.is_anchored:
+        if not target.is_anchored or target.num_controls:
             raise ValueError(
-                f"{caller}: teacher_weights per token need a target with anchor=reference, whose mix the caller "
-                "computes; got anchor=student."
+                f"{caller}: teacher_weights per token need a target with anchor=reference and no controls, whose mix "
+                f"the caller computes; got anchor={target.anchor} and {target.num_controls} controls."
             )
         target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
 

@@ -71,7 +71,6 @@ CASES = {
     "own weights": Case(Target(), FORWARD, True),
     "own weights, strict": Case(Target(match="student", k_max=None), REVERSE, True),
     "own weights, geometric mean": Case(GEOMETRIC, JSD, True),
-    "own weights, batch": Case(Target("batch", k=1.9), REVERSE, True),
     **{
         f"forward KL above {above} of {name}": Case(target, Divergence(forward_above=above))
         for name, target in (("the teacher", STUDENT_ALONE), ("a mix", MATCHED), ("a mean", GEOMETRIC))
@@ -277,23 +276,12 @@ def test_an_entropy_of_exactly_the_threshold_adds_nothing() -> None:
     assert below.loss > at.loss + 0.05
 
 
-def test_the_grid_of_a_token_is_in_proportion_to_its_weight() -> None:
-    """The entropies of the grid are those of the mix at the betas of the token's own w."""
-    case = Case(Target("batch", k_max=None), REVERSE, True)
-    _, teacher, reference, _ = rows()
-    stats, _ = of_logits(case)
-    w = WEIGHTS[:, None]
-    betas = stats.grid_betas.double() * (1 + case.target.teacher_weight) / (1 + w)
-    mix = w * teacher.double() + reference.double()
-    expected = entropy((betas[:, :, None] * mix[:, None]).log_softmax(-1))
-    torch.testing.assert_close(stats.grid_entropies.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stats.beta.double(), 1 / (1 + WEIGHTS), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize(
     ("target", "weights", "message"),
     [
         (Target(anchor="student"), WEIGHTS, "teacher_weights per token need a target with anchor=reference"),
+        (Target(num_controls=2), WEIGHTS, "and no controls, .* got anchor=reference and 2 controls"),
+        (Target("batch", k=1.3), WEIGHTS, "Target.k must not be a number"),
         (Target("fixed", k=1.3), WEIGHTS, "Target.k must not be a number.*got 1.3. Use None"),
         (Target(k_max=1.5), WEIGHTS, r"Target.k_max must not be a number.*Use '1 \+ w' or None"),
         (Target(), None, "reference_entropy must be"),
