@@ -158,7 +158,7 @@ class ConfiguredTeachers(Teachers):
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses: those of teachers.guide."""
         guide = self._weights.get(guide_of(self.config.teachers) or "")
-        if guide is None or self.config.rollout.guidance == "none":
+        if guide is None or not self.config.rollout.samples_target:
             return super().role_weights
         return [guide, *([] if self.reference is None else [in_roles(self.reference, "reference")])]
 

@@ -37,8 +37,7 @@ class LossConfig(Part, section="loss"):
     rollout_correction: Annotated[str, OneOf(("none", "truncated", "truncated_sequence"))] = "none"
     """Importance weight of each token's divergence: none, truncated: min(p / mu, rollout_correction_cap), where p is
     the student's probability of the token and mu its probability under the distribution that sampled it (another
-    engine, or the guided mix), or truncated_sequence: the same with the mean of p / mu over the tokens of the
-    response."""
+    engine, or the target), or truncated_sequence: the same with the mean of p / mu over the tokens of the response."""
     rollout_correction_cap: PositiveFloat = 2.0
     """The largest importance weight under rollout_correction."""
     normalize: Annotated[str, OneOf(("tokens", "sequences", "prompts"))] = "tokens"
