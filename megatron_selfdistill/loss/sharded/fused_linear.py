@@ -345,7 +345,15 @@ def _forward_chunks(
             options = torch.ones_like(forward.kl_value), logits.kept[tokens], None, forward.forward_shares
             layer.write_gradient(shard, forward.constants, forward.kl_value, *options)
         parts.append(forward)
-    return ForwardResult.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    shares = [part.forward_shares for part in parts if part.forward_shares is not None]
+    return ForwardResult(
+        TokenStats.concatenate([part.stats for part in parts]),
+        TokenConstants(*map(torch.cat, zip(*(part.constants.tensors() for part in parts), strict=True))),
+        torch.cat([part.kl_value for part in parts]),
+        torch.cat(shares) if shares else None,
+    )
 
 
 class _Backward(torch.autograd.Function):

@@ -266,20 +266,6 @@ class ForwardResult:
     kl_value: Tensor
     forward_shares: Tensor | None = None
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[ForwardResult]) -> ForwardResult:
-        """Return the results of the tokens of all parts, at least one, in their order."""
-        if len(parts) == 1:
-            return parts[0]
-        constants = zip(*(part.constants.tensors() for part in parts), strict=True)
-        shares = [part.forward_shares for part in parts if part.forward_shares is not None]
-        return cls(
-            TokenStats.concatenate([part.stats for part in parts]),
-            TokenConstants(*map(torch.cat, constants)),
-            torch.cat([part.kl_value for part in parts]),
-            torch.cat(shares) if shares else None,
-        )
-
 
 def run_forward(
     shard: Shard,
