@@ -120,17 +120,13 @@ class RolloutConfig(Part, section="rollout"):
             f"rollout.temperature=1 (or 0), top_k=0 and top_p=1, got {self.engine}, {self.temperature}, {self.top_k} "
             f"and {self.top_p}",
         )
-        needs, environment = config.needs, config.environment
-        unknown = {
-            f"environment.name={environment.name}": environment.exists,
-            "conversations.responses=logged": config.logged,
-            f"method.name={config.method.name}, which has prompts or hints of its own": needs.own_prompts
-            or needs.hint_follows,
-        }
+        has_own = config.needs.own_prompts or config.needs.hint_follows
         require(
-            not self.samples_target or not any(unknown.values()),
-            "rollout.guidance=mixed samples from prompts and hints that are known before, and does not go with "
-            f"{' and '.join(name for name, exists in unknown.items() if exists)}: set rollout.guidance=none",
+            not self.samples_target or not (has_own or config.environment.exists or config.logged),
+            "rollout.guidance=mixed samples from prompts and hints that are known before: it needs no environment, no "
+            "logged responses and no method with prompts or hints of its own, got "
+            f"environment.name={config.environment.name}, data.kind={config.data.kind} and "
+            f"method.name={config.method.name}: set rollout.guidance=none",
         )
         key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
         require(
