@@ -107,7 +107,7 @@ class Asked:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         self.requests = list(requests)
-        return [Response([ord("$")], [-1.0], [-1.0], "stop") for _ in requests]
+        return [Response([ord("$")], [-1.0], [-0.25], "stop", [-2.0] if it.teacher_prompt else None) for it in requests]
 
 
 def test_the_requests_of_problems_that_guidance_chooses_have_the_prompt_of_the_teacher(monkeypatch):
@@ -122,5 +122,9 @@ def test_the_requests_of_problems_that_guidance_chooses_have_the_prompt_of_the_t
     guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}
     assert [name for name, prompt in guided.items() if prompt is not None] == ["p"]
     assert [it.teacher_prompt for it in batch.contexts if it.problem_id == "p"] == [guided["p"]]
+    assert {key: batch.metrics[key] for key in ("guided/share", "guided/log_ratio")} == {
+        "guided/share": 1 / 3,
+        "guided/log_ratio": 0.75,
+    }
     source.commit(batch)
     assert source.state.guidance.num_samples == 7, "what the responses show decides about the next step"
