@@ -72,16 +72,8 @@ GUIDED_AND_RFT = {
 GUIDED_AND_ANCHORED = {
     "anchored_matched_forward_guided": (*SIX["anchored_matched"], FORWARD, GUIDED),
     "anchored_matched_forward_w2_guided": (*SIX["anchored_matched"], FORWARD, "target.teacher_weight=2", GUIDED),
-    "anchored_matched_per_problem": (
-        *SIX["anchored_matched"],
-        GUIDED,
-        "rollout.guide_below=0.9",
-        "loss.guided_divergence=forward_kl",
-        "target.guided_teacher_weight=2",
-    ),
 }
-"""Guided rollouts from the anchored target; the last arm has reverse KL and w = 0.75, and for problems that the student
-rarely solves forward KL, w = 2 and guided rollouts."""
+"""Guided rollouts from the anchored target."""
 GUIDED_ABLATIONS = {
     **ABLATIONS,
     **{

@@ -42,7 +42,6 @@ NAMES = {
     "anchored_matched_forward_w2": "anchored, matched, forward KL, w = 2",
     "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
     "anchored_matched_forward_w2_guided": "anchored, matched, forward KL, w = 2, guided rollouts",
-    "anchored_matched_per_problem": "anchored, matched; unsolved problems: forward KL, w = 2, guided rollouts",
     "anchored_matched_w025": "anchored, matched, w = .25",
     "student_matched_guided": "mix with the student, matched, guided rollouts",
     "student_matched_forward_guided": "mix with the student, matched, forward KL, guided rollouts",

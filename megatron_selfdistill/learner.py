@@ -241,7 +241,7 @@ class Learner:
         token_loss: token_losses.TokenLoss | FusedLoss,
         **options: Any,
     ) -> StepOutput:
-        """Return the result of `schedule.run` with the student, the packing and the guided tokens of the run.
+        """Return the result of `schedule.run` with the student and the packing of the run.
 
         ``options``: further arguments of `schedule.run`.
         """
@@ -252,18 +252,10 @@ class Learner:
             token_loss,
             self.grid,
             self.vocab,
-            guided=self.guided_tokens,
             pair_order=self.packing.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
             **options,
         )
-
-    @property
-    def guided_tokens(self) -> token_losses.GuidedTokens:
-        """What the configuration gives to the tokens of guided problems alone."""
-        weight, loss = self.config.target.guided_teacher_weight, self.config.loss
-        kind = loss.guided_divergence
-        return token_losses.GuidedTokens(weight, None if kind is None else Divergence(kind, loss.jsd_lambda))
 
     def reference_of(self, target: Target, chunks: Sequence[torch.nn.Module] | None) -> Reference | None:
         """Return the reference of a target with these ``chunks``; None if the target has none."""

@@ -127,11 +127,11 @@ class Teachers:
 
     @property
     def role_weights(self) -> list[RoleWeights]:
-        """The weights, other than the student's, with which a sampler guides responses.
+        """The weights, other than the student's, with which a sampler samples from the target.
 
         Without a reference they are the frozen teacher's if it is no copy, and no weights of another teacher.
         """
-        if self.config.rollout.guidance == "none":
+        if not self.config.rollout.samples_target:
             return []
         if self.reference is None:
             is_frozen_part = self.start.weights == "frozen" and not self.start.is_copy

@@ -52,8 +52,7 @@ STATING = ["data.tokenizer={data}/stating_tokenizer", "data.student_template='{p
 STATING += ["schedule.max_tokens=1024", "rollout.max_new_tokens=64", "model.max_position_embeddings=512"]
 OWN = ["method.name=own_solutions", "method.refresh_every=2", "method.num_samples=6", "method.pick=learnable"]
 GUIDED = ["rollout.guidance=mixed", "loss.divergence=forward_kl", "target.teacher_weight=2"]
-GUIDED_BELOW = ["rollout.guidance=mixed", "rollout.guide_below=0.5", "data.limit=8"]
-GUIDED_BELOW += ["target.guided_teacher_weight=2", "loss.guided_divergence=forward_kl"]
+GUIDED_BELOW = [*GUIDED, "rollout.guide_below=0.5", "data.limit=8"]
 TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
 
 

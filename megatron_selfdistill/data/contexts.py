@@ -63,8 +63,6 @@ class ContextPair:
     response: list[int]
     truncated: bool
     """Whether the response reached ``max_new_tokens`` without a stop token."""
-    guided: bool = False
-    """Whether the problem is guided: its tokens have the teacher weight and the divergence of guided problems."""
     teacher: str = ""
     """Name of the teacher that reads ``teacher_prompt``; see `Problem.teacher`."""
     of_teachers: tuple[TeacherPrompt, ...] = ()

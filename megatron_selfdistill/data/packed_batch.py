@@ -48,8 +48,6 @@ class PackedBatch:
     the contexts of a student's microbatch follow each other."""
     response_tokens: Tensor
     """Response tokens [R_total] int64 of all contexts, in the order of the contexts."""
-    guided: Tensor
-    """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
     segment_multiple: int
     """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""

@@ -85,7 +85,6 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         student=microbatches([[context.student_prompt for context in contexts]], student),
         teacher=microbatches(of_teacher, teacher),
         response_tokens=_int64([token for context in contexts for token in context.response]),
-        guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
         segment_multiple=rules.segment_multiple,
         num_controls=rules.num_controls,

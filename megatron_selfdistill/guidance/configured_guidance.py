@@ -45,12 +45,10 @@ def guided_sampler() -> type[GuidedSampler]:
 def guided_params(params: SamplingParams, config: Config, batch_k: float | None, num_controls: int = 0) -> GuidedParams:
     """Return ``params`` with the target of guided requests.
 
-    ``num_controls``: those of the run's data.  The target is `Target.configured`, with the teacher's weight of guided
-    tokens, or else with that of the teacher that guides.
+    ``num_controls``: those of the run's data.  The target is `Target.configured`, with the weight of the teacher that
+    guides.
     """
-    target, weight = Target.configured(config.target, batch_k, num_controls), config.target.guided_teacher_weight
-    if weight is None and (guide := config.teachers.get("guide")) is not None:
-        weight = config.named_teachers[guide].weight
-    if weight is not None:
+    target, guide = Target.configured(config.target, batch_k, num_controls), config.teachers.get("guide")
+    if guide is not None and (weight := config.named_teachers[guide].weight) is not None:
         target = target.with_teacher_weight(weight)
     return GuidedParams(**asdict(params), target=target, loss_backend=config.loss.backend)

@@ -46,14 +46,14 @@ class SuccessRates:
     visits: Mapping[str, _Visits] = field(default_factory=dict)
     """The problem id -> the visits to the problem so far."""
 
-    def is_guided(self, problem_id: str) -> bool:
-        """Return whether the success rate of a problem is known and below ``guide_below``."""
-        visits = self.visits.get(problem_id)
-        return visits is not None and bool(visits.alone) and sum(visits.alone) / len(visits.alone) < self.guide_below
-
     def guides(self, problem_id: str) -> bool:
-        """Return whether the next visit samples with guidance: PROBE_EVERY - 1 of PROBE_EVERY to a guided problem."""
-        return self.is_guided(problem_id) and self.visits[problem_id].guided_since < PROBE_EVERY - 1
+        """Return whether the next visit samples with guidance: PROBE_EVERY - 1 of PROBE_EVERY to a guided problem.
+
+        A problem is guided if its success rate is known and below ``guide_below``.
+        """
+        visits = self.visits.get(problem_id, _Visits())
+        is_guided = bool(visits.alone) and sum(visits.alone) / len(visits.alone) < self.guide_below
+        return is_guided and visits.guided_since < PROBE_EVERY - 1
 
     def recorded(self, visits: Iterable[Visit]) -> SuccessRates:
         """Return the rates after all visits of a step."""
@@ -91,20 +91,11 @@ class Guidance:
     guide: str = ""
     """The name of the teacher that guides; see `Problem.teacher`."""
 
-    def is_guided(self, problem: Problem, method: Method) -> bool:
-        """Return whether ``problem`` is guided: its tokens have their own teacher weight and divergence.
-
-        Such a problem has a solution and, where success rates decide, is rarely solved.  Its responses are sampled with
-        guidance, except now and then, see `guides`.
-        """
-        return self._may_guide(problem, method) and (self.success is None or self.success.is_guided(problem.id))
-
     def guides(self, problem: Problem, method: Method) -> bool:
         """Return whether the next responses to ``problem`` are sampled with guidance."""
-        return self._may_guide(problem, method) and (self.success is None or self.success.guides(problem.id))
-
-    def _may_guide(self, problem: Problem, method: Method) -> bool:
-        return method.has_solution(problem) and problem.teacher == self.guide and not problem.shares
+        if not method.has_solution(problem) or problem.teacher != self.guide or problem.shares:
+            return False
+        return self.success is None or self.success.guides(problem.id)
 
     def record(self, rollouts: Sequence[Rollout]) -> Guidance:
         """Return the guidance with the success rates after this step.

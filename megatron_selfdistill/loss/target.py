@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate
 from numbers import Real
 from typing import Any
 
@@ -149,18 +148,17 @@ class Target:
             )
 
     def with_teacher_weight(self, teacher_weight: float) -> Target:
-        """Return the target of tokens with another w: k_max "1 + w" follows w, and k keeps its ratio to 1 + w.
+        """Return the target of tokens with another w, which a k_max "1 + w" and a k of None follow.
 
-        Raises: ValueError for a k of fixed or a k_max that is a number, which belongs to one w only.
+        Raises: ValueError for a k or a k_max of the rule that is a number, which belongs to one w only.
         """
-        key, bound = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
+        key, bound = ("k_max", self.k_max) if self.rule == "entropy_matched" else ("k", self.k)
         if isinstance(bound, int | float):
             raise ValueError(
                 f"Target.{key} must not be a number where tokens have different teacher weights, since a number "
                 f"belongs to one weight; got {bound:g}. Use {'None' if key == 'k' else repr('1 + w') + ' or None'}."
             )
-        other = replace(self, teacher_weight=teacher_weight)
-        return replace(other, k=None if self.k is None else self.k * other.geometric_k / self.geometric_k)
+        return replace(self, teacher_weight=teacher_weight)
 
     @property
     def is_anchored(self) -> bool:
@@ -242,14 +240,13 @@ def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor, *,
     """Return m / (1 + w) = (w t + a) / (1 + w) in float32, of logits or of hidden states, [T, n] each.
 
     teacher_weight: w of all tokens, or [T] the w of each token.
-    is_contrast: whether ``teacher`` is the contrast t - c with controls; then the result is m = w (t - c) + a.
+    is_contrast: whether ``teacher`` is the contrast t - c with controls, for one w; then the result is w (t - c) + a.
     """
     if not isinstance(teacher_weight, Tensor):
         unit = 1.0 if is_contrast else 1 + teacher_weight
         return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(unit)
     weight = teacher_weight.float()[:, None]
-    mix = torch.where(weight > 0, weight * teacher, 0.0).add_(anchor)
-    return mix if is_contrast else mix.div_(1 + weight)
+    return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
 
 
 @dataclass(frozen=True)
@@ -311,32 +308,6 @@ class Divergence:
     def needs_forward_kl(self) -> bool:
         """Whether KL(q || p) is a part of the divergence, for some tokens at least."""
         return (self.kind == "forward_kl" and not self.is_renyi) or self.forward_above is not None
-
-
-TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
-"""The divergence of all tokens; or the divergences of consecutive groups of tokens, each with its number of tokens."""
-
-
-def split_divergence(divergence: Divergence, num_tokens: int, last: tuple[int, Divergence] | None) -> TokenDivergences:
-    """Return the divergence of ``num_tokens`` tokens, of which ``last`` = (n, other) gives the last n another one."""
-    return divergence if last is None else [(num_tokens - last[0], divergence), last]
-
-
-def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[slice, Divergence]]:
-    """Return the consecutive slices of ``num_tokens`` tokens that have one divergence, each with its divergence.
-
-    There is no empty slice, except for a single one without tokens.
-    Raises: ValueError unless the numbers of tokens are at least 0 and add up to ``num_tokens``.
-    """
-    groups = [(num_tokens, divergence)] if isinstance(divergence, Divergence) else list(divergence)
-    counts = [count for count, _ in groups]
-    if not groups or min(counts) < 0 or sum(counts) != num_tokens:
-        raise ValueError(
-            f"the groups of tokens with one divergence must have {num_tokens} tokens together, got {counts}."
-        )
-    ends = list(accumulate(counts))
-    slices = [(slice(end - count, end), kind) for end, (count, kind) in zip(ends, groups, strict=True) if count]
-    return slices or [(slice(0, 0), groups[0][1])]
 
 
 _AXES = {

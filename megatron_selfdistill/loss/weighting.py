@@ -63,7 +63,7 @@ class TruncatedImportance:
     p is the student's probability of the token at temperature 1, and mu its probability under the distribution that
     sampled it.
     mu differs from p where another engine sampled with other kernels, where a temperature or a cut changed the
-    distribution, and where the response was guided.
+    distribution, and where the target sampled the response.
     Source: truncated importance sampling, Ionides 2008 (doi 10.1198/106186008X320456); per token, as in Espeholt et al.
     2018 (arXiv 1802.01561), equation 1.
     """

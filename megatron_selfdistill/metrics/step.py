@@ -208,7 +208,7 @@ def rollout_metrics(
     teacher that reads its microbatches.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
-    sums = torch.zeros(17, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(14, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
@@ -218,21 +218,16 @@ def rollout_metrics(
         teacher = [microbatch for pack in packs for microbatch in pack.teacher]
         numbers: list[float] = [len(lengths), sum(lengths), num_cut, num_looping]
         numbers += [*_padding(student), *_padding(teacher)]
-        guided = [response for response in responses if response.guided]
-        ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
-        numbers += [len(guided), len(ratios), sum(ratios)]
-        sums[:11] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        sums[:8] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
     if leaks is not None:
-        sums[11:] += torch.tensor(astuple(leaks), dtype=torch.float64, device=grid.device)
+        sums[8:] += torch.tensor(astuple(leaks), dtype=torch.float64, device=grid.device)
     totals, (length_max,) = over_all_ranks(sums, longest, grid)
-    count, tokens, truncated, looping, *padding, num_guided, guided_tokens, log_ratio = totals[:11]
-    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[11:])).metrics()}
+    count, tokens, truncated, looping, *padding = totals[:8]
+    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[8:])).metrics()}
     if count:
         metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
         metrics |= {"response/truncated_share": truncated / count, "response/loop_share": looping / count}
-    if num_guided:
-        metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
     if packs:
         read = 0.0
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):

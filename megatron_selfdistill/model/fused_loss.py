@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
-from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import Fusion, ResponsePositions, states_at
 
 
@@ -72,7 +72,7 @@ class FusedLoss:
             teacher_weight,
             response_tokens,
             target=self.target,
-            divergence=split_divergence(self.divergence, len(response_tokens), options.guided),
+            divergence=self.divergence,
             vocab=vocab,
             reference_entropy=options.reference_entropy,
             reference=None if reference is None else (reference[1], output_weight(reference[0], own)),

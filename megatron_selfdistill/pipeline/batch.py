@@ -196,10 +196,7 @@ def counts_by_budget(student: list[int], teacher: list[int], rules: PackingRules
 
 @dataclass(frozen=True)
 class StudentMicrobatch:
-    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens.
-
-    The tokens of guided problems come last, so that both kinds of tokens are slices.
-    """
+    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens."""
 
     inputs: ModelInputs
     positions: ResponsePositions
@@ -207,8 +204,6 @@ class StudentMicrobatch:
     """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64."""
     response_tokens: Tensor
     """Token ids of the R response tokens, [R] int64."""
-    num_guided: int
-    """Number of the R tokens that belong to guided problems."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +252,7 @@ class DeviceBatch:
 
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
-        held = [held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        held = [held_by(microbatch, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
         teacher = teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
@@ -266,7 +261,6 @@ class DeviceBatch:
                     positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
                     response_ids=ids,
                     response_tokens=batch.response_tokens[ids],
-                    num_guided=int(batch.guided[ids].sum()),
                 )
                 for microbatch, (positions, ids) in zip(batch.student, held, strict=True)
             ],
@@ -291,13 +285,13 @@ def teacher_microbatches(
     sizes = []  # states of each student microbatch on this rank
     for index, microbatch in enumerate(batch.student):
         for rank in range(grid.cp_size):
-            _, ids = held_by(microbatch, batch.guided, grid.cp_size, rank)
+            _, ids = held_by(microbatch, grid.cp_size, rank)
             owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
             if rank == grid.cp_rank:
                 sizes.append(len(ids))
     microbatches = []
     for microbatch in reading.teacher:
-        held = [held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        held = [held_by(microbatch, grid.cp_size, rank) for rank in range(grid.cp_size)]
         positions, _ = held[grid.cp_rank]
         owners = [owner[theirs % max(1, total)] for _, theirs in held]
         received = [theirs[to == grid.cp_rank] for (_, theirs), to in zip(held, owners, strict=True)]
@@ -337,17 +331,16 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
     return routes
 
 
-def held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+def held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
     """Return the position in the rank's share and the response id of each response token whose state the rank holds.
 
-    Tokens of guided problems come after the others, and otherwise positions rise.
+    Positions rise.
     """
     positions, ids = microbatch.response_positions, microbatch.response_ids
-    if cp_size > 1:
-        held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
-        place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
-        place[held] = torch.arange(len(held))
-        positions = place[positions]
-        positions, ids = positions[positions >= 0], ids[positions >= 0]
-    order = torch.argsort(guided[ids % max(1, len(guided))], stable=True)
-    return positions[order], ids[order]
+    if cp_size == 1:
+        return positions, ids
+    held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
+    place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
+    place[held] = torch.arange(len(held))
+    positions = place[positions]
+    return positions[positions >= 0], ids[positions >= 0]

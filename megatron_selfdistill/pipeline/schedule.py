@@ -55,7 +55,6 @@ from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, 
 from megatron_selfdistill.pipeline.joined_batches import gradients_of
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 from megatron_selfdistill.pipeline.token_losses import (
-    GuidedTokens,
     StepOutput,
     TokenCoefficients,
     TokenLoss,
@@ -131,14 +130,14 @@ class TeacherHiddenStates:
         states: Tensor,
         entropy: Tensor | None,
         *,
-        mix_weight: float | Tensor | None,
+        mix_weight: float | None,
         keeps_both: bool = False,
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
         ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
-        teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
-        take the place of both models' states, unless ``keeps_both``.  None keeps both models' states.
+        teacher's weight w, with which the states of the mix, rounded once to their dtype, take the place of both
+        models' states, unless ``keeps_both``.  None keeps both models' states.
         """
         theirs = self._slice(states)
         if entropy is not None:
@@ -353,7 +352,6 @@ def run(
     vocab: VocabShard,
     *,
     reference: Reference | None = None,
-    guided: GuidedTokens | None = None,
     measurement: TokenMeasurement | None = None,
     token_coefficients: TokenCoefficients | None = None,
     pair_order: str = "teacher_first",
@@ -369,11 +367,10 @@ def run(
 
     ``student``: this rank's chunks (DDP).  ``teacher``: None for a loss without a teacher, which ignores
     ``batch.teacher``.  ``reference``: with a target whose anchor has a reference, whose chunks run each student
-    microbatch, too, without gradients.  ``guided``: what the tokens of
-    guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
-    hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
-    the place of ``batch`` in a step of several partial batches (pipeline/partial_batches.py): only the last one
-    reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
+    microbatch, too, without gradients.  ``measurement``: what the step measures beside its loss.  All ranks of a
+    replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+    ``partial_batch``: the place of ``batch`` in a step of several partial batches (pipeline/partial_batches.py): only
+    the last one reduces and finalises the gradients, and N counts the tokens of all; None is a step of one.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for a policy term of a token loss whose ``student_log_prob`` has no gradient; `NoResponseTokens`
@@ -394,7 +391,6 @@ def run(
         batch=on_device,
         token_loss=token_loss,
         reference=reference,
-        guided=guided or GuidedTokens(),
         measurement=measurement,
         token_coefficients=token_coefficients,
         grid=grid,
@@ -451,7 +447,6 @@ class ScheduledStep:
     batch: DeviceBatch
     token_loss: TokenLoss | FusedLoss
     reference: Reference | None
-    guided: GuidedTokens
     measurement: TokenMeasurement | None
     token_coefficients: TokenCoefficients | None
     grid: RankGrid
@@ -515,17 +510,12 @@ class ScheduledStep:
     def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
         kept = KeptStates() if self.states is None else self.states.take(index, model.config.params_dtype)
-        positions, tokens, weights = microbatch.positions, microbatch.response_tokens, self._teacher_weights(microbatch)
-        measuring, guided = None, self.guided.divergence
+        positions, tokens, measuring = microbatch.positions, microbatch.response_tokens, None
+        weights = None if self.teacher is None else self.teacher.token_weights(microbatch.response_ids)
         if self.measurement is not None:
             own_logits = partial(self._own_logits, kept)
             measuring = MeasuringObserver(self.measurement, self.vocab, tokens, own_logits, weights)
-        options = TokenOptions(
-            reference_entropy=kept.reference_entropy,
-            teacher_weights=weights,
-            guided=None if guided is None else (microbatch.num_guided, guided),
-            observe=measuring,
-        )
+        options = TokenOptions(reference_entropy=kept.reference_entropy, teacher_weights=weights, observe=measuring)
         states, apart, controls = kept.of_teacher_logits, kept.unmixed_reference, kept.controls
         share = 0.0 if self.reference is None else self.reference.target.reference_share
         if isinstance(self.token_loss, FusedLoss):
@@ -623,13 +613,6 @@ class ScheduledStep:
         assert self.states is not None, "only a step with a teacher has teacher and reference microbatches"
         return self.states
 
-    def _teacher_weights(self, microbatch: StudentMicrobatch) -> Tensor | None:
-        """Return w [R] of the microbatch's tokens; None if all tokens have the target's, or no reference."""
-        own = None if self.teacher is None else self.teacher.token_weights(microbatch.response_ids)
-        if own is not None or self.reference is None:
-            return own
-        return self.guided.weights(microbatch, self.reference.target.teacher_weight)
-
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         assert self.teacher is not None
         inputs, chunks = self.batch.teacher[index].inputs, self.teacher.chunks
@@ -642,16 +625,15 @@ class ScheduledStep:
     def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch, reference = self.batch.student[index], self.reference
         assert reference is not None
-        weights = self._teacher_weights(microbatch)
-        weight = reference.target.teacher_weight if weights is None else weights
 
         def keep(hidden: Tensor) -> None:
             states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
+            mixes = reference.mixes_states(self._teacher_output)
             self._kept.add_reference(
                 index,
                 states,
                 reference.entropy(states, self.vocab) if reference.needs_entropy else None,
-                mix_weight=weight if reference.mixes_states(self._teacher_output) else None,
+                mix_weight=reference.target.teacher_weight if mixes else None,
                 keeps_both=self.measurement is not None,
             )
 

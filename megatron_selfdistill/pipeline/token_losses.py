@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
@@ -17,11 +16,10 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     VocabShard,
     distillation_loss,
 )
-from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.model.fused_loss import FusedLoss
-from megatron_selfdistill.pipeline.batch import StudentMicrobatch
 from megatron_selfdistill.pipeline.partial_batches import Accumulated
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 
@@ -52,28 +50,6 @@ The log-probs are detached, and the coefficients carry no gradient.  loss/weight
 """
 
 
-@dataclass(frozen=True)
-class GuidedTokens:
-    """The teacher's weight and the divergence of the tokens of guided problems, where they have their own."""
-
-    teacher_weight: float | None = None
-    """w of these tokens, which needs a target that is anchored to a reference; None is the w of the target."""
-    divergence: Divergence | None = None
-    """The divergence of these tokens; None is the divergence of the loss."""
-
-    def weights(self, microbatch: StudentMicrobatch, teacher_weight: float) -> Tensor | None:
-        """Return w [R] float64 of a microbatch's tokens, of which the plain tokens have ``teacher_weight``.
-
-        The result is None if all tokens have the w of the target.
-        """
-        if self.teacher_weight is None:
-            return None
-        num_plain = len(microbatch.response_tokens) - microbatch.num_guided
-        weights = torch.full_like(microbatch.response_tokens, self.teacher_weight, dtype=torch.float64)
-        weights[:num_plain] = teacher_weight
-        return weights
-
-
 def self_distillation(
     target: Target,
     divergence: Divergence,
@@ -102,7 +78,7 @@ def self_distillation(
             teacher,
             response_tokens,
             target=target,
-            divergence=split_divergence(divergence, len(response_tokens), options.guided),
+            divergence=divergence,
             vocab=vocab,
             reference_entropy=options.reference_entropy,
             teacher_weights=options.teacher_weights,

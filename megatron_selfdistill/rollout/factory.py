@@ -26,7 +26,7 @@ def make_sampler(
 ) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses.
+    ``role_weights``: the weights of teacher and reference, with which the sampler in process samples from the target.
     ``progress``: gets the number of finished responses while the sampler generates.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
@@ -38,7 +38,7 @@ def make_sampler(
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
         make: Callable[..., Sampler] = MegatronSampler
-        if rollout.guidance != "none":
+        if rollout.samples_target:
             make = partial(door("guidance").guided_sampler(), role_weights=role_weights)
         return make(
             chunks,
@@ -76,7 +76,7 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
         stop_token_ids=run_data.stop_token_ids,
         num_ids=run_data.num_sampled_ids,
     )
-    if rollout.guidance == "none":
+    if not rollout.samples_target:
         return params
     guided: SamplingParams = door("guidance").guided_params(params, config, batch_k, run_data.num_controls)
     return guided

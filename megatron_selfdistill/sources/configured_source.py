@@ -64,7 +64,7 @@ def configured_source(
         controls=Controls(run_data.problems.problems, tools.given, number, config.seed) if number else None,
     )
     found: ResponseSource
-    if config.rollout.guidance != "none":
+    if config.rollout.samples_target:
         found = door("guidance").guided_source(tools, state, options)
     elif config.rollout.ahead:
         found = door("overlap").AheadOnPolicy(state, options, config.rollout.ahead, config.num_steps)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
@@ -131,7 +131,9 @@ class OnPolicy(ResponseSource):
     def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
         """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
         with self._options.phases("pack"):
-            contexts = self._contexts(method, trained)
+            contexts = build_contexts([it.prompts for it in trained], [it.response for it in trained])
+            if self._options.player is not None:
+                contexts = self._options.player.with_turns(contexts, trained)
             if self._options.controls is not None:
                 contexts = self._options.controls.added(step, contexts, trained)
         coefficients = method.coefficients(step, trained, contexts)
@@ -141,11 +143,6 @@ class OnPolicy(ResponseSource):
             sampler_log_probs=self._on_device(map(_comparable, trained)) if method.comparable else None,
             token_coefficients=coefficients,
         )
-
-    def _contexts(self, method: Method, trained: Sequence[Rollout]) -> list[ContextPair]:
-        contexts = build_contexts([rollout.prompts for rollout in trained], [rollout.response for rollout in trained])
-        player = self._options.player
-        return contexts if player is None else player.with_turns(contexts, trained)
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
         grid, num_samples = self._options.grid, self._options.num_samples

@@ -38,7 +38,7 @@ from megatron_selfdistill.pipeline.configured_packing import configured_packing
 from megatron_selfdistill.pipeline.joined_batches import weights_unchanged
 from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.schedule import ScheduledStep, ScheduledTeacher, TeacherHiddenStates
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens, StepOutput
+from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import RoleWeights
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teacher import TargetModels, Teachers, in_roles
@@ -158,7 +158,7 @@ class ConfiguredTeachers(Teachers):
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses: those of teachers.guide."""
         guide = self._weights.get(guide_of(self.config.teachers) or "")
-        if guide is None or self.config.rollout.guidance == "none":
+        if guide is None or not self.config.rollout.samples_target:
             return super().role_weights
         return [guide, *([] if self.reference is None else [in_roles(self.reference, "reference")])]
 
@@ -327,7 +327,7 @@ def read_states(
     microbatches = teacher_microbatches(
         batch, replace(reading, teacher=reading.student), grid, uses_local_attention(student)
     )
-    sizes = [len(held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank)[1]) for microbatch in batch.student]
+    sizes = [len(held_by(microbatch, grid.cp_size, grid.cp_rank)[1]) for microbatch in batch.student]
     on_device = to_device_in_one_copy(DeviceBatch([], microbatches, sizes), grid.device)
     states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
     step = ScheduledStep(
@@ -336,7 +336,6 @@ def read_states(
         batch=on_device,
         token_loss=next_token,
         reference=None,
-        guided=GuidedTokens(),
         measurement=None,
         token_coefficients=None,
         grid=grid,

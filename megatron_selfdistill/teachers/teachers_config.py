@@ -148,7 +148,7 @@ def teacher_of_record(named: object, teachers: Mapping[str, NamedTeacher]) -> st
 
 def check_teachers(config: Any) -> None:
     """Raise `ConfigError` where the key ``teachers`` of ``config`` is wrong, or other keys contradict it."""
-    needs, target, guides = config.needs, config.target, config.rollout.guidance != "none"
+    needs, target, guides = config.needs, config.target, config.rollout.samples_target
     joined, guide, chosen = joins(config.teachers), guide_of(config.teachers), chosen_by(config.teachers)
     require(
         "teacher" not in config.data.fields or (bool(config.named_teachers) and chosen is None),

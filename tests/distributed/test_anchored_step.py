@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step whose target has a reference, or whose guided tokens have numbers of their own, is alike in every layout."""
+"""A step whose target has a reference is alike in every layout."""
 
 from __future__ import annotations
 
@@ -10,29 +10,17 @@ import anchored
 import pytest
 import torch
 from anchored import ANCHORED, APART, LAYOUTS, ORDERS, OUTPUT_LAYERS
-from layouts import Case, Outcomes, contexts_of, worst_difference
+from layouts import Case, Outcomes, worst_difference
 from parity import TOLERANCE
 from tiers import combinations
 
-from megatron_selfdistill.data.packed_batch import PackingRules
-from megatron_selfdistill.data.packing import pack
-from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import Fusion
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
-GUIDED = dataclasses.replace(ANCHORED, guided=GuidedTokens(2.0, Divergence("forward_kl")))
 CASES = {
     "one projection": ANCHORED,
     **APART,
-    "guided": GUIDED,
-    "guided, weight": dataclasses.replace(GUIDED, guided=GuidedTokens(2.0)),
-    "guided, reference of its own": dataclasses.replace(GUIDED, guided=GuidedTokens(2.0), reference_copy=True),
-    "guided, divergence": dataclasses.replace(
-        ANCHORED,
-        target=Target(teacher_weight=0.5, anchor="student"),
-        guided=GuidedTokens(None, Divergence("jsd", 0.3)),
-    ),
-    "two terms": dataclasses.replace(GUIDED, two_terms=True),
+    "two terms": dataclasses.replace(ANCHORED, divergence="forward_kl", two_terms=True),
 }
 QUICK = ["TP2+SP", "PP2xVPP2", "CP2"]
 
@@ -53,10 +41,10 @@ def same_weights() -> Case:
 def shows_more(name: str, own: Case, order: dict[str, Any], output_layer: Fusion | None) -> bool:
     """Return whether a case is possible, and shows more than the others do.
 
-    A layer that is not linear cannot be fused, and a kept gradient has no second term.  Some guided tokens and the
-    current teacher run in few layouts and one order.
+    A layer that is not linear cannot be fused, and a kept gradient has no second term.  The current teacher runs in few
+    layouts and one order.
     """
-    is_small = own.teacher == "current" or (own.guided and own not in (GUIDED, CASES["two terms"]))
+    is_small = own.teacher == "current"
     return anchored.is_possible(own, output_layer) and (not is_small or (name in QUICK and not order))
 
 
@@ -77,7 +65,6 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_la
 def test_what_a_case_has_of_its_own_changes_the_gradient(outcomes):
     for case, change in (
         (ANCHORED, {"target": Target(teacher_weight=0.5, anchor="student")}),
-        *((CASES[name], {"guided": None}) for name in ("guided", "guided, weight", "guided, divergence")),
         (CASES["two terms"], {"two_terms": False}),
     ):
         _, gradients, _ = outcomes(case)
@@ -107,10 +94,3 @@ def test_the_statistics_of_the_teacher_are_those_of_a_step_without_a_reference(o
     without = [dataclasses.replace(case, target=Target(anchor="student"), reference_copy=False) for case in cases]
     for (got, *_), (expected, *_) in zip(outcomes.of(cases), outcomes.of(without), strict=True):
         assert got.teacher_entropy == pytest.approx(expected.teacher_entropy, rel=1e-6)
-
-
-def test_packing_marks_the_tokens_of_guided_responses():
-    pairs = contexts_of(GUIDED)
-    batch = pack(pairs, PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=False))
-    assert batch.guided.tolist() == [pair.guided for pair in pairs for _ in pair.response]
-    assert 0 < batch.guided.sum() < len(batch.guided)

@@ -12,7 +12,6 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 LAYOUTS = {
     "one rank": ("shallow", parallel(), 1),
@@ -27,7 +26,7 @@ STEPS = {
     "packed": {"max_tokens": 112},
     "rows": {"paired": True, "pair_order": "alternating"},
     "anchored": {"target": Target(), "max_tokens": 112},
-    "two terms": {"two_terms": True, "guided": GuidedTokens(2.0)},
+    "two terms": {"two_terms": True},
 }
 """Name of a kind of step -> its fields."""
 

@@ -62,7 +62,7 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
         forward_only=True,
     )
     pairs = contexts()
-    return explored_responses(output, pairs, ["" for _ in pairs], [setting] * len(pairs), models.VOCAB_SIZE, grid)
+    return explored_responses(output, pairs, ["" for _ in pairs], setting, models.VOCAB_SIZE, grid)
 
 
 def in_layout(case: Case, apart: bool = False, names: Collection[str] = tuple(TARGETS)) -> list[list[ExploredResponse]]:

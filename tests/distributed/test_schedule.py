@@ -223,9 +223,8 @@ def auxiliary_gradient(
             (microbatch,) = getattr(batch, name)
             stream.append(dataclasses.replace(microbatch, response_ids=microbatch.response_ids + offset))
         offset += response
-    tokens, guided = (torch.cat([getattr(b, name) for b in batches]) for name in ("response_tokens", "guided"))
-    per_token = {"response_tokens": tokens, "guided": guided}
-    joined = dataclasses.replace(batches[0], **streams, **per_token, num_contexts=len(batches))
+    tokens = torch.cat([batch.response_tokens for batch in batches])
+    joined = dataclasses.replace(batches[0], **streams, response_tokens=tokens, num_contexts=len(batches))
     joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless + more_teachers)
     loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases

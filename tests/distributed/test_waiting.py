@@ -15,11 +15,10 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
-from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import local_attention, rotary
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.pipeline import batch, schedule
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 
 def traffic_of(case: Case) -> list[str]:
@@ -58,7 +57,6 @@ def traffic_of_each(cases: dict[str, Case]) -> dict[str, list[str]]:
     return {name: traffic_of(case) for name, case in cases.items()}
 
 
-GUIDED = GuidedTokens(2.0, Divergence("forward_kl"))
 CASES = {
     "one rank": {
         "plain": Case(kind="shallow"),
@@ -70,7 +68,7 @@ CASES = {
         ),
         "tied": Case(kind="tied"),
         "gated delta": Case(kind="gated_delta"),
-        "guided": Case(kind="shallow", target=Target(anchor="reference"), guided=GUIDED),
+        "anchored": Case(kind="shallow", target=Target(anchor="reference"), divergence="forward_kl"),
     },
     "TP2 with sequence parallelism": {
         "plain": Case(kind="shallow", parallel=parallel(tp=2, sp=True)),

@@ -15,7 +15,7 @@ from tiny_run import overrides, with_trainer, write_chats
 
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 TERMS = ("recipe=scope", "rollout.num_samples=2", "loss.rollout_correction=truncated_sequence", VERIFIED)
-GUIDED = ("rollout.guidance=mixed", "rollout.guide_below=0.5", "target.guided_teacher_weight=0.5", VERIFIED)
+GUIDED = ("rollout.guidance=mixed", "loss.rollout_correction=truncated")
 TURNS = (
     *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
     *("method.min_log_prob=-4", "method.unlikely=down_weight"),

@@ -145,6 +145,7 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
 
 SHARED = [{"math": 3, "code": 1}, "default", {"default": 1, "math": 1, "code": 2}]
 SHARED_FILE = "data.path=DATA/shared.jsonl"
+OWN_WEIGHTS = ["teachers.math.weight=0.5", "teachers.code.weight=3"]
 PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]
 WIDE_TEACHER = "teachers.math={load: WIDE_TEACHER, weight: 0.5}"
 LOW_MEMORY = ["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"]
@@ -153,7 +154,7 @@ QUICK_STEPS: dict[str, list[str]] = {
     "a teacher per record": ["schedule.max_tokens=32"],  # a microbatch for each context
     "several": [SHARED_FILE],
     "another architecture": [WIDE_TEACHER],
-    "product": [SHARED_FILE, *PRODUCT],
+    "product": [SHARED_FILE, *PRODUCT, *OWN_WEIGHTS],
     "several, with controls": [
         *(SHARED_FILE, "teachers.code.hint=given", "target.control=other", "target.num_controls=2"),
     ],
@@ -170,7 +171,7 @@ STEPS = QUICK_STEPS | {
     "product, mixed with the student": [SHARED_FILE, *PRODUCT, "target.anchor=student"],
     "product, low memory": [SHARED_FILE, *PRODUCT, *LOW_MEMORY],
     "product, kept gradient": [SHARED_FILE, *PRODUCT, *KEPT_GRADIENT, "target.rule=fixed"],
-    "product, own weights": [SHARED_FILE, *PRODUCT, "teachers.math.weight=0.5", "teachers.code.weight=3"],
+    "product, the weight of the run": [SHARED_FILE, *PRODUCT],
     "product, a weight of 0": [
         *(SHARED_FILE, *PRODUCT, "teachers.math.weight=0", "teachers.code.weight=3", "loss.fused=low_memory"),
     ],
@@ -217,7 +218,7 @@ FUSED_TP2 = [*LAYOUTS["TP2"], "parallel.sequence_parallel=true", "loss.fused=low
 def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, kind, layout):
     """A record has several teachers, or their product, or a teacher of another architecture."""
     shared = f"data.path={write_records_of_teachers(places['data'], SHARED, 'shared.jsonl')}"
-    more = {"shared": [shared], "product": [shared, *PRODUCT], "another architecture": []}[kind]
+    more = {"shared": [shared], "product": [shared, *PRODUCT, *OWN_WEIGHTS], "another architecture": []}[kind]
     options, record = ["num_steps=2", "checkpoint.save_every=0", *more], f"{tmp_path}/responses.jsonl"
     of = of_wide if kind == "another architecture" else arguments
     train(ranks, of(places, tmp_path / "one", *options, f"tests.record={record}"))
@@ -231,7 +232,7 @@ def test_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, plac
     [
         ["teacher.offload=cpu"],
         ["target.anchor=student"],
-        ["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"],
+        ["teachers.code.weight=2", "schedule.pair_order=teacher_first"],
     ],
     ids=str,
 )

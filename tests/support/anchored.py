@@ -20,7 +20,6 @@ from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 ANCHORED = Case(kind="shallow", target=Target(anchor="reference", teacher_weight=0.5))
 APART = {
@@ -110,18 +109,13 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     The second result is its gradient to the weights of the final norm, which all tokens share.
     """
     student, teacher, reference = chunks_of(case)
-    losses, guided = [], case.guided or GuidedTokens()
+    losses, target = [], case.target
     for context in contexts_of(case):
         s, t, r, *controls = rows_of(context, student, teacher, reference)
-        target, kind = case.target, Divergence(case.divergence)
-        if context.guided:
-            if guided.teacher_weight is not None:
-                target = dataclasses.replace(target, teacher_weight=guided.teacher_weight)
-            kind = guided.divergence or kind
         anchor = r.detach() if target.has_reference else None
         control_logits = torch.stack(controls).detach() if controls else None
         log_q = mixed_target(s.detach(), t.detach(), target, anchor, control_logits).log_q
-        losses.append(divergence(s.log_softmax(-1), log_q, kind))
+        losses.append(divergence(s.log_softmax(-1), log_q, Divergence(case.divergence)))
     loss = torch.cat(losses).mean()
     (gradient,) = torch.autograd.grad(loss, student.decoder.final_layernorm.weight)
     return float(loss), gradient

@@ -14,6 +14,7 @@ from megatron_selfdistill.data.tokenizer import Tokenizer
 STOP = ord("$")
 ONE_RANK = SimpleNamespace(
     world_size=1,
+    is_first_of_replica=True,
     dp_rank=0,
     dp_size=1,
     dp_group=None,

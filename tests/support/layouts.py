@@ -62,8 +62,6 @@ class Case:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model_changes: dict[str, Any] = field(default_factory=dict)
     divergence: str = "reverse_kl"
-    guided: token_losses.GuidedTokens | None = None
-    """What the tokens of every third response have of their own; None: no response is guided."""
     target: Target = field(default_factory=lambda: Target(anchor="student"))
     pair_order: str = "teacher_first"
     paired: bool = False
@@ -143,18 +141,15 @@ def turns(num_turns: int, num_episodes: int = 3) -> list[ContextPair]:
 
 
 def contexts_of(case: Case) -> list[ContextPair]:
-    """Return the `turns` of the case, or `contexts`; every third one is guided where the case has guided tokens."""
-    some, pairs = case.guided is not None, turns(case.num_turns) if case.num_turns else contexts()
+    """Return the `turns` of the case, or `contexts`, with the prompts of its controls."""
+    pairs = turns(case.num_turns) if case.num_turns else contexts()
     rng, num_controls = random.Random(13), case.target.num_controls
 
     def controls(context: ContextPair) -> tuple[list[int], ...]:
         before = [[rng.randrange(models.VOCAB_SIZE) for _ in range(rng.randrange(2, 9))] for _ in range(num_controls)]
         return tuple(prefix + context.student_prompt for prefix in before)
 
-    return [
-        dataclasses.replace(context, guided=some and i % 3 == 1, control_prompts=controls(context))
-        for i, context in enumerate(pairs)
-    ]
+    return [dataclasses.replace(context, control_prompts=controls(context)) for context in pairs]
 
 
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
@@ -237,7 +232,6 @@ def one_batch(packs: Sequence[PackedBatch]) -> PackedBatch:
         student=shifted("student"),
         teacher=shifted("teacher"),
         response_tokens=torch.cat([pack.response_tokens for pack in packs]),
-        guided=torch.cat([pack.guided for pack in packs]),
         num_contexts=sum(pack.num_contexts for pack in packs),
     )
 
@@ -285,7 +279,6 @@ def run(case: Case) -> Outcome:
                     grid,
                     vocab,
                     reference=reference(case, frozen),
-                    guided=case.guided,
                     measurement=None if case.target.reads_teacher else TokenMeasurement(case.target, chunk_tokens=5),
                     token_coefficients=GivenCoefficients.of(own) if case.two_terms else None,
                     pair_order=case.pair_order,

@@ -45,9 +45,9 @@ class EnvironmentConfig(Part, section="environment"):
             "variable, and name the variable with environment.options.api_key_env",
         )
         require(
-            config.needs.samples is not None and config.data.kind == "problems" and config.rollout.guidance == "none",
-            f"{name} replies to sampled responses to problems: it needs a method that samples, data.kind=problems and "
-            f"rollout.guidance=none, got {method}, {config.data.kind} and {config.rollout.guidance}",
+            config.needs.samples is not None and config.data.kind == "problems",
+            f"{name} replies to sampled responses to problems: it needs a method that samples and data.kind=problems, "
+            f"got {method} and {config.data.kind}",
         )
         require(
             config.needs.hint == GIVEN or not self.one_sequence,
@@ -181,9 +181,8 @@ class ConversationsConfig(Part, section="conversations"):
             "data.kind=conversations needs a method whose teacher sees what follows a turn of the log, such as "
             f"method.name=default, chat_logs or openclaw, got {config.method.name}",
         )
-        is_plain = config.rollout.guidance == "none" and config.loss.rollout_correction == "none"
         require(
-            self.responses != "logged" or is_plain,
-            "conversations.responses=logged samples nothing: unset rollout.guidance and loss.rollout_correction, or "
-            "set conversations.responses=sampled",
+            self.responses != "logged" or config.loss.rollout_correction == "none",
+            "conversations.responses=logged samples nothing: unset loss.rollout_correction, or set "
+            "conversations.responses=sampled",
         )

@@ -115,16 +115,18 @@ class RolloutConfig(Part, section="rollout"):
             require_address("rollout.servers", address, "http://node7:8000")
         is_plain = self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1
         require(
-            self.guidance == "none" or (self.engine != "vllm" and is_plain),
+            not self.samples_target or (self.engine != "vllm" and is_plain),
             "rollout.guidance=mixed samples from the target itself, in process: it needs rollout.engine=megatron, "
             f"rollout.temperature=1 (or 0), top_k=0 and top_p=1, got {self.engine}, {self.temperature}, {self.top_k} "
             f"and {self.top_p}",
         )
-        method = f"method.name={config.method.name}"
+        has_own = config.needs.own_prompts or config.needs.hint_follows
         require(
-            self.guidance == "none" or not (config.needs.own_prompts or config.needs.hint_follows),
-            f"{method} has prompts or hints of its own, which rollout.guidance=mixed does not know when it samples: "
-            "set rollout.guidance=none",
+            not self.samples_target or not (has_own or config.environment.exists or config.logged),
+            "rollout.guidance=mixed samples from prompts and hints that are known before: it needs no environment, no "
+            "logged responses and no method with prompts or hints of its own, got "
+            f"environment.name={config.environment.name}, data.kind={config.data.kind} and "
+            f"method.name={config.method.name}: set rollout.guidance=none",
         )
         key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
         require(
@@ -133,13 +135,18 @@ class RolloutConfig(Part, section="rollout"):
             "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
             f"{self.temperature}, {self.top_k} and {self.top_p}",
         )
-        is_whole = config.needs.hint == GIVEN and not config.environment.exists and self.guidance == "none"
+        is_whole = config.needs.hint == GIVEN and not config.environment.exists and not self.samples_target
         require(
             not self.ahead or (on_servers and is_whole),
             f"rollout.ahead={self.ahead} trains while servers generate: it needs rollout.engine=vllm and "
             "rollout.placement=server, and no environment, rollout.guidance or method that needs all responses of a "
             f"step at once, got method.name={config.method.name} and environment.name={config.environment.name}",
         )
+
+    @property
+    def samples_target(self) -> bool:
+        """Whether responses are sampled from the target itself."""
+        return self.guidance != "none"
 
     @property
     def is_colocated(self) -> bool:

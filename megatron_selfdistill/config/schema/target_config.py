@@ -29,9 +29,6 @@ class LossConfig(Part, section="loss"):
 
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse_kl"
     """The divergence: reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
-    guided_divergence: Annotated[str, OneOf(DIVERGENCES)] | None = None
-    """The divergence for the tokens of guided problems (rollout.guidance=mixed; with rollout.guide_below the problems
-    below it); null is divergence."""
     jsd_lambda: Annotated[float, above(0), below(1)] = 0.5
     """Weight of q in the mixture of the divergence jsd."""
     backend: Annotated[str, OneOf(LOSS_BACKENDS)] | None = None
@@ -40,8 +37,7 @@ class LossConfig(Part, section="loss"):
     rollout_correction: Annotated[str, OneOf(("none", "truncated", "truncated_sequence"))] = "none"
     """Importance weight of each token's divergence: none, truncated: min(p / mu, rollout_correction_cap), where p is
     the student's probability of the token and mu its probability under the distribution that sampled it (another
-    engine, or the guided mix), or truncated_sequence: the same with the mean of p / mu over the tokens of the
-    response."""
+    engine, or the target), or truncated_sequence: the same with the mean of p / mu over the tokens of the response."""
     rollout_correction_cap: PositiveFloat = 2.0
     """The largest importance weight under rollout_correction."""
     normalize: Annotated[str, OneOf(("tokens", "sequences", "prompts"))] = "tokens"
@@ -80,10 +76,6 @@ class TargetConfig(Part, section="target"):
     teacher_alone (no mix: the target is the teacher)."""
     teacher_weight: TeacherWeight = 0.75
     """Weight w of the teacher's logits; the weight of the anchor's logits is 1."""
-    guided_teacher_weight: TeacherWeight | None = None
-    """Weight w for the tokens of guided problems (rollout.guidance=mixed; with rollout.guide_below the problems below
-    it), whose guided responses are also sampled with it; null is teacher_weight.  Needs anchor=reference, and k_max and
-    k that are not numbers."""
     k_max: Annotated[Any, OneOf((None, "1 + w"), or_number=True), above(0), at_most(MAX_K)] = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: Annotated[float, at_least(0.01), at_most(MAX_K)] | None = None
@@ -131,13 +123,6 @@ class TargetConfig(Part, section="target"):
             self.control != "other" or missing is None,
             f"target.control=other compares hints of different problems, but {missing}: set target.control=none",
         )
-        if self.guided_teacher_weight is not None:
-            require(
-                self.anchor in ("reference", "auto"),
-                "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
-                "target.teacher_weight",
-            )
-            self.require_no_k("target.guided_teacher_weight")
 
     def require_no_k(self, key: str) -> None:
         """Raise `ConfigError` where one k or k_max is set beside ``key``, a second weight of a teacher's logits."""

@@ -199,4 +199,4 @@ def read_by_all_models(
     output = read(contexts, readers, loss, measurement).output
     if not contexts:
         return []
-    return explored_responses(output, contexts, solutions, [settings] * len(contexts), run_data.vocab_size, grid)
+    return explored_responses(output, contexts, solutions, settings, run_data.vocab_size, grid)

@@ -148,18 +148,17 @@ def explored_responses(
     output: StepOutput,
     contexts: Sequence[ContextPair],
     solutions: Sequence[str],
-    settings: Sequence[TokenTarget],
+    settings: TokenTarget,
     vocab_size: int,
     grid: RankGrid,
 ) -> list[ExploredResponse]:
     """Return ``contexts``, all of one replica, as explored responses, on each rank of the replica.
 
-    ``output``: of the packed contexts, with summaries among its measures.  ``solutions``, ``settings``: one per
-    context.
+    ``output``: of the packed contexts, with summaries among its measures.  ``solutions``: one per context.
     Collectives: those of `gathered_rows` on the ranks of the replica.
     """
-    num_models, names = len(settings[0].models), (*_STATS, *_MEASURES)
-    names += _OF_CONTROLS if settings[0].target.num_controls else ()
+    num_models, names = len(settings.models), (*_STATS, *_MEASURES)
+    names += _OF_CONTROLS if settings.target.num_controls else ()
     spans, start = [], 0
     for context in contexts:
         spans.append(range(start, start + len(context.response)))
@@ -167,11 +166,11 @@ def explored_responses(
     width = len(names) + LogitSummary.width(num_models)
     rows = gathered_rows(_rows(output), output.response_ids, spans, width, grid).cpu()
     found = []
-    per_context = zip(contexts, solutions, settings, rows.split([len(span) for span in spans]), strict=True)
-    for context, solution, own, part in per_context:
+    per_context = zip(contexts, solutions, rows.split([len(span) for span in spans]), strict=True)
+    for context, solution, part in per_context:
         numbers = dict(zip(names, part[:, : len(names)].t().tolist(), strict=True))
         summary = LogitSummary.of_flat(part[:, len(names) :], num_models)
-        found.append(ExploredResponse(context, solution, own, numbers, summary, vocab_size))
+        found.append(ExploredResponse(context, solution, settings, numbers, summary, vocab_size))
     return found
 
 
@@ -238,22 +237,11 @@ def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[Explored
     contexts = batch.contexts
     first = chosen(contexts, count)[:count] if learner.grid.dp_rank == 0 else []
     shown = [cut(context) for context, _ in first]
-    summarise = _token_target(learner, batch.teacher, False).summarise
-    output = learner.measure(shown, summarise=summarise, teacher=batch.teacher)
+    divergence = Divergence.configured(learner.config.loss, learner.config.method)
+    settings = TokenTarget(learner.target_of(batch.teacher), divergence)
+    output = learner.measure(shown, summarise=settings.summarise, teacher=batch.teacher)
     if not shown:
         return []
     solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}
     texts = [learner.teachers.seen_hint(context, solution_of[id(context)]).text for context, _ in first]
-    settings = [_token_target(learner, batch.teacher, context.guided) for context in shown]
     return explored_responses(output, shown, texts, settings, learner.run_data.vocab_size, learner.grid)
-
-
-def _token_target(learner: Learner, teacher: str, guided: bool) -> TokenTarget:
-    """Return the target and the divergence of the tokens of a plain or a guided problem that ``teacher`` reads."""
-    target, divergence = learner.target_of(teacher), Divergence.configured(learner.config.loss, learner.config.method)
-    if not guided:
-        return TokenTarget(target, divergence)
-    own = learner.guided_tokens
-    if own.teacher_weight is not None:
-        target = target.with_teacher_weight(own.teacher_weight)
-    return TokenTarget(target, own.divergence or divergence)

@@ -29,7 +29,7 @@ SETTINGS = {
         "tokenizer chat_template chat_template_kwargs system_prompt views student_template teacher_template "
         "trust_remote_code on_long_context max_length"
     ).split(),
-    "target": "rule teacher_weight guided_teacher_weight k_max k anchor match control num_controls".split(),
+    "target": "rule teacher_weight k_max k anchor match control num_controls".split(),
     "loss": "divergence jsd_lambda".split(),
     "rollout": "max_new_tokens temperature top_k top_p stop_token_ids".split(),
 }

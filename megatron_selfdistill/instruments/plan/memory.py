@@ -106,7 +106,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     if not config.samples:
         return Memory(training, {})
     rollout = config.rollout
-    guides = config.is_anchored and rollout.guidance != "none"  # these weights then sample responses, too
+    guides = config.is_anchored and rollout.samples_target  # these weights then sample responses, too
     rests = config.teacher.offload == "cpu" and not guides
     engine = {name: 0.0 if rests else size for name, size in frozen.items()}
     engine |= {"engine weights": 0.0, "weight bucket": 0.0}

@@ -43,16 +43,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     chosen,
     make_shard,
     run_forward,
-    shares_of,
 )
-from megatron_selfdistill.loss.target import (
-    Divergence,
-    Target,
-    TokenDivergences,
-    check_arguments,
-    check_controls,
-    token_groups,
-)
+from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls
 
 _NO_LOG_PROB = (
     "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
@@ -68,7 +60,7 @@ def fused_distillation_loss(
     response_tokens: Tensor,
     *,
     target: Target,
-    divergence: TokenDivergences,
+    divergence: Divergence,
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
     reference: tuple[Tensor, Tensor] | None = None,
@@ -98,8 +90,7 @@ def fused_distillation_loss(
     Controls: with ``target.num_controls`` = K, control_hidden [K, R, ..] are the controls' hidden states in the shape
     of the teacher's, for the teacher's weight; the teacher's own states come in teacher_hidden, and a reference, which
     is projected apart even if it shares the weight, in ``reference``.
-    reference_entropy [R], teacher_weights [R] and groups of ``divergence``: as for `distillation_loss`; a chunk has
-    tokens of one group.
+    reference_entropy [R], teacher_weights [R]: as for `distillation_loss`.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
     Gradient: to student_hidden (summed over the ranks; with gather_indices the gradient of the rank's own rows, 0 for
     rows without a token) and to student_weight.  The incoming gradient may differ between tokens.  In low_memory
@@ -131,7 +122,7 @@ def fused_distillation_loss(
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
-        token_groups(divergence, len(response_tokens)),
+        divergence,
         teacher_weights,
         vocab,
         chosen(backend, student_hidden, teacher_hidden),
@@ -169,7 +160,7 @@ class _Layer:
     """The values that forward and backward of one call share, besides the tensors that autograd watches."""
 
     target: Target
-    groups: list[tuple[slice, Divergence]]
+    divergence: Divergence
     teacher_weights: Tensor | None
     vocab: VocabShard
     backend: Backend
@@ -178,18 +169,16 @@ class _Layer:
     placement: HiddenPlacement
     weight_gradient: WeightGradient | None
 
-    def chunks(self) -> Iterator[tuple[slice, Divergence]]:
-        """Yield the slices of tokens of the chunks with their divergence; one empty slice where there are no tokens."""
-        for group, divergence in self.groups:
-            for start in range(group.start, max(group.stop, 1), self.chunk_tokens):
-                yield slice(start, min(start + self.chunk_tokens, group.stop)), divergence
+    def chunks(self) -> Iterator[slice]:
+        """Yield the slices of tokens of the chunks; one empty slice if there are no tokens."""
+        for start in range(0, max(self.num_tokens, 1), self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, self.num_tokens))
 
     def write_gradient(
         self,
         shard: Shard,
         constants: TokenConstants,
         kl_value: Tensor,
-        divergence: Divergence,
         grad_loss: Tensor,
         out: Tensor,
         log_prob: LogProbGradient | None = None,
@@ -201,7 +190,7 @@ class _Layer:
         """
         valid = out[:, : self.vocab.num_valid]
         options = grad_loss, valid, log_prob, forward_shares
-        self.backend.write_gradient(shard, constants, kl_value, divergence, *options)
+        self.backend.write_gradient(shard, constants, kl_value, self.divergence, *options)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -284,11 +273,10 @@ class _Logits:
             if self.entropy is not None and entropy is not None:
                 self.entropy[tokens] = entropy
             return student_logits, teacher_logits
-        weights = self.layer.teacher_weights
         if others.control_hidden is not None:
-            share = target.teacher_weight if weights is None else weights[tokens, None].float()
-            teacher_logits.mul_(share).addmm_(reference, others.reference_weight.t())
+            teacher_logits.mul_(target.teacher_weight).addmm_(reference, others.reference_weight.t())
             return student_logits, teacher_logits
+        weights = self.layer.teacher_weights
         beta, alpha = 1 - 1 / target.geometric_k, 1 / target.geometric_k
         if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
             share = 1 / (1 + weights[tokens, None].float())
@@ -338,27 +326,34 @@ def _forward_chunks(
     Where the gradient is kept, it is written into ``logits.kept``.
     """
     parts = []
-    for tokens, divergence in layer.chunks():
+    for tokens in layer.chunks():
         student_logits, teacher_logits = logits.of(tokens)
         shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
         forward = run_forward(
             shard,
-            tokens,
-            response_tokens,
+            response_tokens[tokens],
             layer.target,
-            divergence,
+            layer.divergence,
             layer.vocab,
             layer.backend,
-            reference_entropy=reference_entropy,
-            teacher_weights=layer.teacher_weights,
+            reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
+            teacher_weights=None if layer.teacher_weights is None else layer.teacher_weights[tokens],
         )
         if observe is not None:
             observe(tokens, student_logits, teacher_logits, forward.stats)
         if logits.kept is not None:
             options = torch.ones_like(forward.kl_value), logits.kept[tokens], None, forward.forward_shares
-            layer.write_gradient(shard, forward.constants, forward.kl_value, divergence, *options)
+            layer.write_gradient(shard, forward.constants, forward.kl_value, *options)
         parts.append(forward)
-    return ForwardResult.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    shares = [part.forward_shares for part in parts if part.forward_shares is not None]
+    return ForwardResult(
+        TokenStats.concatenate([part.stats for part in parts]),
+        TokenConstants(*map(torch.cat, zip(*(part.constants.tensors() for part in parts), strict=True))),
+        torch.cat([part.kl_value for part in parts]),
+        torch.cat(shares) if shares else None,
+    )
 
 
 class _Backward(torch.autograd.Function):
@@ -407,13 +402,13 @@ class _Backward(torch.autograd.Function):
         grads = ProjectionGradients(layer, read, hidden, weight, needs_hidden)
         logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
         log_prob = LogProbGradient.of(grad_log_prob, response_tokens, layer.vocab.start, layer.vocab.vocab_size)
-        for tokens, divergence in layer.chunks():
+        for tokens in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
             shard = make_shard(student_logits, teacher_logits, layer.target, layer.vocab)
             chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
             of_log_prob = None if log_prob is None else log_prob.of_tokens(tokens)
-            options = scale, student_logits, of_log_prob, shares_of(shares, tokens, divergence)
-            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, *options)
+            options = scale, student_logits, of_log_prob, None if shares is None else shares[tokens]
+            layer.write_gradient(shard, chunk, kl_value[tokens], *options)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
 

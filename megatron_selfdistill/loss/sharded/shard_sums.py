@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ def mix_unit(target: Target, teacher_weights: Tensor | None = None) -> float | T
     this magnitude already, and the number is 1.  With a share l the passes receive (w t + l r) / (1 - l), and add s.
     ``teacher_weights``: w of each token [T], for which the result is [T] float64.
     """
-    if teacher_weights is not None and not target.num_controls:
+    if teacher_weights is not None:
         return 1 + teacher_weights.double()
     return target.geometric_k if target.is_anchored else 1 - target.reference_share
 
@@ -177,10 +177,6 @@ class Shard:
     mix_weights: tuple[float, float]
     dtype: torch.dtype
     num_parts: int = 1
-
-    def of_tokens(self, tokens: slice) -> Shard:
-        """Return the shard of a slice of the tokens; it shares the memory of the logits."""
-        return replace(self, student=self.student[tokens], teacher=self.teacher[tokens])
 
     def chunks(self, needed: Tensor | None = None) -> Iterable[Chunk]:
         """Return the chunks of rows that a pass works on.

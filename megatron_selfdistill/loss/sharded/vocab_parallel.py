@@ -33,13 +33,7 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     mix_unit,
 )
 from megatron_selfdistill.loss.sharded.token_statistics import Softmax, TokenResults
-from megatron_selfdistill.loss.target import (
-    Divergence,
-    Target,
-    TokenDivergences,
-    check_arguments,
-    token_groups,
-)
+from megatron_selfdistill.loss.target import Divergence, Target, check_arguments
 
 
 @dataclass(frozen=True)
@@ -120,8 +114,7 @@ class TokenStats:
     top1_agreement: Tensor
     """[T] bool: whether student and teacher have the same argmax; of equal maxima the lowest column counts."""
     grid_betas: Tensor
-    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``.  The betas of a token with
-    its own w are ``beta_grid(target.with_teacher_weight(w))``, in proportion to 1 / (1 + w)."""
+    """[J] the betas at which the entropy of the mix was taken: ``beta_grid(target)``."""
     grid_entropies: Tensor
     """[T, J] H(softmax(grid_betas[j] m))."""
 
@@ -152,8 +145,6 @@ class TokenOptions:
     """The reference's entropy [R] in nats, float64, if the target matches it."""
     teacher_weights: Tensor | None = None
     """The teacher's weight w of each token [R], float64; None is the weight of the target."""
-    guided: tuple[int, Divergence] | None = None
-    """The number of tokens at the end that have another divergence, and this divergence."""
     observe: Observer | None = None
     """The function that reads the logits of each chunk of tokens."""
 
@@ -168,7 +159,7 @@ def distillation_loss(
     response_tokens: Tensor,
     *,
     target: Target,
-    divergence: TokenDivergences,
+    divergence: Divergence,
     vocab: VocabShard,
     reference_entropy: Tensor | None = None,
     teacher_weights: Tensor | None = None,
@@ -186,9 +177,8 @@ def distillation_loss(
     the entropy is that of `target.joint_anchor`.
     Controls: with ``target.num_controls`` the teacher's logits are t - c, see `control.contrast`, and with a reference
     too w (t - c) + r.
-    Per token: teacher_weights [T], with a reference only: each token's own w >= 0, with which the caller has mixed; the
-    target of the token is ``target.with_teacher_weight(w)``.  ``divergence`` may have groups of consecutive tokens,
-    equal on all ranks; each group makes the collectives of a call.
+    Per token: teacher_weights [T], with a reference and no controls: each token's own w >= 0, with which the caller has
+    mixed; the target of the token is ``target.with_teacher_weight(w)``.
     Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
     Gradient: to ``student_logits`` s only, in their dtype; the target is a constant; 0 at padding columns.  ``loss``
     and ``student_log_prob`` are differentiable, and one pass writes the gradient of both, ``grad_loss dD / ds +
@@ -209,26 +199,20 @@ def distillation_loss(
     """
     check_arguments("distillation_loss", locals())
     check_reference("distillation_loss", target, reference_entropy, teacher_weights)
-    groups = token_groups(divergence, len(response_tokens))
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
-        parts = [
-            run_forward(
-                shard.of_tokens(tokens),
-                tokens,
-                response_tokens,
-                target,
-                kind,
-                vocab,
-                chosen_backend,
-                reference_entropy=reference_entropy,
-                teacher_weights=teacher_weights,
-            )
-            for tokens, kind in groups
-        ]
-        forward = ForwardResult.concatenate(parts)
-    options = groups, shard, vocab, inplace_backward, chosen_backend
+        forward = run_forward(
+            shard,
+            response_tokens,
+            target,
+            divergence,
+            vocab,
+            chosen_backend,
+            reference_entropy=reference_entropy,
+            teacher_weights=teacher_weights,
+        )
+    options = divergence, shard, vocab, inplace_backward, chosen_backend
     loss, log_prob = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
         student_logits, teacher_logits, response_tokens, forward, *options
     )
@@ -274,8 +258,7 @@ class ForwardResult:
 
     stats: all of TokenStats; constants and kl_value, [T] each: the numbers per token that backward needs, see
     `write_gradient`.
-    forward_shares: [T] `divergence.forward_share` of the tokens, 0 for the tokens of a divergence without
-    ``forward_above``; None if no token has such a divergence.
+    forward_shares: [T] `divergence.forward_share` of the tokens; None if the divergence has no ``forward_above``.
     """
 
     stats: TokenStats
@@ -283,31 +266,9 @@ class ForwardResult:
     kl_value: Tensor
     forward_shares: Tensor | None = None
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[ForwardResult]) -> ForwardResult:
-        """Return the results of the tokens of all parts, at least one, in their order."""
-        if len(parts) == 1:
-            return parts[0]
-        constants = zip(*(part.constants.tensors() for part in parts), strict=True)
-        return cls(
-            TokenStats.concatenate([part.stats for part in parts]),
-            TokenConstants(*map(torch.cat, constants)),
-            torch.cat([part.kl_value for part in parts]),
-            cls._joined_shares(parts),
-        )
-
-    @staticmethod
-    def _joined_shares(parts: Sequence[ForwardResult]) -> Tensor | None:
-        if all(part.forward_shares is None for part in parts):
-            return None
-        return torch.cat(
-            [torch.zeros_like(p.kl_value) if p.forward_shares is None else p.forward_shares for p in parts]
-        )
-
 
 def run_forward(
     shard: Shard,
-    tokens: slice,
     response_tokens: Tensor,
     target: Target,
     divergence: Divergence,
@@ -317,15 +278,10 @@ def run_forward(
     reference_entropy: Tensor | None = None,
     teacher_weights: Tensor | None = None,
 ) -> ForwardResult:
-    """Return the statistics of a slice of all tokens, and what backward needs besides the logits.
+    """Return the statistics of the tokens, and what backward needs besides the logits.
 
-    ``shard``: the logits of the slice; response_tokens, reference_entropy and teacher_weights have all tokens.
     Collectives: as `distillation_loss`.
     """
-    response_tokens = response_tokens[tokens]
-    reference_entropy, teacher_weights = (
-        None if values is None else values[tokens] for values in (reference_entropy, teacher_weights)
-    )
     grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.needs_forward_kl
     shard, results = solve_shard(
         shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl, reference_entropy=reference_entropy
@@ -395,7 +351,7 @@ class _HandWrittenBackward(torch.autograd.Function):
         teacher_logits: Tensor,
         response_tokens: Tensor,
         result: ForwardResult,
-        groups: list[tuple[slice, Divergence]],
+        divergence: Divergence,
         shard: Shard,
         vocab: VocabShard,
         inplace: bool,
@@ -404,7 +360,7 @@ class _HandWrittenBackward(torch.autograd.Function):
         per_token = response_tokens, result.kl_value, result.forward_shares, *result.constants.tensors()
         ctx.save_for_backward(student_logits, teacher_logits, *per_token)
         ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, not a gradient of zeros
-        ctx.groups, ctx.inplace, ctx.backend, ctx.vocab = groups, inplace, backend, vocab
+        ctx.divergence, ctx.inplace, ctx.backend, ctx.vocab = divergence, inplace, backend, vocab
         ctx.mix_weights, ctx.dtype = shard.mix_weights, shard.dtype
         return result.stats.loss.clone(), result.stats.student_log_prob.clone()
 
@@ -417,24 +373,10 @@ class _HandWrittenBackward(torch.autograd.Function):
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         valid = slice(0, ctx.vocab.num_valid)
         shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
-        for tokens, divergence in ctx.groups:
-            ctx.backend.write_gradient(
-                shard.of_tokens(tokens),
-                TokenConstants(*(values[tokens] for values in constants)),
-                kl_value[tokens],
-                divergence,
-                grad_loss[tokens],
-                gradient[tokens, valid],
-                None if log_prob is None else log_prob.of_tokens(tokens),
-                shares_of(shares, tokens, divergence),
-            )
+        options = ctx.divergence, grad_loss, gradient[:, valid], log_prob, shares
+        ctx.backend.write_gradient(shard, TokenConstants(*constants), kl_value, *options)
         gradient[:, ctx.vocab.num_valid :] = 0
         return gradient, *(None,) * 8
-
-
-def shares_of(forward_shares: Tensor | None, tokens: slice, divergence: Divergence) -> Tensor | None:
-    """Return the weights of forward KL of a group of tokens for `write_gradient`, from those of all tokens."""
-    return None if forward_shares is None or divergence.forward_above is None else forward_shares[tokens]
 
 
 _COLUMNS = [FIRST_PASS.index(f"student_{name}") for name in ("max", "tail", "first", "argmax")]
@@ -477,10 +419,10 @@ def check_reference(
             f"{target.anchor} and match {target.match}; got {'None' if needed else 'entropies'}."
         )
     if teacher_weights is not None:
-        if not target.is_anchored:
+        if not target.is_anchored or target.num_controls:
             raise ValueError(
-                f"{caller}: teacher_weights per token need a target with anchor=reference, whose mix the caller "
-                "computes; got anchor=student."
+                f"{caller}: teacher_weights per token need a target with anchor=reference and no controls, whose mix "
+                f"the caller computes; got anchor={target.anchor} and {target.num_controls} controls."
             )
         target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
 

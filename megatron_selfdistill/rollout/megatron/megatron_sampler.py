@@ -416,7 +416,7 @@ class MegatronSampler:
         self, own: Sequence[int], requests: Sequence[Request], params: SamplingParams, capacity: int
     ) -> list[Share]:
         """Return the shares of the requests ``own`` of this rank, given by their indices, that decode in one way."""
-        assert not any(requests[i].teacher_prompt for i in own), "guided requests need guidance.guided_sampler"
+        assert not any(requests[i].teacher_prompt for i in own), "a teacher's prompt needs a sampler that mixes"
         later = {i for i in own if self._continues and self._kept.has(requests[i])}
         plain = [i for i in own if i not in later]
         return [(plain, self._sample_plain, capacity), (sorted(later), self._sample_later, capacity)]

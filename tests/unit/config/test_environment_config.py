@@ -33,9 +33,9 @@ def configured(*overrides: str) -> Config:
         ),
         (
             [OWN, "method.name=sft"],
-            "data.kind=problems and rollout.guidance=none, got method.name=sft",
+            "it needs a method that samples and data.kind=problems, got method.name=sft and problems",
         ),
-        ([OWN, "rollout.guidance=mixed"], "got method.name=default, problems and mixed"),
+        ([OWN, "rollout.guidance=mixed"], "rollout.guidance=mixed samples from prompts and hints"),
         ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.name=sdpo needs environment.max_turns=1, got"),
         (
             [OWN, SAMPLES, "environment.limits.one_sequence=true", "method.name=sdpo"],

@@ -14,24 +14,21 @@ from megatron_selfdistill.rollout.factory import sampling_params
 RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=0)
 
 
-def sampled_target(batch_k: float | None = None, **target: object) -> Target:
-    """Return the target of the sampling parameters under ``target`` with the anchor reference."""
-    rollout = RolloutConfig(guidance="mixed")
-    config = Config(target=TargetConfig(anchor="reference", **target), rollout=rollout)
-    return sampling_params(config, RUN_DATA, batch_k).target
+def sampled_target(batch_k: float | None = None, rule: str = "entropy_matched", **teachers: object) -> Target:
+    """Return the target of the sampling parameters of a run with the anchor reference and ``teachers``."""
+    target, rollout = TargetConfig(rule=rule, anchor="reference"), RolloutConfig(guidance="mixed")
+    return sampling_params(Config(target=target, rollout=rollout, teachers=teachers), RUN_DATA, batch_k).target
 
 
-def test_guided_tokens_are_sampled_with_their_own_weight_of_the_teacher() -> None:
+def test_guided_tokens_are_sampled_with_the_weight_of_the_teacher_that_guides() -> None:
     assert sampled_target() == Target(anchor="reference", teacher_weight=0.75)
-    own = sampled_target(guided_teacher_weight=2.0)
-    assert own == Target(anchor="reference", teacher_weight=2.0)
-    assert own.k_bound == 3.0
+    own = sampled_target(math={"weight": 2.0}, default={}, guide="math")
+    assert own == Target(anchor="reference", teacher_weight=2.0) and own.k_bound == 3.0
+    assert sampled_target(math={"weight": 2.0}, default={}, guide="default") == sampled_target()
 
 
-def test_the_k_of_a_step_is_in_proportion_to_1_plus_w() -> None:
-    assert sampled_target(1.4, rule="batch", guided_teacher_weight=2.5).k == pytest.approx(2.8)
-    assert sampled_target(None, rule="batch", guided_teacher_weight=2.5).k is None
-    assert sampled_target(1.4, rule="batch").k == 1.4
+def test_guided_tokens_are_sampled_with_the_k_of_the_step() -> None:
+    assert [sampled_target(k, rule="batch").k for k in (1.4, None)] == [1.4, None]
 
 
 def test_a_number_that_belongs_to_one_weight_is_refused() -> None:

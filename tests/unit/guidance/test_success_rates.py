@@ -32,8 +32,7 @@ def test_the_teacher_that_guides_guides_the_problems_that_it_alone_teaches():
     guidance = Guidance(JUDGE, 1, guide="math")
     shares = (("code", 0.5), ("math", 0.5))
     problems = [PROBLEM, replace(PROBLEM, teacher="math"), replace(PROBLEM, teacher="math", shares=shares)]
-    for guides in (guidance.guides, guidance.is_guided):
-        assert [guides(problem, METHOD) for problem in problems] == [False, True, False]
+    assert [guidance.guides(problem, METHOD) for problem in problems] == [False, True, False]
     assert Guidance(JUDGE, 1).guides(PROBLEM, METHOD)
 
 
@@ -54,17 +53,6 @@ def test_a_problem_that_is_never_solved_is_guided_but_for_every_fourth_visit():
     problem = Visited(SuccessRates(0.3))
     guided = [problem.visit(0.0) for _ in range(1 + 3 * PROBE_EVERY)]
     assert guided == [False] + 3 * ([True] * (PROBE_EVERY - 1) + [False])
-
-
-def test_a_visit_without_guidance_leaves_a_rarely_solved_problem_a_guided_one():
-    problem = Visited(SuccessRates(0.3))
-    assert not problem.rates.is_guided("a"), "its rate is not known yet"
-    problem.visit(0.0)
-    probes = [(problem.rates.is_guided("a"), problem.visit(0.0)) for _ in range(2 * PROBE_EVERY)]
-    assert all(is_guided for is_guided, _ in probes) and [guided for _, guided in probes].count(False) == 2
-    for _ in range(WINDOW * PROBE_EVERY):
-        problem.visit(1.0)
-    assert not problem.rates.is_guided("a")
 
 
 def test_success_under_guidance_ends_no_guidance_and_success_alone_does():
@@ -95,7 +83,6 @@ def test_a_restored_table_decides_alike():
 def test_guidance_goes_to_problems_with_a_solution():
     own, guidance = SimpleNamespace(has_solution=lambda problem: problem is PROBLEM), Guidance(JUDGE, num_samples=2)
     assert guidance.guides(PROBLEM, own) and not guidance.guides(OTHER, own)
-    assert guidance.is_guided(PROBLEM, own) and not guidance.is_guided(OTHER, own)
     assert guidance.guides(OTHER, METHOD), "the default method has a solution to every problem"
 
 
@@ -120,12 +107,11 @@ class Asked:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         self.requests = list(requests)
-        return [Response([ord("$")], [-1.0], [-1.0], "stop") for _ in requests]
+        return [Response([ord("$")], [-1.0], [-0.25], "stop", [-2.0] if it.teacher_prompt else None) for it in requests]
 
 
-def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guidance(monkeypatch):
+def test_the_requests_of_problems_that_guidance_chooses_have_the_prompt_of_the_teacher(monkeypatch):
     monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name == "p")
-    monkeypatch.setattr(SuccessRates, "is_guided", lambda self, name: name in ("p", "q"))
     monkeypatch.setattr(Guidance, "record", lambda self, rollouts: replace(self, num_samples=7))
     problems = [replace(PROBLEM, id=name) for name in "pqr"]
     sampler, method = Asked(), made([], given_with(Characters()), problems=problems)
@@ -135,7 +121,10 @@ def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guid
     batch = source.next_step(0, SamplingParams(8))
     guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}
     assert [name for name, prompt in guided.items() if prompt is not None] == ["p"]
-    assert {context.problem_id: context.guided for context in batch.contexts} == {"p": True, "q": True, "r": False}
     assert [it.teacher_prompt for it in batch.contexts if it.problem_id == "p"] == [guided["p"]]
+    assert {key: batch.metrics[key] for key in ("guided/share", "guided/log_ratio")} == {
+        "guided/share": 1 / 3,
+        "guided/log_ratio": 0.75,
+    }
     source.commit(batch)
     assert source.state.guidance.num_samples == 7, "what the responses show decides about the next step"

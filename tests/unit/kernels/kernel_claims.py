@@ -455,7 +455,7 @@ def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: i
     "target", after(1, [Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)])
 )
 def test_with_a_reference_every_statistic_and_the_gradient_equal_pytorchs(target: Target) -> None:
-    """The tokens have their own weights of the teacher, and two divergences."""
+    """The tokens have their own weights of the teacher."""
     student, mix, tokens = logits(8, 333)
     reference, _, _ = logits(8, 333, seed=1)
     vocab, results = VocabShard(0, 333, 300), []
@@ -467,7 +467,7 @@ def test_with_a_reference_every_statistic_and_the_gradient_equal_pytorchs(target
             mix,
             tokens,
             target=target,
-            divergence=[(3, Divergence()), (5, Divergence("forward_kl"))],
+            divergence=Divergence("forward_kl"),
             vocab=vocab,
             reference_entropy=entropy if target.needs_reference_entropy else None,
             teacher_weights=torch.linspace(0.3, 2.0, 8, device=DEVICE),

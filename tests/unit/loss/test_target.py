@@ -145,14 +145,6 @@ def test_the_grid_starts_at_the_bound_and_goes_on_by_octaves_of_the_geometric_me
     assert target.lowest_is_bound == (target.k_max is not None and target.k_max != 1000.0)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.75, 2.0])
-def test_the_target_of_another_teacher_weight_keeps_the_ratio_of_k_to_1_plus_w(weight):
-    target = Target("batch", teacher_weight=0.75, k=1.4, anchor="reference")
-    other = target.with_teacher_weight(weight)
-    assert other.teacher_weight == weight and other.k is not None
-    assert other.k / (1 + weight) == pytest.approx(1.4 / 1.75, rel=1e-15)
-
-
 def test_the_unit_mix_of_tokens_with_their_own_weights_is_that_of_each_token_alone():
     """A token of weight 0 has the anchor's logits, also in columns where the teacher's are -inf."""
     generator = torch.Generator().manual_seed(2)

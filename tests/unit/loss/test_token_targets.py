@@ -26,7 +26,6 @@ from megatron_selfdistill.loss import (
 )
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
-from megatron_selfdistill.loss.target import split_divergence, token_groups
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
 NUM_TOKENS, WIDTH = 12, 16
@@ -37,22 +36,22 @@ REVERSE, FORWARD, JSD = Divergence("reverse_kl"), Divergence("forward_kl"), Dive
 
 
 class Case(NamedTuple):
-    """The target, the divergences of consecutive groups of tokens, and whether each token has its own w."""
+    """The target, the divergence, and whether each token has its own w."""
 
     target: Target
-    groups: list[tuple[int, Divergence]]
+    divergence: Divergence
     has_weights: bool = False
 
     @property
     def has_policy(self) -> bool:
         """Whether the log-probs of the response tokens have a gradient, too."""
-        return len(self.groups) > 1
+        return self.has_weights or self.divergence not in (REVERSE, FORWARD, JSD)
 
     @property
     def tolerance(self) -> float:
         """The factor by which a Renyi divergence multiplies errors of log-probabilities."""
-        orders = [kind.order for _, kind in self.groups if kind.is_renyi and abs(kind.order - 1) > 1e-3]
-        return max([1.0, *(order / abs(1 - order) for order in orders)])
+        order = self.divergence.order
+        return max(1.0, order / abs(1 - order)) if self.divergence.is_renyi and abs(order - 1) > 1e-3 else 1.0
 
 
 STUDENT_ALONE, MATCHED, GEOMETRIC = (
@@ -62,24 +61,23 @@ STUDENT_ALONE, MATCHED, GEOMETRIC = (
 )
 RENYI = [(k, a) for k in ("reverse_kl", "forward_kl") for a in (0.05, 0.5, 0.95, 0.9999, 1.0001, 1.5, 2.0, 4.0)]
 CASES = {
-    "reference's entropy": Case(Target(), [(12, REVERSE)]),
-    "reference's entropy, strict": Case(Target(k_max=None), [(12, FORWARD)]),
-    "student's entropy": Case(Target(match="student", teacher_weight=2.0), [(12, JSD)]),
-    "student's entropy, strict": Case(Target(match="student", k_max=None), [(12, REVERSE)]),
-    "geometric mean": Case(GEOMETRIC, [(12, FORWARD)]),
-    "k 1.3": Case(Target("fixed", k=1.3), [(12, JSD)]),
-    "batch": Case(Target("batch", k=1.9, k_max=None), [(12, REVERSE)]),
-    "own weights": Case(Target(), [(5, REVERSE), (7, FORWARD)], True),
-    "own weights, strict": Case(Target(match="student", k_max=None), [(3, JSD), (9, REVERSE)], True),
-    "own weights, geometric mean": Case(GEOMETRIC, [(8, FORWARD), (4, JSD)], True),
-    "own weights, batch": Case(Target("batch", k=1.9), [(0, JSD), (6, REVERSE), (6, FORWARD)], True),
+    "reference's entropy": Case(Target(), REVERSE),
+    "reference's entropy, strict": Case(Target(k_max=None), FORWARD),
+    "student's entropy": Case(Target(match="student", teacher_weight=2.0), JSD),
+    "student's entropy, strict": Case(Target(match="student", k_max=None), REVERSE),
+    "geometric mean": Case(GEOMETRIC, FORWARD),
+    "k 1.3": Case(Target("fixed", k=1.3), JSD),
+    "batch": Case(Target("batch", k=1.9, k_max=None), REVERSE),
+    "own weights": Case(Target(), FORWARD, True),
+    "own weights, strict": Case(Target(match="student", k_max=None), REVERSE, True),
+    "own weights, geometric mean": Case(GEOMETRIC, JSD, True),
     **{
-        f"forward KL above {above} of {name}": Case(target, [(3, FORWARD), (9, Divergence(forward_above=above))])
+        f"forward KL above {above} of {name}": Case(target, Divergence(forward_above=above))
         for name, target in (("the teacher", STUDENT_ALONE), ("a mix", MATCHED), ("a mean", GEOMETRIC))
         for above in (0.8, -1.0, float("inf"))
     },
     **{
-        f"order {order} of {kind}": Case(target, [(3, REVERSE), (9, Divergence(kind, order=order))])
+        f"order {order} of {kind}": Case(target, Divergence(kind, order=order))
         for (kind, order), target in zip(RENYI, cycle((STUDENT_ALONE, MATCHED, GEOMETRIC)), strict=False)
     },
 }
@@ -129,9 +127,7 @@ def by_definition(case: Case, s: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, 
     else:
         whole = mixed_target(s.detach(), t, target, r if is_anchored else None)
         log_q, beta = whole.log_q, whole.beta
-    counts = [count for count, _ in case.groups]
-    parts = zip(case.groups, s.log_softmax(-1).split(counts), log_q.split(counts), strict=True)
-    return torch.cat([divergence(*logs, kind) for (_, kind), *logs in parts]), log_q, beta
+    return divergence(s.log_softmax(-1), log_q, case.divergence), log_q, beta
 
 
 def mixed(case: Case, teacher: Tensor, reference: Tensor) -> Tensor:
@@ -163,7 +159,7 @@ def of_logits(case: Case) -> Found:
         m,
         tokens,
         target=case.target,
-        divergence=case.groups,
+        divergence=case.divergence,
         vocab=vocab,
         reference_entropy=vocab_entropy(r, vocab) if case.target.needs_reference_entropy else None,
         teacher_weights=WEIGHTS if case.has_weights else None,
@@ -234,7 +230,7 @@ def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor,
             own[1],
             tokens,
             target=case.target,
-            divergence=case.groups,
+            divergence=case.divergence,
             vocab=vocab,
             reference_entropy=entropy(r.log_softmax(-1)) if case.target.needs_reference_entropy else None,
             reference=None if shared else (reference[:, cut], own[2]),
@@ -280,41 +276,12 @@ def test_an_entropy_of_exactly_the_threshold_adds_nothing() -> None:
     assert below.loss > at.loss + 0.05
 
 
-def test_the_grid_of_a_token_is_in_proportion_to_its_weight() -> None:
-    """The entropies of the grid are those of the mix at the betas of the token's own w."""
-    case = Case(Target("batch", k_max=None), [(NUM_TOKENS, REVERSE)], True)
-    _, teacher, reference, _ = rows()
-    stats, _ = of_logits(case)
-    w = WEIGHTS[:, None]
-    betas = stats.grid_betas.double() * (1 + case.target.teacher_weight) / (1 + w)
-    mix = w * teacher.double() + reference.double()
-    expected = entropy((betas[:, :, None] * mix[:, None]).log_softmax(-1))
-    torch.testing.assert_close(stats.grid_entropies.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stats.beta.double(), 1 / (1 + WEIGHTS), rtol=1e-6, atol=0)
-
-
-def test_groups_are_consecutive_slices_and_without_tokens_one_slice_is_left() -> None:
-    assert token_groups(FORWARD, 3) == [(slice(0, 3), FORWARD)]
-    assert token_groups([(2, JSD), (0, REVERSE), (3, FORWARD)], 5) == [(slice(0, 2), JSD), (slice(2, 5), FORWARD)]
-    assert token_groups([(0, JSD), (0, FORWARD)], 0) == [(slice(0, 0), JSD)]
-    for wrong in ([(2, JSD)], [], [(6, JSD), (-1, FORWARD)]):
-        with pytest.raises(ValueError, match=r"must have 5 tokens together, got \["):
-            token_groups(wrong, 5)
-
-
-@pytest.mark.parametrize("num_last", [0, 1, 5])
-def test_the_last_tokens_have_the_other_divergence_and_the_first_ones_the_divergence_of_all(num_last: int) -> None:
-    """A microbatch has its plain tokens first and the tokens of guided problems last."""
-    found = token_groups(split_divergence(REVERSE, 5, (num_last, FORWARD)), 5)
-    kinds = [kind for tokens, kind in found for _ in range(5)[tokens]]
-    assert kinds == [REVERSE] * (5 - num_last) + [FORWARD] * num_last
-    assert token_groups(split_divergence(REVERSE, 5, None), 5) == [(slice(0, 5), REVERSE)]
-
-
 @pytest.mark.parametrize(
     ("target", "weights", "message"),
     [
         (Target(anchor="student"), WEIGHTS, "teacher_weights per token need a target with anchor=reference"),
+        (Target(num_controls=2), WEIGHTS, "and no controls, .* got anchor=reference and 2 controls"),
+        (Target("batch", k=1.3), WEIGHTS, "Target.k must not be a number"),
         (Target("fixed", k=1.3), WEIGHTS, "Target.k must not be a number.*got 1.3. Use None"),
         (Target(k_max=1.5), WEIGHTS, r"Target.k_max must not be a number.*Use '1 \+ w' or None"),
         (Target(), None, "reference_entropy must be"),

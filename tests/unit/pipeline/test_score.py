@@ -79,8 +79,8 @@ def scores_in_layout(cuts: dict, fusions: list[Fusion | None], count: int = 7) -
 
 
 def measured_contexts(indices: list[int]) -> list[ContextPair]:
-    """Return these contexts, every other one guided, with a response without tokens after each."""
-    contexts = [dataclasses.replace(layouts.contexts()[i], guided=i % 2 == 1) for i in indices]
+    """Return these contexts, with a response without tokens after each."""
+    contexts = [layouts.contexts()[i] for i in indices]
     return [pair for context in contexts for pair in (context, dataclasses.replace(context, response=[]))]
 
 

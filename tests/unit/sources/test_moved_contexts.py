@@ -22,7 +22,7 @@ CONTEXTS = [
     ContextPair("nothing", [3, 4], [4], [], truncated=False, turn=TURN),
     ContextPair(
         *("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1]),
-        **{"truncated": False, "guided": True, "teacher": "math"},
+        **{"truncated": False, "teacher": "math"},
         of_teachers=(
             TeacherPrompt("math", 1 / 3, [6]),
             TeacherPrompt("code", 2 / 3, [7, 0, 7]),
