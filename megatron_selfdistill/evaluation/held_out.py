@@ -266,7 +266,7 @@ class _Judge:
         """Return the text of a response, and of an episode the conversation up to ``last``."""
         parts = []
         for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
-            parts.append(f"{response_text(response, self._tokenizer)}\n--- environment\n{reply}\n--- turn {number}\n")
+            parts.append(f"{response_text(response, self._tokenizer)}\n--- reply\n{reply}\n--- turn {number}\n")
         return "".join([*parts, last])
 
 

@@ -28,7 +28,12 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Part, section="rollout"):
+class RolloutConfig(
+    Part,
+    section="rollout",
+    free="engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
+    "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb",
+):
     """The sampling of the student's responses."""
 
     engine: Annotated[str, OneOf(("megatron", "vllm"))] = "megatron"
@@ -133,12 +138,12 @@ class RolloutConfig(Part, section="rollout"):
             "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
             f"{self.temperature}, {self.top_k} and {self.top_p}",
         )
-        is_whole = config.needs.hint == GIVEN and not config.environment.exists and self.guidance == "none"
+        is_whole = config.needs.hint == GIVEN and not config.plays_episodes and self.guidance == "none"
         require(
             not self.ahead or (on_servers and is_whole),
             f"rollout.ahead={self.ahead} trains while servers generate: it needs rollout.engine=vllm and "
-            "rollout.placement=server, and no environment, rollout.guidance or method that needs all responses of a "
-            f"step at once, got method.name={config.method.name} and environment.name={config.environment.name}",
+            "rollout.placement=server, and no episodes, rollout.guidance or method that needs all responses of a step "
+            f"at once, got method.name={config.method.name}",
         )
 
     @property

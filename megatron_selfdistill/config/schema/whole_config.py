@@ -116,12 +116,17 @@ class Config:
         return self.has_teacher and self.target.anchor != "student"
 
     @property
+    def trains_all_weights(self) -> bool:
+        """Whether the run trains the weights of the model themselves, and no adapters beside them."""
+        return not self.adapter.rank
+
+    @property
     def copies_reference(self) -> bool:
         """Whether the reference is a copy of the weights of its own.
 
         A frozen teacher's weights are the reference's, and with adapters it is the model without them.
         """
-        return self.is_anchored and self.teacher.weights != "frozen" and not self.adapter.rank
+        return self.is_anchored and self.teacher.weights != "frozen" and self.trains_all_weights
 
     @property
     def projects_reference(self) -> bool:
@@ -143,8 +148,29 @@ class Config:
 
     @property
     def judges_responses(self) -> bool:
-        """Whether every response gets a reward before the step trains: for the method, or from an environment."""
-        return not self.logged and (self.needs.rewards or self.environment.exists)
+        """Whether every response gets a reward before the step trains: for the method, or as a turn of an episode."""
+        return not self.logged and (self.needs.rewards or self.plays_episodes)
+
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether an environment replies to each response, which is then a turn of an episode and has its reward."""
+        return self.environment.name != "none"
+
+    @property
+    def joins_turns(self) -> bool:
+        """Whether an episode is one sequence of tokens, which sampling continues and training reads once."""
+        return bool(self.environment.limits.get("one_sequence", False))
+
+    @property
+    def answers_single_prompts(self) -> bool:
+        """Whether each response answers a problem of the data alone, and is no turn of a conversation."""
+        return self.data.kind == "problems" and not self.plays_episodes
+
+    @property
+    def shown_tools(self) -> dict[str, Any]:
+        """The variable of the chat template with the tools that responses may call; empty without such tools."""
+        tools = self.environment.options.get("tools") if self.environment.name == "tools" else None
+        return {} if tools is None else {"tools": door("environments").schemas_of(tools)}
 
     @property
     def shows_contents(self) -> bool:

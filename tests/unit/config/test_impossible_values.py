@@ -157,7 +157,7 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["rollout.ahead=1"], "rollout.ahead=1 trains while servers generate"),
         (
             [*SERVER, "rollout.ahead=1", "method.name=sdpo", TWO],
-            "no environment, rollout.guidance or method",
+            "no episodes, rollout.guidance or method",
         ),
         (["model.rope_scaling_factor=8", "model.seq_len_interpolation_factor=2"], "scale the same positions: set one"),
         (["model.qk_layernorm=true", "model.qk_layernorm_all_heads=true"], "all heads together: set one of them"),
