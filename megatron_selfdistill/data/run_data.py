@@ -96,22 +96,21 @@ class RunData:
         with _config_errors():
             builder = PromptBuilder(_tokenizer(config.data), _templates(config), config.shows_contents)
             max_length, of_model = longest_context(config), _of_model(config, builder)
-            log: dict[str, Any] = {}
-            counts: dict[str, Any] = {}
+            facts: dict[str, Any] = {}
             if config.data.kind == "problems":
                 problems, evaluation, looked_at = *_problems(config, builder), None
             else:
                 source = _record_source(config, config.data.fields)
                 read = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
                 problems, looked_at = read.problems, read.looked_at
-                log = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
+                facts = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
                 evaluation = _evaluation_problems(config, _evaluation_fields(config.data), builder)
             if looked_at is None:
                 problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
+                facts |= counts
             return cls(
                 **of_model,
-                **counts,
-                **log,
+                **facts,
                 problems=problems,
                 evaluation=evaluation,
                 max_length=max_length,

@@ -105,7 +105,7 @@ class DefaultSettings(RewardSettings, SelectSettings):
         """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""
         super().check(config)
         require(
-            self.token_weights is None or not config.logged,
+            self.token_weights is None or config.samples_responses,
             "method.token_weights weighs the tokens of sampled responses, but conversations.responses=logged samples "
             "nothing: unset it, or set conversations.responses=sampled",
         )

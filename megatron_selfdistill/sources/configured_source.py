@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -126,20 +126,18 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     return read
 
 
-@contextmanager
 def evaluation_player(
     config: Config, run_data: RunData, sampler: Sampler, step: int, grid: RankGrid
-) -> Iterator[Player | None]:
-    """Yield what plays the episodes of an evaluation after ``step`` steps; None without an environment.
+) -> AbstractContextManager[Player | None]:
+    """Return the context with what plays the episodes of an evaluation after ``step`` steps; None for no episodes.
 
     Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
     """
     if not config.plays_episodes:
-        yield None
-        return
-    player = door("environments").evaluation_player
-    with player(config, given_solutions(config, run_data), sampler, step, grid) as found:
-        yield found
+        return nullcontext()
+    player, given = door("environments").evaluation_player, given_solutions(config, run_data)
+    found: AbstractContextManager[Player] = player(config, given, sampler, step, grid)
+    return found
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

@@ -133,7 +133,7 @@ class RolloutConfig(
         )
         key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
         require(
-            key is None or config.logged or (self.temperature > 0 and (self.engine != "vllm" or plain)),
+            key is None or not config.samples_responses or (self.temperature > 0 and (self.engine != "vllm" or plain)),
             f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
             "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
             f"{self.temperature}, {self.top_k} and {self.top_p}",

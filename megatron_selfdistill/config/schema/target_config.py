@@ -150,8 +150,9 @@ class TargetConfig(Part, section="target"):
 
 def shows_solutions(config: Any) -> bool:
     """Return whether the hints of a run with this `Config` are the solutions of the data, each of a single problem."""
-    needs, is_single = config.needs, bool(config.answers_single_prompts)
-    return is_single and needs.teacher_prompt == HINTED and needs.hint == GIVEN and config.data.solutions != "none"
+    needs, data = config.needs, config.data
+    is_single = data.kind == "problems" and not config.plays_episodes
+    return is_single and needs.teacher_prompt == HINTED and needs.hint == GIVEN and data.solutions != "none"
 
 
 def planned_controls(config: Any) -> int:
@@ -165,7 +166,7 @@ def why_no_control(config: Any) -> str | None:
     key = None
     if config.target.rule == "teacher_alone":
         key = "target.rule=teacher_alone mixes the teacher with nothing"
-    elif not config.answers_single_prompts:
+    elif config.data.kind != "problems" or config.plays_episodes:
         key = "the responses are turns, whose hints belong to one conversation"
     elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"

@@ -141,6 +141,11 @@ class Config:
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
 
     @property
+    def samples_responses(self) -> bool:
+        """Whether the responses are sampled; otherwise they are the solutions of the data, or the replies of a log."""
+        return self.needs.samples is not None and not self.logged
+
+    @property
     def samples(self) -> bool:
         """Whether anything is sampled: responses, texts of the model, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
@@ -149,7 +154,7 @@ class Config:
     @property
     def judges_responses(self) -> bool:
         """Whether every response gets a reward before the step trains: for the method, or as a turn of an episode."""
-        return not self.logged and (self.needs.rewards or self.plays_episodes)
+        return self.samples_responses and (self.needs.rewards or self.plays_episodes)
 
     @property
     def plays_episodes(self) -> bool:
@@ -160,11 +165,6 @@ class Config:
     def joins_turns(self) -> bool:
         """Whether an episode is one sequence of tokens, which sampling continues and training reads once."""
         return bool(self.environment.limits.get("one_sequence", False))
-
-    @property
-    def answers_single_prompts(self) -> bool:
-        """Whether each response answers a problem of the data alone, and is no turn of a conversation."""
-        return self.data.kind == "problems" and not self.plays_episodes
 
     @property
     def shown_tools(self) -> dict[str, Any]:
