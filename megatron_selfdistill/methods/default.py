@@ -184,7 +184,7 @@ class SelfDistillation:
         return True
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
-        """Return the rollouts with the rewards of the function, the environment or the verifier, and no metrics."""
+        """Return the rollouts with the rewards of the function, the replies or the verifier, and no metrics."""
         judge = self.tools.judge
         if judge.reward is None and self.tools.config.plays_episodes:
             return list(rollouts), {}

@@ -127,7 +127,7 @@ def first_step_advice(config: Config, metrics: Mapping[str, float]) -> list[str]
 def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return what the first step shows: where the rewards come from and their mean, and steps that are too small."""
     lines, steps, lr = [], config.num_steps, config.optimizer.lr
-    # The rewards of an environment, and those of a method with a hook of its own, are none of a verifier.
+    # The rewards of episodes, and those of a method with a hook of its own, are none of a verifier.
     hook = method_class(config.method.name).rewarded.__qualname__
     if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.plays_episodes:
         reward, mean = getattr(config.method, "reward", None), metrics.get("rewards/mean", math.nan)
