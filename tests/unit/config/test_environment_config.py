@@ -31,10 +31,7 @@ def configured(*overrides: str) -> Config:
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "without a user and a password, which the files of the run would show, and without ? and #, got 'http://***@",
         ),
-        (
-            [OWN, "method.name=sft"],
-            "data.kind=problems and rollout.guidance=none, got method.name=sft",
-        ),
+        ([OWN, "method.name=sft"], "data.kind=problems and rollout.guidance=none, got method.name=sft"),
         ([OWN, "rollout.guidance=mixed"], "got method.name=default, problems and mixed"),
         ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.name=sdpo needs environment.max_turns=1, got"),
         (
