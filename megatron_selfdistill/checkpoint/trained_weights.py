@@ -70,7 +70,7 @@ def trained_weights(config: Config, saved: SavedRun | None) -> TrainedWeights:
     Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
     """
     load = config.checkpoint.load
-    if load is not None and run_on_rank_0(lambda: directory.holds_adapters(Path(load))):
+    if load is not None and run_on_rank_0(lambda: holds_adapters(Path(load))):
         run_on_rank_0(lambda: door("adapters").refuse_adapters(Path(load)))
     if config.adapter.rank or config.adapter.load is not None:
         adapted: TrainedWeights = door("adapters").TrainedAdapters.of(config, saved)
@@ -84,7 +84,7 @@ def as_stored(config: Config) -> Config:
     Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
     """
     load = config.checkpoint.load
-    if not config.adapter.rank and (load is None or not run_on_rank_0(lambda: directory.holds_adapters(Path(load)))):
+    if config.trains_all_weights and (load is None or not run_on_rank_0(lambda: holds_adapters(Path(load)))):
         return config
     changed: Config = door("adapters").with_stored_adapters(config)
     return changed
@@ -101,8 +101,18 @@ def loaded_chunks(config: Config, grid: RankGrid, vocab_size: int, checkpoint: s
     if checkpoint is None:
         return chunks
     path = Path(checkpoint)
-    if config.adapter.load is not None or run_on_rank_0(lambda: directory.holds_adapters(path)):
+    if config.adapter.load is not None or run_on_rank_0(lambda: holds_adapters(path)):
         door("adapters").load_adapted(config, path, chunks, grid, vocab_size)
     else:
         load_weights(path, chunks, vocab_size, config.checkpoint.verify)
     return chunks
+
+
+def full_weights(config: Config, path: Path) -> Path:
+    """Return the checkpoint with all weights of the model at ``path``: that of the base, where it holds adapters."""
+    return Path(door("adapters").full_weights_of(path, config.adapter.base)) if holds_adapters(path) else path
+
+
+def holds_adapters(path: Path) -> bool:
+    """Return whether the checkpoint at ``path``, or the one that its tracker file names, holds adapters alone."""
+    return ((directory.tracked(path) or path) / "adapters.json").is_file()

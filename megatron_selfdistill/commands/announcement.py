@@ -139,7 +139,7 @@ def complete(config: Config, num_steps: int, checkpoint: Path) -> list[str]:
 def _next(config: Config) -> list[str]:
     """Return the command that converts the model of a run, if it came from Hugging Face, and how to train on."""
     run = config.run_dir
-    kind = "peft" if config.adapter.rank else "hf"
+    kind = "hf" if config.trains_all_weights else "peft"
     convert = shlex.join(["selfdistill", "convert", f"megatron-to-{kind}", "--megatron", run, "--out", f"{run}-{kind}"])
     came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
     train_on = "next: the same command with a larger num_steps trains on from there"

@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.stored_model import fields_set, reconcile, with_stored_architecture
+from megatron_selfdistill.checkpoint.trained_weights import full_weights
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.choices import PRECISIONS
 from megatron_selfdistill.config import Config
@@ -69,8 +70,7 @@ def computed_in(config: Config, model: dict[str, Any]) -> str:
     """
     path = Path(model["path"])
     computed = _NAMES[config.optimizer.precision]
-    weights = door("adapters").full_weights_of(path, config.adapter.base) if holds_adapters(path) else path
-    stored = str(door("interop").main_dtype(weights)).removeprefix("torch.")
+    stored = str(door("interop").main_dtype(full_weights(config, path))).removeprefix("torch.")
     if stored == computed:
         return f"computed in {computed}, the type of the weights"
     other = next(name for name in PRECISIONS if name != config.optimizer.precision)

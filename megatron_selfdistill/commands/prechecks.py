@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.commands.installation import RUN, about_missing
 from megatron_selfdistill.config import Config
@@ -58,14 +57,6 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
     for name, those in (("pass@k", ks), ("majority@k", majority_ks)):
         if num_samples and (max(those, default=1) > num_samples or min(those, default=1) < 1):
             raise ConfigError(f"expected every k of {name} from 1 to the {num_samples} samples, got {list(those)}.")
-
-
-def require_model(config: Config, path: Path, iteration: int | None = None) -> None:
-    """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
-    directory.require_checkpoint(path, iteration)
-    chosen = directory.of_iteration(Path(path), iteration)
-    if directory.holds_adapters(chosen):
-        directory.require_checkpoint(door("adapters").full_weights_of(chosen, config.adapter.base))
 
 
 def require_packages(config: Config) -> None:

@@ -9,59 +9,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config.key_list import keys, method_keys
+from megatron_selfdistill.config.key_list import keys, method_keys, sections
 from megatron_selfdistill.config.methods import settings_of
+from megatron_selfdistill.config.schema.field_checks import Part
 from megatron_selfdistill.config.schema.method_config import FOUND, MethodSettings, Needs
 from megatron_selfdistill.config.schema.whole_config import Config
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
-_FREE = {
-    "": "run_dir num_steps dry_run parallel cluster schedule metrics report guards stop",
-    # A resumed run compares the problems, not the names of the files.
-    "data": (
-        "path split subset fields limit on_bad_record max_length global_batch_size trust_remote_code "
-        "allow_other_tokenizer"
-    ),
-    "conversations": "show_contents",
-    "method": "refresh_every",
-    "rollout": (
-        "engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
-        "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb"
-    ),
-    "environment.options": "url api_key_env",
-    "environment.limits": "seconds memory_gb concurrency",
-    "loss": "backend fused fused_chunk_tokens max_logits_gb",
-    "teacher": "offload",
-    "adapter": "base",
-    "optimizer": (
-        "precision lr min_lr lr_warmup_steps lr_decay weight_decay constants clip_grad overlap_grad_reduce "
-        "overlap_param_gather"
-    ),
-    "checkpoint": "verify save_every keep_last async_save resume",
-    "evaluation": "path split subset every at_start limit num_samples pass_at_k",
-    # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned table of
-    # positions, which must fit.
-    "model": "make_vocab_size_divisible_by max_position_embeddings",
-    # The fields of TransformerConfig that divide the layers and choose the kernels.
-    "model.transformer": (
-        "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout "
-        "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split attention_backend "
-        "deterministic_mode cp_comm_type gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion "
-        "bias_dropout_fusion apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
-        "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
-        "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
-    ),
-}
-"""Section -> its keys and items that decide where, how fast and how long a run trains."""
-
+PARTS = [part for part in sections().values() if issubclass(part, Part)]
 RULES: dict[str, str] = {
-    # The form of a checkpoint depends on the value.  Not even force can change the key within a run.
-    **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
-    **dict.fromkeys(("adapter.rank", "adapter.layers", "adapter.seed"), FIXED),
+    **dict.fromkeys(("run_dir", "num_steps", "dry_run", "method.refresh_every"), FREE),
     # Bound if the run trains on verdicts, otherwise free.
     **dict.fromkeys(("evaluation.verifier", "evaluation.confidence"), JUDGE),
-    **{f"{section}.{key}".lstrip("."): FREE for section, names in _FREE.items() for key in names.split()},
+    **{name: FREE for part in PARTS for name in part.free},
+    **{name: FIXED for part in PARTS for name in part.fixed},
 }
 """Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides.
 
@@ -127,11 +89,10 @@ def _rule(key: str, free: Collection[str]) -> str:
 
 def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
     """Return the bound keys and sections that decide nothing in all ``configurations``, each key -> value."""
-    found = []
+    frees = [pair for part in PARTS for pair in part.frees.items()]
+    found = [freed for key, freed in frees if all(values.get(key) for values in configurations)]
     needs = [_needs(values) for values in configurations]
     guided = [values for values in configurations if values.get("rollout.guidance") != "none"]
-    if all(values.get("adapter.rank") for values in configurations):
-        found.append("checkpoint.load")  # the digest of the base decides, wherever it is
     by_rates = any(values.get("rollout.guide_below") is not None for values in configurations)
     if not by_rates and not any(need.rewards or need.hint == FOUND for need in needs):  # verdicts are only reported
         found += [key for key, rule in RULES.items() if rule == JUDGE]

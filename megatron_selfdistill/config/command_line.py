@@ -152,7 +152,7 @@ def _in_hydra(value: Any) -> str:
 
 FIRST = (
     *("checkpoint.load", "data.path", "data.tokenizer", "run_dir", "num_steps", "data.global_batch_size"),
-    *("rollout.max_new_tokens", "optimizer.lr", "target.anchor", "adapter.rank", "evaluation.path", "evaluation.every"),
+    *("rollout.max_new_tokens", "optimizer.lr", "target.anchor", "evaluation.path", "evaluation.every"),
     *("checkpoint.save_every", "schedule.max_tokens", "parallel.tensor_model_parallel_size"),
 )
 """The keys that a first run sets, which `keys` shows first."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 
-from megatron_selfdistill.config.schema.field_checks import require, value_of_variable
+from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.step_config import ParallelConfig
 from megatron_selfdistill.config.schema.whole_config import Config
 
 
 def check_files(config: Config) -> None:
-    """Raise `ConfigError` if a path is not set or missing, or a variable is not set."""
+    """Raise `ConfigError` if a path is not set or missing."""
     for key, value in (("data.path", config.data.path), ("data.tokenizer", config.data.tokenizer)):
         require(
             value is not None, f"{key} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
@@ -27,7 +27,6 @@ def check_files(config: Config) -> None:
         "run_dir is not set: name a directory for the checkpoints and metrics of this run, such as "
         "run_dir=runs/first; an existing run is continued",
     )
-    value_of_variable("environment.options.api_key_env", config.environment.options.get("api_key_env"))
 
 
 def check_ranks(config: Config, world_size: int) -> None:

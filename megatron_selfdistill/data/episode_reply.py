@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The reply of an environment to a response, as a value."""
+"""The reply to a response of an episode, as a value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPLY_ROLES = ("user", "tool")
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply of an environment to the last response of an episode.
+    """The reply to the last response of an episode.
 
     Raises: ValueError for a field that has another type, a text with half of a surrogate pair, another role or a reward
     that is not finite.
@@ -30,8 +30,7 @@ class Reply:
     done: bool = True
     """Whether the episode ends with the last response, although ``text`` may be there."""
     failure: str | None = None
-    """The reason for which the environment could not go on; None if nothing has failed.  A reply with a reason ends the
-    episode."""
+    """The reason for which the episode cannot go on, so that it ends; None if nothing has failed."""
     hint: str | None = None
     """The text that the teacher's prompt shows in place of the solution from the next turn on; None changes nothing."""
 

@@ -96,24 +96,21 @@ class RunData:
         with _config_errors():
             builder = PromptBuilder(_tokenizer(config.data), _templates(config), config.shows_contents)
             max_length, of_model = longest_context(config), _of_model(config, builder)
-            log: dict[str, Any] = {}
-            counts: dict[str, Any] = {}
+            facts: dict[str, Any] = {}
             if config.data.kind == "problems":
                 problems, evaluation, looked_at = *_problems(config, builder), None
             else:
                 source = _record_source(config, config.data.fields)
                 read = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
                 problems, looked_at = read.problems, read.looked_at
-                log = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
+                facts = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
                 evaluation = _evaluation_problems(config, _evaluation_fields(config.data), builder)
             if looked_at is None:
                 problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
-            if config.environment.one_sequence:
-                door("environments").require_bridges(builder, problems.problems[0], config.has_teacher)
+                facts |= counts
             return cls(
                 **of_model,
-                **counts,
-                **log,
+                **facts,
                 problems=problems,
                 evaluation=evaluation,
                 max_length=max_length,
@@ -171,8 +168,8 @@ def _problems(config: Config, builder: PromptBuilder) -> tuple[ProblemSet, list[
     """Return the problems of ``data.path`` with the solutions that data.solutions names, and the held-out problems."""
     data, needs = config.data, config.needs
     fields: dict[str, str | None] = {**data.fields}
-    only_replies = config.environment.exists and not config.has_teacher
-    # A function of the user may read the solutions; an environment needs none where no teacher sees any.
+    only_replies = config.plays_episodes and not config.has_teacher
+    # A function of the user may read the solutions; a reply needs none where no teacher sees any.
     of_data = data.solutions in ("given", "other")
     if not of_data or needs.hint not in (GIVEN, FUNCTION) or only_replies:
         fields["solution"] = None
@@ -352,7 +349,7 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data, shown, teachers = config.data, _shown_tools(config), _record_teachers(config)
+    data, shown, teachers = config.data, config.shown_tools, _record_teachers(config)
 
     def teacher_view(own: Mapping[str, Any]) -> PromptView:
         return _view(data, data.views.get("teacher", {}) | own, shown)
@@ -364,12 +361,6 @@ def _templates(config: Config) -> PromptTemplates:
         teacher_view=teacher_view({}),
         **(teachers.templates(data.student_template, teacher_view) if teachers else {}),
     )
-
-
-def _shown_tools(config: Config) -> dict[str, Any]:
-    """Return the variable of the chat template with the tools of the environment; empty without such tools."""
-    tools = config.environment.options.get("tools") if config.environment.name == "tools" else None
-    return {} if tools is None else {"tools": door("environments").schemas_of_tools(tools)}
 
 
 def _view(data: DataConfig, own: Mapping[str, Any], shown: Mapping[str, Any]) -> PromptView:

@@ -10,10 +10,11 @@ from megatron_selfdistill.data.episode_reply import REPLY_ROLES
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import END_OF_THOUGHTS, THINK
+from megatron_selfdistill.errors import ConfigError
 
 
 def require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool) -> None:
-    """Raise ValueError if the chat template lets no message follow a response that stays as it was sampled."""
+    """Raise `ConfigError` if the chat template lets no message follow a response that stays as it was sampled."""
     errors = []
     for role in REPLY_ROLES:
         reply = {"role": role, "content": "A reply."}
@@ -24,7 +25,7 @@ def require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool)
         except ValueError as error:
             errors.append(error)
     if len(errors) == len(REPLY_ROLES):
-        raise errors[0]
+        raise ConfigError(str(errors[0]))
 
 
 def bridge(

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from megatron_selfdistill.config import Config, function_named, user_code
+from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -15,15 +17,10 @@ from megatron_selfdistill.environments.bridges import require_bridges as require
 from megatron_selfdistill.environments.environment import BUILT_IN, SessionLimits, has_sessions
 from megatron_selfdistill.environments.episodes import Episodes, EvaluationPlayer, SessionEpisodes, StatelessEpisodes
 from megatron_selfdistill.environments.session_processes import SessionProcesses
-from megatron_selfdistill.environments.tool_calls import schemas_of, tool_class
+from megatron_selfdistill.environments.tool_calls import schemas_of as schemas_of
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Sampler
-
-
-def schemas_of_tools(tools: str) -> list[dict[str, Any]]:
-    """Return the schemas of the tools that the class with the dotted path ``tools`` offers, for the chat template."""
-    return schemas_of(tool_class(tools))
 
 
 @contextmanager
@@ -61,6 +58,11 @@ def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phase
         "has_teacher": config.has_teacher,
     }
     with raise_on_all_ranks(ConfigError):
+        variable = wanted.options.get("api_key_env")
+        require(
+            variable is None or bool(os.environ.get(variable)),
+            f"environment.options.api_key_env={variable}: the environment variable {variable} is not set: export it",
+        )
         make = function_named("environment.name", wanted.name, BUILT_IN)
         with user_code(f"environment.name={wanted.name}", ConfigError):
             if has_sessions(make):
@@ -68,8 +70,5 @@ def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phase
                 sessions = SessionProcesses(wanted.name, wanted.options, checked)
                 return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
             environment = make(**wanted.options)
-        if limits:
-            raise ConfigError(
-                f"environment.limits: {', '.join(sorted(limits))} are for sessions, not for {wanted.name}"
-            )
+        require(not limits, f"environment.limits: {', '.join(sorted(limits))} are for sessions, not for {wanted.name}")
     return StatelessEpisodes(**rules, environment=environment)

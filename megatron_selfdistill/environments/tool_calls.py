@@ -140,10 +140,11 @@ def tools_of(kind: type) -> dict[str, Callable[..., Any]]:
     return {name: method for name, method in methods if not name.startswith("_") and name not in others}
 
 
-def schemas_of(kind: type) -> list[dict[str, Any]]:
-    """Return the schema of each tool of a class, which chat templates show: from annotations and docstring."""
+def schemas_of(path: str) -> list[dict[str, Any]]:
+    """Return the schema of each tool of the class ``path``, for chat templates: from annotations and docstring."""
     from transformers.utils import get_json_schema  # slow, and only a run with tools needs it
 
+    kind = tool_class(path)
     return [get_json_schema(MethodType(tool, kind)) for tool in tools_of(kind).values()]  # bound: self is no argument
 
 

@@ -100,20 +100,20 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Played:
-    """What a model has said to a problem: one response, or all responses of an episode with an environment."""
+    """What a model has said to a problem: one response, or all responses of an episode."""
 
     prompt: list[int]
     """The prompt of the first response."""
     responses: Sequence[Response]
     """The responses in their order; the last one has the final answer."""
     replies: Sequence[str] = ()
-    """The texts of the environment after the responses, as far as it has shown them."""
+    """The texts of the replies to the responses, as far as prompts have shown them."""
     reward: float | None = None
-    """The sum of the rewards of the responses; None without an environment."""
+    """The sum of the rewards of the responses; None without a `Player`."""
 
 
 class Player(Protocol):
-    """The protocol of what plays the episodes of an evaluation with an environment."""
+    """The protocol of what plays the episodes of an evaluation."""
 
     def play(self, samples: Sequence[tuple[Problem, int]], params: SamplingParams, *, hinted: bool) -> list[Played]:
         """Return the episode of each sample of this replica, a problem with the index of the sample.  Collective.
@@ -133,7 +133,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Sample a greedy response and ``num_samples`` further responses to every problem, and return the verified results.
 
-    With a ``player``, each response is an episode with an environment, of which the verifier judges the last response.
+    With a ``player``, each response begins an episode, of which the verifier judges the last response.
 
     The problems are ``run_data.evaluation``, the same on all ranks; each data-parallel replica samples every dp_size-th
     problem.
@@ -266,7 +266,7 @@ class _Judge:
         """Return the text of a response, and of an episode the conversation up to ``last``."""
         parts = []
         for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
-            parts.append(f"{response_text(response, self._tokenizer)}\n--- environment\n{reply}\n--- turn {number}\n")
+            parts.append(f"{response_text(response, self._tokenizer)}\n--- reply\n{reply}\n--- turn {number}\n")
         return "".join([*parts, last])
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.adapters.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, holds_adapters
+from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.megatron_args import model_args
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, read_saved_run
@@ -116,7 +117,7 @@ def megatron_to_hf(
     out, progress = Path(out), progress or Progress()
     require_free(out)
     weights = open_weights(megatron, iteration)
-    if holds_adapters(weights.path):
+    if read_stored_adapters(weights.path) is not None:
         raise CheckpointError(
             f"{weights.path} holds adapters alone, expected full weights: convert it with megatron-to-peft, and merge "
             "the result with merge_and_unload() of PEFT"

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.annexes import door
-from megatron_selfdistill.checkpoint.formats import directory
+from megatron_selfdistill.adapters.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of, is_hugging_face
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, stored_vocab_size
 from megatron_selfdistill.config import ModelConfig
@@ -39,7 +38,7 @@ def describe(path: Path) -> dict[str, str]:
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": weights.format, "iteration": str(weights.iteration)}
     sizes = weights.source.sizes()
-    adapters = door("adapters").require_adapters(weights.path) if directory.holds_adapters(weights.path) else None
+    adapters = read_stored_adapters(weights.path)
     lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
     if adapters is not None:
         lines |= adapters.properties()

@@ -105,7 +105,7 @@ class DefaultSettings(RewardSettings, SelectSettings):
         """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""
         super().check(config)
         require(
-            self.token_weights is None or not config.logged,
+            self.token_weights is None or config.samples_responses,
             "method.token_weights weighs the tokens of sampled responses, but conversations.responses=logged samples "
             "nothing: unset it, or set conversations.responses=sampled",
         )
@@ -139,7 +139,7 @@ class SelfDistillation:
     def check_data(self) -> None:
         """Raise `ConfigError` where a verifier judges responses to problems without an answer."""
         tools, config = self.tools, self.tools.config
-        if config.judges_responses and tools.judge.reward is None and not config.environment.exists:
+        if config.judges_responses and tools.judge.reward is None and not config.plays_episodes:
             from megatron_selfdistill.evaluation.verify import check_answers
 
             check_answers(tools.run_data.problems.problems, tools.judge.verifier)
@@ -184,9 +184,9 @@ class SelfDistillation:
         return True
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
-        """Return the rollouts with the rewards of the function, the environment or the verifier, and no metrics."""
+        """Return the rollouts with the rewards of the function, the replies or the verifier, and no metrics."""
         judge = self.tools.judge
-        if judge.reward is None and self.tools.config.environment.exists:
+        if judge.reward is None and self.tools.config.plays_episodes:
             return list(rollouts), {}
         with self.tools.phases("rollout"):
             return judge.rewarded(rollouts)

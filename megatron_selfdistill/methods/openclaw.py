@@ -163,7 +163,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
         super().check(config)
         wanted = config.conversations
         require(
-            not self.live or config.environment.exists,
+            not self.live or config.plays_episodes,
             "method.live=true samples replies to which an environment replies: set data.kind=problems and "
             "environment.name, or method.live=false for logs",
         )

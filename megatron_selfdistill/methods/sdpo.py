@@ -107,7 +107,7 @@ class SdpoSettings(DistillAndRewardSettings):
     def require_start(self, config: Config) -> None:
         """Raise `ConfigError` also for feedback without an environment."""
         super().require_start(config)
-        if self.hints in ("feedback", "peer_or_feedback") and not config.environment.exists:
+        if self.hints in ("feedback", "peer_or_feedback") and not config.plays_episodes:
             raise ConfigError(
                 f"method.hints={self.hints} shows the teacher the feedback of an environment: set environment.name to "
                 "http or to the dotted path of your class"

@@ -127,9 +127,9 @@ def first_step_advice(config: Config, metrics: Mapping[str, float]) -> list[str]
 def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return what the first step shows: where the rewards come from and their mean, and steps that are too small."""
     lines, steps, lr = [], config.num_steps, config.optimizer.lr
-    # The rewards of an environment, and those of a method with a hook of its own, are none of a verifier.
+    # The rewards of episodes, and those of a method with a hook of its own, are none of a verifier.
     hook = method_class(config.method.name).rewarded.__qualname__
-    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.environment.exists:
+    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.plays_episodes:
         reward, mean = getattr(config.method, "reward", None), metrics.get("rewards/mean", math.nan)
         judge = f"evaluation.verifier={config.evaluation.verifier}" if reward is None else f"method.reward={reward}"
         lines.append(f"rewards: {judge}; {mean:.2f} {'of the responses are right' if reward is None else 'on average'}")
@@ -153,6 +153,6 @@ def largest_change(config: Config) -> float:
     It is infinite for SGD, whose steps have no bound, and for adapters, one of whose factors begins at 0.
     """
     model, optimizer = config.model, config.optimizer
-    if optimizer.optimizer != "adam" or config.adapter.rank or not model.init_method_std:
+    if optimizer.optimizer != "adam" or not config.trains_all_weights or not model.init_method_std:
         return math.inf
     return config.num_steps * optimizer.lr * math.sqrt(model.hidden_size) / (2 * model.init_method_std)

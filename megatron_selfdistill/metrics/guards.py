@@ -220,7 +220,7 @@ class Guards:
         return (
             f"the log-probs that {self.engines} and the trainer give the sampled tokens {how} ({key}): the engine "
             "has old weights, or another model, tokenizer or precision than the trainer; compare its version and its "
-            "config.json with those of the run, and start it anew; if responses are sampled ahead, lower "
+            "config.json with those of the run, and start it anew; if responses have older weights, lower "
             "rollout.max_staleness or optimizer.lr"
         )
 
@@ -238,4 +238,4 @@ class Guards:
 
 def student_samples(config: Config) -> bool:
     """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
-    return config.needs.samples == STUDENT and not config.logged
+    return config.needs.samples == STUDENT and config.samples_responses

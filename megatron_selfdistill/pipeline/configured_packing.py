@@ -19,7 +19,7 @@ def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig,
         pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
-        joins_turns=config.environment.one_sequence,
+        joins_turns=config.joins_turns,
         num_controls=num_controls,
     )
 

@@ -47,7 +47,7 @@ def make_sampler(
             run_data.max_length,
             rollout.kv_cache_gb,
             progress,
-            continues=config.environment.one_sequence,
+            continues=config.joins_turns,
         )
     made: Sampler = door("vllm").vllm_sampler(config, run_data, chunks, grid, progress)
     return made

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -47,7 +47,7 @@ def configured_source(
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
     player = None
-    if config.environment.exists:
+    if config.plays_episodes:
         player = door("environments").training_player(config, tools.given, grid, phases)
     number = run_data.num_controls
     options = OnPolicyOptions(
@@ -115,28 +115,29 @@ def configured_sampler(
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
     """Return the data of a run that starts, after the reading that its source needs before a model is built.
 
-    Every rank of the world calls it.  Raises: `ConfigError` on all ranks for a turn that may not be skipped.
+    Every rank of the world calls it.
+    Raises: `ConfigError` on all ranks for a turn that may not be skipped, and for a template that rewrites turns.
     """
+    if config.joins_turns:
+        door("environments").require_bridges(run_data.builder, run_data.problems.problems[0], config.has_teacher)
     if not config.logged:
         return run_data
     read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
     return read
 
 
-@contextmanager
 def evaluation_player(
     config: Config, run_data: RunData, sampler: Sampler, step: int, grid: RankGrid
-) -> Iterator[Player | None]:
-    """Yield what plays the episodes of an evaluation after ``step`` steps; None without an environment.
+) -> AbstractContextManager[Player | None]:
+    """Return the context with what plays the episodes of an evaluation after ``step`` steps; None for no episodes.
 
     Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
     """
-    if not config.environment.exists:
-        yield None
-        return
-    player = door("environments").evaluation_player
-    with player(config, given_solutions(config, run_data), sampler, step, grid) as found:
-        yield found
+    if not config.plays_episodes:
+        return nullcontext()
+    player, given = door("environments").evaluation_player, given_solutions(config, run_data)
+    found: AbstractContextManager[Player] = player(config, given, sampler, step, grid)
+    return found
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

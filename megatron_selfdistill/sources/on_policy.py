@@ -52,7 +52,7 @@ class OnPolicyOptions:
     samples_teacher: bool
     """Whether responses are sampled after the teacher's prompt."""
     player: EpisodePlayer | None
-    """The player of episodes with an environment; None if nothing replies."""
+    """The player of episodes; None if nothing replies."""
     max_staleness: int
     """The number of steps by which the weights that sampled a response may be older than the student's."""
     controls: Controls | None
@@ -67,7 +67,7 @@ class AskedProblems:
     samples: list[Sample]
     """Each sample with its problem and the problem's prompts."""
     openings: Sequence[Reply | None] = ()
-    """The environment's reply before each sample's response; empty without an environment."""
+    """The reply before each sample's response; empty if nothing replies."""
 
 
 class OnPolicy(ResponseSource):

@@ -32,23 +32,22 @@ class Rollout:
     privileged: bool = False
     """Whether the response is trained on after the teacher's prompt, with the student's prompt as the teacher's."""
     episode: int | None = None
-    """The number of the episode, counted from 0 on this replica: the responses of one conversation with an environment.
-    None if the response is an episode of its own."""
+    """The number of the response's episode, counted from 0 on this replica; None for an episode of its own."""
     turn: int = 0
     """The number of the response within its episode, counted from 0."""
     feedback: str | None = None
-    """The text of the environment about this response, which only a teacher may see; None if there is none."""
+    """The text of the reply about this response, which only a teacher may see; None if there is none."""
     part: str = "response"
     """The text that is trained on: response, revision (the last response of an episode after the problem alone), reply
-    (the environment's reply, as a response to a request for it) or view (a text after other prompts)."""
+    (what was replied, as a response to a request for it) or view (a text after other prompts)."""
 
     key: SampleKey | None = None
     """The name of the sample; None for a text that nobody has sampled."""
     reply: Reply | None = None
-    """The environment's reply to the response; None without an environment, and for a truncated response, which ends
-    its episode with the reward 0."""
+    """The reply to the response; None if nothing replies, and for a truncated response, which ends its episode with the
+    reward 0."""
     opening: Reply | None = None
-    """The environment's reply before the first response, whose text ``problem`` shows; None for a later turn, and if
+    """The reply before the first response, whose text ``problem`` shows; None for a later turn, and if
     the episode has no session."""
 
     @property

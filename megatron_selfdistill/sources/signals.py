@@ -48,8 +48,8 @@ class Signals:
     divergence: Tensor | None = None
     """D(p, q) at each token, the divergence of the loss, [R] float64 nats; None if no pass has measured it."""
     episodes: Tensor | None = None
-    """The episode of each response, [B] int64 from 0: the responses of one conversation with an environment, all of one
-    group; None if every response is an episode."""
+    """The episode of each response, [B] int64 from 0, whose responses are all of one group; None if every response is
+    an episode."""
     turns: Tensor | None = None
     """The number of each response within its episode, [B] int64 from 0; None if all numbers are 0."""
 

@@ -46,7 +46,7 @@ def step_coefficients(
         with tools.phases("measure"):
             measured = tools.models.token_signals(contexts)
     signals = signals_of(rollouts, measured)
-    if config.logged and measured is not None:  # nobody sampled the replies from the student: p / mu = 1
+    if measured is not None and not config.samples_responses:  # nobody sampled the replies: p / mu = 1
         signals = replace(signals, sampled_log_prob=measured["student_log_prob"])
     factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
     if method.token_weights is not None:

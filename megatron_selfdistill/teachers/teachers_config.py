@@ -164,7 +164,7 @@ def check_teachers(config: Any) -> None:
         f"the data, such as method.name=default, got method.name={config.method.name}",
     )
     require(
-        config.data.kind == "problems" and not config.environment.exists and config.teacher.weights == "frozen",
+        config.data.kind == "problems" and not config.plays_episodes and config.teacher.weights == "frozen",
         "teachers need the records of data.kind=problems, which name them, teacher.weights=frozen and no environment, "
         f"got {config.data.kind}, {config.teacher.weights} and environment.name={config.environment.name}",
     )

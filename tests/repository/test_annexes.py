@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,30 @@ USERS = {"adapters": {"interop", "teachers"}}
 @pytest.mark.parametrize("option", DOORS)
 def test_every_door_opens(option):
     assert door(option).__name__.endswith(DOORS[option])
+
+
+NAMED = {
+    "adapters": ("(?i)adapter", 5),
+    "architectures": (r"architectures\b", 4),
+    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 7),
+    "engines": ("(?i)vllm", 8),
+    "environments": (r"\benvironments?\b(?! variable)", 4),
+    "guidance": ("guidance|[Gg]uided|guide_", 20),
+    "instruments": (r"instruments|door\(.(explorer|plan|report)", 3),
+    "interop": (r"interop|door\(.hugging_face", 6),
+    "kernels": ("(?i)triton", 4),
+    "overlap": (r"\.ahead\b|\bahead:|at_update|door\(.overlap", 3),
+    "teachers": (r"named_teachers|config\.teachers|taught_records", 6),
+}
+"""Annex -> what names its option in code, and the most files of the main house that do; a number may only fall."""
+
+
+@pytest.mark.parametrize("annex", NAMED)
+def test_few_files_of_the_main_house_name_an_option(annex):
+    named, most = NAMED[annex]
+    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in (*ANNEXES, "methods")]
+    naming = [file for file in files if re.search(named, re.sub(r'(?s:""".*?""")|#.*', "", file.read_text()))]
+    assert len(naming) <= most
 
 
 IMPORTS = """

@@ -50,9 +50,9 @@ def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
 
 def start_turn_by_turn(arguments: list[str]) -> int:
     """Start a run whose training reads each turn of an episode by itself, whatever its prompts are."""
-    from megatron_selfdistill.config.schema.data_config import EnvironmentConfig
+    from megatron_selfdistill.config import Config
 
-    return start_with(arguments, EnvironmentConfig, "one_sequence", False)
+    return start_with(arguments, Config, "joins_turns", False)
 
 
 def start_and_die_in_a_second_turn(arguments: list[str]) -> int:

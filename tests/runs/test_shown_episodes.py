@@ -115,7 +115,7 @@ def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(run_
     turns, rewards = [], []
     for record in said:
         parts = record["response"].split("\n--- turn ")
-        texts = [part.partition("\n--- environment\n")[0].rpartition("\n")[2] for part in parts]
+        texts = [part.partition("\n--- reply\n")[0].rpartition("\n")[2] for part in parts]
         turns.append(len(parts))
         rewards.append(sum(sum(map(ord, text)) % 2 == 0 for text in texts[: len(parts) - record["truncated"]]))
     assert measured["evaluation/greedy_mean_turns"] == sum(turns) / 2 and len(said) == 2

@@ -125,11 +125,6 @@ def of_run(path: Path) -> Path:
     return held if held.is_dir() and not (path / TRACKER).is_file() else path
 
 
-def holds_adapters(path: Path) -> bool:
-    """Return whether the checkpoint at ``path``, or the one that its tracker file names, holds adapters alone."""
-    return ((tracked(path) or path) / "adapters.json").is_file()
-
-
 def of_iteration(path: Path, iteration: int | None) -> Path:
     """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None."""
     if iteration is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.ranges import (
@@ -43,9 +43,10 @@ AdaptedLayer = Annotated[str, OneOf((*LINEAR_LAYERS, *LATENT_LAYERS))]
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Part, section="adapter"):
+class AdapterConfig(Part, section="adapter", free="base", fixed="rank layers seed"):
     """Low-rank adapters (LoRA): small trained factors beside the frozen weights of linear layers."""
 
+    frees: ClassVar = {"adapter.rank": "checkpoint.load"}  # the digest of the base decides, wherever it is
     rank: Annotated[int, at_least(0), at_most(2**16)] = 0
     """Rank r of the adapters; 0 trains all weights and has no adapters."""
     alpha: PositiveFloat = 32.0

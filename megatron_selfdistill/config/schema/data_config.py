@@ -12,7 +12,11 @@ from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, Pos
 
 
 @dataclass(frozen=True)
-class EnvironmentConfig(Part, section="environment"):
+class EnvironmentConfig(
+    Part,
+    section="environment",
+    free="options.url options.api_key_env limits.seconds limits.memory_gb limits.concurrency",
+):
     """The environment that replies to the sampled responses, with texts and rewards."""
 
     name: Annotated[str, OneOf(("none", "tools"), or_dotted=True)] = "none"
@@ -38,7 +42,7 @@ class EnvironmentConfig(Part, section="environment"):
         if self == EnvironmentConfig():
             return
         name, method = f"environment.name={self.name}", f"method.name={config.method.name}"
-        require(self.exists, "the section environment has settings, but environment.name is none: set it")
+        require(self.name != "none", "the section environment has settings, but environment.name is none: set it")
         require(
             "api_key" not in self.options,
             "environment.options.api_key would be written into the files of the run: put the key into an environment "
@@ -50,24 +54,20 @@ class EnvironmentConfig(Part, section="environment"):
             f"got {method} and {config.data.kind}",
         )
         require(
-            config.needs.hint == GIVEN or not self.one_sequence,
+            config.needs.hint == GIVEN or not config.joins_turns,
             f"environment.limits.one_sequence=true needs the prompts of an episode to stay as they were sampled, but "
             f"{method} gives each turn a hint of its own later: set environment.limits.one_sequence=false",
         )
 
-    @property
-    def exists(self) -> bool:
-        """Whether there is an environment."""
-        return self.name != "none"
-
-    @property
-    def one_sequence(self) -> bool:
-        """Whether an episode is one sequence of tokens."""
-        return bool(self.limits.get("one_sequence", False))
-
 
 @dataclass(frozen=True)
-class DataConfig(Part, section="data"):
+class DataConfig(
+    Part,
+    section="data",
+    # A resumed run compares the problems, not the names of the files.
+    free="path split subset fields limit on_bad_record max_length global_batch_size trust_remote_code "
+    "allow_other_tokenizer",
+):
     """The problems, the tokenizer and the prompts."""
 
     kind: Annotated[str, OneOf(("problems", "conversations"))] = "problems"
@@ -146,7 +146,7 @@ def check_view(key: str, view: Any) -> None:
 
 
 @dataclass(frozen=True)
-class ConversationsConfig(Part, section="conversations"):
+class ConversationsConfig(Part, section="conversations", free="show_contents"):
     """The training on turns of logged conversations (data.kind=conversations)."""
 
     accepted_rule: Annotated[str, OneOf(("closing_turn", "marked"), or_dotted=True)] = "closing_turn"

@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from megatron_selfdistill.config.schema.ranges import AnyText, faults, taken_apart
 from megatron_selfdistill.errors import ConfigError
@@ -48,12 +48,18 @@ def check_fields(section: str, values: Any) -> None:
 class Part:
     """A section of the configuration, which checks its own keys, and itself against the other sections."""
 
-    _section = ""
+    _section: ClassVar[str]
+    free: ClassVar[Sequence[str]]
+    """The keys and items that decide where, how fast and how long a run trains: a resumed run may change them."""
+    fixed: ClassVar[Sequence[str]]
+    """The keys that decide the form of a checkpoint: not even checkpoint.resume=force changes them within a run."""
+    frees: ClassVar[Mapping[str, str]] = {}
+    """A key -> a key of another section that decides nothing where the first one is set."""
 
-    def __init_subclass__(cls, section: str = "", **kwargs: Any) -> None:
-        """Remember the name of the ``section``, with which its keys begin."""
-        super().__init_subclass__(**kwargs)
-        cls._section = section or cls._section
+    def __init_subclass__(cls, section: str, free: str = "", fixed: str = "") -> None:
+        """Remember the name of the ``section``, with which its keys begin; in ``free``, ``*`` stands for all keys."""
+        cls._section = section
+        cls.free, cls.fixed = ([f"{section}.{key}".removesuffix(".*") for key in x.split()] for x in (free, fixed))
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a value outside of its range."""
@@ -89,16 +95,6 @@ def require_address(key: str, address: str, example: str) -> None:
         f"{key} must be an address such as {example}, without a user and a password, which the files of the run would "
         f"show, and without ? and #, got {shown!r}",
     )
-
-
-def value_of_variable(key: str, variable: str | None) -> str | None:
-    """Return the value of the environment variable that ``key`` names, such as a secret; None if it names none.
-
-    Raises: `ConfigError` if the variable is not set.
-    """
-    value = None if variable is None else os.environ.get(variable, "")
-    require(value != "", f"{key}={variable}: the environment variable {variable} is not set: export it")
-    return value
 
 
 @functools.cache

@@ -104,7 +104,7 @@ class Needs:
             "or ema, got current",
         )
         require(
-            config.logged
+            not config.samples_responses
             or self.group_size == 1
             or (config.data.kind == "problems" and rollout.num_samples >= self.group_size),
             f"{method} compares the responses to one problem: it needs data.kind=problems and at least "

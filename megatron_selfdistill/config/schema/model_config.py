@@ -47,8 +47,25 @@ class YarnConfig(Part, section="model.yarn"):
     """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
 
 
+_CUTS_AND_KERNELS = (
+    "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout "
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split attention_backend "
+    "deterministic_mode cp_comm_type gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion "
+    "bias_dropout_fusion apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
+    "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
+    "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
+)
+"""The fields of TransformerConfig that divide the layers and choose the kernels."""
+
+
 @dataclass(frozen=True)
-class ModelConfig(Part, section="model"):
+class ModelConfig(
+    Part,
+    section="model",
+    # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned table of
+    # positions, which must fit.
+    free=" transformer.".join(("make_vocab_size_divisible_by max_position_embeddings", *_CUTS_AND_KERNELS.split())),
+):
     """The architecture of the model.
 
     The keys have the names of Megatron Core's ``TransformerConfig`` and ``GPTModel``.

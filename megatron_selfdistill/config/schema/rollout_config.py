@@ -28,7 +28,12 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Part, section="rollout"):
+class RolloutConfig(
+    Part,
+    section="rollout",
+    free="engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
+    "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb",
+):
     """The sampling of the student's responses."""
 
     engine: Annotated[str, OneOf(("megatron", "vllm"))] = "megatron"
@@ -122,7 +127,7 @@ class RolloutConfig(Part, section="rollout"):
         )
         has_own = config.needs.own_prompts or config.needs.hint_follows
         require(
-            not self.samples_target or not (has_own or config.environment.exists or config.logged),
+            not self.samples_target or not (has_own or config.plays_episodes or config.logged),
             "rollout.guidance=mixed samples from prompts and hints that are known before: it needs no environment, no "
             "logged responses and no method with prompts or hints of its own, got "
             f"environment.name={config.environment.name}, data.kind={config.data.kind} and "
@@ -130,17 +135,17 @@ class RolloutConfig(Part, section="rollout"):
         )
         key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1
         require(
-            key is None or config.logged or (self.temperature > 0 and (self.engine != "vllm" or plain)),
+            key is None or not config.samples_responses or (self.temperature > 0 and (self.engine != "vllm" or plain)),
             f"{key} needs the log-probs of sampled tokens, which rollout.temperature=0 does not have, and which vLLM "
             "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
             f"{self.temperature}, {self.top_k} and {self.top_p}",
         )
-        is_whole = config.needs.hint == GIVEN and not config.environment.exists and not self.samples_target
+        is_whole = config.needs.hint == GIVEN and not config.plays_episodes and not self.samples_target
         require(
             not self.ahead or (on_servers and is_whole),
             f"rollout.ahead={self.ahead} trains while servers generate: it needs rollout.engine=vllm and "
-            "rollout.placement=server, and no environment, rollout.guidance or method that needs all responses of a "
-            f"step at once, got method.name={config.method.name} and environment.name={config.environment.name}",
+            "rollout.placement=server, and no episodes, rollout.guidance or method that needs all responses of a step "
+            f"at once, got method.name={config.method.name}",
         )
 
     @property

@@ -30,7 +30,7 @@ CONFIDENCE = r"(?i)\bconfidence[\s*]*:[\s*]*([01]?\.\d+|[01])(?!\.?\d|\s*%)"
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Part, section="checkpoint"):
+class CheckpointConfig(Part, section="checkpoint", free="verify save_every keep_last async_save resume"):
     """The checkpoint that a run starts from, and the checkpoints that it writes."""
 
     load: FilePath | None = None
@@ -63,7 +63,7 @@ LEAK_WORDS = (
 
 
 @dataclass(frozen=True)
-class MetricsConfig(Part, section="metrics"):
+class MetricsConfig(Part, section="metrics", free="*"):
     """The display of the metrics and of some responses of a step.
 
     Metrics are always written to metrics.jsonl in the run directory.
@@ -103,7 +103,7 @@ class MetricsConfig(Part, section="metrics"):
 
 
 @dataclass(frozen=True)
-class ReportConfig(Part, section="report"):
+class ReportConfig(Part, section="report", free="*"):
     """The report of a run: report.html in the run directory, one file for any browser."""
 
     every: NonNegativeInt | None = None
@@ -117,7 +117,7 @@ class ReportConfig(Part, section="report"):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(Part, section="evaluation"):
+class EvaluationConfig(Part, section="evaluation", free="path split subset every at_start limit num_samples pass_at_k"):
     """The evaluation on held-out problems, without hints."""
 
     path: FilePath | None = None
@@ -187,7 +187,7 @@ class EntropyGuards(Part, section="guards.entropy"):
 
 
 @dataclass(frozen=True)
-class GuardsConfig(Part, section="guards"):
+class GuardsConfig(Part, section="guards", free="*"):
     """The guards: each stops an unhealthy run with a message and a checkpoint; null turns a guard off."""
 
     start: StartGuards = field(default_factory=StartGuards)
@@ -216,7 +216,7 @@ class GuardsConfig(Part, section="guards"):
 
 
 @dataclass(frozen=True)
-class StopConfig(Part, section="stop"):
+class StopConfig(Part, section="stop", free="*"):
     """The reasons besides SIGUSR1 and SIGTERM to end a run early; the run can continue from its last checkpoint."""
 
     time_limit_minutes: Annotated[float, at_least(0), at_most(MAX_WAIT)] | None = None

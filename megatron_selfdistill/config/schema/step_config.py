@@ -29,7 +29,7 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class ParallelConfig(Part, section="parallel"):
+class ParallelConfig(Part, section="parallel", free="*"):
     """The parallel layout of the model; the rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: Ranks = 1
@@ -52,7 +52,7 @@ class ParallelConfig(Part, section="parallel"):
 
 
 @dataclass(frozen=True)
-class ClusterConfig(Part, section="cluster"):
+class ClusterConfig(Part, section="cluster", free="*"):
     """The machines that a run is meant for; dry_run=true without a launch checks the run against them."""
 
     num_gpus: Ranks | None = None
@@ -96,7 +96,7 @@ class RecomputeConfig(Part, section="schedule.recompute"):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(Part, section="schedule"):
+class ScheduleConfig(Part, section="schedule", free="*"):
     """The order and the memory of one step in the pipeline."""
 
     pair_order: Annotated[str, OneOf(("teacher_first", "alternating"))] | None = None
@@ -139,7 +139,13 @@ class OptimizerConstants(Part, section="optimizer.constants"):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Part, section="optimizer"):
+class OptimizerConfig(
+    Part,
+    section="optimizer",
+    free="precision lr min_lr lr_warmup_steps lr_decay weight_decay constants clip_grad overlap_grad_reduce "
+    "overlap_param_gather",
+    fixed="optimizer use_distributed_optimizer",
+):
     """Megatron's optimizer, its learning rate, and the reduction of gradients over data-parallel ranks."""
 
     optimizer: Annotated[str, OneOf(("adam", "sgd"))] = "adam"

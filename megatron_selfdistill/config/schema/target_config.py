@@ -24,7 +24,7 @@ from megatron_selfdistill.config.schema.ranges import (
 
 
 @dataclass(frozen=True)
-class LossConfig(Part, section="loss"):
+class LossConfig(Part, section="loss", free="backend fused fused_chunk_tokens max_logits_gb"):
     """The divergence between the target q and the student p, in nats per response token."""
 
     divergence: Annotated[str, OneOf(DIVERGENCES)] = "reverse_kl"
@@ -136,7 +136,7 @@ class TargetConfig(Part, section="target"):
 def shows_solutions(config: Any) -> bool:
     """Return whether the hints of a run with this `Config` are the solutions of the data, each of a single problem."""
     needs, data = config.needs, config.data
-    is_single = data.kind == "problems" and not config.environment.exists
+    is_single = data.kind == "problems" and not config.plays_episodes
     return is_single and needs.teacher_prompt == HINTED and needs.hint == GIVEN and data.solutions != "none"
 
 
@@ -151,8 +151,8 @@ def why_no_control(config: Any) -> str | None:
     key = None
     if config.target.rule == "teacher_alone":
         key = "target.rule=teacher_alone mixes the teacher with nothing"
-    elif config.data.kind != "problems" or config.environment.exists:
-        key = "the hints of logged conversations and of environments belong to one conversation"
+    elif config.data.kind != "problems" or config.plays_episodes:
+        key = "the responses are turns, whose hints belong to one conversation"
     elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
     elif config.teachers.get("join") == "product":
@@ -163,7 +163,7 @@ def why_no_control(config: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class TeacherConfig(Part, section="teacher"):
+class TeacherConfig(Part, section="teacher", free="offload", fixed="weights"):
     """The weights that score the response with the solution in their context."""
 
     weights: Annotated[str, OneOf(("frozen", "ema", "current"))] = "frozen"

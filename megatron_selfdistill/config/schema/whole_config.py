@@ -116,12 +116,17 @@ class Config:
         return self.has_teacher and self.target.anchor != "student"
 
     @property
+    def trains_all_weights(self) -> bool:
+        """Whether the run trains the weights of the model themselves, and no adapters beside them."""
+        return not self.adapter.rank
+
+    @property
     def copies_reference(self) -> bool:
         """Whether the reference is a copy of the weights of its own.
 
         A frozen teacher's weights are the reference's, and with adapters it is the model without them.
         """
-        return self.is_anchored and self.teacher.weights != "frozen" and not self.adapter.rank
+        return self.is_anchored and self.teacher.weights != "frozen" and self.trains_all_weights
 
     @property
     def projects_reference(self) -> bool:
@@ -136,6 +141,11 @@ class Config:
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
 
     @property
+    def samples_responses(self) -> bool:
+        """Whether the responses are sampled; otherwise they are the solutions of the data, or the replies of a log."""
+        return self.needs.samples is not None and not self.logged
+
+    @property
     def samples(self) -> bool:
         """Whether anything is sampled: responses, texts of the model, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
@@ -143,8 +153,24 @@ class Config:
 
     @property
     def judges_responses(self) -> bool:
-        """Whether every response gets a reward before the step trains: for the method, or from an environment."""
-        return not self.logged and (self.needs.rewards or self.environment.exists)
+        """Whether every response gets a reward before the step trains: for the method, or as a turn of an episode."""
+        return self.samples_responses and (self.needs.rewards or self.plays_episodes)
+
+    @property
+    def plays_episodes(self) -> bool:
+        """Whether an environment replies to each response, which is then a turn of an episode and has its reward."""
+        return self.environment.name != "none"
+
+    @property
+    def joins_turns(self) -> bool:
+        """Whether an episode is one sequence of tokens, which sampling continues and training reads once."""
+        return bool(self.environment.limits.get("one_sequence", False))
+
+    @property
+    def shown_tools(self) -> dict[str, Any]:
+        """The variable of the chat template with the tools that responses may call; empty without such tools."""
+        tools = self.environment.options.get("tools") if self.environment.name == "tools" else None
+        return {} if tools is None else {"tools": door("environments").schemas_of(tools)}
 
     @property
     def shows_contents(self) -> bool:

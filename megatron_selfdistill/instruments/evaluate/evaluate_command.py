@@ -80,6 +80,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
     """
     from megatron_selfdistill.annexes import door
+    from megatron_selfdistill.checkpoint.formats.directory import require_checkpoint
     from megatron_selfdistill.commands import prechecks
     from megatron_selfdistill.commands.model_command import given_config
     from megatron_selfdistill.distributed.roll_call import world_size
@@ -95,7 +96,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     if arguments.hf is not None:
         door("hugging_face").require_hugging_face(arguments.hf)
     else:
-        prechecks.require_model(config, arguments.megatron, arguments.iteration)
+        require_checkpoint(arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
     prechecks.require_packages(config)
     check_ranks(config, world_size())
@@ -189,7 +190,7 @@ def _report(
     if first is not None:
         advice = first.advice(config)
         about["first_step"] = asdict(first)
-        if config.environment.exists:  # the samples of the first step are no episodes
+        if config.plays_episodes:  # the samples of the first step are no episodes
             print("no verdict: compare with the same command without --hinted (selfdistill evaluate compare)\n")
         else:
             ready = readiness(config, first, result)
@@ -216,7 +217,7 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "seed": config.seed,
         "verifier": config.evaluation.verifier,
         "confidence": config.evaluation.confidence,
-        "environment": f"{played.name}, {played.max_turns} turns" if played.exists else None,
+        "environment": f"{played.name}, {played.max_turns} turns" if config.plays_episodes else None,
         "engine": rollout.engine if rollout.engine == "megatron" else f"{rollout.engine} {rollout.placement}",
         "precision": config.optimizer.precision,
         **{name: getattr(rollout, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},

@@ -72,7 +72,7 @@ class ModelPlaces:
             teacher = initial
         return cls(path, arguments.iteration, teacher, initial if config.is_anchored else None)
 
-    def check(self, config: Config) -> None:
+    def check(self) -> None:
         """Raise `ConfigError` or `CheckpointError` if a model is missing, without importing torch."""
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
@@ -82,7 +82,7 @@ class ModelPlaces:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
                 door("hugging_face").require_hugging_face(path)
             else:
-                prechecks.require_model(config, path, iteration)
+                directory.require_checkpoint(path, iteration)
 
     def found_student(self) -> dict[str, Any]:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
@@ -152,7 +152,7 @@ def config_of_reading(
         )
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    ModelPlaces.of(arguments, config).check(config)
+    ModelPlaces.of(arguments, config).check()
     prechecks.require_data(config)
     check_ranks(config, world_size())
     return config, keys

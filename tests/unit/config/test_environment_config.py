@@ -31,10 +31,7 @@ def configured(*overrides: str) -> Config:
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "without a user and a password, which the files of the run would show, and without ? and #, got 'http://***@",
         ),
-        (
-            [OWN, "method.name=sft"],
-            "it needs a method that samples and data.kind=problems, got method.name=sft and problems",
-        ),
+        ([OWN, "method.name=sft"], "it needs a method that samples and data.kind=problems, got method.name=sft"),
         ([OWN, "rollout.guidance=mixed"], "rollout.guidance=mixed samples from prompts and hints"),
         ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.name=sdpo needs environment.max_turns=1, got"),
         (
@@ -65,6 +62,7 @@ def test_a_class_that_is_missing_or_cannot_be_made_is_one_message_that_names_the
     cases = {
         "environment.name=no_such_module.Counter": "no_such_module cannot be imported",
         "environment.name=replying.NOT_CALLABLE": "which is a str",
+        "environment.options={api_key_env: LAB_UNSET}": "the environment variable LAB_UNSET is not set: export it",
         "environment.options={rol: tool}": "environment.name=replying.Replying failed with TypeError: ",
     }
     for override, words in cases.items():

@@ -155,10 +155,7 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["method.name=caopd", TWO, "loss.rollout_correction=truncated"], "caopd needs loss.rollout_correction=none"),
         (["method.name=grpo", TWO, "method.kl_weight=1", CURRENT], "compares the student with other weights after"),
         (["rollout.ahead=1"], "rollout.ahead=1 trains while servers generate"),
-        (
-            [*SERVER, "rollout.ahead=1", "method.name=sdpo", TWO],
-            "no environment, rollout.guidance or method",
-        ),
+        ([*SERVER, "rollout.ahead=1", "method.name=sdpo", TWO], "no episodes, rollout.guidance or method"),
         (["model.rope_scaling_factor=8", "model.seq_len_interpolation_factor=2"], "scale the same positions: set one"),
         (["model.qk_layernorm=true", "model.qk_layernorm_all_heads=true"], "all heads together: set one of them"),
         (["adapter.rank=4", "teacher.weights=ema"], "the average of low-rank changes has full rank"),

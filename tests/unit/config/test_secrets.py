@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 import tiny_run
 
 from megatron_selfdistill.train import main
@@ -44,18 +43,8 @@ def test_a_run_with_a_secret_writes_and_prints_none(ranks, data, tmp_path):
     assert files_with(SECRET, run) == []
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        (
-            "api_key_env=LAB_UNSET",
-            "api_key_env=LAB_UNSET: the environment variable LAB_UNSET is not set",
-        ),
-        (f"api_key={SECRET}", "name the variable with environment.options.api_key_env"),
-    ],
-)
-def test_a_secret_that_is_missing_or_written_out_is_one_message(data, tmp_path, capfd, option, words):
-    named = ["environment.name=replying.Replying", f"environment.options.{option}"]
+def test_a_secret_that_is_written_out_is_one_message(data, tmp_path, capfd):
+    named = ["environment.name=replying.Replying", f"environment.options.api_key={SECRET}"]
     assert main(tiny_run.overrides(data, tmp_path / "run", *named)) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert words in line and SECRET not in line
+    assert "name the variable with environment.options.api_key_env" in line and SECRET not in line

@@ -112,10 +112,7 @@ def test_a_renamed_column_that_no_record_has_is_an_error(tmp_path: Path) -> None
         ('{"problem": "p", "solution": 4}', r"field 'solution': expected a non-empty text, got a number \(4\)"),
         ('{"problem": "p", "solution": "s", "answer": [1]}', r"field 'answer': .* a number, got a list \(\[1\]\)"),
         (r'{"problem": "cut \ud83d", "solution": "s"}', r"one JSON object per line, .* half of a surrogate pair"),
-        (
-            '{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}',
-            "expected text parts",
-        ),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}', "expected text parts"),
         ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got nothing"),
         ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
     ],

@@ -149,7 +149,7 @@ def test_texts_become_what_a_tool_takes_and_other_arguments_are_named():
 
 def test_the_schemas_are_those_of_the_methods():
     assert list(tools_of(Calculator)) == ["add", "divide", "recall", "spell"]
-    function = schemas_of(Calculator)[0]["function"]
+    function = schemas_of(f"{__name__}.Calculator")[0]["function"]
     assert function["name"] == "add" and function["parameters"]["required"] == ["a"]
     assert {name: one["type"] for name, one in function["parameters"]["properties"].items()} == {
         "a": "integer",

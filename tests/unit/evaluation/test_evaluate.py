@@ -102,7 +102,7 @@ def test_the_last_response_of_an_episode_is_judged_and_its_rewards_are_summed():
     assert metrics["evaluation/greedy_mean_turns"] == metrics["evaluation/sampled_mean_turns"] == 2
     assert [problem.greedy.length for problem in result.problems] == [4, 4, 5], "the tokens of both turns"
     assert [(it.prompt, it.response) for it in result.transcripts[:1]] == [
-        ("?", "0\n--- environment\nwrong number\n--- turn 2\n8")
+        ("?", "0\n--- reply\nwrong number\n--- turn 2\n8")
     ]
     assert not [key for key in run(sums(3)).metrics() if "reward" in key or "turns" in key], "without an environment"
     run(sums(3), player=player, hinted=True, num_samples=0, pass_at_k=[])

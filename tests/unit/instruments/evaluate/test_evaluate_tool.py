@@ -157,7 +157,7 @@ def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compar
     verdicts = [verdict for line in lines for verdict in (line["greedy"], *line["samples"])]
     for said, verdict in zip(responses, verdicts, strict=True):
         turns = [part.partition("\n")[2] if i else part for i, part in enumerate(said["response"].split("\n--- turn "))]
-        texts = [turn.partition("\n--- environment\n")[0] for turn in turns]
+        texts = [turn.partition("\n--- reply\n")[0] for turn in turns]
         rewards = [sum(map(ord, text)) % 2 == 0 for text in texts]
         assert len(turns) == verdict["turns"] and verdict["reward"] == sum(rewards) - (
             said["truncated"] and rewards[-1]
