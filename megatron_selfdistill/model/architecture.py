@@ -26,7 +26,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
-from megatron_selfdistill.model.known_faults import has_rare_layers, refuse_known_faults
+from megatron_selfdistill.model.known_faults import has_rare_layers, has_sinks, refuse_known_faults
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention
 
@@ -144,6 +144,13 @@ def layer_spec(
     if has_rare_layers(config):
         door("architectures").place_layers(block, config, vp_stage, transformer_engine=te)
     return block
+
+
+def core_attention_class(config: TransformerConfig) -> type[CoreAttention]:
+    """Return the class of this program's attention that computes the windows and the sinks of ``config``."""
+    varies = config.window_size is not None or has_sinks(config)
+    found: type[CoreAttention] = door("architectures").VariantAttention if varies else CoreAttention
+    return found
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:

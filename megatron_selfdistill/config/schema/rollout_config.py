@@ -127,10 +127,9 @@ class RolloutConfig(
         )
         has_own = config.needs.own_prompts or config.needs.hint_follows
         require(
-            not self.samples_target or not (has_own or config.plays_episodes or config.logged),
-            "rollout.guidance=mixed samples from prompts and hints that are known before: it needs no environment, no "
-            "logged responses and no method with prompts or hints of its own, got "
-            f"environment.name={config.environment.name}, data.kind={config.data.kind} and "
+            not self.samples_target or (config.samples_responses and not has_own and not config.plays_episodes),
+            "rollout.guidance=mixed samples from prompts and hints that are known before: it needs a method that "
+            f"samples and has no prompts or hints of its own, and no episodes, got data.kind={config.data.kind} and "
             f"method.name={config.method.name}: set rollout.guidance=none",
         )
         key, plain = sampled_log_probs_key(config), self.temperature == 1 and self.top_k == 0 and self.top_p == 1

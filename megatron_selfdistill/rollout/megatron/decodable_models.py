@@ -15,10 +15,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_selfdistill.annexes import door
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.known_faults import has_sinks
+from megatron_selfdistill.model.architecture import core_attention_class
 from megatron_selfdistill.model.local_attention import CoreAttention
 
 
@@ -80,14 +79,13 @@ def stand_in_of(layer: Attention) -> CoreAttention:
 
     Transformer Engine builds a plan for each number of keys, and its fast attention cannot hide columns.
     """
-    config, theirs = layer.config, layer.core_attention
-    varies = bool(config.window_size) or has_sinks(config)
-    made: CoreAttention = (door("architectures").VariantAttention if varies else CoreAttention)(
-        config,
+    theirs = layer.core_attention
+    made = core_attention_class(layer.config)(
+        layer.config,
         layer.layer_number,
         AttnMaskType.causal,
         "self",
-        softmax_scale=getattr(layer, "softmax_scale", None) or getattr(config, "softmax_scale", None),
+        softmax_scale=getattr(layer, "softmax_scale", None) or getattr(layer.config, "softmax_scale", None),
         k_channels=layer.key_hidden_size,
         v_channels=layer.val_hidden_size,
         pg_collection=layer.pg_collection,

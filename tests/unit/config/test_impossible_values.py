@@ -147,7 +147,7 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         ),
         (["method.name=sdpo", TWO, GUIDED], "data.kind=problems and method.name=sdpo: set rollout.guidance=none"),
         ([*SAMPLED, "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
-        (["method.view=privileged", GUIDED], "no method with prompts or hints of its own, got"),
+        (["method.view=privileged", GUIDED], "no prompts or hints of its own, and no episodes, got"),
         (
             ["method.name=openclaw"],
             "it needs data.kind=conversations and conversations.responses=logged, got problems and",
@@ -179,7 +179,7 @@ def chat_logs() -> str:
     ("overrides", "words"),
     [
         ([*NAMED, "method.name=sft"], "data.kind=conversations needs a method whose teacher sees what follows a turn"),
-        ([GUIDED], "it needs no environment, no logged responses"),
+        ([GUIDED], "it needs a method that samples and has no prompts"),
         ([*NAMED, *SAMPLED], "but conversations.responses=logged samples nothing"),
         (["conversations.responses=sampled", *NAMED, "method.name=sdpo", TWO], "it needs data.kind=problems"),
         (["conversations.responses=sampled", "method.min_log_prob=-1"], "drops unlikely logged turns"),
