@@ -3,25 +3,55 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.batch import Packing
 
 
 def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig, num_controls: int = 0) -> Packing:
-    """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
+    """Return the packing of the steps of a run."""
     return packing_of_model(
         model,
         max_tokens=config.schedule.max_tokens,
-        pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
+        pair_order=pair_order_of(config, grid.dp_size, model, num_controls),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
         joins_turns=config.joins_turns,
         num_controls=num_controls,
     )
+
+
+def pair_order_of(config: Config, dp_size: int, model: TransformerConfig, num_controls: int) -> str:
+    """Return ``schedule.pair_order``, or for null the order whose steps compute least.
+
+    Packed by itself, the student fills its microbatches; paired with a teacher whose prompts are longer, it leaves them
+    partly empty.  So the teacher comes first, in a pipeline anyway, and else if a rank can keep its states within
+    ``teacher_store_gb``: ``1 + K`` of the teacher and its controls and one of a reference per response token, where all
+    responses have their greatest length.
+    """
+    values = model.hidden_size * (1 + num_controls + config.is_anchored)
+    cuts = model.context_parallel_size * model.tensor_model_parallel_size
+    num_bytes = math.prod(most_responses(config, dp_size)) * values / cuts * model.params_dtype.itemsize
+    fits = model.pipeline_model_parallel_size > 1 or num_bytes <= config.schedule.teacher_store_gb * 2**30
+    return config.schedule.pair_order or ("teacher_first" if fits else "alternating")
+
+
+def most_responses(config: Config, dp_size: int) -> tuple[int, int]:
+    """Return the most contexts that a replica trains in a step, and the most response tokens of each.
+
+    A response that is not sampled may fill its context, and is the only one to its prompt.
+    Raises: `ConfigError` as `longest_context`.
+    """
+    num_samples, longest = config.rollout.num_samples, config.rollout.max_new_tokens
+    if not config.samples_responses:
+        num_samples, longest = 1, longest_context(config)
+    return math.ceil(config.data.global_batch_size / dp_size) * num_samples * config.contexts_per_sample, longest
 
 
 def packing_of_model(

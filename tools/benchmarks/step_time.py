@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
 NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
+PAIRED = "alternating"
 TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"
 LABELS = {
     NEXT_TOKEN: "next-token training, forward to optimizer",
@@ -65,7 +66,7 @@ def main() -> None:
     for repeat in range(arguments.repeats + 1):
         bench.sync()
         responses = bench.rollout()
-        batch, alone = bench.packed(responses), bench.packed(responses, paired=False)
+        batch, alone = bench.packed(responses, paired=arguments.order == PAIRED), bench.packed(responses)
         contenders: dict[str, Callable[[], Any]] = {
             NEXT_TOKEN: lambda b=alone: bench.train(b, distil=False),  # type: ignore[misc]
             STUDENT_STEP: lambda b=batch: bench.train(b, distil=False),  # type: ignore[misc]
@@ -175,7 +176,7 @@ class _Bench:
         self.sampler.sleep()
         return responses
 
-    def packed(self, responses: list[Any], paired: bool = True) -> Any:
+    def packed(self, responses: list[Any], paired: bool = False) -> Any:
         """Return both contexts of every response; the hint stands before the problem.
 
         Without ``paired``, the student's packed sequences hold as many contexts as fit, not as many as fit with their
@@ -212,7 +213,7 @@ class _Bench:
             token_loss,
             self.grid,
             self.vocab,
-            pair_order="alternating",
+            pair_order=self.arguments.order,
         )
         with clock("optimizer"):
             apply_gradients(self.optimizer, gradient_norm(self.optimizer))
@@ -339,6 +340,9 @@ def _parser() -> argparse.ArgumentParser:
             "repeats": 5,
             "threads": 1,
         },
+    )
+    parser.add_argument(
+        "--order", choices=("teacher_first", PAIRED), default="teacher_first", help="schedule.pair_order"
     )
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
     parser.add_argument(

@@ -100,8 +100,8 @@ class ScheduleConfig(Part, section="schedule", free="*"):
     """The order and the memory of one step in the pipeline."""
 
     pair_order: Annotated[str, OneOf(("teacher_first", "alternating"))] | None = None
-    """Order of the teacher's and the student's microbatches: teacher_first or alternating; null is teacher_first with
-    pipelining, otherwise alternating."""
+    """Order of the teacher's and the student's microbatches: teacher_first or alternating, which packs both alike; null
+    is teacher_first with pipelining and where the teacher's states fit teacher_store_gb, otherwise alternating."""
     max_tokens: PositiveInt = 8192
     """Longest packed sequence of a microbatch, in tokens."""
     teacher_store_gb: NonNegativeFloat = 4.0

@@ -162,6 +162,11 @@ class Config:
         return self.environment.name != "none"
 
     @property
+    def contexts_per_sample(self) -> int:
+        """The most contexts that a step trains of a sample: those of each turn, and those that the method adds."""
+        return self.environment.max_turns * self.needs.contexts_per_sample
+
+    @property
     def joins_turns(self) -> bool:
         """Whether an episode is one sequence of tokens, which sampling continues and training reads once."""
         return bool(self.environment.limits.get("one_sequence", False))

@@ -7,6 +7,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
@@ -30,6 +33,7 @@ from megatron_selfdistill.instruments.plan.step_time import StepPart, backward_p
 from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
+from megatron_selfdistill.pipeline.configured_packing import most_responses, pair_order_of
 from megatron_selfdistill.teachers.teacher_directories import (
     TeacherCopy,
     about_architecture,
@@ -143,7 +147,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         for i, stage in enumerate(built)
     ]
     student = PlannedModel(transformer, built)
-    step = PlannedStep.of(config, num_gpus, max_length, seq_length)
+    step = PlannedStep.of(config, num_gpus, transformer, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
         response_tokens=step.response_tokens,
@@ -249,19 +253,16 @@ class PlannedStep:
     """The largest number of student microbatches, of one chunk each, whose activations each stage holds."""
 
     @classmethod
-    def of(cls, config: Config, num_gpus: int, max_length: int, seq_length: int) -> PlannedStep:
+    def of(
+        cls, config: Config, num_gpus: int, transformer: TransformerConfig, max_length: int, seq_length: int
+    ) -> PlannedStep:
         """Return the step with contexts of ``max_length`` tokens, packed into sequences of ``seq_length`` tokens."""
         p = config.parallel
         pp_size = p.pipeline_model_parallel_size
         dp_size = num_gpus // (p.tensor_model_parallel_size * p.context_parallel_size * pp_size)
-        # A log has one reply per turn; a reply may fill its context.
-        num_samples, longest = (
-            (1, max_length) if config.logged else (config.rollout.num_samples, config.rollout.max_new_tokens)
-        )
-        per_sample = config.environment.max_turns * config.needs.contexts_per_sample
-        contexts = math.ceil(config.data.global_batch_size / dp_size) * num_samples * per_sample
+        contexts, longest = most_responses(config, dp_size)
         num_microbatches = microbatches(config, contexts, seq_length // max_length)
-        pair_order = config.schedule.pair_order or ("teacher_first" if pp_size > 1 else "alternating")
+        pair_order = pair_order_of(config, dp_size, transformer, planned_controls(config))
         num_student, num_teacher = num_microbatches
         passes = num_teacher + num_student * config.is_anchored  # a reference reads each student microbatch
         num_chunks = p.virtual_pipeline_model_parallel_size or 1

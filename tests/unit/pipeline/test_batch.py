@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 
+from megatron_selfdistill.config import load
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
@@ -23,6 +24,7 @@ from megatron_selfdistill.pipeline.batch import (
     counts_by_budget,
     pack_everywhere,
 )
+from megatron_selfdistill.pipeline.configured_packing import pair_order_of
 from megatron_selfdistill.pipeline.placement import placed, placement_everywhere
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
@@ -52,6 +54,49 @@ def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_len
     assert min(one[1:3]) > 1, "there must be several microbatches to differ in"
     for share, (*_, tokens) in zip(shares, (one, other), strict=True):
         assert tokens.tolist() == [token for i in share for token in layouts.contexts()[i].response]
+
+
+LENGTHS = {  # tokens of 16 students and of their teachers -> microbatches of 8192 tokens by themselves, and paired
+    (512, 768): ((1, 2), (2, 2)),  # a hint as long as half of a response
+    (1280, 2304): ((3, 6), (6, 6)),  # a hint as long as a response of 1024 tokens
+    (1280, 4352): ((3, 16), (16, 16)),
+    (2048, 2048): ((4, 4), (4, 4)),  # no hint
+}
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_a_teacher_that_comes_first_leaves_no_microbatch_of_the_student_half_empty(tokens):
+    lengths = [[length] * 16 for length in tokens]
+    found = (tuple(map(len, planned_sequences(*lengths, 8192, paired=paired))) for paired in (False, True))
+    assert tuple(found) == LENGTHS[tokens]
+
+
+def test_a_teacher_that_comes_first_never_takes_more_microbatches():
+    for seed in range(300):
+        rng = random.Random(seed)
+        student = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
+        teacher = [length + rng.randint(0, 40) for length in student]
+        alone, paired = (planned_sequences(student, teacher, 100, paired=paired) for paired in (False, True))
+        assert all(len(one) <= len(other) for one, other in zip(alone, paired, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("store_gb", "changes", "num_controls", "overrides", "order"),
+    [
+        (0.125, {}, 0, [], "teacher_first"),  # 16 x 1024 tokens x 1024 values of teacher and reference in float32
+        (0.124, {}, 0, [], "alternating"),
+        (0.124, {}, 0, ["target.anchor=student"], "teacher_first"),
+        (0.125, {}, 1, [], "alternating"),
+        (0.124, {"tensor_model_parallel_size": 2}, 0, [], "teacher_first"),
+        (0.0, {"pipeline_model_parallel_size": 2}, 0, [], "teacher_first"),
+        (4.0, {}, 0, ["schedule.pair_order=alternating"], "alternating"),
+    ],
+)
+def test_the_teacher_comes_first_where_its_states_fit(store_gb, changes, num_controls, overrides, order):
+    sizes = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    model = SimpleNamespace(hidden_size=1024, params_dtype=torch.float32, **(sizes | changes))
+    keys = [f"schedule.teacher_store_gb={store_gb}", "data.global_batch_size=32", "rollout.max_new_tokens=1024"]
+    assert pair_order_of(load([*keys, *overrides]), 2, model, num_controls) == order
 
 
 @pytest.mark.parametrize("with_reference", [False, True])

@@ -97,7 +97,10 @@ SERVER = ["rollout.placement=server", "rollout.num_servers=1", "rollout.server_p
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
+        (
+            ["cluster.gpu_memory_gb=40", "schedule.pair_order=alternating"],
+            "while sampling (KV cache 16.0 and engine weights 15.3)",
+        ),
         (["schedule.max_tokens=65536"], "while training (activations"),
         ([*SERVER, "cluster.gpu_memory_gb=19"], "a GPU of a rollout server would hold 15.3 GiB of weights"),
         (
