@@ -18,6 +18,7 @@ from megatron_selfdistill.config.schema.whole_config import Config
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
 PARTS = [part for part in sections().values() if issubclass(part, Part)]
+"""The classes of all sections that are no settings of a method."""
 RULES: dict[str, str] = {
     **dict.fromkeys(("run_dir", "num_steps", "dry_run", "method.refresh_every"), FREE),
     # Bound if the run trains on verdicts, otherwise free.

@@ -58,11 +58,8 @@ def training_player(config: Config, given: GivenSolutions, grid: RankGrid, phase
         "has_teacher": config.has_teacher,
     }
     with raise_on_all_ranks(ConfigError):
-        variable = wanted.options.get("api_key_env")
-        require(
-            variable is None or bool(os.environ.get(variable)),
-            f"environment.options.api_key_env={variable}: the environment variable {variable} is not set: export it",
-        )
+        key = wanted.options.get("api_key_env")
+        require(not key or bool(os.environ.get(key)), f"environment.options.api_key_env: {key} is not set: export it")
         make = function_named("environment.name", wanted.name, BUILT_IN)
         with user_code(f"environment.name={wanted.name}", ConfigError):
             if has_sessions(make):

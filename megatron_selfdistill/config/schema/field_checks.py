@@ -59,7 +59,7 @@ class Part:
     def __init_subclass__(cls, section: str, free: str = "", fixed: str = "") -> None:
         """Remember the name of the ``section``, with which its keys begin; in ``free``, ``*`` stands for all keys."""
         cls._section = section
-        cls.free, cls.fixed = ([f"{section}.{key}".removesuffix(".*") for key in x.split()] for x in (free, fixed))
+        cls.free, cls.fixed = ([f"{section}.{key}".removesuffix(".*") for key in it.split()] for it in (free, fixed))
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a value outside of its range."""

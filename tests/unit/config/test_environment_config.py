@@ -62,7 +62,7 @@ def test_a_class_that_is_missing_or_cannot_be_made_is_one_message_that_names_the
     cases = {
         "environment.name=no_such_module.Counter": "no_such_module cannot be imported",
         "environment.name=replying.NOT_CALLABLE": "which is a str",
-        "environment.options={api_key_env: LAB_UNSET}": "the environment variable LAB_UNSET is not set: export it",
+        "environment.options={api_key_env: LAB_UNSET}": "options.api_key_env: LAB_UNSET is not set: export it",
         "environment.options={rol: tool}": "environment.name=replying.Replying failed with TypeError: ",
     }
     for override, words in cases.items():
