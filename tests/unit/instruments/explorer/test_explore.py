@@ -208,10 +208,11 @@ def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(
         grid=SimpleNamespace(dp_rank=0),
         teachers=SimpleNamespace(seen_hint=seen_hint),
         run_data=SimpleNamespace(vocab_size=9),
+        config=configuration.Config(),
+        target_of=lambda teacher: None,
         measure=lambda contexts, **options: None,
     )
     contexts = [ContextPair(name, [1], [2], [3], False, teacher=name) for name in teachers]
     batch: Any = SimpleNamespace(contexts=contexts, solutions=["unseen", "seen"], teacher="")
-    monkeypatch.setattr(explored, "_token_target", lambda *_: SimpleNamespace(summarise=None))
     monkeypatch.setattr(explored, "explored_responses", lambda output, shown, texts, *_: texts)
     assert explored.explored_of(learner, batch, 2) == ["", "seen"]
