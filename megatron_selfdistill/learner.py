@@ -122,15 +122,15 @@ class Learner:
         teacher: str = "",
         contexts: Sequence[ContextPair] = (),
         *,
-        measure_teacher: bool = True,
+        measure_every: int | None = 1,
         partial_batch: PartialBatch | None = None,
     ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
         ``partial_batch``: the place of the batch in a step of several partial batches, whose gradients are added; None
-        is the whole step. ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference
-        include the numbers of the teacher and cost a projection of teacher and reference; without a reference the
-        statistics always include the teacher.  ``teacher``: the name of the teacher of all contexts, see
+        is the whole step.  ``measure_every``: n, where the step takes the `TokenMeasures` of one token in n, which with
+        a reference include the numbers of the teacher and cost a projection of both; None takes none.  Without a
+        reference the statistics always include the teacher.  ``teacher``: the name of the teacher of all contexts, see
         `Teachers`.  ``contexts``: those in ``packed``.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
@@ -144,7 +144,7 @@ class Learner:
             options: dict[str, Any] = {"token_coefficients": token_coefficients, "partial_batch": partial_batch}
             if not self.config.has_teacher:
                 return self.run_schedule(packed, None, next_token, **options)
-            measurement = self._measurement(teacher) if measure_teacher else None
+            measurement = None if measure_every is None else self._measurement(teacher, every=measure_every)
             return self._self_distillation(packed, contexts, teacher, measurement=measurement, **options)
         except schedule.NoResponseTokens:
             if is_first:
@@ -230,9 +230,9 @@ class Learner:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
         return self.teachers.target(self.target, teacher) if teacher else self.target
 
-    def _measurement(self, teacher: str, summarise: Callable[..., Tensor] | None = None) -> TokenMeasurement:
+    def _measurement(self, teacher: str, summarise: Any = None, every: int = 1) -> TokenMeasurement:
         loss = self.config.loss
-        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise)
+        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise, every)
 
     def run_schedule(
         self,

@@ -22,7 +22,7 @@ from megatron_selfdistill.checkpoint.run_directory import RunDirectory
 from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
-from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, teacher_due
+from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, tokens_measured
 from megatron_selfdistill.data.controls import with_decided_anchor
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.run_data import RunData
@@ -172,7 +172,7 @@ class Trainer:
         Raises: `RunUnhealthy` where this check fails.
         """
         output, part = None, partial_batch_of(batch, earlier)
-        due, tolerance = teacher_due(self.config, self.step + 1), self.config.guards.start.identity_tolerance
+        every, tolerance = tokens_measured(self.config, self.step + 1), self.config.guards.start.identity_tolerance
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
@@ -182,7 +182,7 @@ class Trainer:
             if is_first and self.config.has_teacher and tolerance is not None:
                 check_identity(identity_loss(self.learner, batch.contexts), tolerance)
             output = self.learner.forward_backward(
-                packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_teacher=due, partial_batch=part
+                packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_every=every, partial_batch=part
             )
         return AccumulatedBatch(batch, packed, output)
 

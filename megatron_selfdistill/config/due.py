@@ -34,6 +34,12 @@ def samples_due(config: Config, step: int) -> bool:
     return config.metrics.show_samples > 0 and (step == 1 or step % config.metrics.show_samples_every == 0)
 
 
-def teacher_due(config: Config, step: int) -> bool:
-    """Return whether ``step`` measures the teacher alone."""
-    return step == 1 or step % config.metrics.teacher_every == 0 or samples_due(config, step)
+def tokens_measured(config: Config, step: int) -> int | None:
+    """Return n where ``step`` measures the teacher alone at one token in n; None where it does not measure.
+
+    Samples need the numbers of all their tokens.
+    """
+    if samples_due(config, step):
+        return 1
+    due = step == 1 or step % config.metrics.teacher_every == 0
+    return config.metrics.measure_every_token if due else None

@@ -36,15 +36,15 @@ def coefficient_values(coefficients: Coefficients, weight_cap: float) -> dict[st
 
 def measured_values(measures: TokenMeasures) -> dict[str, Tensor]:
     """Return the summands [R] float64 of what a target asks for, with the counts of the tokens that have them."""
-    student, reference = measures.mass_on_rare_student, measures.mass_on_rare_reference
-    values = {"with_measures": torch.ones_like(student), "target/mass_on_rare_student": student}
+    one, reference = measures.measured.double(), measures.mass_on_rare_reference
+    values = {"with_measures": one, "target/mass_on_rare_student": measures.mass_on_rare_student}
     if reference is not None:
-        values |= {"with_reference": torch.ones_like(reference), "target/mass_on_rare_reference": reference}
+        values |= {"with_reference": one, "target/mass_on_rare_reference": reference}
     if measures.kl_to_anchor is not None:
         of_target, of_teacher = measures.kl_to_anchor.unbind(1)
-        values |= {"with_kl": torch.ones_like(student), "teacher/kl_to_anchor": of_teacher}
+        values |= {"with_kl": one, "teacher/kl_to_anchor": of_teacher}
         values |= {"kl_to_anchor": of_teacher, "target/let_through": of_target}
     if measures.kl_of_control is not None:
         general, specific = measures.kl_of_control.unbind(1)
-        values |= {"with_control": torch.ones_like(student), "control/general": general, "control/specific": specific}
+        values |= {"with_control": one, "control/general": general, "control/specific": specific}
     return values

@@ -112,7 +112,7 @@ def step_metrics(
     by_key: dict[str, Tensor] = {}
     worst: Tensor | None = None
     if stats is not None:
-        by_key = token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
+        by_key = token_values(output, sampler_log_probs)
         if output.measures is not None:
             by_key |= measured_values(output.measures)
         if forks is not None:
@@ -243,10 +243,10 @@ def holds_tokens(grid: RankGrid) -> bool:
     return grid.is_last_stage and grid.tp_rank == 0
 
 
-def token_values(
-    stats: TokenStats, ids: Tensor, sampler_log_probs: Tensor | None, measures_teacher: bool
-) -> dict[str, Tensor]:
-    """Return the summands of `_SUMS`, [R] float64 each, without the numbers that this loss does not have."""
+def token_values(output: StepOutput, sampler_log_probs: Tensor | None) -> dict[str, Tensor]:
+    """Return the summands of `_SUMS`, [R] float64 each, without the numbers that the loss of the step does not have."""
+    stats, ids = output.stats, output.response_ids
+    assert stats is not None, "only a rank with tokens has their values"
     student_log_prob = stats.student_log_prob.double()
     one = torch.ones_like(student_log_prob)
     values = {"tokens/response": one, "loss/mean": stats.loss.double(), "student_nll": -student_log_prob}
@@ -260,9 +260,10 @@ def token_values(
             "entropy/target_minus_student": target_entropy - student_entropy,
             "k/mean": 1 / stats.beta.double(),
         }
-        if measures_teacher:
+        if output.measures_teacher:
+            measures = output.measures
             values |= {
-                "measured": one,
+                "measured": one if measures is None or not measures.has_teacher else measures.measured.double(),
                 "entropy/teacher": stats.teacher_entropy.double(),
                 "top1_agreement": stats.top1_agreement.double(),
                 "teacher_cross_entropy": -stats.teacher_log_prob.double(),

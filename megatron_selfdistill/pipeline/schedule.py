@@ -15,7 +15,6 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,7 +58,7 @@ from megatron_selfdistill.pipeline.token_losses import (
     TokenCoefficients,
     TokenLoss,
 )
-from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
+from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnStates, TokenMeasurement, TokenMeasures
 
 CONTROL_ROWS = 2048
 """The largest number of rows of the controls' logits that exist at a time where the loss takes all logits at once."""
@@ -513,8 +512,9 @@ class ScheduledStep:
         positions, tokens, measuring = microbatch.positions, microbatch.response_tokens, None
         weights = None if self.teacher is None else self.teacher.token_weights(microbatch.response_ids)
         if self.measurement is not None:
-            own_logits = partial(self._own_logits, kept)
-            measuring = MeasuringObserver(self.measurement, self.vocab, tokens, own_logits, weights)
+            of_models = self._teacher_logits, self._reference_logits, self._subtract_controls
+            own = OwnStates(kept.teacher, kept.reference, kept.controls, *of_models)
+            measuring = MeasuringObserver(self.measurement, self.vocab, tokens, own.logits, weights)
         options = TokenOptions(reference_entropy=kept.reference_entropy, teacher_weights=weights, observe=measuring)
         states, apart, controls = kept.of_teacher_logits, kept.unmixed_reference, kept.controls
         share = 0.0 if self.reference is None else self.reference.target.reference_share
@@ -546,21 +546,6 @@ class ScheduledStep:
             return stats
         self.measures.append(TokenMeasures.concatenate(measuring.parts))
         return self.measures[-1].with_teacher(stats)
-
-    def _own_logits(self, kept: KeptStates, tokens: slice) -> OwnLogits:
-        """Return the logits of teacher and reference of some of the tokens, where the step measures them."""
-        if kept.reference is None and kept.controls is None:
-            return OwnLogits()
-        assert kept.teacher is not None, "a step that measures keeps the states of both"
-        reference = None
-        if kept.reference is not None:
-            reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
-        teacher, control = self._teacher_logits(kept.teacher[tokens]), None
-        if kept.controls is not None:
-            contrast = teacher.clone()
-            self._subtract_controls(contrast, kept.controls[:, tokens])
-            control = (teacher.float() - contrast).masked_fill(torch.isneginf(teacher), -torch.inf)
-        return OwnLogits(teacher, reference, control)
 
     @torch.no_grad()
     def _teacher_logits(
@@ -597,6 +582,9 @@ class ScheduledStep:
         """Return the teacher's logits [R, v / tp] of its ``states [R, h / tp]``."""
         teacher, full = self._teacher_output, self._kept.at_full_width(states)
         return full.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, full)
+
+    def _reference_logits(self, states: Tensor) -> Tensor:
+        return project(self._reference_model, self._kept.at_full_width(states))
 
     @property
     def _teacher_output(self) -> GPTModel | Tensor:
@@ -681,7 +669,7 @@ class ScheduledStep:
         measures = TokenMeasures.concatenate(self.measures) if self.measures else None
         anchor_entropy: Tensor | None = stats.wanted_entropy
         if self.reference is not None and not self.reference.target.needs_reference_entropy:
-            anchor_entropy = None if measures is None else measures.reference_entropy
+            anchor_entropy = None if measures is None else measures.anchor_entropy
         return StepOutput(
             num_response_tokens=num_response_tokens,
             response_ids=torch.cat(self.ids),

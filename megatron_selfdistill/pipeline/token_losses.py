@@ -113,6 +113,7 @@ class StepOutput:
     measures: TokenMeasures | None = None
     """Further measures of the R tokens; None without a `TokenMeasurement`, and on the other stages."""
     anchor_entropy: Tensor | None = None
-    """Entropy [R] in nats of the target's anchor, student or reference; None if it is unknown."""
+    """Entropy [R] in nats of the target's anchor, student or reference, -inf where it is not measured; None if it is
+    unknown."""
     accumulated: Accumulated | None = None
     """The gradients of the step up to this output; None if the output is not that of a call of the schedule."""

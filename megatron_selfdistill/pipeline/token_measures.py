@@ -39,9 +39,39 @@ class OwnLogits(NamedTuple):
 
 
 @dataclass(frozen=True)
+class OwnStates:
+    """The states ``[R, h / tp]`` of the models that a target with a reference or controls mixes."""
+
+    teacher: Tensor | None
+    reference: Tensor | None
+    controls: Tensor | None
+    """The states ``[K, R, h / tp]`` of the controls."""
+    of_teacher: Callable[[Tensor], Tensor]
+    of_reference: Callable[[Tensor], Tensor]
+    """The functions that return the logits ``[R, v / tp]`` of such states."""
+    subtract_controls: Callable[[Tensor, Tensor], None]
+    """The function that replaces the teacher's logits by t - c, of logits and the states of the controls."""
+
+    def logits(self, tokens: slice) -> OwnLogits:
+        """Return the logits of some of the tokens; those of a target that mixes no other models are none."""
+        if self.reference is None and self.controls is None:
+            return OwnLogits()
+        assert self.teacher is not None, "a step that measures keeps the states of both"
+        reference = None if self.reference is None else self.of_reference(self.reference[tokens])
+        teacher, control = self.of_teacher(self.teacher[tokens]), None
+        if self.controls is not None:
+            contrast = teacher.clone()
+            self.subtract_controls(contrast, self.controls[:, tokens])
+            control = (teacher.float() - contrast).masked_fill(torch.isneginf(teacher), -torch.inf)
+        return OwnLogits(teacher, reference, control)
+
+
+@dataclass(frozen=True)
 class TokenMeasures:
     """The measures of R response tokens, [R] each if not stated, equal on all tensor-parallel ranks."""
 
+    measured: Tensor
+    """Whether a token is measured, bool; the other fields are 0 at a token that is not."""
     mass_on_rare_student: Tensor
     """The target's mass on tokens that are rare for the student, see `TargetMeasures`; float64."""
     mass_on_rare_reference: Tensor | None = None
@@ -70,10 +100,27 @@ class TokenMeasures:
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return cls(*joined)
 
+    def spread(self, num_tokens: int, places: slice) -> TokenMeasures:
+        """Return the measures of ``num_tokens`` tokens, of which those at ``places`` are measured."""
+
+        def at_places(values: Tensor) -> Tensor:
+            spread = values.new_zeros(num_tokens, *values.shape[1:])
+            spread[places] = values
+            return spread
+
+        known = {name: at_places(values) for name, values in vars(self).items() if values is not None}
+        return replace(self, **known)
+
     @property
     def has_teacher(self) -> bool:
         """Whether the numbers that describe the teacher are measured."""
         return self.teacher_entropy is not None
+
+    @property
+    def anchor_entropy(self) -> Tensor | None:
+        """The ``reference_entropy``, -inf at tokens that are not measured."""
+        entropy = self.reference_entropy
+        return None if entropy is None else entropy.masked_fill(~self.measured, -torch.inf)
 
     def with_teacher(self, stats: TokenStats) -> TokenStats:
         """Return ``stats`` with the numbers that describe the teacher, where they are measured."""
@@ -94,6 +141,8 @@ class TokenMeasurement:
     """The backend that computes the entropy of the reference and the numbers of the teacher."""
     summarise: Callable[[Sequence[Tensor], VocabShard], Tensor] | None = None
     """The function that returns rows [n, F] from the logits of student, teacher and, where there is one, reference."""
+    every: int = 1
+    """The step from one measured token to the next; 1 measures all tokens."""
 
 
 @dataclass
@@ -120,14 +169,18 @@ class MeasuringObserver:
         Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `target_measures`,
         `vocab_entropy`, `distillation_loss` and `TokenMeasurement.summarise`.
         """
-        length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
+        every = self.measurement.every
+        length = every * max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
         start = tokens.start
         for student, teacher, beta in zip(
             student_logits.split(length), teacher_logits.split(length), stats.beta.split(length), strict=True
         ):
-            part = slice(start, start + len(beta))
-            self.parts.append(self._measures(part, student, teacher, beta))
-            start = part.stop
+            first, number = -start % every, len(beta)  # the places among all R tokens do not depend on the chunks
+            places = slice(first, number, every)
+            part = slice(min(start + first, start + number), start + number, every)
+            found = self._measures(part, student[places], teacher[places], beta[places])
+            self.parts.append(found if every == 1 else found.spread(number, places))
+            start += number
 
     def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
         """Return the measures of a slice of the R tokens."""
@@ -165,6 +218,7 @@ class MeasuringObserver:
         models = [student_logits, *(logits for logits in of_others if logits is not None)]
         summarise = self.measurement.summarise
         return TokenMeasures(
+            measured=torch.ones_like(beta, dtype=torch.bool),
             mass_on_rare_student=masses[:, 0],
             mass_on_rare_reference=of_reference,
             kl_to_anchor=kl_to_anchor,

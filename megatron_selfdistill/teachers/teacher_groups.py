@@ -127,7 +127,7 @@ def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -
     sums = torch.zeros(len(names), len(keys), dtype=torch.float64, device=grid.device)
     for name, output in outputs:
         if output.stats is not None and holds_tokens(grid):
-            values = token_values(output.stats, output.response_ids, None, output.measures_teacher)
+            values = token_values(output, None)
             for place, key in enumerate(keys):
                 sums[names.index(name), place] += values[key].sum() if key in values else 0.0
     totals, _ = over_all_ranks(sums.flatten(), sums.new_full((1,), -math.inf), grid)

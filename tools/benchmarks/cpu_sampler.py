@@ -154,7 +154,7 @@ class Bench:
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5)
 
         def step() -> None:
-            output = self.learner.forward_backward(self.learner.pack(contexts), measure_teacher=False)
+            output = self.learner.forward_backward(self.learner.pack(contexts), measure_every=None)
             step_metrics(output, None, self.learner.grid)
             self.learner.apply_gradients(self.learner.gradient_norm())
 

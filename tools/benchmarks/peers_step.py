@@ -169,7 +169,7 @@ def our_steps(hf: Path, megatron: Path, problems: Problems, vocab_size: int, new
             ]
             packed = learner.pack(contexts)
             with timed_parts(clock), clock("backward"):
-                output = learner.forward_backward(packed, measure_teacher=False)
+                output = learner.forward_backward(packed, measure_every=None)
             step_metrics(output, None, learner.grid)
             with clock("optimizer"):
                 learner.apply_gradients(learner.gradient_norm())

@@ -27,6 +27,7 @@ from megatron_selfdistill.metrics.batch_entropies import batch_entropies
 from megatron_selfdistill.metrics.first_checks import first_step_lines, largest_change
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import K_RESOLUTION, rollout_metrics, step_metrics
+from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.teachers.teacher_groups import teacher_metrics
@@ -323,6 +324,24 @@ def test_a_step_that_does_not_measure_the_teacher_has_no_metric_of_the_teacher()
     unmeasured = step_metrics(output, None, ONE_RANK)
     assert measured.keys() - unmeasured.keys() == {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
     assert all(measured[key] == value for key, value in unmeasured.items())
+
+
+def test_the_means_of_measures_are_those_of_the_measured_tokens():
+    output, places = output_of(all_rows()), slice(0, None, 4)
+    rare, divergences = torch.rand(2, NUM_TOKENS, 2, dtype=torch.float64)
+    entropy, same = torch.rand(NUM_TOKENS), torch.arange(NUM_TOKENS) % 8 == 0
+    known = {"teacher_entropy": entropy, "teacher_log_prob": -entropy, "top1_agreement": same}
+    measures = TokenMeasures(torch.ones_like(same), *rare.unbind(1), divergences, **known)
+    chosen = {name: None if values is None else values[places] for name, values in vars(measures).items()}
+    output.measures = TokenMeasures(**chosen).spread(NUM_TOKENS, places)
+    output.stats = output.measures.with_teacher(output.stats)
+    found = step_metrics(output, None, ONE_RANK)
+    assert found["target/mass_on_rare_student"] == pytest.approx(rare[places, 0].mean().item(), rel=1e-12)
+    assert found["target/mass_on_rare_reference"] == pytest.approx(rare[places, 1].mean().item(), rel=1e-12)
+    assert found["teacher/kl_to_anchor"] == pytest.approx(divergences[places, 1].mean().item(), rel=1e-12)
+    assert found["entropy/teacher"] == pytest.approx(entropy[places].double().mean().item(), rel=1e-12)
+    assert found["top1_agreement"] == pytest.approx(0.5, abs=0.5 / len(rare[places]))
+    assert found["loss/mean"] == pytest.approx(all_rows().loss.double().mean().item(), rel=1e-12)
 
 
 def test_a_loss_without_target_reports_only_itself():

@@ -57,7 +57,7 @@ def output_of_rank(rank: int = 0, num_replicas: int = 1, cp_rank: int = 0, cp_si
         response_ids=ids,
         coefficients=None,
         measures_teacher=True,
-        measures=TokenMeasures(*masses[:2, tokens], reference_entropy=None),
+        measures=TokenMeasures(torch.ones(len(tokens), dtype=torch.bool), *masses[:2, tokens]),
         anchor_entropy=masses[2, tokens] * stats.student_entropy[tokens],
     )
     return output, [len(span) for span in spans]

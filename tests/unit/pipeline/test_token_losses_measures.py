@@ -22,7 +22,8 @@ TARGETS = {
     "reference, the student's entropy": Target(anchor="reference", match="student"),
 }
 
-DTYPES = {"teacher_entropy": torch.float32, "teacher_log_prob": torch.float32, "top1_agreement": torch.bool}
+DTYPES = {"measured": torch.bool, "top1_agreement": torch.bool}
+DTYPES |= dict.fromkeys(("teacher_entropy", "teacher_log_prob"), torch.float32)
 
 
 def random_logits(num_tokens: int) -> Tensor:
@@ -39,7 +40,11 @@ def loss_of(logits: Tensor, target: Target, wanted: Tensor | None = None) -> Tok
 
 
 def measures(
-    target: Target, chunk_tokens: int, num_tokens: int = NUM_TOKENS, of_loss: Sequence[int] | None = None
+    target: Target,
+    chunk_tokens: int,
+    num_tokens: int = NUM_TOKENS,
+    of_loss: Sequence[int] | None = None,
+    every: int = 1,
 ) -> tuple[TokenMeasures, list[int]]:
     """Return the measures of random logits, and the numbers of tokens of the chunks.
 
@@ -52,7 +57,8 @@ def measures(
         return OwnLogits(logits[3, tokens], logits[2, tokens]) if target.is_anchored else OwnLogits()
 
     wanted = vocab_entropy(logits[2], VOCAB) if target.needs_reference_entropy else None
-    observe = MeasuringObserver(TokenMeasurement(target, chunk_tokens), VOCAB, torch.arange(num_tokens), own_logits)
+    measurement = TokenMeasurement(target, chunk_tokens, every=every)
+    observe = MeasuringObserver(measurement, VOCAB, torch.arange(num_tokens), own_logits)
     start = 0
     for length in of_loss or [num_tokens]:
         tokens = slice(start, start + length)
@@ -105,6 +111,21 @@ def test_the_references_entropy_is_measured_where_the_loss_does_not_take_it():
     reference = random_logits(NUM_TOKENS)[2, :, :90]
     expected = entropy(reference.double().log_softmax(-1))
     torch.testing.assert_close(found["reference, the student's entropy"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("of_loss", [None, [9, 0, 1, 13]])
+@pytest.mark.parametrize("every", [2, 4, 8, 30])
+@pytest.mark.parametrize("name", TARGETS)
+def test_one_token_in_several_has_the_measures_that_all_tokens_have(name, every, of_loss):
+    whole, _ = measures(TARGETS[name], 7)
+    some, chunks = measures(TARGETS[name], 3, of_loss=of_loss, every=every)
+    assert sum(chunks) == len(range(0, NUM_TOKENS, every)) and max(chunks) <= 3
+    assert some.measured.nonzero().flatten().tolist() == list(range(0, NUM_TOKENS, every))
+    for field, values in vars(whole).items():
+        if values is not None:
+            found = getattr(some, field)
+            torch.testing.assert_close(found[::every], values[::every], rtol=1e-6, atol=1e-9)
+            assert found.dtype == values.dtype and not found[~some.measured].any()
 
 
 @pytest.mark.parametrize("name", TARGETS)
