@@ -12,8 +12,8 @@ within one round.  On a CPU the script compares the processor's time, which depe
     controls     with --controls: targets without a reference, for which the teacher reads each response once more after
                  the hint of each of K other problems (target.control=other)
     own weights  a reference beside a teacher that is not frozen (teacher.weights=ema), projected separately
-    measured     a step that is measured (metrics.teacher_every): the mass on rare tokens, and with a reference the
-                 teacher's own metrics, which the loss does not see
+    measured     a step that is measured (metrics.teacher_every) at one token in --every: the mass on rare tokens, and
+                 with a reference the teacher's own metrics, which the loss does not see
     forwards     forward passes of the model per problem: student, teacher with its controls, and reference
     products     products of the output layer with the vocabulary per response token, forward + backward; the
                  backward pass of a fused layer with --fused low_memory makes its logits again
@@ -200,6 +200,7 @@ class _Bench:
     vocab: Any
     batches: Mapping[int, Any]
     losses: Mapping[Target, Any]
+    every: int
 
     @classmethod
     def build(cls, arguments: argparse.Namespace, cases: Sequence[Case]) -> _Bench:
@@ -237,6 +238,7 @@ class _Bench:
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, None),
             batches={number: random_batch(arguments, number) for number in {case.num_controls for case in cases}},
             losses={case.target: loss_of(case.target) for case in cases},
+            every=arguments.every,
         )
 
     def step(self, case: Case) -> None:
@@ -258,7 +260,7 @@ class _Bench:
             self.grid,
             self.vocab,
             reference=reference,
-            measurement=TokenMeasurement(case.target) if case.measured else None,
+            measurement=TokenMeasurement(case.target, every=self.every) if case.measured else None,
         )
 
     def seconds(self, case: Case) -> float:
@@ -341,7 +343,7 @@ def _table(
 
 def _parser() -> argparse.ArgumentParser:
     sizes = {"problems": 8, "prompt": 64, "hint": 64, "response": 128, "tokens": 1024, "layers": 4, "hidden": 256}
-    sizes |= {"head-size": 64, "vocab": 8192, "chunk": 4096, "repeats": 5, "threads": 1}
+    sizes |= {"head-size": 64, "vocab": 8192, "chunk": 4096, "every": 8, "repeats": 5, "threads": 1}
     sizes |= {"rows": 512, "width": 1024, "columns": 8192}  # of the table of errors
     parser = measuring_parser(__doc__, sizes)
     modes = ("none", "keep_gradient", "low_memory")
