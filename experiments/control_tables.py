@@ -23,6 +23,7 @@ LABELS = {
     "w050": "controls, K = 4, w = .5",
     "w150": "controls, K = 4, w = 1.5",
     "reference": "controls, K = 4, anchored",
+    "share_0.1_k1": "controls, K = 1, l = .1",
     "share_0.1": "controls, K = 2, l = .1",
     "share_0.2": "controls, K = 2, l = .2",
 }
