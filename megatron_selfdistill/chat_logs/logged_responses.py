@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts
 from megatron_selfdistill.config import Config
@@ -26,7 +27,7 @@ from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.terminal import visible
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.loss.weighting import LikelyTurns
+from megatron_selfdistill.loss.weighting import Coefficients, TokenOwners
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import over_all_ranks, step_metrics
 from megatron_selfdistill.pipeline.score import over_last_stage
@@ -266,3 +267,44 @@ def list_skipped(file: Path, messages: Iterable[str]) -> None:
     new = [message for message in shown if message not in have]
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(f"{message}\n" for message in new)
+
+
+@dataclass(frozen=True)
+class LikelyTurns:
+    """Weights that are equal within a logged turn: 1 where the student could have generated the turn, else smaller.
+
+    m is the mean log p per token of a turn under the student at temperature 1, from the forward pass of the step
+    itself: it needs no further pass and uses the current weights.
+    The weight is 1 where m >= ``min_log_prob``, else ``weight(m - min_log_prob)``.
+    The weights of other tokens and the number of tokens that divides the loss do not change: a skipped turn makes the
+    step smaller and the other turns no larger.
+    """
+
+    owners: TokenOwners
+    """The turn of each token."""
+    min_log_prob: float
+    """The smallest mean log p of a turn with weight 1, in nats per token."""
+    weight: Callable[[Tensor], Tensor]
+    """The weight as a function of m - min_log_prob < 0: `dropped` or `down_weighted`."""
+
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the weight [R] of every response token as the coefficient of its divergence.
+
+        student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
+        tokens.
+        Collectives: those of `TokenOwners.means`.
+        """
+        with torch.no_grad():
+            excess = self.owners.means(student_log_prob, response_ids) - self.min_log_prob
+            weights = torch.where(excess < 0, self.weight(excess), torch.ones_like(excess))
+            return Coefficients(weights.to(student_log_prob))
+
+
+def dropped(excess: Tensor) -> Tensor:
+    """Return a weight of 0 for every turn."""
+    return torch.zeros_like(excess)
+
+
+def down_weighted(excess: Tensor) -> Tensor:
+    """Return exp(excess): the geometric mean of the tokens' probabilities, divided by the threshold's."""
+    return excess.exp()

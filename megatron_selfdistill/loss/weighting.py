@@ -140,47 +140,6 @@ class SequenceImportance:
 
 
 @dataclass(frozen=True)
-class LikelyTurns:
-    """Weights that are equal within a logged turn: 1 where the student could have generated the turn, else smaller.
-
-    m is the mean log p per token of a turn under the student at temperature 1, from the forward pass of the step
-    itself: it needs no further pass and uses the current weights.
-    The weight is 1 where m >= ``min_log_prob``, else ``weight(m - min_log_prob)``.
-    The weights of other tokens and the number of tokens that divides the loss do not change: a skipped turn makes the
-    step smaller and the other turns no larger.
-    """
-
-    owners: TokenOwners
-    """The turn of each token."""
-    min_log_prob: float
-    """The smallest mean log p of a turn with weight 1, in nats per token."""
-    weight: Callable[[Tensor], Tensor]
-    """The weight as a function of m - min_log_prob < 0: `dropped` or `down_weighted`."""
-
-    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
-        """Return the weight [R] of every response token as the coefficient of its divergence.
-
-        student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
-        tokens.
-        Collectives: those of `TokenOwners.means`.
-        """
-        with torch.no_grad():
-            excess = self.owners.means(student_log_prob, response_ids) - self.min_log_prob
-            weights = torch.where(excess < 0, self.weight(excess), torch.ones_like(excess))
-            return Coefficients(weights.to(student_log_prob))
-
-
-def dropped(excess: Tensor) -> Tensor:
-    """Return a weight of 0 for every turn."""
-    return torch.zeros_like(excess)
-
-
-def down_weighted(excess: Tensor) -> Tensor:
-    """Return exp(excess): the geometric mean of the tokens' probabilities, divided by the threshold's."""
-    return excess.exp()
-
-
-@dataclass(frozen=True)
 class SharedTokens:
     """Other coefficients, or none, times a factor per token: the share of one of several teachers."""
 

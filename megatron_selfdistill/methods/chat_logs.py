@@ -87,8 +87,9 @@ class ChatLogs(SelfDistillation):
         own, grid = self.settings, self.tools.grid
         if own.min_log_prob is None:
             return super().coefficients(step, rollouts, contexts)
+        from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped
         from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
-        from megatron_selfdistill.loss.weighting import LikelyTurns, TokenOwners, down_weighted, dropped
+        from megatron_selfdistill.loss.weighting import TokenOwners
         from megatron_selfdistill.pipeline.score import over_last_stage
 
         weight = {"drop": dropped, "down_weight": down_weighted}[own.unlikely]

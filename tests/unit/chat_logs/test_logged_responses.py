@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ from typing import Any
 
 import models
 import pytest
+import torch
 
 from megatron_selfdistill.chat_logs import logged_responses
+from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped
 from megatron_selfdistill.chat_logs.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.loss.weighting import TokenOwners
 
 NUM_TURNS, BATCH_SIZE, STEPS = 20, 6, 5
 LONG, BAD = {"3", "8", "11"}, {"5", "14"}
@@ -82,3 +86,31 @@ def test_a_byte_that_is_no_text_in_the_list_of_skipped_turns_stops_nothing(tmp_p
     path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
     logged_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
     assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\nlog.jsonl:4: too long\n"
+
+
+LENGTHS = [2, 3, 1]
+TURNS = torch.tensor([0, 0, 1, 1, 1, 2])
+LOG_PROBS = torch.tensor([-1.0, -3.0, -4.0, -2.0, -6.0, -9.0])  # means -2, -4, -9
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"), [(dropped, [1, 0, 0]), (down_weighted, [1, math.exp(-1), math.exp(-6)])]
+)
+def test_the_tokens_of_a_turn_share_the_weight_of_its_mean_log_prob(weight, expected):
+    weights = LikelyTurns(TokenOwners.of(LENGTHS, lambda sums: sums), -3.0, weight)
+    rows = torch.tensor([5, 0, 3, 1, 4, 2])  # rows are packed in another order than the responses
+    found = weights(LOG_PROBS[rows].requires_grad_(), rows).divergence
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32)[TURNS[rows]])
+    assert not found.requires_grad
+
+
+def test_a_turn_on_the_threshold_is_likely():
+    weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: sums), -2.0, dropped)
+    assert weights(LOG_PROBS[:2], torch.arange(2)).divergence.tolist() == [1, 1]
+
+
+def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
+    """This rank holds the first token of the turn; `over_ranks` returns the sums of all ranks."""
+    everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
+    weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: everyone), -1.5, dropped)
+    assert weights(LOG_PROBS[:1], torch.tensor([0])).divergence.tolist() == [0], "-1 alone would be likely"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The two terms of a token's loss, truncated importance weights, and weights of logged turns."""
+"""The two terms of a token's loss, and truncated importance weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_selfdistill.loss.weighting import (
-    Coefficients,
-    LikelyTurns,
-    SharedTokens,
-    TokenOwners,
-    TruncatedImportance,
-    down_weighted,
-    dropped,
-)
+from megatron_selfdistill.loss.weighting import Coefficients, SharedTokens, TruncatedImportance
 
 W = torch.tensor([0.0, 0.5, 2.0, 1.0], dtype=torch.float64)
 A = torch.tensor([-3.0, 0.0, 1.5, -0.25], dtype=torch.float64)
@@ -69,34 +61,6 @@ def test_weights_are_the_ratio_of_probabilities_up_to_the_cap_in_the_rows_order(
 def test_no_gradient_flows_through_a_weight():
     log_p = torch.tensor([-1.0], requires_grad=True)
     assert not TruncatedImportance(torch.tensor([-2.0]))(log_p, torch.tensor([0])).divergence.requires_grad
-
-
-LENGTHS = [2, 3, 1]
-TURNS = torch.tensor([0, 0, 1, 1, 1, 2])
-LOG_PROBS = torch.tensor([-1.0, -3.0, -4.0, -2.0, -6.0, -9.0])  # means -2, -4, -9
-
-
-@pytest.mark.parametrize(
-    ("weight", "expected"), [(dropped, [1, 0, 0]), (down_weighted, [1, math.exp(-1), math.exp(-6)])]
-)
-def test_the_tokens_of_a_turn_share_the_weight_of_its_mean_log_prob(weight, expected):
-    weights = LikelyTurns(TokenOwners.of(LENGTHS, lambda sums: sums), -3.0, weight)
-    rows = torch.tensor([5, 0, 3, 1, 4, 2])  # rows are packed in another order than the responses
-    found = weights(LOG_PROBS[rows].requires_grad_(), rows).divergence
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32)[TURNS[rows]])
-    assert not found.requires_grad
-
-
-def test_a_turn_on_the_threshold_is_likely():
-    weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: sums), -2.0, dropped)
-    assert weights(LOG_PROBS[:2], torch.arange(2)).divergence.tolist() == [1, 1]
-
-
-def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
-    """This rank holds the first token of the turn; `over_ranks` returns the sums of all ranks."""
-    everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
-    weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: everyone), -1.5, dropped)
-    assert weights(LOG_PROBS[:1], torch.tensor([0])).divergence.tolist() == [0], "-1 alone would be likely"
 
 
 def test_the_factor_of_a_token_multiplies_its_weight_in_the_rows_order():
