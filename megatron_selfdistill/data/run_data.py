@@ -184,12 +184,7 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
     data = config.data
     assert data.path is not None
     place = (data.path, data.split, data.subset, fields, data.on_bad_record, data.limit)
-    return RecordSource(*place, section="data", teachers=_record_teachers(config))
-
-
-def _record_teachers(config: Config) -> Any:
-    """Return what the key ``teachers`` says of the records; None without the key."""
-    return door("taught_records").TaughtRecords.of(config) if config.named_teachers else None
+    return RecordSource(*place, section="data", teachers=config.record_teachers)
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
@@ -296,7 +291,7 @@ def _fitting_problems(
     kept, num_shortened = [], 0
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
-    teachers = _record_teachers(config)
+    teachers = config.record_teachers
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
@@ -349,7 +344,7 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data, shown, teachers = config.data, config.shown_tools, _record_teachers(config)
+    data, shown, teachers = config.data, config.shown_tools, config.record_teachers
 
     def teacher_view(own: Mapping[str, Any]) -> PromptView:
         return _view(data, data.views.get("teacher", {}) | own, shown)

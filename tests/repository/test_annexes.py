@@ -38,7 +38,7 @@ NAMED = {
     "interop": (r"interop|door\(.hugging_face", 6),
     "kernels": ("(?i)triton", 4),
     "overlap": (r"\.ahead\b|\bahead:|at_update|door\(.overlap", 3),
-    "teachers": (r"named_teachers|config\.teachers|taught_records", 6),
+    "teachers": (r"named_teachers|config\.teachers|taught_records", 3),
 }
 """Annex -> what names its option in code, and the most files of the main house that do; a number may only fall."""
 
