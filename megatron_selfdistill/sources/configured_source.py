@@ -20,7 +20,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.rollout.base import RoleWeights, Sampler
+from megatron_selfdistill.rollout.base import RoleWeights, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.sources.given_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
@@ -83,7 +83,7 @@ def _method_tools(
         grid=grid,
         phases=phases,
         sampler=sampler,
-        sampling=sampling_params(config, run_data),
+        sampling=step_sampling(config, run_data),
         readers=models,
         judge=Judge(verifier, run_data.tokenizer, grid, None, pattern),
         given=given_solutions(config, run_data),
@@ -100,16 +100,27 @@ def configured_sampler(
 ) -> SyncedSampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
-    ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: as for
-    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any, builds the sampler.
+    ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: those of
+    teacher and reference, with which the sampler in process samples from the target.  If the responses come from a log,
+    the first evaluation, if there is any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
-    build = partial(make_sampler, config, run_data, chunks, grid, role_weights, phases.counted)
+    guides = config.rollout.samples_target
+    in_process = partial(door("guidance").guided_sampler(), role_weights=role_weights) if guides else None
+    build = partial(make_sampler, config, run_data, chunks, grid, phases.counted, in_process)
     kind = door("overlap").synced_sampler(config.rollout) if config.rollout.ahead else SyncedSampler
     sampler: SyncedSampler = kind(build, phases)
     if not config.logged:
         _ = sampler.inner  # built now
     return sampler
+
+
+def step_sampling(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
+    """Return the sampling parameters of the steps of a run; ``batch_k``: the k of a step under target.rule=batch."""
+    params = sampling_params(config, run_data)
+    if config.rollout.samples_target:
+        params = door("guidance").guided_params(params, config, batch_k, run_data.num_controls)
+    return params
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

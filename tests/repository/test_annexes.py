@@ -33,7 +33,7 @@ NAMED = {
     "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 7),
     "engines": ("(?i)vllm", 7),
     "environments": (r"\benvironments?\b(?! variable)", 4),
-    "guidance": ("guidance|[Gg]uided|guide_", 6),
+    "guidance": ("guidance|[Gg]uided|guide_", 3),
     "instruments": (r"instruments|door\(.(explorer|plan|report)", 3),
     "interop": (r"interop|door\(.hugging_face", 6),
     "kernels": ("(?i)triton", 4),
