@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -46,9 +47,7 @@ def configured_source(
         return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
-    player = None
-    if config.plays_episodes:
-        player = door("environments").training_player(config, tools.given, grid, phases)
+    player = door("environments").training_player(config, tools.given, grid, phases) if config.plays_episodes else None
     number = run_data.num_controls
     options = OnPolicyOptions(
         sampler=sampler,
@@ -135,6 +134,13 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
         return run_data
     read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
     return read
+
+
+def begun_list(run_data: RunData, run_dir: Path, *, anew: bool) -> list[str]:
+    """Begin the list of skipped records in ``run_dir``, and return lines about it; ``anew``: an earlier list goes."""
+    if not run_data.about_records:
+        return []
+    return list(door("logged_responses").begun_list(run_dir, run_data.skipped, anew=anew))
 
 
 def evaluation_player(

@@ -30,7 +30,7 @@ def test_every_door_opens(option):
 NAMED = {
     "adapters": ("(?i)adapter", 5),
     "architectures": (r"architectures\b", 4),
-    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 7),
+    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 4),
     "engines": ("(?i)vllm", 7),
     "environments": (r"\benvironments?\b(?! variable)", 4),
     "guidance": ("guidance|[Gg]uided|guide_", 3),

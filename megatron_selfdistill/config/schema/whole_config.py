@@ -146,6 +146,11 @@ class Config:
         return self.copies_reference or (self.is_anchored and (loads_teachers or is_shared))
 
     @property
+    def log_reader(self) -> Any:
+        """The function that reads the records as turns of a log; None if the records are problems."""
+        return None if self.data.kind == "problems" else door("chat_logs").read_log
+
+    @property
     def logged(self) -> bool:
         """Whether the responses are the replies of a log, so that no response is sampled."""
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
