@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import __version__
+from megatron_selfdistill.annexes import OPTIONAL_PACKAGES
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.commands.installation import installed_version
@@ -27,8 +28,6 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
 from megatron_selfdistill.sources.configured_source import begun_list
 from megatron_selfdistill.trainer import Trainer
-
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
 
 
 def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
@@ -228,5 +227,6 @@ def _hardware(device: torch.device, world_size: int) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"megatron_selfdistill": __version__, "Python": sys.version.split()[0]}
-    found |= {name: version for name in _PACKAGES if (version := installed_version(name))}
+    packages = ("torch", "megatron-core", "transformer-engine", "transformers", *OPTIONAL_PACKAGES)
+    found |= {name: version for name in packages if (version := installed_version(name))}
     return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})

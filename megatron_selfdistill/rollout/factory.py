@@ -36,8 +36,7 @@ def make_sampler(
     if rollout.engine == "megatron":
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
-        make = in_process or MegatronSampler
-        return make(
+        return (in_process or MegatronSampler)(
             chunks,
             grid,
             run_data.vocab_size,

@@ -100,13 +100,12 @@ def configured_sampler(
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
     ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: those of
-    teacher and reference, with which the sampler in process samples from the target.  If the responses come from a log,
-    the first evaluation, if there is any, builds the sampler.
+    `Teachers.role_weights`.  If the responses come from a log, the first evaluation, if any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
     guides = config.rollout.samples_target
-    in_process = partial(door("guidance").guided_sampler(), role_weights=role_weights) if guides else None
-    build = partial(make_sampler, config, run_data, chunks, grid, phases.counted, in_process)
+    make = partial(door("guidance").guided_sampler(), role_weights=role_weights) if guides else None
+    build = partial(make_sampler, config, run_data, chunks, grid, phases.counted, make)
     kind = door("overlap").synced_sampler(config.rollout) if config.rollout.ahead else SyncedSampler
     sampler: SyncedSampler = kind(build, phases)
     if not config.logged:
