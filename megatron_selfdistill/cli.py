@@ -11,80 +11,19 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from megatron_selfdistill.annexes import OPTIONAL_COMMANDS, Command
 from megatron_selfdistill.commands.installation import MissingExtraError, install_command, require_extra, version
 from megatron_selfdistill.distributed.terminal import guard_standard_error
 
 EXIT_USAGE = 2
-
-
-class Command(NamedTuple):
-    """One command: the module whose ``main`` runs the command, its purpose, and an example of its arguments.
-
-    extra: the extra of setup.py that the command needs; None for a command that needs none.
-    """
-
-    module: str
-    purpose: str
-    example: str
-    extra: str | None = "train"
-
-
 COMMANDS = {
     "train": Command(
         "train",
         "Train a model on its own responses.  `selfdistill key=value ...` does the same.",
         "data.path=problems.jsonl checkpoint.load=DIR run_dir=runs/first",
     ),
-    "plan": Command(
-        "instruments.plan.plan_command",
-        "Show what a run will need on its GPUs, and how to launch it, before there is a GPU.",
-        "recipe=qwen3_8b data.global_batch_size=64",
-    ),
-    "evaluate": Command(
-        "instruments.evaluate.evaluate_command",
-        "Evaluate a model on problems with answers, and compare two evaluations.",
-        "--hf /models/Qwen3-8B --data test.jsonl --out results/before",
-    ),
-    "report": Command(
-        "instruments.report.report_command",
-        "Show runs in one HTML file: curves, differences, responses and events.",
-        "runs/first runs/second -o comparison.html",
-        extra="report",
-    ),
-    "explore": Command(
-        "instruments.explorer.explore_command",
-        "Write a page that shows the target of every token of a response.",
-        '/models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
-    ),
-    "convert": Command(
-        "interop.convert_command",
-        "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
-        "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
-    ),
-    "solutions": Command(
-        "methods.data_sets.solutions",
-        "Sample solutions from a model, verify them, and write the best ones.",
-        "--out own.jsonl --hf /models/Qwen3-8B data.path=problems.jsonl",
-    ),
-    "explanations": Command(
-        "methods.data_sets.explanations",
-        "Sample explanations of given solutions from a teacher that sees them, as data for a student.",
-        "--out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints ..",
-    ),
-    "doctor": Command(
-        "instruments.doctor.doctor_command",
-        "Report what this node has and lacks, and let its GPUs verify what they compute.",
-        "--ranks 8",
-        extra=None,
-    ),
-    "serve": Command(
-        "engines.vllm.server.serve",
-        "Start a vLLM server for rollouts, where vLLM is installed.",
-        "--hf-config /models/Qwen3-8B --max-model-len 4096",
-        extra=None,  # beside vLLM the project is installed without its requirements
-    ),
+    **OPTIONAL_COMMANDS,
 }
 """The name of a command -> its `Command`."""
 

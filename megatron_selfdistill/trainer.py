@@ -48,12 +48,13 @@ from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.placement import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.factory import engines_of, sampling_params
+from megatron_selfdistill.rollout.factory import engines_of
 from megatron_selfdistill.sources.configured_source import (
     checked_run_data,
     configured_sampler,
     configured_source,
     evaluation_player,
+    step_sampling,
 )
 from megatron_selfdistill.sources.learner_readings import LearnerReadings, identity_loss
 from megatron_selfdistill.sources.moved_contexts import moved
@@ -88,7 +89,6 @@ class Trainer:
 
         ``prove_ownership``: called on rank 0 before the run directory is written; raises `CheckpointError` where
         another run has taken the directory over (`RunLock.renew`).
-
         Raises: `ConfigError`, `CheckpointError`.
         """
         config = with_decided_anchor(config, run_data.problems.problems)
@@ -116,7 +116,7 @@ class Trainer:
         """Whether this launch has checked the identity law and the teacher's canary."""
         if found is not None:
             self._resume(found)
-        self.sampling = sampling_params(config, self.run_data, self.learner.batch_k)
+        self.sampling = step_sampling(config, self.run_data, self.learner.batch_k)
         """The parameters with which the next step samples responses."""
         self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
@@ -211,7 +211,7 @@ class Trainer:
             metrics["learning_rate"] = self.learner.apply_gradients(metrics["gradient_norm"])
         if self.config.target.rule == "batch" and self.config.has_teacher:
             self.learner.solve_k(output)
-            self.sampling = sampling_params(self.config, self.run_data, self.learner.batch_k)
+            self.sampling = step_sampling(self.config, self.run_data, self.learner.batch_k)
         return metrics
 
     def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:

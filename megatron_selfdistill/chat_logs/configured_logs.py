@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron_selfdistill.chat_logs.acceptance import BUILT_IN
 from megatron_selfdistill.chat_logs.conversations import load_conversations
-from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts
+from megatron_selfdistill.chat_logs.replies import SKIPPED_FILE, Turn, TurnReader, Unusable, about_turns, turn_counts
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -20,22 +21,13 @@ from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class ReadLog:
-    """The turns of a log as problems, and what a run says about them."""
-
-    problems: ProblemSet
-    looked_at: Sequence[tuple[Problem, PromptPair]] | None
-    """Some turns with their prompts, as the steps will read them; None if the responses to the turns are sampled."""
-    about: tuple[str, ...]
-    """Lines for the log with numbers of conversations and turns."""
-    skipped: tuple[str, ...]
-    """One message, with file and line, for every skipped conversation and every unusable turn that was read."""
-
-
-def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends: EndTokens, max_length: int) -> ReadLog:
+def read_log(
+    config: Config, source: RecordSource, builder: PromptBuilder, ends: EndTokens, max_length: int
+) -> tuple[ProblemSet, Sequence[tuple[Problem, PromptPair]] | None, dict[str, Any]]:
     """Read and check the conversations of ``source``, and look at a sample of the logged turns.
 
+    Returns the turns, some of them with their prompts as the steps will read them (None if the responses to the turns
+    are sampled), and the fields of `RunData` that say what was read and skipped.
     ``ends``, ``max_length``: as the fields of `TurnReader`.
     Raises: as `load_conversations`; ValueError for an unusable turn that may not be skipped, and for a sample without
     any usable turn.
@@ -48,7 +40,8 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     hides = config.metrics.show_samples and not wanted.show_contents
     shown = ["metrics.show_samples: no samples, since conversations.show_contents=false"] if hides else []
     if not config.logged:
-        return ReadLog(log.turns, None, (*shown, log.about), tuple(log.turns.skipped))
+        facts = {"about_records": (*shown, log.about), "skipped": tuple(log.turns.skipped)}
+        return log.turns, None, {"kind": "turns", **facts}
     reader, problems = TurnReader(builder, ends, max_length, config.data), log.turns.problems
     # A sample of the turns, read as the steps will read them, shows an unfit chat template before the start.
     numbers = sorted(random.Random(f"{config.seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
@@ -62,4 +55,5 @@ def read_log(config: Config, source: RecordSource, builder: PromptBuilder, ends:
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
     about = f"{which} turns were read: {about_turns(counts)}"
-    return ReadLog(log.turns, pairs, (*shown, log.about, about), (*log.turns.skipped, *unusable))
+    facts = {"about_records": (*shown, log.about, about), "skipped": (*log.turns.skipped, *unusable)}
+    return log.turns, pairs, {"kind": "turns", "skipped_later": Path(config.run_dir) / SKIPPED_FILE, **facts}

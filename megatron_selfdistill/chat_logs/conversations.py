@@ -13,7 +13,7 @@ from typing import Any
 from megatron_selfdistill.chat_logs.acceptance import Rule, answer_text
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.messages import from_column, place, read_message, read_tools
-from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
+from megatron_selfdistill.data.problems import AssistantReply, Problem, ProblemSet
 from megatron_selfdistill.data.records import RecordSource, kind, read_records, whole_number
 from megatron_selfdistill.errors import BadRecordError
 
@@ -129,7 +129,7 @@ def conversation_turns(conversation: Conversation, turns: str, by_next_state: bo
             answer=None,
             location=f"{conversation.location}, message {index}",
             tools=conversation.tools,
-            reply=LoggedReply(
+            reply=AssistantReply(
                 message,
                 accepted=not by_next_state and index == accepted,
                 next_state=tuple(takewhile(lambda after: after["role"] != "assistant", messages[index + 1 :]))

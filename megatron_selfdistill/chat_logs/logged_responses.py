@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.chat_logs.replies import Turn, TurnReader, Unusable, about_turns, turn_counts
+from megatron_selfdistill.chat_logs.replies import SKIPPED_FILE, Turn, TurnReader, Unusable, about_turns, turn_counts
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
@@ -88,7 +88,6 @@ def turn_metrics(
     return metrics
 
 
-SKIPPED_FILE = "skipped.txt"
 _CHUNK = 64  # turns that are tokenized at a time
 _REPORT_EVERY_S = 30.0
 

@@ -16,6 +16,8 @@ from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import num_thoughts, parts
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
 
+SKIPPED_FILE = "skipped.txt"
+
 
 @dataclass(frozen=True)
 class Turn:

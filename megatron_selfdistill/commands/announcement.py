@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.annexes import door
+from megatron_selfdistill.annexes import OPTIONAL_PACKAGES
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.commands.installation import installed_version
@@ -26,9 +26,8 @@ from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
+from megatron_selfdistill.sources.configured_source import begun_list
 from megatron_selfdistill.trainer import Trainer
-
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
 
 
 def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
@@ -46,9 +45,8 @@ def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
         trainer.log.message(line)
     if dry_run and (directory / LOCK).exists():
         return  # the list belongs to the run that is using the directory
-    if data.about_records:
-        for line in door("logged_responses").begun_list(directory, data.skipped, anew=trainer.resumed_from is None):
-            trainer.log.message(line)
+    for line in begun_list(data, directory, anew=trainer.resumed_from is None):
+        trainer.log.message(line)
 
 
 def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | None = None) -> None:
@@ -119,9 +117,8 @@ def about_controls(number: int, problems: Sequence[Problem]) -> str:
 def _problems(trainer: Trainer) -> str:
     data = trainer.run_data
     number = f"{len(data.problems)} {data.kind}"
-    if trainer.config.logged:
-        file = trainer.run_directory.path / door("logged_responses").SKIPPED_FILE
-        return f"{number} (what cannot be used is skipped when it comes up, and listed in {file})"
+    if data.skipped_later is not None:
+        return f"{number} (what cannot be used is skipped when it comes up, and listed in {data.skipped_later})"
     return (
         f"{number} ({data.num_shortened} with a shortened solution; skipped: {data.num_too_long} too long, "
         f"{data.problems.num_skipped} bad)"
@@ -230,5 +227,6 @@ def _hardware(device: torch.device, world_size: int) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"megatron_selfdistill": __version__, "Python": sys.version.split()[0]}
-    found |= {name: version for name in _PACKAGES if (version := installed_version(name))}
+    packages = ("torch", "megatron-core", "transformer-engine", "transformers", *OPTIONAL_PACKAGES)
+    found |= {name: version for name in packages if (version := installed_version(name))}
     return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})

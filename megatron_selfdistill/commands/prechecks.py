@@ -60,9 +60,9 @@ def require_answers_per_problem(num_samples: int, ks: Sequence[int], majority_ks
 
 
 def require_packages(config: Config) -> None:
-    """Raise `ConfigError` if this Python lacks a package of every run, or vLLM where it samples here."""
-    missing = about_missing("a run", RUN)
+    """Raise `ConfigError` if this Python lacks a package of every run, or that of an engine here, with its name."""
+    missing, engine = about_missing("a run", RUN), config.rollout.engine
     if missing is None and config.rollout.is_colocated and config.samples:
-        missing = about_missing("rollout.engine=vllm", {"vllm": "vllm"}, "vllm")
+        missing = about_missing(f"rollout.engine={engine}", {engine: engine}, engine)
     if missing is not None:
         raise ConfigError(missing)

@@ -93,11 +93,12 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
     frees = [pair for part in PARTS for pair in part.frees.items()]
     found = [freed for key, freed in frees if all(values.get(key) for values in configurations)]
     needs = [_needs(values) for values in configurations]
-    guided = [values for values in configurations if values.get("rollout.guidance") != "none"]
-    by_rates = any(values.get("rollout.guide_below") is not None for values in configurations)
-    if not by_rates and not any(need.rewards or need.hint == FOUND for need in needs):  # verdicts are only reported
+    binds = [pair for part in PARTS for pair in part.binds.items()]
+    bound = {what for key, what in binds if any(values[key] != keys()[key].default for values in configurations)}
+    # Otherwise verdicts are only reported.
+    if JUDGE not in bound and not any(need.rewards or need.hint == FOUND for need in needs):
         found += [key for key, rule in RULES.items() if rule == JUDGE]
-    if not guided and all(need.teacher_prompt is None for need in needs):
+    if "target" not in bound and all(need.teacher_prompt is None for need in needs):
         found.append("target")
     return found
 

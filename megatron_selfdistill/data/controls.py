@@ -22,7 +22,7 @@ def with_decided_anchor(config: Config, problems: Sequence[Problem]) -> Config:
     """Return ``config`` with the anchor that target.anchor=auto stands for in a run on these problems."""
     if config.target.anchor != "auto":
         return config
-    counts = shows_solutions(config) and not config.teachers
+    counts = shows_solutions(config) and config.record_teachers is None
     follows = counts and are_one_hint([problem.solution for problem in problems])
     return replace(config, target=replace(config.target, anchor="student" if follows else "reference"))
 

@@ -20,8 +20,8 @@ FIELDS = ("problem", "messages", "tools", "solution", "answer", "id")
 
 
 @dataclass(frozen=True)
-class LoggedReply:
-    """The reply of an assistant in a chat log (chat/conversations.py)."""
+class AssistantReply:
+    """The reply of an assistant to the messages of a problem, with what is known about it."""
 
     message: dict[str, Any]
     """The message in the style of OpenAI; the arguments of tool calls are objects."""
@@ -48,8 +48,8 @@ class Problem:
     """Place of the record for messages: ``file:line`` (JSONL) or ``file:row``, counted from 1."""
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of functions for the chat template, as in the data."""
-    reply: LoggedReply | None = None
-    """Logged reply to ``messages``, where the problem is a turn of a conversation."""
+    reply: AssistantReply | None = None
+    """The reply to ``messages``, if the problem is a turn of a conversation."""
     reworded: int | None = None
     """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn
     sets the index, since its last user message can be a reply to the response before."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
@@ -76,6 +75,8 @@ class RunData:
     """Lines for the log with numbers of the records that are no problems."""
     skipped: tuple[str, ...] = ()
     """One message, with file and line, for every such record that was read and cannot be used."""
+    skipped_later: Path | None = None
+    """The file that will list what a step finds to be unusable; None if all records were read before the first step."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -97,13 +98,11 @@ class RunData:
             builder = PromptBuilder(_tokenizer(config.data), _templates(config), config.shows_contents)
             max_length, of_model = longest_context(config), _of_model(config, builder)
             facts: dict[str, Any] = {}
-            if config.data.kind == "problems":
+            if config.log_reader is None:
                 problems, evaluation, looked_at = *_problems(config, builder), None
             else:
                 source = _record_source(config, config.data.fields)
-                read = door("chat_logs").read_log(config, source, builder, of_model["ends"], max_length)
-                problems, looked_at = read.problems, read.looked_at
-                facts = {"kind": "turns", "about_records": read.about, "skipped": read.skipped}
+                problems, looked_at, facts = config.log_reader(config, source, builder, of_model["ends"], max_length)
                 evaluation = _evaluation_problems(config, _evaluation_fields(config.data), builder)
             if looked_at is None:
                 problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
@@ -184,17 +183,12 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
     data = config.data
     assert data.path is not None
     place = (data.path, data.split, data.subset, fields, data.on_bad_record, data.limit)
-    return RecordSource(*place, section="data", teachers=_record_teachers(config))
-
-
-def _record_teachers(config: Config) -> Any:
-    """Return what the key ``teachers`` says of the records; None without the key."""
-    return door("taught_records").TaughtRecords.of(config) if config.named_teachers else None
+    return RecordSource(*place, section="data", teachers=config.record_teachers)
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
     """Return the columns of held-out problems; the keys messages and id name columns of a log only."""
-    ours = ("problem", "solution", "answer") if data.kind == "conversations" else tuple(data.fields)
+    ours = tuple(data.fields) if data.kind == "problems" else ("problem", "solution", "answer")
     return {name: column for name, column in data.fields.items() if name in ours}
 
 
@@ -257,7 +251,7 @@ def _about_hints(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Prom
         cost = hint_cost(builder, it, pair.student_prompt, pair.teacher_prompt)
         costs.setdefault(it.teacher, []).append(cost)
     shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
-    if config.data.kind == "conversations":
+    if config.data.kind != "problems":
         shown_parts = {GIVEN: "accepted answer"}
     shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
     lines = []
@@ -296,7 +290,7 @@ def _fitting_problems(
     kept, num_shortened = [], 0
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
-    teachers = _record_teachers(config)
+    teachers = config.record_teachers
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
@@ -349,7 +343,7 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data, shown, teachers = config.data, config.shown_tools, _record_teachers(config)
+    data, shown, teachers = config.data, config.shown_tools, config.record_teachers
 
     def teacher_view(own: Mapping[str, Any]) -> PromptView:
         return _view(data, data.views.get("teacher", {}) | own, shown)

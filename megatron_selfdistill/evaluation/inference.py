@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint.trained_weights import as_stored, loaded_chunks
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
-from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.phases import Phases
@@ -87,23 +82,3 @@ def open_inference(
         yield Inference(chunks, vocab, sampler, sampling_params(config, run_data))
     finally:
         sampler.close()
-
-
-@contextmanager
-def converted(hf: Path, out: Path) -> Iterator[Path]:
-    """Convert the Hugging Face directory ``hf`` to the Megatron checkpoint ``out``, and remove ``out`` at the end.
-
-    ``out`` lies on storage that every rank sees; the function replaces what a killed process has left there.
-    Every rank of the world enters and leaves this context; rank 0 converts.  Raises: `CheckpointError` on every rank.
-    """
-
-    def convert() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        door("interop").hf_to_megatron(hf, out)
-
-    try:
-        run_on_rank_0(convert)
-        yield out
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(out, ignore_errors=True)

@@ -71,7 +71,7 @@ def guided_metrics(responses: Sequence[Response], grid: RankGrid) -> dict[str, f
     """
     sums = torch.zeros(4, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
-        guided = [response for response in responses if response.guided]
+        guided = [response for response in responses if response.teacher_log_probs is not None]
         ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
         numbers = [len(responses), len(guided), len(ratios), sum(ratios)]
         sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)

@@ -106,7 +106,8 @@ class Guidance:
         """
         if self.success is None:
             return self
-        right, guided = self.judge.right(rollouts), {one.problem.id for one in rollouts if one.response.guided}
+        right = self.judge.right(rollouts)
+        guided = {one.problem.id for one in rollouts if one.response.teacher_log_probs is not None}
         n = self.num_samples
         mine = [
             (rollouts[i].problem.id, rollouts[i].problem.id in guided, sum(right[i : i + n]) / n)

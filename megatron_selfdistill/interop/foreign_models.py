@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -17,14 +19,12 @@ from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, rai
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.describe import sizes_of
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.hf_files import read_config
 from megatron_selfdistill.interop.legacy import LegacyReader
-
-__all__ = ["hf_model", "hf_to_megatron", "load_legacy", "main_dtype"]
 
 
 def hf_model(hf: Path) -> ModelConfig:
@@ -37,6 +37,26 @@ def main_dtype(path: Path) -> torch.dtype:
     """Return the type of most weights of a checkpoint or a Hugging Face directory.  Raises: `CheckpointError`."""
     sizes = sizes_of(path)
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+@contextmanager
+def converted(hf: Path, out: Path) -> Iterator[Path]:
+    """Convert the Hugging Face directory ``hf`` to the Megatron checkpoint ``out``, and remove ``out`` at the end.
+
+    ``out`` lies on storage that every rank sees; the function replaces what a killed process has left there.
+    Every rank of the world enters and leaves this context; rank 0 converts.  Raises: `CheckpointError` on every rank.
+    """
+
+    def convert() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        hf_to_megatron(hf, out)
+
+    try:
+        run_on_rank_0(convert)
+        yield out
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -82,7 +102,7 @@ def load_legacy(path: Path, chunks: Sequence[torch.nn.Module], vocab_size: int |
         run_on_each_rank(fill)
 
 
-def _copy(full: Tensor, shard: ShardedTensor) -> None:
+def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
     """Copy the shard's part of the full tensor into the shard; set rows beyond the end, which are padding, to zero."""
     part, target = full, shard.data
     assert target is not None

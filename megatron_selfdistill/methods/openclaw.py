@@ -59,7 +59,7 @@ from megatron_selfdistill.config.schema.field_checks import require, require_slo
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
 from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import LoggedReply, Problem
+from megatron_selfdistill.data.problems import AssistantReply, Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
 from megatron_selfdistill.evaluation.verify import judged_in_order
@@ -323,7 +323,7 @@ def with_next_state(rollout: Rollout, text: str) -> Problem | None:
     if reply is None or reply.text is None:
         return None
     message, next_state = {"role": "assistant", "content": text}, {"role": reply.role, "content": reply.text}
-    return replace(problem, reply=LoggedReply(message, accepted=False, next_state=(next_state,)))
+    return replace(problem, reply=AssistantReply(message, accepted=False, next_state=(next_state,)))
 
 
 def hint_in(vote: str | None) -> str | None:

@@ -139,7 +139,9 @@ class Response:
     finish_reason: str
     """One of `FINISH_REASONS`: stop (the last token is a stop token) or length."""
     teacher_log_probs: list[float] | None = None
-    """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response."""
+    """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response.
+
+    A response with these log-probs was sampled from a mix, so that it is off-policy for the student."""
     weight_version: int | None = None
     """Number of optimizer steps of the oldest weights that generated a token, as far as the sampler knows it."""
     weight_spans: Sequence[tuple[int, int]] = ()
@@ -158,11 +160,6 @@ class Response:
         if not self.weight_spans:
             return [self.weight_version] * len(self.token_ids)
         return [version for version, num_tokens in self.weight_spans for _ in range(num_tokens)]
-
-    @property
-    def guided(self) -> bool:
-        """Whether the response was sampled from a mix, so that it is off-policy for the student."""
-        return self.teacher_log_probs is not None
 
     @property
     def truncated(self) -> bool:

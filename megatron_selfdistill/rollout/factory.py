@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -13,7 +12,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
-from megatron_selfdistill.rollout.base import Progress, RoleWeights, Sampler, SamplingParams, ignore_progress
+from megatron_selfdistill.rollout.base import Progress, Sampler, SamplingParams, ignore_progress
 
 
 def make_sampler(
@@ -21,13 +20,13 @@ def make_sampler(
     run_data: RunData,
     chunks: Sequence[torch.nn.Module],
     grid: RankGrid,
-    role_weights: Sequence[RoleWeights] = (),
     progress: Progress = ignore_progress,
+    in_process: Callable[..., Sampler] | None = None,
 ) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    ``role_weights``: the weights of teacher and reference, with which the sampler in process samples from the target.
     ``progress``: gets the number of finished responses while the sampler generates.
+    ``in_process``: makes the sampler of rollout.engine=megatron in place of `MegatronSampler`, with its arguments.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
 
@@ -37,10 +36,7 @@ def make_sampler(
     if rollout.engine == "megatron":
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
-        make: Callable[..., Sampler] = MegatronSampler
-        if rollout.samples_target:
-            make = partial(door("guidance").guided_sampler(), role_weights=role_weights)
-        return make(
+        return (in_process or MegatronSampler)(
             chunks,
             grid,
             run_data.vocab_size,
@@ -65,10 +61,10 @@ def engines_of(config: Config) -> str:
     return f"the vLLM servers of this run, with logs in {config.run_dir}/servers,"
 
 
-def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
-    """Return the sampling parameters of ``config.rollout``; ``batch_k``: the k of a step under target.rule=batch."""
+def sampling_params(config: Config, run_data: RunData) -> SamplingParams:
+    """Return the sampling parameters of ``config.rollout``."""
     rollout = config.rollout
-    params = SamplingParams(
+    return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -76,7 +72,3 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
         stop_token_ids=run_data.stop_token_ids,
         num_ids=run_data.num_sampled_ids,
     )
-    if not rollout.samples_target:
-        return params
-    guided: SamplingParams = door("guidance").guided_params(params, config, batch_k, run_data.num_controls)
-    return guided

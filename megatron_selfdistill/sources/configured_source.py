@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import Player
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.rollout.base import RoleWeights, Sampler
+from megatron_selfdistill.rollout.base import RoleWeights, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.sources.given_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
@@ -46,9 +47,7 @@ def configured_source(
         return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
-    player = None
-    if config.plays_episodes:
-        player = door("environments").training_player(config, tools.given, grid, phases)
+    player = door("environments").training_player(config, tools.given, grid, phases) if config.plays_episodes else None
     number = run_data.num_controls
     options = OnPolicyOptions(
         sampler=sampler,
@@ -83,7 +82,7 @@ def _method_tools(
         grid=grid,
         phases=phases,
         sampler=sampler,
-        sampling=sampling_params(config, run_data),
+        sampling=step_sampling(config, run_data),
         readers=models,
         judge=Judge(verifier, run_data.tokenizer, grid, None, pattern),
         given=given_solutions(config, run_data),
@@ -100,16 +99,26 @@ def configured_sampler(
 ) -> SyncedSampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
-    ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: as for
-    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any, builds the sampler.
+    ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: those of
+    `Teachers.role_weights`.  If the responses come from a log, the first evaluation, if any, builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
-    build = partial(make_sampler, config, run_data, chunks, grid, role_weights, phases.counted)
+    guides = config.rollout.samples_target
+    make = partial(door("guidance").guided_sampler(), role_weights=role_weights) if guides else None
+    build = partial(make_sampler, config, run_data, chunks, grid, phases.counted, make)
     kind = door("overlap").synced_sampler(config.rollout) if config.rollout.ahead else SyncedSampler
     sampler: SyncedSampler = kind(build, phases)
     if not config.logged:
         _ = sampler.inner  # built now
     return sampler
+
+
+def step_sampling(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
+    """Return the sampling parameters of the steps of a run; ``batch_k``: the k of a step under target.rule=batch."""
+    params = sampling_params(config, run_data)
+    if config.rollout.samples_target:
+        params = door("guidance").guided_params(params, config, batch_k, run_data.num_controls)
+    return params
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:
@@ -124,6 +133,13 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
         return run_data
     read: RunData = door("logged_responses").with_all_turns_read(config, run_data, grid)
     return read
+
+
+def begun_list(run_data: RunData, run_dir: Path, *, anew: bool) -> list[str]:
+    """Begin the list of skipped records in ``run_dir``, and return lines about it; ``anew``: an earlier list goes."""
+    if not run_data.about_records:
+        return []
+    return list(door("logged_responses").begun_list(run_dir, run_data.skipped, anew=anew))
 
 
 def evaluation_player(

@@ -109,6 +109,15 @@ def keeps_start(config: Any) -> bool:
     return config.is_anchored or not named or any(teacher.load is None for teacher in named)
 
 
+def why_teachers_differ(config: Any) -> str | None:
+    """Return why readings of the teachers after the hints of other problems do not compare; None if they do."""
+    if config.teachers.get(JOIN) == "product":
+        return f"teachers.{JOIN}=product joins teachers whose hints differ"
+    if any(not one.is_hinted or one.transformer for one in config.named_teachers.values()):
+        return "the key teachers has one without a hint, or of another architecture"
+    return None
+
+
 def product_of(names: Iterable[str]) -> str:
     """Return the name of the product of the teachers ``names``, of one teacher its own; no teacher has such a name."""
     return "+".join(names)

@@ -30,15 +30,15 @@ def test_every_door_opens(option):
 NAMED = {
     "adapters": ("(?i)adapter", 5),
     "architectures": (r"architectures\b", 4),
-    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 7),
-    "engines": ("(?i)vllm", 7),
+    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 4),
+    "engines": ("(?i)vllm", 3),
     "environments": (r"\benvironments?\b(?! variable)", 4),
-    "guidance": ("guidance|[Gg]uided|guide_", 6),
-    "instruments": (r"instruments|door\(.(explorer|plan|report)", 3),
-    "interop": (r"interop|door\(.hugging_face", 6),
-    "kernels": ("(?i)triton", 4),
+    "guidance": ("guidance|[Gg]uided|guide_", 3),
+    "instruments": (r"instruments|door\(.(explorer|plan|report)", 2),
+    "interop": (r"interop|door\(.hugging_face", 4),
+    "kernels": ("(?i)triton", 3),
     "overlap": (r"\.ahead\b|\bahead:|at_update|door\(.overlap", 3),
-    "teachers": (r"named_teachers|config\.teachers|taught_records", 6),
+    "teachers": (r"named_teachers|config\.teachers|taught_records", 3),
 }
 """Annex -> what names its option in code, and the most files of the main house that do; a number may only fall."""
 

@@ -21,12 +21,12 @@ from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 
 
 def require_engine(adapter: AdapterConfig, rollout: RolloutConfig) -> None:
-    """Raise `ConfigError` where the sampler of ``rollout`` is a vLLM that does not take ``adapter``."""
+    """Raise `ConfigError` if the engine of ``rollout`` does not take ``adapter``."""
     latent = [name for name in adapter.layers if name in LATENT_LAYERS]
     require(
-        rollout.engine != "vllm" or not latent,
-        f"adapter.layers={adapter.layers} with rollout.engine=vllm: vLLM joins the projections of latent attention "
-        f"with its kernels, without adapters: remove {', '.join(latent)}, or set rollout.engine=megatron",
+        rollout.engine == "megatron" or not latent,
+        f"adapter.layers={adapter.layers} with rollout.engine={rollout.engine}: this engine joins the projections of "
+        f"latent attention, without adapters: remove {', '.join(latent)}, or set rollout.engine=megatron",
     )
 
 

@@ -55,6 +55,8 @@ class Part:
     """The keys that decide the form of a checkpoint: not even checkpoint.resume=force changes them within a run."""
     frees: ClassVar[Mapping[str, str]] = {}
     """A key -> a key of another section that decides nothing where the first one is set."""
+    binds: ClassVar[Mapping[str, str]] = {}
+    """A key -> a section, or the rule of some keys, which decides what is learned if the key is not at its default."""
 
     def __init_subclass__(cls, section: str, free: str = "", fixed: str = "") -> None:
         """Remember the name of the ``section``, with which its keys begin; in ``free``, ``*`` stands for all keys."""

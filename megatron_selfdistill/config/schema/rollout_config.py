@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
 from megatron_selfdistill.config.schema.method_config import GIVEN, sampled_log_probs_key
@@ -36,6 +36,7 @@ class RolloutConfig(
 ):
     """The sampling of the student's responses."""
 
+    binds: ClassVar = {"rollout.guidance": "target", "rollout.guide_below": "judge"}
     engine: Annotated[str, OneOf(("megatron", "vllm"))] = "megatron"
     """The sampler: megatron (the model in training itself, with a KV cache) or vllm."""
     placement: Annotated[str, OneOf(("colocated", "server"))] = "colocated"

@@ -155,11 +155,7 @@ def why_no_control(config: Any) -> str | None:
         key = "the responses are turns, whose hints belong to one conversation"
     elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
-    elif config.teachers.get("join") == "product":
-        key = "teachers.join=product joins teachers whose hints differ"
-    elif any(not one.is_hinted or one.transformer for one in config.named_teachers.values()):
-        key = "the key teachers has one without a hint, or of another architecture"
-    return key
+    return key or config.why_teachers_differ
 
 
 @dataclass(frozen=True)

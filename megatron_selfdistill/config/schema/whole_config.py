@@ -100,6 +100,16 @@ class Config:
         """The teachers of the key ``teachers`` by name, in the order of the names; empty without the key."""
         return door("teachers_config").named_teachers(self.teachers) if self.teachers else {}
 
+    @cached_property
+    def record_teachers(self) -> Any:
+        """The `RecordTeachers` that say who teaches each record; None if all records have one teacher, the default."""
+        return door("taught_records").TaughtRecords.of(self) if self.named_teachers else None
+
+    @property
+    def why_teachers_differ(self) -> str | None:
+        """Why the readings of the run's teachers after the hints of other problems do not compare; None if they do."""
+        return door("teachers_config").why_teachers_differ(self) if self.teachers else None
+
     @property
     def has_teacher(self) -> bool:
         """Whether the loss has a teacher; other methods train on next tokens or on rewards alone."""
@@ -134,6 +144,11 @@ class Config:
         loads_teachers = any(teacher.load is not None for teacher in self.named_teachers.values())
         is_shared = not isinstance(self.target.anchor, str)
         return self.copies_reference or (self.is_anchored and (loads_teachers or is_shared))
+
+    @property
+    def log_reader(self) -> Any:
+        """The function that reads the records as turns of a log; None if the records are problems."""
+        return None if self.data.kind == "problems" else door("chat_logs").read_log
 
     @property
     def logged(self) -> bool:

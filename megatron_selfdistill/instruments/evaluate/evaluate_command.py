@@ -116,9 +116,10 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation import held_out
-    from megatron_selfdistill.evaluation.inference import converted, open_inference
+    from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.instruments.evaluate.first_step import measure_first_step
+    from megatron_selfdistill.interop.foreign_models import converted
     from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.sources.configured_source import evaluation_player

@@ -97,7 +97,7 @@ class ModelPlaces:
         ``student``: the result of `found_student`.  ``converted_to``: the directory that holds converted Hugging Face
         directories until ``stack`` ends.  Every rank of the world calls this method.  Raises: `CheckpointError`.
         """
-        from megatron_selfdistill.evaluation.inference import converted
+        from megatron_selfdistill.interop.foreign_models import converted
 
         def place(model: Path, name: str) -> str:
             is_hf = directory.is_hugging_face(model)

@@ -53,7 +53,7 @@ def make_data_set(arguments: argparse.Namespace, config: Config, make_work: Make
     from megatron_selfdistill.commands import given_model
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.interop.foreign_models import converted
     from megatron_selfdistill.methods.data_sets.data_set_job import write_data_set
     from megatron_selfdistill.methods.data_sets.solution_journal import file_beside
 

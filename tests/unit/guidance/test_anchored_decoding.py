@@ -187,14 +187,14 @@ def test_every_layout_writes_what_one_rank_writes(ranks, on_one_rank, layout):
         share = slice(result["replica"], None, result["replicas"])
         assert tokens(result["whole"]) == texts[share]
         assert tokens(result["sampled"]) == sampled[share]
-        assert all(response.guided for response in result["whole"])
+        assert all(response.teacher_log_probs for response in result["whole"])
         for text, response, whole in zip(texts[share], result["early"], result["whole"], strict=True):
             assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
             count = len(response.token_ids)
             assert response.log_probs == pytest.approx(whole.log_probs[:count], abs=1e-4)
             assert response.teacher_log_probs == pytest.approx(whole.teacher_log_probs[:count], abs=1e-4)
         assert tokens(result["plain"]) == tokens(result["alone"])
-        assert not any(response.guided for response in result["plain"])
+        assert not any(response.teacher_log_probs for response in result["plain"])
 
 
 def split_into_batches() -> tuple[list[list[int]], list[list[int]], list[int]]:

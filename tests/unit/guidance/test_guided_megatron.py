@@ -144,7 +144,7 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_
         share = slice(result["replica"], None, result["replicas"])
         for text, response in zip(texts[share], result["whole"], strict=True):
             assert (response.token_ids, response.finish_reason) == (text, "length")
-            assert response.weight_version == 5 and response.guided
+            assert response.weight_version == 5 and response.teacher_log_probs is not None
         for name in ("early", "split"):
             for text, response, whole in zip(texts[share], result[name], result["whole"], strict=True):
                 assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
@@ -153,7 +153,7 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_
                 assert response.teacher_log_probs == pytest.approx(whole.teacher_log_probs[:count], abs=1e-4)
         assert tokens(result["drawn"]) == sampled[share]
         assert tokens(result["plain"]) == tokens(result["alone"])
-        assert not any(response.guided for response in result["plain"])
+        assert not any(response.teacher_log_probs for response in result["plain"])
 
 
 def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:

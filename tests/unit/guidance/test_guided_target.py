@@ -9,7 +9,7 @@ import pytest
 
 from megatron_selfdistill.config import Config, RolloutConfig, TargetConfig
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.factory import sampling_params
+from megatron_selfdistill.sources.configured_source import step_sampling
 
 RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=0)
 
@@ -17,7 +17,7 @@ RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=
 def sampled_target(batch_k: float | None = None, rule: str = "entropy_matched", **teachers: object) -> Target:
     """Return the target of the sampling parameters of a run with the anchor reference and ``teachers``."""
     target, rollout = TargetConfig(rule=rule, anchor="reference"), RolloutConfig(guidance="mixed")
-    return sampling_params(Config(target=target, rollout=rollout, teachers=teachers), RUN_DATA, batch_k).target
+    return step_sampling(Config(target=target, rollout=rollout, teachers=teachers), RUN_DATA, batch_k).target
 
 
 def test_guided_tokens_are_sampled_with_the_weight_of_the_teacher_that_guides() -> None:

@@ -19,7 +19,7 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.given_solutions import GivenSolutions
-from megatron_selfdistill.data.problems import LoggedReply, Problem
+from megatron_selfdistill.data.problems import AssistantReply, Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.errors import VerifierError
@@ -59,7 +59,7 @@ def one_rank(monkeypatch):
 def turn(name: str, reply: str, *next_state: str, role: str = "user") -> Problem:
     message = {"role": "assistant", "content": reply}
     after = tuple({"role": role, "content": text} for text in next_state)
-    logged = LoggedReply(message, accepted=False, next_state=after)
+    logged = AssistantReply(message, accepted=False, next_state=after)
     return Problem(name, ({"role": "user", "content": f"ask {name}"},), "", None, f"log:{name}", reply=logged)
 
 
