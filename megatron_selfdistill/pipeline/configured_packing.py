@@ -30,10 +30,9 @@ def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig,
 def pair_order_of(config: Config, dp_size: int, model: TransformerConfig, num_controls: int) -> str:
     """Return ``schedule.pair_order``, or for null the order whose steps compute least.
 
-    Packed by itself, the student fills its microbatches; paired with a teacher whose prompts are longer, it leaves them
-    partly empty.  So the teacher comes first, in a pipeline anyway, and else if a rank can keep its states within
-    ``teacher_store_gb``: ``1 + K`` of the teacher and its controls and one of a reference per response token, where all
-    responses have their greatest length.
+    Paired with a teacher whose prompts are longer, the student leaves its microbatches partly empty.  So the teacher
+    comes first, in a pipeline anyway, and else if its states fit ``teacher_store_gb``: ``1 + K`` of it with its
+    controls and one of a reference per response token, where all responses have their greatest length.
     """
     values = model.hidden_size * (1 + num_controls + config.is_anchored)
     cuts = model.context_parallel_size * model.tensor_model_parallel_size

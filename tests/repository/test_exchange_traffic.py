@@ -58,9 +58,7 @@ def test_beside_the_trainer_a_rank_handles_16_bytes_more_for_each_further_replic
 
 def test_a_rank_gets_the_replies_of_its_own_replica_and_a_count_of_every_other_rank(tools):
     tool = tools("exchange_traffic")
-    small, large = (
-        tool.traffic_of_sessions(tool.CountedWorld(parallel(**LAYOUT), REPLICA * count), num_sessions=6, length=5000)
-        for count in (2, 32)
-    )
+    worlds = [tool.CountedWorld(parallel(**LAYOUT), REPLICA * count) for count in (2, 32)]
+    small, large = (tool.traffic_of_sessions(world, num_sessions=6, length=5000) for world in worlds)
     added = max(one.num_bytes for one in large) - max(one.num_bytes for one in small)
     assert 0 < added / (REPLICA * 30) < 50 and min(one.num_bytes for one in small) > 6 * 5000

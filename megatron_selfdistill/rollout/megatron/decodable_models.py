@@ -79,7 +79,6 @@ def stand_in_of(layer: Attention) -> CoreAttention:
 
     Transformer Engine builds a plan for each number of keys, and its fast attention cannot hide columns.
     """
-    theirs = layer.core_attention
     made = core_attention_class(layer.config)(
         layer.config,
         layer.layer_number,
@@ -90,8 +89,8 @@ def stand_in_of(layer: Attention) -> CoreAttention:
         v_channels=layer.val_hidden_size,
         pg_collection=layer.pg_collection,
     )
-    if isinstance(getattr(theirs, "softmax_offset", None), torch.nn.Parameter):
-        made.softmax_offset = theirs.softmax_offset  # the sinks, which both name alike
+    if isinstance(sinks := getattr(layer.core_attention, "softmax_offset", None), torch.nn.Parameter):
+        made.softmax_offset = sinks  # both name the sinks alike
     return made
 
 

@@ -6,19 +6,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import decoding
 import pytest
 import torch
 import torch.distributed as dist
-from decoding import (
-    GREEDY,
-    GREEDY_PAIRS,
-    NEW_TOKENS,
-    guided_sampler_of,
-    log_softmax_after,
-    make_pairs,
-    make_requests,
-    sampler_of,
-)
+from decoding import GREEDY, NEW_TOKENS, log_softmax_after, make_requests, sampler_of
 from models import ROTATIONS, VOCAB_SIZE, build, model_config, parallel
 from responses import tokens
 from tiers import combinations
@@ -261,8 +253,8 @@ def sample_beside_other_attention(name: str, config: ParallelConfig) -> None:
         torch.nn.init.normal_(sinks)
 
     def sampled() -> list[Response]:
-        sampler = guided_sampler_of(chunks, grid)
-        return [*sampler.generate(make_requests(), SAMPLED), *sampler.generate(make_pairs(), GREEDY_PAIRS)]
+        sampler, pairs = decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
+        return sampler.generate(make_requests(), SAMPLED) + sampler.generate(pairs, decoding.GREEDY_PAIRS)
 
     expected = sampled()
     for layer in layers:
