@@ -30,8 +30,8 @@ from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, stored_s
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE, KEPT_DIGEST
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest
 from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
-from megatron_selfdistill.config import AdapterConfig, Config
-from megatron_selfdistill.config.schema.adapter_config import require_engine
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig, require_engine
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError

@@ -31,7 +31,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_selfdistill.adapters import ADAPTER_SUFFIX
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.forward import unwrapped

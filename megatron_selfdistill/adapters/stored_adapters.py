@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.weights_digest import KEPT_BASE
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 

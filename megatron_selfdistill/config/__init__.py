@@ -11,7 +11,6 @@ from megatron_selfdistill.config.compose import GivenKeys, from_mapping, load, t
 from megatron_selfdistill.config.functions import function_named, user_code
 from megatron_selfdistill.config.key_list import keys
 from megatron_selfdistill.config.methods import method_class
-from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import DataConfig
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.config.schema.model_config import ModelConfig, YarnConfig
@@ -29,7 +28,6 @@ from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
 __all__ = [
-    "AdapterConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -34,7 +34,7 @@ from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.full_weights import Weights, open_weights, verify_checksums

@@ -24,7 +24,8 @@ from megatron_selfdistill.checkpoint.formats.stored_model import architecture_fr
 from megatron_selfdistill.checkpoint.formats.weights_digest import digest_of_files, known_digest
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import difference_to, tokenizer_directory
-from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
+from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid

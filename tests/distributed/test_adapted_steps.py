@@ -13,7 +13,8 @@ from layouts import Case, Outcomes, worst_difference
 from models import parallel
 from tiers import combinations
 
-from megatron_selfdistill.config import AdapterConfig, OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import Fusion
 

@@ -28,7 +28,7 @@ def test_every_door_opens(option):
 
 
 NAMED = {
-    "adapters": ("(?i)adapter", 5),
+    "adapters": ("(?i)adapter", 4),
     "architectures": (r"architectures\b", 4),
     "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 4),
     "engines": ("(?i)vllm", 3),

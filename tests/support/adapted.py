@@ -13,7 +13,8 @@ import models
 import torch
 
 from megatron_selfdistill.adapters.low_rank_adapters import LowRankAdapter, WithoutAdapters, add_adapters
-from megatron_selfdistill.config import AdapterConfig, RecomputeConfig, ScheduleConfig
+from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.loss.target import Divergence
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped

@@ -14,7 +14,8 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
+from megatron_selfdistill.config import ModelConfig, RolloutConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 from megatron_selfdistill.rollout.sampling import sample_seed

@@ -14,7 +14,8 @@ from typing import Any
 import models
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.rollout.base import SamplingParams, ignore_progress
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)

@@ -23,13 +23,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import (
-    AdapterConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
     YarnConfig,
 )
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
 from megatron_selfdistill.instruments.plan.stages import Stage, stages
 from megatron_selfdistill.model.architecture import transformer_config

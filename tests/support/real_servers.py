@@ -16,7 +16,8 @@ import models
 import torch
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter

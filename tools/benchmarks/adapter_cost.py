@@ -89,7 +89,8 @@ class Bench:
         from random_llama import RandomLlama
 
         from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters, add_adapters
-        from megatron_selfdistill.config import AdapterConfig, ParallelConfig, TargetConfig
+        from megatron_selfdistill.config import ParallelConfig, TargetConfig
+        from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
         from megatron_selfdistill.loss.target import Target
         from megatron_selfdistill.model.build import build_optimizer, wrap_for_training

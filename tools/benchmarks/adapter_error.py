@@ -54,7 +54,8 @@ def _measure(arguments: argparse.Namespace, grid: Any) -> dict[str, dict[str, fl
     """Return KL and largest difference of log-probs by the way in which the engine has the adapters."""
     from random_llama import RandomLlama
 
-    from megatron_selfdistill.config import AdapterConfig, ParallelConfig, RolloutConfig
+    from megatron_selfdistill.config import ParallelConfig, RolloutConfig
+    from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 
     adapter = AdapterConfig(rank=arguments.adapter_rank)
     llama = RandomLlama.of(

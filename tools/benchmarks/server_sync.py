@@ -64,7 +64,8 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
 
     ``directory`` has the config.json of ``llama``, and on rank 0 receives the logs of the servers.
     """
-    from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+    from megatron_selfdistill.config import RolloutConfig
+    from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
     from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0
     from megatron_selfdistill.engines.vllm.client import VllmServer
     from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter

@@ -73,7 +73,8 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
     """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
     from random_llama import RandomLlama
 
-    from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+    from megatron_selfdistill.config import RolloutConfig
+    from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 
     if arguments.unpacked:
         import vllm._custom_ops

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX
 
 if TYPE_CHECKING:
-    from megatron_selfdistill.config import AdapterConfig
+    from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
     from megatron_selfdistill.interop.hf.rules import Rule
 
 ADAPTER_NAME = "selfdistill"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.interop.export import Exporter

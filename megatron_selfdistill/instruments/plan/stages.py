@@ -13,7 +13,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.adapters.low_rank_adapters import adapter_sizes
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
+from megatron_selfdistill.config import ModelConfig, ParallelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError

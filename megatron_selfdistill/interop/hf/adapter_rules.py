@@ -21,7 +21,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.rules import Arrangement, Rule
 
 if TYPE_CHECKING:  # an engine's processes need no configuration
-    from megatron_selfdistill.config import AdapterConfig
+    from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the name of a module."""

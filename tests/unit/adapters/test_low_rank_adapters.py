@@ -17,7 +17,7 @@ from megatron_selfdistill.adapters.low_rank_adapters import (
     adapter_sizes,
     add_adapters,
 )
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.forward import unwrapped
 

@@ -18,7 +18,8 @@ from megatron_selfdistill.adapters.stored_adapters import (
 )
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
-from megatron_selfdistill.config import AdapterConfig, load
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError
 
 SETTINGS = AdapterConfig(rank=4, alpha=8.0, rank_stabilised=True, layers=["linear_proj"], seed=3)

@@ -54,11 +54,7 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
         turns = logged_responses.LoggedTurns(SimpleNamespace(run_dir=run_dir, data=None), run_data, grid)
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [
-        {
-            "ids": [problem.id for problem, _ in read],
-            "replies": [turn.reply for _, turn in read],
-            "counts": counts,
-        }
+        {"ids": [problem.id for problem, _ in read], "replies": [turn.reply for _, turn in read], "counts": counts}
         for read, counts in steps
     ]
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.guidance.guided_tokens import (
-    select_mixed_tokens,
-)
+from megatron_selfdistill.guidance.guided_tokens import select_mixed_tokens
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 from megatron_selfdistill.rollout.base import SamplingParams

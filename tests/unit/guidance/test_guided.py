@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.guidance import guided_tokens
-from megatron_selfdistill.guidance.guided_tokens import (
-    MixedTokens,
-    select_mixed_tokens,
-)
+from megatron_selfdistill.guidance.guided_tokens import MixedTokens, select_mixed_tokens
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.sampling import select_tokens

@@ -19,7 +19,8 @@ from saved_checkpoints import raises
 
 from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
-from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft, peft_to_megatron
@@ -169,9 +170,7 @@ def hf_of(directory: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("rank_stabilised", "scale"),
-    [(False, 3 / 2), (True, 3 / math.sqrt(2))],
-    ids=["alpha / r", "alpha / sqrt(r)"],
+    ("rank_stabilised", "scale"), [(False, 3 / 2), (True, 3 / math.sqrt(2))], ids=["alpha / r", "alpha / sqrt(r)"]
 )
 def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
     ranks, hf_directory, tmp_path, rank_stabilised, scale
@@ -183,12 +182,7 @@ def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
     hf_to_megatron(hf, tmp_path / "base")
     targets = ["q_proj", "v_proj", "down_proj"]
     config = peft.LoraConfig(
-        r=2,
-        lora_alpha=3,
-        use_rslora=rank_stabilised,
-        target_modules=targets,
-        lora_dropout=0.1,
-        init_lora_weights=False,
+        r=2, lora_alpha=3, use_rslora=rank_stabilised, target_modules=targets, lora_dropout=0.1, init_lora_weights=False
     )
     with torch.random.fork_rng():
         torch.manual_seed(3)

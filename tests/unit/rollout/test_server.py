@@ -17,7 +17,7 @@ import torch
 from fake_server_sampler import GREEDY, MODEL, sampler, tell
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Request
 

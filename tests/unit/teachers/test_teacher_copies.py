@@ -17,7 +17,8 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.adapters.low_rank_adapters import WithOtherAdapters, WithoutAdapters, add_adapters
-from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped

@@ -20,7 +20,8 @@ from megatron_selfdistill.adapters.stored_adapters import StoredAdapters
 from megatron_selfdistill.checkpoint.formats.manifest import NAME as MANIFEST
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.compat import older_megatron
-from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping
+from megatron_selfdistill.config import Config, ParallelConfig, from_mapping
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron

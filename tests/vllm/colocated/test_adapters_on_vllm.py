@@ -12,7 +12,8 @@ from colocated import GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, sampler
 from responses import own, tokens
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
-from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 

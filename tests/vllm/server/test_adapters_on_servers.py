@@ -14,7 +14,7 @@ from responses import own, tokens
 from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
 from megatron_selfdistill.rollout.base import Response, SamplingParams

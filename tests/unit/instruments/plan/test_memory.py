@@ -13,7 +13,6 @@ from models import build, model_config, parallel, planned
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import (
-    AdapterConfig,
     Config,
     OptimizerConfig,
     OptimizerConstants,
@@ -24,6 +23,7 @@ from megatron_selfdistill.config import (
     load,
 )
 from megatron_selfdistill.config.methods import settings_of
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.target_config import TeacherConfig
 from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.distributed import ranks as rank_groups

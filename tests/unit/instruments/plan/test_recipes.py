@@ -14,8 +14,9 @@ from recipe_needs import needed_by
 from scripts import load_script
 from tiers import combinations
 
-from megatron_selfdistill.config import AdapterConfig, Config, load
+from megatron_selfdistill.config import Config, load
 from megatron_selfdistill.config.key_list import config_dir
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 
 size_table = load_script(Path(__file__).resolve().parents[4] / "tools" / "size_table.py")

@@ -12,7 +12,8 @@ from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
+from megatron_selfdistill.config import ModelConfig, ParallelConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.export import Exporter
 from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules, is_adapter_key
