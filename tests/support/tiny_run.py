@@ -87,6 +87,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "num_steps=6",
         "checkpoint.save_every=3",
         "metrics.console_every=0",
+        "metrics.measure_every_token=1",  # which tokens are measured depends on the layout
         "metrics.loggers=[]",
         "report.every=0",
         *more,

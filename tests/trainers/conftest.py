@@ -13,9 +13,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))  # as `python examples/...` does
 
-collect_ignore = (  # make test-trainers brings TRL
-    [] if importlib.util.find_spec("trl") else ["test_trl_trainer.py", "test_published_templates.py"]
-)
+OF_TRL = ["test_trl_trainer.py", "test_published_templates.py", "test_peers_step.py"]
+collect_ignore = [] if importlib.util.find_spec("trl") else OF_TRL  # make test-trainers brings TRL
 
 
 @pytest.fixture(scope="session")

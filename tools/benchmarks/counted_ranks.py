@@ -9,6 +9,7 @@ thread works at a time, until it waits for another rank, so that a thousand rank
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from collections import defaultdict, deque
@@ -145,9 +146,9 @@ class CountedWorld:
 
     def all_gather_object(self, found: list[Any], value: Any, group: Any = None) -> None:
         """Fill ``found`` with the pickled value of each rank, all of which travel at the length of the longest."""
-        packed = self._meet(group, pickle.dumps(value))
-        self._own.count(len(packed) * max(map(len, packed.values())))
-        found[:] = [pickle.loads(packed[rank]) for rank in sorted(packed)]
+        values = self._meet(group, (copy.deepcopy(value), len(pickle.dumps(value))))
+        self._own.count(len(values) * max(size for _, size in values.values()))
+        found[:] = [copy.deepcopy(values[rank][0]) for rank in sorted(values)]
 
     def batch_isend_irecv(self, batch: Sequence[Any]) -> list[Any]:
         """Send and receive at once; the result holds nothing to wait for."""

@@ -82,7 +82,7 @@ class MetricsConfig(Part, section="metrics", free="*"):
     target.anchor=student every step has the metrics of the teacher."""
     measure_every_token: PositiveInt = 8
     """The tokens from one that such a step measures to the next: a mean over one token in 8 costs an eighth, and 1 is
-    exact.  Steps with samples measure all tokens."""
+    exact.  Which tokens these are depends on the layout.  Steps with samples measure all tokens."""
     leak_words: list[Name] = field(default_factory=lambda: list(LEAK_WORDS))
     """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts each of them once per
     response, as whole words, in upper or lower case.  An empty list counts nothing, and so does a run whose problems
