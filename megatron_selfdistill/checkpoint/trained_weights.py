@@ -19,6 +19,7 @@ from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.whole_config import trains_all_weights
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import new_chunks
@@ -84,7 +85,7 @@ def as_stored(config: Config) -> Config:
     Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
     """
     load = config.checkpoint.load
-    if config.trains_all_weights and (load is None or not run_on_rank_0(lambda: holds_adapters(Path(load)))):
+    if trains_all_weights(config) and (load is None or not run_on_rank_0(lambda: holds_adapters(Path(load)))):
         return config
     changed: Config = door("adapters").with_stored_adapters(config)
     return changed

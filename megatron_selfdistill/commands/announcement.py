@@ -20,6 +20,7 @@ from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.commands.installation import installed_version
 from megatron_selfdistill.config import Config, GivenKeys
+from megatron_selfdistill.config.schema.whole_config import trains_all_weights
 from megatron_selfdistill.data.problems import Problem, about_visits, are_one_hint
 from megatron_selfdistill.metrics.phase_progress import duration
 from megatron_selfdistill.model.architecture import uses_transformer_engine
@@ -136,7 +137,7 @@ def complete(config: Config, num_steps: int, checkpoint: Path) -> list[str]:
 def _next(config: Config) -> list[str]:
     """Return the command that converts the model of a run, if it came from Hugging Face, and how to train on."""
     run = config.run_dir
-    kind = "hf" if config.trains_all_weights else "peft"
+    kind = "hf" if trains_all_weights(config) else "peft"
     convert = shlex.join(["selfdistill", "convert", f"megatron-to-{kind}", "--megatron", run, "--out", f"{run}-{kind}"])
     came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
     train_on = "next: the same command with a larger num_steps trains on from there"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_selfdistill.config.schema.target_config import planned_controls, shows_solutions
+from megatron_selfdistill.config.schema.whole_config import record_teachers
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, are_one_hint
 from megatron_selfdistill.errors import ConfigError
@@ -22,7 +23,7 @@ def with_decided_anchor(config: Config, problems: Sequence[Problem]) -> Config:
     """Return ``config`` with the anchor that target.anchor=auto stands for in a run on these problems."""
     if config.target.anchor != "auto":
         return config
-    counts = shows_solutions(config) and config.record_teachers is None
+    counts = shows_solutions(config) and record_teachers(config) is None
     follows = counts and are_one_hint([problem.solution for problem in problems])
     return replace(config, target=replace(config.target, anchor="student" if follows else "reference"))
 

@@ -15,7 +15,9 @@ from typing import Any
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.config import Config, DataConfig
+from megatron_selfdistill.config.schema.data_config import log_reader, plays_episodes, shown_tools
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
+from megatron_selfdistill.config.schema.whole_config import record_teachers
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.controls import num_controls
@@ -98,11 +100,11 @@ class RunData:
             builder = PromptBuilder(_tokenizer(config.data), _templates(config), config.shows_contents)
             max_length, of_model = longest_context(config), _of_model(config, builder)
             facts: dict[str, Any] = {}
-            if config.log_reader is None:
+            if log_reader(config) is None:
                 problems, evaluation, looked_at = *_problems(config, builder), None
             else:
                 source = _record_source(config, config.data.fields)
-                problems, looked_at, facts = config.log_reader(config, source, builder, of_model["ends"], max_length)
+                problems, looked_at, facts = log_reader(config)(config, source, builder, of_model["ends"], max_length)
                 evaluation = _evaluation_problems(config, _evaluation_fields(config.data), builder)
             if looked_at is None:
                 problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
@@ -167,7 +169,7 @@ def _problems(config: Config, builder: PromptBuilder) -> tuple[ProblemSet, list[
     """Return the problems of ``data.path`` with the solutions that data.solutions names, and the held-out problems."""
     data, needs = config.data, config.needs
     fields: dict[str, str | None] = {**data.fields}
-    only_replies = config.plays_episodes and not config.has_teacher
+    only_replies = plays_episodes(config) and not config.has_teacher
     # A function of the user may read the solutions; a reply needs none where no teacher sees any.
     of_data = data.solutions in ("given", "other")
     if not of_data or needs.hint not in (GIVEN, FUNCTION) or only_replies:
@@ -183,7 +185,7 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
     data = config.data
     assert data.path is not None
     place = (data.path, data.split, data.subset, fields, data.on_bad_record, data.limit)
-    return RecordSource(*place, section="data", teachers=config.record_teachers)
+    return RecordSource(*place, section="data", teachers=record_teachers(config))
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
@@ -290,7 +292,7 @@ def _fitting_problems(
     kept, num_shortened = [], 0
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
-    teachers = config.record_teachers
+    teachers = record_teachers(config)
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
@@ -343,7 +345,7 @@ def _tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data, shown, teachers = config.data, config.shown_tools, config.record_teachers
+    data, shown, teachers = config.data, shown_tools(config), record_teachers(config)
 
     def teacher_view(own: Mapping[str, Any]) -> PromptView:
         return _view(data, data.views.get("teacher", {}) | own, shown)

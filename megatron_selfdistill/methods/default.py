@@ -53,6 +53,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.functions import function_named
+from megatron_selfdistill.config.schema.data_config import judges_responses, plays_episodes
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import (
     MEASURED,
@@ -139,7 +140,7 @@ class SelfDistillation:
     def check_data(self) -> None:
         """Raise `ConfigError` where a verifier judges responses to problems without an answer."""
         tools, config = self.tools, self.tools.config
-        if config.judges_responses and tools.judge.reward is None and not config.plays_episodes:
+        if judges_responses(config) and tools.judge.reward is None and not plays_episodes(config):
             from megatron_selfdistill.evaluation.verify import check_answers
 
             check_answers(tools.run_data.problems.problems, tools.judge.verifier)
@@ -186,7 +187,7 @@ class SelfDistillation:
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts with the rewards of the function, the replies or the verifier, and no metrics."""
         judge = self.tools.judge
-        if judge.reward is None and self.tools.config.plays_episodes:
+        if judge.reward is None and plays_episodes(self.tools.config):
             return list(rollouts), {}
         with self.tools.phases("rollout"):
             return judge.rewarded(rollouts)

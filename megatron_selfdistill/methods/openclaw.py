@@ -54,7 +54,7 @@ from typing import Annotated, Any
 
 from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
 from megatron_selfdistill.config import Config, function_named
-from megatron_selfdistill.config.schema.data_config import ConversationsConfig
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig, plays_episodes
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
@@ -163,7 +163,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
         super().check(config)
         wanted = config.conversations
         require(
-            not self.live or config.plays_episodes,
+            not self.live or plays_episodes(config),
             "method.live=true samples replies to which an environment replies: set data.kind=problems and "
             "environment.name, or method.live=false for logs",
         )

@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.schema.data_config import plays_episodes
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
 from megatron_selfdistill.data.thoughts import final_part
@@ -107,7 +108,7 @@ class SdpoSettings(DistillAndRewardSettings):
     def require_start(self, config: Config) -> None:
         """Raise `ConfigError` also for feedback without an environment."""
         super().require_start(config)
-        if self.hints in ("feedback", "peer_or_feedback") and not config.plays_episodes:
+        if self.hints in ("feedback", "peer_or_feedback") and not plays_episodes(config):
             raise ConfigError(
                 f"method.hints={self.hints} shows the teacher the feedback of an environment: set environment.name to "
                 "http or to the dotted path of your class"

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, method_class
+from megatron_selfdistill.config.schema.data_config import plays_episodes
+from megatron_selfdistill.config.schema.whole_config import trains_all_weights
 from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
 
 OF_SAMPLES = ("student_nll", "entropy/student", "response/truncated_share", LOOPS)
@@ -129,7 +131,7 @@ def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
     lines, steps, lr = [], config.num_steps, config.optimizer.lr
     # The rewards of episodes, and those of a method with a hook of its own, are none of a verifier.
     hook = method_class(config.method.name).rewarded.__qualname__
-    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.plays_episodes:
+    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not plays_episodes(config):
         reward, mean = getattr(config.method, "reward", None), metrics.get("rewards/mean", math.nan)
         judge = f"evaluation.verifier={config.evaluation.verifier}" if reward is None else f"method.reward={reward}"
         lines.append(f"rewards: {judge}; {mean:.2f} {'of the responses are right' if reward is None else 'on average'}")
@@ -153,6 +155,6 @@ def largest_change(config: Config) -> float:
     It is infinite for SGD, whose steps have no bound, and for adapters, one of whose factors begins at 0.
     """
     model, optimizer = config.model, config.optimizer
-    if optimizer.optimizer != "adam" or not config.trains_all_weights or not model.init_method_std:
+    if optimizer.optimizer != "adam" or not trains_all_weights(config) or not model.init_method_std:
         return math.inf
     return config.num_steps * optimizer.lr * math.sqrt(model.hidden_size) / (2 * model.init_method_std)

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.whole_config import projects_reference
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
@@ -138,7 +139,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         token_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
-        mix_copies=2 * 4 / element_size if config.is_anchored and (config.projects_reference or cannot) else 0.0,
+        mix_copies=2 * 4 / element_size if config.is_anchored and (projects_reference(config) or cannot) else 0.0,
         control_copies=1 + 3 * 4 / element_size / controls if controls else 0.0,
     )
     share = config.cluster.memory_of_gpu * DEFAULT_LOGITS_SHARE

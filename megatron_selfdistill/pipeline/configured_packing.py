@@ -9,6 +9,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.data_config import contexts_per_sample, joins_turns
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.batch import Packing
@@ -22,7 +23,7 @@ def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig,
         pair_order=pair_order_of(config, grid.dp_size, model, num_controls),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
-        joins_turns=config.joins_turns,
+        joins_turns=joins_turns(config),
         num_controls=num_controls,
     )
 
@@ -50,7 +51,7 @@ def most_responses(config: Config, dp_size: int) -> tuple[int, int]:
     num_samples, longest = config.rollout.num_samples, config.rollout.max_new_tokens
     if not config.samples_responses:
         num_samples, longest = 1, longest_context(config)
-    return math.ceil(config.data.global_batch_size / dp_size) * num_samples * config.contexts_per_sample, longest
+    return math.ceil(config.data.global_batch_size / dp_size) * num_samples * contexts_per_sample(config), longest
 
 
 def packing_of_model(

@@ -9,6 +9,7 @@ import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.data_config import joins_turns
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
@@ -43,7 +44,7 @@ def make_sampler(
             run_data.max_length,
             rollout.kv_cache_gb,
             progress,
-            continues=config.joins_turns,
+            continues=joins_turns(config),
         )
     made: Sampler = door("vllm").vllm_sampler(config, run_data, chunks, grid, progress)
     return made

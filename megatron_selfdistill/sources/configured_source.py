@@ -12,6 +12,7 @@ import torch
 
 from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config import Config, method_class
+from megatron_selfdistill.config.schema.data_config import joins_turns, judges_responses, plays_episodes
 from megatron_selfdistill.config.schema.method_config import TEACHER
 from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.given_solutions import GivenSolutions
@@ -47,7 +48,7 @@ def configured_source(
         return logged
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
-    player = door("environments").training_player(config, tools.given, grid, phases) if config.plays_episodes else None
+    player = door("environments").training_player(config, tools.given, grid, phases) if plays_episodes(config) else None
     number = run_data.num_controls
     options = OnPolicyOptions(
         sampler=sampler,
@@ -55,7 +56,7 @@ def configured_source(
         grid=grid,
         seed=config.seed,
         num_samples=config.rollout.num_samples,
-        judges=config.judges_responses,
+        judges=judges_responses(config),
         weight_cap=config.loss.rollout_correction_cap,
         samples_teacher=config.needs.samples == TEACHER,
         player=player,
@@ -127,7 +128,7 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     Every rank of the world calls it.
     Raises: `ConfigError` on all ranks for a turn that may not be skipped, and for a template that rewrites turns.
     """
-    if config.joins_turns:
+    if joins_turns(config):
         door("environments").require_bridges(run_data.builder, run_data.problems.problems[0], config.has_teacher)
     if not config.logged:
         return run_data
@@ -149,7 +150,7 @@ def evaluation_player(
 
     Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
     """
-    if not config.plays_episodes:
+    if not plays_episodes(config):
         return nullcontext()
     player, given = door("environments").evaluation_player, given_solutions(config, run_data)
     found: AbstractContextManager[Player] = player(config, given, sampler, step, grid)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from megatron_selfdistill.config.schema.data_config import check_view
+from megatron_selfdistill.config.schema.data_config import check_view, plays_episodes
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_slots
 from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED, STUDENT
 from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
@@ -173,7 +173,7 @@ def check_teachers(config: Any) -> None:
         f"the data, such as method.name=default, got method.name={config.method.name}",
     )
     require(
-        config.data.kind == "problems" and not config.plays_episodes and config.teacher.weights == "frozen",
+        config.data.kind == "problems" and not plays_episodes(config) and config.teacher.weights == "frozen",
         "teachers need the records of data.kind=problems, which name them, teacher.weights=frozen and no environment, "
         f"got {config.data.kind}, {config.teacher.weights} and environment.name={config.environment.name}",
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from megatron_selfdistill.annexes import door
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_range
 from megatron_selfdistill.config.schema.method_config import FOUND, GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveInt, Text
@@ -54,7 +55,7 @@ class EnvironmentConfig(
             f"got {method} and {config.data.kind}",
         )
         require(
-            config.needs.hint == GIVEN or not config.joins_turns,
+            config.needs.hint == GIVEN or not joins_turns(config),
             f"environment.limits.one_sequence=true needs the prompts of an episode to stay as they were sampled, but "
             f"{method} gives each turn a hint of its own later: set environment.limits.one_sequence=false",
         )
@@ -186,3 +187,34 @@ class ConversationsConfig(Part, section="conversations", free="show_contents"):
             "conversations.responses=logged samples nothing: unset loss.rollout_correction, or set "
             "conversations.responses=sampled",
         )
+
+
+def plays_episodes(config: Any) -> bool:
+    """Return whether an environment replies to each response, which is then a turn of an episode and has its reward."""
+    return bool(config.environment.name != "none")
+
+
+def contexts_per_sample(config: Any) -> int:
+    """Return the most contexts that a step trains of a sample: those of each turn, and those that the method adds."""
+    return int(config.environment.max_turns * config.needs.contexts_per_sample)
+
+
+def joins_turns(config: Any) -> bool:
+    """Return whether an episode is one sequence of tokens, which sampling continues and training reads once."""
+    return bool(config.environment.limits.get("one_sequence", False))
+
+
+def shown_tools(config: Any) -> dict[str, Any]:
+    """Return the variable of the chat template with the tools that responses may call; empty without such tools."""
+    tools = config.environment.options.get("tools") if config.environment.name == "tools" else None
+    return {} if tools is None else {"tools": door("environments").schemas_of(tools)}
+
+
+def log_reader(config: Any) -> Any:
+    """Return the function that reads the records as turns of a log; None if the records are problems."""
+    return None if config.data.kind == "problems" else door("chat_logs").read_log
+
+
+def judges_responses(config: Any) -> bool:
+    """Return whether every response gets a reward before the step trains, for the method or as a turn."""
+    return config.samples_responses and bool(config.needs.rewards or plays_episodes(config))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from megatron_selfdistill.config.schema.data_config import plays_episodes
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
 from megatron_selfdistill.config.schema.method_config import GIVEN, sampled_log_probs_key
 from megatron_selfdistill.config.schema.ranges import (
@@ -128,7 +129,7 @@ class RolloutConfig(
         )
         has_own = config.needs.own_prompts or config.needs.hint_follows
         require(
-            not self.samples_target or (config.samples_responses and not has_own and not config.plays_episodes),
+            not self.samples_target or (config.samples_responses and not has_own and not plays_episodes(config)),
             "rollout.guidance=mixed samples from prompts and hints that are known before: it needs a method that "
             f"samples and has no prompts or hints of its own, and no episodes, got data.kind={config.data.kind} and "
             f"method.name={config.method.name}: set rollout.guidance=none",
@@ -140,7 +141,7 @@ class RolloutConfig(
             "reports at temperature 1 only: set rollout.temperature=1, top_k=0 and top_p=1, got "
             f"{self.temperature}, {self.top_k} and {self.top_p}",
         )
-        is_whole = config.needs.hint == GIVEN and not config.plays_episodes and not self.samples_target
+        is_whole = config.needs.hint == GIVEN and not plays_episodes(config) and not self.samples_target
         require(
             not self.ahead or (on_servers and is_whole),
             f"rollout.ahead={self.ahead} trains while servers generate: it needs rollout.engine=vllm and "

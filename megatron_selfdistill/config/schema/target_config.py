@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, FUSED_MODES, LOSS_BACKENDS, TARGET_RULES
+from megatron_selfdistill.config.schema.data_config import plays_episodes
 from megatron_selfdistill.config.schema.field_checks import Part, require
 from megatron_selfdistill.config.schema.method_config import GIVEN, HINTED
 from megatron_selfdistill.config.schema.ranges import (
@@ -136,7 +137,7 @@ class TargetConfig(Part, section="target"):
 def shows_solutions(config: Any) -> bool:
     """Return whether the hints of a run with this `Config` are the solutions of the data, each of a single problem."""
     needs, data = config.needs, config.data
-    is_single = data.kind == "problems" and not config.plays_episodes
+    is_single = data.kind == "problems" and not plays_episodes(config)
     return is_single and needs.teacher_prompt == HINTED and needs.hint == GIVEN and data.solutions != "none"
 
 
@@ -151,7 +152,7 @@ def why_no_control(config: Any) -> str | None:
     key = None
     if config.target.rule == "teacher_alone":
         key = "target.rule=teacher_alone mixes the teacher with nothing"
-    elif config.data.kind != "problems" or config.plays_episodes:
+    elif config.data.kind != "problems" or plays_episodes(config):
         key = "the responses are turns, whose hints belong to one conversation"
     elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"

@@ -100,11 +100,6 @@ class Config:
         """The teachers of the key ``teachers`` by name, in the order of the names; empty without the key."""
         return door("teachers_config").named_teachers(self.teachers) if self.teachers else {}
 
-    @cached_property
-    def record_teachers(self) -> Any:
-        """The `RecordTeachers` that say who teaches each record; None if all records have one teacher, the default."""
-        return door("taught_records").TaughtRecords.of(self) if self.named_teachers else None
-
     @property
     def why_teachers_differ(self) -> str | None:
         """Why the readings of the run's teachers after the hints of other problems do not compare; None if they do."""
@@ -126,29 +121,12 @@ class Config:
         return self.has_teacher and self.target.anchor != "student"
 
     @property
-    def trains_all_weights(self) -> bool:
-        """Whether the run trains the weights of the model themselves, and no adapters beside them."""
-        return not self.adapter.rank
-
-    @property
     def copies_reference(self) -> bool:
         """Whether the reference is a copy of the weights of its own.
 
         A frozen teacher's weights are the reference's, and with adapters it is the model without them.
         """
-        return self.is_anchored and self.teacher.weights != "frozen" and self.trains_all_weights
-
-    @property
-    def projects_reference(self) -> bool:
-        """Whether the reference has an output layer of its own, so that no mix of states serves both models."""
-        loads_teachers = any(teacher.load is not None for teacher in self.named_teachers.values())
-        is_shared = not isinstance(self.target.anchor, str)
-        return self.copies_reference or (self.is_anchored and (loads_teachers or is_shared))
-
-    @property
-    def log_reader(self) -> Any:
-        """The function that reads the records as turns of a log; None if the records are problems."""
-        return None if self.data.kind == "problems" else door("chat_logs").read_log
+        return self.is_anchored and self.teacher.weights != "frozen" and trains_all_weights(self)
 
     @property
     def logged(self) -> bool:
@@ -167,32 +145,23 @@ class Config:
         return not self.logged or bool(evaluates) or self.needs.asks_model
 
     @property
-    def judges_responses(self) -> bool:
-        """Whether every response gets a reward before the step trains: for the method, or as a turn of an episode."""
-        return self.samples_responses and (self.needs.rewards or self.plays_episodes)
-
-    @property
-    def plays_episodes(self) -> bool:
-        """Whether an environment replies to each response, which is then a turn of an episode and has its reward."""
-        return self.environment.name != "none"
-
-    @property
-    def contexts_per_sample(self) -> int:
-        """The most contexts that a step trains of a sample: those of each turn, and those that the method adds."""
-        return self.environment.max_turns * self.needs.contexts_per_sample
-
-    @property
-    def joins_turns(self) -> bool:
-        """Whether an episode is one sequence of tokens, which sampling continues and training reads once."""
-        return bool(self.environment.limits.get("one_sequence", False))
-
-    @property
-    def shown_tools(self) -> dict[str, Any]:
-        """The variable of the chat template with the tools that responses may call; empty without such tools."""
-        tools = self.environment.options.get("tools") if self.environment.name == "tools" else None
-        return {} if tools is None else {"tools": door("environments").schemas_of(tools)}
-
-    @property
     def shows_contents(self) -> bool:
         """Whether problems and responses may be shown as text (conversations: conversations.show_contents)."""
         return self.data.kind != "conversations" or self.conversations.show_contents
+
+
+def trains_all_weights(config: Config) -> bool:
+    """Return whether the run trains the weights of the model themselves, and no adapters beside them."""
+    return not config.adapter.rank
+
+
+def record_teachers(config: Config) -> Any:
+    """Return the `RecordTeachers` that say who teaches each record; None if all records have the default teacher."""
+    return door("taught_records").TaughtRecords.of(config) if config.named_teachers else None
+
+
+def projects_reference(config: Config) -> bool:
+    """Return whether the reference has an output layer of its own, so that no mix of states serves both models."""
+    loads_teachers = any(teacher.load is not None for teacher in config.named_teachers.values())
+    is_shared = not isinstance(config.target.anchor, str)
+    return config.copies_reference or (config.is_anchored and (loads_teachers or is_shared))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.model_command import ended, parsed
+from megatron_selfdistill.config.schema.data_config import plays_episodes
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
@@ -191,7 +192,7 @@ def _report(
     if first is not None:
         advice = first.advice(config)
         about["first_step"] = asdict(first)
-        if config.plays_episodes:  # the samples of the first step are no episodes
+        if plays_episodes(config):  # the samples of the first step are no episodes
             print("no verdict: compare with the same command without --hinted (selfdistill evaluate compare)\n")
         else:
             ready = readiness(config, first, result)
@@ -218,7 +219,7 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "seed": config.seed,
         "verifier": config.evaluation.verifier,
         "confidence": config.evaluation.confidence,
-        "environment": f"{played.name}, {played.max_turns} turns" if config.plays_episodes else None,
+        "environment": f"{played.name}, {played.max_turns} turns" if plays_episodes(config) else None,
         "engine": rollout.engine if rollout.engine == "megatron" else f"{rollout.engine} {rollout.placement}",
         "precision": config.optimizer.precision,
         **{name: getattr(rollout, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.config.schema.data_config import judges_responses
 from megatron_selfdistill.environments import configured_episodes
 from megatron_selfdistill.errors import ConfigError
 
@@ -48,7 +49,7 @@ def test_an_environment_that_cannot_work_is_one_message(overrides, message):
 
 def test_what_is_possible_with_one_turn_is_not_refused():
     for overrides in ([], [SAMPLES, "method.name=sdpo"], [SAMPLES, "method.name=uni_opd"]):
-        assert configured(OWN, *overrides).judges_responses, "the environment gives the rewards"
+        assert judges_responses(configured(OWN, *overrides)), "the environment gives the rewards"
 
 
 def refusal_of(overrides: list[str]) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made
 
+from megatron_selfdistill.config.schema.data_config import judges_responses
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
@@ -61,7 +62,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
         grid=grid,
         seed=SEED,
         num_samples=SAMPLES,
-        judges=method.tools.config.judges_responses,
+        judges=judges_responses(method.tools.config),
         weight_cap=2.0,
         samples_teacher=False,
         player=None,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.config.schema.whole_config import projects_reference
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.teachers.teachers_config import (
     NamedTeacher,
@@ -25,7 +26,7 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
     config = load(["teachers={math: {load: /m, weight: 0.5}, default: {template: '{problem} {solution}'}}"])
     assert list(config.named_teachers) == ["default", "math"]
     assert config.named_teachers["math"] == NamedTeacher("/m", "given", None, 0.5)
-    assert config.projects_reference and not load(["teachers.default.hint=given"]).projects_reference
+    assert projects_reference(config) and not projects_reference(load(["teachers.default.hint=given"]))
 
 
 def test_the_function_that_chooses_is_no_teacher():
@@ -44,7 +45,7 @@ def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
 def test_without_the_key_nothing_changes():
     config = load([])
     assert config.named_teachers == {} and keeps_start(config)
-    assert not config.projects_reference
+    assert not projects_reference(config)
 
 
 def test_the_start_is_kept_for_the_reference_and_for_a_teacher_without_a_directory():
