@@ -50,9 +50,9 @@ def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
 
 def start_turn_by_turn(arguments: list[str]) -> int:
     """Start a run whose training reads each turn of an episode by itself, whatever its prompts are."""
-    from megatron_selfdistill.config import Config
+    from megatron_selfdistill.pipeline import configured_packing
 
-    return start_with(arguments, Config, "joins_turns", False)
+    return start_with(arguments, configured_packing, "joins_turns", lambda config: False)
 
 
 def start_and_die_in_a_second_turn(arguments: list[str]) -> int:
