@@ -44,7 +44,7 @@ from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.configured_packing import configured_packing
 from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
-from megatron_selfdistill.pipeline.schedule import Reference, StepTeacher
+from megatron_selfdistill.pipeline.schedule import Reference, StepOptions, StepTeacher
 from megatron_selfdistill.pipeline.score import Reading
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
@@ -141,11 +141,12 @@ class Learner:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         try:
-            options: dict[str, Any] = {"token_coefficients": token_coefficients, "partial_batch": partial_batch}
+            options: StepOptions = {"token_coefficients": token_coefficients, "partial_batch": partial_batch}
             if not self.config.has_teacher:
-                return self.run_schedule(packed, None, next_token, **options)
-            measurement = None if measure_every is None else self._measurement(teacher, every=measure_every)
-            return self._self_distillation(packed, contexts, teacher, measurement=measurement, **options)
+                return self.run_schedule(packed, None, next_token, options)
+            if measure_every is not None:
+                options["measurement"] = self._measurement(teacher, every=measure_every)
+            return self._self_distillation(packed, contexts, teacher, options)
         except schedule.NoResponseTokens:
             if is_first:
                 self.release_gradients()
@@ -156,8 +157,7 @@ class Learner:
     ) -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
 
-        ``summarise``: that of `TokenMeasurement`, for the logits of all models.  ``teacher``: the name
-        of the teacher of all contexts.
+        ``summarise``: that of `TokenMeasurement`, for the logits of all models.  ``teacher``: the teacher's name.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         return self.read(contexts, self._measurement(teacher, summarise), teacher).output
@@ -208,23 +208,19 @@ class Learner:
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         packed = self.pack(contexts, teacher)
-        output = self._self_distillation(packed, contexts, teacher, measurement=measurement, forward_only=True)
+        options: StepOptions = {"measurement": measurement, "forward_only": True}
+        output = self._self_distillation(packed, contexts, teacher, options)
         return Reading(packed, output, self.grid)
 
     def _self_distillation(
-        self,
-        packed: PackedBatch,
-        contexts: Sequence[ContextPair],
-        teacher: str,
-        partial_batch: PartialBatch | None = None,
-        **options: Any,
+        self, packed: PackedBatch, contexts: Sequence[ContextPair], teacher: str, options: StepOptions
     ) -> StepOutput:
-        target, following = self.target_of(teacher), "" if partial_batch is None else partial_batch.next_teacher
+        part, target = options.get("partial_batch"), self.target_of(teacher)
+        following = "" if part is None else part.next_teacher
         loss = self.distillation_loss if target is self.target else self.loss_towards(target)
         with self.teachers.models(packed, contexts, teacher, following) as models:
-            reference = self.reference_of(target, models.reference)
-            options = {"reference": reference, "partial_batch": partial_batch, **options}
-            return self.run_schedule(packed, models.teacher, loss, **options)
+            options = {**options, "reference": self.reference_of(target, models.reference)}
+            return self.run_schedule(packed, models.teacher, loss, options)
 
     def target_of(self, teacher: str = "") -> Target:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
@@ -239,12 +235,9 @@ class Learner:
         packed: PackedBatch,
         teacher: StepTeacher | None,
         token_loss: token_losses.TokenLoss | FusedLoss,
-        **options: Any,
+        options: StepOptions,
     ) -> StepOutput:
-        """Return the result of `schedule.run` with the student and the packing of the run.
-
-        ``options``: further arguments of `schedule.run`.
-        """
+        """Return the result of `schedule.run` with the student and the packing of the run."""
         return schedule.run(
             self.chunks,
             teacher,

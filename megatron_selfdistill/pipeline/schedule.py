@@ -15,7 +15,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -336,6 +336,16 @@ class Reference:
             # No name keeps the logits of one chunk while the next one is projected.
             anchor, is_contrast = project(self.last, states[chunk]).float(), self.target.num_controls > 0
             teacher_logits[chunk] = unit_mix(anchor, teacher_logits[chunk], weight, is_contrast=is_contrast)
+
+
+class StepOptions(TypedDict, total=False):
+    """The arguments of `run` in which steps differ."""
+
+    reference: Reference | None
+    measurement: TokenMeasurement | None
+    token_coefficients: TokenCoefficients | None
+    partial_batch: PartialBatch | None
+    forward_only: bool
 
 
 class NoResponseTokens(RuntimeError):

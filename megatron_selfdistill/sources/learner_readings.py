@@ -92,5 +92,5 @@ def identity_loss(learner: Learner, contexts: Sequence[ContextPair]) -> float:
     target = Target(teacher_weight=weight, anchor=anchor, num_controls=num_controls)
     packed, loss = pack_everywhere(same, learner.packing, learner.grid), learner.loss_towards(target)
     reference, teacher = learner.reference_of(target, learner.chunks), ScheduledTeacher(learner.chunks)
-    output = learner.run_schedule(packed, teacher, loss, reference=reference, forward_only=True)
+    output = learner.run_schedule(packed, teacher, loss, {"reference": reference, "forward_only": True})
     return step_metrics(output, None, learner.grid)["loss/mean"]
