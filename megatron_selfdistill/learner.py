@@ -145,7 +145,7 @@ class Learner:
             if not self.config.has_teacher:
                 return self.run_schedule(packed, None, next_token, options)
             if measure_every is not None:
-                options["measurement"] = self._measurement(teacher, every=measure_every)
+                options["measurement"] = self._measurement(teacher, None, measure_every)
             return self._self_distillation(packed, contexts, teacher, options)
         except schedule.NoResponseTokens:
             if is_first:
@@ -160,7 +160,7 @@ class Learner:
         ``summarise``: that of `TokenMeasurement`, for the logits of all models.  ``teacher``: the teacher's name.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        return self.read(contexts, self._measurement(teacher, summarise), teacher).output
+        return self.read(contexts, self._measurement(teacher, summarise, 1), teacher).output
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of all gradients, unclipped, and prepare them for `apply_gradients`.  Collective."""
@@ -226,7 +226,7 @@ class Learner:
         """Return the target of the tokens that a teacher reads; ``teacher``: its name, "" for the default one."""
         return self.teachers.target(self.target, teacher) if teacher else self.target
 
-    def _measurement(self, teacher: str, summarise: Any = None, every: int = 1) -> TokenMeasurement:
+    def _measurement(self, teacher: str, summarise: Callable[..., Tensor] | None, every: int) -> TokenMeasurement:
         loss = self.config.loss
         return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise, every)
 

@@ -14,11 +14,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.architectures.attention_variants import VariantAttention, window_faults
-from megatron_selfdistill.architectures.flash_sinks import (
-    FlashSinkAttention,
-    sink_faults,
-)
+from megatron_selfdistill.architectures.attention_variants import VariantAttention as VariantAttention
+from megatron_selfdistill.architectures.attention_variants import window_faults
+from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention, sink_faults
 from megatron_selfdistill.architectures.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.architectures.rare_layers import (
     AllHeadsNormAttention,
@@ -54,8 +52,8 @@ def _complete_layer(spec: ModuleSpec, config: TransformerConfig, transformer_eng
             for name in ("q_layernorm", "kv_layernorm"):
                 if getattr(attention.submodules, name) is RMSNorm:
                     setattr(attention.submodules, name, LatentRMSNorm)
-    if has_sinks(config) or (config.window_size is not None and not transformer_engine):
-        attention.submodules.core_attention = FlashSinkAttention if transformer_engine else VariantAttention
+    if has_sinks(config) and transformer_engine:
+        attention.submodules.core_attention = FlashSinkAttention
     if hasattr(config, ALL_HEADS):
         # config.qk_layernorm stays false: with it, Megatron sums the gradients of all norms of queries and keys over
         # TP, and the weights of these norms are cut.

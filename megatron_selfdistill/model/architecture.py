@@ -161,7 +161,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
 
 def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
     layer, attention = spec.submodules, spec.submodules.self_attention
-    attention.submodules.core_attention = CoreAttention
+    attention.submodules.core_attention = core_attention_class(config)
     attention.params = {**(attention.params or {}), "attn_mask_type": AttnMaskType.causal}
     if config.normalization == "RMSNorm":
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -81,7 +81,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
-    with pytest.MonkeyPatch.context() as patch:  # as with Transformer Engine's fast attention
+    with pytest.MonkeyPatch.context() as patch:  # as with a sliding window
         patch.setattr(decoding.DecodingModel, "hides_columns_cheaply", False)
         columns = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_column(NEW_TOKENS)
