@@ -83,7 +83,7 @@ def _apart(a: float, b: float) -> float:
 
 def offloaded_teacher(directory: Path) -> Outcome:
     """Compare a run whose teacher's weights and rows rest in host memory with one whose teacher stays on the device."""
-    keys = ["teacher.weights=frozen", "checkpoint.save_every=6"]
+    keys = ["teacher.weights=frozen", "checkpoint.save_every=6", "schedule.pair_order=teacher_first"]
     resident, offloaded = directory / "resident", directory / "offloaded"
     run(tiny_run.overrides(directory, resident, *keys))
     run(tiny_run.overrides(directory, offloaded, *keys, "teacher.offload=cpu", "schedule.teacher_store_gb=0"))
