@@ -19,13 +19,7 @@ from leak_sweep import measured_leaks
 from refreshed_anchors import AVERAGED, EVERY, watch_refreshed
 from thinking_forks import measured_thinking
 
-from _lib import (
-    additions,
-    leaking_subtraction,
-    subtraction,
-    subtraction_chats,
-    unsolved_subtraction,
-)
+from _lib import additions, leaking_subtraction, subtraction, subtraction_chats, unsolved_subtraction
 from _lib.pretraining import Base, make_base, write_records
 from _lib.task import Record, Task
 from _lib.variants import Variant

@@ -12,21 +12,11 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.guidance.guided_tokens import (
-    CONTROL,
-    GuidedParams,
-    guided_roles,
-    select_mixed_tokens,
-)
+from megatron_selfdistill.guidance.guided_tokens import CONTROL, GuidedParams, guided_roles, select_mixed_tokens
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
 from megatron_selfdistill.rollout.megatron.decoding import DecodingModel, ForwardPasses
-from megatron_selfdistill.rollout.megatron.megatron_sampler import (
-    ContextRows,
-    GeneratedBatch,
-    MegatronSampler,
-    Share,
-)
+from megatron_selfdistill.rollout.megatron.megatron_sampler import ContextRows, GeneratedBatch, MegatronSampler, Share
 
 
 class GuidedSampler(MegatronSampler):

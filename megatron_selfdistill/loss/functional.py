@@ -22,13 +22,7 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import chosen as chosen_backend
-from megatron_selfdistill.loss.target import (
-    Divergence,
-    Target,
-    check_arguments,
-    check_controls,
-    mixed_logits,
-)
+from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, check_controls, mixed_logits
 
 IGNORED = -100
 """The label of a position without a loss, as in ``torch.nn.functional.cross_entropy``."""

@@ -6,11 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, Needs
-from megatron_selfdistill.metrics.first_checks import (
-    first_step_lines,
-    first_step_warnings,
-    warning_of_a_silent_teacher,
-)
+from megatron_selfdistill.metrics.first_checks import first_step_lines, first_step_warnings, warning_of_a_silent_teacher
 
 
 def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:

@@ -11,12 +11,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    NO_OPTIONS,
-    TokenOptions,
-    TokenStats,
-    VocabShard,
-)
+from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 
 
 def next_token(

@@ -31,13 +31,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
 from megatron_selfdistill.loss.sharded.anchor_share import share_anchor
 from megatron_selfdistill.loss.sharded.subtracted_controls import subtract_controls
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    TokenOptions,
-    TokenStats,
-    VocabShard,
-    chosen,
-    vocab_entropy,
-)
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, TokenStats, VocabShard, chosen, vocab_entropy
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
@@ -53,11 +47,7 @@ from megatron_selfdistill.model.fused_loss import FusedLoss
 from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
 from megatron_selfdistill.pipeline.joined_batches import gradients_of
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
-from megatron_selfdistill.pipeline.token_losses import (
-    StepOutput,
-    TokenCoefficients,
-    TokenLoss,
-)
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients, TokenLoss
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnStates, TokenMeasurement, TokenMeasures
 
 CONTROL_ROWS = 2048

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
-from megatron_selfdistill.config import (
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
-    ScheduleConfig,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, ScheduleConfig
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.hf.mapping import family_of_model

@@ -17,13 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from megatron_selfdistill.instruments.doctor.versions import (
-    for_another_python,
-    newer,
-    requirements,
-    satisfies,
-    tested,
-)
+from megatron_selfdistill.instruments.doctor.versions import for_another_python, newer, requirements, satisfies, tested
 
 PYTHONS = ((3, 11), (3, 13))
 OPTIONAL = {

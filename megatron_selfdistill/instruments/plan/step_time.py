@@ -24,13 +24,7 @@ from typing import Any
 from megatron_selfdistill.choices import GPUS
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.target_config import planned_controls
-from megatron_selfdistill.instruments.plan.memory import (
-    GIB,
-    Load,
-    element_size,
-    engine_weight_gib,
-    update_bytes,
-)
+from megatron_selfdistill.instruments.plan.memory import GIB, Load, element_size, engine_weight_gib, update_bytes
 from megatron_selfdistill.instruments.plan.stages import PlannedModel
 from megatron_selfdistill.teachers.teachers_config import joins
 

@@ -28,10 +28,7 @@ from megatron_selfdistill.loss.divergence import (
     reverse_kl_gradient,
     reverse_kl_terms,
 )
-from megatron_selfdistill.loss.jsd_and_renyi import (
-    jsd_gradient,
-    renyi_gradient,
-)
+from megatron_selfdistill.loss.jsd_and_renyi import jsd_gradient, renyi_gradient
 from megatron_selfdistill.loss.target import RANGE, Divergence, Status, Target, mixed_logits
 
 

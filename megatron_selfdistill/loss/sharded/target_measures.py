@@ -9,20 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.shard_sums import (
-    Chunk,
-    mix_unit,
-)
-from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    VocabShard,
-    gather_parts,
-    make_shard,
-)
-from megatron_selfdistill.loss.target import (
-    Target,
-    check_arguments,
-    mixed_logits,
-)
+from megatron_selfdistill.loss.sharded.shard_sums import Chunk, mix_unit
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, gather_parts, make_shard
+from megatron_selfdistill.loss.target import Target, check_arguments, mixed_logits
 
 RARE = 1e-3
 """The probability below which a model counts a token as rare."""

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.shard_sums import (
-    BetaGrid,
-)
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     VocabShard,
     check_reference,
@@ -18,10 +16,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     make_shard,
     solve_shard,
 )
-from megatron_selfdistill.loss.target import (
-    Target,
-    check_arguments,
-)
+from megatron_selfdistill.loss.target import Target, check_arguments
 
 
 @dataclass(frozen=True)
