@@ -176,14 +176,15 @@ def _train(
         ):
             with signs_of_life.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
-                door("explorer").explore_run(trainer)
-                report = door("report").report_run(trainer)
+                if config.metrics.num_explored or Path(config.run_dir, "explored").is_dir():
+                    door("explorer").explore_run(trainer)
+                report = door("report").report_run(trainer) if config.report.every != 0 else None
             try:
                 announce(trainer, given)
                 if not config.dry_run:
                     first, began = trainer.step, time.monotonic()
                     loop(trainer)
-                    conclude(trainer, first, time.monotonic() - began, report.path)
+                    conclude(trainer, first, time.monotonic() - began, report and report.path)
                 return 0
             except (RunUnhealthy, EngineError, VerifierError) as reason:  # every rank raises each of them
                 if isinstance(reason, EngineError) and trainer.stop.agreed():
@@ -197,7 +198,7 @@ def _train(
                 return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
             finally:
                 trainer.close()
-                if trainer.run_directory.is_owned:
+                if report is not None and trainer.run_directory.is_owned:
                     report.finish()
     finally:
         ranks.shutdown()

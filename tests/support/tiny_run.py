@@ -90,6 +90,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "metrics.measure_every_token=1",  # which tokens are measured depends on the layout
         "metrics.loggers=[]",
         "report.every=0",
+        "metrics.explore_samples=0",
         *more,
     ]
 

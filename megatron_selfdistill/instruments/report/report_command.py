@@ -109,7 +109,7 @@ def report_run(trainer: Trainer) -> ReportRefresh:
     from megatron_selfdistill.config.due import report_due  # the command alone works without the schema's packages
 
     config = trainer.config
-    report = ReportRefresh(trainer.run_dir, enabled=trainer.events.enabled and config.report.every != 0)
+    report = ReportRefresh(trainer.run_dir, enabled=trainer.events.enabled)
 
     def refresh(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         if report_due(config, trainer.step) and trainer.step < config.num_steps:
