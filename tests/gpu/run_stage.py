@@ -121,6 +121,7 @@ def background_saves(directory: Path) -> Outcome:
 def guided_sampling() -> Outcome:
     """Compare greedy guided tokens with the argmax of the mixed logits of two whole forward passes."""
     import decoding
+    import guided_decoding
     import models
     import torch.distributed as dist
 
@@ -129,10 +130,10 @@ def guided_sampling() -> Outcome:
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
-        sampler, requests = decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
+        sampler, requests = guided_decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
         sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
-        for request, response in zip(requests, sampler.generate(requests, decoding.GREEDY_PAIRS), strict=True):
+        for request, response in zip(requests, sampler.generate(requests, guided_decoding.GREEDY_PAIRS), strict=True):
             student, teacher = decoding.both_logits(partial(decoding.logits_of, model), request, response.token_ids)
             mix, ids = 0.75 * teacher + student, torch.tensor(response.token_ids)[:, None]
             below = max(below, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))

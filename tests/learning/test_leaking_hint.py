@@ -7,11 +7,7 @@ import dataclasses
 
 import pytest
 
-from _lib import (
-    leaking_subtraction,
-    pretraining,
-    subtraction,
-)
+from _lib import leaking_subtraction, pretraining, subtraction
 from _lib.watched_runs import WITHOUT_GUARDS, watch
 
 

@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from _lib import (
-    additions,
-    pretraining,
-    ragged_subtraction,
-    subtraction,
-    two_tasks,
-    unsolved_subtraction,
-    variants,
-)
+from _lib import additions, pretraining, ragged_subtraction, subtraction, two_tasks, unsolved_subtraction, variants
 from _lib.command_line import command
 from _lib.measurement import measure
 from megatron_selfdistill import config as configuration

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiers import combinations
-from tiny_run import (
-    TWO_RANKS,
-    assert_resumes_equal,
-    assert_steps_equal,
-    overrides,
-    reproducible_metrics,
-    train,
-)
+from tiny_run import TWO_RANKS, assert_resumes_equal, assert_steps_equal, overrides, reproducible_metrics, train
 
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd", "past", "skald"}

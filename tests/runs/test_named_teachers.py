@@ -13,12 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from taught import (
-    gradients_by_definition,
-    gradients_of_products,
-    trained_gradients,
-    write_records_of_teachers,
-)
+from taught import gradients_by_definition, gradients_of_products, trained_gradients, write_records_of_teachers
 from tiers import combinations
 from tiny_run import (
     TWO_RANKS,

@@ -7,13 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import (
-    assert_resumes_equal,
-    overrides,
-    reproducible_metrics,
-    starts_with_an_even_token,
-    train,
-)
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, starts_with_an_even_token, train
 
 from megatron_selfdistill.metrics.run_log import read_samples
 

@@ -15,8 +15,6 @@ from models import VOCAB_SIZE
 from torch import Tensor
 
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
-from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms
@@ -25,8 +23,6 @@ MAX_LENGTH = 64
 NEW_TOKENS = 14  # with fewer, the texts of tied embeddings repeat themselves
 GREEDY = SamplingParams(NEW_TOKENS, temperature=0)
 PAIR_TOKENS = 8
-GREEDY_PAIRS = GuidedParams(PAIR_TOKENS, temperature=0)
-SAMPLED_PAIRS = GuidedParams(PAIR_TOKENS)
 # Sequences that end early, and long ones that must not wait for them; seven prompts, so that no split is even.
 PROMPT_LENGTHS = (2, 9, 5, 5, 12, 3, 7)
 # Of student and teacher: the teacher's prompt is usually longer, but not always; a prompt of one token has no cache.
@@ -58,13 +54,6 @@ def make_pairs(count: int = len(PAIR_LENGTHS), vocab_size: int = VOCAB_SIZE) -> 
 def sampler_of(chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None) -> MegatronSampler:
     """Return the sampler of a model of models.py."""
     return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
-
-
-def guided_sampler_of(
-    chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None
-) -> GuidedSampler:
-    """Return the sampler of guided responses of a model of models.py."""
-    return GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
 
 
 @torch.no_grad()

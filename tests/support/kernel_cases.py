@@ -19,14 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext
 
 from megatron_selfdistill.kernels import pass_launches
-from megatron_selfdistill.loss import (
-    Divergence,
-    Target,
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    mixed_target,
-)
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss, mixed_target
 
 
 def replace_language_once() -> None:

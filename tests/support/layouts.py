@@ -21,7 +21,6 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_selfdistill.architectures import gated_delta_net
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from ranks import RankPool
 
 MAX_TOKENS = 56
+GATED_DELTA_NET = "megatron_selfdistill.architectures.gated_delta_net"
 
 
 @dataclass(frozen=True)
@@ -480,13 +480,13 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
         elif name == "partial batches reduced twice":
             patch.setattr(joined_batches, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
-            patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
+            patch.setattr(f"{GATED_DELTA_NET}.copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "the segments of a gated delta net are one":
 
             def one_segment(packed: Any, device: torch.device) -> SegmentBatches:
                 return segments_by_length(torch.tensor([0, packed.segment_bounds[-1]]))
 
-            patch.setattr(gated_delta_net, "segment_batches_of", one_segment)
+            patch.setattr(f"{GATED_DELTA_NET}.segment_batches_of", one_segment)
         elif name == "layer-norm all-reduce dropped":
             finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package exports a namesake
             patch.setattr(finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None)

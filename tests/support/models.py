@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,19 +22,15 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_selfdistill.config import (
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    YarnConfig,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
-from megatron_selfdistill.instruments.plan.stages import Stage, stages
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.instruments.plan.stages import Stage
 
 VOCAB_SIZE = 61  # prime: no shard is full; padded to a multiple of 8 * tp
 
@@ -135,6 +131,8 @@ def planned(
     """Return the stages of the same model as meta tensors, in a world of any size."""
     config = transformer_config(model, parallel, OptimizerConfig(), ScheduleConfig())
     assert model.vocab_size is not None
+    from megatron_selfdistill.instruments.plan.stages import stages
+
     return stages(model, config, parallel, model.vocab_size, world_size, adapter)
 
 

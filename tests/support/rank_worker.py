@@ -37,6 +37,8 @@ DONE = "done"  # the last message of a rank that has left its process group
 
 _LOG_TAIL_CHARS = 6000
 # All that a run or a command imports: `megatron_selfdistill.train` itself imports torch only after its checks.
+_HOUSE = Path(__file__).resolve().parents[2] / "megatron_selfdistill"
+_ANNEXED = ("interop.conversion", "instruments.evaluate.evaluation_tables", "instruments.report.report_command")
 PRELOADED = (
     "encodings.utf_8_sig",
     "torch.distributed",
@@ -50,13 +52,10 @@ PRELOADED = (
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron_selfdistill.commands.announcement",
-    "megatron_selfdistill.interop.conversion",
     "megatron_selfdistill.checkpoint.resumption",
     "megatron_selfdistill.checkpoint.vocabulary",
     "megatron_selfdistill.methods.data_sets.data_set_job",
     "megatron_selfdistill.evaluation.held_out",
-    "megatron_selfdistill.instruments.evaluate.evaluation_tables",
-    "megatron_selfdistill.instruments.report.report_command",
     "megatron_selfdistill.rollout.megatron.megatron_sampler",
     "megatron_selfdistill.sources.step_terms",
     "megatron_selfdistill.train",
@@ -65,6 +64,7 @@ PRELOADED = (
     "torch.utils.serialization",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
+    *(f"{_HOUSE.name}.{name}" for name in _ANNEXED if (_HOUSE / name.split(".")[0]).is_dir()),
 )
 
 ENVIRONMENT = {

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Problems and conversations of a path, with the configuration's defaults for all that a test does not state."""
+"""Problems of a path, with the configuration's defaults for all that a test does not state."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.chat_logs import conversations
-from megatron_selfdistill.chat_logs.acceptance import Rule
 from megatron_selfdistill.config import DataConfig
-from megatron_selfdistill.config.schema.data_config import ConversationsConfig
 from megatron_selfdistill.data import problems
 from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.data.records import RecordSource
@@ -24,12 +21,6 @@ def record_source(path: str | Path | Sequence[str | Path], **changes: Any) -> Re
 
 def load_problems(path: Any, *, require_solution: bool = True, **changes: Any) -> ProblemSet:
     return problems.load_problems(record_source(path, **changes), require_solution=require_solution)
-
-
-def load_conversations(path: Any, *, rule: Rule | None, **changes: Any) -> conversations.ConversationSet:
-    wanted = ConversationsConfig()
-    options = {name: changes.pop(name, getattr(wanted, name)) for name in ("turns", "show_contents")}
-    return conversations.load_conversations(record_source(path, **changes), rule=rule, **options)
 
 
 def write_parquet(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hf_models
 import pytest
 
 
@@ -17,6 +16,8 @@ def hf_directory(shared) -> Callable[[str], Path]:
     """Kind -> a directory with a random model of `hf_models.CONFIGS`, made once per test run."""
 
     def directory(kind: str) -> Path:
+        import hf_models  # reads the annex interop, which most rooms do without
+
         return shared.get(f"hf_{kind}", lambda directory: hf_models.write(kind, directory))
 
     return directory

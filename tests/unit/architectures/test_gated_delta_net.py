@@ -23,11 +23,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.architectures import gated_delta_net
-from megatron_selfdistill.architectures.gated_delta_net import (
-    GatedDeltaKernels,
-    GatedDeltaNet,
-    kernels_for,
-)
+from megatron_selfdistill.architectures.gated_delta_net import GatedDeltaKernels, GatedDeltaNet, kernels_for
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from record_sources import load_conversations
+from record_sources import record_source
 
 from megatron_selfdistill.chat_logs.acceptance import (
     BUILT_IN,
@@ -19,10 +19,11 @@ from megatron_selfdistill.chat_logs.acceptance import (
     is_repeat,
     marked,
 )
-from megatron_selfdistill.chat_logs.conversations import ConversationSet
+from megatron_selfdistill.chat_logs.conversations import ConversationSet, load_conversations
 from megatron_selfdistill.config import function_named
 
 SECRET = "zebra"
+OPTIONS = {"rule": closing_turn, "turns": "all", "show_contents": False}
 
 
 def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
@@ -30,12 +31,17 @@ def chat(*turns: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"role": names[role], "content": content} for role, content in turns]
 
 
+def read(path: Path, **changes: Any) -> ConversationSet:
+    options = {name: changes.pop(name, default) for name, default in OPTIONS.items()}
+    return load_conversations(record_source(path, **changes), **options)
+
+
 def log(directory: Path, *entries: Any, **options: Any) -> ConversationSet:
     """``entries``: records, or lists of messages."""
     path = directory / "log.jsonl"
     entries = tuple({"messages": entry} if isinstance(entry, list) else entry for entry in entries)
     path.write_text("".join(f"{e if isinstance(e, str) else json.dumps(e)}\n" for e in entries))
-    return load_conversations(path, **{"rule": closing_turn, **options})
+    return read(path, **options)
 
 
 CORRECTED = chat(("s", "Be brief."), ("u", "3+4?"), ("a", "8"), ("u", "No, wrong."), ("a", "7"), ("u", "Thanks!"))
@@ -326,7 +332,7 @@ def test_parquet_holds_the_same_conversations(tmp_path):
 
     records = [{"messages": CORRECTED, "accepted": None}, {"messages": CORRECTED, "accepted": 2}]
     pandas.DataFrame(records).to_parquet(tmp_path / "log.parquet")
-    [*of_parquet] = load_conversations(tmp_path / "log.parquet", rule=closing_turn).turns.problems
+    [*of_parquet] = read(tmp_path / "log.parquet").turns.problems
     [*of_json] = log(tmp_path, *records).turns.problems
     assert [(p.messages, p.solution, p.reply) for p in of_parquet] == [
         (p.messages, p.solution, p.reply) for p in of_json

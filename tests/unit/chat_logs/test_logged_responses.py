@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.chat_logs import logged_responses
-from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped
+from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped, list_skipped
 from megatron_selfdistill.chat_logs.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
@@ -110,3 +110,9 @@ def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
     everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
     weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: everyone), -1.5, dropped)
     assert weights(LOG_PROBS[:1], torch.tensor([0])).divergence.tolist() == [0], "-1 alone would be likely"
+
+
+def test_a_file_whose_name_is_no_text_is_listed_among_what_was_skipped(tmp_path):
+    for _ in range(2):
+        list_skipped(tmp_path / "skipped.txt", ["/data/\udcff\x1b[2J.jsonl:3: too long"])
+    assert (tmp_path / "skipped.txt").read_text() == "/data/\\udcff\\x1b[2J.jsonl:3: too long\n"

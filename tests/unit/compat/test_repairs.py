@@ -19,10 +19,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_selfdistill.config import ParallelConfig

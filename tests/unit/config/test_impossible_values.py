@@ -148,10 +148,6 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["method.name=sdpo", TWO, GUIDED], "data.kind=problems and method.name=sdpo: set rollout.guidance=none"),
         ([*SAMPLED, "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
         (["method.view=privileged", GUIDED], "no prompts or hints of its own, and no episodes, got"),
-        (
-            ["method.name=openclaw"],
-            "it needs data.kind=conversations and conversations.responses=logged, got problems and",
-        ),
         (["method.name=caopd", TWO, "loss.rollout_correction=truncated"], "caopd needs loss.rollout_correction=none"),
         (["method.name=grpo", TWO, "method.kl_weight=1", CURRENT], "compares the student with other weights after"),
         (["rollout.ahead=1"], "rollout.ahead=1 trains while servers generate"),

@@ -13,12 +13,7 @@ import pytest
 
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.config.key_list import keys
-from megatron_selfdistill.config.schema.ranges import (
-    AnyText,
-    Bound,
-    OneOf,
-    taken_apart,
-)
+from megatron_selfdistill.config.schema.ranges import AnyText, Bound, OneOf, taken_apart
 from megatron_selfdistill.errors import ConfigError
 
 KINDS = {name: key.kind for name, key in keys().items()}

@@ -16,13 +16,7 @@ from hypothesis import strategies as st
 from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch, PackingRules
-from megatron_selfdistill.data.packing import (
-    pack,
-    pad_to_count,
-    padding_length,
-    required_seq_length,
-    segments_of,
-)
+from megatron_selfdistill.data.packing import pack, pad_to_count, padding_length, required_seq_length, segments_of
 
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(0, 12)), max_size=14)
 LAYOUTS = st.fixed_dictionaries(

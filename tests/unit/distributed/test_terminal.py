@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from megatron_selfdistill.chat_logs.logged_responses import list_skipped
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.terminal import _Pipe, guard_standard_error
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
@@ -73,12 +72,6 @@ def test_a_reader_of_the_console_that_ends_costs_only_its_text():
 def test_a_console_that_is_a_full_disk_is_still_an_error():
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
         _Pipe(full.fileno(), "w", closefd=False).write(b"x")
-
-
-def test_a_file_whose_name_is_no_text_is_listed_among_what_was_skipped(tmp_path):
-    for _ in range(2):
-        list_skipped(tmp_path / "skipped.txt", ["/data/\udcff\x1b[2J.jsonl:3: too long"])
-    assert (tmp_path / "skipped.txt").read_text() == "/data/\\udcff\\x1b[2J.jsonl:3: too long\n"
 
 
 def test_a_response_that_is_quoted_below_an_evaluation_does_not_steer_the_terminal():

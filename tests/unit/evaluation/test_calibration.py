@@ -12,12 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_selfdistill.config.schema.run_config import EvaluationConfig
-from megatron_selfdistill.evaluation.estimators import (
-    Calibration,
-    Confidence,
-    calibration,
-    split_confidence,
-)
+from megatron_selfdistill.evaluation.estimators import Calibration, Confidence, calibration, split_confidence
 
 DEFAULT = EvaluationConfig().confidence_pattern
 

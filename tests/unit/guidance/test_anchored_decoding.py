@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from decoding import (
-    GREEDY_PAIRS,
     MAX_LENGTH,
     PAIR_TOKENS,
-    SAMPLED_PAIRS,
     check_argmax,
     check_inversion,
     check_pair_log_probs,
@@ -23,6 +21,7 @@ from decoding import (
     make_pairs,
     predicting,
 )
+from guided_decoding import GREEDY_PAIRS, SAMPLED_PAIRS
 from models import VOCAB_SIZE, build, model_config, parallel
 from responses import cut_at, own, stops_of, tokens
 from tiers import combinations

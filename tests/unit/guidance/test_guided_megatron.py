@@ -11,18 +11,16 @@ from typing import Any
 import hf_models
 import pytest
 from decoding import (
-    GREEDY_PAIRS,
     MAX_LENGTH,
     PAIR_TOKENS,
-    SAMPLED_PAIRS,
     both_logits,
     check_greedy_pair,
     check_inversion,
     check_pair_log_probs,
-    guided_sampler_of,
     logits_of,
     make_pairs,
 )
+from guided_decoding import GREEDY_PAIRS, SAMPLED_PAIRS, guided_sampler_of
 from models import build, model_config, parallel
 from responses import cut_at, own, stops_of, tokens
 from tiers import combinations

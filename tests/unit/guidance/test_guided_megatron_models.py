@@ -9,27 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import (
-    GREEDY_PAIRS,
-    PAIR_TOKENS,
-    SAMPLED_PAIRS,
-    both_logits,
-    check_pair_log_probs,
-    guided_sampler_of,
-    logits_of,
-    make_pairs,
-)
+from decoding import PAIR_TOKENS, both_logits, check_pair_log_probs, logits_of, make_pairs, make_requests
+from guided_decoding import GREEDY_PAIRS, SAMPLED_PAIRS, guided_sampler_of
 from models import ROTATIONS, build, model_config, parallel
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_selfdistill.config import OptimizerConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.sampling import sample_uniforms
+from tests.unit.rollout import test_megatron_models as without_guidance
 
 pytestmark = pytest.mark.full
 
@@ -173,3 +166,40 @@ def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks)
     [messages] = ranks.run(refuse, world_size=1)
     for message, words in zip(messages, ("empty prompt", "57 tokens", "all its sequences"), strict=True):
         assert words in message
+
+
+class OtherAttention(torch.nn.Module):
+    """The place of Transformer Engine's attention, with its sinks, which must not compute a pass of decoding."""
+
+    def __init__(self, ours: torch.nn.Module) -> None:
+        super().__init__()
+        self.softmax_offset, self.cp_group = getattr(ours, "softmax_offset", None), ours.cp_group
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("the attention of another program has read the cache")
+
+
+def sample_beside_other_attention(name: str, config: ParallelConfig) -> None:
+    changes, precision, schedule = without_guidance.SPECIAL[name]
+    model = model_config(**({"num_layers": 2} | changes))
+    chunks, grid = build(model, config, optimizer=OptimizerConfig(precision=precision), schedule=schedule)
+    layers = [m for m in unwrapped(chunks[0]).modules() if hasattr(m, "core_attention")]
+    for sinks in (sinks for layer in layers for sinks in layer.core_attention.parameters()):
+        torch.nn.init.normal_(sinks)
+
+    def sampled() -> list[Response]:
+        sampler, pairs = guided_sampler_of(chunks, grid), make_pairs()
+        return sampler.generate(make_requests(), without_guidance.SAMPLED) + sampler.generate(pairs, GREEDY_PAIRS)
+
+    expected = sampled()
+    for layer in layers:
+        layer.core_attention = OtherAttention(layer.core_attention)
+    assert sampled() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "cp_size"),
+    [("bf16", 1), ("MLA", 1), ("windows and sinks", 1), ("gated delta nets", 1), ("windows", 2), ("YaRN", 2)],
+)
+def test_the_attention_of_another_program_reads_no_cache(ranks, name, cp_size):
+    ranks.run(sample_beside_other_attention, name, parallel(cp=cp_size), world_size=cp_size)

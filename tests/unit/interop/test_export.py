@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
+from tests.unit.model import test_grouped_experts as grouped_experts
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 EVERYTHING = 2**30
@@ -347,3 +348,35 @@ def refusals(parallel: ParallelConfig) -> list[str]:
 def test_rules_that_do_not_fit_are_refused_on_every_rank(ranks):
     first, second = ranks.run(refusals, sizes(pipeline=2), world_size=2)
     assert first == second and "final_layernorm.weight has no rule" in first[0] and "has shape" in first[1]
+
+
+def experts_exported(cuts: Any, grouped: bool, kind: str) -> dict[str, Tensor]:
+    """Return every tensor under its Hugging Face name, on rank 0."""
+    from megatron_selfdistill.interop.export import Exporter
+    from megatron_selfdistill.interop.hf.mapping import FAMILIES
+
+    family, changes = grouped_experts.MODELS[kind]
+    model = models.model_config("moe", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        if grouped:
+            patch.setattr(grouped_experts.build, "layer_spec", grouped_experts.grouped_spec)
+        chunks, grid = models.build(model, cuts)
+    experts = models.unwrapped(chunks[0]).decoder.layers[0].mlp.experts
+    assert type(experts).__name__ == ("TEGroupedMLP" if grouped else "SequentialMLP")
+    rules = FAMILIES[family].rules(model)
+    return {name: tensor.clone() for run in Exporter(chunks, grid, rules).stream() for name, tensor in run}
+
+
+@pytest.fixture(scope="module")
+def experts_alone(ranks) -> dict[str, dict[str, Tensor]]:
+    return {kind: ranks.run(experts_exported, sizes(), False, kind, world_size=1)[0] for kind in grouped_experts.MODELS}
+
+
+@grouped_experts.in_layouts
+def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, experts_alone, name, model):
+    cuts, world_size = grouped_experts.LAYOUTS[name]
+    expected = experts_alone[model]
+    got = ranks.run(experts_exported, cuts, True, model, world_size=world_size)[0]
+    assert got.keys() == expected.keys()
+    assert any(".experts.3." in key or key.endswith("experts.down_proj_bias") for key in got)
+    assert all(got[key].equal(expected[key]) for key in got)

@@ -35,13 +35,7 @@ from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.kernels import pass_launches, solver_launches
-from megatron_selfdistill.loss import (
-    Divergence,
-    Target,
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-)
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
 

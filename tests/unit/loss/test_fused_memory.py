@@ -7,16 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_layer import (
-    NUM_TOKENS,
-    PADDED_VOCAB_SIZE,
-    WIDTH,
-    Example,
-    call,
-    every_mode,
-    every_tying,
-    fused,
-)
+from fused_layer import NUM_TOKENS, PADDED_VOCAB_SIZE, WIDTH, Example, call, every_mode, every_tying, fused
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_selfdistill.choices import FUSED_MODES

@@ -33,6 +33,8 @@ from megatron_selfdistill.methods.openclaw import (
 )
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, response_text
 from megatron_selfdistill.sources.rollouts import Rollout
+from tests.unit.config.test_impossible_values import message_of
+from tests.unit.sources.test_step_terms import coefficients
 
 HINT = "[HINT_START] use the second column [HINT_END] \\boxed{1}"
 
@@ -263,3 +265,15 @@ def test_the_reward_of_a_turn_is_its_advantage():
     )
     assert found.advantage.tolist() == [0.5, 0.5, -0.5]
     assert not found.divergence.any() and not found.sampled_kl.any() and not found.likelihood.any()
+
+
+def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
+    found = coefficients("recipe=openclaw", "method.weight=0.5", sampled=False)
+    expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
+    assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
+    assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
+
+
+def test_it_needs_logged_responses():
+    words = "it needs data.kind=conversations and conversations.responses=logged, got problems and"
+    assert words in message_of("method.name=openclaw")

@@ -17,10 +17,7 @@ from made_methods import given_with, made
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods import ovd
-from megatron_selfdistill.methods.ovd import (
-    auroc,
-    verbal_scores,
-)
+from megatron_selfdistill.methods.ovd import auroc, verbal_scores
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.sampling import sample_seed
 from megatron_selfdistill.sources.judge import Judge

@@ -17,12 +17,7 @@ from made_methods import given_with, made, named
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
-from megatron_selfdistill.methods.skill_sd import (
-    Skill,
-    SkillSd,
-    chosen,
-    skill_text,
-)
+from megatron_selfdistill.methods.skill_sd import Skill, SkillSd, chosen, skill_text
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.rollouts import Rollout
 

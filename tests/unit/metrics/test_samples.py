@@ -8,7 +8,6 @@ import json
 import math
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from tiers import combinations
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.due import samples_due
 from megatron_selfdistill.config.schema.run_config import MetricsConfig
-from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics.log import MetricsLog
 from megatron_selfdistill.metrics.run_log import read_samples
@@ -34,9 +33,6 @@ from megatron_selfdistill.metrics.samples import (
     sample_html,
     sample_of,
 )
-from megatron_selfdistill.teacher import Teachers
-from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
-from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 
@@ -157,28 +153,6 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
     assert found.tokens[0] == SampleToken(4, "e", 0.5, -1.0, -4.0, 1.25, Status.MATCHED.name.lower())
     assert [t.log_ratio for t in found.tokens] == [-3.0, 0.5] and found.tokens[1].status == "capped"
     assert found.record()["tokens"]["k"] == [1.25, 1.6] and found.record()["tokens"]["text"] == ["e", "f"]
-
-
-def test_a_sample_shows_what_its_own_teachers_see_and_names_them():
-    teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
-    numbers, own = {name: [1.0] for name in NUMBERS}, SimpleNamespace(_settings=teachers)
-
-    def of(teacher: str, several: tuple[str, ...] = ()) -> Sample:
-        one = replace(
-            context("a", [4]), teacher=teacher, of_teachers=tuple(TeacherPrompt(name, 0.5, [1]) for name in several)
-        )
-        return sample_of(one, ConfiguredTeachers.seen_hint(own, one, "the hint"), numbers, Letters())
-
-    unhinted, hinted, both = of("code"), of("math"), of("code", ("code", "math"))
-    assert (unhinted.solution, unhinted.teacher) == ("", "code (sees no hint)")
-    assert (hinted.solution, hinted.teacher) == ("the hint", "math")
-    assert (both.solution, both.teacher) == ("the hint", "code (sees no hint), math")
-    assert unhinted.record()["solution"] == "" and unhinted.record()["teacher"] == "code (sees no hint)"
-    assert "teacher: code (sees no hint)\n" in console_text(unhinted, "", coloured=False).plain
-    assert "hint: " not in console_text(unhinted, "", coloured=False).plain
-    for has_teacher in (True, False):
-        default = SimpleNamespace(config=SimpleNamespace(has_teacher=has_teacher))
-        assert Teachers.seen_hint(default, context("a", [4]), "the hint") == SeenHint("the hint" * has_teacher)
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():

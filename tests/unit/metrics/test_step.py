@@ -30,7 +30,6 @@ from megatron_selfdistill.metrics.step import K_RESOLUTION, rollout_metrics, ste
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.teachers.teacher_groups import teacher_metrics
 
 VOCAB_SIZE, NUM_TOKENS = 50, 231
 ONE_RANK = SimpleNamespace(
@@ -216,28 +215,6 @@ def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ran
     found = ranks.run(metrics_in_layout, sizes, world_size=world_size)
     assert all(other == found[0] for other in found)
     assert found[0] == pytest.approx(alone, rel=1e-12)
-
-
-def of_teachers_in_layout(sizes: dict[str, int]) -> dict[str, float]:
-    """Return the metrics of two teachers, the second of which reads two partial batches."""
-    grid, output, _ = share_of_rank(sizes)
-    output.measures_teacher = False
-    whole = output_of(None if output.stats is None else output.stats)
-    return teacher_metrics([("math", whole), ("code", output), ("math", whole)], grid)
-
-
-@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
-def test_the_metrics_of_each_teacher_are_the_means_over_its_tokens_in_every_layout(ranks, world_size, sizes):
-    stats = all_rows()
-    expected = {
-        "teacher_tokens/code": NUM_TOKENS,
-        "teacher_loss/code": float(stats.loss.mean()),
-        "teacher_tokens/math": 2 * NUM_TOKENS,
-        "teacher_loss/math": float(stats.loss.mean()),
-        "teacher_top1_agreement/math": float(stats.top1_agreement.double().mean()),
-    }
-    for found in ranks.run(of_teachers_in_layout, sizes, world_size=world_size):
-        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def lengths_and_log_probs(log_probs: torch.Tensor) -> tuple[list[int], torch.Tensor]:

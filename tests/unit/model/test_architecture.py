@@ -16,23 +16,12 @@ import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import (
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    YarnConfig,
-    load,
-)
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig, load
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
-from megatron_selfdistill.model.architecture import (
-    layer_spec,
-    padded_vocab_size,
-    transformer_config,
-)
+from megatron_selfdistill.model.architecture import layer_spec, padded_vocab_size, transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.known_faults import known_faults, refuse_known_faults

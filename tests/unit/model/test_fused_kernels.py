@@ -29,10 +29,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model import fused_kernels as fused_kernels_module
 from megatron_selfdistill.model.architecture import transformer_config
-from megatron_selfdistill.model.fused_kernels import (
-    ACTIVATIONS,
-    activation_name,
-)
+from megatron_selfdistill.model.fused_kernels import ACTIVATIONS, activation_name
 
 SHIPPED_MODELS = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 

@@ -11,12 +11,11 @@ import functools
 from typing import Any
 
 import layouts
-import models
 import pytest
 import torch
 import torch.nn.functional as F
 from layouts import Case, Outcomes, worst_difference
-from models import model_config, parallel
+from models import parallel
 from tiers import combinations
 from torch import Tensor
 
@@ -24,17 +23,12 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
-from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.interop.export import Exporter
-from megatron_selfdistill.interop.hf.mapping import FAMILIES
-from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model import architecture, build
-from megatron_selfdistill.model.forward import unwrapped
 
 LAYOUTS = {
     "one rank": (parallel(), 1),
@@ -171,35 +165,3 @@ def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other
     assert outcome.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
     worst, where = worst_difference(got, expected)
     assert worst < 1e-5, f"{where} differs by {worst:.1e}"
-
-
-def exported(cuts: Any, grouped: bool, kind: str) -> dict[str, Tensor]:
-    """Return every tensor under its Hugging Face name, on rank 0."""
-    family, changes = MODELS[kind]
-    model = model_config("moe", **changes)
-    with pytest.MonkeyPatch.context() as patch:
-        if grouped:
-            patch.setattr(build, "layer_spec", grouped_spec)
-        chunks, grid = models.build(model, cuts)
-    mlp = unwrapped(chunks[0]).decoder.layers[0].mlp.experts
-    assert isinstance(mlp, TEGroupedMLP if grouped else SequentialMLP)
-    return named(chunks, grid, FAMILIES[family].rules(model))
-
-
-def named(chunks: Any, grid: RankGrid, rules: list[Rule]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for run in Exporter(chunks, grid, rules).stream() for name, tensor in run}
-
-
-@pytest.fixture(scope="module")
-def exported_alone(ranks) -> dict[str, dict[str, Tensor]]:
-    return {kind: ranks.run(exported, parallel(), False, kind, world_size=1)[0] for kind in MODELS}
-
-
-@in_layouts
-def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, exported_alone, name, model):
-    cuts, world_size = LAYOUTS[name]
-    expected = exported_alone[model]
-    got = ranks.run(exported, cuts, True, model, world_size=world_size)[0]
-    assert got.keys() == expected.keys()
-    assert any(".experts.3." in key or key.endswith("experts.down_proj_bias") for key in got)
-    assert all(got[key].equal(expected[key]) for key in got)

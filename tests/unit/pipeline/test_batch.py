@@ -17,13 +17,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.pipeline.batch import (
-    Packing,
-    StepPlan,
-    budgets_of,
-    counts_by_budget,
-    pack_everywhere,
-)
+from megatron_selfdistill.pipeline.batch import Packing, StepPlan, budgets_of, counts_by_budget, pack_everywhere
 from megatron_selfdistill.pipeline.configured_packing import pair_order_of
 from megatron_selfdistill.pipeline.placement import placed, placement_everywhere
 

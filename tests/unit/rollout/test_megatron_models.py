@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import decoding
 import pytest
 import torch
 import torch.distributed as dist
@@ -231,43 +230,6 @@ def test_other_models_decode_the_same_under_pipelining_and_without_cache(special
     assert len(piped) == 2
     for responses, _ in piped:
         assert tokens(responses) == tokens(whole)
-
-
-class OtherAttention(torch.nn.Module):
-    """The place of Transformer Engine's attention, with its sinks, which must not compute a pass of decoding."""
-
-    def __init__(self, ours: torch.nn.Module) -> None:
-        super().__init__()
-        self.softmax_offset, self.cp_group = getattr(ours, "softmax_offset", None), ours.cp_group
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        raise AssertionError("the attention of another program has read the cache")
-
-
-def sample_beside_other_attention(name: str, config: ParallelConfig) -> None:
-    changes, precision, schedule = SPECIAL[name]
-    model = model_config(**({"num_layers": 2} | changes))
-    chunks, grid = build(model, config, optimizer=OptimizerConfig(precision=precision), schedule=schedule)
-    layers = [m for m in unwrapped(chunks[0]).modules() if hasattr(m, "core_attention")]
-    for sinks in (sinks for layer in layers for sinks in layer.core_attention.parameters()):
-        torch.nn.init.normal_(sinks)
-
-    def sampled() -> list[Response]:
-        sampler, pairs = decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
-        return sampler.generate(make_requests(), SAMPLED) + sampler.generate(pairs, decoding.GREEDY_PAIRS)
-
-    expected = sampled()
-    for layer in layers:
-        layer.core_attention = OtherAttention(layer.core_attention)
-    assert sampled() == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "cp_size"),
-    [("bf16", 1), ("MLA", 1), ("windows and sinks", 1), ("gated delta nets", 1), ("windows", 2), ("YaRN", 2)],
-)
-def test_the_attention_of_another_program_reads_no_cache(ranks, name, cp_size):
-    ranks.run(sample_beside_other_attention, name, parallel(cp=cp_size), world_size=cp_size)
 
 
 def refuse() -> list[str]:

@@ -105,13 +105,6 @@ def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes()
     assert not found.divergence.any()
 
 
-def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
-    found = coefficients("recipe=openclaw", "method.weight=0.5", sampled=False)
-    expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
-    assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
-    assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
-
-
 def test_sequences_count_alike_and_first_tokens_are_skipped():
     found = coefficients("loss.normalize=sequences", "loss.skip_first_tokens=1", measured=False)
     assert found.divergence.tolist() == pytest.approx([0.0, 5 / 3 / 2, 0.0, 5 / 3 / 2, 0.0])

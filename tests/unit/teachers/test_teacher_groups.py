@@ -13,7 +13,8 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.teachers.teacher_groups import by_teacher
+from megatron_selfdistill.teachers.teacher_groups import by_teacher, teacher_metrics
+from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, output_of, share_of_rank
 
 TEACHERS = {"math": None, "code": None, "never": None, "default": None}
 
@@ -136,3 +137,25 @@ def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_co
 def test_a_context_without_a_known_teacher_is_an_error(ranks):
     with pytest.raises(Exception, match=r"problem 'p0' names the teacher '', expected one of code, default, math, nev"):
         divided(ranks, batch_of(("", 2)))
+
+
+def of_teachers_in_layout(sizes: dict[str, int]) -> dict[str, float]:
+    """Return the metrics of two teachers, the second of which reads two partial batches."""
+    grid, output, _ = share_of_rank(sizes)
+    output.measures_teacher = False
+    whole = output_of(None if output.stats is None else output.stats)
+    return teacher_metrics([("math", whole), ("code", output), ("math", whole)], grid)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
+def test_the_metrics_of_each_teacher_are_the_means_over_its_tokens_in_every_layout(ranks, world_size, sizes):
+    stats = all_rows()
+    expected = {
+        "teacher_tokens/code": NUM_TOKENS,
+        "teacher_loss/code": float(stats.loss.mean()),
+        "teacher_tokens/math": 2 * NUM_TOKENS,
+        "teacher_loss/math": float(stats.loss.mean()),
+        "teacher_top1_agreement/math": float(stats.top1_agreement.double().mean()),
+    }
+    for found in ranks.run(of_teachers_in_layout, sizes, world_size=world_size):
+        assert found == pytest.approx(expected, rel=1e-12)

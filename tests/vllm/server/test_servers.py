@@ -19,14 +19,7 @@ from unittest.mock import patch
 
 import models
 import pytest
-from real_servers import (
-    Across,
-    across_an_update,
-    assert_new_weights_go_on,
-    assert_session_ends,
-    processes_of,
-    sampler,
-)
+from real_servers import Across, across_an_update, assert_new_weights_go_on, assert_session_ends, processes_of, sampler
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MODEL, Reach, greedy_by_transformers, requests
 

@@ -17,7 +17,10 @@ from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
+from megatron_selfdistill.evaluation.evaluations import compare, read_evaluation
 from megatron_selfdistill.instruments.evaluate import evaluate_command as tool
+from megatron_selfdistill.instruments.evaluate.evaluation_tables import show_comparison
+from tests.unit.evaluation.test_evaluations import write
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
 SETTINGS = (
@@ -228,3 +231,16 @@ def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
     assert of["avg_at_k"]["b"] == pytest.approx(summary_of(tmp_path / "b")["metrics"]["avg_at_8"])
     assert of["avg_at_k"]["low"] <= of["avg_at_k"]["difference"] <= of["avg_at_k"]["high"]
     assert compared["num_problems"] == 12
+
+
+def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):
+    a, b = (write(tmp_path / name, [[False] * 5] * 6) for name in "ab")
+    compared = compare(read_evaluation(a), read_evaluation(b))
+    assert {it.probability_not_above for it in compared.differences if "_at_" in it.metric} == {None}
+    show_comparison(compared)
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if "greedy_accuracy" in line or "_at_" in line]
+    assert len(rows) == 4 and not any("1.0000" in row for row in rows)
+    right = write(tmp_path / "c", [[False] * 5] * 5 + [[True] * 5])
+    compared = compare(read_evaluation(a), read_evaluation(right))
+    assert compared.differences[0].probability_not_above > 0

@@ -8,14 +8,17 @@ import json
 from typing import Any
 
 import hf_models
+import models
 import pytest
 import transformers
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.conversion import converted_args
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.interop.hf.mapping import FAMILIES, family_of, family_of_model
 from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, architecture, differences
@@ -344,3 +347,21 @@ def test_architecture_is_the_same_for_two_spellings_of_one_model():
     none = dataclasses.replace(short, transformer={"window_size": [7, 0], "window_attn_skip_freq": 1})
     assert architecture(none) == architecture(short)
     assert differences(short, dataclasses.replace(short, kv_channels=8)) == {"kv_channels": (16, 8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_survives_the_arguments(kind):
+    config = hf_models.hf_config(kind).to_dict() | {"architectures": []}  # the model_type names the family
+    model = family_of(config).model_config(config)
+    stored = architecture_from_args(converted_args(model, "bf16"))
+    assert differences(stored, model) == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"gated_linear_unit": False, "activation": "silu"}],
+)
+@pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
+def test_activation_and_gate_survive_the_arguments(kind, changes):
+    model = models.model_config(kind, **changes)
+    assert differences(architecture_from_args(converted_args(model, "fp32")), model) == {}

@@ -20,11 +20,7 @@ from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf import decoder
 from megatron_selfdistill.interop.hf import rules as rules_module
-from megatron_selfdistill.interop.hf.mapping import (
-    check_names,
-    check_shapes,
-    family_of,
-)
+from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of
 
 KINDS = list(hf_models.CONFIGS)
 ALIKE = {"deepseek_v3_plain", "glm4_moe_plain", "moonlight", "olmoe", "qwen2_moe"}

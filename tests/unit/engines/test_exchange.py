@@ -9,12 +9,7 @@ import pytest
 from models import parallel
 
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.engines.vllm.exchange import (
-    EngineShares,
-    check_requests,
-    gather_requests,
-    return_responses,
-)
+from megatron_selfdistill.engines.vllm.exchange import EngineShares, check_requests, gather_requests, return_responses
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 
