@@ -30,25 +30,27 @@ def test_every_door_opens(option):
 
 
 NAMED = {
-    "adapters": ("(?i)adapter", 4),
-    "architectures": (r"architectures\b", 4),
-    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 4),
-    "engines": ("(?i)vllm", 3),
-    "environments": (r"\benvironments?\b(?! variable)", 4),
-    "guidance": ("guidance|[Gg]uided|guide_", 3),
-    "instruments": (r"instruments|door\(.(explorer|plan|report)", 2),
-    "interop": (r"interop|door\(.hugging_face", 4),
-    "kernels": ("(?i)triton", 3),
-    "overlap": (r"\.ahead\b|\bahead:|at_update|door\(.overlap", 3),
-    "teachers": (r"named_teachers|config\.teachers|taught_records", 3),
+    "adapters": ("(?i)adapter", 3),
+    "architectures": (r"architectures\b", 3),
+    "chat_logs": (r"chat_logs|Conversations|\bconversations\b(?!=)|\blogged|Logged(?!Run)", 3),
+    "engines": ("(?i)vllm", 2),
+    "environments": (r"\benvironments?\b(?! variable)", 3),
+    "guidance": ("guidance|[Gg]uided|guide_", 2),
+    "instruments": (r"instruments|door\(.(explorer|plan|report)", 1),
+    "interop": (r"interop|door\(.hugging_face", 3),
+    "kernels": ("(?i)triton", 2),
+    "overlap": (r"\.ahead\b|\bahead:|at_update|door\(.overlap", 2),
+    "teachers": (r"named_teachers|config\.teachers|taught_records", 2),
 }
-"""Annex -> what names its option in code, and the most files of the main house that do; a number may only fall."""
+"""Annex -> what names its option in code, and the most files of the main house that do, but for the list of all options
+(annexes.py): its part, and who opens its door.  A number may only fall, and none is above 3."""
 
 
 @pytest.mark.parametrize("annex", NAMED)
 def test_few_files_of_the_main_house_name_an_option(annex):
     named, most = NAMED[annex]
-    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in (*ANNEXES, "methods")]
+    others = (*ANNEXES, "methods", "annexes.py")
+    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in others]
     naming = [file for file in files if re.search(named, re.sub(r'(?s:""".*?""")|#.*', "", file.read_text()))]
     assert len(naming) <= most
 
