@@ -50,11 +50,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        grid: RankGrid,
-        config: CheckpointConfig,
-        prove_ownership: Callable[[], None] | None = None,
+        self, run_dir: Path, grid: RankGrid, config: CheckpointConfig, prove_ownership: Callable[[], None] | None = None
     ) -> None:
         """Open the checkpoints of ``run_dir``.
 
@@ -286,12 +282,7 @@ class Checkpointer:
             logger.warning("%s is not there any more: it is written again", target)
         if lost or known is None:
             self._ids[name] = save_frozen_weights(
-                target,
-                weights,
-                known,
-                replicas=self.grid.dp_cp_group,
-                prove_ownership=self.prove_ownership,
-                **more,
+                target, weights, known, replicas=self.grid.dp_cp_group, prove_ownership=self.prove_ownership, **more
             )
         else:
             self._ids[name] = known

@@ -67,13 +67,7 @@ _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def hf_to_megatron(
-    hf: Path,
-    out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Path:
+def hf_to_megatron(hf: Path, out: Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
     """Write the model in the Hugging Face directory ``hf`` as a torch_dist checkpoint; return ``out/release``.
 
     ``dtype``: the type of all weights, except the weights that Megatron keeps in float32.  Null keeps the type of each

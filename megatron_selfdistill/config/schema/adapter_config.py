@@ -31,13 +31,7 @@ def require_engine(adapter: AdapterConfig, rollout: RolloutConfig) -> None:
 
 
 LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-LATENT_LAYERS = (
-    "linear_q_proj",
-    "linear_q_down_proj",
-    "linear_q_up_proj",
-    "linear_kv_down_proj",
-    "linear_kv_up_proj",
-)
+LATENT_LAYERS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
 """The linear layers of latent attention, which other attention does not have."""
 AdaptedLayer = Annotated[str, OneOf((*LINEAR_LAYERS, *LATENT_LAYERS))]
 

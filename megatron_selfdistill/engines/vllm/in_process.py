@@ -39,12 +39,7 @@ from megatron_selfdistill.rollout.base import Response
 
 
 def in_process_engine_args(
-    directory: Path,
-    device: torch.device,
-    *,
-    engine_tp: int,
-    settings: Mapping[str, Any],
-    adapter: EngineAdapter | None,
+    directory: Path, device: torch.device, *, engine_tp: int, settings: Mapping[str, Any], adapter: EngineAdapter | None
 ) -> dict[str, Any]:
     """Return the arguments of ``vllm.LLM`` for an engine on ``device`` of ``engine_tp`` ranks of the trainer.
 

@@ -120,12 +120,7 @@ MISTRAL = Family(
     _reader(windows=lambda config: [True] if config["layer_types"] is None else listed_layers(config), bias=False),
     lambda arch: write_decoder(arch) | {"sliding_window": write_window(arch)},  # else transformers has one
 )
-QWEN2 = Family(
-    "Qwen2ForCausalLM",
-    "qwen2",
-    _reader(windows=qwen_layers, bias=True),
-    _write_without_head_dim,
-)
+QWEN2 = Family("Qwen2ForCausalLM", "qwen2", _reader(windows=qwen_layers, bias=True), _write_without_head_dim)
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     "qwen3",
@@ -156,13 +151,7 @@ def _fuse_phi(rule: Rule) -> Rule:
     return rule
 
 
-PHI3 = Family(
-    "Phi3ForCausalLM",
-    "phi3",
-    _read_phi,
-    _write_phi,
-    adapt=_fuse_phi,
-)
+PHI3 = Family("Phi3ForCausalLM", "phi3", _read_phi, _write_phi, adapt=_fuse_phi)
 
 
 def _read_seed_oss(config: HFConfig) -> ModelConfig:
@@ -181,12 +170,7 @@ def _write_seed_oss(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-SEED_OSS = Family(
-    "SeedOssForCausalLM",
-    "seed_oss",
-    _read_seed_oss,
-    _write_seed_oss,
-)
+SEED_OSS = Family("SeedOssForCausalLM", "seed_oss", _read_seed_oss, _write_seed_oss)
 
 
 def _read_smollm(config: HFConfig) -> ModelConfig:
@@ -227,10 +211,4 @@ def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-SMOLLM3 = Family(
-    "SmolLM3ForCausalLM",
-    "smollm3",
-    _read_smollm,
-    _write_smollm,
-    {"rope_theta": 2000000.0},
-)
+SMOLLM3 = Family("SmolLM3ForCausalLM", "smollm3", _read_smollm, _write_smollm, {"rope_theta": 2000000.0})

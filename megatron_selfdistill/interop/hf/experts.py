@@ -117,12 +117,7 @@ MIXTRAL = Family(
     {"rope_theta": 1e6},
     TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
 )
-QWEN3_MOE = Family(
-    "Qwen3MoeForCausalLM",
-    "qwen3_moe",
-    _read_qwen3_moe,
-    _write_qwen3_moe,
-)
+QWEN3_MOE = Family("Qwen3MoeForCausalLM", "qwen3_moe", _read_qwen3_moe, _write_qwen3_moe)
 
 
 def _read_olmoe(config: HFConfig) -> ModelConfig:
@@ -153,12 +148,7 @@ def _write_olmoe(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-OLMOE = Family(
-    "OlmoeForCausalLM",
-    "olmoe",
-    _read_olmoe,
-    _write_olmoe,
-)
+OLMOE = Family("OlmoeForCausalLM", "olmoe", _read_olmoe, _write_olmoe)
 
 
 def _read_qwen2_moe(config: HFConfig) -> ModelConfig:
