@@ -1,11 +1,13 @@
 # The functions that all scripts of this directory share.  A script sets its parameters, sources this file and calls
-# the functions.  The file needs RUN_DIR, GPUS_PER_NODE, PYTHON, CONTAINER_MOUNTS and RUN_DOCTOR.
+# the functions.  The file needs RUN_DIR, GPUS_PER_NODE, PYTHON, CONTAINER_MOUNTS, NETWORK_INTERFACE and RUN_DOCTOR.
 # shellcheck shell=bash
 
 RUN_DIR=$(realpath -m "$RUN_DIR") # a container's mounts must begin with /
 mkdir -p "$RUN_DIR" || exit
 rm -f "$RUN_DIR/stopped"
 export RUN_DIR GPUS_PER_NODE PYTHON PORT=$((20000 + SLURM_JOB_ID % 10000))
+export SLURM_EXPORT_ENV=ALL # srun passes these variables on even if sbatch was given --export
+[ -z "$NETWORK_INTERFACE" ] || export GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since version 22.05 srun does not inherit this value from sbatch
 
 # Prints the arguments of srun for a container (pyxis), one per line; prints nothing without an image.

@@ -46,7 +46,9 @@ def test_slurm_accepts(slurm, script):
 
 
 def test_a_run_on_one_node_completes_with_a_report_of_the_environment_first(slurm, data, tmp_path):
-    job = Job("one_node", data, tmp_path / "run", "num_steps=2", RUN_DOCTOR="1", GPUS_PER_NODE="2")
+    passed = "RUN_DIR,GPUS_PER_NODE,PYTHON,PYTHONPATH,PATH,OMP_NUM_THREADS,NETWORK_INTERFACE"  # some sites ask for this
+    options, parameters = [f"--export={passed}"], {"RUN_DOCTOR": "1", "GPUS_PER_NODE": "2"}
+    job = Job("one_node", data, tmp_path / "run", "num_steps=2", options=options, **parameters)
     assert job.end() == "COMPLETED", job.text()
     assert 0 <= job.text().find("0: python ") < job.text().find("DP 2")
     assert job.saved_step() == 2 and "DP 2" in job.text()

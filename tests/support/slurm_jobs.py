@@ -67,7 +67,7 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo",  # both nodes are this host, whose name may be missing in DNS
+            "NETWORK_INTERFACE": "lo",  # both nodes are this host, whose name may be missing in DNS
             "RUN_DOCTOR": "0",
             **environment,
         }
