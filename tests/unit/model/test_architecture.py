@@ -120,17 +120,14 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         ),
     ],
     "experimental_attention_variant has layers here for gated_delta_net only": [
-        (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
+        (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"})
     ],
     "a gated delta net computes with silu": [(GELU, {}, GATED_DELTA)],
     "Gated delta net does not support context parallel": [(DENSE, CP2, GATED_DELTA)],
     "attention_output_gate needs whole query groups": [
-        (TWO_GROUPS, {"tensor_model_parallel_size": 4}, {"attention_output_gate": True}),
+        (TWO_GROUPS, {"tensor_model_parallel_size": 4}, {"attention_output_gate": True})
     ],
-    "moe_z_loss_coeff averages over each rank's own real tokens": [
-        (MOE, CP2, Z_LOSS),
-        (MOE, TP2_SP, Z_LOSS),
-    ],
+    "moe_z_loss_coeff averages over each rank's own real tokens": [(MOE, CP2, Z_LOSS), (MOE, TP2_SP, Z_LOSS)],
 }
 
 
@@ -149,7 +146,7 @@ WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
         {"window_size": (8, 0)},
         {"window_size": (8, 0), "cp_comm_type": "a2a+p2p"},
         {"window_size": (8, 0), "cp_comm_type": ["a2a", "a2a", "p2p", "a2a"]},
-    ],
+    ]
 }
 """Sentence -> fields of a configuration under context parallelism that meet it."""
 SINKS = {"softmax_type": "learnable", "bf16": True}
@@ -294,14 +291,7 @@ def test_router_losses_are_off_unless_asked_for():
 
 @pytest.mark.parametrize(
     ("rows", "divisible_by", "tp_size", "padded"),
-    [
-        (61, 8, 1, 64),
-        (61, 8, 4, 64),
-        (65, 8, 4, 96),
-        (128, 128, 1, 128),
-        (129, 128, 2, 256),
-        (1, 128, 4, 512),
-    ],
+    [(61, 8, 1, 64), (61, 8, 4, 64), (65, 8, 4, 96), (128, 128, 1, 128), (129, 128, 2, 256), (1, 128, 4, 512)],
 )
 def test_the_vocabulary_is_padded_to_a_multiple(rows, divisible_by, tp_size, padded):
     assert padded_vocab_size(rows, divisible_by, tp_size) == padded

@@ -130,17 +130,9 @@ def dtypes(precision: str) -> dict:
 
 def test_bf16_parameters_have_float32_gradients_and_main_parameters(ranks):
     (bf16,) = ranks.run(dtypes, "bf16", world_size=1)
-    assert (bf16["parameter"], bf16["gradient"], bf16["updated"]) == (
-        torch.bfloat16,
-        torch.float32,
-        {torch.float32},
-    )
+    assert (bf16["parameter"], bf16["gradient"], bf16["updated"]) == (torch.bfloat16, torch.float32, {torch.float32})
     (fp32,) = ranks.run(dtypes, "fp32", world_size=1)
-    assert (fp32["parameter"], fp32["gradient"], fp32["updated"]) == (
-        torch.float32,
-        torch.float32,
-        {torch.float32},
-    )
+    assert (fp32["parameter"], fp32["gradient"], fp32["updated"]) == (torch.float32, torch.float32, {torch.float32})
     assert bf16["lr"] == fp32["lr"] == 1e-3
 
 

@@ -162,12 +162,7 @@ def test_current_weights_teach_alike(outcomes, name, mode):
     assert_alike(got, expected)
 
 
-@combinations(
-    name=["one rank", "tied", "TP2+SP"],
-    mode=MODES,
-    quick={"name": ["one rank"]},
-    strength=1,
-)
+@combinations(name=["one rank", "tied", "TP2+SP"], mode=MODES, quick={"name": ["one rank"]}, strength=1)
 def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(outcomes, name, mode):
     case, world_size = case_of(name)
     jobs = [(case, PLAIN), (case, Patches(apex=True)), (fused(case, mode), Patches(apex=True))]
@@ -177,10 +172,7 @@ def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(outcomes, name
 
 
 @combinations(
-    name=["one rank", "TP2+SP", "EP2xTP2+SP"],
-    mode=["materialised", *MODES],
-    quick={"name": ["one rank"]},
-    strength=1,
+    name=["one rank", "TP2+SP", "EP2xTP2+SP"], mode=["materialised", *MODES], quick={"name": ["one rank"]}, strength=1
 )
 def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumulate_by_themselves(outcomes, name, mode):
     case, world_size = case_of(name, model_changes={"make_vocab_size_divisible_by": COLUMNS})

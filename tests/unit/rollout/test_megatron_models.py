@@ -52,10 +52,7 @@ def train_around_decoding(kind: str, config: ParallelConfig) -> None:
         assert torch.equal(a, b)
 
 
-TRAINED = {
-    "TP2+SP": ("gqa", parallel(tp=2, sp=True)),
-    "MoE TP2+SP": ("moe", parallel(tp=2, ep=2, etp=1, sp=True)),
-}
+TRAINED = {"TP2+SP": ("gqa", parallel(tp=2, sp=True)), "MoE TP2+SP": ("moe", parallel(tp=2, ep=2, etp=1, sp=True))}
 
 
 @combinations(layout=list(TRAINED), quick={"layout": ["MoE TP2+SP"]}, strength=1)
@@ -155,11 +152,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
     "windows and sinks": (
         {
             "num_layers": 4,
-            "transformer": {
-                "window_size": [3, 0],
-                "window_attn_skip_freq": [0, 1, 1, 0],
-                "softmax_type": "learnable",
-            },
+            "transformer": {"window_size": [3, 0], "window_attn_skip_freq": [0, 1, 1, 0], "softmax_type": "learnable"},
         },
         "fp32",
         ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["core_attn"])),

@@ -59,11 +59,7 @@ CASES = {
         25,
     ),
     "Entropy": ({"entropy/student": falling}, {"entropy/student": after(25, 0.4, 0.9)}, 25),
-    "Tokens without a match": (
-        {"status/unconverged": 0.0},
-        {"status/unconverged": lambda step: 0.01 * (step == 7)},
-        7,
-    ),
+    "Tokens without a match": ({"status/unconverged": 0.0}, {"status/unconverged": lambda step: 0.01 * (step == 7)}, 7),
     "Length of the responses": ({"response/length_mean": 100}, {"response/length_mean": after(25, 100, 20)}, 25),
     "Responses that are cut": (
         {"response/truncated_share": 0.02},
@@ -81,11 +77,7 @@ CASES = {
         {"target/mass_on_rare_reference": after(25, 0.01, 0.05)},
         25,
     ),
-    "Pieces of the hint in the responses": (
-        {"leak/hint_8grams": 0.01},
-        {"leak/hint_8grams": after(25, 0.01, 0.4)},
-        25,
-    ),
+    "Pieces of the hint in the responses": ({"leak/hint_8grams": 0.01}, {"leak/hint_8grams": after(25, 0.01, 0.4)}, 25),
     "Words about the hint": ({"leak/words_per_1000": 0.1}, {"leak/words_per_1000": after(25, 0.1, 5)}, 25),
     "Difference of the log-probs": (
         {"sampler/log_prob_mean_abs_diff": 0.01},
@@ -148,11 +140,7 @@ def test_a_sick_run_names_its_figures_and_its_guard():
     run = run_of(FALLS | {"entropy/student": after(25, 0.5, 1.6)}, **LIMITS)
     run.events.append({"time": "", "step": 40, "event": "guard", "reason": "step 40: entropy explosion; lower it"})
     learns, healthy, _ = summary(run)
-    assert learns == (
-        "Does not learn",
-        "accuracy (greedy) 0.610 → 0.210, steps 0 to 40",
-        "bad",
-    )
+    assert learns == ("Does not learn", "accuracy (greedy) 0.610 → 0.210, steps 0 to 40", "bad")
     assert healthy.label == "Sick" and healthy.text == (
         "a guard stopped the run after step 40 (step 40: entropy explosion); Accuracy (since step 20); "
         "Entropy (since step 25)"
