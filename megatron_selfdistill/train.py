@@ -87,6 +87,14 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         print(arguments.about())
         return 0
     with configuration.user_code("code that this run has called"):  # the status is 0 only where this program returns it
+        if named := [word for word in arguments.overrides if word.startswith("model=") and "/" in word]:
+            from megatron_selfdistill.commands.given_model import converted_beside
+
+            others = [word for word in arguments.overrides if word not in named]
+            config = configuration.load(others, arguments.config_name, arguments.config_dir)
+            prechecks.require_data(config)
+            checkpoint = converted_beside(Path(config.run_dir), Path(named[-1].removeprefix("model=")))
+            arguments.overrides = [*others, f"checkpoint.load={checkpoint}"]
         config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
         config = with_stored_tokenizer(config)
         if arguments.print:
@@ -99,7 +107,12 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
             check(config, arguments.ranks)
             return launch(arguments.ranks, arguments.argv)
         with stop.interruptible():
-            return train(config, given, ranks)
+            status = train(config, given, ranks)
+        if status == 0 and arguments.export and ranks.rank == 0 and not Path(config.run_dir, "stopped").exists():
+            from megatron_selfdistill.commands.given_model import export
+
+            print(f"exported: {export(Path(config.run_dir))}", flush=True)
+        return status
 
 
 def train(config: Config, given: Collection[str] | None = None, ranks: RollCall | None = None) -> int:

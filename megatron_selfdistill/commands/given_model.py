@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,26 @@ from megatron_selfdistill.errors import ConfigError
 
 _NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 """A value of optimizer.precision -> torch's name of the type."""
+
+
+def converted_beside(run_dir: Path, name: Path) -> Path:
+    """Return the checkpoint with the weights of a Hugging Face directory, or of a model on the hub.
+
+    It lies beside the directory of the run.  Where it is missing, the process converts it, unless it is a rank.
+    Raises: `ConfigError`, `CheckpointError`.
+    """
+    checkpoint = run_dir.parent / f"{name.name}-megatron"
+    if directory.tracked(checkpoint) is None:
+        if "RANK" in os.environ:
+            raise ConfigError(f"model={name} is not converted yet: start `selfdistill train --ranks N` in its place")
+        door("interop").convert_found(name, checkpoint)
+    return checkpoint
+
+
+def export(run_dir: Path) -> Path:
+    """Write the last checkpoint of a run as the Hugging Face directory ``hf`` beside it, once; return the directory."""
+    exported: Path = door("interop").export_once(run_dir / "checkpoints", run_dir / "hf")
+    return exported
 
 
 def find_model(hf: Path | None, megatron: Path | None, iteration: int | None) -> dict[str, Any]:

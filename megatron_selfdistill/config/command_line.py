@@ -27,7 +27,8 @@ from megatron_selfdistill.errors import ConfigError
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, towards what the model would predict if it knew the solution.
 
-  selfdistill train data.path=problems.jsonl checkpoint.load=DIR run_dir=runs/first lr=1e-6 steps=200
+  selfdistill train model=Qwen/Qwen3-1.7B data.path=problems.jsonl run_dir=runs/first export=true
+  selfdistill train checkpoint.load=DIR data.path=problems.jsonl run_dir=runs/first lr=1e-6 steps=200
   selfdistill train my.yaml run_dir=runs/second      # the file has the same keys: data: {path: problems.jsonl}
   selfdistill train --ranks 8 parallel=node_of_8 ..  # on the GPUs of this node
   torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
@@ -88,8 +89,9 @@ COLUMNS = "\n".join(
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line ``argv``, by default that of this process.
 
-    They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv`` and
-    ``about``: a function that returns the text that --help, --recipes or --keys asks for, or None.
+    They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv``,
+    ``export`` (whether export=true is the last of its words) and ``about``: a function that returns the text that
+    --help, --recipes or --keys asks for, or None.
 
     Raises: `ConfigError` for an option that is none, and for a file that is no configuration.
     """
@@ -98,7 +100,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such option; settings are key=value (`selfdistill --keys`)")
-    arguments.overrides = with_files(arguments.overrides)
+    words = with_files(arguments.overrides)
+    exports = [word for word in words if word in ("export=true", "export=false")]
+    arguments.overrides = [word for word in words if word not in exports]
+    arguments.export = exports[-1:] == ["export=true"]
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
@@ -247,13 +252,7 @@ def _more_help(directories: Sequence[Path]) -> str:
     groups = "\n".join(f"  {_choices(name, names)}" for name, names in key_list.groups().items() if name != "recipe")
     listed = "\n".join(f"  {line}" for line in recipes(directories).splitlines())
     return "\n\n".join(
-        [
-            f"recipes:\n{listed}",
-            f"groups, which set several keys together:\n{groups}",
-            _OTHERS,
-            COLUMNS,
-            _EXIT_CODES,
-        ]
+        [f"recipes:\n{listed}", f"groups, which set several keys together:\n{groups}", _OTHERS, COLUMNS, _EXIT_CODES]
     )
 
 

@@ -44,10 +44,7 @@ def exchange_parcels(outgoing: Mapping[int, Any], sources: Collection[int], devi
     )
     for source, size in zip(others, incoming_sizes.tolist(), strict=True):
         received[source] = torch.empty(size, dtype=torch.uint8, device=device)
-    _swap(
-        {to: parcel.to(device) for to, parcel in packed.items()},
-        {source: received[source] for source in others},
-    )
+    _swap({to: parcel.to(device) for to, parcel in packed.items()}, {source: received[source] for source in others})
     return {source: _unpack(received[source]) for source in sources}
 
 

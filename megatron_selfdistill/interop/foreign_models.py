@@ -20,10 +20,10 @@ from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
-from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.describe import sizes_of
 from megatron_selfdistill.interop.hf.mapping import family_of
-from megatron_selfdistill.interop.hf_files import read_config
+from megatron_selfdistill.interop.hf_files import model_directory, read_config
 from megatron_selfdistill.interop.legacy import LegacyReader
 
 
@@ -37,6 +37,21 @@ def main_dtype(path: Path) -> torch.dtype:
     """Return the type of most weights of a checkpoint or a Hugging Face directory.  Raises: `CheckpointError`."""
     sizes = sizes_of(path)
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def convert_found(name: Path, out: Path) -> None:
+    """Convert the directory or the model of the hub ``name`` to the Megatron checkpoint ``out``, and say so."""
+    hf = model_directory(name)
+    print(f"converts {hf} to {out}, once", flush=True)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left
+    hf_to_megatron(hf, partial)
+    partial.rename(out)
+
+
+def export_once(megatron: Path, out: Path) -> Path:
+    """Convert the last checkpoint at ``megatron`` to the Hugging Face directory ``out``, unless ``out`` exists."""
+    return out if out.exists() else megatron_to_hf(megatron, out)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from megatron_selfdistill.data.records import from_json, kind_of
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
+HUB_FILES, HUB_IGNORED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"), ("original/*", "consolidated*")
+"""The files of a model on the hub that are downloaded, and those among them that repeat its weights."""
 FOLLOW_LINKS = "SELFDISTILL_FOLLOW_LINKS"
 """The environment variable with which a user vouches, by the value 1, for the links in Hugging Face directories."""
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -107,6 +109,25 @@ def require_hugging_face(path: Path) -> None:
     """Raise CheckpointError if ``path`` is no directory with a config.json and files of weights."""
     read_config(path)
     weight_files(Path(path))
+
+
+def model_directory(name: Path) -> Path:
+    """Return the directory of the Hugging Face model ``name``: itself, or that of the hub's cache, after a download.
+
+    Raises: CheckpointError where there is no such model, or none can be downloaded.
+    """
+    if not download_advice(name):
+        require_hugging_face(name)
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name} cannot be had from the Hugging Face hub ({reason}){download_advice(name)}"
+        ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -228,10 +228,7 @@ def fused(rule_a: Rule, rule_b: Rule, pairs: Sequence[tuple[Tensor, Tensor] | No
         if pair is None:
             continue
         a, b = pair
-        for name, tensor, wanted in (
-            (a_name, a, (a.shape[0], rule_a.shape[1])),
-            (b_name, b, (shape[0], a.shape[0])),
-        ):
+        for name, tensor, wanted in ((a_name, a, (a.shape[0], rule_a.shape[1])), (b_name, b, (shape[0], a.shape[0]))):
             if tuple(tensor.shape) != wanted:
                 raise CheckpointError(f"{name} has shape {list(tensor.shape)}, expected {list(wanted)}")
         if not any(torch.equal(a, other) for other in distinct):
@@ -252,9 +249,7 @@ def _linear_of(rule: Rule) -> str:
 
 
 def _pieces(
-    layers: Sequence[tuple[Rule, Rule, tuple[Tensor, Tensor]]],
-    rank: int,
-    dtype: torch.dtype | None,
+    layers: Sequence[tuple[Rule, Rule, tuple[Tensor, Tensor]]], rank: int, dtype: torch.dtype | None
 ) -> list[Piece]:
     """Return the pieces of the checkpoint; all factors get ``rank`` by rows of A and columns of B of zeros."""
     stacks = stack_shapes(rule.megatron for rule_a, rule_b, _ in layers for rule in (rule_a, rule_b))

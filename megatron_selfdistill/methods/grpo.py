@@ -50,12 +50,7 @@ class GrpoSettings(AdvantageSettings, SelectSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(
-            teacher_prompt=SAME if self.kl_weight else None,
-            log_probs=SAMPLED,
-            rewards=True,
-            group_size=2,
-        )
+        return Needs(teacher_prompt=SAME if self.kl_weight else None, log_probs=SAMPLED, rewards=True, group_size=2)
 
 
 class Grpo(SelfDistillation):

@@ -52,13 +52,7 @@ class PiDistillSettings(DistillSettings, AdvantageSettings, SelectSettings):
     alpha: Share = 0.5
     """Share of the teacher's objective, in 0 to 1; the rest is the student's."""
 
-    needs = Needs(
-        samples=TEACHER,
-        log_probs=SAMPLED,
-        rewards=True,
-        group_size=2,
-        contexts_per_sample=2,
-    )
+    needs = Needs(samples=TEACHER, log_probs=SAMPLED, rewards=True, group_size=2, contexts_per_sample=2)
 
 
 class PiDistill(SelfDistillation):

@@ -78,14 +78,7 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
     changed_weight: NonNegativeFloat = 1.0
     """Weight of the mean over the tokens with a changed advantage, beside that over the other tokens."""
 
-    needs = Needs(
-        teacher_prompt=None,
-        log_probs=SAMPLED,
-        rewards=True,
-        group_size=2,
-        scores=True,
-        hint=LATER,
-    )
+    needs = Needs(teacher_prompt=None, log_probs=SAMPLED, rewards=True, group_size=2, scores=True, hint=LATER)
     required = ("environment.max_turns=1", "loss.normalize=tokens")
 
 

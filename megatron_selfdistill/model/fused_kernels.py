@@ -152,10 +152,7 @@ def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | No
         (activation == "quick_gelu", "the fused kernel of quick_gelu is not used here"),
         (moe and biased, "experts with biases have no fused kernel"),
         (values.get("glu_linear_offset", 0.0) != 0.0, "the fused kernel has no glu_linear_offset"),
-        (
-            values.get("activation_func_clamp_value") is not None,
-            "the fused kernel ignores activation_func_clamp_value",
-        ),
+        (values.get("activation_func_clamp_value") is not None, "the fused kernel ignores activation_func_clamp_value"),
         (bool(values.get("use_te_activation_func")), "use_te_activation_func chooses another kernel"),
     ]
     return next((reason for found, reason in reasons if found), None)

@@ -114,13 +114,7 @@ class TeacherHiddenStates:
             self._keep(route.student_index, _reading(route.reading), chosen, route.place)
 
     def add_reference(
-        self,
-        index: int,
-        states: Tensor,
-        entropy: Tensor | None,
-        *,
-        mix_weight: float | None,
-        keeps_both: bool = False,
+        self, index: int, states: Tensor, entropy: Tensor | None, *, mix_weight: float | None, keeps_both: bool = False
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 

@@ -51,11 +51,7 @@ The log-probs are detached, and the coefficients carry no gradient.  loss/weight
 
 
 def self_distillation(
-    target: Target,
-    divergence: Divergence,
-    backend: str | None = None,
-    *,
-    fusion: Fusion | None = None,
+    target: Target, divergence: Divergence, backend: str | None = None, *, fusion: Fusion | None = None
 ) -> TokenLoss | FusedLoss:
     """Return the distillation loss with this target and divergence.
 

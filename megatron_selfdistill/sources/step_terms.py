@@ -104,11 +104,7 @@ def token_factors(
     return factors
 
 
-def clipped_policy(
-    advantage: Tensor,
-    log_ratio: Tensor,
-    clip: Clip,
-) -> tuple[Tensor, Tensor]:
+def clipped_policy(advantage: Tensor, log_ratio: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """Return the coefficient a of ``-log p(y)`` in PPO's clipped objective, and whether the clip has made it 0.
 
     With A = advantage and rho = exp(log_ratio): ``-min(rho A, clip(rho, 1 - clip.low, 1 + clip.high) A)`` has the

@@ -155,12 +155,7 @@ def test_samples_show_where_teacher_and_student_disagree(browser, one):
     tab.click("#part-samples > summary")
     tab.wait_for("document.querySelector('#samples .token')")
     tokens = tab.value("[...document.querySelectorAll('#samples .token')].map((t) => [t.textContent, t.className])")
-    assert tokens == [
-        [NASTY, "token less"],
-        [" two", "token more"],
-        [" three", "token"],
-        ["<end>", "token"],
-    ]
+    assert tokens == [[NASTY, "token less"], [" two", "token more"], [" three", "token"], ["<end>", "token"]]
     assert tab.problems == []
     tab.close()
 

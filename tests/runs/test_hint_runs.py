@@ -45,12 +45,7 @@ RUNS = {
     ],
     "asked": ["recipe=openclaw", *LOGGED, "method.judge_template='{role}{response}{next_state}'"],
 }
-LAYOUTS_OF = {
-    "function": ["PP2"],
-    "skill_sd": ["DP2", "TP2"],
-    "openclaw": ["DP2", "CP2"],
-    "full": ["PP2"],
-}
+LAYOUTS_OF = {"function": ["PP2"], "skill_sd": ["DP2", "TP2"], "openclaw": ["DP2", "CP2"], "full": ["PP2"]}
 NUM_STEPS = 4
 
 

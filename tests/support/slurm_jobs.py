@@ -50,13 +50,7 @@ class Job:
     """
 
     def __init__(
-        self,
-        script: str,
-        data: Path,
-        run_dir: Path,
-        *more: str,
-        options: Sequence[str] = (),
-        **environment: str,
+        self, script: str, data: Path, run_dir: Path, *more: str, options: Sequence[str] = (), **environment: str
     ) -> None:
         self.run_dir, self.log = run_dir, run_dir.with_suffix(".log")
         parameters = {

@@ -169,12 +169,7 @@ class VllmServer:
         await self._ask("POST", "/resume", {})
 
     async def _ask(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        read: Callable[[Any], T] = lambda answer: answer,
-        **options: Any,
+        self, method: str, path: str, body: Any = None, read: Callable[[Any], T] = lambda answer: answer, **options: Any
     ) -> T:
         """Send a request and return what ``read`` finds in the JSON of its answer, None in an empty one.
 

@@ -95,7 +95,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     config, keys = given_config(arguments, RESERVED, measured)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
-        door("hugging_face").require_hugging_face(arguments.hf)
+        arguments.hf = door("hugging_face").model_directory(arguments.hf)
     else:
         require_checkpoint(arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
@@ -259,7 +259,12 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)",
     )
-    model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory, which is converted temporarily")
+    model.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory or model of the hub, which is converted temporarily",
+    )
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="iteration to evaluate (default: the tracker file names it)"
     )

@@ -64,6 +64,8 @@ class ModelPlaces:
         and, if it is frozen, its teacher.  Raises: `ConfigError`.
         """
         path: Path = arguments.checkpoint
+        if directory.download_advice(path):
+            path = door("hugging_face").model_directory(path)
         teacher: Path | None = arguments.teacher
         if not is_run(path):
             return cls(path, arguments.iteration, teacher, teacher if config.is_anchored else None)

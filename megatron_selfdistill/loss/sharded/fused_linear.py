@@ -315,11 +315,7 @@ class _Logits:
 
 
 def _forward_chunks(
-    layer: _Layer,
-    logits: _Logits,
-    response_tokens: Tensor,
-    reference_entropy: Tensor | None,
-    observe: Observer | None,
+    layer: _Layer, logits: _Logits, response_tokens: Tensor, reference_entropy: Tensor | None, observe: Observer | None
 ) -> ForwardResult:
     """Return the statistics of all tokens, and what backward needs besides the logits.
 

@@ -353,12 +353,7 @@ SECOND_PASS_FORWARD = (*SECOND_PASS, "forward_kl", "y0", "y1", "y2", "y3")
 
 
 def second_pass(
-    shard: Shard,
-    constants: TokenConstants,
-    mix_argmax: Tensor,
-    *,
-    forward_kl: bool,
-    status: Tensor | None = None,
+    shard: Shard, constants: TokenConstants, mix_argmax: Tensor, *, forward_kl: bool, status: Tensor | None = None
 ) -> Tensor:
     """Return moments of x under q with the given normaliser, and the divergences: [num_parts, T, 6], for forward KL 11.
 

@@ -98,10 +98,7 @@ def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
     """Raise `ConfigError` if Megatron's static KV cache would be wrong for the model, or decode another model."""
     config, attention = models[0].config, list(attention_layers(models))
     refusals = [
-        (
-            config.flash_decode,
-            "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false",
-        ),
+        (config.flash_decode, "flash_decode keeps a cache of its own: set model.transformer.flash_decode=false"),
         (
             config.cuda_graph_impl != "none",
             "CUDA graphs fix the shapes that decoding changes: set model.transformer.cuda_graph_impl=none",

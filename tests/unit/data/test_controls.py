@@ -87,12 +87,7 @@ def test_all_samples_of_a_problem_have_the_same_controls() -> None:
 
 @pytest.mark.parametrize(
     ("control", "solutions", "expected"),
-    [
-        ("none", ["a", "b"], 0),
-        ("auto", ["a", "b"], 5),
-        ("auto", ["a", "a"], 0),
-        ("other", ["a", "b"], 5),
-    ],
+    [("none", ["a", "b"], 0), ("auto", ["a", "b"], 5), ("auto", ["a", "a"], 0), ("other", ["a", "b"], 5)],
 )
 def test_auto_has_controls_where_the_hints_differ(control: str, solutions: Sequence[str], expected: int) -> None:
     problems = [problem(str(i), text) for i, text in enumerate(solutions)]

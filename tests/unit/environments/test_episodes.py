@@ -108,12 +108,7 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
     environment = Script()
     turns, num_cut, asked = played(environment, [["w$", "w$", "r$"], ["r$"]])
     assert num_cut == 0 and [[(key.problem_id, key.turn) for key in keys] for keys in asked] == [[("a", 1)], [("a", 2)]]
-    assert [(turn.group, turn.episode, turn.turn) for turn in turns] == [
-        (0, 0, 0),
-        (0, 0, 1),
-        (0, 0, 2),
-        (1, 1, 0),
-    ]
+    assert [(turn.group, turn.episode, turn.turn) for turn in turns] == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 1, 0)]
     assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
     assert [text(turn.prompts.teacher_prompt) for turn in turns] == [
         "a|hint a:",

@@ -157,13 +157,7 @@ def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, hand
     assert f"load it with checkpoint.load={megatron}\n" in capsys.readouterr().out
     assert main(["inspect", str(megatron)]) == 0
     description = capsys.readouterr().out
-    for part in (
-        "MixtralForCausalLM",
-        "101 true rows, 128 with padding",
-        "bfloat16",
-        "num_moe_experts",
-        "TP 1",
-    ):
+    for part in ("MixtralForCausalLM", "101 true rows, 128 with padding", "bfloat16", "num_moe_experts", "TP 1"):
         assert part in description
 
 

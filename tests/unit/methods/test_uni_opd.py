@@ -24,12 +24,7 @@ def test_margin_shift_of_the_worked_example(gap, half):
 
 
 def test_uni_opd_shifts_every_token_and_masks_large_ratios():
-    both = signals(
-        [1, 0],
-        lengths=[2, 2],
-        mu=[0.0, 0.0, 0.0, 0.0],
-        q=[-0.2, -0.4, -12.0, 0.0],
-    )
+    both = signals([1, 0], lengths=[2, 2], mu=[0.0, 0.0, 0.0, 0.0], q=[-0.2, -0.4, -12.0, 0.0])
     terms = uni_opd(both, weight=1.0, margin=8.0, gap="mean", max_log_ratio=10.0)
     shift = (8.0 - (-0.3 - -6.0)) / 2
     assert terms.advantage.tolist() == pytest.approx([-0.2 + shift, -0.4 + shift, 0.0, -shift], abs=1e-12)

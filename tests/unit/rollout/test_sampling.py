@@ -41,13 +41,7 @@ def draw(sampling: SamplingParams) -> torch.Tensor:
     return select_tokens(LOGITS.expand(NUM_DRAWS, -1), uniforms, sampling)[0]
 
 
-CASES = [
-    {},
-    {"temperature": 0.6},
-    {"top_k": 4},
-    {"top_p": 0.8},
-    {"temperature": 1.5, "top_k": 6, "top_p": 0.7},
-]
+CASES = [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 6, "top_p": 0.7}]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

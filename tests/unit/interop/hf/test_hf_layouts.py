@@ -97,12 +97,7 @@ def in_layouts(
 ) -> pytest.MarkDecorator:
     """Parametrize over the families and layouts that are compared: each value once in make test, then all pairs."""
     return combinations(
-        layout=layouts,
-        kind=KINDS,
-        **axes,
-        valid=is_compared,
-        quick={"layout": quick, "kind": kinds},
-        strength=1,
+        layout=layouts, kind=KINDS, **axes, valid=is_compared, quick={"layout": quick, "kind": kinds}, strength=1
     )
 
 
