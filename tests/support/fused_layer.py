@@ -28,11 +28,7 @@ TARGETS = {
 }
 
 
-DIVERGENCES = {
-    "reverse": Divergence("reverse_kl"),
-    "forward": Divergence("forward_kl"),
-    "jsd": Divergence("jsd", 0.3),
-}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 
 
 class Example:

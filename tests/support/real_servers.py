@@ -67,11 +67,7 @@ def started(directory: Path, num_servers: int, adapter: EngineAdapter | None = N
 
 @contextmanager
 def sampler(
-    chunks: Any,
-    grid: Any,
-    servers: Reach,
-    adapter: AdapterConfig | None = None,
-    **options: Any,
+    chunks: Any, grid: Any, servers: Reach, adapter: AdapterConfig | None = None, **options: Any
 ) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
     from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights

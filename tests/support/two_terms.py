@@ -22,11 +22,7 @@ TARGETS = {
     "teacher alone": Target("teacher_alone", anchor="student"),
     "with a reference": Target(anchor="reference"),
 }
-DIVERGENCES = {
-    "reverse": Divergence("reverse_kl"),
-    "forward": Divergence("forward_kl"),
-    "jsd": Divergence("jsd", 0.3),
-}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 TOKENS = torch.tensor([0, 127, 128, 255, 256, 369, 20, 9, 40, 7, 200, 369])
 """The response tokens of `rows`: the first and the last column of every shard are among them.  The token of row 6 does
 not exist, so that its log-prob is -inf; its coefficient a is 0."""

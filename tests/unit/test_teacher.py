@@ -47,10 +47,7 @@ class Training:
 
     def __init__(self, setup: Setup, seed: int = 0) -> None:
         config = OptimizerConfig(
-            precision=setup.precision,
-            lr=setup.lr,
-            clip_grad=0.0,
-            use_distributed_optimizer=setup.distributed,
+            precision=setup.precision, lr=setup.lr, clip_grad=0.0, use_distributed_optimizer=setup.distributed
         )
         model = models.model_config(setup.kind, **setup.model_changes)
         chunks, grid = models.build(model, setup.parallel, optimizer=config, seed=seed)

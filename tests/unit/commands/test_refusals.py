@@ -149,11 +149,7 @@ STEERING = "no\x1b]52;c;eA==\x07\x1b[2Jpe"
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["train", *RUNNABLE, f"data.tokenizer='./{STEERING}'"],
-        ["convert", "inspect", STEERING],
-        ["report", STEERING],
-    ],
+    [["train", *RUNNABLE, f"data.tokenizer='./{STEERING}'"], ["convert", "inspect", STEERING], ["report", STEERING]],
     ids=lambda arguments: arguments[0],
 )
 def test_a_name_in_a_message_does_not_steer_the_terminal(run, arguments):

@@ -154,11 +154,7 @@ def test_a_labs_directory_adds_groups_and_options(tmp_path):
         (tmp_path / name).write_text(text)
     config = load(["model=ours", "+cluster=big"], search_path=[tmp_path])
     by_hydra = load(["model=ours", "+cluster=big", f"hydra.searchpath=[file://{tmp_path}]"])
-    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (
-        6,
-        2,
-        7,
-    )
+    assert (config.model.num_layers, config.parallel.tensor_model_parallel_size, config.num_steps) == (6, 2, 7)
     assert by_hydra == config
     assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
     assert load().model.num_layers == 2, "the lab's directory is forgotten by the next call"

@@ -92,11 +92,7 @@ PARAMS = SamplingParams(max_new_tokens=10)
 
 
 @pytest.mark.parametrize(
-    ("request_", "why"),
-    [
-        (Request([], 1), "empty prompt"),
-        (Request([1] * 21, 1), "longest prompt has 21 tokens"),
-    ],
+    ("request_", "why"), [(Request([], 1), "empty prompt"), (Request([1] * 21, 1), "longest prompt has 21 tokens")]
 )
 def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, why):
     with pytest.raises(ValueError, match=why):

@@ -108,11 +108,7 @@ def nodes(port) -> Iterator[list[subprocess.Popen[str]]]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            [*command, str(rank), str(port)], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         for rank in (1, 0, 2)  # in any order
     ]

@@ -38,10 +38,7 @@ def edited(hf: Path, out: Path, *, config: dict[str, Any] | None = None, tensors
 
 NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
 CHANGES = {
-    "architecture": (
-        {"config": {"architectures": ["GPT5ForCausalLM"]}},
-        "GPT5ForCausalLM, which is not known here",
-    ),
+    "architecture": ({"config": {"architectures": ["GPT5ForCausalLM"]}}, "GPT5ForCausalLM, which is not known here"),
     "missing": ({"tensors": {NORM: None}}, f"{NORM} is missing"),
     "extra": ({"tensors": {"model.layers.1.self_attn.sinks": torch.zeros(4)}}, "self_attn.sinks is unexpected"),
     "more layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "model.layers.3.* is unexpected"),

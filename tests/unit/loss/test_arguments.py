@@ -27,11 +27,7 @@ COMMON: dict[str, Any] = {
     **{"num_items_in_batch": 3, "vocab_size": V, "check_nan": True},
 }
 GOOD: dict[str, dict[str, Any]] = {
-    "self_distillation_loss": {
-        **STUDENT_TEACHER,
-        **{"reference_logits": LOGITS[2], "process_group": None},
-        **COMMON,
-    },
+    "self_distillation_loss": {**STUDENT_TEACHER, **{"reference_logits": LOGITS[2], "process_group": None}, **COMMON},
     "linear_self_distillation_loss": {**HIDDEN, **WEIGHTS, "chunk_tokens": 2, "mode": "low_memory", **COMMON},
     "distillation_loss": {**STUDENT_TEACHER, "response_tokens": IDS, **ANCHORED, "inplace_backward": False},
     "fused_distillation_loss": {

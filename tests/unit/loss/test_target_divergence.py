@@ -13,11 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, divergence, divergence_gradient
 
 ORDERS = [0.05, 0.5, 0.95, 0.9999, 1.0001, 1.5, 2.0, 4.0]
-DIVERGENCES = [
-    Divergence("reverse_kl"),
-    Divergence("forward_kl"),
-    *(Divergence("jsd", lam) for lam in (0.1, 0.5, 0.8)),
-]
+DIVERGENCES = [Divergence("reverse_kl"), Divergence("forward_kl"), *(Divergence("jsd", lam) for lam in (0.1, 0.5, 0.8))]
 OTHERS = [
     *(Divergence(kind, order=order) for kind in ("reverse_kl", "forward_kl") for order in ORDERS),
     *(Divergence(forward_above=above) for above in (2.0, -1.0, math.inf)),

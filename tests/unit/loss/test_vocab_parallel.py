@@ -26,11 +26,7 @@ TARGETS = {
     "other weight": Target(teacher_weight=2.5, k_max=None, anchor="student"),
     "no teacher": Target(teacher_weight=0.0, k_max=None, anchor="student"),
 }
-DIVERGENCES = {
-    "reverse": Divergence("reverse_kl"),
-    "forward": Divergence("forward_kl"),
-    "jsd": Divergence("jsd", 0.3),
-}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 CASES = list(itertools.product(TARGETS, DIVERGENCES))
 every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"

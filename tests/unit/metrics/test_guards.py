@@ -243,11 +243,7 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
     assert stopped_at(Guards(WARNS, student_samples=True), trace) is None
 
 
-@pytest.mark.parametrize(
-    ("keys", "wanted"),
-    [([], True), (["method.name=sft"], False)],
-    ids=["on policy", "solutions"],
-)
+@pytest.mark.parametrize(("keys", "wanted"), [([], True), (["method.name=sft"], False)], ids=["on policy", "solutions"])
 def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wanted):
     assert student_samples(load([*keys, "run_dir=x"])) == wanted
 

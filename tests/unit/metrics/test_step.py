@@ -469,11 +469,7 @@ def measured(layout: dict[str, int], responses: list[Response]) -> dict[str, flo
 @pytest.mark.parametrize(("layout", "world_size"), [({}, 1), ({}, 2), ({"tp": 2}, 2)], ids=["one", "DP2", "TP2"])
 def test_ages_are_means_over_the_tokens_of_known_weights(ranks: Any, layout: dict[str, int], world_size: int) -> None:
     found = ranks.run(measured, layout, RESPONSES, world_size=world_size)
-    expected = {
-        "rollout/staleness_mean": (3 * 2 + 1) / 7,
-        "rollout/staleness_max": 2.0,
-        "rollout/mixed_share": 1 / 4,
-    }
+    expected = {"rollout/staleness_mean": (3 * 2 + 1) / 7, "rollout/staleness_max": 2.0, "rollout/mixed_share": 1 / 4}
     assert found == [expected] * world_size
     assert ranks.run(measured, layout, RESPONSES[2:3] * 2, world_size=world_size) == [{}] * world_size
 

@@ -33,10 +33,7 @@ def model_provider(
     )
     model = models.model_config("gqa")
     config = transformer_config(
-        model,
-        dataclasses.replace(parallel, **changes),
-        OptimizerConfig(precision="fp32"),
-        ScheduleConfig(),
+        model, dataclasses.replace(parallel, **changes), OptimizerConfig(precision="fp32"), ScheduleConfig()
     )
     return GPTModel(
         config=config,

@@ -174,10 +174,7 @@ def stale_layers(weights: str, change: str) -> int:
 
 @pytest.mark.parametrize(
     ("weights", "change"),
-    [
-        ("ema", "update"),
-        *itertools.product(["ema", "frozen"], ["load_state_dict", "copy_student"]),
-    ],
+    [("ema", "update"), *itertools.product(["ema", "frozen"], ["load_state_dict", "copy_student"])],
 )
 def test_the_teachers_layers_quantise_anew_whatever_changes_its_weights(ranks, weights, change):
     assert ranks.run(stale_layers, weights, change, world_size=1) == [0]

@@ -113,11 +113,7 @@ def fails_to_start(self: Any, *arguments: Any, **options: Any) -> None:
 def settings_refused() -> list[str]:
     chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
     messages = []
-    for options in (
-        {"kv_cache_gb": 3e-4},
-        {"engine_args": {"max_num_sequences": 3}},
-        {"engine_tp": 4},
-    ):
+    for options in ({"kv_cache_gb": 3e-4}, {"engine_args": {"max_num_sequences": 3}}, {"engine_tp": 4}):
         with pytest.raises(ConfigError) as error, sampler(MODELS["gqa"], chunks, grid, **options):
             pass
         messages.append(str(error.value))

@@ -83,11 +83,7 @@ def test_the_page_has_a_generated_response_and_the_target_of_each_token(director
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [
-        (2, ["parallel.tensor_model_parallel_size=2"]),
-        (2, ["parallel.pipeline_model_parallel_size=2"]),
-        (2, []),
-    ],
+    [(2, ["parallel.tensor_model_parallel_size=2"]), (2, ["parallel.pipeline_model_parallel_size=2"]), (2, [])],
 )
 def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, world_size, layout):
     (directory / "response.txt").write_text("092$", encoding="utf-8")

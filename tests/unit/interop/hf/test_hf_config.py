@@ -127,11 +127,7 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("llama2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "take the unquantised model"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0: expected 1 or more"),
-        (
-            "qwen2",
-            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
-            "use_sliding_window=false",
-        ),
+        ("qwen2", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4}, "use_sliding_window=false"),
         (
             "qwen3",
             {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
