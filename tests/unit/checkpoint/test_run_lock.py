@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import filelock._marker
 import pytest
 import tiny_run
 from tiny_run import overrides, reproducible_metrics, saved_step, train
@@ -44,7 +44,7 @@ def acquired(run_dir: Path) -> RunLock:
 def elsewhere(run_dir: Path) -> RunLock:
     """Make an owner on another host."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filelock._marker, "host_name", lambda: "elsewhere")
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
         return acquired(run_dir)
 
 

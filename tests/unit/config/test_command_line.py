@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -125,5 +126,6 @@ def test_ctrl_c_before_a_run_is_status_130_without_a_traceback(monkeypatch, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(configuration, "load", interrupted)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)  # not behind `&`
     assert main(["run_dir=here"]) == 130
     assert capsys.readouterr().err == ""
