@@ -32,6 +32,9 @@ FIXED_TARGETS = ("anchored_matched", "student_matched", "teacher_alone")
 """The arms without controls; their lines on the seeds that are reported are those of anchored_map.py."""
 SHARED = "controls_with_share"
 """The arm that is compared with them: that of share_0.1."""
+RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
+"""Targets of others, on the seeds `OF_RIVALS`."""
+OF_RIVALS = (11, 12, 13)
 
 
 def table_of_choices(lines: Sequence[Line]) -> list[str]:
@@ -51,18 +54,23 @@ def table_of_choices(lines: Sequence[Line]) -> list[str]:
 def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the fixed targets and of controls with a shared anchor, on the same seeds.
 
+    The rivals are beside them, where they have run on all of `OF_RIVALS`.
     ``lines``: those of controls; ``of_fixed``: those of anchored_map.py.
     """
     arms = (*FIXED_TARGETS, SHARED)
-    shown = [line for line in (*of_fixed, *lines) if line["arm"] in arms]
+    shown = [line for line in (*of_fixed, *lines) if line["arm"] in (*arms, *RIVALS)]
     found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in shown}
     labels = [LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")]
-    rows, losses = [["task", "seeds", *labels], ["---"] * (2 + len(arms))], []
+    beside = [f"{label} ({OF_RIVALS[0]}-{OF_RIVALS[-1]})" for label in RIVALS.values()]
+    rows, losses = [["task", "seeds", *labels, *beside], ["---"] * (2 + len(arms) + len(RIVALS))], []
     for task in dict.fromkeys(line["experiment"] for line in lines if line["arm"] == SHARED):
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
-        rows.append([task, f"{seeds[0]}-{seeds[-1]}", *(short(mean(own)) for own in scores[:-1]), spread(scores[-1])])
+        of_rivals = [[found[task, arm, s] for s in OF_RIVALS if (task, arm, s) in found] for arm in RIVALS]
+        beside = [short(mean(own)) if len(own) == len(OF_RIVALS) else "" for own in of_rivals]
+        compared = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
+        rows.append([task, f"{seeds[0]}-{seeds[-1]}", *compared, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
-        rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True))])
+        rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True)), *[""] * len(RIVALS)])
     return [f"| {' | '.join(row)} |" for row in rows]
