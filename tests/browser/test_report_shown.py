@@ -69,6 +69,15 @@ def test_the_first_screen_says_whether_each_run_learns_and_is_healthy(browser, o
     assert tab.value("byId('summaries').getBoundingClientRect().bottom < byId('top').getBoundingClientRect().top")
 
 
+def test_a_report_opens_with_a_drawn_curve_and_an_answer_before_and_after(browser, one):
+    tab = browser.open(one)
+    tab.wait_for("document.querySelector('#opening figure canvas')?.width > 0")
+    shown = "[...document.querySelectorAll('#opening .answer h4')].map((heading) => heading.textContent)"
+    assert tab.value(shown) == ["step 0", "step 30"]
+    assert tab.value("document.getElementById('opening').nextElementSibling.id") == "summaries"
+    tab.close()
+
+
 def test_dragging_zooms_every_figure_and_the_button_shows_all_steps_again(browser, one):
     tab = browser.open(one)
     tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")

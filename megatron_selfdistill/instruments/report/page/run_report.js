@@ -1,5 +1,5 @@
 // Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-// The page of a report: what ran, differences between runs, figures, the time of a step, and events.
+// The page of a report: the main curve with an answer before and after, figures, differences between runs, and events.
 "use strict";
 
 startPage(async () => {
@@ -15,10 +15,11 @@ startPage(async () => {
   if (runs.length > 1) {
     byId("top").classList.add("several");
     byId("groups").classList.add("several");
-    byId("top").prepend(byId("results")); // also the order for the keyboard and for screen readers
+    byId("main").prepend(byId("results")); // also the order for the keyboard and for screen readers
   }
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
   showFigures(overview.groups, runs, curves);
+  await showOpening(overview.groups, runs, curves);
   showShares(runs);
   showResponses(runs);
   showExplored(runs, overview.explored);
@@ -147,6 +148,31 @@ function showFigures(groups, runs, curves) {
   addEventListener("beforeprint", drawForPaper);
   connectSmoothing();
   byId("all-steps").addEventListener("click", () => zoomTo(null));
+}
+
+/**
+ * Show first of all the first figure, and what the run answered before and after: a problem that it has learnt, if any.
+ * @param {{title: string, figures: FigureData[]}[]} groups
+ * @param {Run[]} runs
+ * @param {Record<string, (Curve | null)[]>} curves
+ */
+async function showOpening(groups, runs, curves) {
+  const shown = groups.slice(0, 1).map(({ figures: [data] }) => new ReportFigure(data, runs, curves));
+  figures.push(...shown);
+  byId("opening").append(...shown.map((figure) => figure.element));
+  if (runs.length === 1 && hasBlock("evaluations")) {
+    /** @type {Answer[][]} */
+    const [answers] = await openBlock("evaluations");
+    const [first, last] = [answers[0].step, answers[answers.length - 1].step];
+    const of = (/** @type {number} */ step) => answers.filter((answer) => answer.step === step && answer.sample === null);
+    const pairs = of(first).map((before) => {
+      const after = of(last).find(({ problem_id }) => problem_id === before.problem_id) || null;
+      return { id: before.problem_id, before, after };
+    });
+    const pair = pairs.find(({ before, after }) => !before.correct && after?.correct) || pairs[0];
+    if (first < last && pair !== undefined) byId("opening").append(pairElement(pair, [`step ${first}`, `step ${last}`]));
+  }
+  for (const figure of shown) figure.draw(); // in the width that the answers leave
 }
 
 /** Draw all figures in the light theme, until the page is printed. */
