@@ -88,5 +88,6 @@ PATCHES: Mapping[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "topd": proximal_teacher,
     "trust_region": trust_region,
     "controls_own_hint": own_hint,
+    "controls_own_hint_eps": own_hint,
 }
 """Name of an arm -> what its runs need."""
