@@ -30,6 +30,7 @@ SHORT = {
     "lr": "optimizer.lr",
     "batch": "data.global_batch_size",
     "steps": "num_steps",
+    "logger": "metrics.loggers",
 }
 """The short name of a key on a command line -> the key."""
 
@@ -112,7 +113,11 @@ def groups() -> dict[str, list[str]]:
 
 
 def long_names(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line with `SHORT` names replaced by those of the keys."""
+    """Return the overrides of a command line with `SHORT` names replaced by those of the keys.
+
+    ``logger=wandb`` is a list of one.
+    """
+    overrides = [re.sub(r"^logger=([\w.]+)$", r"logger=[\1]", override) for override in overrides]
     return [re.sub("^[a-z]+(?==)", lambda name: SHORT.get(name[0], name[0]), override) for override in overrides]
 
 
