@@ -25,6 +25,7 @@ _MESSAGES = (
     "full scope is deprecated",
     "`torch.distributed.",
     "`load_state_dict` is deprecated",
+    "The argument order of load ",
     "Please use DTensor instead",
     "TypedStorage is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
