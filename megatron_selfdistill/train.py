@@ -88,6 +88,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         return 0
     with configuration.user_code("code that this run has called"):  # the status is 0 only where this program returns it
         if named := [word for word in arguments.overrides if word.startswith("model=") and "/" in word]:
+            silence_known_warnings()
             from megatron_selfdistill.commands.given_model import converted_beside
 
             others = [word for word in arguments.overrides if word not in named]

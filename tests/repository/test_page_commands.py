@@ -104,8 +104,7 @@ def test_a_mistyped_command_is_found(line):
 
 
 ON_A_TINY_MODEL = {
-    "/models/Qwen3-1.7B": "hf",
-    "/checkpoints/qwen3-1.7b": "megatron",
+    "Qwen/Qwen3-1.7B": "./hf",
     "held_out.jsonl": "problems.jsonl",
     "rollout.max_new_tokens=2048": "rollout.max_new_tokens=8",
     "num_steps=200": "num_steps=1",
@@ -123,8 +122,7 @@ def test_the_four_commands_of_a_measurement_run_as_they_stand_on_a_tiny_model(tm
     section = text.partition("## Measure before and after")[2].partition("\n## ")[0]
     measurement = list(commands(section))
     assert [words[0] for words in measurement] == ["evaluate", "train", "evaluate", "evaluate"]
-    conversion = ["convert", "hf-to-megatron", "--hf", "hf", "--out", "megatron"]
-    for words in (conversion, *measurement):
+    for words in measurement:
         words = [re.sub("|".join(ON_A_TINY_MODEL), lambda found: ON_A_TINY_MODEL[found[0]], word) for word in words]
         words += [SHORT_WORDING] if words[0] == "train" else []
         program = [sys.executable, "-m", "megatron_selfdistill", *words]
