@@ -81,14 +81,19 @@ def start_pods(run_dir: Path, settings: list[str]) -> list[subprocess.Popen[byte
     ]
 
 
+def children(pid: int) -> list[int]:
+    return [int(it) for file in Path(f"/proc/{pid}/task").glob("*/children") for it in file.read_text().split()]
+
+
 def test_a_pod_that_must_leave_stops_the_run_which_resumes(data, tmp_path, expected):
     settings = [it for it in overrides(data, tmp_path) if not it.startswith("run_dir=")]
     pods = start_pods(tmp_path, settings)
     while not (tmp_path / "metrics.jsonl").exists():
         assert not any(pod.poll() for pod in pods)
         time.sleep(0.1)
-    (torchrun,) = subprocess.run(["pgrep", "-P", str(pods[1].pid)], capture_output=True, text=True).stdout.split()
-    subprocess.run(["pkill", "-TERM", "-P", torchrun], check=True)  # as the hook before the pod's end
+    (torchrun,) = children(pods[1].pid)
+    for rank in children(torchrun):  # as the hook before the pod's end
+        os.kill(rank, signal.SIGTERM)
     assert [pod.wait(120) for pod in pods] == [128 + signal.SIGTERM] * 2
     assert [pod.wait(120) for pod in start_pods(tmp_path, settings)] == [0, 0]
     assert reproducible_metrics(tmp_path) == expected
