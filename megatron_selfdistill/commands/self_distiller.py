@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill import cli
+from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.evaluation.evaluation_directory import SUMMARY
 from megatron_selfdistill.metrics.run_log import REPORT_FILE, read_metrics
 
@@ -46,7 +47,11 @@ class SelfDistiller:
         ``out``: null is a directory below ``evaluations`` in the directory of the run.  Raises: as `train`.
         """
         chosen = Path(out) if out is not None else self.run_dir / "evaluations" / Path(data).stem
-        of_run = [it for it in self.words if it.startswith(("data.", "rollout.")) and not it.startswith("data.path=")]
+        of_run = [
+            it
+            for it in with_files(self.words)
+            if it.startswith(("data.", "rollout.")) and not it.startswith("data.path=")
+        ]
         _run("evaluate", "--megatron", str(self.run_dir), "--data", str(data), "--out", str(chosen), *of_run, *words)
         summary: dict[str, Any] = json.loads((chosen / SUMMARY).read_text(encoding="utf-8"))
         return summary

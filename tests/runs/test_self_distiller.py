@@ -10,6 +10,7 @@ import pytest
 from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill import SelfDistiller
+from megatron_selfdistill.commands import self_distiller
 
 
 def from_python(data: Path, run_dir: Path) -> dict[str, Any]:
@@ -35,3 +36,12 @@ def test_an_object_trains_evaluates_and_reports_the_run_of_the_commands(ranks, d
     train(ranks, overrides(data, tmp_path / "command", "num_steps=3"))
     expected = [(line["step"], line["loss/mean"]) for line in reproducible_metrics(tmp_path / "command")]
     assert found["losses"] == expected
+
+
+def test_the_settings_of_a_file_are_those_of_the_evaluation(tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").write_text("rollout: {top_k: 5}\ndata: {path: a.jsonl}\n")
+    (tmp_path / "summary.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr(self_distiller, "_run", lambda *words: seen.extend(words))
+    SelfDistiller(f"{tmp_path}/my.yaml", run_dir="run").evaluate("test.jsonl", out=tmp_path)
+    assert "rollout.top_k=5" in seen and "data.path='a.jsonl'" not in seen
