@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import tempfile
@@ -31,10 +32,12 @@ _NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 def converted_beside(run_dir: Path, name: Path) -> Path:
     """Return the checkpoint with the weights of a Hugging Face directory, or of a model on the hub.
 
-    It lies beside the directory of the run.  Where it is missing, the process converts it, unless it is a rank.
+    It lies beside the directory of the run, with a digest of the model's place, since two models may have one name.
+    Where it is missing, the process converts it, unless it is a rank.
     Raises: `ConfigError`, `CheckpointError`.
     """
-    checkpoint = run_dir.parent / f"{name.name}-megatron"
+    place = str(name.resolve() if name.exists() else name)
+    checkpoint = run_dir.parent / f"{name.name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}-megatron"
     if directory.tracked(checkpoint) is None:
         if "RANK" in os.environ:
             raise ConfigError(f"model={name} is not converted yet: start `selfdistill train --ranks N` in its place")
@@ -43,7 +46,7 @@ def converted_beside(run_dir: Path, name: Path) -> Path:
 
 
 def export(run_dir: Path) -> Path:
-    """Write the last checkpoint of a run as the Hugging Face directory ``hf`` beside it, once; return the directory."""
+    """Write the last checkpoint as the run's Hugging Face directory ``hf``, unless it is there; return its path."""
     exported: Path = door("interop").export_once(run_dir / "checkpoints", run_dir / "hf")
     return exported
 

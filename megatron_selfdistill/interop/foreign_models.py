@@ -15,6 +15,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, raise_misfit
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
@@ -50,8 +51,12 @@ def convert_found(name: Path, out: Path) -> None:
 
 
 def export_once(megatron: Path, out: Path) -> Path:
-    """Convert the last checkpoint at ``megatron`` to the Hugging Face directory ``out``, unless ``out`` exists."""
-    return out if out.exists() else megatron_to_hf(megatron, out)
+    """Convert the last checkpoint at ``megatron`` to the Hugging Face directory ``out``, unless ``out`` is of it.
+
+    Raises: as `megatron_to_hf`, also for an ``out`` that is older than the checkpoint.
+    """
+    made = directory.find(megatron)[0].stat().st_mtime
+    return out if out.exists() and out.stat().st_mtime >= made else megatron_to_hf(megatron, out)
 
 
 @contextmanager

@@ -15,10 +15,7 @@ from megatron_selfdistill.config.methods import method_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-PAGES = [
-    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted(DOCS.rglob("*.md")),
-]
+PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 NOT_KEYS = {
     *("loss.solver", "metrics.run_log", "metrics.tensorboard", "model.num_carried_mtp_layers"),
     *("rollout.extra_problems", "rollout.overlap", "loss.guided_divergence", "target.guided_teacher_weight"),

@@ -17,13 +17,7 @@ from tiny_run import reproducible_metrics
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf_files import model_directory
 
-SETTINGS = [
-    "data.teacher_template={problem}H{solution}|",
-    "batch=4",
-    "rollout.max_new_tokens=8",
-    "steps=2",
-    "report.every=0",
-]
+SETTINGS = "data.teacher_template={problem}H{solution}| batch=4 rollout.max_new_tokens=8 report.every=0".split()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +28,15 @@ def model(data, tmp_path_factory) -> Path:
 
 
 def started(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_selfdistill", "train", f"data.path={data}/problems.jsonl", *SETTINGS]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_selfdistill",
+        "train",
+        f"data.path={data}/problems.jsonl",
+        "steps=2",
+        *SETTINGS,
+    ]
     return subprocess.run([*command, *words], env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
 
 
@@ -42,13 +44,21 @@ def started(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_converts_a_model_once_beside_itself_trains_and_exports_it(data, model, tmp_path):
     first = started(data, f"model={model}", f"run_dir={tmp_path}/first", "export=true")
     assert first.returncode == 0, first.stderr
-    assert f"converts {model} to {tmp_path}/Tiny-megatron, once" in first.stdout
+    [converted] = tmp_path.glob("Tiny-*-megatron")
+    assert f"converts {model} to {converted}, once" in first.stdout
     assert first.stdout.endswith(f"exported: {tmp_path}/first/hf\n")
     assert {path.name for path in model.iterdir()} <= {path.name for path in (tmp_path / "first" / "hf").iterdir()}
     second = started(data, "--ranks", "2", f"model={model}", f"run_dir={tmp_path}/second")
     assert second.returncode == 0 and "once" not in second.stdout, second.stderr
     losses = [[step["loss/mean"] for step in reproducible_metrics(tmp_path / name)] for name in ("first", "second")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    namesake = Path(shutil.copytree(model, tmp_path / "other" / "Tiny"))
+    third = started(data, f"model={namesake}", f"run_dir={tmp_path}/third", "steps=1")
+    assert third.returncode == 0 and f"converts {namesake} to " in third.stdout
+    longer = started(data, f"model={model}", f"run_dir={tmp_path}/first", "steps=3", "export=true")
+    assert longer.returncode == 2 and f"{tmp_path}/first/hf" in longer.stderr, (
+        "the export of step 2 is no export of step 3"
+    )
 
 
 @pytest.mark.full

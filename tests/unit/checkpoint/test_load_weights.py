@@ -89,10 +89,7 @@ MISFITS = {
         models.model_config("gqa", share_embeddings_and_output_weights=True),
         "output_layer.weight is unexpected",
     ),
-    "width": (
-        models.model_config("gqa", hidden_size=64),
-        r"final_layernorm.weight has shape \[32\], expected \[64\]",
-    ),
+    "width": (models.model_config("gqa", hidden_size=64), r"final_layernorm.weight has shape \[32\], expected \[64\]"),
 }
 
 

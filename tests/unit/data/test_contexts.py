@@ -104,10 +104,7 @@ class Sampled:
 def test_contexts_pair_each_response_with_its_prompts() -> None:
     pairs = [PromptPair("a", [1, 2], [1, 2, 3]), PromptPair("b", [4], [5, 6])]
     contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True)])
-    assert contexts == [
-        ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False),
-        ContextPair("b", [4], [5, 6], [9], True),
-    ]
+    assert contexts == [ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False), ContextPair("b", [4], [5, 6], [9], True)]
     assert [(c.student_length, len(c.teacher_prompt)) for c in contexts] == [(4, 3), (2, 2)]
 
 

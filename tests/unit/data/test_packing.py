@@ -148,10 +148,7 @@ def test_longest_first_into_the_first_row_with_room() -> None:
 
 
 def test_one_row_written_out() -> None:
-    contexts = [
-        ContextPair("a", [11, 12], [1, 2, 3], [13], False),
-        ContextPair("b", [21], [4], [22, 23, 24, 25], True),
-    ]
+    contexts = [ContextPair("a", [11, 12], [1, 2, 3], [13], False), ContextPair("b", [21], [4], [22, 23, 24, 25], True)]
     packed = pack(contexts, PackingRules(max_tokens=32, cp_size=2, tp_size=2, seq_multiple=24, paired=False))
     (m,) = packed.student
     assert m.tokens.tolist() == [21, 22, 23, 24, 25, 0, 0, 0, 11, 12, 13, 0] + [0] * 12

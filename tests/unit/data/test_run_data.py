@@ -94,10 +94,7 @@ def test_what_is_read_is_what_the_files_say(directory):
             "expected an end of sequence in the tokenizer, generation_config.json or config.json",
         ),
         (["model.vocab_size=20"], "model.vocab_size is 20, but"),
-        (
-            ["schedule.max_tokens=39"],
-            "data.max_length (40) exceeds the longest packed sequence (39)",
-        ),
+        (["schedule.max_tokens=39"], "data.max_length (40) exceeds the longest packed sequence (39)"),
         (
             ["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"],
             "schedule.max_tokens (3) must be at least 4",

@@ -28,10 +28,7 @@ def test_a_bridge_is_what_the_template_writes_between_two_responses(chat_directo
     build = builder(chat_directory, CHATML, teacher="{problem} Hint: {solution}", student="{problem} Think.")
     [stop] = build.tokenizer.encode("<|im_end|>")
     expected = "\n<|im_start|>user\nWrong, try again.<|im_end|>\n<|im_start|>assistant\n"
-    for between in (
-        bridge(build, PROBLEM, None, REPLY, stop),
-        bridge(build, PROBLEM, "It is 7.", REPLY, stop),
-    ):
+    for between in (bridge(build, PROBLEM, None, REPLY, stop), bridge(build, PROBLEM, "It is 7.", REPLY, stop)):
         assert build.tokenizer.decode(between) == expected and between == build.tokenizer.encode(expected)
     other = bridge(build, PROBLEM, None, REPLY, build.tokenizer.encode("<|endoftext|>")[0])
     assert other == [stop, *build.tokenizer.encode(expected)], "another stop token stays before the template's"

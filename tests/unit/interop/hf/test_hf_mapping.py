@@ -108,10 +108,7 @@ def changed_tensors(word: str, change: Callable[[Tensor], Tensor]):
 
 
 def transformer_changed(**changes):
-    return lambda patch, model, tensors: (
-        dataclasses.replace(model, transformer=model.transformer | changes),
-        tensors,
-    )
+    return lambda patch, model, tensors: (dataclasses.replace(model, transformer=model.transformer | changes), tensors)
 
 
 def layers_swapped(patch, model, tensors):
