@@ -83,6 +83,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "model.init_method_std=0.2",
         "optimizer=fp32",
         "optimizer.lr=1e-3",
+        "optimizer.constants.adam_eps=1e-5",  # with 1e-8 a first step, g / |g|, is one of rounding where g is near zero
         "optimizer.lr_warmup_steps=2",
         "num_steps=6",
         "checkpoint.save_every=3",
