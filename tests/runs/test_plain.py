@@ -77,6 +77,7 @@ def responses_of_the_run(directory: Path) -> dict[int, list[int]]:
 def overrides(directory: Path, run_dir: str) -> list[str]:
     """Return the arguments of `selfdistill train`."""
     more = (f"num_steps={NUM_STEPS}", f"checkpoint.load={directory}/base/checkpoints", "checkpoint.save_every=0")
+    more += ("optimizer.constants.adam_eps=1e-8",)  # that of plain.py
     record = () if run_dir == "unstarted" else (f"tests.record={directory}/responses.jsonl",)
     return tiny_run.overrides(directory, directory / run_dir, *more, *record)
 
