@@ -110,8 +110,9 @@ class FirstStep:
         """Return a sentence, with keys to try, for each number with which a run learns little."""
         nll = 0.0 if self.is_untrained else -self.log_prob_mean  # no temperature helps an untrained model
         numbers = dict(zip(OF_SAMPLES, (nll, self.entropy_mean, self.truncated_share, self.loop_share), strict=True))
-        known = {} if self.let_through is None else {"target/let_through": self.let_through}
-        return first_step_advice(config, numbers | known)
+        if self.let_through is not None and not (self.num_hints == 1 and config.target.anchor == "auto"):
+            numbers["target/let_through"] = self.let_through  # with hints of one text a run follows the student
+        return first_step_advice(config, numbers)
 
 
 @dataclass(frozen=True)

@@ -191,10 +191,13 @@ def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
     assert (found.loop_share, found.accuracy, found.num_hints) == (0.75, 0.5, 3)
 
 
-def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
+def test_there_is_no_advice_about_the_share_of_a_hint_that_changes_nothing_or_is_that_of_all_problems():
     tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
     found = first_step(tokens, [False], [False], [True], 1, 23)
     assert found.let_through is None and found.let_through_top_tenth is None and found.advice(Config()) == []
+    little = torch.tensor([[-1.0, 1.0, 0.5, 0.01]], dtype=torch.float64)
+    of_hints = [first_step(little, [False], [False], [True], number, 23).advice(Config()) for number in (1, 2)]
+    assert of_hints[0] == [] and "lets 2.0% of the hint through" in of_hints[1][0]
 
 
 @pytest.mark.parametrize(
