@@ -78,6 +78,25 @@ def test_a_report_opens_with_a_drawn_curve_and_an_answer_before_and_after(browse
     tab.close()
 
 
+@pytest.mark.parametrize(("texts", "places"), [(True, True), (False, True), (True, False)])
+def test_a_copy_to_share_lacks_what_its_reader_marks_as_private(browser, one, tmp_path, texts, places):
+    tab = browser.open(one)
+    title = tab.text("h1")
+    assert title == "random weights on problems.jsonl: first" == tab.value("document.title").removesuffix(" · report")
+    tab.click(".share summary")
+    tab.page.set_checked("#private-texts", texts)
+    tab.page.set_checked("#private-places", places)
+    with tab.page.expect_download() as download:
+        tab.click("#save-copy")
+    download.value.save_as(copy := tmp_path / "copy.html")
+    shared = browser.open(copy)
+    assert shared.problems == [] and shared.value("figures.length > 10 && byId('explored').hidden")
+    assert shared.value("[hasBlock('samples'), byId('responses').hidden]") == [not texts, texts]
+    assert shared.text("h1") == ("run 1" if places else title)
+    assert ("problems.jsonl" in shared.value("document.documentElement.innerText")) is not places
+    shared.close()
+
+
 def test_dragging_zooms_every_figure_and_the_button_shows_all_steps_again(browser, one):
     tab = browser.open(one)
     tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
@@ -144,7 +163,7 @@ def test_responses_are_filtered_and_shown_as_text(browser, one):
     tab.wait_for("document.querySelector('#pairs .pair')")
     assert tab.text("#part-evaluations output") == "30 of 30 problems"
     assert tab.value("document.querySelector('#pairs .answer pre').textContent") == f"{NASTY} 0"
-    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "first · report"
+    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "random weights on problems.jsonl: first · report"
     choose = (
         "(() => {{ const s = document.querySelectorAll('#part-evaluations select')[3];"
         "s.value = {}; s.dispatchEvent(new Event('change')); }})()"
@@ -205,7 +224,7 @@ def test_the_turns_of_an_episode_are_one_conversation_with_reward_and_hint_besid
     assert tab.value(beside)
     tab.resize(420)
     assert tab.value("document.documentElement.scrollWidth") <= 420 and not tab.value(beside)
-    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "run · report"
+    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "random weights on problems.jsonl: run · report"
     assert tab.problems == []
     tab.close()
 

@@ -27,7 +27,7 @@ MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""
 
-SCRIPTS = ("uplot.min.js", "figure.js", "responses.js", "run_report.js")
+SCRIPTS = ("uplot.min.js", "figure.js", "responses.js", "share.js", "run_report.js")
 STYLES = ("uplot.min.css", "run_report.css")
 
 

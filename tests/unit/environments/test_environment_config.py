@@ -72,8 +72,7 @@ def test_a_class_that_is_missing_or_cannot_be_made_is_one_message_that_names_the
 
 
 @pytest.mark.parametrize(
-    ("overrides", "found"),
-    [([], "none and 1"), ([OWN], "replying.Replying and 1"), ([OWN, TURNS], None)],
+    ("overrides", "found"), [([], "none and 1"), ([OWN], "replying.Replying and 1"), ([OWN, TURNS], None)]
 )
 def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, found):
     config = configured("method.name=sod", SAMPLES, *overrides)

@@ -139,9 +139,7 @@ def test_columns_of_minus_infinity_equal_removed_columns(target: Target, kind: D
 
 
 @every_target
-def test_a_column_that_only_the_teacher_forbids_makes_reverse_kl_infinite_and_no_other(
-    target: Target,
-) -> None:
+def test_a_column_that_only_the_teacher_forbids_makes_reverse_kl_infinite_and_no_other(target: Target) -> None:
     student, teacher = pair(5)
     teacher[2, 7] = -torch.inf
     stats, gradient = run(student, teacher, target, Divergence("reverse_kl"))

@@ -126,8 +126,7 @@ def test_a_low_score_replaces_a_response_by_one_behind_the_privileged_prompt():
 
 
 @pytest.mark.parametrize(
-    ("max_length", "kept", "first"),
-    [(100, "a8;b9;", "a8;b9;4 new"), (22, "a8;", "a8;4 new$"), (19, "", "4 new$")],
+    ("max_length", "kept", "first"), [(100, "a8;b9;", "a8;b9;4 new"), (22, "a8;", "a8;4 new$"), (19, "", "4 new$")]
 )
 def test_a_replaced_response_keeps_its_beginning_up_to_the_last_good_step(max_length, kept, first):
     given = rollouts("4 so 8$", "a8;b9;c1;d2$", "a3;b6$", "a1$", "c7;")

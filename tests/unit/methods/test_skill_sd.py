@@ -108,9 +108,7 @@ def test_a_step_shows_credits_and_writes_skills(monkeypatch):
     assert metrics == {"hints/share": pytest.approx(2 / 3)}
     after = prompts.record(rollouts)
     assert asked == [("8", 1.0), ("1", 0.0)], "the best response of each visit"
-    assert after.bank == {
-        "p": [Skill("skill 0", 0, 3, 0.0), Skill("skill 1", 1, 2, 1.5), Skill("new p", 6)],
-    }
+    assert after.bank == {"p": [Skill("skill 0", 0, 3, 0.0), Skill("skill 1", 1, 2, 1.5), Skill("new p", 6)]}
     assert prompts.bank["p"][1].uses == 1, "old prompts stay as they were"
     fresh = method_with()
     assert fresh.restored(after.state_dict()).bank == after.bank and fresh.restored({"skills": None}) is fresh

@@ -188,10 +188,12 @@ class ReportFigure {
     });
     this.at.textContent = step === null ? "last values" : `step ${step}`;
     this.at.classList.toggle("pointed", step !== null);
-    this.cells.forEach((cell, i) => {
-      const values = this.lines[i].curve.values;
+    const texts = this.lines.map(({ curve: { values } }, i) => {
       const value = step === null ? values[values.length - 1] : found[i];
-      cell.textContent = value === null ? "not finite" : value === undefined ? "" : numberText(value, DIGITS);
+      return value === null ? "not finite" : value === undefined ? "" : numberText(value, DIGITS);
+    });
+    alike(texts).forEach((text, i) => {
+      this.cells[i].textContent = text;
     });
     const known = this.lines.flatMap(({ name }, i) =>
       found[i] === undefined ? [] : [`${name} ${numberText(found[i], DIGITS)}`],

@@ -3,12 +3,14 @@
 "use strict";
 
 startPage(async () => {
+  const source = pageSource();
   const overview = await openBlock("overview");
   const curves = unpackAll(await openBlock("curves"));
   /** @type {Run[]} */
   const runs = overview.runs;
-  byId("title").textContent = runs.map((run) => run.label).join(" · ");
-  byId("theme").append(themeSwitch());
+  document.title = `${headline(runs)} · report`;
+  byId("title").textContent = headline(runs);
+  byId("theme").append(shareControl(source), themeSwitch());
   showSummaries(runs);
   showFacts(runs);
   showTables(overview.differences);
@@ -47,6 +49,19 @@ function unpackAll(packed) {
   }
   if (first <= last) [view.first, view.last] = [first, Math.max(last, first + 1)];
   return curves;
+}
+
+/**
+ * Return the title of the page: model, task and name of one run, or the names of several.
+ * @param {Run[]} runs
+ */
+function headline(runs) {
+  const labels = runs.map((run) => run.label).join(" · ");
+  const { start, data } = Object.fromEntries(runs[0].facts);
+  if (runs.length > 1 || !start || !data) return labels;
+  /** @param {string} place */
+  const name = (place) => place.split(/[/\\]/).filter((part) => !["", "checkpoints"].includes(part)).pop() || place;
+  return `${name(start).replace(/-[0-9a-f]{8}-megatron$/, "")} on ${name(data.split(";")[0])}: ${labels}`;
 }
 
 /**
@@ -100,7 +115,9 @@ function showTables(tables) {
     const numeric = title !== "Facts that differ" && title !== "Keys of the configuration that differ";
     const cell = numeric ? { class: "number" } : {};
     const head = ["", ...columns].map((name) => element("th", { scope: "col", ...(name ? cell : {}) }, name));
-    const body = rows.map(([name, ...texts]) => {
+    const aligned = numeric ? columns.map((_, i) => atPoint(rows.map((row) => row[i + 1]))) : null;
+    const body = rows.map(([name, ...given], row) => {
+      const texts = aligned === null ? given : aligned.map((column) => column[row]);
       const cells = texts.map((text, i) => element("td", { ...cell, "data-column": columns[i] }, text));
       return element("tr", {}, element("th", { scope: "row" }, name), ...cells);
     });
@@ -113,6 +130,20 @@ function showTables(tables) {
     );
   });
   byId("differences").append(element("div", { class: "tables" }, ...shown));
+}
+
+/**
+ * Return numbers with spaces behind them, so that the points of a right-aligned column are below each other.
+ * @param {string[]} texts
+ */
+function atPoint(texts) {
+  const behind = texts.map((text) => (/^-?\d*\.\d+$/.test(text) ? text.length - text.indexOf(".") : 0));
+  const most = Math.max(...behind);
+  return texts.map((text, i) => {
+    if (!/^-?[\d.]+$/.test(text)) return text;
+    const point = behind[i] === 0 && most > 0 ? "\u2008" : ""; // as wide as a point
+    return text + point + "\u2007".repeat(most - behind[i] - point.length); // each as wide as a digit
+  });
 }
 
 /**

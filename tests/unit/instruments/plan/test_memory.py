@@ -351,8 +351,7 @@ def groups_in_use(arguments: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=() if name == "PP 2, DP 2, tied" else pytest.mark.full) for name in LAYOUTS],
+    "layout", [pytest.param(name, marks=() if name == "PP 2, DP 2, tied" else pytest.mark.full) for name in LAYOUTS]
 )
 def test_the_communicators_are_the_groups_with_collectives_in_a_run(ranks, tmp_path, layout):
     data = tmp_path / "data"

@@ -104,9 +104,7 @@ def test_a_fault_fails_the_proof_that_is_made_for_it(ranks, fault, proof, world_
         (2, ["context_parallel_size=2"]),
         pytest.param(4, [], marks=pytest.mark.full),  # TP 2 x PP 2
         pytest.param(
-            4,
-            ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
-            marks=pytest.mark.full,
+            4, ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"], marks=pytest.mark.full
         ),
         pytest.param(2, ["expert_model_parallel_size=2"], marks=pytest.mark.full),
     ],
