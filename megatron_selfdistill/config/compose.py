@@ -195,7 +195,7 @@ def explained(error: Exception) -> str:
     if message is not None:
         file = re.match("In '[^']*'", text)
         return f"{file[0]}: {message}" if file else message
-    return text
+    return text + "; a directory has a slash, as model=./DIR" * bool(re.search("not find 'model/[^/']*'", text))
 
 
 @functools.cache
