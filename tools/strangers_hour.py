@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A stranger's hour: runs what README and the first pages show, in a fresh clone with an empty environment.
+"""A stranger's hour: runs what README and the six numbered pages show, in a fresh clone with an empty environment.
 
     python tools/strangers_hour.py /tmp/hour                  clones this repository into the directory, and walks
     python tools/strangers_hour.py /tmp/hour --pages README.md
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/report.md", "docs/tuning.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in "quickstart your_data first_run monitoring next_steps".split()))
 MODEL, CONVERTED = "runs/real_model/hf", "runs/hf-megatron"
 SMALL = {
     "Qwen/Qwen3-1.7B": MODEL,
@@ -38,7 +38,7 @@ SMALL = {
 }
 """What a command names -> what takes its place here."""
 NEEDS = {
-    r"nproc-per-node 8|qwen3_8b|--ranks 8": "8 GPUs",
+    r"nproc-per-node 8|qwen3_8b|--ranks 8|wen3-8[bB]": "8 GPUs",
     r"\[vllm\]": "vLLM",
     r"(^|\s)\.\.\.|\(|<": "what the page leaves out",
     "make test": "make test: minutes to hours",
