@@ -21,11 +21,11 @@ import clipped_opsd
 import control_tables
 from anchored_experiments import ABLATIONS, EXPERIMENTS, WITH_ABLATIONS
 from anchored_map import LINES, arms_of
-from cell_lines import DOCS, Line, read_lines
+from cell_lines import DOCS, FURTHER_TABLES, Line, read_lines
 from leak_sweep import logit
 from page_tables import complete, seeds_of, short, spread, write_or_compare
 
-PAGES = (DOCS / "method.md", DOCS / "results.md")
+PAGES = (DOCS / "method.md", DOCS / "results.md", FURTHER_TABLES / "controls.md")
 DEFAULT = "anchored_matched"
 NAMES = {
     "base": "before",

@@ -12,6 +12,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 RESULTS = Path(__file__).resolve().parent / "results"
+FURTHER_TABLES = Path(__file__).resolve().parent / "tables"
+"""Pages with the tables that the documentation summarises."""
 Line = Mapping[str, Any]
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
+from cell_lines import DOCS, FURTHER_TABLES, REPOSITORY, RESULTS, Line, append_line, read_lines
 from page_tables import short, spread, write_or_compare
 from real_pictures import draw_targets
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need 
 
 example = importlib.import_module("12_real_model")
 
-LINES, PAGE = RESULTS / "real_map.jsonl", DOCS / "real_model.md"
+LINES, PAGES = RESULTS / "real_map.jsonl", (DOCS / "real_model.md", FURTHER_TABLES / "real_tasks.md")
 SEEDS, CHOICE_SEED = (11, 12, 13), 1
 """The seeds that are reported, and the seed of the cells that choose a learning rate."""
 NUM_HELD_OUT, NUM_SAMPLES = 32, 2
@@ -137,20 +137,24 @@ class Cell:
         records = self.task.problems("train", self.seed)
         return with_other_hints(records, self.seed) if self.arm.endswith("other_hint") else records
 
-    def run(self, root: Path, directory: Path) -> dict[str, Any]:
-        """Train and measure in ``directory``, with the model under ``root``; return the figures of the line."""
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The overrides of the arm, with the learning rate."""
+        arm = ARMS[self.arm]
+        return (f"optimizer.lr={self.rate * (ADAPTERS_RATE if ADAPTERS in arm else 1):g}", *arm)
+
+    def overrides(self, root: Path, directory: Path, num_steps: int) -> tuple[str, ...]:
+        """Return the overrides of a run of ``num_steps`` in ``directory``, with the model under ``root``."""
         hf, megatron = model_directories(root)
         held_out = self.task.problems(self.split)[:NUM_HELD_OUT]
-        arm = ARMS[self.arm]
-        chosen = (f"optimizer.lr={self.rate * (ADAPTERS_RATE if ADAPTERS in arm else 1):g}", *arm)
-        overrides = (
+        return (
             *example.SETTINGS,
             *self.task.overrides,
-            f"num_steps={self.num_steps}",
+            f"num_steps={num_steps}",
             f"evaluation.num_samples={NUM_SAMPLES}",
             *QUIET,
             *WITHOUT_GUARDS,
-            *chosen,
+            *self.chosen,
             f"seed={self.seed}",
             f"data.path={write_records(directory / 'train.jsonl', self.problems())}",
             f"evaluation.path={write_records(directory / 'held_out.jsonl', held_out)}",
@@ -158,8 +162,11 @@ class Cell:
             f"checkpoint.load={megatron}",
             f"run_dir={directory / 'run'}",
         )
-        figures: dict[str, Any] = {"overrides": list(chosen)}
-        with opened(overrides, "train") as trainer:
+
+    def run(self, root: Path, directory: Path) -> dict[str, Any]:
+        """Train and measure in ``directory``, with the model under ``root``; return the figures of the line."""
+        figures: dict[str, Any] = {"overrides": list(self.chosen)}
+        with opened(self.overrides(root, directory, self.num_steps), "train") as trainer:
             if self.arm == BEFORE:
                 figures |= {f"hinted_{key}": value for key, value in measured(trainer, hinted=True).items()}
             else:
@@ -169,6 +176,7 @@ class Cell:
                 trainer.save()
         if self.split != "held_out":
             return figures
+        hf, _ = model_directories(root)
         model = hf if self.arm == BEFORE else example.export(directory / "run", hf, directory / "hf")
         return figures | kept(model, hf)
 
@@ -194,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.tables:
             reported = [line for line in lines if (line["task"], line["split"]) == ("one_sentence", "held_out")]
             draw_targets(reported, DRAWN, DOCS / "real_model.png")
-        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
+        return max(write_or_compare(page, lambda name: table_of(name, lines), compare=options.check) for page in PAGES)
     split = "validation" if options.validate else "held_out"
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
     for seed, task, arm, rate in product(seeds, options.tasks, options.arms, options.rates):

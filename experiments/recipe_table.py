@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
+from cell_lines import DOCS, FURTHER_TABLES, REPOSITORY, RESULTS, Line, append_line, read_lines
 from page_tables import complete, seeds_of, spread, write_or_compare
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
@@ -44,7 +44,8 @@ from _lib.task import Record  # noqa: E402
 
 example = importlib.import_module("10_recipes")
 
-LINES, PAGE = RESULTS / "recipe_table.jsonl", DOCS / "recipes" / "comparison.md"
+LINES = RESULTS / "recipe_table.jsonl"
+PAGES = (DOCS / "recipes" / "comparison.md", FURTHER_TABLES / "learning_rates.md")
 SEEDS = (21, 22, 23)
 """The seeds that are reported; no setting was chosen on them."""
 BEFORE = "before"
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = read_lines(options.lines)
     if options.tables or options.check:
-        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
+        return max(write_or_compare(page, lambda name: table_of(name, lines), compare=options.check) for page in PAGES)
     prepare_process()
     split = VALIDATION if options.validate else TEST
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
