@@ -69,9 +69,7 @@ collect_ignore = [directory for directory, (there, _) in NEEDS.items() if not th
 
 
 def pytest_report_header() -> list[str]:
-    return [
-        f"skipped: tests/{directory}, which needs {what}" for directory, (there, what) in NEEDS.items() if not there
-    ]
+    return [f"skipped: tests/{place}, which needs {what}" for place, (there, what) in NEEDS.items() if not there]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""``python -m tests.gpu``: what ``make test-gpu`` runs; see docs/gpu.md."""
+"""``python -m tests.gpu``: what ``make test-gpu`` runs; see docs/support.md."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The commands that pages show: their options and keys exist, and the four of a measurement run as they stand."""
+"""The commands that pages show: their options and keys exist, and those of a first run run as they stand."""
 
 from __future__ import annotations
 
@@ -24,12 +24,9 @@ from megatron_selfdistill.interop.convert_command import _parser as convert_pars
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-FIRST = ("README.md", "docs/quickstart.md")
-"""The pages that a new user reads first."""
-PAGES = [
-    *FIRST,
-    *sorted(str(path.relative_to(REPOSITORY)) for path in DOCS.rglob("*.md") if path.name != "quickstart.md"),
-]
+FIRST = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "your_data", "first_run", "monitoring")))
+"""The pages that a new user reads first, as far as they show commands."""
+PAGES = list(dict.fromkeys([*FIRST, *sorted(str(path.relative_to(REPOSITORY)) for path in DOCS.rglob("*.md"))]))
 WRITTEN_FOR_READERS = re.compile(r"(^|\s)(\.\.\.|\[|\(|<)")
 """What stands in a command that shows a part of itself only."""
 
@@ -66,7 +63,7 @@ def read(words: list[str]) -> None:
 
     Raises: whatever this code raises for an option or a key that does not exist.
     """
-    name, rest = words[0], words[1:]
+    name, rest = words[0], [word for word in words[1:] if not word.endswith(".yaml")]
     if name == "evaluate" and rest[:1] == ["compare"]:
         comparison_arguments(rest[1:])
     elif name == "evaluate":
@@ -74,8 +71,8 @@ def read(words: list[str]) -> None:
     elif name == "convert":
         convert_parser().parse_args(rest)
     elif name in ("train", "plan") or "=" in name:
-        given = [word for word in (rest if name in ("train", "plan") else words) if not word.startswith("--")]
-        load([word for word in given if word != "export=true" and not re.match("model=.*/", word)])
+        given = rest[rest[:1] == ["--ranks"] and 2 :] if name in ("train", "plan") else words
+        load([word for word in given if not re.match("--|export=true|model=.*/", word)])
 
 
 @pytest.mark.parametrize(
@@ -113,16 +110,15 @@ SHORT_WORDING = "data.teacher_template={problem}H{solution}|"
 
 
 @pytest.mark.full
-def test_the_four_commands_of_a_measurement_run_as_they_stand_on_a_tiny_model(tmp_path):
+def test_the_commands_of_a_first_run_run_as_they_stand_on_a_tiny_model(tmp_path):
     tiny_run.write_data(tmp_path, 4)
     hf_models.write("qwen3", tmp_path / "hf", vocab_size=23)
     for path in (tmp_path / "tokenizer").iterdir():
         shutil.copy(path, tmp_path / "hf" / path.name)
-    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
-    section = text.partition("## Measure before and after")[2].partition("\n## ")[0]
-    measurement = list(commands(section))
-    assert [words[0] for words in measurement] == ["evaluate", "train", "evaluate", "evaluate"]
-    for words in measurement:
+    text = (DOCS / "first_run.md").read_text(encoding="utf-8")
+    shown = list(commands(text.partition("## Train")[2].partition("\n## ")[0]))
+    assert [words[0] for words in shown] == ["plan", "evaluate", "train", "evaluate", "evaluate"]
+    for words in shown:
         words = [re.sub("|".join(ON_A_TINY_MODEL), lambda found: ON_A_TINY_MODEL[found[0]], word) for word in words]
         words += [SHORT_WORDING] if words[0] == "train" else []
         program = [sys.executable, "-m", "megatron_selfdistill", *words]

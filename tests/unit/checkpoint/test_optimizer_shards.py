@@ -47,9 +47,7 @@ def bytes_for_saving_and_loading(setup: Setup, run_dir: Path) -> tuple[int, int,
     saved = state.optimizer_state(run.optimizer, model, CONTENT)
     loaded = state.optimizer_state(run.optimizer, model, CONTENT, is_loading=True)
     sizes = [param.numel() for chunk in run.chunks for param in unwrapped(chunk).parameters()]
-    counted = [
-        sum({tensor.data_ptr(): tensor.nbytes for tensor in held(states)}.values()) for states in (saved, loaded)
-    ]
+    counted = [sum({t.data_ptr(): t.nbytes for t in held(states)}.values()) for states in (saved, loaded)]
     return counted[0], counted[1], 12 * sum(sizes), 12 * max(sizes)
 
 

@@ -149,8 +149,7 @@ def test_a_reworded_prompt_has_the_view_of_the_student(chat_directory: Path) -> 
 
 def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_template: str) -> None:
     switch = chat_template.replace(
-        "{% if enable_thinking is not defined or enable_thinking %}",
-        "{% if '/no_think' not in messages[-1].content %}",
+        "{% if enable_thinking is not defined or enable_thinking %}", "{% if '/no_think' not in messages[-1].content %}"
     )
     build = builder(chat_directory, switch)
     build.prompt_pair(PROBLEM)

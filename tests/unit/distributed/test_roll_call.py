@@ -118,8 +118,7 @@ def failure(exitcode: int) -> ChildFailedError:
 
 
 @pytest.mark.parametrize(
-    ("end", "status"),
-    [(None, 0), (failure(3), 3), (failure(-9), 137), (SignalException("", signal.SIGTERM), 143)],
+    ("end", "status"), [(None, 0), (failure(3), 3), (failure(-9), 137), (SignalException("", signal.SIGTERM), 143)]
 )
 def test_a_launch_ends_with_the_status_of_the_first_failed_rank_or_of_the_signal(monkeypatch, end, status):
     started = []

@@ -138,8 +138,7 @@ def test_a_time_limit_leaves_room_for_the_longest_step_and_the_margin(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("2:03", 123), ("1:02:03", 3723), ("2-00:00:01", 172801), ("0:00", 0), ("UNLIMITED", None)],
+    ("text", "seconds"), [("2:03", 123), ("1:02:03", 3723), ("2-00:00:01", 172801), ("0:00", 0), ("UNLIMITED", None)]
 )
 def test_squeues_durations_are_read(text, seconds):
     assert seconds_of(text) == seconds

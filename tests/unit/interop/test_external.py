@@ -74,9 +74,7 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
     for key in source.shapes:
         if not key.startswith(NOT_WEIGHTS):
             tensors |= rename(key, source.read_at((key, ()), ()))
-    pieces = [
-        Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
-    ]
+    pieces = [Piece(k, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for k, t in tensors.items()]
     target = out / "iter_0000001"
     torch_dist_tensors.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
     for part in target.glob("manifest*"):

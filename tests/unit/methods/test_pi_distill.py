@@ -17,9 +17,7 @@ def test_pi_distill_trains_the_teacher_by_reward_and_the_student_by_imitation():
     """Two responses of the teacher, once after its own prompt and once after the plain one."""
     mu = [-0.2, -0.4, -0.1, -0.3, -0.2, -0.6]
     plain = [-0.9, -0.6, -0.3, -0.5, -0.2, -1.4]
-    both = signals(
-        [1, 0, 1, 0], groups=[0, 0, 1, 1], lengths=[3] * 4, privileged=[True, True, False, False], mu=mu + mu
-    )
+    both = signals([1, 0, 1, 0], groups=[0, 0, 1, 1], lengths=[3] * 4, privileged=[True] * 2 + [False] * 2, mu=mu + mu)
     terms = pi_distill(both, group_advantages(both, "none"), beta=0.25, alpha=0.75)
     assert terms.divergence.tolist() == [2 * 0.75 * 0.25] * 6 + [0.0] * 6
     found = RatioTerms(terms, both.sampled_log_prob, None, Clip(ratio_cap=2.0))(tensor(*mu, *plain), torch.arange(12))
