@@ -1,0 +1,46 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The problems and the verifier of docs/tutorial.md: questions that are to be answered in three numbered points.
+
+python examples/tutorial/three_points.py      writes problems.jsonl and held_out.jsonl into this directory
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+INSTRUCTION = "Answer with a numbered list of three points."
+QUESTIONS = ("What is {}?", "Why do people like {}?", "How would you describe {} to a friend?")
+TRAINING = """
+a volcano; a glacier; a desert; a river; a forest; an island; a cave; a rainbow; the moon; a comet; a storm; fog;
+a bridge; a tunnel; a lighthouse; a castle; a museum; a library; a hospital; a farm; a market; a bank; a garden;
+a bicycle; a train; a rocket; a sailing boat; a compass; a map; a clock; a telescope; a candle; a mirror; a kite;
+coffee; tea; bread; cheese; honey; chocolate; soup; rice; a piano; a violin; a drum; an orchestra; a poem; a novel;
+a newspaper; a painting; chess; football; a marathon; a bee; a whale; an owl; a horse; a cat; a dog; an oak tree;
+a rose; a mushroom; a password; a robot
+"""
+HELD_OUT = """
+a waterfall; a lake; snow; the sun; a school; a theatre; a windmill; a ship; an aeroplane; a dictionary; salt; a guitar;
+a song; a penguin; a frog; a holiday
+"""
+
+
+def three_points(response: str, problem: Any) -> bool:
+    """Return whether the numbered lines of the response are 1, 2 and 3."""
+    return re.findall(r"^\s*(\d+)[.)] ", response, re.MULTILINE) == ["1", "2", "3"]
+
+
+def main() -> None:
+    """Write both files of problems."""
+    for name, things in (("problems", TRAINING), ("held_out", HELD_OUT)):
+        problems = [
+            q.format(thing.strip()) for thing in things.split(";") for q in QUESTIONS[: 3 if name == "problems" else 2]
+        ]
+        lines = [json.dumps({"problem": problem, "solution": INSTRUCTION}) for problem in problems]
+        Path(f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
