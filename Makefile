@@ -147,7 +147,7 @@ test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downl
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_REAL=1 \
 		$(BIN)/python -m pytest -q tests/real_model $(ARGS)
 
-# One GPU, at most eleven minutes; docs/gpu.md says what each stage proves.
+# One GPU, at most eleven minutes; docs/support.md says what each stage proves.
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The table of docs/recipes/sizes.md: the plan of every recipe that names its GPUs.
+"""The table of docs/recipes/README.md: the plan of every recipe that names its GPUs.
 
 python tools/size_table.py            writes the table, in a minute
 python tools/size_table.py --check    changes nothing, and exits with 1 if the page has another table
@@ -21,7 +21,7 @@ from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.memory import engine_weight_gib
 from megatron_selfdistill.instruments.plan.plan_tables import num_nodes
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes" / "sizes.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes" / "README.md"
 BEGIN, END = "<!-- tools/size_table.py writes this table. -->", "<!-- The end of the table of tools/size_table.py. -->"
 HEADINGS = (
     "recipe",

@@ -51,14 +51,6 @@ LEGEND = (
     "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
 SHORT_NOTE = "*2 of 4*: two of the four [claims](docs/support.md) of this line"
-PAGE_INTRODUCTION = """\
-# What runs where
-
-Every row is one claim. `docs/support.json` has the evidence of each row: for a CPU a list of test files, which
-continuous integration runs unless the row states an exception, and for a GPU a list of checks of
-[`make test-gpu`](gpu.md). The cell of a GPU is computed from the results of the last runs of these checks.
-`python tools/support_table.py` writes this page."""
-
 Row = Mapping[str, Any]
 LastRuns = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -71,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     support, last = json.loads(ROWS.read_text(encoding="utf-8")), last_runs(read_results(RESULTS))
     wanted = {
         README: with_table(README.read_text(encoding="utf-8"), short_table(support, last)),
-        PAGE: page(support, last),
+        PAGE: with_table(PAGE.read_text(encoding="utf-8"), long_tables(support, last)),
     }
     for path in (README, *sorted((REPOSITORY / "docs").rglob("*.md"))):
         text = wanted.get(path) or path.read_text(encoding="utf-8")
@@ -164,13 +156,13 @@ def short_cell(cells: Sequence[str], passed: str) -> str:
     return "⚪"
 
 
-def page(support: Mapping[str, Any], last: LastRuns) -> str:
-    """Return the text of docs/support.md: for each group a table of its rows."""
-    lines = [PAGE_INTRODUCTION, "", LEGEND]
+def long_tables(support: Mapping[str, Any], last: LastRuns) -> str:
+    """Return the tables of docs/support.md: for each group one of its rows."""
+    lines = [LEGEND]
     for group, rows in grouped(support):
         lines += ["", f"## {capitalised(group['claim'])}", "", "| | CPU | GPU |", "|---|---|---|"]
         lines += [f"| {row['claim']} | {row['cpu']} | {gpu_cell(row, last)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def grouped(support: Mapping[str, Any]) -> list[tuple[Row, list[Row]]]:
@@ -200,12 +192,12 @@ def gpu_cell(row: Row, last: LastRuns) -> str:
     return f"⚪{note}"
 
 
-def with_table(readme: str, new: str) -> str:
-    """Return README with ``new`` between its two marker lines.  Raises: ValueError unless each occurs exactly once."""
-    found = readme.count(BEGIN), readme.count(END)
+def with_table(text: str, new: str) -> str:
+    """Return a page with ``new`` between its two marker lines.  Raises: ValueError unless each occurs exactly once."""
+    found = text.count(BEGIN), text.count(END)
     if found != (1, 1):
-        raise ValueError(f"README.md: expected one line {BEGIN!r} and one line {END!r}, got {found[0]} and {found[1]}")
-    before, _, rest = readme.partition(BEGIN)
+        raise ValueError(f"expected one line {BEGIN!r} and one line {END!r}, got {found[0]} and {found[1]}")
+    before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{new}\n{END}{after}"
 

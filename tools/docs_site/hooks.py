@@ -69,6 +69,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     if page.file.generated_by is not None:
         return markdown
     if page.file.src_uri == links.HOME:
-        page.meta["hide"] = ["navigation"]  # it would list the home alone
         return home.page(markdown, REPOSITORY)
     return links.rewritten(markdown, f"docs/{page.file.src_uri}", REPOSITORY)[0]
