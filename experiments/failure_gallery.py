@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", action="store_true", help="draw the picture and run nothing")
     options = parser.parse_args(argv)
     if not options.picture:
-        runs = {HEALTHY[False]: ((), False), HEALTHY[True]: ((), True)}
+        runs: dict[str, tuple[tuple[str, ...], bool]] = {HEALTHY[False]: ((), False), HEALTHY[True]: ((), True)}
         runs |= {name: (failure.overrides, failure.leaks) for name, failure in FAILURES.items()}
         done = {line["run"] for line in read_lines(options.lines)}
         for name, (overrides, leaks) in runs.items():

@@ -26,10 +26,11 @@ from typing import Any
 
 from cell_lines import DOCS, RESULTS, append_line, read_lines
 from page_tables import spread
-from real_map import LABELS, RATE, SEEDS, TASKS, Cell, example, measured, model_directories
+from real_map import LABELS, RATE, SEEDS, Cell, example, measured, model_directories
 
 from _lib.command_line import prepare_process
 from _lib.hugging_face import load
+from _lib.real_tasks import TASKS
 from _lib.retention import QUESTIONS, answers, prompt_of
 from _lib.watched_runs import opened, train_one_step
 
