@@ -29,17 +29,9 @@ SMALL = ["rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.05", "optimizer=fp32
 LIGHT = ("plan", "report", "serve")
 """Commands that start without the heavy imports, so that none of those hides a module that the wheel lacks."""
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
-OUTSIDE = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-} | {
-    "PIP_CONFIG_FILE": os.devnull,
-    "PIP_FIND_LINKS": "",
-    "PIP_NO_INDEX": "1",
-    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    "OMP_NUM_THREADS": "1",
-}
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in "PYTHONPATH PYTHONHOME RANK WORLD_SIZE LOCAL_RANK".split()}
+OUTSIDE |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "1"}
+OUTSIDE |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
 
 # What most commands import, which takes seconds; a fork of the process that has imported it starts at once.
 HEAVY = ["megatron_selfdistill.compat.repairs", "megatron_selfdistill.trainer", "transformers", "tokenizers"]

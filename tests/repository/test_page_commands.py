@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +25,7 @@ from megatron_selfdistill.instruments.evaluate.evaluate_command import compariso
 from megatron_selfdistill.interop.convert_command import _parser as convert_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCS = REPOSITORY / "docs"
+DOCS, TUTORIAL = REPOSITORY / "docs", REPOSITORY / "examples" / "tutorial"
 FIRST = ("README.md", *(f"docs/{name}.md" for name in ("quickstart", "your_data", "first_run", "monitoring")))
 """The pages that a new user reads first, as far as they show commands."""
 PAGES = list(dict.fromkeys([*FIRST, *sorted(str(path.relative_to(REPOSITORY)) for path in DOCS.rglob("*.md"))]))
@@ -101,27 +103,32 @@ def test_a_mistyped_command_is_found(line):
 
 
 ON_A_TINY_MODEL = {
-    "Qwen/Qwen3-1.7B": "./hf",
-    "held_out.jsonl": "problems.jsonl",
-    "rollout.max_new_tokens=2048": "rollout.max_new_tokens=8",
-    "num_steps=200": "num_steps=1",
+    "Qwen/Qwen3-1.7B|runs/real_model/hf": "./hf",
+    "held_out": "problems",
+    "examples/tutorial": str(TUTORIAL),
 }
-SHORT_WORDING = "data.teacher_template={problem}H{solution}|"
+SHORT = ["data.teacher_template={problem}H{solution}|", "rollout.max_new_tokens=8"]
+FEW_STEPS = "num_steps=1 data.global_batch_size=4 evaluation.path=problems.jsonl schedule.max_tokens=8192".split()
+IN_ORDER = {"first_run": "plan evaluate train evaluate evaluate", "tutorial": "evaluate train train"}
 
 
 @pytest.mark.full
-def test_the_commands_of_a_first_run_run_as_they_stand_on_a_tiny_model(tmp_path):
+@pytest.mark.parametrize("page", IN_ORDER)
+def test_the_commands_of_a_first_run_and_of_the_tutorial_run_as_they_stand_on_a_tiny_model(tmp_path, monkeypatch, page):
+    monkeypatch.setenv("PYTHONPATH", str(TUTORIAL), prepend=os.pathsep)
     tiny_run.write_data(tmp_path, 4)
     hf_models.write("qwen3", tmp_path / "hf", vocab_size=23)
     for path in (tmp_path / "tokenizer").iterdir():
         shutil.copy(path, tmp_path / "hf" / path.name)
-    text = (DOCS / "first_run.md").read_text(encoding="utf-8")
-    shown = list(commands(text.partition("## Train")[2].partition("\n## ")[0]))
-    assert [words[0] for words in shown] == ["plan", "evaluate", "train", "evaluate", "evaluate"]
+    shown = [words for words in shown_on(f"docs/{page}.md") if not re.search("8[bB]|recipe=|doctor", " ".join(words))]
+    assert [words[0] for words in shown] == IN_ORDER[page].split()
     for words in shown:
-        words = [re.sub("|".join(ON_A_TINY_MODEL), lambda found: ON_A_TINY_MODEL[found[0]], word) for word in words]
-        words += [SHORT_WORDING] if words[0] == "train" else []
+        words = [
+            functools.reduce(lambda to, names: re.sub(*names, to), ON_A_TINY_MODEL.items(), word) for word in words
+        ]
+        more = [*SHORT, *FEW_STEPS] if words[0] == "train" else SHORT[1 - ("--hinted" in words) :]
+        words += [] if words[1] == "compare" or words[0] == "plan" else more
         program = [sys.executable, "-m", "megatron_selfdistill", *words]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-    assert "greedy_accuracy" in done.stdout and "not the same in both" not in done.stdout
+        assert words[1] != "compare" or ("greedy_accuracy" in done.stdout and "not the same in both" not in done.stdout)
