@@ -188,14 +188,15 @@ def for_hydra(overrides: Sequence[str]) -> list[Override]:
 
 def explained(error: Exception) -> str:
     """Return hydra's or omegaconf's error as one sentence, with the nearest key if a key is unknown."""
-    whole = " ".join(f"{error} {error.__cause__ or ''}".split()) or repr(error)
-    text = re.sub(" Config search path: .*", "", whole)
+    text = re.sub(" Config search path: .*", "", " ".join(f"{error} {error.__cause__ or ''}".split()) or repr(error))
     named = re.findall(r"full_key: (\S+)|Could not override '([^'@]+)'\.", text)
     message = unknown_key(max(map("".join, named), key=len, default=""))
     if message is not None:
         file = re.match("In '[^']*'", text)
         return f"{file[0]}: {message}" if file else message
-    return text + "; a directory has a slash, as model=./DIR" * bool(re.search("not find 'model/[^/']*'", text))
+    other = re.search("not find 'model/([^']*)'", text)
+    advice = "plan a converted one: checkpoint.load=DIR" if other and "/" in other[1] else "a directory is model=./DIR"
+    return f"{text}; {advice}" if other else text
 
 
 @functools.cache
