@@ -19,6 +19,7 @@ from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, raise_misfit
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
+from megatron_selfdistill.checkpoint.trained_weights import holds_adapters
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
@@ -26,6 +27,7 @@ from megatron_selfdistill.interop.describe import sizes_of
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.hf_files import model_directory, read_config
 from megatron_selfdistill.interop.legacy import LegacyReader
+from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
 
 
 def hf_model(hf: Path) -> ModelConfig:
@@ -51,12 +53,13 @@ def convert_found(name: Path, out: Path) -> None:
 
 
 def export_once(megatron: Path, out: Path) -> Path:
-    """Convert the last checkpoint at ``megatron`` to the Hugging Face directory ``out``, unless ``out`` is of it.
+    """Convert the last checkpoint at ``megatron`` to a Hugging Face directory (adapters: PEFT), unless ``out`` is of it.
 
     Raises: as `megatron_to_hf`, also for an ``out`` that is older than the checkpoint.
     """
     made = directory.find(megatron)[0].stat().st_mtime
-    return out if out.exists() and out.stat().st_mtime >= made else megatron_to_hf(megatron, out)
+    write = megatron_to_peft if holds_adapters(megatron) else megatron_to_hf
+    return out if out.exists() and out.stat().st_mtime >= made else write(megatron, out)
 
 
 @contextmanager

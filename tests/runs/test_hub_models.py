@@ -53,8 +53,8 @@ def test_a_run_converts_a_model_once_beside_itself_trains_and_exports_it(data, m
     losses = [[step["loss/mean"] for step in reproducible_metrics(tmp_path / name)] for name in ("first", "second")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     namesake = Path(shutil.copytree(model, tmp_path / "other" / "Tiny"))
-    third = started(data, f"model={namesake}", f"run_dir={tmp_path}/third", "steps=1")
-    assert third.returncode == 0 and f"converts {namesake} to " in third.stdout
+    third = started(data, f"model={namesake}", f"run_dir={tmp_path}/third", "steps=1", "adapter.rank=2", "export=true")
+    assert f"converts {namesake} to " in third.stdout and (tmp_path / "third/hf/adapter_config.json").exists()
     longer = started(data, f"model={model}", f"run_dir={tmp_path}/first", "steps=3", "export=true")
     assert longer.returncode == 2 and f"{tmp_path}/first/hf" in longer.stderr, (
         "the export of step 2 is no export of step 3"
