@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The problems and the verifier of docs/tutorial.md: questions that are to be answered in three numbered points.
+"""The problems and the verifier of docs/tutorial.md: questions that should be answered in three numbered points.
 
-python examples/tutorial/three_points.py      writes problems.jsonl and held_out.jsonl into this directory
+python examples/tutorial/three_points.py      writes problems.jsonl, other.jsonl and held_out.jsonl
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 INSTRUCTION = "Answer with a numbered list of three points."
+OTHER = "Answer in plain English."
+"""The instruction of the control, which asks for nothing that the verifier looks for."""
 QUESTIONS = ("What is {}?", "Why do people like {}?", "How would you describe {} to a friend?")
 TRAINING = """
 a volcano; a glacier; a desert; a river; a forest; an island; a cave; a rainbow; the moon; a comet; a storm; fog;
@@ -33,12 +35,15 @@ def three_points(response: str, problem: Any) -> bool:
 
 
 def main() -> None:
-    """Write both files of problems."""
-    for name, things in (("problems", TRAINING), ("held_out", HELD_OUT)):
-        problems = [
-            q.format(thing.strip()) for thing in things.split(";") for q in QUESTIONS[: 3 if name == "problems" else 2]
-        ]
-        lines = [json.dumps({"problem": problem, "solution": INSTRUCTION}) for problem in problems]
+    """Write the files of problems into the present directory."""
+    files = {
+        "problems": (TRAINING, 3, INSTRUCTION),
+        "other": (TRAINING, 3, OTHER),
+        "held_out": (HELD_OUT, 2, INSTRUCTION),
+    }
+    for name, (things, number, instruction) in files.items():
+        problems = [question.format(thing.strip()) for thing in things.split(";") for question in QUESTIONS[:number]]
+        lines = [json.dumps({"problem": problem, "solution": instruction}) for problem in problems]
         Path(f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -53,7 +53,7 @@ def convert_found(name: Path, out: Path) -> None:
 
 
 def export_once(megatron: Path, out: Path) -> Path:
-    """Convert the last checkpoint at ``megatron`` to a Hugging Face directory (adapters: PEFT), unless ``out`` is of it.
+    """Convert the last checkpoint at ``megatron`` to a Hugging Face directory (adapters: PEFT), unless it is there.
 
     Raises: as `megatron_to_hf`, also for an ``out`` that is older than the checkpoint.
     """

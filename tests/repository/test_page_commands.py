@@ -104,7 +104,7 @@ def test_a_mistyped_command_is_found(line):
 
 ON_A_TINY_MODEL = {
     "Qwen/Qwen3-1.7B|runs/real_model/hf": "./hf",
-    "held_out": "problems",
+    "held_out|other": "problems",
     "examples/tutorial": str(TUTORIAL),
 }
 SHORT = ["data.teacher_template={problem}H{solution}|", "rollout.max_new_tokens=8"]
