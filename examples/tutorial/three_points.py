@@ -1,7 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The problems and the verifier of docs/tutorial.md: questions that should be answered in three numbered points.
 
-python examples/tutorial/three_points.py      writes problems.jsonl, other.jsonl and held_out.jsonl
+``evaluation.verifier=three_points.three_points``, with this directory on PYTHONPATH, names the verifier.
+
+    python examples/tutorial/three_points.py      writes problems.jsonl, other.jsonl and held_out.jsonl
 """
 
 from __future__ import annotations
