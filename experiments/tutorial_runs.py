@@ -28,7 +28,6 @@ TUTORIAL = REPOSITORY / "examples" / "tutorial"
 ARMS: Mapping[str, tuple[str, ...]] = {
     "the run of this page": (),
     "control: another instruction": ("data.path=other.jsonl",),
-    "the reference as the anchor": ("target.anchor=reference",),
 }
 SEEDS = (0, 1, 2)
 FIGURES = {
