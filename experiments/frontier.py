@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -74,6 +75,7 @@ def run(arm: str, seed: int, root: Path, directory: Path) -> dict[str, Any]:
                     trainer.save()
                     example.export(directory / "run", hf, directory / f"hf-{step}")
                 drift = kl_to_base(directory / f"hf-{step}", hf) if step else 0.0
+                shutil.rmtree(directory / f"hf-{step}", ignore_errors=True)
                 figures.append(found | {"drift": round(drift, 6)})
             if step < STEPS[-1]:
                 train_one_step(trainer)
