@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = read_lines(options.lines)
     if options.tables or options.check:
-        return write_or_compare(PAGE, lambda name: rows_of(name, lines), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda name: rows_of(name, lines), compare=options.check)
     done = {(line["task"], line["arm"], line["rate"], line["seed"]) for line in lines}
     compares = options.compare_rates is not None
     prepare_process()

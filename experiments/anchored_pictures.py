@@ -30,8 +30,7 @@ def draw_leak(lines: Sequence[Line], names: Mapping[str, str], path: Path) -> No
             steps = [0, *runs[0]["step"]]
             at_step = list(zip(*([before[run["seed"]][key][0], *run[key]] for run in runs), strict=True))
             style = "-" if arm.startswith("anchored") else "--"
-            axis.plot(steps, [mean(values) for values in at_step], style, color=f"C{number}", label=names[arm])
-            axis.fill_between(steps, list(map(min, at_step)), list(map(max, at_step)), color=f"C{number}", alpha=0.15)
+            band(axis, steps, at_step, style, f"C{number}", names[arm])
         finish(axis, title)
         axis.set_xlabel("step")
         axis.set_ylim(0, 1.02)
@@ -65,6 +64,14 @@ def arm_parts(line: Line) -> tuple[str, float, str]:
     """Return rule, w and mark of an arm of the sweep, such as matched_w0.75_S."""
     rule, weight, mark = line["arm"].split("_")
     return rule, float(weight[1:]), mark
+
+
+def band(
+    axis: Any, steps: Sequence[int], at_step: Sequence[Sequence[float]], style: str, color: str, label: str
+) -> None:
+    """Draw the mean of the seeds at each step, and a band from the lowest to the highest."""
+    axis.plot(steps, [mean(values) for values in at_step], style, color=color, label=label)
+    axis.fill_between(steps, list(map(min, at_step)), list(map(max, at_step)), color=color, alpha=0.15)
 
 
 def finish(axis: Any, title: str) -> None:

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if a table differs")
     options = parser.parse_args(argv)
     lines = read_lines(LINES)
-    status = max(write_or_compare(page, lambda name: rows_of(name, lines), compare=options.check) for page in PAGES)
+    status = write_or_compare(*PAGES, rows_of=lambda name: rows_of(name, lines), compare=options.check)
     if options.check:
         return status
     from anchored_pictures import draw_leak, draw_sweep

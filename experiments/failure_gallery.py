@@ -12,15 +12,16 @@ failure best.  A panel compares this metric with that of the healthy run of the 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from anchored_pictures import finish
 from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
+
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -107,10 +108,9 @@ def trained(name: str, overrides: Sequence[str], leaks: bool, root: Path, run_di
     problems = write_records(root / f"{task.name}.jsonl", task.training_problems(SEED))
     variant = Variant(name, (*overrides, *WITHOUT_GUARDS)).on(problems)
     points = watch(variant, base, run_dir, MOMENTS)
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = read_metrics(run_dir)
     wanted = sorted({failure.metric for failure in FAILURES.values()})
     curves = {key: [round(step[key], 6) for step in steps if key in step] for key in wanted}
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     sampled = [round(point.sampled, 3) for point in points]
     return {"run": name, "seed": SEED, "overrides": list(overrides), "sampled": sampled, "curves": curves}
 
@@ -120,22 +120,20 @@ def draw(lines: Mapping[str, Line], path: Path) -> None:
     from matplotlib.figure import Figure  # pyplot would need a display and keep state
 
     figure = Figure(figsize=(12.6, 8.4), dpi=110, layout="constrained")
-    grid = figure.subplots(4, 3, squeeze=False, height_ratios=(1, 1, 1, 1))
+    grid = figure.subplots(4, 3, squeeze=False)
     for place, (name, failure) in enumerate(FAILURES.items()):
         above, below = grid[place // 3 * 2][place % 3], grid[place // 3 * 2 + 1][place % 3]
         for run, color, width in ((HEALTHY[failure.leaks], "0.65", 1.5), (name, "C3", 2)):
             above.plot(MOMENTS, lines[run]["sampled"], color=color, linewidth=width)
             curve = lines[run]["curves"][failure.metric]
             below.plot(range(1, len(curve) + 1), smooth(curve), color=color, linewidth=width)
-        above.set_title(failure.title, fontsize=10)
+        finish(above, failure.title)
+        finish(below, "")
         above.set_ylim(0, 1.02)
         above.set_ylabel("accuracy, sampled", fontsize=9)
         below.set_ylabel(failure.name, fontsize=9)
         below.set_xlabel("step", fontsize=9)
         below.set_yscale("log" if failure.metric == "loss/mean" else "linear")
-        for axis in (above, below):
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.write or options.check:
         lines = read_lines(options.lines)
-        return write_or_compare(PAGE, lambda _: rows_of(lines), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda _: rows_of(lines), compare=options.check)
     done = {(line["arm"], line["seed"]) for line in read_lines(options.lines)}
     for arm in (*HEALTHY, *COLLAPSED):
         for base_seed, seed in ((base, seed) for base, seeds in SEEDS.items() for seed in seeds):

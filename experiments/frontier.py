@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from anchored_pictures import finish
 from cell_lines import DOCS, RESULTS, append_line, read_lines
 from page_tables import spread
 from real_map import LABELS, RATE, SEEDS, Cell, example, measured, model_directories
@@ -127,8 +128,7 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("drift: KL(student || base) on general questions, nats per token")
     axis.set_ylabel("sampled answers of one short sentence")
     axis.set_ylim(-0.02, 1.02)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    finish(axis, "What is learnt, and how far the model drifts")
     axis.legend(fontsize=9)
     figure.savefig(PICTURE)
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.tables or options.check:
         lines = read_lines(options.lines)
-        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda name: table_of(name, lines), compare=options.check)
     prepare_process()
     arms = [(MEASURED, ""), *product(LEVELS, TARGETS)]
     for seed, task, (level, target) in product(options.seeds, options.tasks, arms):

@@ -23,13 +23,14 @@ def with_tables(page: str, rows_of: Callable[[str], Sequence[str]]) -> str:
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", written, page, flags=re.DOTALL)
 
 
-def write_or_compare(page: Path, rows_of: Callable[[str], Sequence[str]], *, compare: bool) -> int:
-    """Write every table of the page anew and return 0; or write nothing and return 1 if a table differs."""
-    text = page.read_text(encoding="utf-8")
-    written = with_tables(text, rows_of)
+def write_or_compare(*pages: Path, rows_of: Callable[[str], Sequence[str]], compare: bool) -> int:
+    """Write every table of the pages anew and return 0; or write nothing and return 1 if a table differs."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    written = {page: with_tables(text, rows_of) for page, text in texts.items()}
     if compare:
-        return int(written != text)
-    page.write_text(written, encoding="utf-8")
+        return int(written != texts)
+    for page, text in written.items():
+        page.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if the table differs")
     options = parser.parse_args(argv)
     if options.tables or options.check:
-        return write_or_compare(PAGE, lambda name: table(read_lines(LINES)), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda name: table(read_lines(LINES)), compare=options.check)
     prepare_process()
     if not (options.directory / HINTED).exists():
         records = coin_quests.write_quests(options.directory / "games")

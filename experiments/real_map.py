@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.tables:
             reported = [line for line in lines if (line["task"], line["split"]) == ("one_sentence", "held_out")]
             draw_targets(reported, DRAWN, DOCS / "real_model.png")
-        return max(write_or_compare(page, lambda name: table_of(name, lines), compare=options.check) for page in PAGES)
+        return write_or_compare(*PAGES, rows_of=lambda name: table_of(name, lines), compare=options.check)
     split = "validation" if options.validate else "held_out"
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
     for seed, task, arm, rate in product(seeds, options.tasks, options.arms, options.rates):

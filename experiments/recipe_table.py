@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = read_lines(options.lines)
     if options.tables or options.check:
-        return max(write_or_compare(page, lambda name: table_of(name, lines), compare=options.check) for page in PAGES)
+        return write_or_compare(*PAGES, rows_of=lambda name: table_of(name, lines), compare=options.check)
     prepare_process()
     split = VALIDATION if options.validate else TEST
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(rows_of(TABLE, lines)))
         return 0
     if options.write or options.check:
-        return write_or_compare(PAGE, lambda name: rows_of(name, lines), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda name: rows_of(name, lines), compare=options.check)
     done = {(line["arm"], line["seed"]) for line in lines}
     prepare_process()
     for seed in options.seeds:

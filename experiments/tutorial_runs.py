@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Repeat the run of docs/tutorial.md with other seeds and with controls, and draw its picture.
 
-A run is one line of results/tutorial.jsonl: the evaluations at each of their steps.  A finished run in the directory is
-not trained again.
+A run is one line of results/tutorial.jsonl: the evaluations at each of their steps.  The directory of a run is removed
+once its line is there.
 
     python experiments/tutorial_runs.py --hf runs/real_model/hf     the missing runs, 15 minutes each on two idle cores
     python experiments/tutorial_runs.py --picture                   the picture, and the means of the last step
@@ -11,17 +11,18 @@ not trained again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from cell_lines import DOCS, REPOSITORY, RESULTS, read_lines
+from anchored_pictures import band, finish
+from cell_lines import DOCS, REPOSITORY, RESULTS, append_line, read_lines
 from page_tables import spread
+
+from megatron_selfdistill.metrics.run_log import read_metrics
 
 LINES, PICTURE = RESULTS / "tutorial.jsonl", DOCS / "tutorial.png"
 TUTORIAL = REPOSITORY / "examples" / "tutorial"
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in options.seeds:
             for arm in (list(ARMS)[number] for number in options.arms):
                 if not any((line["arm"], line["seed"]) == (arm, seed) for line in read_lines(LINES)):
-                    append(run(arm, seed, str(Path(options.hf).resolve()), options.directory))
+                    hf, run_dir = str(Path(options.hf).resolve()), f"{list(ARMS).index(arm)}-seed{seed}"
+                    line = run(arm, seed, hf, options.directory, run_dir)
+                    append_line(LINES, line, options.directory / run_dir)
     lines = read_lines(LINES)
     for arm in ARMS:
         of_arm = [line for line in lines if line["arm"] == arm]
@@ -61,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(arm: str, seed: int, hf: str, directory: Path) -> dict[str, Any]:
-    """Train one run, or find it; return its line."""
-    run_dir = f"{list(ARMS).index(arm)}-seed{seed}"
+def run(arm: str, seed: int, hf: str, directory: Path, run_dir: str) -> dict[str, Any]:
+    """Train the run ``run_dir`` in ``directory``, or find it; return its line."""
     places = os.pathsep.join([str(REPOSITORY), str(TUTORIAL), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": places}
     if not (directory / "problems.jsonl").exists():
@@ -71,16 +73,9 @@ def run(arm: str, seed: int, hf: str, directory: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "megatron_selfdistill", "train", str(TUTORIAL / "three_points.yaml")]
     command += [f"model={hf}", f"run_dir={run_dir}", f"seed={seed}", *ARMS[arm]]
     subprocess.run(command, cwd=directory, check=True, env=environment)
-    metrics = (directory / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    evaluated = [record for record in map(json.loads, metrics) if "evaluation/greedy_accuracy" in record]
+    evaluated = [it for it in read_metrics(directory / run_dir) if "evaluation/greedy_accuracy" in it]
     curves = {key: [round(record[key], 4) for record in evaluated] for key in FIGURES}
     return {"arm": arm, "seed": seed, "steps": [record["step"] for record in evaluated], **curves}
-
-
-def append(line: Mapping[str, Any]) -> None:
-    """Append a line to the results."""
-    with LINES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def draw(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -94,21 +89,10 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
             if curves:
                 steps = next(line["steps"] for line in lines if line["arm"] == arm)
                 at_step = list(zip(*curves, strict=True))
-                axis.plot(
-                    steps,
-                    [mean(values) for values in at_step],
-                    "-" if number == 0 else "--",
-                    color=f"C{number}",
-                    label=arm,
-                )
-                axis.fill_between(
-                    steps, list(map(min, at_step)), list(map(max, at_step)), color=f"C{number}", alpha=0.15
-                )
-        axis.set_title(title, fontsize=10)
+                band(axis, steps, at_step, "-" if number == 0 else "--", f"C{number}", arm)
+        finish(axis, title)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(PICTURE)

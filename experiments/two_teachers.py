@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if the table differs")
     options = parser.parse_args(argv)
     if options.tables or options.check:
-        return write_or_compare(PAGE, lambda name: table(read_lines(LINES)), compare=options.check)
+        return write_or_compare(PAGE, rows_of=lambda name: table(read_lines(LINES)), compare=options.check)
     prepare_process()
     for seed, arm in product(options.seeds, LABELS):
         if not any((line["arm"], line["seed"]) == (arm, seed) for line in read_lines(options.lines)):

@@ -23,18 +23,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in "quickstart your_data first_run monitoring next_steps".split()))
-MODEL, CONVERTED = "runs/real_model/hf", "runs/hf-megatron"
+MODEL = "runs/real_model/hf"
 SMALL = {
     "Qwen/Qwen3-1.7B": MODEL,
-    "/models/Qwen3-1.7B": MODEL,
-    "explore Qwen3-8B": f"explore {CONVERTED}",
-    "/checkpoints/qwen3-1.7b": CONVERTED,
     "rollout.max_new_tokens=2048": "rollout.max_new_tokens=24",
     "num_steps=200": "num_steps=2 data.global_batch_size=4 schedule.max_tokens=512 optimizer=fp32",
-    "runs/second": "runs/real_model/run",
-    "p.txt": "problem.txt",
-    "s.txt": "solution.txt",
-    "r.txt": "response.txt",
 }
 """What a command names -> what takes its place here."""
 NEEDS = {
@@ -54,15 +47,12 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def write_inputs(directory: Path) -> None:
-    """Write the problems and texts that the pages' commands name."""
+    """Write the problems that the pages' commands name."""
     for name, numbers in (("problems.jsonl", range(2, 10)), ("held_out.jsonl", range(12, 16))):
         records = [
             {"problem": f"What is {n} plus 5?", "solution": f"{n} + 5 = {n + 5}", "answer": str(n + 5)} for n in numbers
         ]
         (directory / name).write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    texts = {"problem": "What is 2 plus 5?", "solution": "2 + 5 = 7", "response": "It is 7."}
-    for name, text in texts.items():
-        (directory / f"{name}.txt").write_text(text)
 
 
 def run(command: str, clone: Path) -> tuple[int, float, str]:

@@ -412,3 +412,14 @@ function isSparse(steps) {
 function stepText(step) {
   return Number.isInteger(step) ? String(step) : "";
 }
+
+/**
+ * Return numbers with equally many digits after the point, if one of them has a point and none an exponent.
+ * @param {string[]} texts
+ */
+function alike(texts) {
+  const numbers = texts.filter((text) => /^-?\d+(\.\d+)?$/.test(text));
+  const digits = Math.max(0, ...numbers.map((text) => (text.split(".")[1] || "").length));
+  if (texts.some((text) => text.includes("e-"))) return texts;
+  return texts.map((text) => (numbers.includes(text) ? Number(text).toFixed(digits) : text));
+}

@@ -67,17 +67,6 @@ function numberText(value, digits = 4) {
 }
 
 /**
- * Return numbers with equally many digits after the point, if one of them has a point and none an exponent.
- * @param {string[]} texts
- */
-function alike(texts) {
-  const isNumber = (/** @type {string} */ text) => /^-?\d+(\.\d+)?$/.test(text);
-  const digits = Math.max(...texts.map((text) => (isNumber(text) ? (text.split(".")[1] || "").length : 0)));
-  if (digits === 0 || texts.some((text) => text.includes("e-"))) return texts;
-  return texts.map((text) => (isNumber(text) ? text + (text.includes(".") ? "" : ".") + "0".repeat(digits - (text.split(".")[1] || "").length) : text));
-}
-
-/**
  * Return the colour that a variable of page.css has in the present theme, as a canvas understands it.
  * @param {string} variable such as "--ink"
  */

@@ -8,8 +8,9 @@ startPage(async () => {
   const curves = unpackAll(await openBlock("curves"));
   /** @type {Run[]} */
   const runs = overview.runs;
-  document.title = `${headline(runs)} · report`;
-  byId("title").textContent = headline(runs);
+  const title = headline(runs);
+  document.title = `${title} · report`;
+  byId("title").textContent = title;
   byId("theme").append(shareControl(source), themeSwitch());
   showSummaries(runs);
   showFacts(runs);
