@@ -32,6 +32,12 @@ runs with their own hint had lost accuracy while their loss was 2e-15 nats and t
 gradient is rounding, and Adam divides it by its own size, unless epsilon is larger.  If this is the cause, nothing
 changes.
 
+Longer than it takes, written before its first run: four times the steps on `LONG_TASKS`, on the first three seeds, with
+the student as the anchor and with a share of .1 of the reference.  Where the student is the anchor, t - c is a constant
+reward and only the match of entropies holds the target, so that a run may go on past its best.  The lines have ten
+points, and control/general and control/specific over the ten steps before each, for a guard: is the specific news
+large while the accuracy falls?
+
 Rule for the default of the configuration, over these tasks and those of a real model: the setting with the smallest
 mean loss whose worst loss is at most .15, where the loss is the sampled accuracy of the best arm on the task minus that
 of the setting; ties go to the cheaper.  *auto* counts as one setting: it chooses by the data alone, the student with
@@ -40,6 +46,7 @@ where there are no solutions of the data (chat logs).
 
     python experiments/control_map.py --choose              the missing cells that choose the setting
     python experiments/control_map.py --arms controls       the missing cells of an arm, on the seeds that are reported
+    python experiments/control_map.py --long                the missing cells of four times the steps
 """
 
 from __future__ import annotations
@@ -49,18 +56,23 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from statistics import mean
 
 from cell_lines import REPOSITORY, read_lines
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
-from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell  # noqa: E402
+from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell, Figures, columns  # noqa: E402
 from anchored_map import run_cell  # noqa: E402
 from control_rivals import PATCHES  # noqa: E402
 from control_tables import CHOOSING_TASKS, FIXED_TARGETS, LINES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
+from _lib.pretraining import Base  # noqa: E402
+from _lib.variants import Variant  # noqa: E402
+from _lib.watched_runs import watch  # noqa: E402
 
 TASKS = (*CHOOSING_TASKS, "unsolved", "unsolved_leaking", "unsolved_wrong", "choosing", "choosing_surer")
 """The small tasks whose teacher sees solutions of the data; on chat logs the setting auto is the default of today."""
@@ -100,12 +112,33 @@ ARMS: Mapping[str, Sequence[str]] = {
     "trust_region": SIX["teacher_alone"],
 }
 """The arms that are reported; the numbers are those that `CHOICES` has chosen."""
+LONG_TASKS, LONG_ARMS, TIMES = ("leak", "quickstart", "many_answers"), ("controls_of_student", "controls_with_share"), 4
+NEWS = ("control/general", "control/specific")
+"""The metrics of the lines of long runs."""
+
+
+def measured_long(variant: Variant, base: Base, run_dir: Path, steps: Sequence[int]) -> Figures:
+    """Train and measure a run; return its columns, with the mean of `NEWS` over the ten steps before each point."""
+    points = columns(watch(variant, base, run_dir, steps, num_samples=2))
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    before = [[line for line in metrics if step - 10 < line["step"] <= step] for step in steps]
+    return points | {key: [round(mean(line[key] for line in lines), 5) for lines in before] for key in NEWS}
+
+
+def long_cell(task: str, arm: str, seed: int) -> Cell:
+    """Return the cell of a run of `TIMES` the steps of its task, which is measured ten times."""
+    experiment = EXPERIMENTS[task]
+    last = TIMES * experiment.steps[-1]
+    steps = tuple(last * tenth // 10 for tenth in range(1, 11))
+    more = {"name": f"{task}_x{TIMES}", "steps": steps, "arms": ARMS, "measure": measured_long}
+    return Cell(dataclasses.replace(experiment, **more), arm, seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing cells, seed by seed; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--choose", action="store_true", help="the cells that choose the setting")
+    parser.add_argument("--long", action="store_true", help=f"the cells of {TIMES} times the steps")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="(default: all)")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/control_map.jsonl)")
@@ -114,6 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms, seeds = (CHOICES, (1, 2)) if options.choose else (ARMS, SEEDS)
     done = {(line["experiment"], line["arm"], line["seed"]) for line in read_lines(options.lines)}
     prepare_process()
+    if options.long:
+        for seed, arm, task in product(SEEDS[:3], options.arms or LONG_ARMS, options.tasks or LONG_TASKS):
+            if (f"{task}_x{TIMES}", arm, seed) not in done:
+                run_cell(long_cell(task, arm, seed), options.lines, options.directory)
+        return 0
     for seed in seeds:
         for arm in options.arms or arms:
             for task in options.tasks or (CHOOSING_TASKS if options.choose else TASKS):
