@@ -35,8 +35,8 @@ changes.
 Longer than it takes, written before its first run: four times the steps on `LONG_TASKS`, on the first three seeds, with
 the student as the anchor and with a share of .1 of the reference.  Where the student is the anchor, t - c is a constant
 reward and only the match of entropies holds the target, so that a run may go on past its best.  The lines have ten
-points, and control/general and control/specific over the ten steps before each, for a guard: is the specific news
-large while the accuracy falls?
+points, and control/general and control/specific at each, for a guard: is the specific news large while the accuracy
+falls?
 
 Rule for the default of the configuration, over these tasks and those of a real model: the setting with the smallest
 mean loss whose worst loss is at most .15, where the loss is the sampled accuracy of the best arm on the task minus that
@@ -58,7 +58,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean
 
 from cell_lines import REPOSITORY, read_lines
 
@@ -118,11 +117,11 @@ NEWS = ("control/general", "control/specific")
 
 
 def measured_long(variant: Variant, base: Base, run_dir: Path, steps: Sequence[int]) -> Figures:
-    """Train and measure a run; return its columns, with the mean of `NEWS` over the ten steps before each point."""
+    """Train and measure a run; return its columns, with `NEWS` as they were measured last before each point."""
     points = columns(watch(variant, base, run_dir, steps, num_samples=2))
-    metrics = read_lines(run_dir / "metrics.jsonl")
-    before = [[line for line in metrics if step - 10 < line["step"] <= step] for step in steps]
-    return points | {key: [round(mean(line[key] for line in lines), 5) for lines in before] for key in NEWS}
+    measured = [line for line in read_lines(run_dir / "metrics.jsonl") if NEWS[0] in line]
+    latest = [[line for line in measured if line["step"] <= step][-1] for step in steps]
+    return points | {key: [round(line[key], 5) for line in latest] for key in NEWS}
 
 
 def long_cell(task: str, arm: str, seed: int) -> Cell:
