@@ -61,6 +61,7 @@ BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
+CONTROLS_WITH_SHARE = ("target=capped", "target.anchor=0.1", "target.control=other", "target.num_controls=2")
 W2, W4 = "target.teacher_weight=2", "target.teacher_weight=4"
 FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
@@ -68,6 +69,12 @@ GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
 REPEATED = "{solution}\n\n{problem} Repeat the sentence above."
 """A wording after which the base is surer of a fact than after that of the task."""
 REPEATING = f"data.teacher_template='{REPEATED}'"
+WORDINGS = {
+    "sort_words": "{problem} Answer with these words in this order: {solution}.",
+    "word_problems": "{problem} Answer with this text: {solution}",
+}
+"""For the arms that end with ``worded``: of three wordings each, the one after which most of the base's greedy answers
+to 48 training problems of seed 1 are right (.56 and .50; with the wording of the task .25 of the sorted words)."""
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
@@ -90,7 +97,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "student_mix_jsd": (*WITH_STUDENT, JSD),
     "student_mix_guided": (*WITH_STUDENT, *GUIDED),
     "student_mix_lora": (*WITH_STUDENT, ADAPTERS),
-    "controls_with_share": ("target=capped", "target.anchor=0.1", "target.control=other", "target.num_controls=2"),
+    "controls_with_share": CONTROLS_WITH_SHARE,
+    "default_worded": ANCHORED,
+    "student_mix_worded": WITH_STUDENT,
+    "controls_with_share_worded": CONTROLS_WITH_SHARE,
+    "teacher_alone_worded": ALONE,
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
     "teacher_alone_jsd": (*ALONE, JSD),
@@ -105,7 +116,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "rft": ("recipe=rft", *REWARDED),
     "sft": ("method.name=sft",),
 }
-"""Name of an arm -> its overrides; ``other_hint`` at its end trains on other hints, ``twice`` for twice the steps."""
+"""Name of an arm -> its overrides; ``other_hint`` at its end trains on other hints, ``twice`` for twice the steps,
+``worded`` with the wording of `WORDINGS`."""
 OTHER_INSTRUCTION = "Answer in plain English."
 REFERS = re.compile(r"\b(?:reference|(?:the|this|given|provided) (?:solution|hint|answer is given))\b", re.IGNORECASE)
 """A response that speaks of the hint as something that it has read."""
@@ -141,7 +153,9 @@ class Cell:
     def chosen(self) -> tuple[str, ...]:
         """The overrides of the arm, with the learning rate."""
         arm = ARMS[self.arm]
-        return (f"optimizer.lr={self.rate * (ADAPTERS_RATE if ADAPTERS in arm else 1):g}", *arm)
+        worded = self.arm.endswith("worded")
+        wording = (f"data.teacher_template='{WORDINGS[self.task.name]}'",) if worded else ()
+        return (f"optimizer.lr={self.rate * (ADAPTERS_RATE if ADAPTERS in arm else 1):g}", *arm, *wording)
 
     def overrides(self, root: Path, directory: Path, num_steps: int) -> tuple[str, ...]:
         """Return the overrides of a run of ``num_steps`` in ``directory``, with the model under ``root``."""
@@ -306,6 +320,10 @@ LABELS = {
     "student_mix_guided": "mix with the student, w = .75, reverse KL, guided rollouts",
     "student_mix_lora": "mix with the student, adapters of rank 16",
     "controls_with_share": "controls, K = 2, l = .1",
+    "default_worded": "anchored, w = .75, reverse KL, the better wording",
+    "student_mix_worded": "mix with the student, w = .75, reverse KL, the better wording",
+    "controls_with_share_worded": "controls, K = 2, l = .1, the better wording",
+    "teacher_alone_worded": "teacher alone, reverse KL, the better wording",
     "teacher_alone": "teacher alone, reverse KL",
     "teacher_alone_forward": "teacher alone, forward KL",
     "teacher_alone_jsd": "teacher alone, JSD",
