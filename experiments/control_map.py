@@ -129,8 +129,8 @@ def long_cell(task: str, arm: str, seed: int) -> Cell:
     experiment = EXPERIMENTS[task]
     last = TIMES * experiment.steps[-1]
     steps = tuple(last * tenth // 10 for tenth in range(1, 11))
-    more = {"name": f"{task}_x{TIMES}", "steps": steps, "arms": ARMS, "measure": measured_long}
-    return Cell(dataclasses.replace(experiment, **more), arm, seed)
+    longer = dataclasses.replace(experiment, name=f"{task}_x{TIMES}", steps=steps, arms=ARMS, measure=measured_long)
+    return Cell(longer, arm, seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
