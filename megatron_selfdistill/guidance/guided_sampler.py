@@ -44,7 +44,7 @@ class GuidedSampler(MegatronSampler):
         super().__init__(chunks, grid, vocab_size, *others, **options)
         self._role_weights = list(role_weights)
         self._role_models = [DecodingModel(weights.chunks, grid, vocab_size) for weights in role_weights]
-        self._passes = ForwardPasses([self._student, *self._role_models])
+        self._passes = ForwardPasses([self._student, *self._role_models], self._passes.records)
 
     def _models_on_device(
         self, requests: Sequence[Request], params: SamplingParams, stack: ExitStack
@@ -82,7 +82,7 @@ class GuidedSampler(MegatronSampler):
         ``report``: as for `_sample_plain`.
         """
         device = self._grid.device
-        batch = GeneratedBatch.start(requests, [()] * len(requests), params, device, num_log_probs=3)
+        batch = GeneratedBatch.start(requests, params, device, num_log_probs=3)
         groups = []
         for model, roles in self._readers(_target(params)):
             prompts = {role: [_prompt(request, role) for request in requests] for role in roles}

@@ -45,6 +45,7 @@ def make_sampler(
             rollout.kv_cache_gb,
             progress,
             continues=joins_turns(config),
+            cuda_graphs=rollout.cuda_graphs,
         )
     made: Sampler = door("vllm").vllm_sampler(config, run_data, chunks, grid, progress)
     return made

@@ -40,6 +40,7 @@ def main() -> int:
             "teachers fetched beside the student": partial(fetched_teachers, directory),
             "saving in the background and resuming": partial(background_saves, directory),
             "guided sampling in process": guided_sampling,
+            "decoding from CUDA graphs": partial(guided_sampling, cuda_graphs=True),
             "memory against the plan": partial(planned_memory, directory),
         }
         return all_held(checks)
@@ -118,7 +119,7 @@ def background_saves(directory: Path) -> Outcome:
     return Outcome(differences(whole, halves))
 
 
-def guided_sampling() -> Outcome:
+def guided_sampling(cuda_graphs: bool = False) -> Outcome:
     """Compare greedy guided tokens with the argmax of the mixed logits of two whole forward passes."""
     import decoding
     import guided_decoding
@@ -130,7 +131,8 @@ def guided_sampling() -> Outcome:
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
-        sampler, requests = guided_decoding.guided_sampler_of(chunks, grid), decoding.make_pairs()
+        sampler = guided_decoding.guided_sampler_of(chunks, grid, cuda_graphs=cuda_graphs)
+        requests = decoding.make_pairs()
         sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
         for request, response in zip(requests, sampler.generate(requests, guided_decoding.GREEDY_PAIRS), strict=True):

@@ -17,6 +17,7 @@ RUNS = (
     "teachers fetched beside the student",
     "saving in the background and resuming",
     "guided sampling in process",
+    "decoding from CUDA graphs",
     "memory against the plan",
 )
 COLOCATED = ("colocated engine: the trainer's own sampler", "colocated engine: vLLM")

@@ -51,9 +51,11 @@ def make_pairs(count: int = len(PAIR_LENGTHS), vocab_size: int = VOCAB_SIZE) -> 
     ]
 
 
-def sampler_of(chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None) -> MegatronSampler:
+def sampler_of(
+    chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None, cuda_graphs: bool = False
+) -> MegatronSampler:
     """Return the sampler of a model of models.py."""
-    return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
+    return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb, cuda_graphs=cuda_graphs)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ SAMPLED_PAIRS = GuidedParams(PAIR_TOKENS)
 
 
 def guided_sampler_of(
-    chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None
+    chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None, cuda_graphs: bool = False
 ) -> GuidedSampler:
     """Return the sampler of guided responses of a model of models.py."""
-    return GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb)
+    return GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb, cuda_graphs=cuda_graphs)

@@ -81,7 +81,7 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
                     f"The loss of {count} tokens from {'hidden states' if source else 'logits'}",
                     "tools/benchmarks/loss_time.py",
                     ["--tokens", count, "--vocab", *columns, "--repeats", repeats, *source],
-                    limit_s=70,
+                    limit_s=55,
                 )
             )
     large = "--layers 16 --hidden 2048 --head-size 128 --vocab 151936 --tokens 8192 --repeats 2 --fused keep_gradient"
@@ -94,6 +94,16 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
             "tools/benchmarks/step_time.py",
             step.split(),
             limit_s=200,
+        )
+    )
+    decoded = "--layers 16 --hidden 2048 --vocab 151936 --batch 16 --prompt 256 --new-tokens 64 --repeats 2"
+    tiny = "--layers 1 --hidden 64 --vocab 256 --batch 3 --prompt 8 --new-tokens 8 --repeats 1"
+    found.append(
+        Measurement(
+            "Decoding in process, kernel by kernel and from CUDA graphs",
+            "tools/benchmarks/rollout_time.py",
+            ["--no-vllm", *(decoded if on_gpu else tiny).split()],
+            limit_s=60,
         )
     )
     wide = "--layers 4 --hidden 2048 --head-size 128 --vocab 151936 --tokens 8192 --repeats 5 --fused keep_gradient"

@@ -8,7 +8,8 @@
 All samplers have the same random Llama, the same prompts and the same number of new tokens.  Calls of the samplers take
 turns, so that other load on the machine affects all of them, and the medians are compared.  A guided response counts
 once, although the model reads two contexts for it.  The sampler in process, which alone guides, also does so with a
-target that is anchored to a reference, for which a second copy of the weights reads two of three contexts.
+target that is anchored to a reference, for which a second copy of the weights reads two of three contexts.  *graphs* is
+the sampler in process with rollout.cuda_graphs=true; on a CPU its passes have fixed shapes, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def main() -> None:
     frozen = RoleWeights(("teacher", "reference"), llama.chunks(), contextlib.nullcontext)
     in_process = GuidedSampler(chunks, grid, arguments.vocab, max_length, role_weights=[frozen])
     samplers: dict[str, Any] = {"megatron": in_process}
+    if arguments.pp == 1:
+        samplers["graphs"] = GuidedSampler(
+            chunks, grid, arguments.vocab, max_length, role_weights=[frozen], cuda_graphs=True
+        )
     if arguments.vllm:
         rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp)
         samplers["vllm"] = llama.colocated_sampler(chunks, rollout, max_length)
@@ -121,7 +126,8 @@ def _table(found: dict[str, list[float]], arguments: argparse.Namespace, device:
         "|---|---|---|---|",
     ]
     for name, speed in speeds.items():
-        plain, same_kind = speeds[name.split(",")[0]], speeds[name.replace("vllm", "megatron")]
+        sampler, *kind = name.split(",")
+        plain, same_kind = speeds[sampler], speeds[",".join(["megatron", *kind])]
         lines.append(f"| {name} | {speed:.0f} | {speed / plain:.2f} | {speed / same_kind:.2f} |")
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ class RolloutConfig(
     Part,
     section="rollout",
     free="engine placement engine_tp engine_args hf_config servers num_servers server_python server_env transfer "
-    "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb",
+    "transfer_dir bucket_mb timeout_s max_staleness ahead at_update kv_cache_gb cuda_graphs",
 ):
     """The sampling of the student's responses."""
 
@@ -109,6 +109,8 @@ class RolloutConfig(
     """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
+    cuda_graphs: bool = False
+    """Whether rollout.engine=megatron decodes from CUDA graphs, which no GPU has run yet: dense models alone."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where responses would be sampled in another way than the keys say."""

@@ -36,6 +36,7 @@ from megatron.core.utils import get_pg_size
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
@@ -49,6 +50,7 @@ from megatron_selfdistill.rollout.megatron.decodable_models import (
     state_bytes,
 )
 from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
+from megatron_selfdistill.rollout.megatron.recorded_passes import RecordedPasses
 
 
 def free_bytes() -> int:
@@ -57,14 +59,6 @@ def free_bytes() -> int:
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
-    """Drop all sequences but ``rows`` from the cache."""
-    cache = context.key_value_memory_dict
-    for layer_number, (keys, values) in cache.items():
-        cache[layer_number] = keys[:, rows], values[:, rows]
-    context.max_batch_size = rows.numel()
 
 
 class CachedAttention:
@@ -282,30 +276,29 @@ class DecodingModel:
         )
 
     @property
-    def hides_columns_cheaply(self) -> bool:
-        """Whether a pass takes as long with hidden columns as without: a window would read its own columns alone."""
-        return not self.models[0].config.window_size
+    def keeps_rows(self) -> bool:
+        """Whether a row can go on with several tokens at once: no layer has a state."""
+        return self.models[0].config.experimental_attention_variant is None
 
     @property
-    def keeps_rows(self) -> bool:
-        """Whether a row can go on with several tokens at once: attention hides columns, and no layer has a state."""
-        return self.hides_columns_cheaply and self.models[0].config.experimental_attention_variant is None
+    def has_one_pass(self) -> bool:
+        """Whether a pass of one token per row does the same for every token, without another stage or the host."""
+        return self.keeps_rows and self.models[0].config.num_moe_experts is None and self._grid.pp_size == 1
 
     def decoding(self) -> AbstractContextManager[None]:
         """Keep the model in the state in which it decodes (`decoding.decoding`)."""
         return decoding(self._chunks, self.models, self._overrides)
 
     def forward(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """Run a forward pass of ``tokens [b, s]`` after the cached tokens; return the last logits ``[b, V]``.
+        """Run a forward pass of ``tokens [b, s]``; return the last logits ``[b, V]``.
 
-        Stages before the last return None.
+        A cache that decodes has the tokens before them; else they are prompts.  Stages before the last return None.
         """
         if _is_ragged(context):
             context.begin_pass(tokens.size(1))
             with self._attention.reading(context, context.places.flatten()):
                 return self._forward(context, tokens, context.places.t(), context.hidden)
-        start = context.sequence_len_offset
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        positions = torch.arange(tokens.size(1), device=tokens.device)
         with self._attention.reading(context, positions):
             return self._forward(context, tokens, positions.expand_as(tokens), None)
 
@@ -358,9 +351,18 @@ class ForwardPasses:
     rank that wants another model, or that has finished, feeds one token whose output is unused.
     """
 
-    def __init__(self, models: Sequence[DecodingModel]) -> None:
-        """``models``: all models that may run, of one architecture, in the same order on all ranks."""
+    def __init__(self, models: Sequence[DecodingModel], records: bool = False) -> None:
+        """``models``: all models that may run, of one architecture, in the same order on all ranks.
+
+        ``records``: whether passes that decode are recorded (`RecordedPasses`); `ConfigError` where they cannot be.
+        """
+        if records and not models[0].has_one_pass:
+            raise ConfigError(
+                "rollout.cuda_graphs=true records a pass that is the same for every token, which experts, pipeline "
+                "stages and gated delta nets do not have: set rollout.cuda_graphs=false"
+            )
         self._models = list(models)
+        self.records = records
         self._lock_step = models[0].needs_other_ranks
 
     def run(self, model: DecodingModel, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
@@ -383,6 +385,11 @@ class ForwardPasses:
             parts.append(self.run(model, context, rows))
             context.batch_size_offset += len(rows)
         return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+    def that_decode(self, model: DecodingModel, cache: RaggedCache) -> Callable[[Tensor], Tensor | None]:
+        """Return a function that runs passes of one token per row over ``cache``, whose rows stay."""
+        run = functools.partial(self.run, model, cache)
+        return RecordedPasses(run, cache) if self.records else run
 
     def finish(self) -> None:
         """Take part in the passes of the other ranks until every rank has called this method."""

@@ -1,8 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Sampling in process with the training weights and Megatron's KV cache, in every layout that trains.
 
-A `GeneratedBatch` is the responses while they are generated: their tokens, where each sequence ends, and their uniforms
-and log-probs.
+A `GeneratedBatch` is the responses while they are generated: their tokens, uniforms, log-probs, and where each ends.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.integers import max_over_ranks
@@ -30,7 +28,6 @@ from megatron_selfdistill.rollout.megatron.decoding import (
     DecodingModel,
     ForwardPasses,
     free_bytes,
-    keep_rows,
     rows_of_prefill,
 )
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
@@ -40,19 +37,14 @@ from megatron_selfdistill.rollout.sampling import require_room, sample_uniforms,
 
 @dataclass
 class GeneratedBatch:
-    """Sequences that are generated together; column i holds token i of each sequence.
-
-    A sequence begins with its own prompt, if the prompt is kept here.
-    """
+    """Responses that are generated together; column i holds token i of each response."""
 
     tokens: Tensor
-    """Token ids ``[b, length]`` int64: the prompts, then the generated tokens."""
-    prompt_lengths: Tensor
-    """Number of prompt tokens of each sequence, ``[b]`` int64."""
+    """Token ids ``[b, length]`` int64."""
     ends: Tensor
-    """Column behind the last token of each sequence, as far as it is known, ``[b]`` int64."""
+    """Column behind the last token of each response, as far as it is known, ``[b]`` int64."""
     uniforms: Tensor
-    """Uniform from which each response token is sampled, ``[b, length]`` float64."""
+    """Uniform from which each token is sampled, ``[b, length]`` float64."""
     log_probs: Tensor
     """Log-probabilities ``[2, b, length]`` float64: under the model, and under the distribution sampled from.
 
@@ -63,70 +55,48 @@ class GeneratedBatch:
 
     @classmethod
     def start(
-        cls,
-        requests: Sequence[Request],
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        device: torch.device,
-        num_log_probs: int = 2,
+        cls, requests: Sequence[Request], params: SamplingParams, device: torch.device, num_log_probs: int = 2
     ) -> GeneratedBatch:
-        """Return an empty batch, in which each response follows its prompt of ``prompts``.
-
-        The prompts are empty if caches alone have the prompts, one or several for each response.
-        """
-        prompt_lengths = [len(prompt) for prompt in prompts]
-        length = max(prompt_lengths) + params.max_new_tokens
-        tokens = np.zeros((len(requests), length), dtype=np.int64)
-        uniforms = np.zeros((len(requests), length))
-        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            end = len(prompt)
-            tokens[row, :end] = prompt
-            if params.temperature > 0:
-                uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
-        lengths = torch.tensor(prompt_lengths, device=device)
+        """Return an empty batch, whose prompts caches alone have."""
+        shape = len(requests), params.max_new_tokens
+        uniforms = torch.zeros(shape, dtype=torch.float64)
+        if params.temperature > 0:
+            uniforms = torch.stack([torch.from_numpy(sample_uniforms(r.seed, shape[1])) for r in requests])
         return cls(
-            tokens=torch.from_numpy(tokens).to(device),
-            prompt_lengths=lengths,
-            ends=lengths + params.max_new_tokens,
-            uniforms=torch.from_numpy(uniforms).to(device),
-            log_probs=torch.zeros(num_log_probs, len(requests), length, dtype=torch.float64, device=device),
+            tokens=torch.zeros(shape, dtype=torch.int64, device=device),
+            ends=torch.full(shape[:1], shape[1], device=device),
+            uniforms=uniforms.to(device),
+            log_probs=torch.zeros(num_log_probs, *shape, dtype=torch.float64, device=device),
             stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
         )
 
-    def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
-        """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
-        ends = self.ends[live]
-        own = self.prompt_lengths[live] <= position
-        self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
+    def append(self, live: Tensor, step: int, tokens: Tensor) -> None:
+        """Put ``tokens [n]`` into column ``step`` of the rows ``live [n]``."""
+        self.tokens[live, step] = tokens
         if self.stop_token_ids.numel():
-            stopped = own & (position < ends) & torch.isin(tokens, self.stop_token_ids)
-            self.ends[live] = torch.where(stopped, position + 1, ends)
-
-    def token_ids(self, rows: Tensor) -> list[list[int]]:
-        """Return the tokens of the finished responses of ``rows``, of a batch without prompts."""
-        both = zip(self.tokens[rows].tolist(), self.ends[rows].tolist(), strict=True)
-        return [tokens[:end] for tokens, end in both]
+            ends = self.ends[live]
+            stopped = (step < ends) & torch.isin(tokens, self.stop_token_ids)
+            self.ends[live] = torch.where(stopped, step + 1, ends)
 
     def responses(self) -> list[Response]:
         """Return the finished responses, in the order of the rows."""
         stops = set(self.stop_token_ids.tolist())
-        spans = zip(self.prompt_lengths.tolist(), self.ends.tolist(), strict=True)
-        responses = []
-        for (start, end), tokens, *rows in zip(spans, self.tokens.tolist(), *self.log_probs.tolist(), strict=True):
-            log_probs, sampled, *teacher = (row[start:end] for row in rows)
-            response = Response(
-                token_ids=tokens[start:end],
-                log_probs=log_probs,
-                sampled_log_probs=sampled,
+        return [
+            Response(
+                token_ids=tokens[:end],
+                log_probs=log_probs[:end],
+                sampled_log_probs=sampled[:end],
                 finish_reason="stop" if tokens[end - 1] in stops else "length",
-                teacher_log_probs=teacher[0] if teacher else None,
+                teacher_log_probs=teacher[0][:end] if teacher else None,
             )
-            responses.append(response)
-        return responses
+            for end, tokens, log_probs, sampled, *teacher in zip(
+                self.ends.tolist(), self.tokens.tolist(), *self.log_probs.tolist(), strict=True
+            )
+        ]
 
 
 class ContextRows:
-    """The contexts of n requests in the roles that one model has: for each role n rows of one `RaggedCache`."""
+    """The contexts of n requests in the roles that one model has: for each role n rows of one ``cache``."""
 
     def __init__(
         self,
@@ -144,19 +114,16 @@ class ContextRows:
         """
         self._model, self._roles, self._passes = model, tuple(by_role), passes
         prompts = [prompt for of_role in by_role.values() for prompt in of_role]
-        longest = max(map(len, prompts))
-        padded = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        tokens = torch.from_numpy(padded).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self._cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        lengths, longest = torch.tensor([len(prompt) for prompt in prompts], device=device), tokens.size(1)
+        self.cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
         if kept:
-            self._cache.restore([row.memory for row in kept])
+            self.cache.restore([row.memory for row in kept])
             after = self._read_later_parts(tokens, lengths.tolist(), [len(row.tokens) for row in kept])
         else:
             after = self._read_prompts(tokens, [list(map(len, of_role)) for of_role in by_role.values()])
-        self._cache.start_decoding(longest)
+        self.cache.start_decoding(longest)
+        self._pass = passes.that_decode(model, self.cache)
         self._after_prompts = None if after[0] is None else torch.cat(after)  # type: ignore[arg-type]
 
     def _read_prompts(self, tokens: Tensor, lengths_by_role: Sequence[list[int]]) -> list[Tensor | None]:
@@ -164,9 +131,9 @@ class ContextRows:
         after: list[Tensor | None] = []
         first, most = 0, _MOST_PADDING[tokens.device.type]
         for count, length in (group for lengths in lengths_by_role for group in like_lengths(lengths, most)):
-            after.append(self._passes.prefill(self._model, self._cache, tokens[first : first + count, :length]))
+            after.append(self._passes.prefill(self._model, self.cache, tokens[first : first + count, :length]))
             first += count
-        self._cache.batch_size_offset = 0
+        self.cache.batch_size_offset = 0
         return after
 
     def _read_later_parts(self, tokens: Tensor, lengths: list[int], known: list[int]) -> list[Tensor | None]:
@@ -183,14 +150,10 @@ class ContextRows:
                 starts = [max(length - num_tokens, 0) for length in lengths[rows]]
                 read = [row[start : start + num_tokens] for row, start in zip(tokens[rows], starts, strict=True)]
                 begins = torch.tensor(starts, device=tokens.device)
-                part = self._cache.later_part(rows, begins, max(starts) + num_tokens)
+                part = self.cache.later_part(rows, begins, max(starts) + num_tokens)
                 after.append(self._passes.run(self._model, part, torch.stack(read)))
             first += count
         return after
-
-    def row(self, index: int, num_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return a copy of the cache of a request of one role: the keys and values of its first ``num_tokens``."""
-        return self._cache.row(index, num_tokens)
 
     def next_logits(self, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the logits ``[n, V]`` of the next token by role; empty on stages before the last.
@@ -200,15 +163,15 @@ class ContextRows:
         if tokens is None:
             logits, self._after_prompts = self._after_prompts, None
         else:
-            logits = self._passes.run(self._model, self._cache, tokens.repeat(len(self._roles))[:, None])
-            self._cache.advance()
+            logits = self._pass(tokens.repeat(len(self._roles))[:, None])
+            self.cache.advance()
         return {} if logits is None else dict(zip(self._roles, logits.chunk(len(self._roles)), strict=True))
 
     def keep(self, kept: Tensor, num_requests: int) -> None:
         """Drop all requests but ``kept`` of the ``num_requests`` that the cache holds."""
         rows = torch.cat([kept + role * num_requests for role in range(len(self._roles))])
-        keep_rows(self._cache, rows)
-        self._cache.columns = self._cache.columns[rows]
+        self.cache.keep(rows)
+        self._pass = self._passes.that_decode(self._model, self.cache)
 
 
 _MOST_PADDING = {"cpu": 1 / 10, "cuda": 1 / 5}
@@ -258,14 +221,12 @@ class Survivors:
         the sequences go on: the survivors of a long tail should not pay for the rest.  The next call has the kept rows
         only.
         """
-        count = unfinished.sum()
+        count, event = unfinished.sum(), None
         if unfinished.device.type == "cuda":
-            on_host = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+            count = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending.append((unfinished, on_host, event))
-        else:
-            self._pending.append((unfinished, count, None))
+        self._pending.append((unfinished, count, event))
         if len(self._pending) <= self._lag:
             return self._num_rows, None
         known, number, passed = self._pending.popleft()
@@ -294,9 +255,7 @@ class MegatronSampler:
     ranks run the same number of forward passes (`ForwardPasses`).
 
     Prompts may have different lengths.  A batch reads them with padding behind each prompt, and then every row decodes
-    at a column of its own (`RaggedCache`).  Where layers have a sliding window, a batch reads the length of its
-    shortest prompt in one pass, then one token per pass, where the tokens of a longer prompt take the place of sampled
-    tokens.  Positions are exact in both cases.
+    at a column of its own (`RaggedCache`), so that positions are exact.
 
     Up to half of the KV cache keeps the rows of responses that later requests continue (`KeptRows`).
     """
@@ -311,6 +270,7 @@ class MegatronSampler:
         progress: Progress = ignore_progress,
         *,
         continues: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         """Prepare the ``chunks`` for decoding, as built or as wrapped for training.
 
@@ -318,7 +278,8 @@ class MegatronSampler:
         ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank.  None
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
         log-probs, repeatable.  ``progress``: called with the responses that this rank decodes, at every pass, on every
-        rank.  ``continues``: whether requests may continue earlier ones, which `metrics` counts.
+        rank.  ``continues``: whether requests may continue earlier ones, which `metrics` counts.  ``cuda_graphs``:
+        whether a GPU repeats its passes from recordings.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -328,7 +289,7 @@ class MegatronSampler:
         self._version = 0
         self._progress = progress
         self._student = DecodingModel(chunks, grid, vocab_size)
-        self._passes = ForwardPasses([self._student])
+        self._passes = ForwardPasses([self._student], cuda_graphs)
         self._bytes_per_token = self._student.bytes_per_token
         self._kept = KeptRows()
         self._continues = continues
@@ -445,49 +406,32 @@ class MegatronSampler:
         return capacity
 
     def _bytes_per_column(self, max_new_tokens: int) -> int:
-        """Return the bytes of a sequence's cache per token on this rank.
-
-        A sequence has at least ``max_new_tokens`` columns, over which the bytes of its states are spread.
-        """
+        """Return the bytes of a sequence per token on this rank; its states are spread over the fewest tokens."""
         return self._bytes_per_token + math.ceil(self._student.state_bytes / max_new_tokens)
-
-    def _sample_plain(
-        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
-    ) -> list[Response]:
-        """Return the responses to plain requests that decode together; each pass gives one token of every row.
-
-        ``report`` gets the number of these responses that are known to be finished, after each pass.
-        """
-        self._num_read += sum(len(request.prompt) for request in requests if request.episode)
-        keeps = self._student.keeps_rows and any(request.episode for request in requests)
-        like = len({len(request.prompt) for request in requests}) == 1 and not keeps
-        if like or not self._student.hides_columns_cheaply:
-            return self._sample_in_columns(requests, params, report)
-        return self._sample_rows(requests, params, report)
 
     def _sample_later(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
     ) -> list[Response]:
         """Return what `_sample_plain` returns, for requests whose prompts begin with kept rows."""
-        kept = [self._kept.taken(request) for request in requests]
-        num_kept = sum(len(row.tokens) for row in kept)
-        self._num_kept += num_kept
-        self._num_read += sum(len(request.prompt) for request in requests) - num_kept
-        return self._sample_rows(requests, params, report, kept)
+        return self._sample_plain(requests, params, report, [self._kept.taken(request) for request in requests])
 
-    def _sample_rows(
+    def _sample_plain(
         self,
         requests: Sequence[Request],
         params: SamplingParams,
         report: Callable[[int], None],
         kept: Sequence[KeptRow] = (),
     ) -> list[Response]:
-        """Return what `_sample_plain` returns, with a cache in which each row has a column of its own.
+        """Return the responses to plain requests that decode together; each pass gives one token of every row.
 
+        ``report`` gets the number of these responses that are known to be finished, after each pass.
         ``kept``: for each request the row with the first tokens of its prompt; empty reads whole prompts.
         """
+        num_kept = sum(len(row.tokens) for row in kept)
+        self._num_kept += num_kept
+        self._num_read += sum(len(request.prompt) for request in requests if request.episode) - num_kept
         device = self._grid.device
-        batch = GeneratedBatch.start(requests, [()] * len(requests), params, device)
+        batch = GeneratedBatch.start(requests, params, device)
         prompts = {"student": [request.prompt for request in requests]}
         rows = ContextRows(self._student, prompts, params.max_new_tokens, self._passes, device, kept)
 
@@ -495,38 +439,13 @@ class MegatronSampler:
             return self._sample(batch, live, step, logits.get("student"), params)
 
         def keep(live: Tensor, dropped: Tensor) -> None:
-            places, indices = live[dropped].tolist(), dropped.nonzero().flatten().tolist()
-            for place, index, tokens in zip(places, indices, batch.token_ids(live[dropped]), strict=True):
-                request = requests[place]
+            for place, index in zip(live[dropped].tolist(), dropped.nonzero().flatten().tolist(), strict=True):
+                request, tokens = requests[place], batch.tokens[place, : batch.ends[place]].tolist()
                 if self._student.keeps_rows and request.episode and tokens[-1] in params.stop_token_ids:
                     read = [*request.prompt, *tokens[:-1]]
-                    self._kept.add(request, KeptRow(read, rows.row(index, len(read))))
+                    self._kept.add(request, KeptRow(read, rows.cache.row(index, len(read))))
 
         return self._sample_in_rows(batch, [rows], sample, report, keep)
-
-    def _sample_in_columns(
-        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
-    ) -> list[Response]:
-        """Return what `_sample_plain` returns, with a cache in which all rows are at one column."""
-        batch = GeneratedBatch.start(requests, [r.prompt for r in requests], params, self._grid.device)
-        length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
-        live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
-        survivors = Survivors(len(requests), self._grid.device)
-        context = StaticInferenceContext(len(requests), length - 1)  # the last token is not fed to the model
-        logits = self._prefill(context, batch.tokens[:, :position])
-        while True:
-            batch.append(live, position, self._sample(batch, live, position, logits, params))
-            position += 1
-            num_unfinished, kept = survivors.after_pass(batch.ends[live] > position)
-            report(len(requests) - num_unfinished)
-            if num_unfinished == 0 or position == length:
-                break
-            if kept is not None:
-                keep_rows(context, kept)
-                live = live[kept]
-            logits = self._passes.run(self._student, context, batch.tokens[live, position - 1 : position])
-            context.sequence_len_offset += 1
-        return self._finished(batch)
 
     def _sample_in_rows(
         self,
@@ -568,26 +487,17 @@ class MegatronSampler:
             self._broadcast(batch.log_probs)
         return batch.responses()
 
-    def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
-        """Fill the cache with ``tokens [b, s]``, some rows at a time; return the logits ``[b, V]``."""
-        logits = self._passes.prefill(self._student, context, tokens)
-        context.batch_size_offset = 0
-        context.sequence_len_offset = tokens.size(1)
-        context.enable_decode_mode()
-        return logits
-
     def _sample(
-        self, batch: GeneratedBatch, live: Tensor, position: int, logits: Tensor | None, params: SamplingParams
+        self, batch: GeneratedBatch, live: Tensor, step: int, logits: Tensor | None, params: SamplingParams
     ) -> Tensor:
-        """Return the tokens ``[b]`` that the model gives at ``position``.
+        """Return token ``step`` of each row, ``[n]``, from the logits of the model.
 
-        One rank samples the tokens: the sums of two GPUs may differ in the last bit, and one different token would make
-        all later tokens differ.
+        One rank samples: the sums of two GPUs may differ in the last bit, and one other token changes all later ones.
         """
         tokens = torch.empty_like(live)
         if logits is not None and self._grid.tp_rank == 0:
-            tokens, *log_probs = select_tokens(logits, batch.uniforms[live, position], params)
-            batch.log_probs[:, live, position] = torch.stack(log_probs)
+            tokens, *log_probs = select_tokens(logits, batch.uniforms[live, step], params)
+            batch.log_probs[:, live, step] = torch.stack(log_probs)
         self._broadcast(tokens)
         return tokens
 
@@ -603,8 +513,8 @@ class MegatronSampler:
 def split_batches(lengths: Sequence[int], max_new_tokens: int, capacity: int) -> list[list[int]]:
     """Return the indices of ``lengths``, shortest first, in batches whose KV cache holds at most ``capacity`` tokens.
 
-    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, two batches take fewer passes than one
-    that steps through the difference token by token.  A sequence that exceeds ``capacity`` alone gets its own batch.
+    Within a batch prompts differ by at most ``max_new_tokens``: beyond that, the passes of short sequences would read
+    too many columns of long ones.  A sequence that exceeds ``capacity`` alone gets its own batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):

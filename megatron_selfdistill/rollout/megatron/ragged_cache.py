@@ -26,6 +26,8 @@ class RaggedCache(StaticInferenceContext):
     """Column of each token of the present pass, ``[s, b]`` int64; s is 1 but in a pass of `later_part`."""
     decodes = False
     """Whether prompts have been read, so that each pass reads one token per row."""
+    multiple = 1
+    """The number of which `num_columns` is a multiple while the cache decodes, if it has room."""
     prompt_lengths: Tensor
     """The tokens of each prompt, which the state of a recurrent layer has read before decoding, ``[b]`` int64."""
 
@@ -43,8 +45,9 @@ class RaggedCache(StaticInferenceContext):
 
     def start_decoding(self, longest: int) -> None:
         """Read one token per row in each pass from now on; ``longest`` is the greatest of the prompts' lengths."""
-        self.columns = lengths = self.prompt_lengths
-        self.num_columns = longest + 1
+        lengths = self.prompt_lengths
+        self.columns = lengths.clone()  # which `advance` changes
+        self._end = longest + 1
         self.decodes = True
         self.enable_decode_mode()
         unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
@@ -72,11 +75,17 @@ class RaggedCache(StaticInferenceContext):
         The pass writes into this cache, no column behind ``end``, and gives the state of the last token of each prompt.
         """
         part = RaggedCache(len(starts), self.max_sequence_length, self.prompt_lengths[rows] - starts)
-        part.columns, part.num_columns, part.decodes = starts, end, True
+        part.columns, part._end, part.decodes = starts, end, True
         part.enable_decode_mode()
         for layer_number, (keys, values) in self.key_value_memory_dict.items():
             part.key_value_memory_dict[layer_number] = keys[:, rows], values[:, rows]
         return part
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but ``rows``."""
+        for layer_number, (keys, values) in self.key_value_memory_dict.items():
+            self.key_value_memory_dict[layer_number] = keys[:, rows], values[:, rows]
+        self.max_batch_size, self.columns = rows.numel(), self.columns[rows]
 
     def begin_pass(self, num_tokens: int) -> None:
         """Let the next pass read ``num_tokens`` tokens of each row."""
@@ -84,8 +93,13 @@ class RaggedCache(StaticInferenceContext):
 
     def advance(self) -> None:
         """Move each row on by one token."""
-        self.columns = self.columns + 1
-        self.num_columns += 1
+        self.columns += 1
+        self._end += 1
+
+    @property
+    def num_columns(self) -> int:
+        """The number of columns that the next pass reads, from the first one on."""
+        return int(min(-(-self._end // self.multiple) * self.multiple, self.max_sequence_length))
 
     @property
     def hidden(self) -> Tensor:

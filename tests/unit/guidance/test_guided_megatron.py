@@ -102,6 +102,9 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
         early = sampler.generate(pairs, stopping)
+    recorded = early
+    if sampler._student.has_one_pass:
+        recorded = guided_sampler_of(chunks, grid, cuda_graphs=True).generate(pairs, stopping)
     room = 2 * (40 + PAIR_TOKENS) + 12  # tokens: the longest pair, or two short ones
     small = guided_sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
     batches: list[list[Request]] = []
@@ -115,7 +118,8 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     ]
     assert len(held) >= 2 and max(held) <= room
     return {"replica": grid.dp_rank, "replicas": grid.dp_size} | {
-        "whole": both[::2], "plain": both[1::2], "alone": alone, "early": early, "split": split, "drawn": drawn
+        "whole": both[::2], "plain": both[1::2], "alone": alone, "early": early, "split": split, "drawn": drawn,
+        "recorded": recorded,
     }  # fmt: skip
 
 
@@ -143,7 +147,7 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_
         for text, response in zip(texts[share], result["whole"], strict=True):
             assert (response.token_ids, response.finish_reason) == (text, "length")
             assert response.weight_version == 5 and response.teacher_log_probs is not None
-        for name in ("early", "split"):
+        for name in ("early", "split", "recorded"):
             for text, response, whole in zip(texts[share], result[name], result["whole"], strict=True):
                 assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
                 count = len(response.token_ids)
@@ -168,6 +172,6 @@ def test_pairs_whose_end_is_known_one_pass_late_are_written_the_same(ranks, on_o
     stops = stops_of(texts)
     for result in ranks.run(write_one_pass_late, kind, config, stops, world_size=world_size):
         share = slice(result["replica"], None, result["replicas"])
-        for name in ("early", "split"):
+        for name in ("early", "split", "recorded"):
             for text, response in zip(texts[share], result[name], strict=True):
                 assert (response.token_ids, response.finish_reason) == cut_at(text, stops)

@@ -13,18 +13,11 @@ from responses import own, stops_of, tokens
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
-from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron import megatron_sampler
-from megatron_selfdistill.rollout.megatron.decoding import DecodingModel
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 Counts = list[tuple[int, int, str]]
-
-
-def ends_in_columns(requests: list[Request], responses: list[Response]) -> list[int]:
-    """Return the number of finished responses after each pass: row i ends at its prompt's length plus its own."""
-    ends = [len(q.prompt) + len(r.token_ids) for q, r in zip(requests, responses, strict=True)]
-    return [sum(end <= position for end in ends) for position in range(min(PROMPT_LENGTHS) + 1, max(ends) + 1)]
 
 
 def ends_in_rows(responses: list[Response]) -> list[int]:
@@ -38,13 +31,7 @@ def changes(counts: Counts) -> Counts:
     return counts[:1] + [after for before, after in pairwise(counts) if before != after]
 
 
-def check_on_one_rank(in_rows: bool) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodingModel, "hides_columns_cheaply", in_rows)
-        check_reports(in_rows)
-
-
-def check_reports(in_rows: bool) -> None:
+def check_reports() -> None:
     chunks, grid = build(model_config("gqa"), parallel())
     counts: Counts = []
     sampler = GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, 0.1, progress=lambda *counted: counts.append(counted))
@@ -55,8 +42,7 @@ def check_reports(in_rows: bool) -> None:
     responses = sampler.generate([*pairs, *plain], params)
     guided, rest = responses[:4], responses[4:]
     before, number = len(plain), len(plain) + len(pairs)
-    passes = ends_in_rows(rest) if in_rows else ends_in_columns(plain, rest)
-    passes += [before + finished for finished in ends_in_rows(guided)]
+    passes = [*ends_in_rows(rest), *(before + finished for finished in ends_in_rows(guided))]
     assert len(set(passes)) >= 6, "the responses must end at different passes"
     assert changes(counts) == changes([(finished, number, "") for finished in [0, *passes]])
     with pytest.MonkeyPatch.context() as patch:  # a GPU knows each number one pass late
@@ -72,9 +58,8 @@ def check_reports(in_rows: bool) -> None:
     assert (counts[0], counts[-1]) == ((0, before, ""), (before, before, ""))
 
 
-@pytest.mark.parametrize("in_rows", [True, False], ids=["own columns", "one column"])
-def test_each_response_is_reported_at_the_pass_that_ends_it(ranks, in_rows):
-    ranks.run(check_on_one_rank, in_rows, world_size=1)
+def test_each_response_is_reported_at_the_pass_that_ends_it(ranks):
+    ranks.run(check_reports, world_size=1)
 
 
 def counts_in(config: ParallelConfig, mode: str) -> Counts:

@@ -30,7 +30,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
+from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler, recorded_passes
 from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths, split_batches
 
 NUM_IDS = VOCAB_SIZE // 2
@@ -81,9 +81,6 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
-    with pytest.MonkeyPatch.context() as patch:  # as with a sliding window
-        patch.setattr(decoding.DecodingModel, "hides_columns_cheaply", False)
-        columns = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_column(NEW_TOKENS)
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
     batches = []
@@ -91,15 +88,21 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     small._sample_plain = lambda *args: batches.append(1) or sample_plain(*args)  # type: ignore[method-assign]
     split = small.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     drawn = sampler.generate(requests, SAMPLED)
+    recorded = early
+    if sampler._student.has_one_pass:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recorded_passes, "COLUMNS", 8)  # the passes of a response need three recordings
+            params = dataclasses.replace(GREEDY, stop_token_ids=stops)
+            recorded = sampler_of(chunks, grid, cuda_graphs=True).generate(requests, params)
     return {"replica": grid.dp_rank, "replicas": grid.dp_size, "num_batches": len(batches)} | {
-        "whole": whole, "early": early, "columns": columns, "split": split, "drawn": drawn
+        "whole": whole, "early": early, "split": split, "drawn": drawn, "recorded": recorded
     }  # fmt: skip
 
 
 def check_layout(result: dict[str, Any], expected: Reference) -> None:
     """Assert that a rank has the reference's responses to the requests of its replica."""
     mine = slice(result["replica"], None, result["replicas"])
-    for name in ("whole", "early", "columns", "split"):
+    for name in ("whole", "early", "split", "recorded"):
         for text, log_probs, response in zip(
             expected.greedy[mine], expected.log_probs[mine], result[name], strict=True
         ):

@@ -199,8 +199,11 @@ def write_special(config: ParallelConfig) -> dict[str, tuple[list[Response], flo
         optimizer = OptimizerConfig(precision=precision)
         model = model_config(**({"num_layers": 2} | changes))  # one layer on each stage
         chunks, grid = build(model, config, optimizer=optimizer, schedule=schedule)
-        responses = sampler_of(chunks, grid).generate(make_requests(), GREEDY)
-        log_prob = None
+        sampler, log_prob = sampler_of(chunks, grid), None
+        responses = sampler.generate(make_requests(), GREEDY)
+        if sampler._student.has_one_pass:
+            recorded = sampler_of(chunks, grid, cuda_graphs=True).generate(make_requests(), GREEDY)
+            assert tokens(recorded) == tokens(responses)
         if grid.world_size == 1:
             chunks[0].eval()
             text = make_requests()[0].prompt + responses[0].token_ids[:-1]

@@ -1,0 +1,93 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Recorded passes: each pass is one that a CUDA graph could repeat, and gives the responses of other passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from decoding import GREEDY, NEW_TOKENS, make_requests, sampler_of
+from models import build, model_config, parallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_selfdistill.errors import ConfigError
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
+"""Parts of the names of operations whose result the host waits for."""
+
+
+class Operations(TorchDispatchMode):
+    """The operations of a pass: names, numbers, shapes, and the addresses of the tensors that it has not made itself.
+
+    A CUDA graph repeats exactly these, so that they must be equal in the passes that one recording stands for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.log: list[tuple[Any, ...]] = []
+        self._alive: list[Any] = []  # no address is used twice within a pass
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = torch.utils._pytree.tree_leaves((args, kwargs))
+        self.log.append((str(func), *map(self._shown, given)))
+        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        read = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor)}
+        self.made |= {x.untyped_storage().data_ptr() for x in made} - read
+        self._alive += made
+        return result
+
+    def _shown(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return str(value)
+        address = value.untyped_storage().data_ptr()
+        return tuple(value.shape), value.stride(), None if address in self.made else address
+
+
+def operations_of(records: bool, window: list[int] | None = None) -> list[tuple[int, list[tuple[Any, ...]]]]:
+    """Return the number of rows and the operations of each decoding pass."""
+    [model], grid = build(model_config("gqa", transformer={"window_size": window}), parallel())
+    sampler, found = sampler_of([model], grid, cuda_graphs=records), []
+    run = sampler._passes.run
+
+    def logged(model: Any, context: Any, given: torch.Tensor) -> Any:
+        if not getattr(context, "decodes", False):
+            return run(model, context, given)
+        with Operations() as operations:
+            logits = run(model, context, given)
+        found.append((len(given), operations.log))
+        return logits
+
+    sampler._passes.run = logged  # type: ignore[method-assign]
+    sampler.generate(make_requests(), GREEDY)
+    return found
+
+
+@pytest.mark.parametrize("window", [None, [5, 0]])
+def test_passes_of_one_recording_do_the_same_at_the_same_addresses_and_wait_for_nothing(ranks, window):
+    [recorded] = ranks.run(operations_of, True, window, world_size=1)
+    assert len(recorded) == NEW_TOKENS - 1
+    assert all(passed == recorded[0] for passed in recorded)
+    assert not [name for _, log in recorded for name, *_ in log if any(waits in name for waits in WAITS)]
+
+
+def test_other_passes_grow_so_that_no_graph_could_repeat_them(ranks):
+    [grown] = ranks.run(operations_of, False, world_size=1)
+    assert len(grown) == NEW_TOKENS - 1 and all(passed != grown[0] for passed in grown[1:])
+
+
+def refused(kind: str, config: Any) -> str:
+    chunks, grid = build(model_config(kind), config)
+    with pytest.raises(ConfigError) as error:
+        sampler_of(chunks, grid, cuda_graphs=True)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("moe", parallel()), ("gated_delta", parallel()), ("shallow", parallel(pp=2))]
+)
+def test_a_model_whose_passes_differ_is_refused(ranks, kind, layout):
+    for message in ranks.run(refused, kind, layout, world_size=layout.pipeline_model_parallel_size):
+        assert "rollout.cuda_graphs=false" in message and "experts, pipeline stages" in message
