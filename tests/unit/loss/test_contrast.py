@@ -167,6 +167,23 @@ def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() ->
     assert raised[0, 7] > before[0, 7] + 1.0
 
 
+def test_a_share_of_the_reference_ends_at_the_reference_plus_the_news_and_none_ends_in_certainty() -> None:
+    """With a share l the student ends at r + (w / l) (t - c), where k is 1; without it at the best token of t - c."""
+    _, teacher, reference, controls = (it[..., -1:, :] for it in rows())
+    news, start = teacher.log_softmax(-1) - controls.softmax(-1).mean(0).log(), reference.log_softmax(-1)
+    ends = []
+    for target in (Target(anchor=0.1, num_controls=K), TARGETS["student"]):
+        log_p, entropies = start, []
+        for _ in range(300):
+            anchor = reference if target.has_reference else None
+            log_p = mixed_target(log_p, teacher, target, anchor, controls).log_q
+            entropies.append(-(log_p.exp() * log_p).nansum())
+        ends.append(log_p)
+    torch.testing.assert_close(ends[0], (reference + 7.5 * news).log_softmax(-1), rtol=0, atol=1e-9)
+    assert (torch.stack(entropies).diff() < 1e-9).all() and entropies[0] > 2 and entropies[-1] < 1e-9
+    assert ends[1].argmax() == news.argmax() != start.argmax()
+
+
 def test_over_all_hints_one_control_cancels_and_the_mean_of_several_leaves_what_varies_below_zero() -> None:
     """The mean of t - c over the hints, each against the others, is 0 for one control, and by Jensen at most 0 else.
 

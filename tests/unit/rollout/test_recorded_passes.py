@@ -10,6 +10,7 @@ import torch
 from decoding import GREEDY, NEW_TOKENS, make_requests, sampler_of
 from models import build, model_config, parallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_selfdistill.errors import ConfigError
 
@@ -25,25 +26,25 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: set[int] = set()
+        self.made: dict[int, Any] = {}  # address -> what keeps it from being used again
         self.log: list[tuple[Any, ...]] = []
-        self._alive: list[Any] = []  # no address is used twice within a pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = torch.utils._pytree.tree_leaves((args, kwargs))
+        result, given = func(*args, **(kwargs or {})), tree_leaves((args, kwargs))
         self.log.append((str(func), *map(self._shown, given)))
-        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        read = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor)}
-        self.made |= {x.untyped_storage().data_ptr() for x in made} - read
-        self._alive += made
+        read = {_address(x) for x in given if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and _address(x) not in read]
+        self.made |= {_address(x): x for x in made}
         return result
 
     def _shown(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return str(value)
-        address = value.untyped_storage().data_ptr()
-        return tuple(value.shape), value.stride(), None if address in self.made else address
+        return tuple(value.shape), value.stride(), None if (at := _address(value)) in self.made else at
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def operations_of(records: bool, window: list[int] | None = None) -> list[tuple[int, list[tuple[Any, ...]]]]:
