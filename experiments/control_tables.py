@@ -32,6 +32,8 @@ FIXED_TARGETS = ("anchored_matched", "student_matched", "teacher_alone")
 """The arms without controls; their lines on the seeds that are reported are those of anchored_map.py."""
 SHARED = "controls_with_share"
 """The arm that is compared with them: that of share_0.1."""
+OF_LONG_RUNS = {"controls_of_student": "the student", SHARED: "l = .1"}
+"""The arms of the runs of four times the steps, and their anchors."""
 RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
 """Targets of others, on the seeds `OF_RIVALS`."""
 OF_RIVALS = (11, 12, 13)
@@ -51,6 +53,22 @@ def table_of_choices(lines: Sequence[Line]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
+def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
+    """Return accuracy and entropy of the runs of four times the steps, after a fifth, a half and all of them."""
+    shown = (1, 4, 9)  # points, of ten
+    rows = [["task", "anchor", "seeds", "sampled at .8", "2", "4 times the steps", "entropy at .8", "2", "4"]]
+    rows.append(["---"] * len(rows[0]))
+    long = [line for line in lines if line["experiment"].endswith("_x4")]
+    for task in dict.fromkeys(line["experiment"] for line in long):
+        for arm, anchor in OF_LONG_RUNS.items():
+            runs = [line for line in long if (line["experiment"], line["arm"]) == (task, arm)]
+            seeds = " ".join(str(line["seed"]) for line in sorted(runs, key=lambda line: line["seed"]))
+            sampled = [spread([line["sampled"][at] for line in runs]) for at in shown]
+            entropies = [f"{mean(line['entropy'][at] for line in runs):.2g}" for at in shown]
+            rows.append([task.removesuffix("_x4"), anchor, seeds, *sampled, *entropies])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the fixed targets and of controls with a shared anchor, on the same seeds.
 
@@ -63,14 +81,15 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
     labels = [LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")]
     beside = [f"{label} ({OF_RIVALS[0]}-{OF_RIVALS[-1]})" for label in RIVALS.values()]
     rows, losses = [["task", "seeds", *labels, *beside], ["---"] * (2 + len(arms) + len(RIVALS))], []
-    for task in dict.fromkeys(line["experiment"] for line in lines if line["arm"] == SHARED):
+    compared = {line["experiment"] for line in of_fixed}
+    for task in dict.fromkeys(x["experiment"] for x in lines if x["arm"] == SHARED and x["experiment"] in compared):
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
         of_rivals = [[found[task, arm, s] for s in OF_RIVALS if (task, arm, s) in found] for arm in RIVALS]
         beside = [short(mean(own)) if len(own) == len(OF_RIVALS) else "" for own in of_rivals]
-        compared = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
-        rows.append([task, f"{seeds[0]}-{seeds[-1]}", *compared, *beside])
+        of_targets = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
+        rows.append([task, f"{seeds[0]}-{seeds[-1]}", *of_targets, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
         rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True)), *[""] * len(RIVALS)])
     return [f"| {' | '.join(row)} |" for row in rows]
