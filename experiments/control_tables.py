@@ -64,7 +64,7 @@ def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
             runs = [line for line in long if (line["experiment"], line["arm"]) == (task, arm)]
             seeds = " ".join(str(line["seed"]) for line in sorted(runs, key=lambda line: line["seed"]))
             sampled = [spread([line["sampled"][at] for line in runs]) for at in shown]
-            entropies = [f"{mean(line['entropy'][at] for line in runs):.2g}" for at in shown]
+            entropies = [f"{mean(line['entropy'][at] for line in runs):.2g}".lstrip("0") for at in shown]
             rows.append([task.removesuffix("_x4"), anchor, seeds, *sampled, *entropies])
     return [f"| {' | '.join(row)} |" for row in rows]
 
