@@ -74,7 +74,7 @@ WORDINGS = {
     "word_problems": "{problem} Answer with this text: {solution}",
 }
 """For the arms that end with ``worded``: of three wordings each, the one after which most of the base's greedy answers
-to 48 training problems of seed 1 are right (.56 and .50; with the wording of the task .25 of the sorted words)."""
+to 48 training problems of seed 1 are right (.56 and .50; with those of the tasks .25 and .31)."""
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
