@@ -37,7 +37,6 @@ class RecordedPasses:
 
     def __call__(self, tokens: Tensor) -> Tensor | None:
         """Return the logits ``[b, V]`` behind ``tokens [b, 1]``, which the next call may overwrite."""
-        beat()
         self._tokens.copy_(tokens)
         if self._repeat is None or self._num_columns != self._cache.num_columns:
             self._repeat, self._num_columns = self._recorded(), self._cache.num_columns
@@ -56,6 +55,7 @@ class RecordedPasses:
             logits = self._run(self._tokens)
 
         def repeat() -> Tensor | None:
+            beat()
             graph.replay()
             return logits
 
