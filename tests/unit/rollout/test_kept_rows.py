@@ -118,6 +118,7 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int, dict[str, Any]]] = {
     "partial rotation": ("partial", parallel(), 1, {}),
     "MoE EP2": ("moe", parallel(ep=2), 2, {}),
     "latent attention": ("shallow", parallel(), 1, {"transformer": LATENT, "num_query_groups": None}),
+    "windows": ("shallow", parallel(), 1, {"transformer": {"window_size": [5, 0], "window_attn_skip_freq": 2}}),
     "linear": ("gated_delta", parallel(), 1, {}),
 }
 
@@ -136,7 +137,7 @@ def fresh(ranks):
     return get
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "CP2"]}, strength=1)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "CP2", "windows"]}, strength=1)
 def test_a_cache_that_goes_on_gives_the_tokens_of_a_fresh_prefill(ranks, fresh, layout):
     kind, config, world_size, changes = LAYOUTS[layout]
     greedy, sampled = fresh(kind, changes)
