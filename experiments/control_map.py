@@ -66,7 +66,7 @@ sys.path[:0] = [str(REPOSITORY / "examples")]
 from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell, Figures, columns  # noqa: E402
 from anchored_map import run_cell  # noqa: E402
 from control_rivals import PATCHES  # noqa: E402
-from control_tables import CHOOSING_TASKS, FIXED_TARGETS, LINES  # noqa: E402
+from control_tables import CHOOSING_TASKS, FIXED_TARGETS, LINES, LONG, OF_LONG_RUNS, TIMES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
 from _lib.pretraining import Base  # noqa: E402
@@ -111,7 +111,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "trust_region": SIX["teacher_alone"],
 }
 """The arms that are reported; the numbers are those that `CHOICES` has chosen."""
-LONG_TASKS, LONG_ARMS, TIMES = ("leak", "quickstart", "many_answers"), ("controls_of_student", "controls_with_share"), 4
+LONG_TASKS = ("leak", "quickstart", "many_answers")
 NEWS = ("control/general", "control/specific")
 """The metrics of the lines of long runs."""
 
@@ -129,7 +129,7 @@ def long_cell(task: str, arm: str, seed: int) -> Cell:
     experiment = EXPERIMENTS[task]
     last = TIMES * experiment.steps[-1]
     steps = tuple(last * tenth // 10 for tenth in range(1, 11))
-    longer = dataclasses.replace(experiment, name=f"{task}_x{TIMES}", steps=steps, arms=ARMS, measure=measured_long)
+    longer = dataclasses.replace(experiment, name=task + LONG, steps=steps, arms=ARMS, measure=measured_long)
     return Cell(longer, arm, seed)
 
 
@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(line["experiment"], line["arm"], line["seed"]) for line in read_lines(options.lines)}
     prepare_process()
     if options.long:
-        for seed, arm, task in product(SEEDS[:3], options.arms or LONG_ARMS, options.tasks or LONG_TASKS):
-            if (f"{task}_x{TIMES}", arm, seed) not in done:
+        for seed, arm, task in product(SEEDS[:3], options.arms or OF_LONG_RUNS, options.tasks or LONG_TASKS):
+            if (task + LONG, arm, seed) not in done:
                 run_cell(long_cell(task, arm, seed), options.lines, options.directory)
         return 0
     for seed in seeds:

@@ -32,8 +32,11 @@ FIXED_TARGETS = ("anchored_matched", "student_matched", "teacher_alone")
 """The arms without controls; their lines on the seeds that are reported are those of anchored_map.py."""
 SHARED = "controls_with_share"
 """The arm that is compared with them: that of share_0.1."""
+TIMES = 4
+LONG = f"_x{TIMES}"
+"""The end of the name of an experiment of `TIMES` the steps of its task."""
 OF_LONG_RUNS = {"controls_of_student": "the student", SHARED: "l = .1"}
-"""The arms of the runs of four times the steps, and their anchors."""
+"""The arms of these runs, and their anchors."""
 RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
 """Targets of others, on the seeds `OF_RIVALS`."""
 OF_RIVALS = (11, 12, 13)
@@ -58,14 +61,14 @@ def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
     shown = (1, 4, 9)  # points, of ten
     rows = [["task", "anchor", "seeds", "sampled at .8", "2", "4 times the steps", "entropy at .8", "2", "4"]]
     rows.append(["---"] * len(rows[0]))
-    long = [line for line in lines if line["experiment"].endswith("_x4")]
+    long = [line for line in lines if line["experiment"].endswith(LONG)]
     for task in dict.fromkeys(line["experiment"] for line in long):
         for arm, anchor in OF_LONG_RUNS.items():
             runs = [line for line in long if (line["experiment"], line["arm"]) == (task, arm)]
             seeds = " ".join(str(line["seed"]) for line in sorted(runs, key=lambda line: line["seed"]))
             sampled = [spread([line["sampled"][at] for line in runs]) for at in shown]
             entropies = [f"{mean(line['entropy'][at] for line in runs):.2g}".lstrip("0") for at in shown]
-            rows.append([task.removesuffix("_x4"), anchor, seeds, *sampled, *entropies])
+            rows.append([task.removesuffix(LONG), anchor, seeds, *sampled, *entropies])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
