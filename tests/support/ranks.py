@@ -77,10 +77,12 @@ class RankPool:
         makes the group.
 
         Raises: RankError naming the rank, with its traceback, or after ``timeout`` seconds the stack of each
-        rank that hangs; `pytest.skip` inside ``fn`` skips the test.
+        rank that hangs; `pytest.skip` inside ``fn`` skips the test.  A process with a nice value waits longer, since
+        others take its time: Linux gives it a share that is 1.25 times smaller for each unit.
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"expected a world_size from 1 to {MAX_WORLD_SIZE}, got {world_size}")
+        timeout *= 1.25 ** os.nice(0)
         task = self._task(fn, args, kwargs, world_size, timeout, init_process_group)
         try:
             reply = self._reply(task)
