@@ -120,6 +120,8 @@ class RolloutConfig(
             "rollout.engine=vllm with rollout.placement=server needs either rollout.servers (addresses of servers that "
             "run) or rollout.num_servers (servers that the run starts), and no other sampler has servers",
         )
+        no_graphs = "rollout.cuda_graphs=true is for rollout.engine=megatron: vLLM has its own CUDA graphs"
+        require(not self.cuda_graphs or self.engine == "megatron", no_graphs)
         for address in self.servers:
             require_address("rollout.servers", address, "http://node7:8000")
         is_plain = self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1

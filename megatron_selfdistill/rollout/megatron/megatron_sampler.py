@@ -392,7 +392,8 @@ class MegatronSampler:
         gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
         lengths, taken = self._lengths(requests, params)
-        per_token = self._bytes_per_column(params.max_new_tokens)
+        # The states of a sequence are spread over the fewest tokens that it has.
+        per_token = self._bytes_per_token + math.ceil(self._student.state_bytes / params.max_new_tokens)
         mine = [-(allowed // per_token), max(lengths, default=0), -min(lengths, default=1), max(taken, default=0)]
         room, longest, shortest, needed = max_over_ranks(mine)
         capacity = -room
@@ -404,10 +405,6 @@ class MegatronSampler:
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity
-
-    def _bytes_per_column(self, max_new_tokens: int) -> int:
-        """Return the bytes of a sequence per token on this rank; its states are spread over the fewest tokens."""
-        return self._bytes_per_token + math.ceil(self._student.state_bytes / max_new_tokens)
 
     def _sample_later(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]

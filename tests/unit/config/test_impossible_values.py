@@ -127,6 +127,7 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "samples from the target itself"),
         ([GUIDED, "rollout.engine=vllm"], "in process: it needs rollout.engine=megatron"),
+        (["rollout.cuda_graphs=true", "rollout.engine=vllm"], "is for rollout.engine=megatron"),
         (["target.rule=fixed", "target.k_max=2"], "target.k_max=2 bounds the k that target.rule=entropy_matched and"),
         (["target.rule=batch", "target.k=2"], "target.k=2.0 is the k of target.rule=fixed, but target.rule is batch"),
         (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
