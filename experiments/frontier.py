@@ -9,8 +9,8 @@ teacher alone, the anchored target with w = .75 and with w = 4, and the mix with
 
 A cell is one arm and one seed, and one line of results/frontier.jsonl.
 
-    python experiments/frontier.py                          the missing cells, 20 minutes each on two idle cores
-    python experiments/frontier.py --picture                the picture docs/frontier.png and the means, from the lines
+    python experiments/frontier.py                          the missing cells, 45 minutes each on one core
+    python experiments/frontier.py --picture                the picture docs/frontier.png, from the lines
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from typing import Any
 
 from anchored_pictures import finish
 from cell_lines import DOCS, RESULTS, append_line, read_lines
-from page_tables import spread
-from real_map import LABELS, RATE, SEEDS, Cell, example, measured, model_directories
+from real_map import LABELS, RATE, SEEDS, Cell, example, measured, model_directories, table_of_frontier
 
 from _lib.command_line import prepare_process
 from _lib.hugging_face import load
@@ -107,18 +106,16 @@ def kl_to_base(model: Path, hf: Path) -> float:
 
 
 def draw(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Print the means of each arm at each step, and draw its curve: sampled answers of one sentence over the drift."""
+    """Print the table of the page, and draw the curve of each arm: sampled answers of one sentence over the drift."""
     from matplotlib.figure import Figure  # pyplot would need a display and keep state
 
+    print(*table_of_frontier(lines), sep="\n")
     figure = Figure(figsize=(6.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()
     for number, arm in enumerate(ARMS):
         runs = [line for line in lines if line["arm"] == arm]
         if not runs:
             continue
-        for place, step in enumerate(STEPS):
-            learnt, drift = ([line[key][place] for line in runs] for key in ("sampled", "drift"))
-            print(f"{arm}, step {step}, {len(runs)} seeds: sampled {spread(learnt)}, drift {spread(drift)}")
         across, up = (
             [mean(values) for values in zip(*(line[key] for line in runs), strict=True)] for key in ("drift", "sampled")
         )
