@@ -109,7 +109,7 @@ def read_stored_adapters(path: Path) -> StoredAdapters | None:
 
 
 def refuse_adapters(path: Path) -> None:
-    """Raise CheckpointError where ``path``, at which a run shall begin, holds adapters alone."""
+    """Raise CheckpointError where ``path``, from which a run is to begin, holds adapters alone."""
     stored = read_stored_adapters(path)
     if stored is not None:
         raise CheckpointError(

@@ -191,7 +191,7 @@ class Stop:
             self._find_end(time_limit_minutes)
 
     def agreed(self) -> bool:
-        """Return whether the run shall end now; every rank calls this method once per step boundary.
+        """Return whether the run must end now; every rank calls this method once per step boundary.
 
         Collectives: one all-reduce of an integer over the world.
         """

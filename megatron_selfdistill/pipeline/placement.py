@@ -14,7 +14,7 @@ from megatron_selfdistill.pipeline.batch import Packing, budgets_of, counts_by_b
 
 
 def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> list[list[int]] | None:
-    """Return the replica that shall train on each context, ``placement[r][i]`` for context i of replica r.
+    """Return the replica that trains on each context, ``placement[r][i]`` for context i of replica r.
 
     All ranks get the same result (`placed`), in which the contexts of a segment stay together.  It is None if all
     contexts should stay where they are, because the step would not become shorter.

@@ -262,7 +262,7 @@ def _run(task: Task, rank: int, listener: socket.socket, import_error: str | Non
         if task.init_process_group:
             from rank_groups import join_group
 
-            # Longer than the call's: the server shall find a rank that is stuck in a collective, with its stack.
+            # Longer than the call's: the server should find a rank that is stuck in a collective, with its stack.
             join_group(listener, rank, task.world_size, timedelta(seconds=2 * task.timeout + 60))
         result = pickle.dumps(fn(*args, **kwargs))
         return Outcome(time.monotonic(), result=result)

@@ -215,7 +215,7 @@ class Survivors:
         self._pending: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
 
     def after_pass(self, unfinished: Tensor) -> tuple[int, Tensor | None]:
-        """Return the number of sequences that are known to go on, and the rows ``[n]`` that the caller shall keep.
+        """Return the number of sequences that are known to go on, and the rows ``[n]`` that the caller should keep.
 
         ``unfinished [rows]`` bool: the sequences that go on after this pass.  The rows are None while more than half of
         the sequences go on: the survivors of a long tail should not pay for the rest.  The next call has the kept rows
