@@ -121,12 +121,13 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
         )
         axis.plot(across, up, "o-", color=f"C{number}", markersize=4, label=LABELS.get(arm, arm))
         for place, step in enumerate(STEPS[1:], 1):
-            axis.annotate(str(step), (across[place], up[place]), xytext=(3, 3), textcoords="offset points", fontsize=8)
+            at, color = (across[place], up[place]), f"C{number}"
+            axis.annotate(str(step), at, xytext=(3, 3), textcoords="offset points", fontsize=8, color=color)
     axis.set_xlabel("drift: KL(student || base) on general questions, nats per token")
     axis.set_ylabel("sampled answers of one short sentence")
     axis.set_ylim(-0.02, 1.02)
     finish(axis, "What is learnt, and how far the model drifts")
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=9, loc="lower right")
     figure.savefig(PICTURE)
 
 

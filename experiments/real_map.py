@@ -341,8 +341,8 @@ LABELS = {
     "sft": "SFT on the hint",
 }
 NOT_SHOWN = (
-    *("anchored_jsd", "anchored_guided", "student_mix_jsd", "student_mix_w4", "student_mix_guided"),
-    *("teacher_alone_jsd", "default_no_hint"),
+    *("anchored_jsd", "anchored_guided", "student_mix_jsd", "student_mix_w2", "student_mix_w4"),
+    *("student_mix_guided", "teacher_alone_jsd", "default_no_hint"),
 )
 """The arms that the tables leave out, for their length; their lines are recorded as all others."""
 DRAWN = {
