@@ -392,8 +392,7 @@ class MegatronSampler:
         gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
         lengths, taken = self._lengths(requests, params)
-        # The states of a sequence are spread over the fewest tokens that it has.
-        per_token = self._bytes_per_token + math.ceil(self._student.state_bytes / params.max_new_tokens)
+        per_token = self._bytes_per_column(params.max_new_tokens)
         mine = [-(allowed // per_token), max(lengths, default=0), -min(lengths, default=1), max(taken, default=0)]
         room, longest, shortest, needed = max_over_ranks(mine)
         capacity = -room
@@ -405,6 +404,10 @@ class MegatronSampler:
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity
+
+    def _bytes_per_column(self, max_new_tokens: int) -> int:
+        """Return the bytes of a sequence per token on this rank; its states are spread over the fewest tokens."""
+        return self._bytes_per_token + math.ceil(self._student.state_bytes / max_new_tokens)
 
     def _sample_later(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
@@ -476,10 +479,6 @@ class MegatronSampler:
                 live = live[kept]
             tokens = batch.tokens[live, step]
         drop(live, torch.ones_like(live, dtype=torch.bool))
-        return self._finished(batch)
-
-    def _finished(self, batch: GeneratedBatch) -> list[Response]:
-        """Return the responses of ``batch``, with their log-probs on every rank that shares the requests."""
         if self._grid.tp_size > 1 or self._grid.pp_size > 1:
             self._broadcast(batch.log_probs)
         return batch.responses()
