@@ -82,7 +82,7 @@ class RankPool:
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"expected a world_size from 1 to {MAX_WORLD_SIZE}, got {world_size}")
-        timeout *= 1.25 ** os.nice(0)
+        timeout *= 1.25 ** max(os.nice(0), 0)
         task = self._task(fn, args, kwargs, world_size, timeout, init_process_group)
         try:
             reply = self._reply(task)
