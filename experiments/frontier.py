@@ -26,8 +26,8 @@ from statistics import mean
 from typing import Any
 
 from anchored_pictures import finish
-from cell_lines import DOCS, RESULTS, append_line, read_lines
-from real_map import LABELS, RATE, SEEDS, Cell, example, measured, model_directories, table_of_frontier
+from cell_lines import DOCS, append_line, read_lines
+from real_map import FRONTIER, LABELS, RATE, SEEDS, Cell, example, measured, model_directories, table_of_frontier
 
 from _lib.command_line import prepare_process
 from _lib.hugging_face import load
@@ -35,7 +35,7 @@ from _lib.real_tasks import TASKS
 from _lib.retention import QUESTIONS, answers, prompt_of
 from _lib.watched_runs import opened, train_one_step
 
-LINES, PICTURE = RESULTS / "frontier.jsonl", DOCS / "frontier.png"
+PICTURE = DOCS / "frontier.png"
 ARMS = ("student_mix", "teacher_alone", "default", "anchored_w4", "student_mix_other_hint")
 STEPS = (0, 5, 10, 20, 40)
 NUM_TOKENS = 32
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/frontier.jsonl)")
+    parser.add_argument("--lines", type=Path, default=FRONTIER, help="(default: experiments/results/frontier.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")
     parser.add_argument("--picture", action="store_true", help="draw the picture and run nothing")
     options = parser.parse_args(argv)
@@ -112,16 +112,16 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
     print(*table_of_frontier(lines), sep="\n")
     figure = Figure(figsize=(6.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()
-    for number, arm in enumerate(ARMS):
+    for arm, color in ((arm, f"C{number}") for number, arm in enumerate(ARMS)):
         runs = [line for line in lines if line["arm"] == arm]
         if not runs:
             continue
         across, up = (
             [mean(values) for values in zip(*(line[key] for line in runs), strict=True)] for key in ("drift", "sampled")
         )
-        axis.plot(across, up, "o-", color=f"C{number}", markersize=4, label=LABELS.get(arm, arm))
+        axis.plot(across, up, "o-", color=color, markersize=4, label=LABELS[arm])
         for place, step in enumerate(STEPS[1:], 1):
-            at, color = (across[place], up[place]), f"C{number}"
+            at = across[place], up[place]
             axis.annotate(str(step), at, xytext=(3, 3), textcoords="offset points", fontsize=8, color=color)
     axis.set_xlabel("drift: KL(student || base) on general questions, nats per token")
     axis.set_ylabel("sampled answers of one short sentence")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need 
 
 example = importlib.import_module("12_real_model")
 
+FRONTIER = RESULTS / "frontier.jsonl"
 LINES, PAGES = RESULTS / "real_map.jsonl", (DOCS / "real_model.md", FURTHER_TABLES / "real_tasks.md")
 SEEDS, CHOICE_SEED = (11, 12, 13), 1
 """The seeds that are reported, and the seed of the cells that choose a learning rate."""
@@ -370,9 +371,9 @@ SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
 
 def table_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the rows of the table ``name`` of the page."""
-    reported = [line for line in lines if line["split"] == "held_out"]
     if name == "frontier":
-        return table_of_frontier(read_lines(RESULTS / "frontier.jsonl"))
+        return table_of_frontier(read_lines(FRONTIER))
+    reported = [line for line in lines if line["split"] == "held_out"]
     over_tasks = {"losses": table_of_losses, "hints": table_of_hints, "brief": table_of_brief_tasks}
     return over_tasks[name](reported) if name in over_tasks else table_of_task(name, reported)
 
@@ -381,11 +382,11 @@ def table_of_frontier(lines: Sequence[Line]) -> list[str]:
     """Return sampled accuracy / drift at the steps of frontier.py for each arm, the means over its seeds."""
     steps = lines[0]["steps"]
     rows = [["sampled / drift after", "seeds", *(f"{step} steps" for step in steps)], ["---"] * (len(steps) + 2)]
-    for arm, label in LABELS.items():
+    for arm in (arm for arm in LABELS if any(line["arm"] == arm for line in lines)):
         runs = [line for line in lines if line["arm"] == arm]
         means = [zip(*(run[figure] for run in runs), strict=True) for figure in ("sampled", "drift")]
         cells = [" / ".join(short(mean(values)) for values in both) for both in zip(*means, strict=True)]
-        rows += [[label, " ".join(str(run["seed"]) for run in runs), *cells]] * bool(runs)
+        rows.append([LABELS[arm], " ".join(str(run["seed"]) for run in runs), *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
