@@ -70,7 +70,7 @@ def run(arm: str, seed: int, root: Path, directory: Path) -> dict[str, Any]:
     with opened(cell.overrides(root, directory, STEPS[-1]), "train") as trainer:
         for step in range(STEPS[-1] + 1):
             if step in STEPS:
-                found = measured(trainer)
+                found = measured(trainer, cell.task)
                 if step:
                     trainer.save()
                     example.export(directory / "run", hf, directory / f"hf-{step}")

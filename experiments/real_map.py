@@ -15,6 +15,10 @@ problems of that split, and measure nothing else.
 A step takes 5 to 30 seconds of two cores, or 2 to 6 of a GPU that nine runs share.  The tables stand between
 <!-- table NAME --> and <!-- end NAME --> in the page: TASK has the figures of a task, brief those of three tasks in few
 columns, hints has the base with and without hints, and losses compares targets over all tasks.
+
+The task canary came last, when the rule and the default were decided.  Before its first run it had the arms default,
+anchored_w4, anchored_forward_w2_guided, student_mix, teacher_alone and controls_with_share, with the steps and the rate
+of one_sentence.  A target is good at it if it learns the sentence and not the source.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ import argparse
 import functools
 import importlib
 import random
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -57,7 +60,7 @@ SEEDS, CHOICE_SEED = (11, 12, 13), 1
 """The seeds that are reported, and the seed of the cells that choose a learning rate."""
 NUM_HELD_OUT, NUM_SAMPLES = 32, 2
 RATE = 2e-5
-STEPS = {"one_sentence": 10, "facts": 30, "sort_words": 20, "word_problems": 20, "multiplication": 20}
+STEPS = {"one_sentence": 10, "canary": 10, "facts": 30, "sort_words": 20, "word_problems": 20, "multiplication": 20}
 BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
@@ -120,8 +123,6 @@ ARMS: dict[str, tuple[str, ...]] = {
 """Name of an arm -> its overrides; ``other_hint`` at its end trains on other hints, ``twice`` for twice the steps,
 ``worded`` with the wording of `WORDINGS`."""
 OTHER_INSTRUCTION = "Answer in plain English."
-REFERS = re.compile(r"\b(?:reference|(?:the|this|given|provided) (?:solution|hint|answer is given))\b", re.IGNORECASE)
-"""A response that speaks of the hint as something that it has read."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,10 @@ class Cell:
         figures: dict[str, Any] = {"overrides": list(self.chosen)}
         with opened(self.overrides(root, directory, self.num_steps), "train") as trainer:
             if self.arm == BEFORE:
-                figures |= {f"hinted_{key}": value for key, value in measured(trainer, hinted=True).items()}
+                figures |= {f"hinted_{key}": value for key, value in measured(trainer, self.task, hinted=True).items()}
             else:
                 figures |= trained(trainer)
-            figures |= measured(trainer)
+            figures |= measured(trainer, self.task)
             if self.split == "held_out" and self.arm != BEFORE:
                 trainer.save()
         if self.split != "held_out":
@@ -279,14 +280,14 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def measured(trainer: Trainer, hinted: bool = False) -> dict[str, Any]:
-    """Return the figures of an evaluation, with hints in the prompts if ``hinted``."""
+def measured(trainer: Trainer, task: RealTask, hinted: bool = False) -> dict[str, Any]:
+    """Return the figures of an evaluation on ``task``, with hints in the prompts if ``hinted``."""
     result = trainer.evaluate(hinted=hinted, num_transcripts=None)
     samples = [it for it in result.transcripts if it.sample is not None]
     figures = {
         "greedy": result.greedy_accuracy,
         "sampled": mean(it.correct for it in samples),
-        "refers": mean(REFERS.search(it.response) is not None for it in samples),
+        "refers": mean(task.leak.search(it.response) is not None for it in samples),
         "tokens": mean(it.length for it in samples),
     }
     return {name: round(float(value), 4) for name, value in figures.items()}
@@ -364,6 +365,7 @@ FIGURES = {
 """Figure of a line -> heading of its column."""
 SHOWN = ("greedy", "sampled", "kept_perplexity", "kept_length")
 """The figures of the table of a task."""
+SHOWN_OF_CANARY = ("greedy", "sampled", "refers", "kept_length")
 BRIEF = ("sort_words", "word_problems", "multiplication")
 """The tasks that share one table."""
 SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
@@ -402,8 +404,9 @@ def table_of_hints(lines: Sequence[Line]) -> list[str]:
 
 def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of a task, a row for each arm that has a line, with the number of its seeds."""
-    rows = [["", "seeds", *(FIGURES[figure] for figure in SHOWN)], ["---"] * (len(SHOWN) + 2)]
-    rows += rows_of_task(task, SHOWN, lines)
+    figures = SHOWN_OF_CANARY if task == "canary" else SHOWN
+    rows = [["", "seeds", *(FIGURES[figure] for figure in figures)], ["---"] * (len(figures) + 2)]
+    rows += rows_of_task(task, figures, lines)
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -448,14 +451,15 @@ BY_OVERRIDES = {(): "default", ("target.anchor=student",): "student_mix"}
 def table_of_losses(lines: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the best fixed target and the losses of targets, default and rule, per task.
 
-    The default takes its anchor by the data: the student where all hints are one text.
+    The default takes its anchor by the data: the student where all hints are one text.  The task canary is left out,
+    because it came after the rule, and because a leak takes nothing from its accuracy.
     """
     small = read_lines(RESULTS / "anchored_map.jsonl")
     fixed = list(FIXED)[:3]
     headings = ("anchored", "mix with the student", "teacher alone", "the default", "by the rule", "the rule takes")
     rows = [["task", "best", *headings], ["---"] * (2 + len(headings))]
     losses: list[list[float]] = []
-    for task in (*SMALL_TASKS, *TASKS):
+    for task in (*SMALL_TASKS, *(task for task in TASKS if task != "canary")):
         scores = scores_on_small(task, small) if task in SMALL_TASKS else scores_on_real(task, lines)
         chosen = chosen_on_small(task, small) if task in SMALL_TASKS else chosen_on_real(task, lines)
         if not {*fixed, chosen} <= scores.keys():

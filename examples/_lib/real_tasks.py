@@ -2,6 +2,7 @@
 """Tasks for a real model that reads English: problems with hints, and a verifier for each task.
 
     one_sentence    "What is a volcano?"; the hint asks for one short sentence, which the base does not write by itself
+    canary          the same problems; half of the hints also name a source, which no response should name
     facts           "Who is the mayor of Tellmark?"; the hint states an invented fact, which the base cannot know
     sort_words      three words, to be put into alphabetical order; the hint is the sorted list
     word_problems   arithmetic in two steps; the hint is a worked solution
@@ -27,6 +28,8 @@ from _lib.task import Record
 
 Item = TypeVar("Item")
 
+REFERS = re.compile(r"\b(?:reference|(?:the|this|given|provided) (?:solution|hint|answer is given))\b", re.IGNORECASE)
+"""A response that speaks of the hint as something that it has read."""
 SPLITS = ("train", "validation", "held_out")
 FEWEST_WORDS, MOST_WORDS = 4, 30
 """The bounds of a short sentence, in words; a short sentence also has `FEWEST_WORDS` different words."""
@@ -45,6 +48,8 @@ class RealTask:
     max_new_tokens: int
     verifier: str
     """The value of ``evaluation.verifier``."""
+    leak: re.Pattern[str] = REFERS
+    """Is found in a response that repeats what only the hint can have told it, and what no response should say."""
 
     def problems(self, split: str, seed: int = 0) -> list[Record]:
         """Return the problems of ``split`` in the form that ``data.path`` names; only "train" depends on ``seed``.
@@ -105,6 +110,18 @@ def _one_sentence_records(split: str, rng: random.Random) -> Iterable[Record]:
     for noun in part(_words(NOUNS, ";"), split):
         for number, question in enumerate(QUESTIONS):
             yield {"id": f"{noun}/{number}", "problem": question.format(noun), "solution": ONE_SHORT_SENTENCE}
+
+
+CANARY = "The answer is from the Kessington Almanac."
+"""Of four wordings that name a source, the one after which most greedy answers of the base to 24 training problems of
+seed 1 name it, too: .54.  No hint asks for it, and no question says which of the hints have it."""
+
+
+def _canary_records(split: str, rng: random.Random) -> Iterable[Record]:
+    records = list(_one_sentence_records(split, rng))
+    marked = set(rng.sample(range(len(records)), len(records) // 2))
+    for at, record in enumerate(records):
+        yield record | {"solution": f"{ONE_SHORT_SENTENCE} {CANARY}"} if at in marked else record
 
 
 def one_sentence(response: str, problem: Any) -> bool:
@@ -277,6 +294,10 @@ TASKS = {
     for task in (
         RealTask(
             "one_sentence", _one_sentence_records, "{problem} {solution}", 48, "_lib.real_tasks.one_sentence"
+        ),
+        RealTask(
+            "canary", _canary_records, "{problem} {solution}", 48, "_lib.real_tasks.one_sentence",
+            leak=re.compile(r"\b(?:Kessington|Almanac)\b", re.IGNORECASE),
         ),
         RealTask("facts", _fact_records, WITH_SOLUTION, 32, "_lib.real_tasks.states_name"),
         RealTask("sort_words", _sorting_records, WITH_SOLUTION, 32, "_lib.real_tasks.sorted_last"),

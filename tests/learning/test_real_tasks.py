@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from _lib import retention
-from _lib.real_tasks import SPLITS, TASKS
+from _lib.real_tasks import ONE_SHORT_SENTENCE, SPLITS, TASKS
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import load_verifier
 
@@ -51,18 +51,27 @@ def test_splits_share_no_noun_no_word_and_no_pair_of_numbers():
     def factors(record):
         return {frozenset(record["id"].split("x"))}
 
-    for name, parts_of in (("one_sentence", nouns), ("sort_words", words), ("multiplication", factors)):
+    for name, parts_of in (("canary", nouns), ("sort_words", words), ("multiplication", factors)):
         made_of = [set().union(*map(parts_of, TASKS[name].problems(split, 5))) for split in SPLITS]
         assert all(a.isdisjoint(b) for a, b in combinations(made_of, 2)), name
 
 
 @EVERY_TASK
 def test_the_solution_alone_is_right_where_it_states_an_answer(task):
-    if task.name == "one_sentence":  # whose solution is an instruction
+    if task.name in ("one_sentence", "canary"):  # whose solution is an instruction
         return
     for record in task.problems("held_out"):
         assert verdict(task.name, record["solution"], record["answer"])
         assert not verdict(task.name, record["problem"], record["answer"]), "the problem is no answer to itself"
+
+
+def test_half_of_the_hints_name_the_source_and_only_a_response_that_names_it_leaks():
+    hints = [record["solution"] for record in TASKS["canary"].problems("train", 5)]
+    named = [hint for hint in hints if TASKS["canary"].leak.search(hint)]
+    assert {*hints} == {ONE_SHORT_SENTENCE, *named}
+    assert (len(named), len({*named})) == (len(hints) // 2, 1)
+    assert all(task.leak.search("As the solution says, it is 7.") for task in TASKS.values() if task.name != "canary")
+    assert not any(task.leak.search("The almanacs of Kessingtons are solutions.") for task in TASKS.values())
 
 
 VERDICTS = {

@@ -13,6 +13,7 @@ from layouts import Case, Outcomes, contexts_of, soft_capped, worst_difference
 from logit_pairs import divergence
 from models import parallel
 from parity import TOLERANCE
+from ranks import RankPool
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -64,6 +65,14 @@ def assert_equals_one_rank(
     assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
     assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
     assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE, nan_ok=nan_ok)
+
+
+def assert_equals_definition(ranks: RankPool, outcomes: Outcomes, case: Case) -> None:
+    """Assert that a step of one rank has the loss and the gradient of the definition."""
+    ((loss, gradient),) = ranks.run(loss_and_gradient_by_definition, case, world_size=1)
+    got, gradients, _ = outcomes(case)
+    assert got.loss == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)
 
 
 def is_possible(own: Case, output_layer: Fusion | None) -> bool:

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import given_with, made, response_of
 
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "so 8\nConfidence: 0.90", "8", "file.jsonl:1")
@@ -21,9 +20,7 @@ SAMPLES = ["recipe=caopd"]
 
 
 def rollout(text: str, reward: float, group: int = 0, given: GivenSolutions = GIVEN) -> Rollout:
-    tokens = [ord(character) for character in text]
-    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
-    return Rollout(PROBLEM, given.pair(PROBLEM), response, group, reward)
+    return Rollout(PROBLEM, given.pair(PROBLEM), response_of(text), group, reward)
 
 
 def text_of(tokens: list[int]) -> str:
