@@ -11,13 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import given_with, made, response_of
 from term_arrays import tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.rlcsd import changed, changes, contrast_of, hints_of, mean_factors
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import signals_of
 
@@ -76,9 +75,7 @@ def test_a_sum_over_all_tokens_is_the_sum_of_both_means():
 
 def rollout(text: str, reward: float, group: int = 0) -> Rollout:
     """Return a rollout of the letters of ``text``; one that ends in $ has ended."""
-    tokens = [ord(character) for character in text]
-    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
-    return Rollout(PROBLEM, GIVEN.pair(PROBLEM), response, group=group, reward=reward)
+    return Rollout(PROBLEM, GIVEN.pair(PROBLEM), response_of(text), group=group, reward=reward)
 
 
 def group(kinds: str, number: int = 0) -> tuple[list[Rollout], list[str]]:

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made, named
+from made_methods import given_with, made, named, response_of
 
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.sdpo import TEMPLATES
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
@@ -31,10 +30,7 @@ def no_collectives(monkeypatch):
 
 
 def rollout(method: Any, problem: Problem, text: str) -> Rollout:
-    tokens = [ord(character) for character in text]
-    log_probs = [-1.0] * len(tokens)
-    response = Response(tokens, log_probs, log_probs, "stop" if text.endswith("$") else "length")
-    return Rollout(problem, method.prompts(problem), response)
+    return Rollout(problem, method.prompts(problem), response_of(text))
 
 
 def shown(one: Rollout) -> str:

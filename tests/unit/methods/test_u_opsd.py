@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import given_with, made, response_of
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import math_verify
 from megatron_selfdistill.methods.u_opsd import pseudo_solutions
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "", None, "file.jsonl:1")
@@ -64,9 +63,7 @@ def test_the_pseudo_solution_has_no_thinking():
 
 
 def rollout(method: Any, problem: Problem, group: int, text: str) -> Rollout:
-    tokens = [ord(character) for character in text]
-    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
-    return replace(Rollout(problem, method.prompts(problem), response), group=group)
+    return replace(Rollout(problem, method.prompts(problem), response_of(text)), group=group)
 
 
 def shown(one: Rollout) -> str:
