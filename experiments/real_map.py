@@ -18,7 +18,9 @@ columns, hints has the base with and without hints, and losses compares targets 
 
 The task canary came last, when the rule and the default were decided.  Before its first run it had the arms default,
 anchored_w4, anchored_forward_w2_guided, student_mix, teacher_alone and controls_with_share, with the steps and the rate
-of one_sentence.  A target is good at it if it learns the sentence and not the source.
+of one_sentence.  A target is good at it if it learns the sentence and not the source.  After the first cell
+(student_mix, seed 11: .95 of the samples are one sentence, and none names the source) student_mix_forward and
+teacher_alone_forward came in addition, because forward KL also raises tokens that the student hardly ever samples.
 """
 
 from __future__ import annotations
