@@ -127,7 +127,7 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylabel("sampled answers of one short sentence")
     axis.set_ylim(-0.02, 1.02)
     finish(axis, "What is learnt, and how far the model drifts")
-    axis.legend(fontsize=9, loc="lower right")
+    axis.legend(fontsize=8, loc="center right")
     figure.savefig(PICTURE)
 
 
