@@ -7,9 +7,13 @@ which no task has: the drift is KL(student || base) in nats, the mean over the t
 to 50 questions, of at most 32 tokens.  Arms: the mix with the student (the default where all hints are one text), the
 teacher alone, the anchored target with w = .75 and with w = 4, and the mix with another instruction as the hint.
 
-A cell is one arm and one seed, and one line of results/frontier.jsonl.
+The task canary of real_map.py came in when its first six cells of ten steps had ended without a leak, to see whether
+one comes later.  Its arms are the mix with the student, and the teacher alone under forward KL.
+
+A cell is one task, one arm and one seed, and one line of results/frontier.jsonl.
 
     python experiments/frontier.py                          the missing cells, 45 minutes each on one core
+    python experiments/frontier.py --task canary            those of the canary
     python experiments/frontier.py --picture                the picture docs/frontier.png, from the lines
 """
 
@@ -37,6 +41,7 @@ from _lib.watched_runs import opened, train_one_step
 
 PICTURE = DOCS / "frontier.png"
 ARMS = ("student_mix", "teacher_alone", "default", "anchored_w4", "student_mix_other_hint")
+ARMS_OF_TASK = {"one_sentence": ARMS, "canary": ("student_mix", "teacher_alone_forward")}
 STEPS = (0, 5, 10, 20, 40)
 NUM_TOKENS = 32
 """The length of the longest answer of the base, in tokens."""
@@ -45,27 +50,30 @@ NUM_TOKENS = 32
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing cells seed by seed, or draw the picture; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--task", choices=ARMS_OF_TASK, default="one_sentence")
+    parser.add_argument("--arms", nargs="+", choices=sorted({*ARMS, *ARMS_OF_TASK["canary"]}), help="(default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--lines", type=Path, default=FRONTIER, help="(default: experiments/results/frontier.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")
     parser.add_argument("--picture", action="store_true", help="draw the picture and run nothing")
     options = parser.parse_args(argv)
-    if not options.picture:
+    if options.picture:
+        draw([line for line in read_lines(options.lines) if line["task"] == "one_sentence"])
+    else:
         prepare_process(num_threads=None)
-        for seed, arm in product(options.seeds, options.arms):
-            if not any((line["arm"], line["seed"]) == (arm, seed) for line in read_lines(options.lines)):
-                directory = options.directory / f"frontier-{arm}-{seed}"
-                append_line(options.lines, run(arm, seed, options.directory, directory), directory)
-    draw(read_lines(options.lines))
+        for seed, arm in product(options.seeds, options.arms or ARMS_OF_TASK[options.task]):
+            name = {"task": options.task, "arm": arm, "seed": seed}
+            if not any(name.items() <= line.items() for line in read_lines(options.lines)):
+                directory = options.directory / "-".join(["frontier", *map(str, name.values())])
+                append_line(options.lines, name | run(**name, root=options.directory, directory=directory), directory)
     return 0
 
 
-def run(arm: str, seed: int, root: Path, directory: Path) -> dict[str, Any]:
-    """Train a cell, with the model under ``root``; return its line."""
-    cell = Cell(TASKS["one_sentence"], arm, RATE, seed, "held_out")
+def run(task: str, arm: str, seed: int, root: Path, directory: Path) -> dict[str, Any]:
+    """Train a cell, with the model under ``root``; return its settings and its figures at each of `STEPS`."""
+    cell = Cell(TASKS[task], arm, RATE, seed, "held_out")
     hf, _ = model_directories(root)
-    line: dict[str, Any] = {"arm": arm, "seed": seed, "lr": RATE, "steps": list(STEPS), "overrides": list(cell.chosen)}
+    line: dict[str, Any] = {"lr": RATE, "steps": list(STEPS), "overrides": list(cell.chosen)}
     figures: list[dict[str, float]] = []
     with opened(cell.overrides(root, directory, STEPS[-1]), "train") as trainer:
         for step in range(STEPS[-1] + 1):
@@ -109,7 +117,7 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of the page, and draw the curve of each arm: sampled answers of one sentence over the drift."""
     from matplotlib.figure import Figure  # pyplot would need a display and keep state
 
-    print(*table_of_frontier(lines), sep="\n")
+    print(*table_of_frontier(lines, "drift"), sep="\n")
     figure = Figure(figsize=(6.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()
     for arm, color in ((arm, f"C{number}") for number, arm in enumerate(ARMS)):

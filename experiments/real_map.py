@@ -375,20 +375,24 @@ SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
 
 def table_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the rows of the table ``name`` of the page."""
-    if name == "frontier":
-        return table_of_frontier(read_lines(FRONTIER))
+    if name.startswith("frontier"):
+        task, figure = {"frontier": ("one_sentence", "drift"), "frontier_canary": ("canary", "refers")}[name]
+        return table_of_frontier([line for line in read_lines(FRONTIER) if line["task"] == task], figure)
     reported = [line for line in lines if line["split"] == "held_out"]
     over_tasks = {"losses": table_of_losses, "hints": table_of_hints, "brief": table_of_brief_tasks}
     return over_tasks[name](reported) if name in over_tasks else table_of_task(name, reported)
 
 
-def table_of_frontier(lines: Sequence[Line]) -> list[str]:
-    """Return sampled accuracy / drift at the steps of frontier.py for each arm, the means over its seeds."""
+def table_of_frontier(lines: Sequence[Line], figure: str) -> list[str]:
+    """Return sampled accuracy / ``figure`` at the steps of frontier.py for each arm, the means over its seeds."""
     steps = lines[0]["steps"]
-    rows = [["sampled / drift after", "seeds", *(f"{step} steps" for step in steps)], ["---"] * (len(steps) + 2)]
+    rows = [
+        [f"sampled / {FIGURES.get(figure, figure)} after", "seeds", *(f"{step} steps" for step in steps)],
+        ["---"] * (len(steps) + 2),
+    ]
     for arm in (arm for arm in LABELS if any(line["arm"] == arm for line in lines)):
         runs = [line for line in lines if line["arm"] == arm]
-        means = [zip(*(run[figure] for run in runs), strict=True) for figure in ("sampled", "drift")]
+        means = [zip(*(run[key] for run in runs), strict=True) for key in ("sampled", figure)]
         cells = [" / ".join(short(mean(values)) for values in both) for both in zip(*means, strict=True)]
         rows.append([LABELS[arm], " ".join(str(run["seed"]) for run in runs), *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
