@@ -200,8 +200,12 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
         )
     accuracies = f"{accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
-        reason = "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
-        return Recommended(GUIDED, f"{accuracies}: {reason}target=teacher_alone in place of target.teacher_weight")
+        reason = (
+            "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
+            "target=teacher_alone in place of target.teacher_weight; where the hints ask for a behaviour and state no "
+            "solution, take target.anchor=student in place of all of these settings"
+        )
+        return Recommended(GUIDED, f"{accuracies}: {reason}")
     return Recommended((), f"there are {num_hints} different hints, and {accuracies}")
 
 
