@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -226,18 +227,13 @@ class _FusedAtTemperature(FusedLoss):
         hidden: Tensor,
         positions: ResponsePositions,
         teacher_hidden: Tensor,
-        response_tokens: Tensor,
-        vocab: VocabShard,
-        grid: RankGrid,
-        reference: tuple[GPTModel, Tensor] | None = None,
-        controls: Tensor | None = None,
-        options: TokenOptions = NO_OPTIONS,
+        *rest: Any,
+        **options: Any,
     ) -> TokenStats:
         """Return the statistics of the tokens at this temperature; see `FusedLoss`."""
         if self.temperature != 1.0:
             hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
-        rest = response_tokens, vocab, grid, reference, controls, options
-        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest)
+        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest, **options)
 
 
 def candidate_log_probs(

@@ -59,11 +59,19 @@ _LOCK = threading.Lock()
 _PythonUnpickler: Any = pickle._Unpickler
 
 
-def _member(enumeration: str, value: Any) -> Any:
+def _member(enumeration: str, value: Any, by_name: bool = False) -> Any:
     """Return the member with ``value``; the value itself if the installed Megatron has no such enumeration."""
     module, _, name = enumeration.rpartition(".")
     found = getattr(importlib.import_module(module), name, None)
-    return value if found is None else found(value)
+    return value if found is None else found[value] if by_name else found(value)
+
+
+def _member_by_name(enumeration: Any, name: str) -> Any:
+    """Return the member ``name``, for which Python 3.11.2 stores a call of ``getattr``; refuse other calls."""
+    if not isinstance(enumeration, functools.partial):  # `_allowed` makes one of each enumeration, and a pickle none
+        raise pickle.UnpicklingError("GLOBAL getattr is not allowed")
+    kind = enumeration.func
+    return kind[name] if isinstance(kind, enum.EnumMeta) else enumeration(name, by_name=True)
 
 
 class _NumpyType:
@@ -111,6 +119,7 @@ def _allowed() -> dict[str, Any]:
     table |= {name: functools.partial(_member, name) for name in _ENUMERATIONS}
     table |= {f"signal.{name}": member for name, member in signal.Signals.__members__.items()}
     table |= {"pathlib.PosixPath": PosixPath, "pathlib._local.PosixPath": PosixPath, "io.BytesIO": io.BytesIO}
+    table |= dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _member_by_name)
     table["megatron.core.optimizer.optimizer_config.OptimizerConfig"] = types.SimpleNamespace
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table |= {f"{core}._reconstruct": _empty_array, f"{core}.scalar": _scalar}

@@ -136,6 +136,14 @@ def test_a_signal_is_read_in_both_forms_in_which_versions_of_python_store_it(tmp
         assert load_pickled(torch_file(tmp_path / "state.pt", b"\x80\x02" + pickled + b".")) is signal.SIGTERM
 
 
+@pytest.mark.parametrize("builtins", ["builtins", "__builtin__"])
+def test_a_member_is_read_by_the_name_that_python_3_11_2_stores(tmp_path, builtins):
+    pickled = b"\x80\x02" + named(builtins, "getattr") + BACKEND + plain("flash") + b"\x86R."
+    assert (
+        loads_pickled(pickled, "state") is load_pickled(torch_file(tmp_path / "state.pt", pickled)) is AttnBackend.flash
+    )
+
+
 def test_an_enumeration_of_another_megatron_becomes_its_value(tmp_path, monkeypatch):
     torch.save({"args": argparse.Namespace(attention_backend=AttnBackend.flash)}, tmp_path / "state.pt")
     monkeypatch.delattr("megatron.core.transformer.enums.AttnBackend")
@@ -155,6 +163,7 @@ ATTACKS = {
     "the dict of a class": (
         named("builtins", "getattr") + NAMESPACE + plain("__dict__") + b"\x86R" + plain("x") + plain(1) + b"s"
     ),
+    "what is no member of an enumeration": named("builtins", "getattr") + BACKEND + plain("__class__") + b"\x86R",
     "an item of a class": NAMESPACE + plain("a") + plain(1) + b"s",
     "items of a class": NAMESPACE + b"(" + plain("a") + plain(1) + b"u",
     "an element of no list": named("_io", "BytesIO") + b")R" + plain(1) + b"a",
