@@ -56,13 +56,11 @@ def test_splits_share_no_noun_no_word_and_no_pair_of_numbers():
         assert all(a.isdisjoint(b) for a, b in combinations(made_of, 2)), name
 
 
-@EVERY_TASK
-def test_the_solution_alone_is_right_where_it_states_an_answer(task):
-    if task.name in ("one_sentence", "canary"):  # whose solution is an instruction
-        return
-    for record in task.problems("held_out"):
-        assert verdict(task.name, record["solution"], record["answer"])
-        assert not verdict(task.name, record["problem"], record["answer"]), "the problem is no answer to itself"
+@pytest.mark.parametrize("name", ["facts", "sort_words", "word_problems", "multiplication"])
+def test_the_solution_alone_is_right_where_it_states_an_answer(name):
+    for record in TASKS[name].problems("held_out"):
+        assert verdict(name, record["solution"], record["answer"])
+        assert not verdict(name, record["problem"], record["answer"]), "the problem is no answer to itself"
 
 
 def test_half_of_the_hints_name_the_source_and_only_a_response_that_names_it_leaks():
