@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the missing cells seed by seed, or draw the picture; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=ARMS_OF_TASK, default="one_sentence")
-    parser.add_argument("--arms", nargs="+", choices=sorted({*ARMS, *ARMS_OF_TASK["canary"]}), help="(default: all)")
+    parser.add_argument("--arms", nargs="+", choices=sorted(set().union(*ARMS_OF_TASK.values())), help="(default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--lines", type=Path, default=FRONTIER, help="(default: experiments/results/frontier.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")

@@ -371,12 +371,14 @@ SHOWN_OF_CANARY = ("greedy", "sampled", "refers", "kept_length")
 BRIEF = ("sort_words", "word_problems", "multiplication")
 """The tasks that share one table."""
 SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
+OF_FRONTIER = {"frontier": ("one_sentence", "drift"), "frontier_canary": ("canary", "refers")}
+"""Table of the lines of frontier.py -> its task, and the figure beside the sampled accuracy."""
 
 
 def table_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the rows of the table ``name`` of the page."""
-    if name.startswith("frontier"):
-        task, figure = {"frontier": ("one_sentence", "drift"), "frontier_canary": ("canary", "refers")}[name]
+    if name in OF_FRONTIER:
+        task, figure = OF_FRONTIER[name]
         return table_of_frontier([line for line in read_lines(FRONTIER) if line["task"] == task], figure)
     reported = [line for line in lines if line["split"] == "held_out"]
     over_tasks = {"losses": table_of_losses, "hints": table_of_hints, "brief": table_of_brief_tasks}

@@ -228,12 +228,12 @@ class _FusedAtTemperature(FusedLoss):
         positions: ResponsePositions,
         teacher_hidden: Tensor,
         *rest: Any,
-        **options: Any,
+        **further: Any,
     ) -> TokenStats:
         """Return the statistics of the tokens at this temperature; see `FusedLoss`."""
         if self.temperature != 1.0:
             hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
-        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest, **options)
+        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest, **further)
 
 
 def candidate_log_probs(

@@ -60,7 +60,7 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 def _member(enumeration: str, value: Any, by_name: bool = False) -> Any:
-    """Return the member with ``value``; the value itself if the installed Megatron has no such enumeration."""
+    """Return the member whose value, or name if ``by_name``, is ``value``; ``value`` without such an enumeration."""
     module, _, name = enumeration.rpartition(".")
     found = getattr(importlib.import_module(module), name, None)
     return value if found is None else found[value] if by_name else found(value)
@@ -70,8 +70,7 @@ def _member_by_name(enumeration: Any, name: str) -> Any:
     """Return the member ``name``, for which Python 3.11.2 stores a call of ``getattr``; refuse other calls."""
     if not isinstance(enumeration, functools.partial):  # `_allowed` makes one of each enumeration, and a pickle none
         raise pickle.UnpicklingError("GLOBAL getattr is not allowed")
-    kind = enumeration.func
-    return kind[name] if isinstance(kind, enum.EnumMeta) else enumeration(name, by_name=True)
+    return enumeration(name, by_name=True)
 
 
 class _NumpyType:
@@ -127,8 +126,8 @@ def _allowed() -> dict[str, Any]:
     recipes = sys.modules.get(_RECIPES)  # Transformer Engine is imported where a model has its layers
     for name, value in vars(recipes).items() if recipes is not None else ():
         if isinstance(value, type) and value.__module__ == _RECIPES:
-            is_enumeration = issubclass(value, enum.Enum)
-            table[f"{_RECIPES}.{name}"] = functools.partial(value) if is_enumeration else value
+            path = f"{_RECIPES}.{name}"
+            table[path] = functools.partial(_member, path) if issubclass(value, enum.Enum) else value
     return table
 
 

@@ -202,7 +202,8 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
         reason = (
             "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
-            "target=teacher_alone in place of target.teacher_weight; for a behaviour, take target.anchor=student alone"
+            "target=teacher_alone in place of target.teacher_weight; where the hints ask for a behaviour, take "
+            "target.anchor=student alone"
         )
         return Recommended(GUIDED, f"{accuracies}: {reason}")
     return Recommended((), f"there are {num_hints} different hints, and {accuracies}")
