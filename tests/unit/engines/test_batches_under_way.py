@@ -12,7 +12,7 @@ import pytest
 from fake_server_sampler import GREEDY, sampler, tell
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.engines.vllm.server_batch import request_key
+from megatron_selfdistill.engines.vllm.server_batch import BusyTime, request_key
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
 
@@ -207,3 +207,14 @@ def test_a_response_knows_the_weights_of_each_token():
     assert response.token_versions == [None] * 3
     assert replace(response, weight_version=4).token_versions == [4, 4, 4]
     assert replace(response, weight_version=4, weight_spans=[(4, 1), (5, 2)]).token_versions == [4, 5, 5]
+
+
+def test_works_at_the_same_time_count_once_and_a_work_under_way_counts_up_to_now():
+    busy_time = BusyTime()
+    began = time.perf_counter()
+    with busy_time, busy_time:
+        time.sleep(0.05)
+    assert 0.05 <= busy_time.take() <= time.perf_counter() - began
+    with busy_time:
+        time.sleep(0.05)
+        assert busy_time.take() >= 0.05

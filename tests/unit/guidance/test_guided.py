@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config import Config, RolloutConfig, TargetConfig
 from megatron_selfdistill.guidance import guided_tokens
 from megatron_selfdistill.guidance.guided_tokens import MixedTokens, select_mixed_tokens
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.sampling import select_tokens
+from megatron_selfdistill.sources.configured_source import step_sampling
 
 TARGETS = {
     "entropy matched": Target(anchor="student"),
@@ -152,3 +155,34 @@ def test_the_target_is_solved_as_the_loss_solves_it_bit_for_bit(name: str) -> No
     mix = (weight_t * teacher.double() + weight_s * student.double())[:, :61]
     normaliser = (solution.beta[:, None] * mix).logsumexp(-1)
     torch.testing.assert_close(solution.log_normaliser, normaliser, rtol=0, atol=1e-5)
+
+
+RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=0)
+
+
+def sampled_target(batch_k: float | None = None, rule: str = "entropy_matched", **teachers: object) -> Target:
+    """Return the target of the sampling parameters of a run with the anchor reference and ``teachers``."""
+    target, rollout = TargetConfig(rule=rule, anchor="reference"), RolloutConfig(guidance="mixed")
+    return step_sampling(Config(target=target, rollout=rollout, teachers=teachers), RUN_DATA, batch_k).target
+
+
+def test_guided_tokens_are_sampled_with_the_weight_of_the_teacher_that_guides() -> None:
+    assert sampled_target() == Target(anchor="reference", teacher_weight=0.75)
+    own = sampled_target(math={"weight": 2.0}, default={}, guide="math")
+    assert own == Target(anchor="reference", teacher_weight=2.0) and own.k_bound == 3.0
+    assert sampled_target(math={"weight": 2.0}, default={}, guide="default") == sampled_target()
+
+
+def test_guided_tokens_are_sampled_with_the_k_of_the_step() -> None:
+    assert [sampled_target(k, rule="batch").k for k in (1.4, None)] == [1.4, None]
+
+
+def test_a_number_that_belongs_to_one_weight_is_refused() -> None:
+    for target in (
+        Target(k_max=1.5, anchor="student"),
+        Target("fixed", k=1.5, anchor="student"),
+        Target("batch", k_max=2, k=1.1, anchor="student"),
+    ):
+        with pytest.raises(ValueError, match="must not be a number where tokens have different teacher weights"):
+            target.with_teacher_weight(2.0)
+    assert Target("fixed", k_max=1.5, anchor="student").with_teacher_weight(2.0).geometric_k == 3.0

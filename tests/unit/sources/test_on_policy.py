@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_selfdistill.sources import on_policy
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.source import SourceState
+from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 PROBLEMS = [
     Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "abcd"
@@ -109,3 +111,39 @@ def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatc
 
 def test_a_problem_that_comes_twice_in_a_batch_gets_samples_of_its_own():
     assert on_policy.first_sample_indices([PROBLEMS[i] for i in (0, 1, 0, 0)], SAMPLES) == [0, 0, 2, 4]
+
+
+def test_each_version_of_the_weights_is_sent_once_and_its_time_is_counted():
+    inner, phases = Mock(), Phases(torch.device("cpu"))
+    sampler = SyncedSampler(lambda: inner, phases)
+    for version in (3, 3, 4, 4, 3):
+        sampler.update_weights(version)
+    assert [call.args for call in inner.update_weights.call_args_list] == [(3,), (4,), (3,)]
+    assert sampler.version == 3 and "seconds/sync" in phases.metrics()
+
+
+def test_weights_that_could_not_be_sent_are_sent_again():
+    inner = Mock()
+    inner.update_weights.side_effect = [RuntimeError("the engine died"), None]
+    sampler = SyncedSampler(lambda: inner, Phases(torch.device("cpu")))
+    for _ in range(2):
+        try:
+            sampler.update_weights(1)
+        except RuntimeError:
+            continue
+    assert inner.update_weights.call_count == 2 and sampler.version == 1
+
+
+def test_nothing_is_built_until_something_is_to_be_sampled_and_then_once():
+    inner = Mock()
+    build = Mock(return_value=inner)
+    sampler = SyncedSampler(build, Phases(torch.device("cpu")))
+    sampler.sleep()
+    sampler.close()
+    assert sampler.metrics() == {} and not build.called
+    sampler.update_weights(7)
+    inner.update_weights.assert_called_once_with(7)
+    assert sampler.generate([], None) is inner.generate.return_value and sampler.metrics() is inner.metrics.return_value
+    sampler.sleep()
+    sampler.close()
+    assert build.call_count == inner.sleep.call_count == inner.close.call_count == 1

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import vllm
+from scripts import load_script
 from vllm.config import CacheConfig
 from vllm.utils.mem_utils import MemorySnapshot
 from vllm.v1.worker.utils import request_memory
 
 from megatron_selfdistill.engines.vllm.colocated import _MARGIN_BYTES
+from megatron_selfdistill.engines.vllm.server import serve
 
 GIB = 2**30
 ARGUMENTS = {"kv_cache_memory_bytes": 16 * GIB}
@@ -26,3 +31,15 @@ def test_vllm_starts_beside_a_trainer_of_an_8b_model(free, total, taken):
         request_memory(snapshot(free, total), CacheConfig(**ARGUMENTS))
     arguments = ARGUMENTS | {"gpu_memory_utilization": (int(free) - _MARGIN_BYTES) / int(total)}
     assert request_memory(snapshot(free - taken, total), CacheConfig(**arguments)) <= free - taken
+
+
+def test_every_name_that_is_used_is_there():
+    names = load_script(Path(__file__).resolve().parents[3] / "tools" / "vllm_names.py")
+    root = names.installed("vllm")
+    assert root is not None and names.version_of(root) == vllm.__version__
+    assert names.missing(root) == []
+
+
+def test_a_server_finds_vllms_command_line():
+    names = [function.__name__ for function in serve._command_line_of_vllm()]
+    assert names == ["make_arg_parser", "validate_parsed_serve_args", "cli_env_setup"]

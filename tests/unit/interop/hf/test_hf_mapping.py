@@ -15,6 +15,10 @@ from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import copy
+
+from conditioning import CHANGE, ROUNDINGS, UNIT_ROUNDOFF
+
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
@@ -383,3 +387,27 @@ def test_carried_layers_are_in_no_model(ranks, written):
 def parameter_names(model: ModelConfig) -> list[str]:
     chunks, _ = models.build(model, ParallelConfig())
     return [name for name, _ in chunks[0].named_parameters()]
+
+
+QUICK = ("qwen3", "qwen3_5")
+ROUTED_OTHERWISE = "qwen3_next_unnormalised"
+"""A model whose routers choose other experts after a change of the weights: its logits jump."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.full)
+        for kind in hf_models.CONFIGS
+        if kind != ROUTED_OTHERWISE
+    ],
+)
+def test_three_roundings_of_the_weights_move_the_logits_by_at_most_the_bound(tmp_path, kind):
+    model = hf_models.write(kind, tmp_path)
+    changed, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    for weight in changed.parameters():
+        weight.mul_(1 + CHANGE / 4 * (2 * torch.randint(0, 2, weight.shape, generator=draw) - 1))
+    logits = (hf_models.hf_logits(one, hf_models.SEQUENCES) for one in (model, changed))
+    moved = (torch.sub(*logits)).abs().max().item() / (CHANGE / 4) * UNIT_ROUNDOFF
+    assert hf_models.logits_bound(kind) / 10 < ROUNDINGS * moved < hf_models.logits_bound(kind)
