@@ -16,6 +16,7 @@ from megatron_selfdistill.data.tokenizer import RARE_LETTERS, Tokenizer
 from megatron_selfdistill.data.tried_template import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
+_PROBE = "[x] a  b\n1 + 23 é"
 TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 
 
@@ -27,7 +28,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             # False, since transformers asks on the terminal whether to run the code if there is no value.
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, mistral_format=False
+            )
         except Exception as error:  # tokenizers raises a plain Exception, and remote code any exception
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if not trust_remote_code and "trust_remote_code" in str(error):
@@ -38,6 +41,7 @@ class HuggingFaceTokenizer(Tokenizer):
             elif not isinstance(path, Path):
                 reason = f"there is no such directory here, and it could not be loaded as a hub name ({reason})"
             raise ValueError(f"Tokenizer: expected {TOKENIZERS}, got {path}: {reason}") from error
+        self._require_text_of_file(Path(path))
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self.chat_template = self._tokenizer.chat_template
@@ -52,6 +56,29 @@ class HuggingFaceTokenizer(Tokenizer):
         starts = [at for at in range(len(own)) if own[at : at + len(plain)] == plain]
         self.prefix = own[: starts[0]] if starts else ()
         try_chat_template(self.name, self._tokenizer.chat_template, self._tokenizer.special_tokens_map)
+
+    def _require_text_of_file(self, directory: Path) -> None:
+        """Raise ValueError where transformers reads a text otherwise than ``tokenizer.json`` says or Mistral meant.
+
+        Transformers 5.19 loses the spaces of DeepSeek's tokenizers that name the class of Llama.
+        """
+        from tokenizers import Tokenizer as TokenizerOfFile
+
+        file, backend = directory / "tokenizer.json", getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or not file.is_file() or "fix_mistral_regex" in self._tokenizer.init_kwargs:
+            return
+        if getattr(backend, "fix_mistral_regex", None) is False and "{1,3}" in str(backend.pre_tokenizer):
+            raise ValueError(
+                f"Tokenizer: {file} splits text otherwise than Mistral's models were trained with: write "
+                '"fix_mistral_regex": true into tokenizer_config.json, or false to keep this split'
+            )
+        of_file = TokenizerOfFile.from_file(str(file))
+        expected = of_file.decode(of_file.encode(_PROBE, add_special_tokens=False).ids, skip_special_tokens=False)
+        if (got := self.decode(self.encode(_PROBE))) != expected:
+            raise ValueError(
+                f"Tokenizer: this version of transformers reads {got!r} where {file} reads {expected!r}: install "
+                'another version, or set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json'
+            )
 
     def tokens(self) -> dict[int, str]:
         """Return id -> token of the whole vocabulary, added tokens included."""

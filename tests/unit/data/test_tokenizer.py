@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TokenizersBackend
 
 from megatron_selfdistill.data import tried_template
 from megatron_selfdistill.data.tokenizer import pieces
@@ -35,6 +40,35 @@ def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_directory, monk
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: longest.append(len(ids)) or decode(ids))
     assert set("".join(pieces([first_byte] * 200, tokenizer))) == {"\ufffd"}
     assert max(longest) <= 8
+
+
+def changed(directory: Path, **changes: Any) -> Path:
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return directory
+
+
+def test_a_version_of_transformers_that_loses_spaces_is_refused(chat_directory, tmp_path, monkeypatch):
+    directory = changed(shutil.copytree(chat_directory, tmp_path / "llama"), tokenizer_class="LlamaTokenizerFast")
+    monkeypatch.setattr(TokenizersBackend, "_tokenizer_json_has_byte_level", lambda *_, **__: False, raising=False)
+    with pytest.raises(ValueError, match=r"reads '\[x\]ab1\+23é' where .*tokenizer.json reads '\[x\] a  b"):
+        load_tokenizer(directory)
+    tokenizer = load_tokenizer(changed(directory, tokenizer_class="PreTrainedTokenizerFast"))
+    assert tokenizer.decode(tokenizer.encode("a  b")) == "a  b"
+
+
+def test_a_tokenizer_of_mistral_with_the_split_of_another_model_is_refused(chat_directory, tmp_path):
+    directory = shutil.copytree(chat_directory, tmp_path / "mistral")
+    (directory / "config.json").write_text('{"model_type": "mistral3", "transformers_version": "4.50.0"}')
+    content = json.loads((file := directory / "tokenizer.json").read_text().replace(r"\\p{N}|", r"\\p{N}{1,3}|"))
+    model = content["model"]
+    model["merges"] += [["1", "2"]]
+    model["vocab"] |= {token: 1000 + i for i, token in enumerate(["12", *map("filler{}".format, range(100_000))])}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"splits text otherwise than Mistral's models"):
+        load_tokenizer(directory)
+    assert len(load_tokenizer(changed(directory, fix_mistral_regex=True)).encode("12")) == 2
+    assert len(load_tokenizer(changed(directory, fix_mistral_regex=False)).encode("12")) == 1
 
 
 @pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
