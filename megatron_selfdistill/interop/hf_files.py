@@ -20,7 +20,8 @@ from megatron_selfdistill.data.records import from_json, kind_of
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
-HUB_FILES, HUB_IGNORED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"), ("original/*", "consolidated*")
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+HUB_IGNORED = ("original/*", "consolidated*")
 """The files of a model on the hub that are downloaded, and those among them that repeat its weights."""
 FOLLOW_LINKS = "SELFDISTILL_FOLLOW_LINKS"
 """The environment variable with which a user vouches, by the value 1, for the links in Hugging Face directories."""

@@ -69,7 +69,11 @@ def test_a_wrong_key_or_a_missing_file_costs_no_conversion(data, model, tmp_path
 
 
 def test_a_name_of_the_hub_is_downloaded_or_the_command_is_named(model, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"some/model": str(model)}[name])
+    def downloaded(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert name == "some/model" and "*.py" in allow_patterns, "or a tokenizer lacks the code of its auto_map"
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     assert model_directory(Path("some/model")) == model and model_directory(model) == model
     monkeypatch.undo()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -69,6 +69,11 @@ def _read(config: HFConfig, entry: str) -> Rope:
     kind = parameters.pop("rope_type", older)
     if kind in _WITH_A_LENGTH and (length := config.given(_LENGTH)) is not None:
         parameters[_LENGTH] = length
+    if (factor := parameters.pop("attn_factor", None)) not in (None, 1):
+        raise config.error(
+            f"has attn_factor={factor}, which transformers ignores and others multiply by YaRN's factor: remove it, or "
+            "write the product as attention_factor"
+        )
     if int(theta) != theta:
         raise ConfigError(f"config.json has rope_theta={theta}, but Megatron's rotary_base is a whole number")
     return Rope(int(theta), kind, parameters, 1.0 if partial is None else float(partial))

@@ -134,6 +134,7 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
             "attention_factor=1.5 and factor=1.0",
         ),
         ("qwen3_yarn", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
+        ("qwen3_yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.88}}, "attn_factor=0.88"),
         ("qwen3_window", {"layer_types": ["sliding_attention"] * 3}, "has None as entry 3 of layer_types"),
         ("qwen3_window", {"layer_types": ["chunked_attention"] * 4}, "has chunked_attention as entry 0 of layer_types"),
         ("qwen3_moe", {"decoder_sparse_step": 9}, "no layer with experts"),
