@@ -36,7 +36,7 @@ from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.evaluation.held_out import check_lengths
+from megatron_selfdistill.evaluation.held_out import checked_prompts
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.pipeline.score import read_tokens
@@ -86,9 +86,12 @@ def measure_hint_levels(
     first, mine = next(iter(levels.values())), slice(grid.dp_rank, None, grid.dp_size)
     problems, builder = first.evaluation[:MAX_PROBLEMS], first.builder
     plain = [builder.student_prompt(it) for it in problems]
-    hinted = {name: [builder.teacher_prompt(it) for it in of.evaluation[:MAX_PROBLEMS]] for name, of in levels.items()}
-    for prompts in hinted.values():
-        check_lengths(problems, prompts, config.rollout.max_new_tokens, first)
+    hinted = {
+        name: checked_prompts(
+            replace(of, evaluation=of.evaluation[:MAX_PROBLEMS]), verifier, config.rollout.max_new_tokens, hinted=True
+        )
+        for name, of in levels.items()
+    }
 
     def sampled(prompts: Sequence[list[int]]) -> list[Response]:
         return inference.first_samples(problems, prompts, config.seed, grid)

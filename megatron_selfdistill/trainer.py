@@ -250,11 +250,11 @@ class Trainer:
         """The directory of the present step's checkpoint."""
         return self.checkpointer.directory / iteration_name(self.step)
 
-    def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
+    def evaluate(self, hinted: bool = False, num_transcripts: int | None = 0) -> EvaluationResult:
         """Evaluate on held-out problems, without hints unless ``hinted``, and log the result under the present step.
 
-        ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
-        keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
+        ``num_transcripts``: the problems whose responses are all kept as text; None keeps all.  Without hints, the
+        result also has the responses to report.num_problems that go to evaluation_samples.jsonl.
         """
         options = EvaluationOptions.configured(
             self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_selfdistill.config import Config
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 _NUM_EXAMPLES = 3
+_NUM_SHOWN = 2  # responses to a problem that a run writes
 _END = 200  # characters of the end of a response that are shown, because the answer stands at the end
 
 
@@ -67,22 +69,19 @@ class EvaluationOptions:
     hinted: bool = False
     """Whether the prompt is the teacher's, which shows the solution."""
     num_transcripts: int | None = 4
-    """The number of first problems whose responses are kept as text; None keeps all responses."""
+    """The number of first problems whose responses are all kept as text; None keeps all responses."""
     leak_words: Sequence[str] = ()
     """The words and phrases by which a response speaks of its hint (`word_pattern`)."""
     confidence: re.Pattern[str] | None = None
     """The pattern of a text that states the confidence in the response (`split_confidence`)."""
     num_shown: int = 0
-    """The number of first problems of which a run writes responses; at most ``num_transcripts``."""
+    """The number of first problems of which a run writes the greedy response and the first sample."""
 
     @classmethod
     def configured(
         cls, config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None, **more: Any
     ) -> EvaluationOptions:
-        """Return the settings of an evaluation after ``step`` steps; ``more``: further fields.
-
-        The evaluation keeps ``num_transcripts``, and at least the responses that a run writes.
-        """
+        """Return the settings of an evaluation after ``step`` steps; ``more``: further fields."""
         num_shown = config.report.num_problems if config.shows_contents and not hinted else 0
         return cls(
             params=params,
@@ -91,7 +90,7 @@ class EvaluationOptions:
             seed=config.seed,
             step=step,
             hinted=hinted,
-            num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
+            num_transcripts=num_transcripts,
             confidence=config.evaluation.confidence_pattern,
             num_shown=num_shown,
             **more,
@@ -120,7 +119,6 @@ class Player(Protocol):
 
         ``hinted``: whether the model reads the teacher's prompts.  Raises: `EngineError` on all ranks.
         """
-        ...
 
 
 def evaluate(
@@ -135,29 +133,46 @@ def evaluate(
 
     With a ``player``, each response begins an episode, of which the verifier judges the last response.
 
-    The problems are ``run_data.evaluation``, the same on all ranks; each data-parallel replica samples every dp_size-th
-    problem.
+    The problems are ``run_data.evaluation``, the same on all ranks; each replica samples every dp_size-th problem.
     The seed of sample i is ``sample_seed(seed, step, "eval/" + problem.id, i)``, so the results do not depend on the
     parallel sizes.  A response that reached the limit is wrong, since it has no final answer.
 
     Returns: the same result on every rank.
     Collectives: two calls of ``sampler.generate`` or of ``player.play`` (one call without samples), with no samples on
     a replica that has no problem; one all_gather_object over the world, whose ranks share the work of the verifier.
-    Raises: `ConfigError` before the first sample for problems that have no answer or do not fit
-    ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
+    Raises: `ConfigError` before the first sample as `checked_prompts`; `VerifierError` on every rank if the verifier
+    failed on one rank.
     """
-    problems, builder = run_data.evaluation, run_data.builder
+    problems = run_data.evaluation
     if not problems:
         raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
-    check_answers(problems, verifier)
-    prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
-    prompts = [prompt_of(problem) for problem in problems]
-    check_lengths(problems, prompts, options.params.max_new_tokens, run_data)
+    prompts = checked_prompts(run_data, verifier, options.params.max_new_tokens, hinted=options.hinted)
     responses = _sample(sampler, problems, prompts, options, grid, player)
-    num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
-    judge = _Judge(verifier, run_data, options, {problem.id for problem in problems[:num_kept]})
+    kept: dict[str, int | None] = {problem.id: _NUM_SHOWN for problem in problems[: options.num_shown]}
+    kept |= dict.fromkeys((problem.id for problem in problems[: options.num_transcripts]), None)
+    judge = _Judge(verifier, run_data, options, kept)
     found = judged_by_all({p: (problems[p], responses[p]) for p in responses}, judge, grid)
     return _result([found[p] for p in range(len(problems))], problems, options)
+
+
+def checked_prompts(
+    run_data: RunData, verifier: Verifier, max_new_tokens: int, *, hinted: bool = False
+) -> list[list[int]]:
+    """Return the prompts of the held-out problems, those of the teacher if ``hinted``.
+
+    Raises: `ConfigError` for a problem without an answer, and for a prompt that leaves no room for a response.
+    """
+    problems, builder, most = run_data.evaluation, run_data.builder, run_data.max_length - max_new_tokens
+    check_answers(problems, verifier)
+    prompts = [(builder.teacher_prompt if hinted else builder.student_prompt)(problem) for problem in problems]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) > most:
+            raise ConfigError(
+                f"{problem.location}: expected a prompt of at most {most} tokens (the longest context "
+                f"{run_data.max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}; "
+                "remove the problem from evaluation.path, or lower rollout.max_new_tokens."
+            )
+    return prompts
 
 
 def _sample(
@@ -213,10 +228,11 @@ class _JudgedProblem:
 
 class _Judge:
     def __init__(
-        self, verifier: Verifier, run_data: RunData, options: EvaluationOptions, kept_ids: Collection[str]
+        self, verifier: Verifier, run_data: RunData, options: EvaluationOptions, kept: Mapping[str, int | None]
     ) -> None:
+        """``kept``: the number of first responses that are kept as text, by the ids of problems; None keeps all."""
         self._verifier, self._builder, self._tokenizer = verifier, run_data.builder, run_data.tokenizer
-        self._options, self._kept_ids, self._words = options, kept_ids, word_pattern(options.leak_words)
+        self._options, self._kept, self._words = options, kept, word_pattern(options.leak_words)
 
     def __call__(self, problem: Problem, played: Sequence[Played]) -> _JudgedProblem:
         hint = None  # a problem without a solution has none
@@ -255,8 +271,9 @@ class _Judge:
             distinct_grams(it.responses[-1].token_ids for it in played[1:]) if samples else None,
         )
         transcripts = []
-        if problem.id in self._kept_ids:
-            for sample, one, text, it in zip((None, *range(len(samples))), played, texts, verdicts, strict=True):
+        if problem.id in self._kept:
+            every = zip((None, *range(len(samples))), played, texts, verdicts, strict=True)
+            for sample, one, text, it in islice(every, self._kept[problem.id]):
                 shown = self._tokenizer.decode(one.prompt), self._conversation(one, text)
                 transcripts.append(Transcript(problem.id, sample, *shown, it.correct, it.length, it.truncated))
         ends = [text[-_END:] for text, it in zip(texts, judged, strict=True) if it.mentions_answer]
@@ -268,20 +285,6 @@ class _Judge:
         for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
             parts.append(f"{response_text(response, self._tokenizer)}\n--- reply\n{reply}\n--- turn {number}\n")
         return "".join([*parts, last])
-
-
-def check_lengths(
-    problems: Sequence[Problem], prompts: Sequence[list[int]], max_new_tokens: int, run_data: RunData
-) -> None:
-    """Raise `ConfigError` for the first of the ``prompts`` that leaves no room for a response."""
-    max_length = run_data.max_length
-    for problem, prompt in zip(problems, prompts, strict=True):
-        if len(prompt) + max_new_tokens > max_length:
-            raise ConfigError(
-                f"{problem.location}: expected a prompt of at most {max_length - max_new_tokens} tokens (the "
-                f"longest context {max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}; "
-                "remove the problem from evaluation.path, or lower rollout.max_new_tokens."
-            )
 
 
 def _overlooked(found: Sequence[_JudgedProblem], problems: Sequence[Problem]) -> Overlooked | None:

@@ -155,7 +155,7 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
             options = held_out.EvaluationOptions.configured(
                 config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
             )
-            options = dataclasses.replace(options, num_transcripts=arguments.responses)
+            options = dataclasses.replace(options, num_transcripts=arguments.responses, num_shown=0)
             with phases("evaluation"):
                 result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
             seconds = time.perf_counter() - began
@@ -280,10 +280,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "evaluation.num_samples, 1 by default, because the training waits for them)",
     )
     parser.add_argument(
-        "--pass-at-k",
-        nargs="+",
-        metavar="K",
-        help="chance that one of K samples is right (default: 1 4 16 .. up to N)",
+        "--pass-at-k", nargs="+", metavar="K", help="chance that one of K samples is right (default: 1 4 16 .. up to N)"
     )
     parser.add_argument(
         "--majority-at-k",

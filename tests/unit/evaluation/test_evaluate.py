@@ -182,6 +182,9 @@ def test_transcripts_are_what_was_read_and_written():
     result = run(sums(3), num_transcripts=2, num_samples=1, pass_at_k=[1])
     assert [(t.problem_id, t.sample) for t in result.transcripts] == [("p0", None), ("p0", 0), ("p1", None), ("p1", 0)]
     first = result.transcripts[0]
+    shown = run(sums(3), num_transcripts=1, num_shown=2)
+    samples = [None, *range(6)], [None, 0], []
+    assert [[t.sample for t in shown.transcripts if t.problem_id == f"p{a}"] for a in range(3)] == list(samples)
     assert (first.prompt, first.response, first.correct, first.length) == ("0+8:", "8", True, 2)
 
 
