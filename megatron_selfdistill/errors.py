@@ -50,6 +50,10 @@ class VerifierError(RuntimeError):
     """A verifier that has raised an exception; the message names the problem and the exception."""
 
 
+OF_ALL_RANKS: tuple[type[Exception], ...] = (ConfigError, CheckpointError, EngineError, VerifierError)
+"""The exceptions that all ranks raise alike, with one message."""
+
+
 def first_few(texts: Sequence[str], separator: str = "; ") -> str:
     """Return the first four of ``texts`` and the number of the others, for a message: ``a; b; c; d; and 2 more``."""
     shown = list(texts[:_NUM_SHOWN])

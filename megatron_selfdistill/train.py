@@ -153,6 +153,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.resumption import finished_run
     from megatron_selfdistill.data.run_data import RunData
+    from megatron_selfdistill.evaluation import held_out, verify
     from megatron_selfdistill.teacher import Teachers
 
     as_given, config = config, with_stored_architecture(config, given)
@@ -170,7 +171,12 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
             print("\n".join(complete(config, config.num_steps, Path(checkpoint))), flush=True)
         return 0
     run_data = RunData.load(config)
-    ranks.answer("inputs", timeout_s=patience_s)
+    held_out.checked_prompts(run_data, verify.load_verifier(config.evaluation.verifier), config.rollout.max_new_tokens)
+    if ranks.answer("inputs", run_data.digest, patience_s) != run_data.digest:
+        raise ConfigError(
+            f"rank {ranks.rank} has read other problems or prompts than rank 0: all nodes need the same files at "
+            "data.path, evaluation.path and data.tokenizer, and the same date"
+        )
     return _train(config, run_data, None if config.dry_run else lock.renew, given)
 
 
@@ -188,7 +194,7 @@ def _train(
         with watchdog.watched(
             grid.rank, grid.world_size, stacks, config.stop.hang_timeout_s(config.parallel.distributed_timeout_minutes)
         ):
-            with signs_of_life.moving_files():
+            with signs_of_life.moving_files(), stop.failing_alone():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
                 if config.metrics.num_explored or Path(config.run_dir, "explored").is_dir():
                     door("explorer").explore_run(trainer)
@@ -197,7 +203,8 @@ def _train(
                 announce(trainer, given)
                 if not config.dry_run:
                     first, began = trainer.step, time.monotonic()
-                    loop(trainer)
+                    with stop.failing_alone(RunUnhealthy):
+                        loop(trainer)
                     conclude(trainer, first, time.monotonic() - began, report and report.path)
                 return 0
             except (RunUnhealthy, EngineError, VerifierError) as reason:  # every rank raises each of them

@@ -90,6 +90,11 @@ class RunData:
         """Hash of the first prompts, which may depend on the day, and of the ends of responses."""
         return hashlib.sha256(json.dumps([self.first_prompts, sorted(self.ends.ids)]).encode()).hexdigest()[:16]
 
+    @property
+    def digest(self) -> str:
+        """Hash of all problems and of what `prompts_digest` has."""
+        return f"{self.problems.fingerprint}-{ProblemSet(self.evaluation).fingerprint}-{self.prompts_digest}"
+
     @classmethod
     def load(cls, config: Config) -> RunData:
         """Read and check all data of the run, whose ``data.path`` and ``data.tokenizer`` are set.

@@ -25,12 +25,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.distributed.integers import device_of_world, max_over_ranks
-from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError, first_few
+from megatron_selfdistill.errors import OF_ALL_RANKS, CheckpointError, first_few
 
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 10.0
-_KEPT = (ConfigError, CheckpointError, EngineError, VerifierError)
 _Failure = tuple[type[Exception], str]
 
 
@@ -152,12 +151,12 @@ def broadcast_object(value: T) -> T:
 
 def error_message(error: BaseException) -> str:
     """Return one line for ``error``: the message of an error of this package, else the type's name and the message."""
-    return str(error) if isinstance(error, _KEPT) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, OF_ALL_RANKS) else f"{type(error).__name__}: {error}"
 
 
 def _failure(error: Exception, unexpected: type[Exception]) -> _Failure:
     """Return the type and the message with which all ranks raise ``error``."""
-    for kind in _KEPT:
+    for kind in OF_ALL_RANKS:
         if isinstance(error, kind):
             return kind, str(error)
     if type(error) is ValueError:  # the messages of subclasses such as UnicodeDecodeError are not for the user

@@ -20,13 +20,15 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.distributed.roll_call import speaker
+from megatron_selfdistill.distributed.roll_call import speaker, world_size
+from megatron_selfdistill.errors import OF_ALL_RANKS
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -115,6 +117,26 @@ def at_sudden_end(act: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         _last_acts.remove(act)
+
+
+@contextlib.contextmanager
+def failing_alone(*of_all_ranks: type[Exception]) -> Iterator[None]:
+    """Print an exception that this rank may have alone, and end its process with status 1 at once, under torchrun.
+
+    Whatever this process would still close, such as a process group or a save in the background, would wait for ranks
+    that wait for this rank.  All ranks raise the exceptions ``of_all_ranks`` and `OF_ALL_RANKS`.
+    """
+    try:
+        yield
+    except OF_ALL_RANKS + of_all_ranks:
+        raise
+    except Exception as error:
+        if not _under_torchrun() or world_size() == 1:
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        for act in _last_acts:
+            act()
+        os._exit(1)
 
 
 def _count_presses(reader: int) -> None:

@@ -93,6 +93,19 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.timing
+@pytest.mark.full
+def test_an_error_of_one_rank_in_a_step_ends_the_launch_though_a_save_waits_for_all_ranks(data, tmp_path):
+    began = time.monotonic()
+    keys = ["checkpoint.save_every=1", "checkpoint.async_save=true", "parallel.tensor_model_parallel_size=2"]
+    output = failed(
+        overrides(data, tmp_path / "run", *keys), [str(TESTS / "support" / "hanging_run.py"), "raises", "1"]
+    )
+    assert output.count("RuntimeError: only here") == 1, output
+    assert "exitcode  : 1 " in output.split("FAILED")[-1]
+    assert time.monotonic() - began < 100
+
+
 @pytest.mark.full
 def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
     run = tmp_path / "run"

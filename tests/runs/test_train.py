@@ -13,8 +13,10 @@ from tiny_run import overrides, reproducible_metrics, saved_step, train, train_e
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.run_data import RunData
+from megatron_selfdistill.distributed.roll_call import RollCall
 from megatron_selfdistill.metrics.run_log import read_samples
 from megatron_selfdistill.train import main
+from megatron_selfdistill.trainer import Trainer
 
 BAD_INPUT = {
     "a misspelt key": (["traget.rule=fixed"], "did you mean 'target.rule'"),
@@ -32,6 +34,35 @@ def test_bad_input_is_one_message_and_status_2_before_any_process_group(data, tm
     error = capfd.readouterr().err.strip()
     assert expected in error and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer", "expected"), [("2-1=", None, "an answer"), ("1" * 120, "9", "114 tokens")]
+)
+def test_held_out_problems_are_checked_before_the_first_step(data, tmp_path, capfd, problem, answer, expected):
+    records = [{"problem": "2-1=", "solution": "1", "answer": "1"}] * 70
+    records.append({"problem": problem, "solution": "9"} | ({"answer": answer} if answer else {}))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(it) + "\n" for it in records))
+    options = [f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=6", "evaluation.verifier=exact_match"]
+    assert main(overrides(data, tmp_path / "run", *options)) == 2
+    error = capfd.readouterr().err
+    assert expected in error and "held_out.jsonl:71" in error and not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_has_read_other_data_than_rank_0_ends_the_launch(data, tmp_path, capfd, monkeypatch):
+    def of_other_data(self: RollCall, call: str, word: str = "", timeout_s: float = 1800.0) -> str:
+        return RunData.load(load([*given, *more])).digest if call == "inputs" else word
+
+    monkeypatch.setattr(RollCall, "answer", of_other_data)
+    monkeypatch.setattr(Trainer, "__init__", lambda *_: 1 / 0)
+    given = [*overrides(data, tmp_path / "run"), f"evaluation.path={data}/problems.jsonl"]
+    for other in ("data.limit=39", "evaluation.limit=39", "data.student_template='Q{problem}'"):
+        more = [other]
+        assert main(given) == 2
+        assert "other problems or prompts than rank 0" in capfd.readouterr().err
+    more = []
+    with pytest.raises(ZeroDivisionError):  # the run has started
+        main(given)
 
 
 def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, tmp_path):

@@ -17,12 +17,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+
+def fail() -> None:
+    raise RuntimeError("only here")
+
+
 WAYS: dict[str, Callable[[], object]] = {
     "sleeps": lambda: time.sleep(600),
     "sleeps unseen": lambda: time.sleep(600),
     "sleeps in the start": lambda: time.sleep(600),
     "holds the interpreter": lambda: ctypes.PyDLL(None).sleep(600),
     "holds the interpreter at once": lambda: ctypes.PyDLL(None).sleep(600),
+    "raises": fail,
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
@@ -35,11 +41,7 @@ def main(how: str, rank: str, arguments: list[str]) -> int:
     from megatron_selfdistill.trainer import Trainer
 
     at_once, in_the_start = how.endswith("at once"), how.endswith("in the start")
-    loop, pack, build = (
-        train.loop,
-        Trainer.pack,
-        Learner.__init__,
-    )  # the rank hangs in the phase in which the other ranks wait
+    loop, pack, build = train.loop, Trainer.pack, Learner.__init__  # phases in which the other ranks wait
     if how.endswith("unseen"):
         watchdog._WAITING = ("nowhere",)  # type: ignore[assignment]
 
