@@ -59,14 +59,18 @@ class RunLock:
     def renew(self) -> None:
         """Prove that this process still owns the directory, so that it may write there.
 
-        The lock is taken again if the complete run directory was removed, so that no other run has worked in it.
+        The lock is taken again if the complete run directory was removed, so that no other run has worked in it.  A
+        file server that does not answer gets `SILENCE_S` seconds, as long as another run must wait.
 
         Raises: `CheckpointError` where this process has lost the lock; OSError where the file system cannot tell.
         """
-        for _ in range(3):  # a waiting run may move the file aside for a moment
+        looks, end = 0, time.monotonic() + SILENCE_S
+        while looks < 3 and time.monotonic() < end:  # a waiting run may move the file aside for a moment
             owner = self._lease.owner
             if owner is not None and owner.token == self._lease.token:
                 return
+            with contextlib.suppress(OSError):  # from a file server that does not answer
+                looks += owner is not None or not (self.run_dir / LOCK).exists()
             time.sleep(0.05)
         if owner is not None:
             loss = f"another run has taken the directory over ({self._owner()})"

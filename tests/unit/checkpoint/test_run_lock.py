@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+from filelock import _marker
 from tiny_run import overrides, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.checkpoint import run_lock
@@ -141,6 +143,21 @@ def test_a_run_directory_that_was_removed_is_locked_again_and_one_that_others_us
     (run_dir / LOCK).unlink()
     with pytest.raises(CheckpointError, match="a run that took the directory over has already ended"):
         lock.renew()
+    lock.release()
+
+
+def test_a_file_server_that_does_not_answer_for_a_while_takes_nothing_from_its_owner(run_dir, monkeypatch):
+    lock = acquired(run_dir)
+    read, silent = _marker._read_lock_file, iter(range(9))
+
+    def read_later(path: str) -> Any:
+        if next(silent, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return read(path)
+
+    monkeypatch.setattr(_marker, "_read_lock_file", read_later)
+    lock.renew()
+    assert next(silent, None) is None
     lock.release()
 
 
