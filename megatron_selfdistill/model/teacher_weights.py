@@ -177,19 +177,17 @@ class Teacher:
 def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
     """Return the full float32 main parameter of ``param``, in its shape, on every rank.
 
-    In float32 training the parameter is its own main parameter.  The distributed optimizer keeps slices of the main
-    copy of a bf16 parameter on some of its data-parallel ranks; the other ranks add zeros, which is exact.
+    In float32 training the parameter is its own main parameter.  The distributed optimizer has new values of the slices
+    of its own data-parallel rank alone; the other ranks add zeros, which is exact.
     """
-    if param.dtype == torch.float32:
-        return param.detach()
+    main: Tensor = param if param.dtype == torch.float32 else param.main_param  # type: ignore[attr-defined]
     owner = _distributed_optimizer_of(param, optimizer)
     if owner is None:
-        main: Tensor = param.main_param  # type: ignore[attr-defined]
         return main.detach().view_as(param)
     full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in owner.model_param_gbuf_map:  # this rank holds a slice
         own = owner._get_model_param_range_map(param)["param"]
-        full[own.start : own.end] = param.main_param  # type: ignore[attr-defined]
+        full[own.start : own.end] = main.detach().view(-1)[own.start : own.end] if main is param else main
     dist.all_reduce(full, group=owner.data_parallel_group)
     return full.view(param.shape)
 

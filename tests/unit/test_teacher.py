@@ -34,6 +34,7 @@ class Setup:
     weights: str = "ema"
     precision: str = "fp32"
     distributed: bool = False
+    overlap: bool = False
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     kind: str = "shallow"
     model_changes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,7 +48,12 @@ class Training:
 
     def __init__(self, setup: Setup, seed: int = 0) -> None:
         config = OptimizerConfig(
-            precision=setup.precision, lr=setup.lr, clip_grad=0.0, use_distributed_optimizer=setup.distributed
+            precision=setup.precision,
+            lr=setup.lr,
+            clip_grad=0.0,
+            use_distributed_optimizer=setup.distributed,
+            overlap_grad_reduce=setup.overlap,
+            overlap_param_gather=setup.overlap,
         )
         model = models.model_config(setup.kind, **setup.model_changes)
         chunks, grid = models.build(model, setup.parallel, optimizer=config, seed=seed)
@@ -154,6 +160,13 @@ def test_the_average_under_the_distributed_optimizer_is_that_of_the_plain_one(ra
         assert all_equal(masters, expected)
     if kind == "shallow":
         assert all_equal(cut[0][0], cut[1][0]), "ranks of one replica group hold the same average"
+
+
+def test_the_average_has_the_newest_parameters_of_all_ranks_before_they_are_gathered(ranks):
+    plain = ranks.run(masters_after, Setup(), 4, world_size=2)
+    late = ranks.run(masters_after, Setup(distributed=True, overlap=True), 4, world_size=2)
+    assert not all_equal(late[0][1], plain[0][1]), "or nothing is late"
+    assert all(all_equal(masters, plain[0][0]) for masters, *_ in late)
 
 
 def share_that_moved() -> tuple[float, float]:
