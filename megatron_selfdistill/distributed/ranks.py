@@ -131,8 +131,10 @@ def expand_segments(variables: MutableMapping[str, str], torch_version: str = to
     """Let PyTorch's segments of GPU memory grow in place, unless ``variables`` already configures the allocator.
 
     The lengths of packed sequences change from step to step.  Segments of fixed sizes would leave gaps that no later
-    tensor fits into.  The function has an effect only before the first tensor on a GPU.
+    tensor fits into.  NCCL must then not register the buffers of CUDA graphs, for which it takes segments to be fixed.
+    The function has an effect only before the first tensor on a GPU.
     """
+    variables.setdefault("NCCL_GRAPH_REGISTER", "0")
     if any(variables.get(name) for name in ALLOCATOR_VARIABLES):
         return
     major, minor = (int(part) for part in torch_version.split(".")[:2])

@@ -75,6 +75,10 @@ def known_faults(config: TransformerConfig, *, transformer_engine: bool) -> list
             "positions are projected here: leave it false",
         ),
         (
+            config.tp_comm_overlap,
+            "tp_comm_overlap needs microbatches of one length and buffers for them: leave it false",
+        ),
+        (
             config.mtp_num_layers is not None,
             "multi-token-prediction layers are not trained: set model.transformer.mtp_num_layers=null",
         ),

@@ -196,6 +196,8 @@ class PackedSequences(PackedSeqParams):
     """The position in its sequence of each token that this context-parallel rank holds, [s / cp] int64."""
     segment_batches: SegmentBatches | None = None
     """The batches of segments for layers that compute with PyTorch; None under context parallelism or other layers."""
+    pad_between_seqs: bool = False
+    """Whether padding stands between sequences; with None, Transformer Engine compares lengths on the device."""
 
     def with_positions(self) -> PackedSequences:
         """Return these parameters, after the rotary embedding has learnt the positions (`know_positions`)."""

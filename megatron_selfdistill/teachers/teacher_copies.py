@@ -32,7 +32,8 @@ def require_host_memory(resting: Mapping[str, Sequence[torch.nn.Module]]) -> Non
     """
     if not resting:
         return
-    names, own = sorted(resting), sum(it.nbytes for chunks in resting.values() for it in _tensors(chunks))
+    tensors = [it for chunks in resting.values() for it in _tensors(chunks)]
+    names, own = sorted(resting), sum(1 << (it.nbytes - 1).bit_length() for it in tensors)  # as PyTorch pins memory
     ranks = gather_objects((socket.gethostname(), own, psutil.virtual_memory().available))
     for node, _, available in ranks:
         needed = sum(size for place, size, _ in ranks if place == node)

@@ -53,7 +53,7 @@ _CUTS_AND_KERNELS = (
     "deterministic_mode cp_comm_type gradient_accumulation_fusion masked_softmax_fusion bias_activation_fusion "
     "bias_dropout_fusion apply_rope_fusion persist_layer_norm memory_efficient_layer_norm moe_grouped_gemm "
     "moe_permute_fusion moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend "
-    "moe_shared_expert_overlap tp_comm_overlap cpu_offloading cpu_offloading_num_layers"
+    "moe_shared_expert_overlap cpu_offloading cpu_offloading_num_layers"
 )
 """The fields of TransformerConfig that divide the layers and choose the kernels."""
 

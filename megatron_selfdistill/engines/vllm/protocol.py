@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -95,6 +96,8 @@ def pin(memory: Tensor) -> Callable[[], None]:
     address = memory.data_ptr()
     status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))
     if status != 0:
+        with contextlib.suppress(RuntimeError):  # the next kernel of this thread would raise the error
+            torch.zeros(1, device="cuda")
         logger.warning("CUDA cannot pin %d MiB of a bucket (error %d): copies are slower", memory.nbytes >> 20, status)
         return lambda: None
     return lambda: cudart.cudaHostUnregister(address)

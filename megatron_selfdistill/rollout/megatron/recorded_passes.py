@@ -45,13 +45,15 @@ class RecordedPasses:
     def _recorded(self) -> Callable[[], Tensor | None]:
         if self._pool is None:
             return lambda: self._run(self._tokens)
-        aside = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        aside = recording.capture_stream  # one for all recordings: cuBLAS keeps memory for each stream
+        assert aside is not None
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._run(self._tokens)  # what libraries prepare in a first call cannot be recorded
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with recording:
             logits = self._run(self._tokens)
 
         def repeat() -> Tensor | None:

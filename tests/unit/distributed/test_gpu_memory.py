@@ -59,15 +59,15 @@ def test_steps_on_a_cpu_are_no_longer_than_they_must_be(monkeypatch):
 def test_segments_grow_by_the_name_that_torch_reads(version, name):
     environment: dict[str, str] = {}
     expand_segments(environment, version)
-    assert environment == {name: "expandable_segments:True"}
+    assert environment == {name: "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
 
 
 @pytest.mark.parametrize("name", ranks.ALLOCATOR_VARIABLES)
 @pytest.mark.parametrize("version", ["2.6.0", "2.13.0"])
 def test_what_the_user_set_stays(name, version):
-    environment = {name: "max_split_size_mb:512"}
-    expand_segments(environment, version)
-    assert environment == {name: "max_split_size_mb:512"}
+    of_user = {name: "max_split_size_mb:512", "NCCL_GRAPH_REGISTER": "1"}
+    expand_segments(environment := dict(of_user), version)
+    assert environment == of_user
 
 
 @pytest.mark.parametrize(("on_cpu", "grows"), [(True, False), (False, True)])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,10 +54,17 @@ class Cudart:
 def test_on_a_gpu_node_a_mapped_bucket_is_pinned_until_it_goes_or_the_log_says_why_not(
     tmp_path, monkeypatch, caplog, status
 ):
-    cudart = Cudart(status)
+    cudart, raised = Cudart(status), list[str]()
+
+    def first_kernel(*_: Any, device: str) -> None:
+        raised.append(device)
+        raise RuntimeError("CUDA error: the driver's")
+
+    monkeypatch.setattr(torch, "zeros", first_kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     file = MappedFile(tmp_path, 2**20)
+    assert raised == ([] if status == 0 else ["cuda"]), "or a kernel of the step raises the driver's error"
     assert cudart.registered == ({file.memory.data_ptr(): 2**20} if status == 0 else {})
     assert [record.message for record in caplog.records] == (
         [] if status == 0 else ["CUDA cannot pin 1 MiB of a bucket (error 712): copies are slower"]

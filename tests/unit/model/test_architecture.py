@@ -78,6 +78,7 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
             {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True},
         )
     ],
+    "tp_comm_overlap needs microbatches of one length": [(DENSE, TP2_SP, {"tp_comm_overlap": True})],
     "multi-token-prediction layers are not trained": [(DENSE, {}, {"mtp_num_layers": 1})],
     "expected [left, 0], where left is the number of tokens before": [
         (DENSE, {}, {"window_size": [8, 8]}),

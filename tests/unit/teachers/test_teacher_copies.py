@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,7 +112,7 @@ def room_for(available: int) -> str:
             require_host_memory(dict.fromkeys(("code", "math"), chunks))
         except ConfigError as error:
             return str(error)
-    return str(sum(tensor.nbytes for tensor in tensors_of(chunks)))
+    return str(sum(2 ** math.ceil(math.log2(tensor.nbytes)) for tensor in tensors_of(chunks)))
 
 
 def test_a_node_without_room_for_the_weights_of_all_its_ranks_is_refused_with_both_numbers(ranks):
