@@ -22,7 +22,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed import signs_of_life
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.terminal import visible
@@ -59,7 +59,7 @@ def turn_metrics(
         sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=grid.device)
         turn_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
         counts = torch.tensor([lengths, accepted], dtype=torch.float64)
-        turn_ids, (tokens, is_accepted) = to_device_in_one_copy((turn_ids, tuple(counts)), grid.device)
+        turn_ids, (tokens, is_accepted) = to_device((turn_ids, tuple(counts)), grid.device)
         ids = turn_ids[output.response_ids]
         sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
         if output.coefficients is not None:

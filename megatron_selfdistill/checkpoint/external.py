@@ -23,8 +23,7 @@ from megatron_selfdistill.annexes import door
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.model_tensors import non_finite
-from megatron_selfdistill.checkpoint.formats.tensor_names import has_numbered_layers, names, shown
+from megatron_selfdistill.checkpoint.formats.model_tensors import has_numbered_layers, names, non_finite, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT, read_common, stored_shapes
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, first_few

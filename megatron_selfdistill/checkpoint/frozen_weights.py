@@ -41,7 +41,6 @@ class TeacherState(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy loaded tensors of `sharded_state_dict` into the teacher."""
-        ...
 
 
 def has_frozen_weights(target: Path) -> bool:

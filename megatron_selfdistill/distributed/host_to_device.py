@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Copy many small host tensors to a device in one asynchronous copy."""
+"""Copy host tensors to a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -12,45 +12,25 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_ALIGNMENT = 16
-"""The alignment of tensors in bytes, a multiple of every element size, suitable for vectorised loads."""
 
-
-def to_device_in_one_copy(tree: T, device: torch.device) -> T:
+def to_device(tree: T, device: torch.device) -> T:
     """Return ``tree`` with every tensor replaced by its copy on ``device``.
 
     ``tree`` is a tensor, or dataclasses, lists, tuples and dictionaries of trees.  Its tensors are on the host and have
     any shape and dtype; other values stay unchanged.  A tensor that occurs several times is copied once and remains one
-    object.
-
-    The copies are views of one block of memory, which lives as long as one of the views.  For a CUDA device the block
-    is filled in pinned memory and copied without waiting for the device: work that is queued afterwards on the current
-    stream sees the copy.  On a CPU the same code runs without pinning.
-
-    Collectives: none.
+    object.  To a CUDA device the copies go through pinned memory, and the work that is queued afterwards on the current
+    stream sees them.
     """
-    found: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
-    def collect(tensor: Tensor) -> Tensor:
-        found.setdefault(id(tensor), tensor)
-        return tensor
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            copies[id(tensor)] = pinned.to(device, non_blocking=True, copy=True)
+        return copies[id(tensor)]
 
-    _mapped(tree, collect)
-    starts, size = {}, 0
-    for key, tensor in found.items():
-        starts[key] = size
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for key, tensor in found.items():
-        _view(block, starts[key], tensor).copy_(tensor)
-    block = block.to(device, non_blocking=True)
-    views = {key: _view(block, starts[key], tensor) for key, tensor in found.items()}
-    copied: T = _mapped(tree, lambda tensor: views[id(tensor)])
+    copied: T = _mapped(tree, copy)
     return copied
-
-
-def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
-    return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -34,7 +34,6 @@ class Environment(Protocol):
         and shown replies by turns; the last one is the response to reply to, without its stop token.
         Any rank may call it, also in threads, and a call may be repeated: equal arguments must give equal replies.
         """
-        ...
 
 
 class SessionEnvironment(Protocol):
@@ -52,15 +51,12 @@ class SessionEnvironment(Protocol):
         ``seed``: the number from which every random choice of the session must come; it is a function of the run's
         seed, the step, the problem and the sample.
         """
-        ...
 
     def step(self, response: str) -> Reply | Awaitable[Reply]:
         """Return the reply to the next response of the episode, which comes without its stop token."""
-        ...
 
     def close(self) -> Awaitable[None] | None:
         """End the episode.  The process of the session ends afterwards, with all processes that it has started."""
-        ...
 
 
 @dataclass(frozen=True)

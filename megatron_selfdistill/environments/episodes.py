@@ -48,7 +48,6 @@ class ShowsSolutions(Protocol):
 
     def has_solution(self, problem: Problem) -> bool:
         """Return whether the teacher's prompt of ``problem`` shows a solution."""
-        ...
 
 
 Episode = list[Rollout]

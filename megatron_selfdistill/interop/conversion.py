@@ -23,10 +23,9 @@ from megatron_selfdistill.adapters.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.directory import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.megatron_args import model_args
-from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, names
 from megatron_selfdistill.checkpoint.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, read_saved_run
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
-from megatron_selfdistill.checkpoint.formats.tensor_names import names
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.interop.describe import num_tokens, true_vocab_size

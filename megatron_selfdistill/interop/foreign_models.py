@@ -16,8 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.checkpoint.formats import directory
-from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, raise_misfit
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
+from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_BUILT, Place, raise_misfit, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist import CONTENT
 from megatron_selfdistill.checkpoint.trained_weights import holds_adapters
 from megatron_selfdistill.config import ModelConfig

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats import directory, manifest
 from megatron_selfdistill.checkpoint.formats.directory import find
-from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, raise_misfit
+from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH, Place, raise_misfit, shown
 from megatron_selfdistill.checkpoint.formats.saved_run import is_selfdistill_checkpoint
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, shown
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.interop.legacy import LegacyReader

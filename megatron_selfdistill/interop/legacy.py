@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.formats.directory import LEGACY_FILE
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.model_tensors import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.errors import CheckpointError
 

@@ -39,8 +39,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.manifest import Entry, sync
-from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
-from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.checkpoint.formats.model_tensors import Place, places, shown, weight_shapes
 from megatron_selfdistill.checkpoint.formats.torch_dist import COMMON_STATE, WRITTEN_WITH, read_common
 from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.compat import older_megatron

@@ -275,11 +275,7 @@ def _is_unusual(y, z, x, MIX: tl.constexpr):
 @triton.jit
 def _add_missing(missing, s_there, t_there):
     """Add the numbers of columns of a block that do not exist for the student, for the teacher, and for one of them."""
-    return (
-        missing[0] + _count(~s_there),
-        missing[1] + _count(~t_there),
-        missing[2] + _count(~(s_there & t_there)),
-    )
+    return (missing[0] + _count(~s_there), missing[1] + _count(~t_there), missing[2] + _count(~(s_there & t_there)))
 
 
 @triton.jit

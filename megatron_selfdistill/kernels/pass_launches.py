@@ -103,12 +103,7 @@ def first_pass(shard: Shard, grid: BetaGrid, response_tokens: Tensor | None, sta
 
 
 def second_pass(
-    shard: Shard,
-    constants: TokenConstants,
-    mix_argmax: Tensor,
-    *,
-    forward_kl: bool,
-    status: Tensor | None = None,
+    shard: Shard, constants: TokenConstants, mix_argmax: Tensor, *, forward_kl: bool, status: Tensor | None = None
 ) -> Tensor:
     """Launch the kernel of `shard_sums.second_pass`.
 

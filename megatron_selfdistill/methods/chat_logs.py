@@ -88,10 +88,10 @@ class ChatLogs(SelfDistillation):
         if own.min_log_prob is None:
             return super().coefficients(step, rollouts, contexts)
         from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped
-        from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+        from megatron_selfdistill.distributed.host_to_device import to_device
         from megatron_selfdistill.loss.weighting import TokenOwners
         from megatron_selfdistill.pipeline.score import over_last_stage
 
         weight = {"drop": dropped, "down_weight": down_weighted}[own.unlikely]
         owners = TokenOwners.of([len(context.response) for context in contexts], partial(over_last_stage, grid=grid))
-        return to_device_in_one_copy(LikelyTurns(owners, own.min_log_prob, weight), grid.device)
+        return to_device(LikelyTurns(owners, own.min_log_prob, weight), grid.device)

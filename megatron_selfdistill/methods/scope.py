@@ -77,9 +77,7 @@ def scope(signals: Signals, *, weight: float, tau: float) -> Terms:
     by_student = group_shares(signals, -signals.mean_per_sample(signals.student_log_prob) / tau, right)
     by_teacher = group_shares(signals, signals.mean_per_sample(signals.target_log_prob) / tau, ~right & signals.hinted)
     return Terms.of(
-        like,
-        advantage=weight * signals.per_token(by_student),
-        sampled_kl=weight * signals.per_token(by_teacher),
+        like, advantage=weight * signals.per_token(by_student), sampled_kl=weight * signals.per_token(by_teacher)
     )
 
 

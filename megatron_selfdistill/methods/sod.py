@@ -69,11 +69,7 @@ class SodSettings(DistillSettings, AdvantageSettings, SelectSettings):
     def needs(self) -> Needs:
         """What the method needs from the core."""
         rewards = self.weight > 0
-        return Needs(
-            log_probs=MEASURED,
-            rewards=True,
-            group_size=2 if rewards else 1,
-        )
+        return Needs(log_probs=MEASURED, rewards=True, group_size=2 if rewards else 1)
 
     def require_start(self, config: Config) -> None:
         """Raise `ConfigError` without episodes of several turns."""

@@ -81,11 +81,7 @@ class UniOpd(SelfDistillation):
         """Return the advantages of `uni_opd`, plus those of the rewards where they have a weight."""
         own = self.settings
         terms = uni_opd(
-            signals,
-            weight=own.distill_weight,
-            margin=own.margin,
-            gap=own.margin_gap,
-            max_log_ratio=own.max_log_ratio,
+            signals, weight=own.distill_weight, margin=own.margin, gap=own.margin_gap, max_log_ratio=own.max_log_ratio
         )
         return with_rewards(terms, signals, own)
 

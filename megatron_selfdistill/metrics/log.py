@@ -30,13 +30,11 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """The log of a run, which writes metrics and samples.
 
-    The number of a step is the number of steps that are done after it, so the first step is step 1.  Call `resume`
-    first, with the number of steps that are done: 0 for a new run.
+    The first step is step 1.  Call `resume` first, with the number of steps that are done: 0 for a new run.
 
-    metrics.jsonl has one object per call of `log` or `log_evaluation`, ``{"step": 3, "loss/mean": 0.07}``,
-    handed to the operating system at once.  JSON has no NaN and no infinities: the log has the strings "NaN",
-    "Infinity" and "-Infinity", which `read_metrics` converts back.  samples.jsonl has one object per sample, with the
-    step and the content of `Sample.record`.
+    metrics.jsonl has one object per call of `log` or `log_evaluation`, ``{"step": 3, "loss/mean": 0.07}``, handed to
+    the operating system at once.  JSON has no NaN and no infinities: the log has the strings "NaN", "Infinity" and
+    "-Infinity", which `read_metrics` converts back.  samples.jsonl has `Sample.record` of each sample, with the step.
 
     ``loggers``: the names of the loggers (metrics.loggers), which `resume` starts; they get ``config``, the
     configuration as config.yaml has it, once, and everything that is logged.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.data.packed_batch import Microbatch, PackedBatch
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.metrics.further_summands import coefficient_values, measured_values
@@ -118,7 +118,7 @@ def step_metrics(
         if forks is not None:
             by_key |= fork_values(stats, forks)
         if response_lengths is not None and "targets" in by_key:
-            tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
+            tenths = to_device(response_tenths(response_lengths), grid.device)
             by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.coefficients is not None:
             by_key |= coefficient_values(output.coefficients, weight_cap)
@@ -135,7 +135,7 @@ def _worst_response(
     It is -inf where no response has `SHORTEST_COMPARED` tokens with a log-prob of the sampler, and inf for NaN.
     """
     owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    owner = to_device_in_one_copy(owners, grid.device)[response_ids]
+    owner = to_device(owners, grid.device)[response_ids]
     sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=grid.device)
     sums[0].index_add_(0, owner, by_key["sampler/log_prob_mean_abs_diff"])
     sums[1].index_add_(0, owner, by_key["sampled"])

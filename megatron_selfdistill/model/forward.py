@@ -18,7 +18,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.packed_batch import Microbatch
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.local_attention import PackedSequences
 
@@ -34,7 +34,7 @@ class ModelInputs:
 
     @classmethod
     def on_host(cls, microbatch: Microbatch, grid: RankGrid, *, local_attention: bool) -> ModelInputs:
-        """Return the inputs of ``microbatch`` as host tensors, for `to_device_in_one_copy`.
+        """Return the inputs of ``microbatch`` as host tensors, for `to_device`.
 
         ``local_attention``: the result of `uses_local_attention`.
         """
@@ -55,7 +55,7 @@ class ModelInputs:
 
 def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
     """Return the inputs of one microbatch on the device, for a forward pass outside of the training schedule."""
-    return to_device_in_one_copy(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
+    return to_device(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
 
 
 def unwrapped(chunk: torch.nn.Module) -> GPTModel:

@@ -12,7 +12,7 @@ Therefore a step takes the cheapest of several budgets between half of ``max_tok
     packed = pack(contexts, replace(rules, max_tokens=plan.budget), ...)
 
 All microbatches of a step are known before the step.  Therefore the tensors of a `DeviceBatch`, which are all tensors
-besides weights and activations, travel to the device in one copy, and the schedule never waits for the device.
+besides weights and activations, travel to the device early, and the schedule never waits for the device.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_selfdistill.data.packing import (
     planned_sequences,
     required_seq_length,
 )
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
@@ -268,7 +268,7 @@ class DeviceBatch:
             num_states=[len(ids) for _, ids in held],
             num_controls=batch.num_controls,
         )
-        return to_device_in_one_copy(on_host, grid.device)
+        return to_device(on_host, grid.device)
 
 
 def teacher_microbatches(

@@ -215,24 +215,19 @@ class StepTeacher(Protocol):
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
         """The chunks that run the teacher's microbatches, cut like the student's; empty if it has read before."""
-        ...
 
     @property
     def output(self) -> GPTModel | Tensor:
         """The model whose output layer projects the teacher's states, or the output weight, on the last stage."""
-        ...
 
     def states(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> TeacherHiddenStates:
         """Return the place of the teacher's states at the response tokens of ``batch``."""
-        ...
 
     def token_weights(self, response_ids: Tensor) -> Tensor | None:
         """Return the weight w [R] float64 of each of these tokens; None if all have the weight of the target."""
-        ...
 
     def after_last_pass(self) -> None:
         """Note that the layers have made their last forward pass of the call; the output layer is still needed."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -170,15 +170,13 @@ def read_tokens(pairs: Sequence[ContextPair], models: ScoringModels, temperature
     of the logits or, where the output layer is fused, of the hidden states.
 
     Memory: where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at a
-    time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
-    at once.  No activation is kept.
+    time, besides the temporaries of the loss's passes.  No activation is kept.
 
     Returns: the same bits on every rank of the replica; empty tensors where no replica has a token.  Another layout
-    packs and sums in another order, which changes float32 log-probs by their rounding.
+    changes float32 log-probs by their rounding.
 
-    Collectives: every rank of the world calls it; one maximum over the data-parallel ranks, the collectives of
-    `pack_everywhere` and `schedule.run`, and of ``[3, R]`` numbers in float64 one sum over CP and one broadcast each
-    over TP and PP.
+    Collectives: every rank of the world calls it; one maximum over the data-parallel ranks, those of `pack_everywhere`
+    and `schedule.run`, and of ``[3, R]`` numbers in float64 one sum over CP and one broadcast each over TP and PP.
 
     Raises: ValueError for a context that is longer than a packed sequence, or a backend that cannot run.
     """

@@ -40,7 +40,6 @@ class TokenLoss(Protocol):
 
         ``student``, ``teacher``: logits [R, V / tp]; None without a teacher.  ``response_tokens``: [R] int64.
         """
-        ...
 
 
 TokenCoefficients = Callable[[Tensor, Tensor], Coefficients]

@@ -57,26 +57,21 @@ class Sampler(Protocol):
         Raises, on all ranks alike, where a response is missing or comes from other weights than the last
         `update_weights` gave: a sampler never returns a part of a batch.
         """
-        ...
 
     def update_weights(self, version: int) -> None:
         """Sample from now on with the student's present weights, which are its weights after ``version`` steps.
 
         The trainer calls this before the first `generate` and after each optimizer step.
         """
-        ...
 
     def sleep(self) -> None:
         """Free the memory that only sampling needs (KV cache, a copy of the weights) until the next call needs it."""
-        ...
 
     def metrics(self) -> dict[str, float]:
         """Return numbers about the time since the last call, under flat keys ``rollout/..``; equal on all ranks."""
-        ...
 
     def close(self) -> None:
         """End the engines and processes that this sampler has started; may be called twice."""
-        ...
 
 
 @dataclass(frozen=True)

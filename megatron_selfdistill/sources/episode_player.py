@@ -25,20 +25,15 @@ class EpisodePlayer(Protocol):
 
     def opened(self, samples: Sequence[Sample], method: Method) -> tuple[list[Sample], Sequence[Reply | None]]:
         """Return the samples with what is shown before the first responses, and the replies that show it."""
-        ...
 
     def played(self, first: Sequence[Rollout], method: Method, generate: Generate) -> tuple[list[Rollout], int]:
         """Return all turns, episode by episode, and how many episodes end early since a prompt does not fit."""
-        ...
 
     def name(self, key: SampleKey) -> str | None:
         """Return the name of a response's episode for the sampler, which may keep its state; None without any."""
-        ...
 
     def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
         """Return the contexts of the rollouts with their turns."""
-        ...
 
     def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> Mapping[str, float]:
         """Return metrics of the episodes of all replicas; ``num_cut``: the second result of `played`."""
-        ...

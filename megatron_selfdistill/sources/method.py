@@ -32,15 +32,12 @@ class ReadingModels(Protocol):
 
     def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
         """Return the `MEASURED_SIGNALS` of every response token, [R] float64 each, on the host."""
-        ...
 
     def read_tokens(self, contexts: Sequence[ContextPair], temperature: float = 1.0) -> Tensor:
         """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64, on the host."""
-        ...
 
     def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
         """Return the teacher's log-probs of n candidates for the token after each prompt, [B, n] float64."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,6 @@ class Method(Protocol):
         It returns the method for the step that ``step`` optimizer steps precede, and metrics.  ``problem_sampler``
         samples the problems that come next; the caller's step begins with its first batch.  Collective.
         """
-        ...
 
     @property
     def record(self) -> Callable[[Sequence[Rollout]], Method] | None:
@@ -103,63 +99,51 @@ class Method(Protocol):
 
         It returns the method of later steps, once all rollouts of the step are known.  Collective.
         """
-        ...
 
     @property
     def warnings(self) -> Callable[[Metrics], list[str]] | None:
         """The hook ``warnings(metrics)``, which returns what the metrics of a step warn of; or None."""
-        ...
 
     @classmethod
     def made(cls, settings: Any, tools: MethodTools) -> Method:
         """Return the method at the beginning of a run.  Raises: `ConfigError` for data that it cannot use."""
-        ...
 
     @property
     def weighs_tokens(self) -> bool:
         """Whether the method gives response tokens `terms` other than a divergence of weight 1."""
-        ...
 
     @property
     def token_weights(self) -> Callable[[Signals], Tensor] | None:
         """The function whose result [R] float64 multiplies the terms of each token, or None."""
-        ...
 
     @property
     def comparable(self) -> bool:
         """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
-        ...
 
     @property
     def clip(self) -> Clip:
         """The bounds of the ratio p / mu of advantages."""
-        ...
 
     def prompts(self, problem: Problem) -> PromptPair:
         """Return both prompts of a problem before it is answered."""
-        ...
 
     def has_solution(self, problem: Problem) -> bool:
         """Return whether the teacher's prompt of `prompts` shows a solution."""
-        ...
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts with their rewards, and metrics of the rewards.  Collective over the world."""
-        ...
 
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts that are trained on, with the prompts that show their hints, and metrics.
 
         Collective over the world.
         """
-        ...
 
     def texts(self, rollouts: Sequence[Rollout], selected: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return what the step trains on: the ``selected`` rollouts in each view, and further texts; and metrics.
 
         ``rollouts``: all rollouts of the step.  Collective over the data-parallel ranks.
         """
-        ...
 
     def coefficients(
         self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
@@ -168,16 +152,12 @@ class Method(Protocol):
 
         None stands for the divergence alone, with a weight of 1 for each token.  Collective over the world.
         """
-        ...
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the terms of all tokens, from what is known of them."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the changes that steps have made, as plain values."""
-        ...
 
     def restored(self, state: Mapping[str, Any]) -> Method:
         """Return this method with what `state_dict` returned."""
-        ...

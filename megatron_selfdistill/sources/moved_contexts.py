@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TokenOwners
@@ -98,7 +98,7 @@ def _opened(batch: StepBatch, parcels: Sequence[Parcel], device: torch.device) -
         return TokenOwners.of(lengths, old.over_ranks)
 
     on_host = [_rebuilt(tree, of_tokens, owners) for tree in (batch.sampler_log_probs, batch.token_coefficients)]
-    sampler_log_probs, token_coefficients = to_device_in_one_copy(on_host, device)
+    sampler_log_probs, token_coefficients = to_device(on_host, device)
     return replace(
         batch,
         contexts=contexts,

@@ -16,7 +16,7 @@ from megatron_selfdistill.data.controls import Controls
 from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.staleness import staleness_metrics
@@ -192,7 +192,7 @@ class OnPolicy(ResponseSource):
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
         """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device, without a wait."""
         joined = torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)
-        return to_device_in_one_copy(joined, self._options.grid.device)
+        return to_device(joined, self._options.grid.device)
 
 
 def first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import Coefficients, SequenceImportance, TokenOwners, TruncatedImportance
 from megatron_selfdistill.pipeline.score import over_last_stage
@@ -40,7 +40,7 @@ def step_coefficients(
     by_sequence = loss.rollout_correction == "truncated_sequence" or loss.normalize != "tokens"
     if not (method.weighs_tokens or by_sequence or loss.skip_first_tokens):
         sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
-        return TruncatedImportance(to_device_in_one_copy(sampled, grid.device), loss.rollout_correction_cap)
+        return TruncatedImportance(to_device(sampled, grid.device), loss.rollout_correction_cap)
     measured = None
     if config.needs.log_probs == MEASURED:
         with tools.phases("measure"):
@@ -59,7 +59,7 @@ def step_coefficients(
         correction=_correction(config, signals, grid),
         has_policy_term=config.needs.log_probs is not None,
     )
-    return to_device_in_one_copy(on_host, grid.device)
+    return to_device(on_host, grid.device)
 
 
 def _correction(config: Config, signals: Signals, grid: RankGrid) -> TokenCoefficients | None:

@@ -21,7 +21,7 @@ from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -288,10 +288,7 @@ class ConfiguredTeachers(Teachers):
         return JoinedTeachers(each, shares, token_weights, None if weight is None else weight.flatten(1))
 
     def _shares(
-        self,
-        names: Sequence[str],
-        of_contexts: Sequence[Sequence[TeacherPrompt]],
-        contexts: Sequence[ContextPair],
+        self, names: Sequence[str], of_contexts: Sequence[Sequence[TeacherPrompt]], contexts: Sequence[ContextPair]
     ) -> tuple[Tensor, Tensor | None]:
         """Return the share of each teacher for each response token, and the w of each token if they differ."""
         pairs = zip(contexts, of_contexts, strict=True)
@@ -303,7 +300,7 @@ class ConfiguredTeachers(Teachers):
             shares = shares * torch.tensor(own, dtype=torch.float64)
             weights = shares.sum(1)
             shares = shares / weights.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        found: tuple[Tensor, Tensor | None] = to_device_in_one_copy((shares.float(), weights), self.grid.device)
+        found: tuple[Tensor, Tensor | None] = to_device((shares.float(), weights), self.grid.device)
         return found
 
 
@@ -328,7 +325,7 @@ def read_states(
         batch, replace(reading, teacher=reading.student), grid, uses_local_attention(student)
     )
     sizes = [len(held_by(microbatch, grid.cp_size, grid.cp_rank)[1]) for microbatch in batch.student]
-    on_device = to_device_in_one_copy(DeviceBatch([], microbatches, sizes), grid.device)
+    on_device = to_device(DeviceBatch([], microbatches, sizes), grid.device)
     states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
     step = ScheduledStep(
         student=list(student),

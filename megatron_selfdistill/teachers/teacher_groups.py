@@ -23,7 +23,7 @@ import torch
 
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import gather_objects
-from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.integers import gather_integers
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
@@ -111,7 +111,7 @@ def _group(
         return group
     factors = torch.tensor([one.share * several for _, one in readings], dtype=torch.float64)
     of_tokens = factors.repeat_interleave(torch.tensor(group.response_lengths, dtype=torch.int64))
-    shared = SharedTokens(to_device_in_one_copy(of_tokens, grid.device), group.token_coefficients)
+    shared = SharedTokens(to_device(of_tokens, grid.device), group.token_coefficients)
     return replace(group, token_coefficients=shared)
 
 

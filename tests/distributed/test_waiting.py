@@ -25,7 +25,7 @@ def traffic_of(case: Case) -> list[str]:
     """Return the traffic that the second step of a case records on one rank, and the copies of its batch."""
     steps: list[list[str]] = []
     copies: list[int] = []
-    get, copy = schedule.get_forward_backward_func, batch.to_device_in_one_copy
+    get, copy = schedule.get_forward_backward_func, batch.to_device
 
     def copied(*args: Any) -> Any:
         copies.append(len(steps))
@@ -47,7 +47,7 @@ def traffic_of(case: Case) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "get_forward_backward_func", watched)
-        patch.setattr(batch, "to_device_in_one_copy", copied)
+        patch.setattr(batch, "to_device", copied)
         layouts.run(dataclasses.replace(case, steps=2))
     _, found = steps
     return [*sorted(set(found)), f"{copies.count(1)} copies"]

@@ -52,11 +52,9 @@ class Arrangement(Protocol):
 
     def join(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Return the joined tensor."""
-        ...
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of which ``tensor`` was joined."""
-        ...
 
 
 @dataclass(frozen=True)

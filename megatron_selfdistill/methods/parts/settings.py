@@ -114,7 +114,5 @@ class DistillAndRewardSettings(SignalSettings, AdvantageSettings, SelectSettings
         """What the method needs from the core."""
         rewards = self.weight > 0
         return Needs(
-            log_probs=self.log_probs,
-            rewards=rewards or self.select is not None,
-            group_size=2 if rewards else 1,
+            log_probs=self.log_probs, rewards=rewards or self.select is not None, group_size=2 if rewards else 1
         )

@@ -24,12 +24,7 @@ from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
-from megatron_selfdistill.rollout.megatron.decoding import (
-    DecodingModel,
-    ForwardPasses,
-    free_bytes,
-    rows_of_prefill,
-)
+from megatron_selfdistill.rollout.megatron.decoding import DecodingModel, ForwardPasses, free_bytes, rows_of_prefill
 from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
 from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
 from megatron_selfdistill.rollout.sampling import require_room, sample_uniforms, select_tokens
