@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -126,16 +127,19 @@ def guided_sampling(cuda_graphs: bool = False) -> Outcome:
     import models
     import torch.distributed as dist
 
+    from megatron_selfdistill.rollout.megatron import recorded_passes
+
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         chunks, grid = models.build(models.model_config(), models.parallel())
         model = chunks[0].eval()
+        recorded_passes.COLUMNS = 4  # several recordings, and others where responses have ended
+        params = replace(guided_decoding.GREEDY_PAIRS, stop_token_ids=tuple(range(models.VOCAB_SIZE // 8)))
         sampler = guided_decoding.guided_sampler_of(chunks, grid, cuda_graphs=cuda_graphs)
         requests = decoding.make_pairs()
-        sampler.update_weights(0)
         below, difference, count = 0.0, 0.0, 0
-        for request, response in zip(requests, sampler.generate(requests, guided_decoding.GREEDY_PAIRS), strict=True):
+        for request, response in zip(requests, sampler.generate(requests, params), strict=True):
             student, teacher = decoding.both_logits(partial(decoding.logits_of, model), request, response.token_ids)
             mix, ids = 0.75 * teacher + student, torch.tensor(response.token_ids)[:, None]
             below = max(below, float((mix.amax(-1) - mix.gather(1, ids)[:, 0]).max()))
@@ -148,7 +152,7 @@ def guided_sampling(cuda_graphs: bool = False) -> Outcome:
         (
             Figure("tokens below the best mixed logit", below, 1e-3),
             Figure("student's log-probs off whole passes, nats", difference, 1e-3),
-            Figure("tokens", float(count), 50, at_least=True),
+            Figure("tokens", float(count), 20, at_least=True),
         )
     )
 

@@ -8,13 +8,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from forked_programs import Done, ForkedPrograms
 from tiers import combinations
 
+from megatron_selfdistill import train
 from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.commands import prechecks
+from megatron_selfdistill.commands.prechecks import require_packages
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
@@ -176,3 +179,34 @@ def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started
     prechecks.require_ranks(load([begun[0], *heads]), 5)
     with pytest.raises(ConfigError, match=r"must be a multiple of TP"):
         prechecks.require_ranks(load([f"run_dir={tmp_path}/new", *heads]), 5)
+
+
+SERVERS = ("rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[http://n1:8000]")
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """Hide vLLM, where the machine that runs the tests has it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+
+
+def test_a_missing_package_is_one_message_before_anything_is_built(absent, monkeypatch, capsys):
+    monkeypatch.setattr(prechecks, "RUN", {})
+    assert train.main(["rollout.engine=vllm", "data.path=none.jsonl", "data.tokenizer=none", "run_dir=none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rollout.engine=vllm needs vllm, which this Python lacks: run pip install -e '.[vllm]'" in line
+
+
+def test_a_package_of_every_run_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(prechecks, "RUN", {"megatron-core": "megatron.absent"})
+    with pytest.raises(ConfigError, match=r"a run needs megatron-core, .*: run pip install -e '\.\[train\]'"):
+        require_packages(load([]))
+
+
+@pytest.mark.parametrize("overrides", [[], SERVERS, ["recipe=chat_logs", "rollout.engine=vllm"]])
+def test_a_package_that_is_not_needed_here_is_not_missed(absent, monkeypatch, overrides):
+    monkeypatch.setattr(prechecks, "RUN", {})
+    require_packages(load([*overrides]))
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    require_packages(load(["rollout.engine=vllm"]))
