@@ -31,7 +31,7 @@ from typing import Any
 
 from anchored_pictures import finish
 from cell_lines import DOCS, append_line, read_lines
-from real_map import FRONTIER, LABELS, RATE, SEEDS, Cell, example, measured, model_directories, table_of_frontier
+from real_map import FRONTIER, LABELS, RATE, SEEDS, Cell, example, measured, model_directories
 
 from _lib.command_line import prepare_process
 from _lib.hugging_face import load
@@ -114,10 +114,12 @@ def kl_to_base(model: Path, hf: Path) -> float:
 
 
 def draw(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of the page, and draw the curve of each arm: sampled answers of one sentence over the drift."""
+    """Draw the curve of each arm, the means over its seeds as a line and each seed as points.
+
+    The curve shows the sampled answers of one short sentence over the drift.
+    """
     from matplotlib.figure import Figure  # pyplot would need a display and keep state
 
-    print(*table_of_frontier(lines, "drift"), sep="\n")
     figure = Figure(figsize=(6.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()
     for arm, color in ((arm, f"C{number}") for number, arm in enumerate(ARMS)):
@@ -128,6 +130,8 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> None:
             [mean(values) for values in zip(*(line[key] for line in runs), strict=True)] for key in ("drift", "sampled")
         )
         axis.plot(across, up, "o-", color=color, markersize=4, label=LABELS[arm])
+        for run in runs:
+            axis.plot(run["drift"], run["sampled"], "o", color=color, markersize=4, alpha=0.3, markeredgewidth=0)
         for place, step in enumerate(STEPS[1:], 1):
             at = across[place], up[place]
             axis.annotate(str(step), at, xytext=(3, 3), textcoords="offset points", fontsize=8, color=color)

@@ -386,16 +386,16 @@ def table_of(name: str, lines: Sequence[Line]) -> list[str]:
 
 
 def table_of_frontier(lines: Sequence[Line], figure: str) -> list[str]:
-    """Return sampled accuracy / ``figure`` at the steps of frontier.py for each arm, the means over its seeds."""
-    steps = lines[0]["steps"]
+    """Return sampled accuracy / ``figure`` after the steps of frontier.py for each arm, over its seeds."""
+    steps = lines[0]["steps"][1:]
     rows = [
         [f"sampled / {FIGURES.get(figure, figure)} after", "seeds", *(f"{step} steps" for step in steps)],
         ["---"] * (len(steps) + 2),
     ]
     for arm in (arm for arm in LABELS if any(line["arm"] == arm for line in lines)):
         runs = [line for line in lines if line["arm"] == arm]
-        means = [zip(*(run[key] for run in runs), strict=True) for key in ("sampled", figure)]
-        cells = [" / ".join(short(mean(values)) for values in both) for both in zip(*means, strict=True)]
+        at_steps = [zip(*(run[key][1:] for run in runs), strict=True) for key in ("sampled", figure)]
+        cells = [" / ".join(map(spread, both)) for both in zip(*at_steps, strict=True)]
         rows.append([LABELS[arm], " ".join(str(run["seed"]) for run in runs), *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
 
