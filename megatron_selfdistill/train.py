@@ -171,7 +171,9 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
             print("\n".join(complete(config, config.num_steps, Path(checkpoint))), flush=True)
         return 0
     run_data = RunData.load(config)
-    held_out.checked_prompts(run_data, verify.load_verifier(config.evaluation.verifier), config.rollout.max_new_tokens)
+    if config.evaluation.every or config.evaluation.at_start:
+        verifier = verify.load_verifier(config.evaluation.verifier)
+        held_out.checked_prompts(run_data, verifier, config.rollout.max_new_tokens)
     if ranks.answer("inputs", run_data.digest, patience_s) != run_data.digest:
         raise ConfigError(
             f"rank {ranks.rank} has read other problems or prompts than rank 0: all nodes need the same files at "

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 _NUM_EXAMPLES = 3
-_NUM_SHOWN = 2  # responses to a problem that a run writes
 _END = 200  # characters of the end of a response that are shown, because the answer stands at the end
 
 
@@ -140,15 +139,14 @@ def evaluate(
     Returns: the same result on every rank.
     Collectives: two calls of ``sampler.generate`` or of ``player.play`` (one call without samples), with no samples on
     a replica that has no problem; one all_gather_object over the world, whose ranks share the work of the verifier.
-    Raises: `ConfigError` before the first sample as `checked_prompts`; `VerifierError` on every rank if the verifier
-    failed on one rank.
+    Raises: `ConfigError` as `checked_prompts`; `VerifierError` on every rank if the verifier failed on one rank.
     """
     problems = run_data.evaluation
     if not problems:
         raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
     prompts = checked_prompts(run_data, verifier, options.params.max_new_tokens, hinted=options.hinted)
     responses = _sample(sampler, problems, prompts, options, grid, player)
-    kept: dict[str, int | None] = {problem.id: _NUM_SHOWN for problem in problems[: options.num_shown]}
+    kept: dict[str, int | None] = {problem.id: 2 for problem in problems[: options.num_shown]}
     kept |= dict.fromkeys((problem.id for problem in problems[: options.num_transcripts]), None)
     judge = _Judge(verifier, run_data, options, kept)
     found = judged_by_all({p: (problems[p], responses[p]) for p in responses}, judge, grid)
