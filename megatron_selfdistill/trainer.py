@@ -257,7 +257,13 @@ class Trainer:
         result also has the responses to report.num_problems that go to evaluation_samples.jsonl.
         """
         options = EvaluationOptions.configured(
-            self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words
+            self.config,
+            self.sampling,
+            self.step,
+            hinted,
+            num_transcripts=num_transcripts,
+            num_shown=self.config.report.num_problems if self.config.shows_contents and not hinted else 0,
+            leak_words=self.leak_words,
         )
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,23 +22,19 @@ def to_device(tree: T, device: torch.device) -> T:
     """
     copies: dict[int, Tensor] = {}
 
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            copies[id(tensor)] = pinned.to(device, non_blocking=True, copy=True)
-        return copies[id(tensor)]
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in copies:
+                pinned = value.pin_memory() if device.type == "cuda" else value
+                copies[id(value)] = pinned.to(device, non_blocking=True, copy=True)
+            return copies[id(value)]
+        if isinstance(value, dict):
+            return {key: copied(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([copied(one) for one in value])
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: copied(getattr(value, f.name)) for f in fields(value) if f.init})
+        return value
 
-    copied: T = _mapped(tree, copy)
-    return copied
-
-
-def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _mapped(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_mapped(value, function) for value in tree])
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(tree, **{f.name: _mapped(getattr(tree, f.name), function) for f in fields(tree) if f.init})
-    return tree
+    result: T = copied(tree)
+    return result

@@ -78,10 +78,9 @@ class EvaluationOptions:
 
     @classmethod
     def configured(
-        cls, config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None, **more: Any
+        cls, config: Config, params: SamplingParams, step: int, hinted: bool, **more: Any
     ) -> EvaluationOptions:
         """Return the settings of an evaluation after ``step`` steps; ``more``: further fields."""
-        num_shown = config.report.num_problems if config.shows_contents and not hinted else 0
         return cls(
             params=params,
             num_samples=config.evaluation.num_samples,
@@ -89,9 +88,7 @@ class EvaluationOptions:
             seed=config.seed,
             step=step,
             hinted=hinted,
-            num_transcripts=num_transcripts,
             confidence=config.evaluation.confidence_pattern,
-            num_shown=num_shown,
             **more,
         )
 

@@ -20,8 +20,7 @@ from megatron_selfdistill.data.records import from_json, kind_of
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
-HUB_IGNORED = ("original/*", "consolidated*")
+HUB_FILES, HUB_IGNORED = "*.safetensors *.json *.jinja *.model *.txt *.py".split(), ["original/*", "consolidated*"]
 """The files of a model on the hub that are downloaded, and those among them that repeat its weights."""
 FOLLOW_LINKS = "SELFDISTILL_FOLLOW_LINKS"
 """The environment variable with which a user vouches, by the value 1, for the links in Hugging Face directories."""
@@ -123,7 +122,7 @@ def model_directory(name: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED)))
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

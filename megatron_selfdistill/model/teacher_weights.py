@@ -177,12 +177,13 @@ class Teacher:
 def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
     """Return the full float32 main parameter of ``param``, in its shape, on every rank.
 
-    In float32 training the parameter is its own main parameter.  The distributed optimizer has new values of the slices
-    of its own data-parallel rank alone; the other ranks add zeros, which is exact.
+    In float32 training the parameter is its own main parameter, which ``overlap_param_gather`` gathers later.  Until
+    then the distributed optimizer, like that of bf16 parameters, has new values of the slices of its own data-parallel
+    rank alone; the other ranks add zeros, which is exact.
     """
     main: Tensor = param if param.dtype == torch.float32 else param.main_param  # type: ignore[attr-defined]
     owner = _distributed_optimizer_of(param, optimizer)
-    if owner is None:
+    if owner is None or (main is param and not owner.ddp_config.overlap_param_gather):
         return main.detach().view_as(param)
     full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
     if param in owner.model_param_gbuf_map:  # this rank holds a slice

@@ -151,11 +151,13 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
             player = stack.enter_context(evaluation_player(config, run_data, inference.sampler, 0, grid))
             began = time.perf_counter()
             # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
-            words, votes = telling_words(config.metrics.leak_words, run_data.evaluation), arguments.majority_at_k
-            options = held_out.EvaluationOptions.configured(
-                config, inference.sampling, 0, arguments.hinted, None, leak_words=words, majority_at_k=votes
-            )
-            options = dataclasses.replace(options, num_transcripts=arguments.responses, num_shown=0)
+            words = telling_words(config.metrics.leak_words, run_data.evaluation)
+            own = {
+                "num_transcripts": arguments.responses,
+                "majority_at_k": arguments.majority_at_k,
+                "leak_words": words,
+            }
+            options = held_out.EvaluationOptions.configured(config, inference.sampling, 0, arguments.hinted, **own)
             with phases("evaluation"):
                 result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
             seconds = time.perf_counter() - began

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A response cut into its tokens' texts is still the response."""
+"""A response cut into its tokens' texts is still the response, and a tokenizer that loses or splits text is refused."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def test_a_backend_that_cannot_run_is_refused_with_a_message(monkeypatch: pytest
         distillation_loss(logits, logits, tokens, **arguments, backend="cuda")
 
 
-PACKAGE = Path(__file__).resolve().parents[3] / "megatron_selfdistill"
+PACKAGE = REPOSITORY / "megatron_selfdistill"
 LOSS, KERNELS = PACKAGE / "loss", PACKAGE / "kernels"
 DOOR = "triton_backend.py"
 TABLE = re.findall(r"^\| `(\w+\.py)` \| `?([\w/.]+)`? \| (.*) \|$", (LOSS / "README.md").read_text(), re.MULTILINE)
