@@ -30,10 +30,12 @@ from megatron_selfdistill.architectures.flash_sinks import FlashSinkAttention
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
 from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, unwrapped, uses_local_attention
+from megatron_selfdistill.model.known_faults import refuse_known_faults
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -323,3 +325,30 @@ def kinds_without_sinks() -> list[str]:
 
 def test_models_without_sinks_keep_transformer_engines_attention(ranks):
     assert ranks.run(kinds_without_sinks, world_size=1) == [["EngineAttention"]]
+
+
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "have no latent attention": [{"multi_latent_attention": True}],
+    "have no FP8": [{"fp8_dot_product_attention": True}, {"fp8_multi_head_attention": True}],
+    "add gradients in any order": [{"deterministic_mode": True}],
+}
+"""Sentence -> fields of a configuration with sinks that meet it."""
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence(sentence):
+    for fields in REFUSED[sentence]:
+        refused = config(bf16=True, hidden_dropout=0.0)
+        for name, value in fields.items():
+            setattr(refused, name, value)
+        refuse_known_faults(refused, transformer_engine=False)  # our attention can
+        with pytest.raises(ConfigError, match=sentence):
+            refuse_known_faults(refused, transformer_engine=True)
+        refused.softmax_type = "vanilla"
+        refuse_known_faults(refused, transformer_engine=True)
+
+
+@pytest.mark.parametrize("communication", ["p2p", "a2a", "all_gather"])
+def test_windows_beside_sinks_are_cut_by_our_attention_for_every_communication(communication):
+    fields = {"window_size": (8, 0), "cp_comm_type": communication, "context_parallel_size": 2, "hidden_dropout": 0.0}
+    refuse_known_faults(config(bf16=True, **fields), transformer_engine=True)

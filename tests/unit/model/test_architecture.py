@@ -150,13 +150,6 @@ WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
     ]
 }
 """Sentence -> fields of a configuration under context parallelism that meet it."""
-SINKS = {"softmax_type": "learnable", "bf16": True}
-SINKS_WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
-    "have no latent attention": [{**SINKS, "multi_latent_attention": True}],
-    "have no FP8": [{**SINKS, "fp8_dot_product_attention": True}, {**SINKS, "fp8_multi_head_attention": True}],
-    "add gradients in any order": [{**SINKS, "deterministic_mode": True}],
-}
-"""Sentence -> fields of a configuration with sinks that meet it."""
 
 
 @pytest.mark.parametrize("sentence", WITH_TRANSFORMER_ENGINE)
@@ -168,26 +161,6 @@ def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence)
             refuse_known_faults(config, transformer_engine=True)
         refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"), transformer_engine=True)
         refuse_known_faults(dataclasses.replace(config, context_parallel_size=1), transformer_engine=True)
-
-
-@pytest.mark.parametrize("sentence", SINKS_WITH_TRANSFORMER_ENGINE)
-def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence(sentence):
-    for fields in SINKS_WITH_TRANSFORMER_ENGINE[sentence]:
-        config = configured()
-        for name, value in fields.items():
-            setattr(config, name, value)
-        refuse_known_faults(config, transformer_engine=False)  # our attention can
-        with pytest.raises(ConfigError, match=re.escape(sentence)):
-            refuse_known_faults(config, transformer_engine=True)
-        config.softmax_type = "vanilla"
-        refuse_known_faults(config, transformer_engine=True)
-
-
-def test_windows_beside_sinks_are_cut_by_our_attention_for_every_communication():
-    config = configured(DENSE, CP2)
-    for communication in ("p2p", "a2a", "all_gather"):
-        fields = SINKS | {"window_size": (8, 0), "cp_comm_type": communication}
-        refuse_known_faults(dataclasses.replace(config, **fields), transformer_engine=True)
 
 
 def test_experts_with_biases_are_not_cut_over_tensor_parallel_ranks():
@@ -207,9 +180,9 @@ def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
 def test_every_sentence_of_refuse_known_faults_is_met_above():
     rare = configured(DENSE, {}, window_size=[8, 0])
     messages = [message for _, message in known_faults(rare, transformer_engine=False)]
-    tables = REFUSED, WITH_TRANSFORMER_ENGINE, SINKS_WITH_TRANSFORMER_ENGINE
+    tables = REFUSED, WITH_TRANSFORMER_ENGINE
     sentences = [re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for table in tables for sentence in table]
-    assert len(messages) == len(sentences) + 4, "test_architecture_fp8.py has four"
+    assert len(messages) == len(sentences) + 7, "test_architecture_fp8.py has four, test_flash_sinks.py three"
     assert all(any(start in message for message in messages) for start in sentences)
 
 
