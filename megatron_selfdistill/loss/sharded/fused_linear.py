@@ -203,7 +203,7 @@ class _Others(NamedTuple):
     reference_weight: Tensor | None
     control_hidden: Tensor | None
     normalisers: Tensor | None
-    """The `log_normalisers` [K, R] of the controls, which the forward pass writes."""
+    """The normalisers [K, R] of `subtract_controls`, which the forward pass writes."""
 
 
 class _Logits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.contrast import joined_log_sums
@@ -21,11 +22,13 @@ def subtract_controls(
     chunk_tokens: int,
     known: bool = False,
 ) -> None:
-    """Replace the teacher's logits t [n, V / tp] by t - c, rounded once to their dtype.
+    """Replace the teacher's logits by t - c, rounded once to their dtype; t: the teacher's log-probs [n, V / tp].
+
+    t is normalised, because a constant of tens of nats would leave bf16 no digits of a difference that is small.
 
     control_logits: returns those of the K controls [K, m, V / tp] for a slice of m of the n tokens; ``chunk_tokens``
     rows of them, of all controls together, exist at a time.
-    normalisers: [K, n], the `log_normalisers` of the controls; written, or where they are ``known`` read.
+    normalisers: [K, n], those of the controls less that of the teacher; written, or where they are ``known`` read.
     Collectives: one all-gather over ``vocab.group`` per chunk, none where they are ``known``.
     """
     step = -(-chunk_tokens // len(normalisers))
@@ -33,7 +36,9 @@ def subtract_controls(
         rows = slice(start, min(start + step, len(teacher_logits)))
         controls = control_logits(rows)
         if not known:
-            normalisers[:, rows] = log_normalisers(controls, vocab, backend)
+            own = [backend.row_log_sums(logits, vocab.num_valid) for logits in (controls, teacher_logits[None, rows])]
+            joined = joined_log_sums(torch.cat(own), vocab.group)
+            normalisers[:, rows] = joined[:-1] - joined[-1]
         teacher_logits[rows] = backend.contrast(teacher_logits[rows], controls, normalisers[:, rows])
 
 

@@ -17,8 +17,8 @@ from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.functional import linear_self_distillation_loss, self_distillation_loss
 from megatron_selfdistill.loss.sharded.contrast import contrast, row_log_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers
-from megatron_selfdistill.loss.sharded.vocab_parallel import chosen
+from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers, subtract_controls
+from megatron_selfdistill.loss.sharded.vocab_parallel import chosen, vocab_entropy
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
 WIDTH, K = 16, 3
@@ -149,6 +149,30 @@ def test_where_all_hints_are_alike_the_student_is_its_own_target() -> None:
             torch.testing.assert_close(found.log_q.exp(), student.softmax(-1), rtol=0, atol=1e-7)
             loss = self_distillation_loss(student, teacher, control_logits=controls, target=target, reduction="none")
             assert loss.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["keep_gradient", "low_memory", "logits"])
+@pytest.mark.parametrize("anchor", ["reference", 0.1])
+def test_equal_models_in_bf16_have_no_loss_where_their_logits_are_far_from_normalised(anchor: Any, mode: str) -> None:
+    """The identity law with normalisers of 15 to 25 nats, beside which bf16 would lose all digits of t - c."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (40, 1000))
+    logits, vocab, target = hidden @ weight.T, VocabShard(0, 1000, 1000), Target(anchor=anchor, num_controls=2)
+    assert logits.float().logsumexp(-1).mean() > 15
+    tokens, entropy = (
+        torch.zeros(40, dtype=torch.int64),
+        vocab_entropy(logits, vocab) if anchor == "reference" else None,
+    )
+    if mode == "logits":
+        contrast_of, normalisers = logits.clone(), torch.empty(2, 40)
+        options = {"vocab": vocab, "backend": TORCH, "chunk_tokens": 32}
+        subtract_controls(contrast_of, lambda rows: logits[rows].expand(2, -1, -1), normalisers, **options)
+        assert contrast_of.abs().max() < 1e-5
+        return
+    states = {"reference": (hidden, weight), "control_hidden": hidden.expand(2, -1, -1), "reference_entropy": entropy}
+    options = {"target": target, "divergence": Divergence(), "vocab": vocab, "chunk_tokens": 16, "mode": mode}
+    found = fused_distillation_loss(hidden, hidden, weight, weight, tokens, **states, **options)
+    assert found.loss.abs().max() < 5e-5, "a tenth of the reference is rounded to bf16, too"
 
 
 def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() -> None:
