@@ -15,6 +15,8 @@ class TeacherPrompt(NamedTuple):
     share: float
     """The share of this teacher's divergence in the loss of the response; the sum over the teachers is 1."""
     prompt: list[int]
+    control_prompts: tuple[list[int], ...] = ()
+    """The prompts of its controls, in its own wording."""
 
 
 @dataclass(frozen=True)

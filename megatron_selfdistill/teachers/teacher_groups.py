@@ -80,7 +80,7 @@ def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str], joins: b
     """Return the contexts that each of the ``teachers`` reads.  Raises: ValueError for an unknown teacher."""
     read: dict[str, list[Reading]] = {name: [] for name in teachers}
     for index, context in enumerate(contexts):
-        whole = TeacherPrompt(_product(context), 1.0, context.teacher_prompt)
+        whole = TeacherPrompt(_product(context), 1.0, context.teacher_prompt, context.control_prompts)
         for one in (whole,) if joins else context.of_teachers or (whole,):
             if one.teacher not in read:
                 raise ValueError(
@@ -103,7 +103,13 @@ def _group(
         return batch
     group = chosen(batch, [index for index, _ in readings], grid.device)
     contexts = [
-        replace(it, teacher=one.teacher, teacher_prompt=one.prompt, of_teachers=it.of_teachers if joins else ())
+        replace(
+            it,
+            teacher=one.teacher,
+            teacher_prompt=one.prompt,
+            control_prompts=one.control_prompts,
+            of_teachers=it.of_teachers if joins else (),
+        )
         for it, (_, one) in zip(group.contexts, readings, strict=True)
     ]
     group = replace(group, contexts=contexts)

@@ -15,7 +15,7 @@ from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.config.world_checks import check_world, longest_context
-from megatron_selfdistill.data.controls import with_decided_anchor
+from megatron_selfdistill.data.controls import with_decided_target
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.plan.host_memory import HostMemory, host_memory
@@ -128,7 +128,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     check_engine(config, num_gpus)
     run_data = RunData.load(config) if config.data.path and config.data.tokenizer else None
     if run_data is not None:
-        config = with_decided_anchor(config, run_data.problems.problems)
+        config = with_decided_target(config, run_data.problems.problems)
     vocab_size = config.model.vocab_size if run_data is None else run_data.vocab_size
     if vocab_size is None:
         raise ConfigError("the vocabulary's size is not known: set model.vocab_size, or data.path and data.tokenizer")

@@ -16,7 +16,8 @@ from made_methods import given_with
 from megatron_selfdistill.config import Config, DataConfig, TargetConfig
 from megatron_selfdistill.config.schema.target_config import planned_controls
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.controls import Controls, num_controls, with_decided_anchor
+from megatron_selfdistill.data.controls import Controls, num_controls, with_decided_target
+from megatron_selfdistill.data.given_solutions import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.target import Target
@@ -77,6 +78,39 @@ def test_hints_that_do_not_fit_are_left_out_and_without_any_the_own_hint_is_its_
     assert hints(controls_of(long[:2], number=2), 0, long[0]) == ["short"] * 2
 
 
+def test_no_control_shows_the_own_hint_in_another_form_or_twice_what_fits_of_two() -> None:
+    own, spaced, twin, same, other = (
+        problem("a", "42", "42"),
+        problem("b", " 42 "),
+        problem("c", "6 times 7", "7"),
+        problem("d", "forty-two", "42 "),
+        problem("e", "one", "1"),
+    )
+    asked_again = replace(twin, messages=own.messages)
+    assert hints(controls_of([own, spaced, other]), 0, own) == ["one"] * 3
+    for step in range(9):
+        assert hints(controls_of([own, asked_again, same, other], number=1), step, own) == ["one"]
+        changed = replace(own, solution="42, I am sure")
+        assert set(hints(controls_of([own, same, other], number=2), step, changed)) == {"one", "forty-two"}
+    begins_alike = [problem(name, f"{'x' * 60} {name}") for name in "abc"]
+    controls = controls_of([*begins_alike, other], max_length=40)
+    controls = replace(controls, given=replace(controls.given, policy="truncate_end"))
+    assert hints(controls, 0, begins_alike[0]) == ["one"] * 3
+
+
+def test_few_texts_among_many_problems_are_drawn_without_a_look_at_all_of_them() -> None:
+    class Counted(list[Problem]):
+        looks = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.looks += 1
+            return super().__getitem__(index)
+
+    many = Counted(problem(f"p{i}", "Be brief." if i % 2 else "Count up.") for i in range(20_000))
+    assert hints(controls_of(many), 0, problem("p", "Be brief.")) == ["Count up."] * 3
+    assert many.looks < 100
+
+
 def test_all_samples_of_a_problem_have_the_same_controls() -> None:
     contexts = [ContextPair(name, [1], [2], [3], False) for name in ("p0", "p0", "p1")]
     rollouts = [SimpleNamespace(problem=PROBLEMS[i]) for i in (0, 0, 1)]
@@ -92,7 +126,7 @@ def test_all_samples_of_a_problem_have_the_same_controls() -> None:
 def test_auto_has_controls_where_the_hints_differ(control: str, solutions: Sequence[str], expected: int) -> None:
     problems = [problem(str(i), text) for i, text in enumerate(solutions)]
     config = Config(target=TargetConfig(control=control, num_controls=5))
-    assert num_controls(config, problems) == expected
+    assert num_controls(config, problems) == planned_controls(with_decided_target(config, problems)) == expected
     with pytest.raises(ConfigError, match="all 2 solutions are one text"):
         num_controls(Config(target=TargetConfig(control="other")), [problem("a", "one"), problem("b", "one")])
 
@@ -123,6 +157,11 @@ def test_the_controls_of_a_teacher_have_its_own_wording() -> None:
     texts = ["".join(map(chr, prompt)) for prompt in of_math.control_prompts]
     assert texts == [f"Mp0? {hint}:" for hint in hints(own, 2, PROBLEMS[0])]
     assert plain.control_prompts == own.prompts(2, PROBLEMS[0])
+    shared = replace(PROBLEMS[0], teacher="code", shares=(("code", 0.5), ("math", 0.5)))
+    (context,) = build_contexts([own.given.pair(shared)], [SimpleNamespace(token_ids=[3], truncated=False)])
+    (context,) = own.added(2, [context], [SimpleNamespace(problem=shared)])
+    of_code, also_of_math = (one.control_prompts for one in context.of_teachers)
+    assert also_of_math == of_math.control_prompts and of_code == context.control_prompts == plain.control_prompts
 
 
 @pytest.mark.parametrize(
@@ -140,7 +179,7 @@ def test_the_controls_of_a_teacher_have_its_own_wording() -> None:
 def test_the_data_decide_the_anchor(solutions: Sequence[str], options: dict[str, Any], anchor: str) -> None:
     config = Config(**options)
     problems = [problem(str(i), text) for i, text in enumerate(solutions)]
-    decided = with_decided_anchor(config, problems)
+    decided = with_decided_target(config, problems)
     assert decided.target.anchor == anchor
     assert replace(decided, target=config.target) == config
     assert Target.configured(config.target).anchor == "reference", "without data the anchor stands still"
