@@ -156,6 +156,8 @@ def why_no_control(config: Any) -> str | None:
         key = "the responses are turns, whose hints belong to one conversation"
     elif not shows_solutions(config):
         key = f"the teacher of method.name={config.method.name} sees no solutions of the data"
+    elif config.needs.contexts_per_sample > 1:
+        key = f"method.name={config.method.name} reads a response in several contexts, each with hints of its own"
     return key or config.why_teachers_differ
 
 

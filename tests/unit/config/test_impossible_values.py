@@ -15,6 +15,7 @@ from megatron_selfdistill.errors import ConfigError
 TWO, GUIDED, CURRENT = "rollout.num_samples=2", "rollout.guidance=mixed", "teacher.weights=current"
 SAMPLED = ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"]
 NAMED = ["method=null"]
+OTHER_HINTS = ["target=capped", "target.control=other"]
 SERVER = ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"]
 
 
@@ -157,6 +158,13 @@ def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
         (["adapter.rank=4", "rollout.engine=vllm", "adapter.layers=[linear_q_proj]"], "remove linear_q_proj"),
         (["target.rule=teacher_alone"], "mixes the teacher with nothing"),
         (["target.anchor=student", "target.match=reference"], "target.match must be null, student or target.anchor"),
+        (
+            [*OTHER_HINTS, "method.name=pi_distill", TWO],
+            "in several contexts, each with hints of its own",
+        ),
+        ([*OTHER_HINTS, "data.kind=conversations"], "the responses are turns, whose hints belong to one conversation"),
+        ([*OTHER_HINTS, "environment.name=tools", "environment.max_turns=2"], "hints belong to one conversation"),
+        ([*OTHER_HINTS, "method.name=sdpo", TWO], "the teacher of method.name=sdpo sees no solutions of the data"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
