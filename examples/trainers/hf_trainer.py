@@ -39,7 +39,7 @@ class SelfDistillationTrainer(Trainer):
         with torch.no_grad(), own.disable_adapter() if self.frozen is None else contextlib.nullcontext():
             frozen = own if self.frozen is None else self.frozen
             teacher = response_logits(frozen, hinted, responses)
-            reference = response_logits(frozen, plain, responses) if self.target.anchor == "reference" else None
+            reference = response_logits(frozen, plain, responses) if self.target.has_reference else None
             others = [[row["controls"][k] for row in inputs] for k in range(self.target.num_controls)]
             controls = torch.stack([response_logits(frozen, it, responses) for it in others]) if others else None
         options = {"control_logits": controls, "target": self.target, "divergence": self.divergence}

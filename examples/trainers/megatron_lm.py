@@ -34,8 +34,7 @@ def forward_step(data_iterator, model, frozen, target=None, divergence="reverse_
     student = logits_of(model, batch["tokens"])
     with torch.no_grad():
         teacher = logits_of(frozen, batch["hinted_tokens"])[batch["hinted_mask"]]
-        is_anchored = target.anchor == "reference"
-        reference = logits_of(frozen, batch["tokens"])[batch["mask"]] if is_anchored else None
+        reference = logits_of(frozen, batch["tokens"])[batch["mask"]] if target.has_reference else None
     options = {"target": target, "divergence": divergence, "vocab_size": vocab_size}
     return student, partial(loss_func, batch["mask"], teacher, reference, options)
 

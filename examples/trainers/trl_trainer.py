@@ -33,7 +33,7 @@ class SelfDistillationTrainer(SDFTTrainer):
         if not mask.any():
             return super()._compute_self_distillation_loss(model, inputs, distillation_logits)
         student, teacher = distillation_logits.student_logits, distillation_logits.teacher_logits
-        reference = self._reference_logits(inputs, mask) if self.target.anchor == "reference" else None
+        reference = self._reference_logits(inputs, mask) if self.target.has_reference else None
         loss = self_distillation_loss(student, teacher, reference, mask, target=self.target, divergence=self.divergence)
         mode = "train" if model.training else "eval"
         self._log_self_distillation_metric(mode, self.accelerator.gather(loss.detach()).mean().item())

@@ -70,7 +70,7 @@ def test_adapters_have_the_gradient_that_follows_from_it_and_no_second_copy_is_m
 
 
 def test_what_the_controls_of_a_row_say_too_is_not_learnt(model, tmp_path, monkeypatch):
-    trainer = trainer_of(model, tmp_path, target=Target(anchor="student", num_controls=2))
+    trainer = trainer_of(model, tmp_path, target=Target(anchor=0.1, num_controls=2))
     monkeypatch.setattr(trainer, "responses", lambda *_: RESPONSES)
     rows = {name: [row | {"controls": [row["hinted"], row[name]]} for row in ROWS] for name in ("hinted", "prompt")}
     assert trainer.compute_loss(model, rows["hinted"]) < 1e-6 < 1e-3 < trainer.compute_loss(model, rows["prompt"])

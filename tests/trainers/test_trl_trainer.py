@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_the_pipeline(trainer_of, expected):
 
 def test_the_target_of_the_subclass_is_used_and_logged(trainer_of):
     losses = []
-    for target in (Target(), Target("teacher_alone", anchor="student")):
+    for target in (Target(), Target("teacher_alone", anchor="student"), Target(anchor=0.2)):
         trainer, rows = trainer_of(target=target)
         trainer.model.train()
         loss = trainer.compute_loss(trainer.model, trainer._prepare_training_batch(rows)).item()
