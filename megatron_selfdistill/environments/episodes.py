@@ -28,7 +28,7 @@ from megatron_selfdistill.environments.environment import Environment
 from megatron_selfdistill.environments.session_processes import SessionProcesses
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
-from megatron_selfdistill.evaluation.verify import judged_in_order
+from megatron_selfdistill.evaluation.verify import in_replica, judged_in_order
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.rollout.sampling import SampleKey
@@ -325,7 +325,7 @@ class SessionEpisodes(Episodes):
                 found[key] = asked[key]()
                 beat()
             except Exception as raised:  # raised below on every rank, so that no rank waits
-                errors.append(f"environment: {raised}")
+                errors.append(f"environment: {raised}"[:2000])
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             list(pool.map(attempt, asked))
@@ -343,9 +343,7 @@ class SessionEpisodes(Episodes):
             if self.grid.is_reporter:
                 message = "%d of %d sessions failed, which ends their episodes: %s: %s"
                 logger.warning(message, sum(num_failed), sum(num_sessions), key, visible(failure))
-        for group in (self.grid.pp_group, self.grid.cp_group, self.grid.tp_group):
-            found = {key: reply for part in gather_objects(found, group) for key, reply in part.items()}
-        return found
+        return in_replica(found, self.grid)
 
 
 def _key(episode: Episode) -> SampleKey:

@@ -91,31 +91,46 @@ def judged_in_order(
 ) -> list[Verdict]:
     """Return the judgement of each of this replica's questions, in their order, equal on all ranks of the replica.
 
-    ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks.  The other
-    arguments, the collectives and the errors are those of `judged_by_all`.
+    ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks.
+    ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that no question is judged twice
+    and a verifier with a time limit cannot give two ranks different results.  ``judge_name``: what messages call the
+    judge.
+    Collectives: one all_gather_object over the world, of at most one message of each rank, and those of `in_replica`.
+    Raises: ``error`` on every rank if the judgement failed on one rank.
     """
-    keyed = {(grid.dp_rank, i): question for i, question in enumerate(questions)}
-    found = judged_by_all(keyed, judgement, grid, judge_name, error=error)
+    keyed = dict(enumerate(questions))
+    found = in_replica(_judged_here(keyed, judgement, grid, judge_name, error), grid)
     return [found[key] for key in keyed]
 
 
 def judged_by_all(
+    questions: Mapping[Key, tuple[Problem, Content]], judgement: Callable[[Problem, Content], Verdict], grid: RankGrid
+) -> dict[Key, Verdict]:
+    """Return the verifier's judgement of every question, over all replicas, equal on every rank.
+
+    ``questions``: those of `judged_in_order`, under keys that no other replica has.
+    Collectives: one all_gather_object over the world, of at most one message of each rank, and one of the verdicts.
+    Raises: `VerifierError` on every rank if the judgement failed on one rank.
+    """
+    found = _judged_here(questions, judgement, grid, "verifier", VerifierError)
+    return {key: verdict for part in gather_objects(found) for key, verdict in part.items()}
+
+
+def in_replica(found: dict[Key, Verdict], grid: RankGrid) -> dict[Key, Verdict]:
+    """Return what all ranks of a replica have ``found``.  Collectives: one all_gather_object in each of its groups."""
+    for group in (grid.pp_group, grid.cp_group, grid.tp_group) if grid.replica_size > 1 else ():
+        found = {key: one for part in gather_objects(found, group) for key, one in part.items()}
+    return found
+
+
+def _judged_here(
     questions: Mapping[Key, tuple[Problem, Content]],
     judgement: Callable[[Problem, Content], Verdict],
     grid: RankGrid,
-    judge_name: str = "verifier",
-    *,
-    error: type[Exception] = VerifierError,
+    judge_name: str,
+    error: type[Exception],
 ) -> dict[Key, Verdict]:
-    """Return the judgement of every question, over all replicas, equal on every rank.
-
-    ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
-    that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
-    no question is judged twice and a verifier with a time limit cannot give two ranks different results.
-    ``judge_name``: what messages call the judge.
-    Collectives: one all_gather_object over the world.
-    Raises: ``error`` on every rank if the judgement failed on one rank.
-    """
+    """Return this rank's share of the verdicts; raise ``error`` on every rank where a rank has failed."""
     verdicts: dict[Key, Verdict] = {}
     failure: str | None = None
     for key in list(questions)[grid.replica_rank :: grid.replica_size]:
@@ -125,13 +140,12 @@ def judged_by_all(
             beat()
         except Exception as raised:  # raised below on every rank, so that no rank waits
             reason = f"{type(raised).__name__}: {raised}{own_lines(raised)}"
-            failure = f"{problem.location}: the {judge_name} failed with {reason}"
+            failure = f"{problem.location}: the {judge_name} failed with {reason}"[:2000]
             break
-    gathered = gather_objects((verdicts, failure))
-    failures = [message for _, message in gathered if message is not None]
-    if failures:
-        raise error(failures[0])
-    return {key: verdict for part, _ in gathered for key, verdict in part.items()}
+    for message in gather_objects(failure):
+        if message is not None:
+            raise error(message)
+    return verdicts
 
 
 def exact_match(response_text: str, problem: Problem) -> bool:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from answers import problem_with
 
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
 
@@ -162,3 +165,25 @@ def test_a_verdict_of_a_user_may_be_a_number_or_of_another_library(verdict, monk
 )
 def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
     assert module.mentions_answer(response, problem_with(answer)) is mentions
+
+
+def verdicts_on_a_rank(dp_size: int) -> tuple[list[str], list[Any]]:
+    """Return the verdicts of this replica, and what this rank has sent beyond its replica."""
+    grid = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+    sent, gather = [], module.gather_objects
+
+    def gather_objects(value: Any, group: Any = None) -> list[Any]:
+        sent.extend([value] if group is None else [])
+        return gather(value, group)
+
+    assert grid.dp_size == dp_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "gather_objects", gather_objects)
+        questions = [(problem_with("1"), f"{grid.dp_rank} {i}") for i in range(3)]
+        return module.judged_in_order(questions, lambda problem, text: f"read {text}", grid), sent
+
+
+def test_a_replica_keeps_its_verdicts_to_itself(ranks):
+    results = ranks.run(verdicts_on_a_rank, 2, world_size=4)
+    assert [verdicts for verdicts, _ in results] == [[f"read {r} {i}" for i in range(3)] for r in (0, 0, 1, 1)]
+    assert [sent for _, sent in results] == [[None]] * 4
