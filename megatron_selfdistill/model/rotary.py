@@ -72,7 +72,7 @@ def rotated(
     turning = t[..., :width]
     if mla_rotary_interleaved:
         turning = turning.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    cos, signed_sin = _tables(freqs, t.dtype, rotary_interleaved, mscale)
+    cos, signed_sin = cos_and_signed_sin(freqs, t.dtype, rotary_interleaved, mscale)
     if rotary_interleaved:
         swapped = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
@@ -81,10 +81,10 @@ def rotated(
     return turned if width == t.size(-1) else torch.cat((turned, t[..., width:]), dim=-1)
 
 
-def _tables(freqs: Tensor, *key: Any) -> tuple[Tensor, Tensor]:
-    """Return `cos_and_signed_sin`; a CUDA graph must compute the table that it reads, so none is kept for it."""
-    capturing = freqs.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (cos_and_signed_sin.__wrapped__ if capturing else cos_and_signed_sin)(freqs, *key)
+def forget_tables() -> None:
+    """Forget the last table: a CUDA graph must compute the one that it reads, and nothing else may read that one."""
+    angles_at.cache_clear()
+    cos_and_signed_sin.cache_clear()
 
 
 def _rotated_packed(

@@ -110,7 +110,7 @@ class RolloutConfig(
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number
     where a resumed run must repeat every bit."""
     cuda_graphs: bool = False
-    """Whether rollout.engine=megatron decodes from CUDA graphs, which no GPU has run yet: dense models alone."""
+    """Whether rollout.engine=megatron decodes dense models from CUDA graphs, which no GPU has run yet."""
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` where responses would be sampled in another way than the keys say."""

@@ -36,7 +36,6 @@ from megatron.core.utils import get_pg_size
 from megatron_selfdistill.distributed.integers import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.signs_of_life import beat
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.local_attention import CoreAttention
 from megatron_selfdistill.model.rotary import angles_at, rotated
@@ -354,15 +353,10 @@ class ForwardPasses:
     def __init__(self, models: Sequence[DecodingModel], records: bool = False) -> None:
         """``models``: all models that may run, of one architecture, in the same order on all ranks.
 
-        ``records``: whether passes that decode are recorded (`RecordedPasses`); `ConfigError` where they cannot be.
+        ``records``: whether passes that decode are recorded (`RecordedPasses`) where they are alike for every token.
         """
-        if records and not models[0].has_one_pass:
-            raise ConfigError(
-                "rollout.cuda_graphs=true records a pass that is the same for every token, which experts, pipeline "
-                "stages and gated delta nets do not have: set rollout.cuda_graphs=false"
-            )
         self._models = list(models)
-        self.records = records
+        self.records = records and models[0].has_one_pass
         self._lock_step = models[0].needs_other_ranks
 
     def run(self, model: DecodingModel, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:

@@ -274,7 +274,7 @@ class MegatronSampler:
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
         log-probs, repeatable.  ``progress``: called with the responses that this rank decodes, at every pass, on every
         rank.  ``continues``: whether requests may continue earlier ones, which `metrics` counts.  ``cuda_graphs``:
-        whether a GPU repeats its passes from recordings.
+        whether a GPU repeats its passes from recordings; a line on the console says where the model has none.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -285,6 +285,12 @@ class MegatronSampler:
         self._progress = progress
         self._student = DecodingModel(chunks, grid, vocab_size)
         self._passes = ForwardPasses([self._student], cuda_graphs)
+        if cuda_graphs and not self._passes.records and grid.is_reporter:
+            print(
+                "rollout.cuda_graphs: this model decodes without graphs, because its experts, pipeline stages or gated "
+                "delta nets need the host in every pass",
+                flush=True,
+            )
         self._bytes_per_token = self._student.bytes_per_token
         self._kept = KeptRows()
         self._continues = continues

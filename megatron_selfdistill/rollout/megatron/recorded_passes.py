@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.distributed.signs_of_life import beat
+from megatron_selfdistill.model.rotary import forget_tables
 from megatron_selfdistill.rollout.megatron.ragged_cache import RaggedCache
 
 COLUMNS = 256
@@ -53,8 +54,10 @@ class RecordedPasses:
         with torch.cuda.stream(aside):
             self._run(self._tokens)  # what libraries prepare in a first call cannot be recorded
         torch.cuda.current_stream().wait_stream(aside)
+        forget_tables()
         with recording:
             logits = self._run(self._tokens)
+        forget_tables()
 
         def repeat() -> Tensor | None:
             beat()
