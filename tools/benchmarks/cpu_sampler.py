@@ -220,7 +220,8 @@ def response_logits(model: Any, texts: Sequence[tuple[list[int], list[int]]]) ->
     """Return the logits [R, V] of the response tokens of a batch padded on the right."""
     ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in texts], batch_first=True)
     mask = pad_sequence([torch.ones(len(prompt + response)) for prompt, response in texts], batch_first=True)
-    hidden = model.model(ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
     states = [
         row[len(prompt) - 1 : len(prompt + response) - 1] for row, (prompt, response) in zip(hidden, texts, strict=True)
     ]

@@ -57,6 +57,8 @@ from megatron_selfdistill.distributed.terminal import silence_known_warnings  # 
 
 PARTS = ("sampling", "frozen passes", "forward and loss", "backward", "optimizer", "rest")
 PLAIN = "transformers"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""The device of every contender: that of `distributed.ranks.initialize`, and of TRL's trainer."""
 OUR_PARTS = {
     "teacher forward": "frozen passes",
     "student forward": "forward and loss",
@@ -257,7 +259,8 @@ def plain_step(hf: Path, problems: Problems, new_tokens: int) -> Step:
     from transformers import AutoModelForCausalLM
 
     student, frozen = (
-        AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
+        AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False).to(DEVICE)
+        for _ in range(2)
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
 
@@ -288,7 +291,7 @@ def sampled(model: Any, prompts: Sequence[list[int]], num_tokens: int) -> list[l
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True, padding_side="left")
     lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "pad_token_id": 0, "eos_token_id": None}
-    output = model.generate(ids, attention_mask=mask.long(), do_sample=True, top_k=0, **lengths)
+    output = model.generate(ids.to(DEVICE), attention_mask=mask.long().to(DEVICE), do_sample=True, top_k=0, **lengths)
     responses: list[list[int]] = output[:, ids.size(1) :].tolist()
     return responses
 
