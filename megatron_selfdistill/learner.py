@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -227,8 +228,8 @@ class Learner:
         return self.teachers.target(self.target, teacher) if teacher else self.target
 
     def _measurement(self, teacher: str, summarise: Callable[..., Tensor] | None, every: int) -> TokenMeasurement:
-        loss = self.config.loss
-        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise, every)
+        loss, phase = self.config.loss, crc32(b"%d" % self.scheduler.num_steps)
+        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarise, every, phase)
 
     def run_schedule(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from megatron_selfdistill.checkpoint.trained_weights import trained_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.config.due import checkpoint_due, evaluation_due, samples_due, tokens_measured
-from megatron_selfdistill.data.controls import with_decided_anchor
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.controls import with_decided_target
 from megatron_selfdistill.data.packed_batch import PackedBatch
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -91,7 +93,7 @@ class Trainer:
         another run has taken the directory over (`RunLock.renew`).
         Raises: `ConfigError`, `CheckpointError`.
         """
-        config = with_decided_anchor(config, run_data.problems.problems)
+        config = with_decided_target(config, run_data.problems.problems)
         self.config, self.grid, self.run_dir = config, grid, Path(config.run_dir)
         self.loss_backend = loss_backend(config, grid)
         self.phases = Phases(grid.device)
@@ -200,7 +202,10 @@ class Trainer:
         if self.config.shows_contents and samples_due(self.config, self.step + 1):
             pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
             seen = [(context, self.learner.teachers.seen_hint(context, solution)) for context, solution in pairs]
-            shown = step_samples(output, seen, self.config.metrics.show_samples, self.run_data.tokenizer, self.grid)
+            count, read = self.config.metrics.show_samples, None
+            if self.config.has_teacher and not self.learner.target.reads_teacher:
+                read = partial(self._read, step)
+            shown = step_samples(output, seen, count, self.run_data.tokenizer, self.grid, read)
             self.log.log_samples(self.step + 1, shown)
         if not self.checked and self.config.has_teacher and self.step == 0:
             check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.start.max_teacher_cross_entropy)
@@ -213,6 +218,20 @@ class Trainer:
             self.learner.solve_k(output)
             self.sampling = step_sampling(self.config, self.run_data, self.learner.batch_k)
         return metrics
+
+    def _read(self, step: Sequence[AccumulatedBatch], contexts: Sequence[ContextPair]) -> StepOutput | None:
+        """Return the statistics of some contexts of the ``step``, which all models read once more.  Collective.
+
+        None where no replica names a context with a response.
+        """
+        outputs: list[StepOutput] = []
+        lengths: list[int] = []
+        for batch in (one.batch for one in step):
+            own = [context for context in contexts if any(context is it for it in batch.contexts)]
+            with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
+                outputs.append(self.learner.measure(own, teacher=batch.teacher))
+                lengths.append(sum(len(context.response) for context in own))
+        return joined_output(outputs, lengths) if outputs else None
 
     def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:
         """Count the step, commit its batches, log its metrics, call ``after_step``, and save if a checkpoint is due.

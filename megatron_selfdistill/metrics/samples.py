@@ -28,19 +28,25 @@ if TYPE_CHECKING:
 
 
 def step_samples(
-    output: StepOutput,
+    output: StepOutput | None,
     contexts: Sequence[tuple[ContextPair, SeenHint]],
     count: int,
     tokenizer: Tokenizer,
     grid: RankGrid,
+    read_again: Callable[[Sequence[ContextPair]], StepOutput | None] | None = None,
 ) -> Callable[[], Sequence[Sample]] | None:
     """Return a function that makes samples of the first ``count`` problems; None except on the first replica.
 
     The result is also None if there is nothing to show.  ``contexts``: the responses, each with what its teacher sees.
-    Collectives: as in `token_numbers`, on the ranks of the first replica.
+    ``read_again``: returns the statistics of the shown responses, where ``output`` lacks numbers of the teacher; every
+    replica calls the function, with the responses that it shows.
+    Collectives: as in `token_numbers`, on the ranks of the first replica, and those of ``read_again``.
     """
     shown = chosen([context for context, _ in contexts], count) if grid.dp_rank == 0 else []
-    if not shown:
+    if read_again is not None:
+        shown = chosen([context for context, _ in shown], count)  # with the spans of these responses alone
+        output = read_again([context for context, _ in shown])
+    if not shown or output is None:
         return None
     numbers = token_numbers(output, [span for _, span in shown], grid)
     hint_of = {id(context): hint for context, hint in contexts}

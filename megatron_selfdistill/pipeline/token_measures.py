@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.loss.joint_anchor import joint_anchor
+from megatron_selfdistill.loss.sharded.shard_sums import Chunk
 from megatron_selfdistill.loss.sharded.target_measures import target_measures
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss, vocab_entropy
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -52,7 +55,7 @@ class OwnStates:
     subtract_controls: Callable[[Tensor, Tensor], None]
     """The function that replaces the teacher's logits by t - c, of logits and the states of the controls."""
 
-    def logits(self, tokens: slice) -> OwnLogits:
+    def logits(self, tokens: Chunk) -> OwnLogits:
         """Return the logits of some of the tokens; those of a target that mixes no other models are none."""
         if self.reference is None and self.controls is None:
             return OwnLogits()
@@ -100,7 +103,7 @@ class TokenMeasures:
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return cls(*joined)
 
-    def spread(self, num_tokens: int, places: slice) -> TokenMeasures:
+    def spread(self, num_tokens: int, places: Tensor) -> TokenMeasures:
         """Return the measures of ``num_tokens`` tokens, of which those at ``places`` are measured."""
 
         def at_places(values: Tensor) -> Tensor:
@@ -142,7 +145,20 @@ class TokenMeasurement:
     summarise: Callable[[Sequence[Tensor], VocabShard], Tensor] | None = None
     """The function that returns rows [n, F] from the logits of student, teacher and, where there is one, reference."""
     every: int = 1
-    """The step from one measured token to the next; 1 measures all tokens."""
+    """The number of tokens of which one is measured; 1 measures all tokens."""
+    phase: int = 0
+    """The number that chooses this token: over ``every`` successive phases each token is measured once."""
+
+    def places(self, tokens: range, num_tokens: int) -> Sequence[int]:
+        """Return the measured ones among ``tokens``, of ``num_tokens``: one in each block of ``every`` tokens.
+
+        Blocks, from 0 on, choose different places, since the lengths of responses may be multiples of ``every``.
+        """
+        if self.every == 1:
+            return tokens
+        starts = range(tokens.start // self.every * self.every, tokens.stop, self.every)
+        found = [at + (crc32(b"%d" % at) + self.phase) % min(self.every, num_tokens - at) for at in starts]
+        return [token for token in found if token in tokens]
 
 
 @dataclass
@@ -155,8 +171,8 @@ class MeasuringObserver:
     """The columns of all logits on this rank."""
     response_tokens: Tensor
     """The response tokens [R] int64."""
-    own_logits: Callable[[slice], OwnLogits]
-    """The function that projects the states of teacher and reference of a slice of the R tokens."""
+    own_logits: Callable[[Chunk], OwnLogits]
+    """The function that projects the states of teacher and reference of some of the R tokens."""
     teacher_weights: Tensor | None = None
     """The w of each token [R]; None is the target's."""
     parts: list[TokenMeasures] = field(default_factory=list)
@@ -175,15 +191,18 @@ class MeasuringObserver:
         for student, teacher, beta in zip(
             student_logits.split(length), teacher_logits.split(length), stats.beta.split(length), strict=True
         ):
-            first, number = -start % every, len(beta)  # the places among all R tokens do not depend on the chunks
-            places = slice(first, number, every)
-            part = slice(min(start + first, start + number), start + number, every)
-            found = self._measures(part, student[places], teacher[places], beta[places])
-            self.parts.append(found if every == 1 else found.spread(number, places))
+            number = len(beta)
+            if every == 1:
+                self.parts.append(self._measures(slice(start, start + number), student, teacher, beta))
+            else:
+                chosen = self.measurement.places(range(start, start + number), len(self.response_tokens))
+                places = to_device(torch.tensor(chosen, dtype=torch.int64) - start, beta.device)
+                found = self._measures(places + start, student[places], teacher[places], beta[places])
+                self.parts.append(found.spread(number, places))
             start += number
 
-    def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
-        """Return the measures of a slice of the R tokens."""
+    def _measures(self, tokens: Chunk, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
+        """Return the measures of some of the R tokens."""
         target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
         anchor = None if own.reference is None else joint_anchor(student_logits, own.reference, target)
         masses, kl_to_anchor, kl_of_control = target_measures(

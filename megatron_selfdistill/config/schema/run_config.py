@@ -78,11 +78,11 @@ class MetricsConfig(Part, section="metrics", free="*"):
     teacher_every: PositiveInt = 10
     """Number of steps between measurements of target/mass_on_rare_student and target/mass_on_rare_reference, and, with
     target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,
-    top1_agreement, teacher_cross_entropy).  The first step, and steps with samples, are always measured.  With
-    target.anchor=student every step has the metrics of the teacher."""
+    top1_agreement, teacher_cross_entropy).  The first step is always measured.  With target.anchor=student every step
+    has the metrics of the teacher."""
     measure_every_token: PositiveInt = 8
-    """The tokens from one that such a step measures to the next: a mean over one token in 8 costs an eighth, and 1 is
-    exact.  Which tokens these are depends on the layout.  Steps with samples measure all tokens."""
+    """The tokens of which such a step measures one: a mean over one token in 8 costs an eighth, and 1 is exact.  Each
+    token is as likely as the others; which ones a step measures depends on the step and on the layout."""
     leak_words: list[Name] = field(default_factory=lambda: list(LEAK_WORDS))
     """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts each of them once per
     response, as whole words, in upper or lower case.  An empty list counts nothing, and so does a run whose problems
@@ -90,7 +90,8 @@ class MetricsConfig(Part, section="metrics", free="*"):
     show_samples: NonNegativeInt = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
     disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory, which has all turns
-    of an episode; 0 is none.  Responses of conversations are shown only with conversations.show_contents=true."""
+    of an episode; 0 is none.  Where the loss does not see the teacher's own logits, every model reads them once more.
+    Responses of conversations are shown only with conversations.show_contents=true."""
     show_samples_every: PositiveInt = 10
     """Number of steps between samples; the samples of the first step are always shown."""
     explore_samples: NonNegativeInt = 1

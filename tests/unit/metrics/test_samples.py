@@ -14,10 +14,11 @@ import pytest
 import tiny_run
 import torch
 from rich.console import Console
+from served_runs import metrics_of
 from tiers import combinations
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.due import samples_due
+from megatron_selfdistill.config.due import samples_due, tokens_measured
 from megatron_selfdistill.config.schema.run_config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.loss import Status
@@ -243,6 +244,19 @@ def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
     some, none = (Config(metrics=MetricsConfig(**keys)) for keys in ({"show_samples_every": 5}, {"show_samples": 0}))
     assert [step for step in range(1, 12) if samples_due(some, step)] == [1, 5, 10]
     assert not any(samples_due(none, step) for step in range(1, 12))
+    assert [tokens_measured(Config(), step) for step in (1, 2, 10, 11)] == [8, None, 8, None]
+
+
+def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measures_few(ranks, own_data, one):
+    options = [f"checkpoint.load={own_data}/start/checkpoints", f"tests.replay={own_data}/one.jsonl"]
+    options += ["metrics.show_samples=4", "metrics.measure_every_token=8"]
+    tiny_run.train(ranks, run_of(own_data, "few", *options))
+    for record in read_samples(own_data / "few"):
+        tokens = one[record["problem_id"]]["tokens"]
+        assert record["tokens"]["teacher_log_prob"] == tokens["teacher_log_prob"] and 0.0 not in tokens["k"]
+    of_all, of_few = (metrics_of(own_data / name)[-1] for name in ("one", "few"))
+    assert of_all["loss/mean"] == of_few["loss/mean"]
+    assert of_all["entropy/teacher"] != of_few["entropy/teacher"]
 
 
 def run_of(own_data: Any, name: str, *options: str) -> list[str]:

@@ -119,11 +119,24 @@ def test_the_references_entropy_is_measured_where_the_loss_does_not_take_it():
 def test_one_token_in_several_has_the_measures_that_all_tokens_have(name, every, of_loss):
     whole, _ = measures(TARGETS[name], 7)
     some, chunks = measures(TARGETS[name], 3, of_loss=of_loss, every=every)
-    assert sum(chunks) == len(range(0, NUM_TOKENS, every)) and max(chunks) <= 3
-    assert some.measured.nonzero().flatten().tolist() == list(range(0, NUM_TOKENS, every))
+    places = TokenMeasurement(TARGETS[name], every=every).places(range(NUM_TOKENS), NUM_TOKENS)
+    assert sum(chunks) == len(places) == len(range(0, NUM_TOKENS, every)) and max(chunks) <= 3 + 1
+    assert some.measured.nonzero().flatten().tolist() == places
     for field, values in ((name, values) for name, values in vars(whole).items() if values is not None):
-        torch.testing.assert_close(getattr(some, field)[::every], values[::every], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(getattr(some, field)[places], values[places], rtol=1e-6, atol=1e-9)
         assert not getattr(some, field)[~some.measured].any()
+
+
+@pytest.mark.parametrize("length", [64, 67])
+def test_the_mean_of_some_tokens_is_that_of_all_where_the_first_tokens_of_responses_differ(length):
+    values = 0.8 ** (torch.arange(16 * length, dtype=torch.float64) % length)
+    found = [
+        TokenMeasurement(TARGETS["student"], every=8, phase=phase).places(range(len(values)), len(values))
+        for phase in range(8)
+    ]
+    assert sorted(place for places in found for place in places) == list(range(len(values)))
+    means = torch.stack([values[list(places)].mean() for places in found]) / values.mean()
+    assert means.mean() == pytest.approx(1) and 0.5 < means.min() < means.max() < 1.6, "not the 2.5 of every eighth"
 
 
 @pytest.mark.parametrize("name", TARGETS)
