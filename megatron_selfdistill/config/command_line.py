@@ -45,7 +45,7 @@ exit status:
   3    a guard stopped the run, after a checkpoint
   4    no responses could be sampled; the run has saved, and can be started again
   5    the run made no progress; every rank's stack is in RUN_DIR/stacks
-  130  Ctrl-C twice, or before the run began
+  130  Ctrl-C twice, before the run began, or with --ranks
 (torchrun itself ends with 1 where a rank ends with another status than 0, and --ranks with that status)"""
 
 

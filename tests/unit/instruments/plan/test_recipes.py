@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -113,6 +114,24 @@ def test_the_page_of_sizes_has_a_row_for_every_recipe_and_no_other():
     heading, _, *rows = table.strip().splitlines()
     assert heading == f"| {' | '.join(size_table.HEADINGS)} |"
     assert [row.split("`")[1] for row in rows] == REAL_SIZES == size_table.recipes()
+
+
+def seconds_of(plan: Plan) -> float:
+    return sum(part.seconds for part in plan.parts)
+
+
+@pytest.mark.full
+def test_the_page_about_tuning_has_the_planned_memory_and_hours():
+    page = (size_table.PAGE.parents[1] / "tuning.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (none|`[^|]*`) \| (\d+\.\d) \| (\d+\.\d) \|$", page, re.MULTILINE)
+    for keys, *figures in rows:
+        plan = dry_run(load(["recipe=qwen3_8b", *keys.replace("none", "").strip("`").split()]))
+        peaks = [max(getattr(one, f"{what}_peak") for one in plan.memory) for what in ("training", "rollout")]
+        assert figures == [f"{peak:.1f}" for peak in peaks], keys
+    hours = re.findall(r"^\| `recipe=(\w+)` .*\| ([\d.]+) \|$", page, re.MULTILINE)
+    assert (len(rows), len(hours)) == (10, 6)
+    planned = [(name, plan_of(name)) for name, _ in hours]
+    assert hours == [(name, f"{plan.config.num_steps * seconds_of(plan) / 3600:.1f}") for name, plan in planned]
 
 
 @each(_ADAPTED)
