@@ -144,6 +144,13 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The difference is clearly above 0.",
         ),
         ReportFigure(
+            "News of the hint",
+            {"control/general": "what any hint does", "control/specific": "what only this one says"},
+            NATS,
+            "The specific part is clearly above 0.",
+            "The specific part is near 0: the hints say little about single problems.",
+        ),
+        ReportFigure(
             "Same most likely token",
             {"top1_agreement": "student and teacher"},
             SHARE,
