@@ -164,7 +164,9 @@ def _train(
     alike = (len(names) - len(teachers)) * each if names else 1.0
     models = {"student": (1 + backward_passes(config), student)}
     if config.has_teacher and alike:
-        models["teacher"] = (alike * (1 + planned_controls(config)), student)
+        models["teacher"] = (alike, student)
+        if controls := planned_controls(config):
+            models["controls"] = (alike * controls, student)
     models |= {f"teacher {name}": (each, model) for name, model in teachers.items()}
     if config.is_anchored:
         models["reference"] = (1.0, student)

@@ -20,7 +20,7 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 from megatron_selfdistill.loss.sharded.subtracted_controls import log_normalisers, subtract_controls
 from megatron_selfdistill.loss.sharded.vocab_parallel import chosen, vocab_entropy
 
-VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 140, 192  # over 4 ranks: 48, 48, 44 and no valid columns
 WIDTH, K = 16, 3
 TORCH = chosen("torch", torch.zeros(1, 1), torch.zeros(1, 1))
 TARGETS = {
@@ -232,7 +232,7 @@ def test_controls_are_asked_for_and_counted() -> None:
     ):
         with pytest.raises(ValueError, match=r"control_logits must hold Target\.num_controls = "):
             self_distillation_loss(student, teacher, control_logits=given, target=target)
-    with pytest.raises(ValueError, match=r"control_logits must be \[3, 9, 150\]"):
+    with pytest.raises(ValueError, match=r"control_logits must be \[3, 9, 140\]"):
         self_distillation_loss(student, teacher, control_logits=controls[:, :4], target=TARGETS["student"])
     with pytest.raises(ValueError, match=r"Target\.num_controls"):
         Target("teacher_alone", anchor="student", num_controls=1)

@@ -110,6 +110,8 @@ def check_layout(result: dict[str, Any], expected: Reference) -> None:
             assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
             assert response.log_probs == pytest.approx(log_probs[: len(response.token_ids)], abs=1e-4)
             assert response.sampled_log_probs == [0.0] * len(response.token_ids)
+    for recorded, early in zip(result["recorded"], result["early"], strict=True):
+        assert recorded.log_probs == pytest.approx(early.log_probs, abs=1e-5), "float32 over other numbers of columns"
     assert result["num_batches"] >= 2
     check_drawn(result["drawn"], expected.drawn[mine])
 

@@ -64,6 +64,11 @@ def test_passes_follow_the_models_of_a_step():
     assert parts_of(*FEW, "adapter.rank=8")["student"].work == pytest.approx(whole["student"].work * 2 / 3)
 
 
+def test_controls_are_further_passes_of_the_teacher():
+    parts = parts_of(*FEW, "target.control=other", "target.num_controls=3")
+    assert parts["controls"].work == 3 * parts["teacher"].work and "controls" not in parts_of(*FEW)
+
+
 def test_one_sender_serves_all_servers_over_the_network():
     assert parts_of("recipe=qwen3_32b")["weights to engines"].rate == 450e9, "the ranks of a replica share a node"
     served = parts_of(*FEW, "rollout.placement=server", "rollout.num_servers=8")["weights to servers"]
