@@ -56,8 +56,9 @@ LAYOUTS = {
     "controls on DP2": (
         2,
         [
-            *("target.control=other", "target.num_controls=2", "target.anchor=student"),
+            *("target.control=other", "target.num_controls=2", "target.anchor=0.2", "teacher.offload=cpu"),
             *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas with their controls
+            *("schedule.pair_order=teacher_first", "schedule.teacher_store_gb=0"),  # so that states go to host memory
         ],
     ),
     "an anchor with a share of the reference, PP2": (
