@@ -27,6 +27,11 @@ ONE_RANK = SimpleNamespace(
 )
 
 
+def text_of(ids: Sequence[int]) -> str:
+    """Return the characters of the tokens."""
+    return "".join(map(chr, ids))
+
+
 class Characters(Tokenizer):
     """A tokenizer with one token per character; a chat is its contents, and a colon opens an answer."""
 
@@ -38,7 +43,7 @@ class Characters(Tokenizer):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the characters; ``skip_special_tokens`` changes nothing."""
-        return "".join(map(chr, ids))
+        return text_of(ids)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from characters import ONE_RANK, STOP
+from characters import ONE_RANK, STOP, text_of
 
 from megatron_selfdistill.config import Config, load, method_class
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -22,6 +22,7 @@ from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools
+from megatron_selfdistill.sources.rollouts import Rollout
 
 function: Any = None
 """The function of a test, under the dotted path that `named` returns."""
@@ -78,10 +79,15 @@ def made(overrides: Sequence[str], given: GivenSolutions, **tools: Any) -> Any:
     return method_class(config.method.name).made(config.method, method_tools(config, given, **tools))
 
 
-def response_of(text: str) -> Response:
+def response_of(text: str, log_probs: list[float] | None = None) -> Response:
     """Return a response with a token for each character, which is whole if it ends with the stop token $."""
-    tokens = [ord(character) for character in text]
-    return Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
+    log_probs = log_probs if log_probs is not None else [-1.0] * len(text)
+    return Response(list(map(ord, text)), log_probs, log_probs, "stop" if text.endswith("$") else "length")
+
+
+def shown(one: Rollout) -> str:
+    """Return what the teacher is shown before it reads a response."""
+    return text_of(one.prompts.teacher_prompt)
 
 
 class TextSampler:

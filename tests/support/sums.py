@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import random
 
+from characters import text_of
+from made_methods import response_of
+
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Request, Response
 
 
 def answered(request: Request) -> Response:
     """Behind ``a+b:``, as the stream says: the sum after some steps, a wrong one, or one without an end."""
-    a, b = "".join(map(chr, request.prompt)).rstrip(":").split("+")
+    a, b = text_of(request.prompt).rstrip(":").split("+")
     rng = random.Random(request.seed)
     text = "so\n" * rng.randrange(4) + str(int(a) + int(b) + (rng.random() < 0.3))
     cut = rng.random() < 0.2
-    return written(text + ("" if cut else "$"), [-rng.random() for _ in range(len(text) + (not cut))])
-
-
-def written(text: str, log_probs: list[float] | None = None) -> Response:
-    """Return the response with this text; a dollar sign is its stop token."""
-    log_probs = log_probs if log_probs is not None else [-1.0] * len(text)
-    return Response([ord(c) for c in text], log_probs, log_probs, "stop" if text.endswith("$") else "length")
+    return response_of(text + ("" if cut else "$"), [-rng.random() for _ in range(len(text) + (not cut))])
 
 
 def sums(count: int = 9) -> list[Problem]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Hugging Face directories of tiny models and disks of a megabyte, for the tests of conversions."""
+"""Hugging Face directories of tiny models, disks of a megabyte, and collectives of a single rank."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def hf_directory(shared) -> Callable[[str], Path]:
         return shared.get(f"hf_{kind}", lambda directory: hf_models.write(kind, directory))
 
     return directory
+
+
+@pytest.fixture
+def one_rank(monkeypatch) -> None:
+    """Make collectives return the part of this rank, without a process group."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op=None, group=None: tensor)
+    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from characters import ONE_RANK, Characters
-from made_methods import made
+from characters import ONE_RANK, Characters, text_of
+from made_methods import made, response_of
 
 from megatron_selfdistill.data.contexts import EpisodeTurn
 from megatron_selfdistill.data.episode_reply import Reply
@@ -40,11 +40,6 @@ TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?"
 
 def given(max_length: int = 60) -> GivenSolutions:
     return GivenSolutions(PromptBuilder(Characters(), TEMPLATES), max_length, 8, policy="error")
-
-
-def response(text: str) -> Response:
-    tokens = [ord(character) for character in text]
-    return Response(tokens, [-1.0] * len(tokens), [-2.0] * len(tokens), "stop" if text.endswith("$") else "length")
 
 
 class Opened(Characters):
@@ -91,17 +86,13 @@ def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3,
     def generate(keys, pairs):
         asked.append(list(keys))
         numbers = ["ab".index(key.problem_id) for key in keys]
-        return [response(texts[i][key.turn]) for i, key in zip(numbers, keys, strict=True)]
+        return [response_of(texts[i][key.turn]) for i, key in zip(numbers, keys, strict=True)]
 
     first = [
-        Rollout(problem, method.prompts(problem), response(text[0]), i, key=SampleKey(5, problem.id, 0))
+        Rollout(problem, method.prompts(problem), response_of(text[0]), i, key=SampleKey(5, problem.id, 0))
         for i, (problem, text) in enumerate(zip(PROBLEMS, texts, strict=False))
     ]
     return *episodes.played(first, method, generate), asked
-
-
-def text(ids: Sequence[int]) -> str:
-    return "".join(map(chr, ids))
 
 
 def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_problem():
@@ -109,8 +100,8 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
     turns, num_cut, asked = played(environment, [["w$", "w$", "r$"], ["r$"]])
     assert num_cut == 0 and [[(key.problem_id, key.turn) for key in keys] for keys in asked] == [[("a", 1)], [("a", 2)]]
     assert [(turn.group, turn.episode, turn.turn) for turn in turns] == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 1, 0)]
-    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
-    assert [text(turn.prompts.teacher_prompt) for turn in turns] == [
+    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
+    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == [
         "a|hint a:",
         "a|hint aw#1:",
         "a|hint aw#1w#2:",
@@ -158,9 +149,9 @@ def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
 def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts():
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=opened(), one_sequence=True)
     assert num_cut == 0
-    students = [text(turn.prompts.student_prompt) for turn in turns]
+    students = [text_of(turn.prompts.student_prompt) for turn in turns]
     assert students == ["a?:", "a?:w$#1:", "a?:w$#1:w$#2:", "b?:"]
-    teachers = [text(turn.prompts.teacher_prompt) for turn in turns]
+    teachers = [text_of(turn.prompts.teacher_prompt) for turn in turns]
     assert teachers == ["a|hint a:", "a|hint a:w$#1:", "a|hint a:w$#1:w$#2:", "b|hint b:"]
     contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
     rules = PackingRules(max_tokens=64, cp_size=1, tp_size=1, paired=False, joins_turns=True)
@@ -178,14 +169,14 @@ class Guiding(Script):
 
 def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
     turns, _, _ = played(Guiding(), [["w$", "w$", "w$", "r$"]], max_turns=4)
-    assert [text(turn.prompts.teacher_prompt) for turn in turns] == [
+    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == [
         "a|hint a:",
         "a|step 2w#1:",
         "a|step 3w#1w#2:",
         "a|step 3w#1w#2w#3:",
     ]
     assert [turn.prompts.solution for turn in turns] == ["hint a", "step 2", "step 3", "step 3"]
-    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
+    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
     with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn: set"):
         played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
 
@@ -231,9 +222,9 @@ def test_a_chat_template_that_rewrites_a_response_is_refused_with_the_turn(monke
 def test_replies_are_prompt_tokens_and_so_never_trained_on():
     turns, _, _ = played(Script(role="tool"), [["w$", "r$"]])
     contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
-    assert [text(context.response) for context in contexts] == ["w$", "r$"]
-    assert all("#" not in text(context.response) for context in contexts)
-    assert text(contexts[1].student_prompt).endswith("w#1:") and text(contexts[1].teacher_prompt).endswith("w#1:")
+    assert [text_of(context.response) for context in contexts] == ["w$", "r$"]
+    assert all("#" not in text_of(context.response) for context in contexts)
+    assert text_of(contexts[1].student_prompt).endswith("w#1:") and text_of(contexts[1].teacher_prompt).endswith("w#1:")
     assert turns[1].problem.messages[-1] == {"role": "tool", "content": "#1"}
 
 
@@ -281,7 +272,7 @@ def test_without_a_teacher_only_the_students_prompt_must_fit():
 
 def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
     turns, _, _ = played(Script(), [["w$", "r$"]], overrides=["method.name=sdpo", "rollout.num_samples=2"])
-    assert text(turns[1].prompts.teacher_prompt) == "a?w#1:"
+    assert text_of(turns[1].prompts.teacher_prompt) == "a?w#1:"
 
 
 def calls_on_this_rank() -> tuple[int, int, int]:
@@ -379,20 +370,20 @@ def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], ma
     )
     samples = [(SampleKey(5, problem.id, 0), problem, method.prompts(problem)) for problem in PROBLEMS[: len(texts)]]
     first = [
-        Rollout(problem, pair, response(texts[i][0]), i, key=key, opening=opening)
+        Rollout(problem, pair, response_of(texts[i][0]), i, key=key, opening=opening)
         for i, ((key, problem, pair), opening) in enumerate(zip(*episodes.opened(samples, method), strict=True))
     ]
 
     def generate(keys, pairs):
-        return [response(texts["ab".index(key.problem_id)][key.turn]) for key in keys]
+        return [response_of(texts["ab".index(key.problem_id)][key.turn]) for key in keys]
 
     return episodes.played(first, method, generate)[0], sessions
 
 
 def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
     turns, sessions = with_sessions({"a": Reply(" go", done=False), "b": Reply(done=False)}, [["w$", "r$"], ["r$"]])
-    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a go?:", "a go?w#w:", "b?:"]
-    assert text(turns[1].prompts.teacher_prompt) == "a go|hint aw#w:"
+    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a go?:", "a go?w#w:", "b?:"]
+    assert text_of(turns[1].prompts.teacher_prompt) == "a go|hint aw#w:"
     assert sorted(sessions.calls) == [
         *[("reset", name, SampleKey(5, name, 0).seed(7)) for name in "ab"],
         *[("step", "a", "r"), ("step", "a", "w"), ("step", "b", "r")],
@@ -403,8 +394,8 @@ def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
 def test_the_hint_of_a_sessions_beginning_takes_the_place_of_the_solution():
     openings = {"a": Reply(hint="north", done=False), "b": Reply(" go", hint="south", done=False)}
     turns, _ = with_sessions(openings, [["w$", "r$"], ["r$"]])
-    assert [text(turn.prompts.teacher_prompt) for turn in turns] == ["a|north:", "a|northw#w:", "b go|south:"]
-    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#w:", "b go?:"]
+    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == ["a|north:", "a|northw#w:", "b go|south:"]
+    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#w:", "b go?:"]
 
 
 @pytest.mark.parametrize(
@@ -416,7 +407,7 @@ def test_the_hint_of_a_sessions_beginning_takes_the_place_of_the_solution():
 )
 def test_an_episode_that_cannot_begin_is_one_response_to_the_problem_alone(caplog, opening, reason):
     turns, sessions = with_sessions({"a": opening, "b": Reply(done=False)}, [["w$"], ["w$", "r$"]])
-    assert [(turn.problem.id, text(turn.prompts.student_prompt), turn.reward) for turn in turns] == [
+    assert [(turn.problem.id, text_of(turn.prompts.student_prompt), turn.reward) for turn in turns] == [
         ("a", "a?:", 0.0),
         ("b", "b?:", 0.5),
         ("b", "b?w#w:", 0.5),
@@ -451,7 +442,7 @@ class Answering:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         self.calls.append(list(requests))
         return [
-            response("w$" if text(it.prompt).startswith("a") and it.prompt.count(ord("#")) < 2 else "r$")
+            response_of("w$" if text_of(it.prompt).startswith("a") and it.prompt.count(ord("#")) < 2 else "r$")
             for it in requests
         ]
 
@@ -467,12 +458,12 @@ def evaluated(hinted: bool = False, at_once: int = 8, **options: Any):
 
 def test_an_evaluation_plays_whole_episodes_with_the_random_numbers_of_their_names():
     found, calls = evaluated()
-    assert [(text(it.prompt), it.reward, list(it.replies)) for it in found[::2]] == [
+    assert [(text_of(it.prompt), it.reward, list(it.replies)) for it in found[::2]] == [
         ("a?:", 0.75, ["#1", "#2", "#3"]),
         ("b?:", 0.25, ["#1"]),
     ]
-    assert [[text(one.token_ids) for one in it.responses] for it in found] == [["w$", "w$", "r$"]] * 2 + [["r$"]] * 2
-    assert [[text(request.prompt) for request in call] for call in calls[1:]] == [["a?w#1:"] * 2, ["a?w#1w#2:"] * 2]
+    assert [[text_of(one.token_ids) for one in it.responses] for it in found] == [["w$", "w$", "r$"]] * 2 + [["r$"]] * 2
+    assert [[text_of(request.prompt) for request in call] for call in calls[1:]] == [["a?w#1:"] * 2, ["a?w#1w#2:"] * 2]
     assert [request.seed for request in calls[0]] == [
         sample_seed(7, 20, f"eval/{name}", i) for name in "ab" for i in (0, 1)
     ]
@@ -481,8 +472,8 @@ def test_an_evaluation_plays_whole_episodes_with_the_random_numbers_of_their_nam
 
 def test_an_evaluation_with_hints_reads_the_hint_of_each_turn():
     found, calls = evaluated(hinted=True)
-    assert text(found[0].prompt) == "a|hint a:"
-    assert [text(call[0].prompt) for call in calls] == ["a|hint a:", "a|step 2w#1:", "a|step 3w#1w#2:"]
+    assert text_of(found[0].prompt) == "a|hint a:"
+    assert [text_of(call[0].prompt) for call in calls] == ["a|hint a:", "a|step 2w#1:", "a|step 3w#1w#2:"]
 
 
 def test_an_evaluation_plays_no_more_episodes_at_once_than_a_step_does():

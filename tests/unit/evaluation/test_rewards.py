@@ -9,35 +9,23 @@ import numpy as np
 import pytest
 import torch
 from characters import ONE_RANK, Characters
+from made_methods import response_of
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
-from megatron_selfdistill.evaluation import verify
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.rollouts import Rollout
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make a gather over the ranks return what this rank has."""
-    monkeypatch.setattr(verify, "gather_objects", lambda value: [value])
 
 
 def answers(*texts: str) -> list[Rollout]:
     """Return one answer per text; a text without a stop token "$" is truncated."""
-    return [
-        Rollout(
-            PROBLEM,
-            PromptPair("p", [1], [2]),
-            Response([ord(c) for c in text], [], [], "stop" if text.endswith("$") else "length"),
-        )
-        for text in texts
-    ]
+    return [Rollout(PROBLEM, PromptPair("p", [1], [2]), response_of(text)) for text in texts]
 
 
 def test_the_verifier_rewards_with_one_and_zero_and_a_truncated_response_has_zero():

@@ -8,8 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from characters import ONE_RANK, Characters
-from made_methods import given_with, made
-from sums import written
+from made_methods import given_with, made, response_of
 
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
@@ -89,7 +88,7 @@ def test_guidance_goes_to_problems_with_a_solution():
 def test_success_rates_of_a_step_are_in_a_new_guidance_and_decide_the_next_step():
     before = Guidance(JUDGE, 2, SuccessRates(0.5))
     visits = [(PROBLEM, "8$"), (PROBLEM, "8"), (OTHER, "1$"), (OTHER, "2$")]  # the second one has no end: it is wrong
-    rollouts = [Rollout(problem, METHOD.prompts(problem), written(text)) for problem, text in visits]
+    rollouts = [Rollout(problem, METHOD.prompts(problem), response_of(text)) for problem, text in visits]
     after = before.record(rollouts)
     assert not before.guides(OTHER, METHOD) and before.state_dict() == {}
     assert after.guides(OTHER, METHOD), "nothing is right"

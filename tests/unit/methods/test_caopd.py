@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from characters import Characters
+from characters import Characters, text_of
 from made_methods import given_with, made, response_of
 
 from megatron_selfdistill.data.given_solutions import GivenSolutions
@@ -21,10 +21,6 @@ SAMPLES = ["recipe=caopd"]
 
 def rollout(text: str, reward: float, group: int = 0, given: GivenSolutions = GIVEN) -> Rollout:
     return Rollout(PROBLEM, given.pair(PROBLEM), response_of(text), group, reward)
-
-
-def text_of(tokens: list[int]) -> str:
-    return "".join(map(chr, tokens))
 
 
 def test_responses_and_the_solution_state_the_share_of_right_responses():

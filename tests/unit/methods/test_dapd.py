@@ -5,24 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from characters import STOP, Characters
-from made_methods import composed, given_with, made
+from made_methods import composed, given_with, made, response_of
 from term_arrays import signals, tensor
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.dapd import TERMS, matched_weights
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "=8", None, "file.jsonl:1")
 PUBLISHED = [2 / 15, 2 / 15, 2 / 15, 2 / 5, 2 / 5, 4 / 5]
-
-
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the numbers of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
 
 
 def method(max_length: int = 40, *overrides: str):
@@ -30,10 +23,7 @@ def method(max_length: int = 40, *overrides: str):
 
 
 def rollout(text: str = "eight", problem: Problem = PROBLEM) -> Rollout:
-    tokens = [*Characters().encode(text), STOP]
-    log_probs = [-1.0] * len(tokens)
-    prompts = given_with(Characters()).pair(problem)
-    return Rollout(problem, prompts, Response(tokens, log_probs, log_probs, "stop"))
+    return Rollout(problem, given_with(Characters()).pair(problem), response_of(f"{text}$"))
 
 
 def test_the_six_texts_have_the_published_prompts():

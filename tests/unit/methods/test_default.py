@@ -8,8 +8,7 @@ import sys
 
 import pytest
 from characters import Characters
-from made_methods import given_with, made
-from sums import written
+from made_methods import given_with, made, response_of, shown
 from term_arrays import signals
 
 from megatron_selfdistill.data.problems import Problem
@@ -22,8 +21,8 @@ GIVEN = given_with(Characters())
 
 def test_given_solutions_are_shown_to_the_teacher_and_all_responses_are_trained_on():
     method = made([], GIVEN)
-    rollouts = [Rollout(PROBLEM, method.prompts(PROBLEM), written(text)) for text in ("8$", "3")]
-    assert "".join(map(chr, rollouts[0].prompts.teacher_prompt)) == "1+7|given:"
+    rollouts = [Rollout(PROBLEM, method.prompts(PROBLEM), response_of(text)) for text in ("8$", "3")]
+    assert shown(rollouts[0]) == "1+7|given:"
     assert method.select(0, rollouts) == method.texts(rollouts, rollouts) == (rollouts, {})
     assert (method.prepare, method.record, method.warnings) == (None, None, None)
     assert method.prepare is None

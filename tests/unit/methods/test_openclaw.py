@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from characters import STOP, Characters
 from made_methods import made, named
 from term_arrays import signals
@@ -36,6 +35,7 @@ from megatron_selfdistill.sources.rollouts import Rollout
 from tests.unit.config.test_impossible_values import message_of
 from tests.unit.sources.test_step_terms import coefficients
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 HINT = "[HINT_START] use the second column [HINT_END] \\boxed{1}"
 
 
@@ -49,13 +49,6 @@ class Logged(Characters):
 
 
 BUILDER = PromptBuilder(Logged(), PromptTemplates(teacher=OpenclawSettings.teacher_template), show_contents=False)
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make collectives return the part of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
 def turn(name: str, reply: str, *next_state: str, role: str = "user") -> Problem:

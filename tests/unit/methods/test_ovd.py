@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from characters import Characters
+from characters import Characters, text_of
 from made_methods import given_with, made
 
 from megatron_selfdistill.data.contexts import PromptPair
@@ -30,8 +29,7 @@ TEMPLATE, SEED, STEP = "{problem}/{solution}/{response}?", 7, 3
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+def alone(one_rank, monkeypatch):
     monkeypatch.setattr(ovd, "gather_items", lambda items, group=None: list(items))
     monkeypatch.setattr(Judge, "rewards", lambda self, rollouts: [float(text(one)[0] == "4") for one in rollouts])
 
@@ -42,7 +40,7 @@ def response(content: str) -> Response:
 
 
 def text(rollout: Rollout) -> str:
-    return "".join(map(chr, rollout.response.token_ids))
+    return text_of(rollout.response.token_ids)
 
 
 def rollouts(*contents: str, group: int = 0) -> list[Rollout]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import given_with, made, response_of, shown
 from record_sources import load_problems
-from sums import answered, sums, written
+from sums import answered, sums
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.problems import Problem
@@ -42,20 +41,10 @@ def new_method(*overrides: str, **tools: Any) -> OwnSolutionHints:
 
 
 def rollout(method: Any, problem: Problem, text: str) -> Rollout:
-    return Rollout(problem, method.prompts(problem), written(text))
+    return Rollout(problem, method.prompts(problem), response_of(text))
 
 
-def shown(one: Rollout) -> str:
-    return "".join(map(chr, one.prompts.teacher_prompt))
-
-
-@pytest.fixture
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-
-
-def test_an_own_solution_takes_the_place_of_the_given_one_but_never_of_itself(no_collectives):
+def test_an_own_solution_takes_the_place_of_the_given_one_but_never_of_itself(one_rank):
     method = method_with(p=["so 8", "8"])
     rollouts = [rollout(method, PROBLEM, "so 8$"), rollout(method, PROBLEM, "7$"), rollout(method, OTHER, "9$")]
     assert "so 8" in shown(rollouts[0]) and "given" not in shown(rollouts[0])
@@ -69,7 +58,7 @@ def test_an_own_solution_takes_the_place_of_the_given_one_but_never_of_itself(no
     assert metrics == {"solutions/skipped_share": pytest.approx(1 / 3)}
 
 
-def test_rollouts_without_an_own_solution_stay_for_their_rewards_where_these_count(no_collectives):
+def test_rollouts_without_an_own_solution_stay_for_their_rewards_where_these_count(one_rank):
     method = method_with("method.weight=1", p=["so 8"])
     rollouts = [replace(rollout(method, OTHER, "9$"), group=1), rollout(method, PROBLEM, "7$")]
     chosen, metrics = method.select(0, rollouts)
@@ -117,7 +106,7 @@ def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutionHi
     """Return the method after searches that found these texts, at these steps, for one problem."""
     method = new_method(f"method.keep={keep}")
     for step, texts in found:
-        replies = [written(f"{text}$") for text in texts] + [written("wrong$")] * (4 - len(texts))
+        replies = [response_of(f"{text}$") for text in texts] + [response_of("wrong$")] * (4 - len(texts))
         tools = {"generate": lambda requests, replies=replies: replies, "builder": BUILDER, "verifier": exact_match}
         method, _ = method.refreshed(step, sums(1), **tools)
     return method
@@ -175,12 +164,12 @@ def test_a_table_that_was_saved_and_loaded_goes_on_alike():
 
 
 def test_metrics_say_what_was_found_and_what_there_is():
-    replies = [written("8$"), written("so\n8$"), written("9$"), written("9")] + [written("7$")] * 4
+    replies = [response_of("8$"), response_of("so\n8$"), response_of("9$"), response_of("9")] + [response_of("7$")] * 4
     tools = {"builder": BUILDER, "verifier": exact_match}
     table, metrics = new_method().refreshed(0, sums(2), generate=lambda requests: replies, **tools)
     wanted = {"problems": 2, "pass_rate": 0.25, "solved_share": 0.5, "available_share": 0.5, "length_mean": 3.5}
     assert metrics == {f"solutions/{name}": value for name, value in wanted.items()}
-    table, metrics = table.refreshed(10, sums(2), generate=lambda requests: [written("7$")] * 8, **tools)
+    table, metrics = table.refreshed(10, sums(2), generate=lambda requests: [response_of("7$")] * 8, **tools)
     assert metrics["solutions/solved_share"] == 0 and metrics["solutions/available_share"] == 0.5
 
 

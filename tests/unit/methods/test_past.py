@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from characters import Characters
-from made_methods import TextSampler, given_with, made, response_of
+from characters import Characters, text_of
+from made_methods import TextSampler, given_with, made, response_of, shown
 from term_arrays import signals, tensor
 
 from megatron_selfdistill.data.problems import Problem
@@ -22,17 +20,11 @@ from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Clip, signals_of
 from megatron_selfdistill.sources.step_terms import RatioTerms
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 STEP = 30
 GIVEN = given_with(Characters(), max_length=60)
 SHORT = "method.hint_template='{solution};{verdict};{attempt}'"
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "=8", "8", "file.jsonl:1")
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make collectives return the part of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
 def attempts(*texts: str) -> list[Rollout]:
@@ -51,20 +43,16 @@ def method(*overrides: str, sampler: Any = None, step: int = STEP, max_length: i
     return past
 
 
-def shown(prompt: Sequence[int]) -> str:
-    return "".join(map(chr, prompt))
-
-
 def test_the_teacher_sees_solution_verdict_and_the_whole_attempt():
     chosen, metrics = method().select(STEP, attempts("8$", "think 7$", "9"))
-    assert [shown(one.prompts.teacher_prompt) for one in chosen] == [
+    assert [shown(one) for one in chosen] == [
         "1+7|=8;right;8:",
         "1+7|=8;wrong;think 7:",
         "1+7|=8;wrong;9:",
     ]
-    assert {shown(one.prompts.student_prompt) for one in chosen} == {"1+7:"} and metrics == {"hints/share": 1}
+    assert {text_of(one.prompts.student_prompt) for one in chosen} == {"1+7:"} and metrics == {"hints/share": 1}
     alone, _ = method("method.hint_template='{attempt}'").select(STEP, attempts("7$"))
-    assert shown(alone[0].prompts.teacher_prompt) == "1+7|7:"
+    assert shown(alone[0]) == "1+7|7:"
     fitting, metrics = method(max_length=24).select(STEP, attempts("8$", "thinks 7$"))
     assert [one.key.sample_index for one in fitting if one.key] == [0] and metrics == {"hints/share": 0.5}
 
@@ -78,11 +66,11 @@ def test_right_attempts_are_kept_and_failed_ones_are_tried_again():
     kept, *retries = texts[3:]
     assert kept.response == sampled[0].response and kept.privileged and kept.part == "view"
     for one in texts[3:]:
-        assert shown(one.prompts.student_prompt).startswith("1+7|=8;") and shown(one.prompts.teacher_prompt) == "1+7:"
-    assert [shown(one.response.token_ids) for one in retries] == ["8$", "7$", "7$", "7$"]
+        assert text_of(one.prompts.student_prompt).startswith("1+7|=8;") and shown(one) == "1+7:"
+    assert [text_of(one.response.token_ids) for one in retries] == ["8$", "7$", "7$", "7$"]
     assert [one.reward for one in retries] == [1, 0, 0, 0] and all(one.key is None for one in retries)
     assert [one.group for one in retries] == [1, 1, 2, 2] and all(one.problem is PROBLEM for one in retries)
-    assert [shown(one.prompt) for one in sampler.requests] == ["1+7|=8;wrong;7:"] * 2 + ["1+7|=8;wrong;9:"] * 2
+    assert [text_of(one.prompt) for one in sampler.requests] == ["1+7|=8;wrong;7:"] * 2 + ["1+7|=8;wrong;9:"] * 2
     assert len({one.seed for one in sampler.requests}) == 4
     assert metrics == {"retries/reward_mean": 0.25, "retries/mixed_share": 0.5}
 

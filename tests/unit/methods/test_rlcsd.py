@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from characters import Characters
+from characters import Characters, text_of
 from made_methods import given_with, made, response_of
 from term_arrays import tensor
 
@@ -20,16 +19,11 @@ from megatron_selfdistill.methods.rlcsd import changed, changes, contrast_of, hi
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import signals_of
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "", None, "file.jsonl:1")
 GIVEN = given_with(Characters(), max_length=40)
 CONTRASTS = [0.0, 1e-9, 0.0007, -0.0007, 0.0009, -0.02, 0.02, 0.3, -5.0, 800.0, -1e300]
 ADVANTAGES = [0.0, 1.2, -1.2, 0.3, -0.3, 1e-12, -1e-12, 40.0]
-
-
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
 
 
 def expected(advantage: float, contrast: float, weight: float, scale: float, threshold: float) -> float:
@@ -125,7 +119,7 @@ class Models:
 
 
 def shown(context: ContextPair) -> str:
-    return "".join(map(chr, context.teacher_prompt)).split("|")[1]
+    return text_of(context.teacher_prompt).split("|")[1]
 
 
 def test_the_terms_read_every_response_after_its_hints_and_scale_both_means():

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from characters import STOP, Characters
-from made_methods import given_with, made
+from made_methods import given_with, made, response_of
 from term_arrays import tensor
 
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair
@@ -27,31 +26,26 @@ SOLUTION, POLICY = tensor(-0.2, -1.5, -0.1), tensor(-0.3, -0.1, -0.9, -0.2)
 STUDENT = tensor(-0.5, -2.1, -0.8, -0.2)
 
 
-def response(text: str, finish_reason: str = "stop") -> Response:
-    ids = list(map(ord, text))
-    return Response(ids, [-1.0] * len(ids), [-1.0] * len(ids), finish_reason)
-
-
 @pytest.mark.parametrize(
-    ("text", "finish_reason", "found"),
+    ("text", "found"),
     [
-        ("since</t>$", "stop", ("since", True)),
-        (" since </t> and more$", "stop", ("since", True)),
-        ("a</t>b</t>$", "stop", ("a", True)),
-        ("</t>$", "stop", ("", True)),
-        ("since$", "stop", ("since", False)),
-        ("since", "length", ("since", False)),
-        ("since</t>", "length", ("since", True)),
-        ("$", "stop", ("", False)),
+        ("since</t>$", ("since", True)),
+        (" since </t> and more$", ("since", True)),
+        ("a</t>b</t>$", ("a", True)),
+        ("</t>$", ("", True)),
+        ("since$", ("since", False)),
+        ("since", ("since", False)),
+        ("since</t>", ("since", True)),
+        ("$", ("", False)),
     ],
 )
-def test_the_explanation_ends_before_its_first_closing_tag(text, finish_reason, found):
-    explanation = explanation_in(response(text, finish_reason), Characters(), "\n</t>\n")
+def test_the_explanation_ends_before_its_first_closing_tag(text, found):
+    explanation = explanation_in(response_of(text), Characters(), "\n</t>\n")
     assert (explanation.text(Characters()), explanation.has_closing_tag) == found
 
 
 def test_a_closing_tag_may_be_the_stop_token():
-    assert explanation_in(response("since$"), Characters(), "$").has_closing_tag
+    assert explanation_in(response_of("since$"), Characters(), "$").has_closing_tag
 
 
 class Pairs(Characters):
@@ -85,11 +79,10 @@ class Reading:
 
 
 def rollouts(*texts: str) -> list[Rollout]:
-    return [Rollout(PROBLEM, PAIR, response(text)) for text in texts]
+    return [Rollout(PROBLEM, PAIR, response_of(text)) for text in texts]
 
 
-def rewards(monkeypatch: pytest.MonkeyPatch, *texts: str, **settings: Any) -> tuple[list[float], Any, Reading]:
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+def rewards(*texts: str, **settings: Any) -> tuple[list[float], Any, Reading]:
     reading = Reading()
     overrides = [f"method.{name}={value}" for name, value in settings.items()]
     method = made(["recipe=rlt", "method.closing_tag='</t>'", *overrides], GIVEN, readers=reading)
@@ -97,8 +90,8 @@ def rewards(monkeypatch: pytest.MonkeyPatch, *texts: str, **settings: Any) -> tu
     return [one.reward for one in rewarded], metrics, reading
 
 
-def test_rewards_of_the_worked_example(monkeypatch):
-    found, metrics, _ = rewards(monkeypatch, "why?</t>$", "why?$", "</t>$")
+def test_rewards_of_the_worked_example(one_rank):
+    found, metrics, _ = rewards("why?</t>$", "why?$", "</t>$")
     silent = -0.6 + 0.01 * -1.5  # r_KL of no token is 0
     assert found == pytest.approx([-2.25, -3.25, silent], abs=1e-12)
     assert metrics == pytest.approx(
@@ -110,16 +103,14 @@ def test_rewards_of_the_worked_example(monkeypatch):
     )
 
 
-def test_every_setting_counts(monkeypatch):
-    found, _, reading = rewards(
-        monkeypatch, "why?$", alpha=0.5, ratio_weight=2.0, missing_tag_penalty=0.25, temperature=0.9
-    )
+def test_every_setting_counts(one_rank):
+    found, _, reading = rewards("why?$", alpha=0.5, ratio_weight=2.0, missing_tag_penalty=0.25, temperature=0.9)
     assert found == pytest.approx([-0.6 + 0.5 * -1.5 - 2 * (0.525 + 0.5 * 2.0) - 0.25], abs=1e-12)
     assert reading.calls[0][1] == 0.9
 
 
-def test_the_policy_reads_after_the_solution_and_the_student_after_the_problem(monkeypatch):
-    _, _, reading = rewards(monkeypatch, "why?</t>$", "why?$")
+def test_the_policy_reads_after_the_solution_and_the_student_after_the_problem(one_rank):
+    _, _, reading = rewards("why?</t>$", "why?$")
     (pairs, temperature) = reading.calls[0]
     texts = [tuple("".join(map(chr, ids)) for ids in (p.student_prompt, p.teacher_prompt, p.response)) for p in pairs]
     assert temperature == 0.7
@@ -127,8 +118,8 @@ def test_the_policy_reads_after_the_solution_and_the_student_after_the_problem(m
     assert texts[2:] == [("2+2:why?</t>", "2+2:why?</t>", "=4.")] * 2
 
 
-def test_no_rollouts_have_no_rewards(monkeypatch):
-    assert rewards(monkeypatch)[0] == []
+def test_no_rollouts_have_no_rewards(one_rank):
+    assert rewards()[0] == []
 
 
 @pytest.mark.parametrize("privileged", [True, False])

@@ -10,29 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from characters import Characters
-from made_methods import given_with, made
+from characters import Characters, text_of
+from made_methods import given_with, made, response_of
 from term_arrays import signals
 
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.rltf import revision_advantages
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 ENVIRONMENT = "environment.name=replying.Replying"
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "eight", "8", "file:1")
-MU = -1.0
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make a sum over ranks return the number of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+MU = -1.0  # of every token of `response_of`
 
 
 def given(max_length: int = 60) -> GivenSolutions:
@@ -45,11 +38,9 @@ def turns(*episodes: Sequence[tuple[str, float]]) -> list[Rollout]:
     for i, responses in enumerate(episodes):
         problem = PROBLEM
         for turn, (text, reward) in enumerate(responses):
-            tokens = [ord(character) for character in text]
-            response = Response(tokens, [MU] * len(tokens), [MU] * len(tokens), "stop")
             pair = given().pair(problem)
             place = {"reward": reward, "episode": i, "turn": turn, "key": SampleKey(0, "p", i, turn)}
-            found.append(Rollout(problem, pair, response, **place, reply=Reply("X2", done=False)))
+            found.append(Rollout(problem, pair, response_of(text), **place, reply=Reply("X2", done=False)))
             spoken = ({"role": "assistant", "content": text[:-1]}, {"role": "user", "content": "X2"})
             problem = Problem("p", (*problem.messages, *spoken), "eight", "8", "file:1", reworded=0)
     return found
@@ -71,31 +62,27 @@ SHORT = "method.reply_template='{problem}/{response}/'"
 REPLIES = ["method.revision_weight=0", "method.reply_weight=0.2"]
 
 
-def text(ids: Sequence[int]) -> str:
-    return "".join(map(chr, ids))
-
-
 EPISODES = [[("9$", 0.0), ("8$", 1.0)], [("8$", 1.0)]]
 
 
 def test_the_last_response_of_an_episode_follows_the_problem_alone_without_a_hint():
     (revision,), metrics = added(turns(*EPISODES))
-    assert text(revision.prompts.student_prompt) == text(revision.prompts.teacher_prompt) == "1+7?:"
-    assert text(revision.response.token_ids) == "8$" and revision.reward == 1.0
+    assert text_of(revision.prompts.student_prompt) == text_of(revision.prompts.teacher_prompt) == "1+7?:"
+    assert text_of(revision.response.token_ids) == "8$" and revision.reward == 1.0
     assert (revision.part, revision.episode, revision.turn, revision.hinted) == ("revision", 0, 1, False)
     assert metrics == {}
 
 
 def test_a_shown_reply_follows_the_request_for_it_with_problem_and_response():
     (reply,), metrics = added(turns([("9$", 0.0), ("7$", 0.0), ("8$", 1.0)][:2]), *REPLIES, SHORT)
-    assert text(reply.prompts.student_prompt) == "1+7/9/:" and text(reply.response.token_ids) == "X2$"
+    assert text_of(reply.prompts.student_prompt) == "1+7/9/:" and text_of(reply.response.token_ids) == "X2$"
     assert (reply.part, reply.turn, reply.hinted) == ("reply", 0, False)
     assert metrics == {"episodes/replies_trained_share": 1.0}
 
 
 def test_a_later_reply_follows_the_conversation_so_far():
     _, last = added(turns([("9$", 0.0), ("7$", 0.0), ("8$", 1.0)]), *REPLIES, SHORT)[0]
-    assert text(last.prompts.student_prompt) == "1+7/7/9X2:"
+    assert text_of(last.prompts.student_prompt) == "1+7/7/9X2:"
 
 
 def test_a_reply_that_is_too_long_is_skipped_and_counted():

@@ -8,33 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made, named, response_of
+from made_methods import given_with, made, named, response_of, shown
 
 from megatron_selfdistill.data.given_solutions import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.sdpo import TEMPLATES
 from megatron_selfdistill.sources.rollouts import Rollout
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
 GIVEN = given_with(Characters(), max_length=40)
 
 
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank, and a gathering its only part."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
-
-
 def rollout(method: Any, problem: Problem, text: str) -> Rollout:
     return Rollout(problem, method.prompts(problem), response_of(text))
-
-
-def shown(one: Rollout) -> str:
-    return "".join(map(chr, one.prompts.teacher_prompt))
 
 
 def hinted(keeps_unhinted: bool, hints: str = "peer", given: GivenSolutions = GIVEN) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from characters import Characters
 from made_methods import TextSampler, composed, given_with, made, response_of
 from term_arrays import signals, tensor
@@ -21,15 +20,9 @@ from megatron_selfdistill.rollout.sampling import SampleKey
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import signals_of
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 STEP = 6
 GIVEN = given_with(Characters(), max_length=60)
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make collectives return the part of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
 def problem(name: str, card: str = "carry", answer: str | None = "8") -> Problem:

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from characters import ONE_RANK, Characters
-from made_methods import given_with, made, named
+from made_methods import given_with, made, named, response_of
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
@@ -28,10 +27,7 @@ JSON = '{"success_analysis": "carry", "mistake_analysis": " ", "golden_workflow"
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    """Make collectives return the part of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+def alone(one_rank, monkeypatch):
     monkeypatch.setattr(skill_sd, "gather_items", lambda items, group: list(items))
     monkeypatch.setattr(skill_sd, "max_over_ranks", lambda values, group: list(values))
 
@@ -71,9 +67,7 @@ def test_a_bank_is_a_value_keeps_so_many_skills_and_no_text_twice(monkeypatch):
 
 
 def rollout(problem: Problem, group: int, text: str, reward: float) -> Rollout:
-    tokens = [ord(character) for character in text]
-    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop")
-    return Rollout(problem, GIVEN.pair(problem), response, group, reward)
+    return Rollout(problem, GIVEN.pair(problem), response_of(text), group, reward)
 
 
 def method_with(*overrides: str, known: Bank | None = None, **tools: Any) -> SkillSd:
@@ -167,9 +161,7 @@ class Sampler:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         self.requests += requests
-        tokens = [ord(character) for character in self.reply]
-        reason = "stop" if self.reply.endswith("$") else "length"
-        return [Response(tokens, [0.0] * len(tokens), [0.0] * len(tokens), reason) for _ in requests]
+        return [response_of(self.reply) for _ in requests]
 
 
 def model_skills(reply: str, rollouts: list[Rollout], max_length: int = 80) -> tuple[list[str | None], Sampler]:

@@ -7,25 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from characters import Characters
-from made_methods import given_with, made, response_of
+from made_methods import given_with, made, response_of, shown
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import math_verify
 from megatron_selfdistill.methods.u_opsd import pseudo_solutions
 from megatron_selfdistill.sources.rollouts import Rollout
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "", None, "file.jsonl:1")
 OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "", None, "file.jsonl:2")
 GIVEN = given_with(Characters(), max_length=40)
-
-
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank, and a gathering its only part."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
 def expected(answers: list[str | None], threshold: float) -> list[bool]:
@@ -64,10 +57,6 @@ def test_the_pseudo_solution_has_no_thinking():
 
 def rollout(method: Any, problem: Problem, group: int, text: str) -> Rollout:
     return replace(Rollout(problem, method.prompts(problem), response_of(text)), group=group)
-
-
-def shown(one: Rollout) -> str:
-    return "".join(map(chr, one.prompts.teacher_prompt))
 
 
 def test_groups_vote_apart_and_a_truncated_response_disagrees():

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch.distributed as dist
 from characters import ONE_RANK
 
 from megatron_selfdistill.data.contexts import PromptPair
@@ -15,13 +14,8 @@ from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.rollouts import Rollout
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
-
-
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
 
 
 def rollout(group: int, reward: float) -> Rollout:

@@ -10,8 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from characters import ONE_RANK, Characters
+from characters import ONE_RANK, Characters, text_of
 from made_methods import given_with, made
 
 from megatron_selfdistill.config.schema.data_config import judges_responses
@@ -55,7 +54,6 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
     judge = Judge(exact_match, Characters(), grid)
     monkeypatch.setattr(Judge, "right", lambda self, rollouts: [i % 2 == 0 for i in range(len(rollouts))])
     monkeypatch.setattr(Judge, "rewards", lambda self, rollouts: [(i + 1) % 2 for i in range(len(rollouts))])
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
     method = made(overrides, given_with(Characters(), max_length=40), problems=PROBLEMS, grid=grid, judge=judge)
     problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
     options = OnPolicyOptions(
@@ -74,12 +72,8 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
     return OnPolicy(SourceState(problem_sampler, method), options)
 
 
-def text(ids: Sequence[int] | None) -> str | None:
-    return None if ids is None else "".join(map(chr, ids))
-
-
 @pytest.mark.parametrize("dp_rank", [0, 1])
-def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp_rank, monkeypatch):
+def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp_rank, one_rank, monkeypatch):
     source = source_on(dp_rank, monkeypatch)
     batch = source.next_step(STEP, SamplingParams(8))
     version, requests = source._options.sampler.calls
@@ -89,14 +83,14 @@ def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp
     asked = [(problem.id, i) for problem in share for i in range(SAMPLES)]
     for request, (name, i) in zip(requests, asked, strict=True):
         assert request.seed == sample_seed(SEED, STEP, name, i)
-        student = text(request.prompt)
-        assert student is not None and name in student and "hint" not in student and request.teacher_prompt is None
+        student = text_of(request.prompt)
+        assert name in student and "hint" not in student and request.teacher_prompt is None
     for context, response in zip(batch.contexts, batch.responses, strict=True):
         assert context.response == response.token_ids
-        assert "hint" not in str(text(context.student_prompt)) and "hint" in str(text(context.teacher_prompt))
+        assert "hint" not in text_of(context.student_prompt) and "hint" in text_of(context.teacher_prompt)
 
 
-def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):
+def test_only_right_responses_are_trained_on_with_their_own_log_probs(one_rank, monkeypatch):
     source = source_on(0, monkeypatch, overrides=["method.name=rft", "loss.rollout_correction=truncated"])
     batch = source.next_step(STEP, SamplingParams(8))
     assert len(batch.responses) == 4 and len(batch.contexts) == 2

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import term_arrays
 import torch
-import torch.distributed as dist
 from characters import Characters
 from made_methods import given_with, made
 from term_arrays import DELTA, LOG_MU, LOG_P, LOG_Q, RHO, STUDENT, TEACHER, TOKEN, log_probs, signals, tensor
@@ -23,6 +22,7 @@ from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms
 from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 SAMPLES = "rollout.num_samples=2"
 MEASURED, TARGET = [-1.0, -2.0, -0.5, -1.5, -1.0], [-0.5, -3.0, -0.25, -0.5, -1.25]
@@ -61,12 +61,6 @@ def coefficients(
     method = made([SAMPLES, *overrides], given_with(Characters()), readers=models, problems=[PROBLEM])
     terms = method.coefficients(0, given, [])
     return terms(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
-
-
-@pytest.fixture(autouse=True)
-def no_collectives(monkeypatch):
-    """Make a sum over ranks return the number of this rank."""
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
 
 
 def test_rewards_alone_measure_nothing_and_have_no_divergence():

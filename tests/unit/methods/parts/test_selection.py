@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from characters import Characters
+from characters import Characters, text_of
 from made_methods import given_with, made, named, response_of
 
 from megatron_selfdistill.data.given_solutions import GivenSolutions
@@ -24,14 +24,9 @@ def rollout(text: str, reward: float, group: int = 0, given: GivenSolutions = GI
     return Rollout(PROBLEM, given.pair(PROBLEM), response_of(text), group, reward)
 
 
-def text_of(tokens: list[int]) -> str:
-    return "".join(map(chr, tokens))
-
-
 @pytest.fixture
-def selected(monkeypatch):
-    """Return a function that returns the rollouts that a function leaves; a gathering returns the part of this rank."""
-    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+def selected(one_rank, monkeypatch):
+    """Return a function that returns the rollouts that a function leaves."""
 
     def chosen(function: Any, rollouts: list[Rollout], *overrides: str) -> list[Rollout]:
         options = [f"method.select={named(monkeypatch, function)}", "rollout.max_new_tokens=5", *overrides]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from characters import ONE_RANK, Characters
-from sums import answered, sums, written
+from made_methods import response_of
+from sums import answered, sums
 
 from megatron_selfdistill.config.schema.run_config import CONFIDENCE
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
@@ -64,14 +65,14 @@ def test_only_the_answer_decides_and_what_was_cut_off_or_says_nothing_is_no_solu
     texts = ["8", "9$", "so\n8$", "$", " $", "8$", "8 $", "not 8$"]
     (attempt,) = attempts_at(
         sums(1),
-        generate=lambda requests: [written(text) for text in texts],
+        generate=lambda requests: [response_of(text) for text in texts],
         search={"num_samples": len(texts), "keep": 9},
     )
     assert [c.correct for c in attempt.candidates] == [False, False, True, False, False, True, True, False]
     assert [c.text for c in attempt.kept] == ["8", "so\n8"], "one of each text, white space aside"
     anything = attempts_at(
         sums(1),
-        generate=lambda requests: [written("$"), written(" $")],
+        generate=lambda requests: [response_of("$"), response_of(" $")],
         search={"num_samples": 2},
         verifier=lambda text, problem: True,
     )
@@ -119,7 +120,7 @@ def test_the_verifier_does_not_see_a_stated_confidence_and_the_teacher_does():
     texts = [f"{text}\nConfidence: 0.85$" for text in ("8", "so 8")]
     attempts = attempts_at(
         sums(1),
-        generate=lambda requests: [written(text) for text in texts],
+        generate=lambda requests: [response_of(text) for text in texts],
         verifier=verifier,
         confidence=re.compile(CONFIDENCE),
         search={"num_samples": 2},
