@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 from conditioning import bound
-from layouts import Case, Outcomes, worst_difference
+from layouts import Case, worst_difference
 from models import parallel
 from tiers import combinations
 
@@ -29,12 +29,6 @@ STEPS = {
     "two terms": {"two_terms": True},
 }
 """Name of a kind of step -> its fields."""
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
 
 
 @combinations(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conditioning import AMPLIFICATION, OTHERWISE, amplification
-from layouts import Case, Outcomes
+from layouts import Case
 from models import KINDS
 from parity import case_of, compare, reference_of
 from tiers import combinations
@@ -23,12 +23,6 @@ LAYOUTS = {
     "a layer without rope": ("CP2", "PP2", "TP2+SP"),
     "a gated shared expert": ("EP2", "EP2xTP2+SP", "EP2xPP2"),
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
 
 
 @combinations(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conditioning import bound
 from decoding import logits_of
-from layouts import Case, Outcome, Outcomes, contexts, joined, run
+from layouts import Case, Outcome, contexts, joined, run
 from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
@@ -34,12 +34,6 @@ LAYOUTS = {
 BOUND = bound("gated_delta")
 LONGEST = max(len(prompt) + len(pair.response) for pair in contexts() for prompt in pair.readings)
 ALONE = Case(kind="gated_delta", extra_weightless=0)
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
 
 
 @combinations(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from layouts import Outcomes, joined
+from layouts import joined
 from models import parallel
 from parity import LAYOUTS, case_of, compare, compare_parameters, reference_of
 from tiers import combinations
@@ -14,12 +14,6 @@ from tiers import combinations
 ONE_PER_AXIS = ["TP2+SP", "PP2 tied", "PP2xVPP2", "CP2", "DP2", "EP2"]
 WITH_EVERY_DIVERGENCE = ["TP2+SP", "CP2", "DP2"]
 STEPS = 2
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
 
 
 def divides_the_loss(name: str, divergence: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import Case, Outcomes, joined
+from layouts import ADAM, Case, joined
 from models import parallel
 from parity import LAYOUTS, case_of, compare, compare_parameters
 from tiers import combinations
@@ -23,8 +23,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import (
-    OptimizerConfig,
-    OptimizerConstants,
     ParallelConfig,
     RecomputeConfig,
     ScheduleConfig,
@@ -38,20 +36,6 @@ from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 
 NUM_PARTIAL_BATCHES = 3
-ADAM = OptimizerConfig(
-    optimizer="adam",
-    precision="fp32",
-    lr=1e-3,
-    constants=OptimizerConstants(adam_eps=1e-4),
-    clip_grad=1.0,
-    use_distributed_optimizer=False,
-)
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
 
 
 def in_partial_batches(case: Case) -> tuple[Case, Case]:

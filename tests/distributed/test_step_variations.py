@@ -6,30 +6,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from layouts import Case, Outcomes
+from layouts import ADAM, Case
 from models import parallel
 from parity import case_of, compare, compare_parameters, reference_of
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, RecomputeConfig, ScheduleConfig
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    """Return the outcomes that the tests of this file have in common."""
-    return Outcomes(ranks)
-
-
-ADAM = OptimizerConfig(
-    optimizer="adam",
-    precision="fp32",
-    lr=1e-3,
-    constants=OptimizerConstants(
-        adam_eps=1e-4
-    ),  # large enough that rounding noise in a vanishing gradient is not blown up to a whole step
-    clip_grad=1.0,
-    use_distributed_optimizer=False,
-)
+from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
 
 
 @pytest.mark.full

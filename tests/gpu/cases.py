@@ -7,26 +7,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from layouts import Case
+from layouts import ADAM, Case
 from models import model_config, parallel
 
 from megatron_selfdistill.config import (
     OptimizerConfig,
-    OptimizerConstants,
     ParallelConfig,
     RecomputeConfig,
     ScheduleConfig,
 )
 from megatron_selfdistill.model.forward import Fusion
 
-ADAM = OptimizerConfig(
-    optimizer="adam",
-    precision="fp32",
-    lr=1e-3,
-    constants=OptimizerConstants(adam_eps=1e-4),
-    clip_grad=1.0,
-    use_distributed_optimizer=False,
-)
 OVERLAPPED = dataclasses.replace(
     ADAM, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
 )

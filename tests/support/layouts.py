@@ -21,7 +21,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import pack, pad_to_count, required_seq_length
@@ -46,6 +46,15 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 56
 GATED_DELTA_NET = "megatron_selfdistill.architectures.gated_delta_net"
+
+ADAM = OptimizerConfig(
+    optimizer="adam",
+    precision="fp32",
+    lr=1e-3,
+    constants=OptimizerConstants(adam_eps=1e-4),  # so large that no rounding noise grows to a whole step
+    clip_grad=1.0,
+    use_distributed_optimizer=False,
+)
 
 
 @dataclass(frozen=True)
