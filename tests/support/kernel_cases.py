@@ -51,17 +51,6 @@ if INTERPRETED:
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FULL = [pytest.mark.full] if INTERPRETED else []
 """The marks of cases that make test skips, because the interpreter takes half a second for a loss."""
-TARGETS = {
-    "capped": Target(anchor="student"),
-    "strict": Target(k_max=None, anchor="student"),
-    "k_max 2.2": Target(k_max=2.2, anchor="student"),
-    "fixed": Target("fixed", k=1.3, anchor="student"),
-    "batch": Target("batch", k=1.9, k_max=None, anchor="student"),
-    "teacher alone": Target("teacher_alone", anchor="student"),
-    "other weight": Target(teacher_weight=2.6, k_max=None, anchor="student"),
-    "no teacher": Target(teacher_weight=0.0, k_max=None, anchor="student"),
-}
-DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 
 
 def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Random logits of student and teacher on full rows, and the entropy and the divergences written out."""
+"""Targets and divergences, random logits on full rows, and the entropy and the divergences written out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.loss import Divergence
+from megatron_selfdistill.loss import Divergence, Target
+
+TARGETS = {
+    "capped": Target(anchor="student"),
+    "strict": Target(k_max=None, anchor="student"),
+    "k_max 2.2": Target(k_max=2.2, anchor="student"),
+    "fixed": Target("fixed", k=1.3, anchor="student"),
+    "batch": Target("batch", k=1.9, k_max=None, anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
+    "other weight": Target(teacher_weight=2.6, k_max=None, anchor="student"),
+    "no teacher": Target(teacher_weight=0.0, k_max=None, anchor="student"),
+}
+DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 
 
 def entropy(log_probs: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from dataclasses import fields, replace
 import plateaus
 import pytest
 import torch
-from kernel_cases import DEVICE, DIVERGENCES, TARGETS, after, assert_same, cases, cut_rows, full, logits, reference, run
+from kernel_cases import DEVICE, after, assert_same, cases, cut_rows, full, logits, reference, run
+from logit_pairs import DIVERGENCES, TARGETS
 from torch import Tensor
 
 from megatron_selfdistill.kernels import pass_launches, solver_launches

@@ -19,9 +19,7 @@ import torch.multiprocessing as mp
 from bytes_alive import BytesAlive
 from kernel_cases import (
     DEVICE,
-    DIVERGENCES,
     INTERPRETED,
-    TARGETS,
     assert_same,
     cases,
     cut_rows,
@@ -31,6 +29,7 @@ from kernel_cases import (
     run,
     wait_for,
 )
+from logit_pairs import DIVERGENCES, TARGETS
 from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES

@@ -10,23 +10,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.distributed as dist
+from logit_pairs import DIVERGENCES, TARGETS, entropy, kl
 from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
-TARGETS = {
-    "capped": Target(anchor="student"),
-    "strict": Target(k_max=None, anchor="student"),
-    "k_max 2.2": Target(k_max=2.2, anchor="student"),
-    "fixed": Target("fixed", k=1.3, anchor="student"),
-    "batch": Target("batch", k=1.9, k_max=None, anchor="student"),
-    "teacher alone": Target("teacher_alone", anchor="student"),
-    "other weight": Target(teacher_weight=2.5, k_max=None, anchor="student"),
-    "no teacher": Target(teacher_weight=0.0, k_max=None, anchor="student"),
-}
-DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 CASES = list(itertools.product(TARGETS, DIVERGENCES))
 every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -53,10 +43,6 @@ def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0
     teacher[2] = 2 * student[2]
     tokens = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator)
     return student.to(dtype), teacher.to(dtype), tokens
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def oracle_beta(s: Tensor, t: Tensor, target: Target) -> Tensor:
@@ -87,10 +73,6 @@ def oracle(
     log_q, log_p = (beta.to(s.dtype)[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
     lam = kind.jsd_lambda
     log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
-
     loss = {
         "reverse_kl": lambda: kl(log_p, log_q),
         "forward_kl": lambda: kl(log_q, log_p),

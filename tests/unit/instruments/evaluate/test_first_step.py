@@ -14,6 +14,7 @@ import hf_models
 import pytest
 import tiny_run
 import torch
+from logit_pairs import entropy, kl
 from tiers import combinations
 from torch import Tensor
 
@@ -99,10 +100,6 @@ def logits_of(model: torch.nn.Module, prompt: list[int], response: list[int]) ->
         return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 def target_of(student: Tensor, teacher: Tensor, w: float, k_max: float) -> Tensor:
     """Return log q [T, V]: the mix with the student's entropy, k at most ``k_max``, by bisection over k."""
     mix, wanted = w * teacher + student, entropy(student.log_softmax(-1))
@@ -112,10 +109,6 @@ def target_of(student: Tensor, teacher: Tensor, w: float, k_max: float) -> Tenso
         is_soft = entropy((mix / middle[:, None]).log_softmax(-1)) > wanted
         low, high = torch.where(is_soft, low, middle), torch.where(is_soft, middle, high)
     return (mix / high[:, None]).log_softmax(-1)
-
-
-def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def expected(directory: Path, samples: Samples, contrasted: bool) -> dict:
