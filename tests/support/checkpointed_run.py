@@ -12,6 +12,7 @@ from typing import Any
 import layouts
 import models
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.config.schema.step_config import LearningRateDecay
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher, main_parameter
@@ -212,3 +214,13 @@ def random_numbers() -> list[float]:
     with get_cuda_rng_tracker().fork():
         tracked = torch.rand(()).item()
     return [random.random(), float(np.random.random()), torch.rand(()).item(), tracked]
+
+
+def refusal_of(path: Path) -> str:
+    """Return why a run with another model does not start from the weights of a checkpoint."""
+    from megatron_selfdistill.checkpoint.external import load_weights
+
+    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(path, chunks)
+    return str(caught.value)

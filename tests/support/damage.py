@@ -1,9 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Damage to files, like the damage of a failing disk."""
+"""Damage to files, like that of a failing disk, and pickles that do harm."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def flip_bit(file: Path, place: int | None = None, mask: int = 0x10) -> None:
@@ -11,3 +14,13 @@ def flip_bit(file: Path, place: int | None = None, mask: int = 0x10) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2 if place is None else place] ^= mask
     file.write_bytes(data)
+
+
+class Payload:
+    """A pickle that makes a file when it is read without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (f"touch {self.mark}",)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import checkpointed_run
 import common_state
@@ -13,18 +12,9 @@ import models
 import pytest
 import torch
 from checkpointed_run import Setup
+from damage import Payload
 
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
-
-
-class Payload:
-    """Arguments whose pickle does something when it is read."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.mark,))
 
 
 def save_with_payload(setup: Setup, run_dir: Path) -> dict:

@@ -4,36 +4,23 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkpointed_run
 import common_state
-import models
 import pytest
 import torch
 from checkpointed_run import Setup
+from damage import Payload
 
 from megatron_selfdistill.checkpoint.formats import manifest
-from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 
 FROZEN = Setup(teacher="frozen")
-
-
-class Payload:
-    """A pickle that makes a file when it is read without care."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.system, (f"touch {self.mark}",)
 
 
 def save(run_dir: Path) -> None:
@@ -141,15 +128,6 @@ def test_a_poisoned_teacher_is_refused_and_nothing_runs(ranks, run_dir, mark, po
     assert not mark.exists()
 
 
-def start_from(path: Path) -> str:
-    from megatron_selfdistill.checkpoint.external import load_weights
-
-    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(path, chunks)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("poison", [poison_metadata, poison_weight])
 def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, poison):
     common = common_state.read(checkpoint(run_dir))
@@ -157,7 +135,7 @@ def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, 
     common_state.write(checkpoint(run_dir), common)  # as another program's
     poison(checkpoint(run_dir), mark)
     (checkpoint(run_dir) / manifest.NAME).unlink()
-    (message,) = ranks.run(start_from, checkpoint(run_dir), world_size=1)
+    (message,) = ranks.run(checkpointed_run.refusal_of, checkpoint(run_dir), world_size=1)
     assert "posix.system" in message or "posix system" in message, message
     assert not mark.exists()
 
@@ -166,7 +144,7 @@ def test_a_poisoned_legacy_checkpoint_is_refused_and_nothing_runs(ranks, tmp_pat
     file = tmp_path / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
     torch.save({"model": {}, "args": Payload(mark)}, file)
-    (message,) = ranks.run(start_from, tmp_path / "iter_0000001", world_size=1)
+    (message,) = ranks.run(checkpointed_run.refusal_of, tmp_path / "iter_0000001", world_size=1)
     assert "model_optim_rng.pt was refused: its pickle asks for posix.system" in message
     assert not mark.exists()
 

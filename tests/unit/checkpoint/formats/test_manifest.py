@@ -111,18 +111,11 @@ def resumed_step(run_dir: Path) -> int:
     return checkpointed_run.start(PLAIN, run_dir).load_latest()["step"]
 
 
-def refusal_of(path: Path) -> str:
-    from megatron_selfdistill.checkpoint.external import load_weights
-
-    chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(path, chunks)
-    return str(caught.value)
-
-
 def resumed_step_and_refusals(run_dir: Path) -> tuple[int, list[str]]:
     """Return the step at which the run goes on, and the refusals of its newest checkpoint for another run."""
-    return resumed_step(run_dir), [refusal_of(path) for path in (newest(run_dir), newest(run_dir).parent)]
+    return resumed_step(run_dir), [
+        checkpointed_run.refusal_of(path) for path in (newest(run_dir), newest(run_dir).parent)
+    ]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -158,7 +151,7 @@ def steps_and_refusal(run_dir: Path) -> tuple[int, int, str]:
     run = checkpointed_run.start(PLAIN, run_dir)
     verified = run.load_latest()["step"]
     run.checkpointer.config = replace(run.checkpointer.config, verify="none")
-    return verified, run.load_latest()["step"], refusal_of(newest(run_dir))
+    return verified, run.load_latest()["step"], checkpointed_run.refusal_of(newest(run_dir))
 
 
 @pytest.mark.parametrize("place", [0, 2**20 - 1, 2**20, 2 * 2**20 + 5])
