@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_server_sampler import GREEDY, sampler, tell
-from fake_vllm import FakeVllm, fake_servers, tokens_behind
+from fake_vllm import tokens_behind
 
 from megatron_selfdistill.engines.vllm.server_batch import BusyTime, request_key
 from megatron_selfdistill.errors import EngineError
@@ -19,12 +18,6 @@ from megatron_selfdistill.rollout.base import Request, Response
 TIMEOUT = 120.0
 HELD = 7
 """The first token of the prompts whose responses the servers hold back."""
-
-
-@pytest.fixture
-def fakes() -> Iterator[list[FakeVllm]]:
-    with fake_servers(2) as servers:
-        yield servers
 
 
 def requests_of(grid: Any, batch: int, count: int = 8) -> list[Request]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import models
 import pytest
 import torch
 from fake_server_sampler import GREEDY, MODEL, sampler, tell
-from fake_vllm import FakeVllm, fake_servers, tokens_behind
+from fake_vllm import FakeVllm, tokens_behind
 
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
@@ -23,12 +22,6 @@ from megatron_selfdistill.rollout.base import Request
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, layers=["linear_proj", "linear_fc2"])
 TIMEOUT = 120.0
-
-
-@pytest.fixture
-def fakes() -> Iterator[list[FakeVllm]]:
-    with fake_servers(2) as servers:
-        yield servers
 
 
 def everybodys(count: int) -> list[Request]:

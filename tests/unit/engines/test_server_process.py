@@ -28,6 +28,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 
 GIB = 2**30
 ALONE = {"world_size": 1, "init_process_group": False}
+OF_BOTH_SIDES = ("server.serve", "plugin.middleware")
 
 
 def started(
@@ -257,23 +258,10 @@ def import_without(package: str, *modules: str) -> None:
         importlib.import_module(name)
 
 
-def test_the_trainer_side_of_servers_imports_no_vllm(ranks):
-    ranks.run(
-        import_without,
-        "vllm",
-        "megatron_selfdistill.engines.vllm.server_sampler",
-        "megatron_selfdistill.engines.vllm.server.serve",
-        "megatron_selfdistill.engines.vllm.plugin.middleware",
-        **ALONE,
-    )
-
-
-def test_the_servers_side_imports_no_megatron(ranks):
-    ranks.run(
-        import_without,
-        "megatron",
-        "megatron_selfdistill.engines.vllm.server.serve",
-        "megatron_selfdistill.engines.vllm.plugin.middleware",
-        "megatron_selfdistill.engines.vllm.protocol",
-        **ALONE,
-    )
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [("vllm", ("server_sampler", *OF_BOTH_SIDES)), ("megatron", (*OF_BOTH_SIDES, "protocol"))],
+    ids=["the trainer's side imports no vLLM", "the servers' side imports no Megatron"],
+)
+def test_each_side_imports_nothing_of_the_other(ranks, package, modules):
+    ranks.run(import_without, package, *(f"megatron_selfdistill.engines.vllm.{name}" for name in modules), **ALONE)

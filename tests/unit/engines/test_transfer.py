@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVllm, fake_servers
+from fake_vllm import FakeVllm
 from torch import Tensor
 
 from megatron_selfdistill.engines.vllm import transfer as transfer_module
@@ -51,12 +51,6 @@ def same(arrived: dict[str, Tensor], sent: list[tuple[str, Tensor]]) -> bool:
         == bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
         for name, tensor in sent
     )
-
-
-@pytest.fixture
-def fakes() -> Iterator[list[FakeVllm]]:
-    with fake_servers(2) as servers:
-        yield servers
 
 
 @pytest.fixture(params=["shared_memory", "gloo"])
