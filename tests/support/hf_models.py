@@ -12,12 +12,12 @@ prime size, unequal widths.  The weights are large enough that every weight chan
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hf_contents import config_of
 from models import shard_of, sharded_tensors
 from safetensors.torch import load_file
 from torch import Tensor
@@ -274,12 +274,6 @@ def write(kind: str, directory: Path, seed: int = 0, **changes: Any) -> Any:
         randomise(model)
     model.save_pretrained(directory)
     return model
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    """Return the config.json of a directory."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return config
 
 
 @torch.no_grad()

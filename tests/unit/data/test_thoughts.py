@@ -6,10 +6,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from answers import problem_with
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.thoughts import FORMATS, final_part, num_thoughts, parts, readable
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.evaluation.verify import exact_match, judged_text, math_verify, mentions_answer
@@ -59,10 +59,6 @@ def tokenizer(request, tmp_path_factory):
     return load_tokenizer(directory)
 
 
-def problem(answer: str) -> Problem:
-    return Problem("p", ({"role": "user", "content": "?"},), "", answer, "p.jsonl:1")
-
-
 def response(tokenizer, text: str) -> Response:
     return Response.unsampled([*tokenizer.encode(text), tokenizer.eos_id])
 
@@ -74,15 +70,15 @@ def test_verifiers_read_the_final_answer_alone(tokenizer, written, answer):
     text, _, judged = judged_text(said, tokenizer, None)
     assert final_part(text).strip() in (answer, f"<|START_RESPONSE|>{answer}<|END_RESPONSE|>")
     if "START_RESPONSE" not in final_part(text):
-        assert exact_match(judged, problem(answer)) and math_verify(judged, problem(answer))
-    assert mentions_answer(judged, problem(answer))
-    assert not mentions_answer(judged, problem("7")) and not math_verify(judged, problem("7"))
+        assert exact_match(judged, problem_with(answer)) and math_verify(judged, problem_with(answer))
+    assert mentions_answer(judged, problem_with(answer))
+    assert not mentions_answer(judged, problem_with("7")) and not math_verify(judged, problem_with("7"))
 
 
 @pytest.mark.parametrize("written", UNFINISHED.values(), ids=UNFINISHED)
 def test_thoughts_that_do_not_end_have_no_final_answer(tokenizer, written):
     text = response_text(response(tokenizer, written), tokenizer)
-    assert final_part(text) == "" and not exact_match(text, problem("42"))
+    assert final_part(text) == "" and not exact_match(text, problem_with("42"))
 
 
 def test_a_text_for_people_has_one_form_of_thoughts_and_no_special_tokens(tokenizer):

@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-import zlib
+
+from reported_runs import blocks_of
 
 from megatron_selfdistill.instruments.html_page import html_page
-
-
-def blocks(page):
-    found = re.findall(r'<script type="application/json\+deflate" id="data-([a-z0-9-]+)">([^<]*)</script>', page)
-    return {name: json.loads(zlib.decompress(base64.b64decode(packed))) for name, packed in found}
 
 
 def test_a_page_holds_its_data_and_names_no_other_file():
     data = {"runs": [1.5, None, "</script><b>"], "events-2": {"text": "é\n"}}
     page = html_page("Run <1>", "<main></main>", ["p {}"], ["let x = 1;"], data)
-    assert blocks(page) == data
+    assert blocks_of(page) == data
     assert "<title>Run &lt;1&gt;</title>" in page
     assert "<b>" not in page
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page.split("<body>")[0])

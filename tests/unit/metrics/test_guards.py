@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 from omegaconf import OmegaConf
@@ -37,16 +38,13 @@ def stopped_at(guards: Guards, trace: list[dict[str, float]], start: int = 0) ->
     return None
 
 
-def entropies(*values: float) -> list[dict[str, float]]:
-    return [{"entropy/student": value} for value in values]
+def trace_of(key: str, *values: float) -> list[dict[str, float]]:
+    return [{key: value} for value in values]
 
 
-def lengths(*values: float) -> list[dict[str, float]]:
-    return [{"response/length_mean": value} for value in values]
-
-
-def loops(*shares: float) -> list[dict[str, float]]:
-    return [{"response/loop_share": share} for share in shares]
+entropies, losses = partial(trace_of, "entropy/student"), partial(trace_of, "loss/mean")
+lengths, loops = partial(trace_of, "response/length_mean"), partial(trace_of, "response/loop_share")
+distances = partial(trace_of, "sampler/log_prob_mean_abs_diff")
 
 
 @pytest.mark.parametrize("key", ["loss/mean", "gradient_norm"])
@@ -100,10 +98,6 @@ def test_a_healthy_run_goes_on(trace):
     assert stopped_at(Guards(CONFIG, student_samples=True), trace) is None
 
 
-def losses(*values: float) -> list[dict[str, float]]:
-    return [{"loss/mean": value} for value in values]
-
-
 def test_a_loss_that_jumps_after_the_first_step_stops_the_run_and_names_the_keys():
     """The values are those of a real model at a learning rate of 1e-4; a mean over the jump would hide it."""
     step, message = stopped_at(Guards(GuardsConfig(), loss_should_fall=True), losses(0.026, 0.25, 0.24, 0.26, 0.25), 1)
@@ -141,10 +135,6 @@ def test_the_loss_should_fall_where_a_hinted_teacher_alone_decides(keys, judges)
 
 
 ENGINES = "the vLLM servers http://node7:8000"
-
-
-def distances(*values: float) -> list[dict[str, float]]:
-    return [{"sampler/log_prob_mean_abs_diff": value} for value in values]
 
 
 @pytest.mark.parametrize("value", [1.1, 23.9, math.inf, math.nan])

@@ -31,10 +31,6 @@ SETTINGS = (
 )
 
 
-def run_tool(arguments: list[str]) -> int:
-    return tool.main(arguments)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """Problems, an untrained model as a Hugging Face directory with its tokenizer, and the same as a checkpoint."""
@@ -57,7 +53,7 @@ def arguments(
 
 
 def evaluate(ranks, *args, world_size: int = 1, **kwargs) -> list[int]:
-    return ranks.run(run_tool, arguments(*args, **kwargs), world_size=world_size, init_process_group=False)
+    return ranks.run(tool.main, arguments(*args, **kwargs), world_size=world_size, init_process_group=False)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +162,7 @@ def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compar
             said["truncated"] and rewards[-1]
         )
     capfd.readouterr()
-    assert run_tool(["compare", str(out), str(out)]) == 0
+    assert tool.main(["compare", str(out), str(out)]) == 0
     assert "sampled_mean_reward" in capfd.readouterr().out
 
 
@@ -222,7 +218,7 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
 
 def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
     assert evaluate(ranks, directory, tmp_path / "b", "seed=1", "--num-samples", "8", "rollout.temperature=0.5") == [0]
-    assert run_tool(["compare", str(alone), str(tmp_path / "b"), "--out", str(tmp_path / "c" / "c.json")]) == 0
+    assert tool.main(["compare", str(alone), str(tmp_path / "b"), "--out", str(tmp_path / "c" / "c.json")]) == 0
     shown = capfd.readouterr().out
     assert "avg_at_k" in shown and "temperature is 1.0 in A and 0.5 in B" in shown
     compared = json.loads((tmp_path / "c" / "c.json").read_text())

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 import shutil
-import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ import pytest
 import tiny_run
 import torch
 from explored_records import summary_of, target_of
+from reported_runs import blocks_of
 from summed_target import matching_beta, weights_of
 from torch import Tensor
 
@@ -32,18 +30,8 @@ SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0
 TEXTS = ("--problem", "500-408:", "--solution", "092")
 
 
-def run_tool(arguments: list[str]) -> int:
-    return tool.main(arguments)
-
-
-def blocks_of(page: Path) -> dict[str, Any]:
-    """Return the data blocks of a page by name."""
-    found = re.findall(r'id="data-([a-z0-9-]+)">([^<]*)<', page.read_text(encoding="utf-8"))
-    return {name: json.loads(zlib.decompress(base64.b64decode(packed))) for name, packed in found}
-
-
 def record_of(page: Path) -> dict[str, Any]:
-    blocks = blocks_of(page)
+    blocks = blocks_of(page.read_text())
     numbered = [blocks[f"block-{number}"] for number in range(len(blocks) - 2)]
     return {**blocks["overview"], "texts": blocks["texts"], "blocks": numbered}
 
@@ -65,7 +53,7 @@ def directory(tmp_path_factory) -> Path:
 
 def explore(ranks, model: Path, out: Path, *more: str, world_size: int = 1) -> dict[str, Any]:
     arguments = [str(model), *TEXTS, "-o", str(out), *SETTINGS, "data.teacher_template='{problem}H{solution}|'", *more]
-    assert ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
+    assert ranks.run(tool.main, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
     return record_of(out)
 
 
@@ -158,7 +146,7 @@ def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, ca
     (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
     out = directory / "run.html"
     arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1", "target.k_max=null"]
-    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    assert ranks.run(tool.main, arguments, world_size=1, init_process_group=False) == [0]
     record = record_of(out)
     assert record["settings"]["teacher_weight"] == 3 and record["settings"]["k_max"] is None
     assert record["settings"]["divergence"] == "jsd" and len(record["tokens"]["id"]) <= 4
@@ -175,7 +163,7 @@ def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the
     (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
     out = directory / f"moving {anchor}.html"
     arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1"]
-    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    assert ranks.run(tool.main, arguments, world_size=1, init_process_group=False) == [0]
     record = record_of(out)
     assert record["settings"]["anchor"] == anchor
     assert record["models"] == ["student", "teacher", "reference"][: 2 + (anchor == "reference")]

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_run
+from rounded_json import read_lines
 
 from megatron_selfdistill.methods.data_sets import explanations
 
@@ -62,10 +61,6 @@ def made(ranks, arguments: Sequence[str], world_size: int = 1) -> str:
     return results[0][1]
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def summary(ranks, directory) -> str:
     """Return the summary of explained.jsonl, which one rank makes without interruption."""
@@ -73,8 +68,8 @@ def summary(ranks, directory) -> str:
 
 
 def test_a_record_is_an_explanation_the_tag_and_the_given_solution(directory, summary):
-    records = lines_of(directory / "explained.jsonl")
-    given = {record["problem"]: record for record in lines_of(directory / "problems.jsonl")}
+    records = read_lines(directory / "explained.jsonl")
+    given = {record["problem"]: record for record in read_lines(directory / "problems.jsonl")}
     assert len(records) > len({record["problem_id"] for record in records}) > 2
     for record in records:
         source = given[record["problem"]]
@@ -91,7 +86,7 @@ def test_a_record_is_an_explanation_the_tag_and_the_given_solution(directory, su
 def test_every_layout_writes_the_same_explanations(ranks, directory, summary, layout):
     made(ranks, arguments_of(directory, f"{layout}.jsonl", *LAYOUTS[layout]), world_size=2)
     for expected, got in zip(
-        lines_of(directory / "explained.jsonl"), lines_of(directory / f"{layout}.jsonl"), strict=True
+        read_lines(directory / "explained.jsonl"), read_lines(directory / f"{layout}.jsonl"), strict=True
     ):
         assert got.pop("mean_log_prob") == pytest.approx(expected.pop("mean_log_prob"), abs=1e-4)
         assert got == expected
@@ -103,5 +98,5 @@ def test_a_student_is_fine_tuned_on_the_explanations(ranks, directory, summary):
     tiny_run.train(ranks, tiny_run.overrides(directory, run, *SHORT, *data))
     (step,) = tiny_run.reproducible_metrics(run)
     assert step["gradient_norm"] > 0
-    lengths = [len(record["solution"]) + 1 for record in lines_of(directory / "explained.jsonl")]
+    lengths = [len(record["solution"]) + 1 for record in read_lines(directory / "explained.jsonl")]
     assert min(lengths) <= step["response/length_mean"] <= max(lengths)

@@ -18,6 +18,7 @@ import pytest
 import tiny_run
 from ranks import RankError
 from record_sources import load_problems
+from rounded_json import read_lines
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.run_data import RunData
@@ -112,10 +113,6 @@ def made(ranks, arguments: list[str], world_size: int = 1, **options: Any) -> st
     return results[0][1]
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def summary(directory, ranks) -> str:
     """Return the summary of own.jsonl, which one rank makes without interruption."""
@@ -123,7 +120,7 @@ def summary(directory, ranks) -> str:
 
 
 def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(directory, summary):
-    records = lines_of(directory / "own.jsonl")
+    records = read_lines(directory / "own.jsonl")
     data = {"path": f"{directory}/own.jsonl", "tokenizer": f"{directory}/tokenizer"}
     read = RunData.load(from_mapping({"data": data, "rollout": {"max_new_tokens": 28}})).problems.problems
     assert [(p.id, p.solution, p.answer) for p in read] == [(r["id"], r["solution"], r["answer"]) for r in records]
@@ -138,7 +135,7 @@ def test_every_solution_is_right_and_the_file_is_one_that_a_run_reads(directory,
 
 
 def test_each_line_says_where_it_comes_from(directory, summary):
-    for record in lines_of(directory / "own.jsonl"):
+    for record in read_lines(directory / "own.jsonl"):
         source = record["provenance"]
         assert source["model"] == str(directory / "megatron" / "release") and source["iteration"] == 0
         assert (source["seed"], source["num_samples"], source["pick"]) == (0, NUM_SAMPLES, "learnable")
@@ -149,7 +146,7 @@ def test_each_line_says_where_it_comes_from(directory, summary):
             and record["mean_log_prob"] < 0
         )
     best, second = {}, {}
-    for record in lines_of(directory / "own.jsonl"):
+    for record in read_lines(directory / "own.jsonl"):
         (second if record["id"].endswith("#2") else best)[record["problem_id"]] = record["learnability"]
     assert second and all(best[name] >= value for name, value in second.items())
 
@@ -157,9 +154,9 @@ def test_each_line_says_where_it_comes_from(directory, summary):
 def test_without_both_weights_the_learnability_is_the_mean_log_prob(ranks, directory, summary):
     """The sampler gives the log-probs, and the pass over student and teacher gives the learnability."""
     made(ranks, arguments_of(directory, "bare.jsonl", "--pick", "learnable", "--alpha", "0", "--ratio-weight", "0"))
-    records = lines_of(directory / "bare.jsonl")
+    records = read_lines(directory / "bare.jsonl")
     assert all(record["learnability"] == pytest.approx(record["mean_log_prob"], abs=1e-4) for record in records)
-    weighted = {record["solution"]: record for record in lines_of(directory / "own.jsonl")}
+    weighted = {record["solution"]: record for record in read_lines(directory / "own.jsonl")}
     shared = [record for record in records if record["solution"] in weighted]
     assert shared and all(weighted[r["solution"]]["learnability"] < r["learnability"] - 1e-3 for r in shared)
 
@@ -216,7 +213,7 @@ def test_every_layout_writes_the_same_solutions(ranks, directory, summary, layou
     name = f"{layout}.jsonl"
     arguments = arguments_of(directory, name, "--pick", "learnable", *LAYOUTS[layout])
     assert made(ranks, arguments, world_size=2).splitlines()[:-1] == summary.splitlines()[:-1]
-    for expected, got in zip(lines_of(directory / "own.jsonl"), lines_of(directory / name), strict=True):
+    for expected, got in zip(read_lines(directory / "own.jsonl"), read_lines(directory / name), strict=True):
         for key in ("learnability", "mean_log_prob"):
             assert got.pop(key) == pytest.approx(expected.pop(key), abs=1e-4)
         assert got == expected
@@ -235,7 +232,7 @@ def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, 
     arguments.append("loss.fused_chunk_tokens=5")
     ((status, shown),) = ranks.run(run_tool_without_projecting, arguments, world_size=1, init_process_group=False)
     assert status == 0 and shown.splitlines()[:-1] == summary.splitlines()[:-1]
-    for expected, got in zip(lines_of(directory / "own.jsonl"), lines_of(directory / "fused.jsonl"), strict=True):
+    for expected, got in zip(read_lines(directory / "own.jsonl"), read_lines(directory / "fused.jsonl"), strict=True):
         assert got.pop("learnability") == pytest.approx(expected.pop("learnability"), abs=1e-6)
         assert got == expected
 
@@ -246,8 +243,8 @@ def test_a_hugging_face_directory_gives_the_solutions_of_its_checkpoint(ranks, d
         a for a in arguments_of(directory, "hf.jsonl", "--hf", f"{directory}/hf", model="") if "data.tokenizer" not in a
     ]
     made(ranks, [*bare, "--pick", "learnable"])
-    assert lines_of(directory / "hf.attempts.jsonl")[0]["model"] == str(directory / "hf")
-    assert lines_of(directory / "hf.attempts.jsonl")[1:] == lines_of(directory / "own.attempts.jsonl")[1:]
+    assert read_lines(directory / "hf.attempts.jsonl")[0]["model"] == str(directory / "hf")
+    assert read_lines(directory / "hf.attempts.jsonl")[1:] == read_lines(directory / "own.attempts.jsonl")[1:]
     assert not list(directory.glob(".hf.jsonl*")), "the converted model was removed"
 
 
@@ -255,7 +252,7 @@ def test_a_hugging_face_directory_gives_the_solutions_of_its_checkpoint(ranks, d
 def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, directory, summary):
     made(ranks, arguments_of(directory, "seed.jsonl", "--pick", "learnable", "seed=1"))
     lengths = [
-        [line["lengths"] for line in lines_of(directory / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
+        [line["lengths"] for line in read_lines(directory / f"{name}.attempts.jsonl")[1:]] for name in ("own", "seed")
     ]
     assert lengths[0] != lengths[1]
     assert sample_seed(0, 0, "p0", 0) != sample_seed(0, 0, "solution/p0", 0)
@@ -277,7 +274,7 @@ OTHER_SETTINGS = {
 def test_a_file_of_other_settings_is_not_continued(ranks, directory, summary):
     """Of other settings of any name: the journal's header holds everything that the solutions depend on."""
     before = (directory / "own.attempts.jsonl").read_bytes()
-    header = lines_of(directory / "own.attempts.jsonl")[0]
+    header = read_lines(directory / "own.attempts.jsonl")[0]
     assert header.keys() >= {"model", "keep", "pick", "alpha", "ratio_weight", "prompts", "sampling", "data", "seed"}
     command_lines = [arguments_of(directory, "own.jsonl", *more) for more in OTHER_SETTINGS.values()]
     for words, shown in zip(OTHER_SETTINGS, refusals(ranks, command_lines), strict=True):
