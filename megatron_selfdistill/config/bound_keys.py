@@ -31,8 +31,6 @@ RULES: dict[str, str] = {
 All other keys are BOUND: the key decides what is learned, and a run resumes with another value only with
 checkpoint.resume=force.
 """
-
-
 KEPT = ("optimizer.lr_warmup_steps",)
 """Keys of which null means, for a run that resumes, the value of its checkpoint."""
 

@@ -13,15 +13,9 @@ from megatron_selfdistill.data.tokenizer import Tokenizer
 
 LOOKED_AT = 64
 """Number of problems whose prompts are checked before a run starts; a chat template treats all problems alike."""
-
-
 UNREADABLE = 1 / 3
 """The share of unknown tokens in the prompts of students above which a run does not start."""
-
-
 _SHORT = 9  # characters; shorter texts would be found by chance
-
-
 _ADVICE = "give a data.chat_template that writes the whole content of user messages"
 
 

@@ -12,12 +12,8 @@ from typing import Any
 
 LIMIT_S = 60.0
 """The time for a trial, in seconds, with the import of transformers from a slow file system."""
-
-
 LIMIT_BYTES = 2 << 30
 """The memory that a trial may take beside the program's own, in bytes; only Linux limits it."""
-
-
 _OUT_OF_MEMORY = 3
 
 

@@ -176,8 +176,6 @@ class SessionProcesses:
 
 _PROBLEM_FIELDS = ("id", "messages", "solution", "answer", "location", "tools")
 """The fields of a problem that a session gets."""
-
-
 _SECRET = re.compile("(^|_)(API_?KEY|ACCESS_KEY|SECRET_KEY|SECRET|PASSWORD|PASSWD|TOKEN)$", re.IGNORECASE)
 
 

@@ -18,8 +18,6 @@ from megatron_selfdistill.rollout.sampling import invert_cdf, token_log_probs
 
 # Elements of one float64 temporary: about what a core keeps in its cache, or what fills an accelerator.
 _MAX_MIXED_LOGITS = {"cpu": 2**20, "other": 2**24}
-
-
 CONTROL = "control "
 """The start of the roles of controls, ``control 0`` and so on."""
 ROLES = ("student", "teacher", "reference")

@@ -40,8 +40,6 @@ def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) 
 
 NEAR = 0.5
 """The largest |log Z| of a Renyi divergence, Z = sum p^b q^(1 - b), that is computed from Z - 1."""
-
-
 FAR = 1e29
 """A log Z above this number stands for infinity."""
 

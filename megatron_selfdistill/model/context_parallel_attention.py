@@ -18,8 +18,6 @@ from megatron_selfdistill.data.context_parallel import context_parallel_position
 
 _FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
-
-
 _SCORES = 2**26
 """The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
 

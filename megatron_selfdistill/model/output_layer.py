@@ -23,8 +23,6 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.model.forward import Fusion, nonlinear, unwrapped
 
 MATERIALISED = "materialised"
-
-
 DEFAULT_LOGITS_SHARE = 1 / 20
 """The share of ``cluster.gpu_memory_gb`` for materialised logits where ``loss.max_logits_gb`` is null."""
 

@@ -76,8 +76,6 @@ MINISTRAL3 = Family(
         },
     },
 )
-
-
 _TEXT_FAMILIES = {family.model_type: family for family in (MISTRAL, MINISTRAL3)}
 
 
