@@ -267,8 +267,7 @@ class GatedDeltaNet(MegatronModule):
             tp_group=pg_collection.tp,
         )
         channels = self.num_key_heads * sum(self.sections[:3])
-        device = torch.cuda.current_device()
-        place = {"device": device, "dtype": config.params_dtype}
+        place = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
         self.conv1d = torch.nn.Conv1d(
             channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False, **place
         )

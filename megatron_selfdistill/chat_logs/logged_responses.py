@@ -178,8 +178,7 @@ class LoggedTurns:
             self._learn([(batch[place].id, refused[place]) for place in places])
             for place, problem in zip(places, problem_sampler.take(len(places)), strict=True):
                 batch[place] = problem
-        problems = shard(batch, grid.dp_rank, grid.dp_size)
-        turns = [(problem, mine[problem.id]) for problem in problems]
+        turns = [(problem, mine[problem.id]) for problem in shard(batch, grid.dp_rank, grid.dp_size)]
         metrics = {"turns/skipped_long": float(num_long), "turns/skipped_bad": float(num_bad)}
         if self._reader.data.on_long_context.startswith("truncate"):
             shortened = sum(turn.prompts.solution_truncated for _, turn in turns)

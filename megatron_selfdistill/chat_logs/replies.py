@@ -187,6 +187,5 @@ def _check_reply(problem: Problem, prompt: str, whole: str) -> None:
             f"{problem.location}: expected the reply as the assistant wrote it, got thoughts that the template adds: "
             "switch them off with data.chat_template_kwargs={enable_thinking: false}"
         )
-    calls = message.get("tool_calls", ())
-    if any(call["function"]["name"] not in text for call in calls):
+    if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
         raise ValueError(f"{problem.location}: expected the chat template to show the tool calls of the reply")

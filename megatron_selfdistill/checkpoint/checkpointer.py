@@ -200,8 +200,7 @@ class Checkpointer:
         if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
-            layout = own["layout"]
-            logger.warning("%s comes from the layout %s: random states start afresh", found, layout)
+            logger.warning("%s comes from the layout %s: random states start afresh", found, own["layout"])
 
     def poll(self) -> None:
         """Complete a background save if the writers of all ranks are done; else return at once.

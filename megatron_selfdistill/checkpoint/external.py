@@ -92,8 +92,7 @@ def load_weights_and_optimizer(
         loaded = sharded_io.read(wanted, found)
         state.load_model_state(chunks, loaded)
         _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
-        steps = _optimizer_steps(common)
-        state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], steps)
+        state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], _optimizer_steps(common))
     return directory.iteration_of(found)
 
 

@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 TEACHER = "teacher"
 """The name of the directory of the frozen teacher, or reference, in the run directory."""
-
-
 StateDict = Callable[[], dict[str, Any]]
 """Returns the sharded tensors of weights for a checkpoint."""
 
@@ -72,8 +70,7 @@ def save_frozen_weights(
         if dist.get_rank() == 0:
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", target)
     found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
-    contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
-    contents |= weights()
+    contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id, **weights()}
     request, _ = sharded_io.begin_write(
         contents, target, replicas=replicas, prove_ownership=prove_ownership, texts=texts(found_id)
     )
@@ -90,8 +87,7 @@ def load_frozen_teacher(
 
     Raises: CheckpointError where the stored teacher is missing, corrupt, or has another id than ``teacher_id``.
     """
-    target = Path(run_dir) / TEACHER
-    path = run_on_rank_0(lambda: directory.resolve(target))
+    path = run_on_rank_0(lambda: directory.resolve(Path(run_dir) / TEACHER))
     sharded_io.verify_integrity(path, verify)
     found = _stored_id(path)
     if teacher_id not in (None, found):

@@ -182,6 +182,5 @@ def _changed(saved: SavedRun, config: Config) -> list[KeyDifference]:
 
 def _completed(model: ModelConfig, stored: ModelConfig) -> dict[str, Any]:
     """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
-    resolved = reconcile(model, fields_set(model), stored)
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(reconcile(model, fields_set(model), stored))))
     return plain

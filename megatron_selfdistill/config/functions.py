@@ -92,8 +92,7 @@ def user_code(name: str, error: type[Exception] | None = None) -> Iterator[None]
 
 def own_lines(error: BaseException) -> str:
     """Return the part of an error's traceback that is in code of a user, below a line end; "" if there is none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = dropwhile(lambda frame: _is_between(frame.filename), frames)
+    own = dropwhile(lambda frame: _is_between(frame.filename), traceback.extract_tb(error.__traceback__))
     return "".join(["\n", *traceback.format_list([*own])]).rstrip()
 
 

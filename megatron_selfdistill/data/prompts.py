@@ -150,8 +150,7 @@ class PromptBuilder:
     ) -> list[dict[str, Any]]:
         messages = [dict(message) for message in problem.messages]
         index = reworded_message(problem)
-        texts = {"problem": messages[index]["content"], **slots}
-        messages[index]["content"] = filled(template, texts)
+        messages[index]["content"] = filled(template, {"problem": messages[index]["content"], **slots})
         if view.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": view.system_prompt})
         return messages

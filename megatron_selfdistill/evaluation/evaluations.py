@@ -131,8 +131,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
         values_b = {"avg_at_k" if name == avg_b else name: value for name, value in values_b.items()}
     is_fair = avg_a == avg_b
     names = [name for name in values_a if name in values_b and (is_fair or not name.startswith("distinct_"))]
-    differences = np.stack([values_b[name] - values_a[name] for name in names], axis=1)
-    found = bootstrap(differences)
+    found = bootstrap(np.stack([values_b[name] - values_a[name] for name in names], axis=1))
     return Comparison(
         a=str(a.directory),
         b=str(b.directory),

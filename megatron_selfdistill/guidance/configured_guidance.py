@@ -31,8 +31,7 @@ def guided_source(tools: MethodTools, state: SourceState, options: OnPolicyOptio
         check_answers(tools.run_data.problems.problems, judge.verifier)
     rates = SuccessRates(below) if below is not None else None
     guidance = Guidance(judge, options.num_samples, rates, tools.config.teachers.get("guide") or "")
-    guided = GuidedState(state.problem_sampler, state.method, guidance)
-    return GuidedOnPolicy(guided, options)
+    return GuidedOnPolicy(GuidedState(state.problem_sampler, state.method, guidance), options)
 
 
 def guided_sampler() -> type[GuidedSampler]:

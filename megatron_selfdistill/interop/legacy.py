@@ -82,8 +82,7 @@ class LegacyReader:
 
     def full_shape(self, place: Place, expected: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the full tensor; ``expected`` shows the axis along which the shards are cut."""
-        shards = self._tensor_parallel(place)
-        shapes = [tuple(self._load(shard).shape) for shard in shards]
+        shapes = [tuple(self._load(shard).shape) for shard in self._tensor_parallel(place)]
         axis = _cut_axis(place[0], shapes, expected)
         full = list(shapes[0])
         if axis is not None:

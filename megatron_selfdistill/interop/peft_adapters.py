@@ -125,8 +125,7 @@ def peft_to_megatron(
         layers=list(dict.fromkeys(_linear_of(rule) for rule, _, _ in layers)),
     )
     pieces = _pieces(layers, rank, dtype)
-    digest = base_digest(base)
-    description = StoredAdapters(out / "release", settings, digest, Path(base).absolute())
+    description = StoredAdapters(out / "release", settings, base_digest(base), Path(base).absolute())
     texts, assets = {NAME: description.text()}, hf_assets_of(weights.path)
     return write_release(out, pieces, weights.args, assets=assets, texts=texts, progress=progress)
 

@@ -160,8 +160,7 @@ def dequantised(directory: StoredDirectory) -> WeightsDirectory:
 
     A directory without such pairs is returned itself.
     """
-    found = directory.tensors
-    names = [name.removesuffix(_BLOCKS) for name in found if name.endswith(_BLOCKS)]
+    names = [name.removesuffix(_BLOCKS) for name in directory.tensors if name.endswith(_BLOCKS)]
     return Mxfp4Directory(directory, names) if names else directory
 
 
@@ -176,8 +175,7 @@ class Mxfp4Directory:
         for name in names:
             blocks = stored.tensors[name + _BLOCKS]  # [experts, out, in / 32, 16] uint8
             experts, rows, groups, half_block = blocks.shape
-            shape = (experts, groups * 2 * half_block, rows)
-            self.tensors[name] = Stored(blocks.file, torch.bfloat16, shape)
+            self.tensors[name] = Stored(blocks.file, torch.bfloat16, (experts, groups * 2 * half_block, rows))
 
     def read(self, name: str) -> Tensor:
         """Return the tensor ``name``; [experts, in, out] bf16 where MXFP4 stores it."""

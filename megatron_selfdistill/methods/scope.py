@@ -86,5 +86,4 @@ def group_shares(signals: Signals, scores: Tensor, chosen: Tensor) -> Tensor:
     scores = torch.where(chosen, scores, -torch.inf)
     largest = scores.new_full((signals.num_groups,), -torch.inf).scatter_reduce(0, signals.groups, scores, "amax")
     shares = torch.where(chosen, (scores - largest[signals.groups]).exp(), 0.0)
-    total = signals.sum_per_group(shares)[signals.groups]
-    return torch.where(chosen, shares / total, 0.0)
+    return torch.where(chosen, shares / signals.sum_per_group(shares)[signals.groups], 0.0)

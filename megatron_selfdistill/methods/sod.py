@@ -103,8 +103,7 @@ def sod(signals: Signals, *, weight: float, gain: float) -> Terms:
     log_ratio = signals.target_log_prob - signals.sampled_log_prob
     weights = weight * turn_weights(signals, signals.mean_per_sample(log_ratio.abs()), gain)
     weights = signals.per_token(torch.where(signals.hinted, weights, 0.0))
-    advantage = torch.where(weights == 0, 0.0, weights * log_ratio)
-    return Terms.of(signals.sampled_log_prob, advantage=advantage)
+    return Terms.of(signals.sampled_log_prob, advantage=torch.where(weights == 0, 0.0, weights * log_ratio))
 
 
 def turn_weights(signals: Signals, distances: Tensor, gain: float) -> Tensor:

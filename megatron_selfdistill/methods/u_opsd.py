@@ -61,8 +61,7 @@ class UOpsdSettings(SignalSettings, ClipSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        log_probs = None if self.signal == "full" else MEASURED
-        return Needs(log_probs=log_probs, group_size=2, hint=LATER)
+        return Needs(log_probs=None if self.signal == "full" else MEASURED, group_size=2, hint=LATER)
 
 
 class UOpsd(HintedLater):

@@ -101,8 +101,7 @@ def first_step_advice(config: Config, metrics: Mapping[str, float]) -> list[str]
             f"the samples of the first step wander: expected an entropy or a mean -log p of at most {WANDERING:g} nats "
             f"per token, got {entropy:.3g} and {nll:.3g}; try rollout.temperature={0.7 * rollout.temperature:.2g}"
         )
-    shortens = config.guards.min_length_ratio is None
-    if truncated_share > MANY_CUT and not shortens:
+    if truncated_share > MANY_CUT and config.guards.min_length_ratio is not None:
         found.append(
             f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
             f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}, or "

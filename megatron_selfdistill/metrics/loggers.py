@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 WANDB_RUN_ID = "wandb_run_id.txt"
 """The file in the run directory with the id of the run on wandb, which all launches of the run share."""
-
-
 WANDB_SETTINGS: Mapping[str, Any] = {"console": "off", "disable_git": True, "save_code": False, "finish_timeout": 60.0}
 """The settings of wandb whose defaults differ here: no copy of the output and of the sources leaves the machine, and
 the end of a run waits at most 60 seconds for uploads.  wandb's own variables (WANDB_CONSOLE, ...) change them back."""
@@ -104,8 +102,7 @@ class WandbLogger:
 
         self._wandb, id_file = wandb, run.run_dir / WANDB_RUN_ID
         has_id = id_file.exists()
-        given = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-        run_id = id_file.read_text().strip() if has_id else given
+        run_id = id_file.read_text().strip() if has_id else os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         replace_file(id_file, f"{run_id}\n")  # first, so that a launch that is killed meanwhile has used the same id
         settings = {key: value for key, value in WANDB_SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
         self._run = wandb.init(

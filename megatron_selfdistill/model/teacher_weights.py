@@ -84,8 +84,7 @@ class Teacher:
             return
         with torch.no_grad(), self.on_device(keep=True):
             for master, (mine, theirs) in zip(self.masters, self._pairs(), strict=True):
-                main = main_parameter(theirs, optimizer)
-                master.lerp_(main.to(master.device), 1.0 - self.ema_decay)
+                master.lerp_(main_parameter(theirs, optimizer).to(master.device), 1.0 - self.ema_decay)
                 mine.copy_(master)
             self._copy_buffers()
         self._weights_changed()

@@ -175,8 +175,7 @@ def budgets_of(rules: PackingRules, seq_quantum: int | None = None) -> list[int]
     capacity = rules.capacity
     unit = math.lcm(rules.length_multiple, seq_quantum or 1)
     step = -(-capacity // (2 * (_MOST_BUDGETS - 1) * unit)) * unit
-    shorter = range((capacity - 1) // unit * unit, (capacity - 1) // 2, -step)
-    return [capacity, *shorter]
+    return [capacity, *range((capacity - 1) // unit * unit, (capacity - 1) // 2, -step)]
 
 
 def counts_by_budget(student: list[int], teacher: list[int], rules: PackingRules, budgets: Sequence[int]) -> list[int]:

@@ -50,8 +50,7 @@ def sample_uniforms(seed: int, count: int) -> np.ndarray:
     They equal ``Generator(Philox(key=seed)).random(count)``, but come from the raw words, whose values numpy
     guarantees.
     """
-    words = np.random.Philox(key=seed).random_raw(count)
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (np.random.Philox(key=seed).random_raw(count) >> np.uint64(11)) * 2.0**-53
 
 
 def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,8 +88,7 @@ def _opened(batch: StepBatch, parcels: Sequence[Parcel], device: torch.device) -
     """
     contexts = [context for parcel in parcels for context in parcel.contexts]
     lengths = [len(context.response) for context in contexts]
-    values = torch.from_numpy(np.concatenate([parcel.values for parcel in parcels]))
-    columns = iter(values.unbind(1))
+    columns = iter(torch.from_numpy(np.concatenate([parcel.values for parcel in parcels])).unbind(1))
 
     def of_tokens(tensor: Tensor) -> Tensor:
         return next(columns).to(tensor.dtype)

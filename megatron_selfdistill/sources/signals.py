@@ -70,8 +70,7 @@ class Signals:
     def mean_per_sample(self, values: Tensor) -> Tensor:
         """Return [B]: the mean over the tokens of each response; ``values [R]``."""
         owner = self.per_token(torch.arange(len(self.lengths), device=values.device))
-        sums = values.new_zeros(len(self.lengths)).index_add_(0, owner, values)
-        return sums / self.lengths
+        return values.new_zeros(len(self.lengths)).index_add_(0, owner, values) / self.lengths
 
     def sum_per_group(self, values: Tensor) -> Tensor:
         """Return [num_groups]: the sum over the responses of each group; ``values [B]``."""

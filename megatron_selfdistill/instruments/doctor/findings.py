@@ -160,8 +160,7 @@ def _version(name: str) -> str:
 def _started(name: str) -> subprocess.Popen[str]:
     """Start the import of a package in a process of its own, which looks for modules where this process does."""
     alike = [flag for flag, is_set in (("-I", sys.flags.isolated), ("-S", sys.flags.no_site)) if is_set]
-    code = _CHILD.format(IMPORTS[name], IMPORTS[name].partition(",")[0])
-    command = [sys.executable, *alike, "-c", code]
+    command = [sys.executable, *alike, "-c", _CHILD.format(IMPORTS[name], IMPORTS[name].partition(",")[0])]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

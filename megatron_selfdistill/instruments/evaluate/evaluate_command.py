@@ -204,8 +204,7 @@ def _report(
             tables.show_readiness(ready, target)
     summary = write_evaluation(arguments.out, result, about)
     num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
-    line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
-    tables.show_summary(summary, line)
+    tables.show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
     if first is not None:
         tables.show_first_step(about["first_step"], advice)
     if result.overlooked is not None:

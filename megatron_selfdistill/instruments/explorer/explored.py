@@ -111,8 +111,7 @@ class ExploredResponse:
         ids = self.context.response
         known = self.summary.ids[self.summary.ids >= 0].long().unique().tolist()
         numbers = {name: [finite(value) for value in values] for name, values in self.numbers.items()}
-        beta = numbers.pop("beta")
-        numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
+        numbers["k"] = [None if value is None or value == 0 else 1 / value for value in numbers.pop("beta")]
         del numbers["status"]
         return {
             **about,

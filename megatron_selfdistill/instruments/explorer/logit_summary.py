@@ -235,8 +235,7 @@ def _moments(sums: Tensor, num_models: int) -> tuple[Tensor, Tensor, Tensor]:
     per_bin = sums.reshape(len(sums), -1, NUM_BINS)
     counts, totals, products = per_bin.split([1, num_models, per_bin.shape[1] - 1 - num_models], 1)
     means, squares = totals / counts.clamp(min=1), products / counts.clamp(min=1)
-    between = torch.stack([means[:, i] * means[:, j] for i, j in _pairs(num_models)], 1)
-    covariances = squares - between
+    covariances = squares - torch.stack([means[:, i] * means[:, j] for i, j in _pairs(num_models)], 1)
     covariances[..., -1] = 0.0
     return counts.squeeze(1), means, covariances
 

@@ -188,8 +188,7 @@ def _layers_with_rope_smollm(config: HFConfig) -> list[int]:
     """Return 1 for each layer with rotary positions and 0 for each other layer."""
     num_layers, given = config["num_hidden_layers"], config["no_rope_layers"]
     if given is None:
-        interval = config["no_rope_layer_interval"]
-        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+        return [int((layer + 1) % config["no_rope_layer_interval"] != 0) for layer in range(num_layers)]
     if len(given) != num_layers:
         raise config.error(
             f"has {len(given)} entries in no_rope_layers, expected one for each of the {num_layers} layers"

@@ -143,8 +143,7 @@ def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
     expected |= {tied_output_layer(name) for name in mapped if name.endswith(TIED[1])}
     missing = sorted(mapped - found)
     extra = sorted(name for name in found - expected if not name.endswith("rotary_emb.inv_freq"))
-    faults = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in extra]
-    _raise_first(faults)
+    _raise_first([f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in extra])
     return rules
 
 

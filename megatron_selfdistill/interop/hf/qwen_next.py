@@ -54,8 +54,7 @@ def _linear_layers(config: HFConfig) -> list[int]:
     """Return 1 for each layer with a gated delta net and 0 for each layer with attention."""
     num_layers, kinds = config["num_hidden_layers"], config["layer_types"]
     if kinds is None:
-        interval = config["full_attention_interval"]
-        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+        return [int((layer + 1) % config["full_attention_interval"] != 0) for layer in range(num_layers)]
     return [int(kind == LINEAR) for kind in kinds]  # `require_layer_types` checks the list
 
 

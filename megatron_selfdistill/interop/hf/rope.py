@@ -65,8 +65,7 @@ def _read(config: HFConfig, entry: str) -> Rope:
         raise config.error(f"has another rope per kind of layer in {entry}, which Megatron lacks")
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
     partial = parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"]
-    older = parameters.pop("type", "default")
-    kind = parameters.pop("rope_type", older)
+    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     if kind in _WITH_A_LENGTH and (length := config.given(_LENGTH)) is not None:
         parameters[_LENGTH] = length
     if (factor := parameters.pop("attn_factor", None)) not in (None, 1):

@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def with_settings(config: Config) -> Config:
         named = {name: getattr(arguments, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")}
-        settings = settings_of({"name": "own_solutions", **named})
-        return replace(config, method=settings)
+        return replace(config, method=settings_of({"name": "own_solutions", **named}))
 
     def work(config: Config, run_data: RunData, grid: RankGrid) -> DataSetWork:
         from megatron_selfdistill.methods.data_sets.data_set_job import SolutionWork
