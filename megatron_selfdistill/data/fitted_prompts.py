@@ -43,12 +43,10 @@ def shortened_to_fit(
     ``policy`` is not "error".
     """
     pair = PromptPair(problem.id, student, teacher, problem.solution, teacher=problem.teacher)
-    if len(student) > room:
+    if len(student) > room or (policy == "drop" and len(teacher) > room):
         return None
     if len(teacher) <= room:
         return pair
-    if policy == "drop":
-        return None
     shorter = _longest_fitting(builder, problem, room, _CUTS[policy])
     if shorter is None:
         return None
@@ -96,8 +94,7 @@ def fit_teacher_prompt(
     """
     room = max_length - max_new_tokens
     if problem.shares:
-        limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
-        return _fit_all_teachers(builder, problem, policy, limits)
+        return _fit_all_teachers(builder, problem, policy, {"max_length": max_length, "max_new_tokens": max_new_tokens})
     student, teacher = builder.prompt_pair(problem)
     if policy == "error":
         whose, prompt, parts, remedy = "student", student, "", "set data.on_long_context=drop"

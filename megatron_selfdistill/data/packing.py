@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -63,9 +63,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
     segments = segments_of(contexts, rules)
     length = need if seq_length is None else seq_length
     student, teacher = planned_sequences(*padded_lengths(contexts, rules), length, paired=rules.paired)
-    offsets = [0]
-    for context in contexts:
-        offsets.append(offsets[-1] + len(context.response))
+    offsets = list(accumulate((len(context.response) for context in contexts), initial=0))
 
     def microbatches(readings: list[list[list[int]]], sequences: list[list[int]]) -> list[Microbatch]:
         def turns(index: int) -> tuple[list[Turn], int]:

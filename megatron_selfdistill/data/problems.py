@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -220,8 +221,7 @@ def _problem(
     if problem is None and messages is not None:
         conversation = _conversation(messages, str(columns["messages"]))
     else:
-        text = _text(problem, "problem", columns, record)
-        conversation, tools = ({"role": "user", "content": text},), None
+        conversation, tools = ({"role": "user", "content": _text(problem, "problem", columns, record)},), None
     shares = {"": 1.0} if teachers is None else teachers.shares(record, location)
     required = require_solution and (teachers is None or teachers.read_solution(shares))
     wanted = columns["solution"] is not None and (required or solution is not None)
@@ -274,11 +274,8 @@ def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> 
 def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places: Mapping[str, str]) -> str:
     content = json.dumps([conversation, solution], sort_keys=True, default=str)
     base = hashlib.sha256(content.encode()).hexdigest()[:16]
-    problem_id, repetition = base, 0
-    while problem_id in places:
-        repetition += 1
-        problem_id = f"{base}-{repetition}"
-    return problem_id
+    candidates = itertools.chain([base], (f"{base}-{repetition}" for repetition in itertools.count(1)))
+    return next(problem_id for problem_id in candidates if problem_id not in places)
 
 
 def _json(value: object) -> bytes:

@@ -219,10 +219,7 @@ class Stop:
         """
         from megatron_selfdistill.distributed.integers import max_over_ranks
 
-        own = max(_received, default=0)
-        if self._is_late():
-            own = _TIME_IS_UP
-        (code,) = max_over_ranks([own])
+        (code,) = max_over_ranks([_TIME_IS_UP if self._is_late() else max(_received, default=0)])
         if code:
             self.reason = "its time is nearly over" if code == _TIME_IS_UP else signal.Signals(code).name
         return bool(code)
@@ -234,12 +231,11 @@ class Stop:
             self._marker.write_text(f"step {step}: {self.reason}\n")
 
     def _is_late(self) -> bool:
-        now = time.monotonic()
-        if self._boundary is None:
-            self._boundary = now
-            return False
-        self._longest_step_s = max(self._longest_step_s, now - self._boundary)
+        now, before = time.monotonic(), self._boundary
         self._boundary = now
+        if before is None:
+            return False
+        self._longest_step_s = max(self._longest_step_s, now - before)
         return self._ends is not None and self._ends - now < self._longest_step_s + self._margin_s
 
     def _find_end(self, time_limit_minutes: float | None) -> None:

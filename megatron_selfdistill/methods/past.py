@@ -154,18 +154,12 @@ class Past(HintedLater):
         Collectives: one sum over the data-parallel ranks.
         """
         template, tokenizer = self.settings.hint_template or HINT_TEMPLATE, self.tools.run_data.tokenizer
-        hints = [
-            filled(
-                template,
-                {
-                    "solution": one.problem.solution,
-                    "verdict": "right" if one.correct else "wrong",
-                    "attempt": response_text(one.response, tokenizer),
-                },
-            )
-            for one in rollouts
-        ]
-        return chosen_with_hints(rollouts, hints, self.tools, keeps_unhinted=False)
+
+        def hint(one: Rollout) -> str:
+            verdict, attempt = "right" if one.correct else "wrong", response_text(one.response, tokenizer)
+            return filled(template, {"solution": one.problem.solution, "verdict": verdict, "attempt": attempt})
+
+        return chosen_with_hints(rollouts, list(map(hint, rollouts)), self.tools, keeps_unhinted=False)
 
     def texts(self, rollouts: Sequence[Rollout], selected: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the attempts, the right ones after the teacher's prompt, and the retries, with metrics of these.

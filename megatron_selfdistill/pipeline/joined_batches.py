@@ -55,16 +55,12 @@ def weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
     Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.
     """
     for chunk in chunks:
-        chunk.set_is_first_microbatch = _mark_nothing
+        chunk.set_is_first_microbatch = lambda: None
     try:
         yield
     finally:
         for chunk in chunks:
             del chunk.set_is_first_microbatch
-
-
-def _mark_nothing() -> None:
-    """Leave the marks of first microbatches as they are."""
 
 
 def _finalise_nothing(*args: object, **kwargs: object) -> None:

@@ -99,14 +99,6 @@ class _Array(np.ndarray[Any, Any]):
         return self.view(np.ndarray).__reduce_ex__(protocol)  # a checkpoint never names this class
 
 
-def _empty_array(*_: Any) -> _Array:
-    return np.ndarray.__new__(_Array, (0,))
-
-
-def _scalar(dtype: _NumpyType, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.numpy)[0]
-
-
 def _storage_of(data: bytes) -> Any:
     """Return the storage of a tensor that another pickle than ``torch.save``'s holds as bytes."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -121,7 +113,8 @@ def _allowed() -> dict[str, Any]:
     table |= dict.fromkeys(("builtins.getattr", "__builtin__.getattr"), _member_by_name)
     table["megatron.core.optimizer.optimizer_config.OptimizerConfig"] = types.SimpleNamespace
     for core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        table |= {f"{core}._reconstruct": _empty_array, f"{core}.scalar": _scalar}
+        table[f"{core}._reconstruct"] = lambda *_: np.ndarray.__new__(_Array, (0,))
+        table[f"{core}.scalar"] = lambda dtype, data: np.frombuffer(data, dtype.numpy)[0]
     table |= {"numpy.ndarray": None, "numpy.dtype": _NumpyType, "array": _Array}  # a pickle's names have a dot
     recipes = sys.modules.get(_RECIPES)  # Transformer Engine is imported where a model has its layers
     for name, value in vars(recipes).items() if recipes is not None else ():
