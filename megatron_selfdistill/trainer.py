@@ -202,9 +202,8 @@ class Trainer:
         if self.config.shows_contents and samples_due(self.config, self.step + 1):
             pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
             seen = [(context, self.learner.teachers.seen_hint(context, solution)) for context, solution in pairs]
-            count, read = self.config.metrics.show_samples, None
-            if self.config.has_teacher and not self.learner.target.reads_teacher:
-                read = partial(self._read, step)
+            lacks_teacher = self.config.has_teacher and not self.learner.target.reads_teacher
+            read, count = partial(self._read, step) if lacks_teacher else None, self.config.metrics.show_samples
             shown = step_samples(output, seen, count, self.run_data.tokenizer, self.grid, read)
             self.log.log_samples(self.step + 1, shown)
         if not self.checked and self.config.has_teacher and self.step == 0:
@@ -224,14 +223,13 @@ class Trainer:
 
         None where no replica names a context with a response.
         """
-        outputs: list[StepOutput] = []
-        lengths: list[int] = []
+        read: list[tuple[StepOutput, int]] = []
         for batch in (one.batch for one in step):
             own = [context for context in contexts if any(context is it for it in batch.contexts)]
             with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
-                outputs.append(self.learner.measure(own, teacher=batch.teacher))
-                lengths.append(sum(len(context.response) for context in own))
-        return joined_output(outputs, lengths) if outputs else None
+                output = self.learner.measure(own, teacher=batch.teacher)
+                read.append((output, sum(len(context.response) for context in own)))
+        return joined_output(*zip(*read, strict=True)) if read else None
 
     def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:
         """Count the step, commit its batches, log its metrics, call ``after_step``, and save if a checkpoint is due.
