@@ -210,16 +210,14 @@ class Learner:
         """
         packed = self.pack(contexts, teacher)
         options: StepOptions = {"measurement": measurement, "forward_only": True}
-        output = self._self_distillation(packed, contexts, teacher, options)
-        return Reading(packed, output, self.grid)
+        return Reading(packed, self._self_distillation(packed, contexts, teacher, options), self.grid)
 
     def _self_distillation(
         self, packed: PackedBatch, contexts: Sequence[ContextPair], teacher: str, options: StepOptions
     ) -> StepOutput:
         part, target = options.get("partial_batch"), self.target_of(teacher)
-        following = "" if part is None else part.next_teacher
         loss = self.distillation_loss if target is self.target else self.loss_towards(target)
-        with self.teachers.models(packed, contexts, teacher, following) as models:
+        with self.teachers.models(packed, contexts, teacher, "" if part is None else part.next_teacher) as models:
             options = {**options, "reference": self.reference_of(target, models.reference)}
             return self.run_schedule(packed, models.teacher, loss, options)
 

@@ -89,11 +89,10 @@ class Teachers:
         """The teacher that has no weights of a directory of its own."""
         self.reference: Teacher | None = None
         """The initial weights that the target is anchored to: the teacher itself if it is frozen, else another copy."""
-        if config.is_anchored:
-            is_teacher = weights == "frozen"
-            self.reference = (
-                self.start if is_teacher else Teacher("frozen", student, build_chunks, offload=offload, start=start)
-            )
+        if config.is_anchored and weights == "frozen":
+            self.reference = self.start
+        elif config.is_anchored:
+            self.reference = Teacher("frozen", student, build_chunks, offload=offload, start=start)
 
     def batches(self, batch: StepBatch) -> Iterator[StepBatch]:
         """Yield the batches of a step, each of which has one teacher."""

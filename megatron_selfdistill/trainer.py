@@ -180,8 +180,7 @@ class Trainer:
                 hook(self, batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
-            is_first = not self.checked and part.earlier is None
-            if is_first and self.config.has_teacher and tolerance is not None:
+            if not self.checked and part.earlier is None and self.config.has_teacher and tolerance is not None:
                 check_identity(identity_loss(self.learner, batch.contexts), tolerance)
             output = self.learner.forward_backward(
                 packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_every=every, partial_batch=part
@@ -365,8 +364,7 @@ def evaluate_when_due(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 def partial_batch_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> PartialBatch:
     """Return the place of ``batch`` in its step, after the ``earlier`` batches."""
     outputs = [one.output for one in earlier if one.output is not None]
-    before = outputs[-1].accumulated if outputs else None
-    return PartialBatch(before, batch.share, batch.ends_step, batch.next_teacher)
+    return PartialBatch(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step, batch.next_teacher)
 
 
 def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | None]:

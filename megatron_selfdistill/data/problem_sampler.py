@@ -53,8 +53,7 @@ class ProblemSampler:
 
     def coming(self, num_batches: int) -> list[Problem]:
         """Return the different problems of the next batches, in the order in which they first come; do not move."""
-        later = self.fork()
-        problems = [problem for _ in range(num_batches) for problem in later.next_batch()]
+        problems = self.fork().take(num_batches * self._batch_size)
         return list({problem.id: problem for problem in problems}.values())
 
     def state_dict(self) -> dict[str, Any]:

@@ -108,9 +108,8 @@ class Target:
         ``num_controls``: those of the run's data (`data.controls.num_controls`).  An anchor that no data have decided
         (auto) is the reference.
         """
-        names = ("rule", "teacher_weight", "k_max", "anchor", "match")
         k = batch_k if section.rule == "batch" else section.k
-        values = {name: getattr(section, name) for name in names}
+        values = {name: getattr(section, name) for name in ("rule", "teacher_weight", "k_max", "anchor", "match")}
         if section.anchor == "auto":
             values["anchor"] = "reference"
         return cls(k=k, num_controls=num_controls, **values)

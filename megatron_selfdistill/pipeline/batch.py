@@ -147,8 +147,7 @@ def raised_to_multiple(
     A reference reads the student's microbatches once more.  ``paired`` raises both numbers alike: a microbatch of the
     student has ``num_readings`` of the teacher.
     """
-    student_roles = 2 if with_reference else 1
-    while (student_roles * num_student + num_teacher) % multiple:
+    while ((1 + with_reference) * num_student + num_teacher) % multiple:
         num_student += paired or not with_reference
         num_teacher += num_readings if paired else with_reference
     return num_student, num_teacher
@@ -252,7 +251,6 @@ class DeviceBatch:
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
         held = [held_by(microbatch, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
                 StudentMicrobatch(
@@ -263,7 +261,7 @@ class DeviceBatch:
                 )
                 for microbatch, (positions, ids) in zip(batch.student, held, strict=True)
             ],
-            teacher=teacher,
+            teacher=teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else [],
             num_states=[len(ids) for _, ids in held],
             num_controls=batch.num_controls,
         )

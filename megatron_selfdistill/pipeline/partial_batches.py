@@ -54,6 +54,5 @@ class PartialBatch:
         """
         earlier = self.earlier or Accumulated(0, 0, num_response_tokens, max(num_microbatches, 1))
         total = earlier.num_response_tokens + num_response_tokens
-        estimate = earlier.divisor or max(1, round(num_response_tokens / self.share))
-        divisor = total if self.is_last else estimate
+        divisor = total if self.is_last else earlier.divisor or max(1, round(num_response_tokens / self.share))
         return Accumulated(total, divisor, earlier.first_tokens, earlier.first_microbatches)

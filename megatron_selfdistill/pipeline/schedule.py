@@ -142,9 +142,8 @@ class TeacherHiddenStates:
         of_controls = [_reading(k) for k in range(1, 1 + self.batch.num_controls)]
         controls = [self.take_field(index, name, dtype) for name in of_controls]
         kept = set(self.parts[index])
-        taken = {name: self.take_field(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
         return KeptStates(
-            **taken,
+            **{name: self.take_field(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})},
             reference_entropy=self.reference_entropies.pop(index, None),
             controls=torch.stack(controls) if controls else None,
         )
@@ -295,11 +294,8 @@ class Reference:
 
         Collectives: those of `vocab_entropy` per ``chunk_tokens`` tokens.
         """
-        parts = [
-            vocab_entropy(project(self.last, chunk), vocab, backend=self.backend)
-            for chunk in states.split(self.chunk_tokens)
-        ]
-        return torch.cat(parts)
+        chunks = states.split(self.chunk_tokens)
+        return torch.cat([vocab_entropy(project(self.last, chunk), vocab, backend=self.backend) for chunk in chunks])
 
     @torch.no_grad()
     def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
@@ -605,12 +601,11 @@ class ScheduledStep:
 
         def keep(hidden: Tensor) -> None:
             states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
-            mixes = reference.mixes_states(self._teacher_output)
             self._kept.add_reference(
                 index,
                 states,
                 reference.entropy(states, self.vocab) if reference.needs_entropy else None,
-                mix_weight=reference.target.teacher_weight if mixes else None,
+                mix_weight=reference.target.teacher_weight if reference.mixes_states(self._teacher_output) else None,
                 keeps_both=self.measurement is not None,
             )
 
@@ -644,11 +639,6 @@ class ScheduledStep:
 
         return hidden, loss_func
 
-    @property
-    def _reads_teacher(self) -> bool:
-        """Whether the loss takes the teacher's own logits, see `Target.reads_teacher`."""
-        return self.reference is None and not self.batch.num_controls
-
     def collected(self, num_response_tokens: int, accumulated: Accumulated) -> StepOutput:
         """Return the results of all student microbatches of this rank."""
         if not self.stats:
@@ -656,6 +646,7 @@ class ScheduledStep:
             return StepOutput(num_response_tokens, none, None, accumulated=accumulated)
         stats = TokenStats.concatenate(self.stats)
         measures = TokenMeasures.concatenate(self.measures) if self.measures else None
+        reads_teacher = self.reference is None and not self.batch.num_controls  # as `Target.reads_teacher`
         anchor_entropy: Tensor | None = stats.wanted_entropy
         if self.reference is not None and not self.reference.target.needs_reference_entropy:
             anchor_entropy = None if measures is None else measures.anchor_entropy
@@ -664,7 +655,7 @@ class ScheduledStep:
             response_ids=torch.cat(self.ids),
             stats=stats,
             coefficients=Coefficients.concatenate(self.coefficients) if self.coefficients else None,
-            measures_teacher=self._reads_teacher or (measures is not None and measures.has_teacher),
+            measures_teacher=reads_teacher or (measures is not None and measures.has_teacher),
             measures=measures,
             anchor_entropy=anchor_entropy,
             accumulated=accumulated,

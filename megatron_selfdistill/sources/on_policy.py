@@ -136,12 +136,11 @@ class OnPolicy(ResponseSource):
                 contexts = self._options.player.with_turns(contexts, trained)
             if self._options.controls is not None:
                 contexts = self._options.controls.added(step, contexts, trained)
-        coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,
             solutions=[rollout.problem.solution for rollout in trained],
             sampler_log_probs=self._on_device(map(_comparable, trained)) if method.comparable else None,
-            token_coefficients=coefficients,
+            token_coefficients=method.coefficients(step, trained, contexts),
         )
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:

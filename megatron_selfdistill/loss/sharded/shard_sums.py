@@ -183,8 +183,7 @@ class Shard:
         """
         num_rows, num_columns = self.student.shape
         on_cpu = self.student.device.type == "cpu"
-        limit = CHUNK_BYTES["cpu" if on_cpu else "other"]
-        step = max(1, limit // (max(1, num_columns) * self.dtype.itemsize))
+        step = max(1, CHUNK_BYTES["cpu" if on_cpu else "other"] // (max(1, num_columns) * self.dtype.itemsize))
         if needed is not None and on_cpu:
             rows = needed.nonzero().squeeze(1)
             return torch.split(rows, step) if len(rows) else ()

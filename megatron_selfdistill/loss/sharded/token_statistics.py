@@ -387,8 +387,7 @@ def finish_tokens(
         top1_agreement=sums.top1_agreement,
         grid_entropies=sums.mix.entropy[:, : grid.num_grid].to(dtype),
     )
-    unconverged = status == Status.UNCONVERGED
-    return results, SolverState(sums, solver_state.wanted, solution, constants, final, unconverged)
+    return results, SolverState(sums, solver_state.wanted, solution, constants, final, status == Status.UNCONVERGED)
 
 
 @dataclass(frozen=True)
@@ -412,8 +411,7 @@ class Softmax:
         whole_tail = (weight * total).sum(0) - 1
         log_sum = whole_tail.log1p()
         entropy = log_sum - (weight * (first + shift * total)).sum(0) / (1 + whole_tail)
-        lowest = torch.where(maximum == top, argmax, torch.inf).amin(0)
-        return cls(top, log_sum, entropy.clamp(min=0), lowest)
+        return cls(top, log_sum, entropy.clamp(min=0), torch.where(maximum == top, argmax, torch.inf).amin(0))
 
 
 @dataclass(frozen=True)
@@ -444,14 +442,11 @@ class MergedSums:
     def merge(cls, gathered: Tensor, grid: BetaGrid) -> MergedSums:
         """Merge the parts [parts, T, len(FIRST_PASS) + grid.num_sums] of the first pass."""
         column = dict(zip(FIRST_PASS, gathered.unbind(2), strict=False))
-        sides = [
+        student, teacher = (
             Softmax.merge(*(column[f"{side}_{name}"] for name in ("max", "tail", "first", "argmax")))
             for side in ("student", "teacher")
-        ]
-        student, teacher = sides
-        local = [
-            torch.where(torch.isneginf(column[name]), 0.0, column[name]) for name in ("student_max", "teacher_max")
-        ]
+        )
+        local = [column[name].masked_fill(column[name].isneginf(), 0.0) for name in ("student_max", "teacher_max")]
         local_max = mixed_logits(local[0], local[1], *grid.mix_weights) + column["mix_max"]
         reference = mixed_logits(student.maximum, teacher.maximum, *grid.mix_weights)
         # Rounded to the dtype in which the passes subtract it; everything below refers to the rounded number.

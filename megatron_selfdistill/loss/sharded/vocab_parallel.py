@@ -301,7 +301,6 @@ def run_forward(
         parts = gather_parts(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
         loss, kl_value = parts.double().sum(0).to(shard.dtype).unbind(1)
         loss = loss.clamp(min=0)
-    unit = mix_unit(target, teacher_weights)
     stats = TokenStats(
         loss=loss,
         reverse_kl=results.reverse_kl,
@@ -309,7 +308,7 @@ def run_forward(
         teacher_entropy=results.teacher_entropy,
         target_entropy=results.target_entropy,
         wanted_entropy=results.student_entropy if reference_entropy is None else reference_entropy.to(shard.dtype),
-        beta=(results.beta / unit).to(shard.dtype),
+        beta=(results.beta / mix_unit(target, teacher_weights)).to(shard.dtype),
         status=results.status,
         student_log_prob=results.student_log_prob,
         teacher_log_prob=results.teacher_log_prob,
@@ -460,8 +459,7 @@ def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> 
     Raises: ValueError for another name, and for "triton" where it cannot run.
     """
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
-    is_torch = in_use(name, student_logits.device, dtype)[0] == "torch"
-    found: Backend = _TORCH if is_torch else door("kernels").backend()
+    found: Backend = _TORCH if in_use(name, student_logits.device, dtype)[0] == "torch" else door("kernels").backend()
     return found
 
 
@@ -484,13 +482,9 @@ def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[
     return name, "as configured"
 
 
-def _one_part(num_rows: int, num_columns: int) -> int:
-    return 1
-
-
 _TORCH = Backend(
     name="torch",
-    num_parts=_one_part,
+    num_parts=lambda num_rows, num_columns: 1,
     first_pass=shard_sums.first_pass,
     solve_tokens=token_statistics.solve_tokens,
     second_pass=shard_sums.second_pass,

@@ -55,8 +55,7 @@ from megatron_selfdistill.rollout.megatron.recorded_passes import RecordedPasses
 def free_bytes() -> int:
     """Return the free memory of this rank in bytes: of its GPU, or its share of the machine's main memory."""
     if torch.cuda.is_available():
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -184,8 +183,7 @@ def _rotated(layer: Attention, states: Tensor, angles: Tensor, *, ragged: bool) 
         return result
     rows = states.flatten(0, 1)[:, None]
     rows = rows.float() if config.apply_rope_fusion else rows
-    turned = rotated(rows, angles, config.rotary_interleaved, mscale=mscale)
-    return turned.type_as(states).view(states.shape)
+    return rotated(rows, angles, config.rotary_interleaved, mscale=mscale).type_as(states).view(states.shape)
 
 
 @contextlib.contextmanager
@@ -317,8 +315,7 @@ class DecodingModel:
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
             # The model alone runs, since Float16Module would change its output.
-            as_chunk = getattr(chunk, "around_model", nullcontext)
-            with as_chunk(), older_megatron.inference_pass():
+            with getattr(chunk, "around_model", nullcontext)(), older_megatron.inference_pass():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )

@@ -70,8 +70,7 @@ class GeneratedBatch:
         self.tokens[live, step] = tokens
         if self.stop_token_ids.numel():
             ends = self.ends[live]
-            stopped = (step < ends) & torch.isin(tokens, self.stop_token_ids)
-            self.ends[live] = torch.where(stopped, step + 1, ends)
+            self.ends[live] = torch.where((step < ends) & torch.isin(tokens, self.stop_token_ids), step + 1, ends)
 
     def responses(self) -> list[Response]:
         """Return the finished responses, in the order of the rows."""
@@ -164,8 +163,7 @@ class ContextRows:
 
     def keep(self, kept: Tensor, num_requests: int) -> None:
         """Drop all requests but ``kept`` of the ``num_requests`` that the cache holds."""
-        rows = torch.cat([kept + role * num_requests for role in range(len(self._roles))])
-        self.cache.keep(rows)
+        self.cache.keep(torch.cat([kept + role * num_requests for role in range(len(self._roles))]))
         self._pass = self._passes.that_decode(self._model, self.cache)
 
 
@@ -351,8 +349,7 @@ class MegatronSampler:
             for model in models:
                 stack.enter_context(model.decoding())
             for share, sample, room in self._shares(own, requests, params, capacity):
-                lengths = [requests[i].longest_prompt for i in share]
-                for batch in split_batches(lengths, params.max_new_tokens, room):
+                for batch in split_batches([requests[i].longest_prompt for i in share], params.max_new_tokens, room):
                     indices = [share[i] for i in batch]
                     report = partial(self._report, total=len(own), before=len(responses))
                     generated = sample([requests[i] for i in indices], params, report)

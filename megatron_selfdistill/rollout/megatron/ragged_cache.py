@@ -104,8 +104,7 @@ class RaggedCache(StaticInferenceContext):
     @property
     def hidden(self) -> Tensor:
         """Mask ``[b, 1, s, num_columns]`` bool of the columns behind each token's own, which attention does not see."""
-        columns = torch.arange(self.num_columns, device=self.columns.device)
-        return (columns > self.places.t()[:, :, None])[:, None]
+        return (torch.arange(self.num_columns, device=self.columns.device) > self.places.t()[:, :, None])[:, None]
 
     def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``key`` and ``value`` at the tokens' columns and return all keys and values of the layer so far.
