@@ -79,7 +79,6 @@ def overview() -> str:
     for name, command in COMMANDS.items():
         purposes += ["", f"{_GROUPS[name]}:"] if name in _GROUPS else []
         purposes.append(f"  {name:<{width}}  {command.purpose}")
-    examples = [f"  selfdistill {name} {command.example}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: selfdistill COMMAND ...",
@@ -90,7 +89,7 @@ def overview() -> str:
             *purposes,
             "",
             "examples:",
-            *examples,
+            *[f"  selfdistill {name} {command.example}" for name, command in COMMANDS.items()],
             "",
             "On several ranks: selfdistill train --ranks 8 ...",
             "                  torchrun --nproc-per-node 8 -m megatron_selfdistill COMMAND ...",

@@ -124,8 +124,7 @@ def load_model(checkpoint: Path, vocab_size: int, grid: RankGrid) -> Model:
     if args is None:
         raise SystemExit(f"{checkpoint} stores no architecture: expected a checkpoint with Megatron's args")
     architecture = architecture_from_args(args)
-    optimizer = OptimizerConfig(precision="fp32")
-    config = transformer_config(architecture, ParallelConfig(), optimizer, ScheduleConfig())
+    config = transformer_config(architecture, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
     config.gradient_accumulation_fusion = False  # gradients are in `grad`, not in the buffers of Megatron's DDP
     (gpt,) = build_chunks(architecture, config, grid, vocab_size)
     load_weights(checkpoint, [gpt], vocab_size)

@@ -120,8 +120,7 @@ def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = 
 
 def _optimizer_steps(common: dict[str, Any]) -> int:
     """Return the number of updates for Adam's bias correction: the stored number, else one per iteration."""
-    entries = nested_items_iter(common["optimizer"])
-    counts = (int(value) for _, key, value in entries if key in ("step", "common_step"))
+    counts = (int(value) for _, key, value in nested_items_iter(common["optimizer"]) if key in ("step", "common_step"))
     return max(counts, default=int(common.get("iteration") or 0))
 
 

@@ -138,5 +138,4 @@ def shared_checksums(path: Path, files: Sequence[Path]) -> dict[str, Entry]:
         largest_first = sorted(files, key=lambda file: (-file.stat().st_size, str(file)))
         return checksums(path, largest_first[dist.get_rank() :: dist.get_world_size()])
 
-    shares = gather_objects(run_on_each_rank(own_share))
-    return {name: entry for share in shares for name, entry in share.items()}
+    return {name: entry for share in gather_objects(run_on_each_rank(own_share)) for name, entry in share.items()}

@@ -124,11 +124,10 @@ def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict
 def _parameters(optimizer: DistributedOptimizer) -> list[_Parameter]:
     """Return all parameters in Megatron's order, equal on all ranks of the data-parallel group."""
     found: list[_Parameter] = []
-    size = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
         for param, (start, end, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]
-            share = bucket.grad_data.numel() // size
+            share = bucket.grad_data.numel() // optimizer.data_parallel_group.size()
             first, last = (start - bucket.offset) // share, (end - 1 - bucket.offset) // share
             parts = {}
             for rank in range(first, last + 1):

@@ -168,8 +168,7 @@ def _random_state(key: str, grid: RankGrid) -> ShardedObject:
         "rng_tracker_states": get_cuda_rng_tracker().get_states(),
     }
     sizes = (grid.pp_size, grid.tp_size, grid.dp_cp_group.size())
-    place = (grid.pp_rank, grid.tp_rank, grid.dp_cp_group.rank())
-    return ShardedObject(key, [states], sizes, place, replica_id=0)
+    return ShardedObject(key, [states], sizes, (grid.pp_rank, grid.tp_rank, grid.dp_cp_group.rank()), replica_id=0)
 
 
 def layout(grid: RankGrid) -> dict[str, int]:

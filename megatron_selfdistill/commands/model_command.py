@@ -78,8 +78,7 @@ def given_config(
     if taken := sorted(overridden_keys(arguments) & reserved.keys()):
         raise ConfigError(f"{taken[0]} cannot be set here: use {reserved[taken[0]]}")
     data = dataclasses.replace(config.data, path=None, global_batch_size=world_size())
-    measured = dataclasses.replace(config.evaluation, **evaluation)
-    return dataclasses.replace(config, data=data, evaluation=measured), keys
+    return dataclasses.replace(config, data=data, evaluation=dataclasses.replace(config.evaluation, **evaluation)), keys
 
 
 def overridden_keys(arguments: argparse.Namespace) -> frozenset[str]:

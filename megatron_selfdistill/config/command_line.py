@@ -122,8 +122,7 @@ def with_files(words: Sequence[str]) -> list[str]:
     """
     named = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
     in_files = [override for file in named for override in _overrides_in(Path(file))]
-    written = [word for word in words if word not in named]
-    return [*key_list.long_names(in_files), *key_list.long_names(written)]
+    return [*key_list.long_names(in_files), *key_list.long_names([word for word in words if word not in named])]
 
 
 def _overrides_in(file: Path) -> list[str]:

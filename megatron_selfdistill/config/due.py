@@ -36,5 +36,4 @@ def samples_due(config: Config, step: int) -> bool:
 
 def tokens_measured(config: Config, step: int) -> int | None:
     """Return n where ``step`` measures the teacher alone at one token in n; None where it does not measure."""
-    due = step == 1 or step % config.metrics.teacher_every == 0
-    return config.metrics.measure_every_token if due else None
+    return config.metrics.measure_every_token if step == 1 or step % config.metrics.teacher_every == 0 else None

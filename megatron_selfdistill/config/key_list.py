@@ -62,14 +62,13 @@ def keys(cls: type = Config, prefix: str = "") -> Mapping[str, Key]:
     Of the section of the method, only the name is a key; `method_keys` has the settings of a method.
     """
     out: dict[str, Key] = {}
-    docs = field_docs(cls)
     for f in dataclasses.fields(cls):
         section = kinds_of(cls)[f.name]
         if dataclasses.is_dataclass(section):
             out |= keys(section, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            out[prefix + f.name] = Key(default, docs.get(f.name, ""), section)
+            out[prefix + f.name] = Key(default, field_docs(cls).get(f.name, ""), section)
     return out
 
 
@@ -137,8 +136,7 @@ def unknown_key(key: str, method: str = MethodSettings.name) -> str | None:
     known = {**keys(), **method_keys(method)}
     if not key or is_key(key, known):
         return None
-    last = key.rpartition(".")[2]
-    same_last = [name for name in known if name.rpartition(".")[2] == last]
+    same_last = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     names = [*known] if "." in key else [*known, *filter(None, sections()), *groups()]
     near = difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]
     listing = f"selfdistill --keys method={method}" if key.startswith("method.") else "selfdistill --keys"

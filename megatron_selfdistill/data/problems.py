@@ -159,8 +159,7 @@ def _answer_of(problem: Problem) -> str:
 
 
 def _with_other_solutions(problems: Sequence[Problem], seed: int) -> list[Problem]:
-    texts = {problem.solution for problem in problems}
-    if len(texts) == 1:
+    if len({problem.solution for problem in problems}) == 1:
         raise ConfigError(
             f"data.solutions=other shows the solution of another problem, but all {len(problems)} solutions are one "
             "text: give data with another hint, or use data.solutions=none"
@@ -272,8 +271,7 @@ def _short_text(value: object, name: str, columns: Mapping[str, str | None]) -> 
 
 
 def _derived_id(conversation: Sequence[Mapping[str, Any]], solution: str, places: Mapping[str, str]) -> str:
-    content = json.dumps([conversation, solution], sort_keys=True, default=str)
-    base = hashlib.sha256(content.encode()).hexdigest()[:16]
+    base = hashlib.sha256(_json([conversation, solution])).hexdigest()[:16]
     candidates = itertools.chain([base], (f"{base}-{repetition}" for repetition in itertools.count(1)))
     return next(problem_id for problem_id in candidates if problem_id not in places)
 

@@ -182,8 +182,7 @@ def _problems(config: Config, builder: PromptBuilder) -> tuple[ProblemSet, list[
     required = of_data and needs.hint == GIVEN and needs.reads_solutions
     problems = load_problems(_record_source(config, fields), require_solution=required)
     shown = with_solutions_from(data.solutions, problems.problems, config.seed, required=needs.reads_solutions)
-    evaluation = _evaluation_problems(config, fields, builder, require_solution=required)
-    return replace(problems, problems=shown), evaluation
+    return replace(problems, problems=shown), _evaluation_problems(config, fields, builder, require_solution=required)
 
 
 def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:
@@ -255,8 +254,7 @@ def _about_prompts(
 def _about_hints(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], config: Config) -> str:
     costs: dict[str, list[HintCost]] = {}
     for it, pair in looked_at:
-        cost = hint_cost(builder, it, pair.student_prompt, pair.teacher_prompt)
-        costs.setdefault(it.teacher, []).append(cost)
+        costs.setdefault(it.teacher, []).append(hint_cost(builder, it, pair.student_prompt, pair.teacher_prompt))
     shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
     if config.data.kind != "problems":
         shown_parts = {GIVEN: "accepted answer"}

@@ -45,11 +45,10 @@ def launch_store(prefix: str, world_size: int, timeout_s: float, *, may_keep: bo
     launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if world_size == 1:
         return dist.PrefixStore(f"{prefix}/{launch}", dist.HashStore())
-    keeps = may_keep and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=keeps,
+        is_master=may_keep and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         wait_for_workers=False,
         multi_tenant=True,
         timeout=timedelta(seconds=timeout_s),

@@ -128,8 +128,7 @@ def bootstrap(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int 
     lows, highs = np.quantile(means, [0.025, 0.975], axis=0)
     # A sum of equal and opposite floats may miss 0 by its rounding.
     not_above = (means <= _ROUNDING).mean(axis=0)
-    columns = zip(values.mean(axis=0), lows, highs, not_above, strict=True)
-    return [Interval(*map(float, column)) for column in columns]
+    return [Interval(*map(float, column)) for column in zip(values.mean(axis=0), lows, highs, not_above, strict=True)]
 
 
 def resampled_means(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:

@@ -129,8 +129,7 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     if avg_a and avg_b and avg_a != avg_b:
         values_a = {"avg_at_k" if name == avg_a else name: value for name, value in values_a.items()}
         values_b = {"avg_at_k" if name == avg_b else name: value for name, value in values_b.items()}
-    is_fair = avg_a == avg_b
-    names = [name for name in values_a if name in values_b and (is_fair or not name.startswith("distinct_"))]
+    names = [name for name in values_a if name in values_b and (avg_a == avg_b or not name.startswith("distinct_"))]
     found = bootstrap(np.stack([values_b[name] - values_a[name] for name in names], axis=1))
     return Comparison(
         a=str(a.directory),

@@ -301,5 +301,4 @@ def _last_boxed(text: str) -> str | None:
 def _parsed_answer(answer: str, seconds: int | None) -> tuple[Any, ...]:
     from math_verify import parse
 
-    text = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-    return tuple(parse(text, parsing_timeout=seconds))
+    return tuple(parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=seconds))

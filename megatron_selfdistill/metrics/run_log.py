@@ -111,8 +111,7 @@ class EventLog:
         """Append one event; ``details``: JSON values.  An event that cannot be written becomes a warning."""
         if not self.enabled:
             return
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"time": now, "step": step, "event": event, **details}
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "event": event, **details}
         try:
             with self.path.open("a+b") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))

@@ -25,8 +25,7 @@ def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) 
     if grid.is_first_of_replica:
         ages = [step - version for one in responses for version in one.token_versions if version is not None]
         num_mixed = sum(len({version for version, _ in one.weight_spans}) > 1 for one in responses)
-        numbers = [len(ages), sum(ages), len(responses), num_mixed]
-        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        sums += torch.tensor([len(ages), sum(ages), len(responses), num_mixed], dtype=torch.float64, device=grid.device)
         oldest += max(ages, default=0)
     (num_tokens, age, num_responses, mixed), (age_max,) = over_all_ranks(sums, oldest, grid)
     if not num_tokens:

@@ -194,8 +194,7 @@ def main_parameter(param: Tensor, optimizer: MegatronOptimizer) -> Tensor:
 
 def _distributed_optimizer_of(param: Tensor, optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
     """Return the distributed optimizer, dense or expert, whose gradient buffers contain ``param``; else None."""
-    optimizers = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    for candidate in optimizers:
+    for candidate in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if isinstance(candidate, DistributedOptimizer) and any(param in b.param_index_map for b in candidate.buffers):
             return candidate
     return None

@@ -111,8 +111,7 @@ class TokenMeasures:
             spread[places] = values
             return spread
 
-        known = {name: at_places(values) for name, values in vars(self).items() if values is not None}
-        return replace(self, **known)
+        return replace(self, **{name: at_places(values) for name, values in vars(self).items() if values is not None})
 
     @property
     def has_teacher(self) -> bool:

@@ -49,8 +49,7 @@ class Judge:
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Mapping[str, float]]:
         """Return the rollouts with their `rewards`, and no metrics of its own.  Collective over the world."""
-        found = self.rewards(rollouts)
-        return [replace(one, reward=reward) for one, reward in zip(rollouts, found, strict=True)], {}
+        return [replace(one, reward=reward) for one, reward in zip(rollouts, self.rewards(rollouts), strict=True)], {}
 
     def _questions(self, rollouts: Sequence[Rollout]) -> list[tuple[Problem, str | None]]:
         return [(one.problem, None if one.response.truncated else self._text(one)) for one in rollouts]
@@ -83,8 +82,7 @@ def reward_metrics(rollouts: Sequence[Rollout], trained: Sequence[Rollout], grid
 def _rewards_of_episodes(group: Iterable[Rollout]) -> list[tuple[float | None, ...]]:
     episodes: dict[object, list[float | None]] = {}
     for i, one in enumerate(group):
-        owner = ("alone", i) if one.episode is None else one.episode
-        episodes.setdefault(owner, []).append(one.reward)
+        episodes.setdefault(("alone", i) if one.episode is None else one.episode, []).append(one.reward)
     return [tuple(rewards) for rewards in episodes.values()]
 
 

@@ -73,11 +73,10 @@ def chosen(batch: StepBatch, indices: Sequence[int], device: torch.device) -> St
 def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int]) -> Parcel:
     """Return the contexts of ``indices``; ``values``: the result of `_values_of_tokens`."""
     spans = list(pairwise(accumulate(batch.response_lengths, initial=0)))
-    of_tokens = [values[slice(*spans[i])] for i in indices]
     return Parcel(
         [batch.contexts[i] for i in indices],
         [batch.solutions[i] for i in indices] if batch.solutions else [],
-        np.concatenate([values[:0], *of_tokens]),
+        np.concatenate([values[:0], *(values[slice(*spans[i])] for i in indices)]),
     )
 
 
@@ -136,6 +135,5 @@ def _rebuilt(tree: Any, of_tokens: Callable[[Tensor], Tensor], of_owners: Callab
     if isinstance(tree, TokenOwners):
         return of_owners(tree)
     if is_dataclass(tree) and not isinstance(tree, type):
-        changed = {f.name: _rebuilt(getattr(tree, f.name), of_tokens, of_owners) for f in fields(tree)}
-        return replace(tree, **changed)
+        return replace(tree, **{f.name: _rebuilt(getattr(tree, f.name), of_tokens, of_owners) for f in fields(tree)})
     return tree

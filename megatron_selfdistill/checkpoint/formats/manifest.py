@@ -66,8 +66,7 @@ def write(directory: Path) -> None:
     This function computes the checksums of the files that no part names.
     """
     entries: dict[str, dict[str, int | str]] = {}
-    parts = sorted(directory.glob(f"{_PART}*"))
-    for part in parts:
+    for part in sorted(directory.glob(f"{_PART}*")):
         entries |= json.loads(part.read_text())
         part.unlink()
     for file in sorted(directory.iterdir()):

@@ -132,13 +132,11 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
     for name, _, entry in (name.partition(".") for name in given if name != "transformer"):
         value = getattr(configured, name)
         if entry:
-            part = overlaid.get(name, getattr(stored, name))
-            value = dataclasses.replace(part, **{entry: getattr(value, entry)})
+            value = dataclasses.replace(overlaid.get(name, getattr(stored, name)), **{entry: getattr(value, entry)})
         overlaid[name] = value
     if stored.vocab_size is None:
         stored = dataclasses.replace(stored, vocab_size=configured.vocab_size)
-    transformer = {**stored.transformer, **configured.transformer}
-    wanted = dataclasses.replace(stored, **overlaid, transformer=transformer)
+    wanted = dataclasses.replace(stored, **overlaid, transformer={**stored.transformer, **configured.transformer})
     faults = [
         f"model.{'transformer.' * (name in configured.transformer)}{name.replace('yarn_', 'yarn.')} is {ours!r}, but "
         f"the checkpoint was saved with {theirs!r}"

@@ -47,11 +47,9 @@ def read_common(directory: Path, metadata: Metadata | None = None) -> dict[str, 
 
     Raises: CheckpointError where the state is missing or corrupt, or where a newer Megatron has written it.
     """
-    in_a_file = (directory / "common.pt").is_file()
+    file = directory / "common.pt"
     common: dict[str, Any] = (
-        load_pickled(directory / "common.pt")
-        if in_a_file
-        else _common_object(directory, metadata or load_metadata(directory))
+        load_pickled(file) if file.is_file() else _common_object(directory, metadata or load_metadata(directory))
     )
     if isinstance(common, dict):
         _refuse_newer(directory, common)

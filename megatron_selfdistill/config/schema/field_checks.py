@@ -34,9 +34,8 @@ def check_fields(section: str, values: Any) -> None:
 
     Raises: `ConfigError` for a value outside of its range.
     """
-    kinds = kinds_of(values.__class__)
     for field in fields(values):
-        kind, value = kinds[field.name], getattr(values, field.name)
+        kind, value = kinds_of(values.__class__)[field.name], getattr(values, field.name)
         plain, ranges, nullable = taken_apart(kind)
         if value == "" and plain is str and nullable:
             object.__setattr__(values, field.name, value := None)

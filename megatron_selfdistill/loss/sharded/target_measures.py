@@ -57,8 +57,7 @@ def target_measures(
     Raises: ValueError if shapes do not fit.
     """
     check_arguments("target_measures", locals())
-    given = reference_logits, own_teacher_logits, control_log_probs
-    optional = [logits for logits in given if logits is not None]
+    optional = [logits for logits in (reference_logits, own_teacher_logits, control_log_probs) if logits is not None]
     shard = make_shard(student_logits, teacher_logits, target, vocab)
     models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
     num_considered = 1 if reference_logits is None else 2
@@ -74,8 +73,7 @@ def target_measures(
     def log_sums(rows: Chunk) -> Tensor:
         return torch.stack([values.logsumexp(1).double() + top for values, top in scaled(rows)], 1)
 
-    num_models = len(models)
-    parts = shard.over_rows(log_sums, 1 + num_models, empty=-math.inf, dtype=torch.float64)
+    parts = shard.over_rows(log_sums, 1 + len(models), empty=-math.inf, dtype=torch.float64)
     log_normalisers = gather_parts(parts, vocab.group).logsumexp(0)
 
     def measures(rows: Chunk) -> Tensor:
