@@ -98,7 +98,7 @@ class MetricsConfig(Part, section="metrics", free="*"):
     """Number of samples whose tokens are saved for the target explorer at the steps of evaluations, in the directory
     explored of the run directory, with about 4 KB per token; at most show_samples.  0 is none.  Each of these steps
     reads the samples once more with every model.  Responses of conversations are saved only with
-    conversations.show_contents=true."""
+    conversations.show_contents=true, and none with a number as target.anchor."""
 
     @property
     def num_explored(self) -> int:
