@@ -246,6 +246,7 @@ class Learner:
             self.vocab,
             pair_order=self.packing.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
+            backend=self.config.loss.backend,
             **options,
         )
 

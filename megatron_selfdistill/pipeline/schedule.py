@@ -342,6 +342,7 @@ def run(
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
     partial_batch: PartialBatch | None = None,
+    backend: str | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -355,6 +356,7 @@ def run(
     replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
     ``partial_batch``: the place of ``batch`` in a step of several partial batches (pipeline/partial_batches.py): only
     the last one reduces and finalises the gradients, and N counts the tokens of all; None is a step of one.
+    ``backend``: as for `distillation_loss`, for the subtraction of controls.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for a policy term of a token loss whose ``student_log_prob`` has no gradient; `NoResponseTokens`
@@ -381,6 +383,7 @@ def run(
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         states=None if teacher is None else teacher.states(on_device, grid, hidden_size, teacher_store_bytes),
+        backend=backend,
     )
     # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
@@ -438,6 +441,7 @@ class ScheduledStep:
     loss_scale: float
     states: TeacherHiddenStates | None
     """The states of teacher and reference at the response tokens; None without a teacher."""
+    backend: str | None = None
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
@@ -559,7 +563,7 @@ class ScheduledStep:
             lambda rows: self._projected(controls[:, rows].flatten(0, 1)).view(len(controls), -1, logits.size(1)),
             logits.new_empty(len(controls), len(logits), dtype=torch.float32),
             vocab=self.vocab,
-            backend=chosen(None, logits, logits),
+            backend=chosen(self.backend, logits, logits),
             chunk_tokens=CONTROL_ROWS,
         )
 

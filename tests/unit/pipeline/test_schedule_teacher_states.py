@@ -13,6 +13,8 @@ from layouts import contexts
 
 from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import pack
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, chosen
+from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import DeviceBatch
 from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
 
@@ -107,3 +109,12 @@ def test_a_student_that_needs_no_state_gets_an_empty_tensor_of_the_asked_dtype()
     batch = dataclasses.replace(batch, student=[student])
     states = bank_of(batch, 0).take(0, torch.bfloat16).teacher
     assert states.shape == (0, WIDTH) and states.dtype == torch.bfloat16
+
+
+def test_the_configured_backend_subtracts_controls(monkeypatch):
+    asked, torch_backend = [], chosen("torch", torch.zeros(1, 1), torch.zeros(1, 1))
+    monkeypatch.setattr(schedule, "chosen", lambda name, *_: asked.append(name) or torch_backend)
+    step = SimpleNamespace(vocab=VocabShard(0, 5, 5), backend="torch", _projected=lambda states: states)
+    logits, controls = torch.arange(15.0).view(3, 5), torch.arange(30.0).view(2, 3, 5)
+    schedule.ScheduledStep._subtract_controls(step, logits, controls)
+    assert asked == ["torch"] and logits.abs().max() < 1e-5, "rows that differ by a number have equal probabilities"
