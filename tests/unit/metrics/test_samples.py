@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 import torch
 from rich.console import Console
-from served_runs import metrics_of
+from rounded_json import read_lines
 from tiers import combinations
 
 from megatron_selfdistill.config import Config
@@ -254,7 +254,7 @@ def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measure
     for record in read_samples(own_data / "few"):
         tokens = one[record["problem_id"]]["tokens"]
         assert record["tokens"]["teacher_log_prob"] == tokens["teacher_log_prob"] and 0.0 not in tokens["k"]
-    of_all, of_few = (metrics_of(own_data / name)[-1] for name in ("one", "few"))
+    of_all, of_few = (read_lines(own_data / name / "metrics.jsonl")[0] for name in ("one", "few"))
     assert of_all["loss/mean"] == of_few["loss/mean"]
     assert of_all["entropy/teacher"] != of_few["entropy/teacher"]
 
