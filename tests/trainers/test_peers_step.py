@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The script that times a whole step beside its peers runs with the installed TRL, and times the parts of each."""
+"""The scripts that time steps and sampling beside peers run with what is installed, and time each part."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def timed(script: str, directory: Path, *more: str) -> Any:
+    """Return what a script of tools/benchmarks writes about the smallest sizes."""
+    sizes = "--layers 1 --batch 2 --prompt 8 --hint 4 --new-tokens 4 --repeats 1".split()
+    path = Path(__file__).resolve().parents[2] / "tools" / "benchmarks" / script
+    subprocess.run([sys.executable, path, *sizes, *more, "--json", directory / "seconds.json"], check=True)
+    return json.loads((directory / "seconds.json").read_text())
+
+
+@pytest.mark.full
+def test_sampling_and_a_step_of_transformers_are_timed_beside_this_program(tmp_path):
+    found = timed("cpu_sampler.py", tmp_path, "--trained", "1")["seconds"]
+    assert all(seconds > 0 for rounds in found.values() for one in rounds for seconds in one.values())
 
 
 def test_every_contender_takes_every_part_of_a_step(tmp_path):
-    sizes = "--layers 1 --batch 2 --prompt 8 --hint 4 --new-tokens 4 --repeats 1".split()
-    script = Path(__file__).resolve().parents[2] / "tools" / "benchmarks" / "peers_step.py"
-    subprocess.run([sys.executable, script, *sizes, "--json", tmp_path / "seconds.json"], check=True)
-    [found] = json.loads((tmp_path / "seconds.json").read_text())["rounds"]
+    [found] = timed("peers_step.py", tmp_path)["rounds"]
     assert found.keys() == {"anchored", "mix", "TRL", "TRL, whole rows", "transformers"}
     assert all(seconds > 0 for parts in found.values() for part, seconds in parts.items() if part != "rest")

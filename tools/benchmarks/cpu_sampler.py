@@ -51,13 +51,14 @@ def main() -> None:
         {"batch": 32, "trained": 16, "prompt": 40, "hint": 16, "new-tokens": 72, "repeats": 5, "threads": 1},
     )
     parser.add_argument("--hf", type=Path, help="directory of a model of Hugging Face; by default a random Llama")
+    parser.add_argument("--layers", type=int, default=30, help="layers of the random Llama (default: 30)")
     arguments = parser.parse_args()
     silence_known_warnings()
     torch.set_num_threads(arguments.threads)
     from megatron_selfdistill.distributed import ranks
 
     with tempfile.TemporaryDirectory() as scratch:
-        hf = arguments.hf or random_llama(Path(scratch) / "hf")
+        hf = arguments.hf or random_llama(Path(scratch) / "hf", arguments.layers)
         bench = Bench.build(hf, Path(scratch) / "megatron", arguments)
     sampling, equal, responses = bench.sampling()
     training = bench.training(responses)
@@ -68,7 +69,7 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "seconds": found}, default=str))
 
 
-def random_llama(hf: Path, num_layers: int = 30) -> Path:
+def random_llama(hf: Path, num_layers: int) -> Path:
     """Write a Llama with the sizes of SmolLM2-135M and random weights, without a tokenizer; return its directory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +111,7 @@ class Bench:
         config = with_stored_architecture(load([*keys, "num_steps=100", "schedule.max_tokens=2048"]))
         vocab_size = AutoConfig.from_pretrained(hf, trust_remote_code=False).vocab_size
         grid = ranks.initialize(config.parallel, seed=0)
-        data: Any = SimpleNamespace(vocab_size=vocab_size)
+        data: Any = SimpleNamespace(vocab_size=vocab_size, num_controls=0)
         learner = Learner(config, data, grid, trained=TrainedWeights())
         student, frozen = (
             AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
