@@ -202,7 +202,8 @@ class Trainer:
             pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
             seen = [(context, self.learner.teachers.seen_hint(context, solution)) for context, solution in pairs]
             lacks_teacher = self.config.has_teacher and not self.learner.target.reads_teacher
-            read, count = partial(self._read, step) if lacks_teacher else None, self.config.metrics.show_samples
+            read = partial(self._read, step) if lacks_teacher else None
+            count = self.config.metrics.show_samples
             shown = step_samples(output, seen, count, self.run_data.tokenizer, self.grid, read)
             self.log.log_samples(self.step + 1, shown)
         if not self.checked and self.config.has_teacher and self.step == 0:

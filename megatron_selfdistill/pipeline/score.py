@@ -197,11 +197,17 @@ def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float
     loss = token_losses.self_distillation(target, divergence, backend)
     assert not isinstance(loss, FusedLoss), "without fusion the loss takes logits"
 
-    def at_temperature(student: Tensor, teacher: Tensor | None, *rest: Any) -> TokenStats:
+    def at_temperature(
+        student: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        options: TokenOptions = NO_OPTIONS,
+    ) -> TokenStats:
         assert teacher is not None
         if temperature != 1.0:
             student, teacher = student.div_(temperature), teacher.div_(temperature)  # nobody else reads the logits
-        return loss(student, teacher, *rest)
+        return loss(student, teacher, response_tokens, vocab, options)
 
     return at_temperature
 

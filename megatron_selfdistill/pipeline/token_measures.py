@@ -148,13 +148,11 @@ class TokenMeasurement:
     phase: int = 0
     """The number that chooses this token: over ``every`` successive phases each token is measured once."""
 
-    def places(self, tokens: range, num_tokens: int) -> Sequence[int]:
+    def places(self, tokens: range, num_tokens: int) -> list[int]:
         """Return the measured ones among ``tokens``, of ``num_tokens``: one in each block of ``every`` tokens.
 
         Blocks, from 0 on, choose different places, since the lengths of responses may be multiples of ``every``.
         """
-        if self.every == 1:
-            return tokens
         starts = range(tokens.start // self.every * self.every, tokens.stop, self.every)
         found = [at + (crc32(b"%d" % at) + self.phase) % min(self.every, num_tokens - at) for at in starts]
         return [token for token in found if token in tokens]

@@ -315,7 +315,8 @@ class DecodingModel:
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
             # The model alone runs, since Float16Module would change its output.
-            with getattr(chunk, "around_model", nullcontext)(), older_megatron.inference_pass():
+            as_chunk = getattr(chunk, "around_model", nullcontext)
+            with as_chunk(), older_megatron.inference_pass():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )

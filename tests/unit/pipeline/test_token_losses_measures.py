@@ -135,7 +135,7 @@ def test_the_mean_of_some_tokens_is_that_of_all_where_the_first_tokens_of_respon
         for phase in range(8)
     ]
     assert sorted(place for places in found for place in places) == list(range(len(values)))
-    means = torch.stack([values[list(places)].mean() for places in found]) / values.mean()
+    means = torch.stack([values[places].mean() for places in found]) / values.mean()
     assert means.mean() == pytest.approx(1) and 0.5 < means.min() < means.max() < 1.6, "not the 2.5 of every eighth"
 
 
