@@ -244,7 +244,6 @@ class Learner:
             token_loss,
             self.grid,
             self.vocab,
-            pair_order=self.packing.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
             backend=self.config.loss.backend,
             **options,

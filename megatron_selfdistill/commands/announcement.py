@@ -176,7 +176,7 @@ def layout(trainer: Trainer) -> str:
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     return (
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
-        f"pair order {trainer.learner.packing.pair_order}"
+        f"pair order {trainer.learner.packing.pair_order or 'by the lengths of each step'}"
     )
 
 

@@ -53,6 +53,8 @@ class PackedBatch:
     """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""
     num_controls: int = 0
     """Number of controls of the target: the teacher reads each response once more for each of them."""
+    paired: bool = False
+    """As in `PackingRules`.  The schedule then alternates between the roles; otherwise the teacher comes first."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         num_contexts=len(contexts),
         segment_multiple=rules.segment_multiple,
         num_controls=rules.num_controls,
+        paired=rules.paired,
     )
 
 

@@ -55,8 +55,9 @@ class Packing:
 
     max_tokens: int
     """Largest number of tokens of a microbatch."""
-    pair_order: str
-    """The order of the microbatches; "alternating" packs student and teacher alike."""
+    pair_order: str | None
+    """The order of the microbatches; "alternating" packs student and teacher alike.  With None the teacher comes first
+    in steps of at most ``stored_tokens``; where a teacher's contexts are longer, this takes fewer microbatches."""
     with_teacher: bool
     """Whether the step runs the teacher's microbatches."""
     with_reference: bool = False
@@ -69,6 +70,8 @@ class Packing:
     """Whether the turns of an episode share a segment (`PackingRules.joins_turns`)."""
     num_controls: int = 0
     """The number of controls of the target, for each of which the teacher reads each response once more."""
+    stored_tokens: float = math.inf
+    """The most response tokens of a replica whose states of the teacher may wait for the student."""
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -113,6 +116,13 @@ class Packing:
         return min(plans, key=lambda plan: plan.cost)
 
 
+def _with_order(packing: Packing, contexts: Sequence[ContextPair], grid: RankGrid) -> Packing:
+    if packing.pair_order is not None:
+        return packing
+    (most,) = max_over_ranks([sum(len(context.response) for context in contexts)], grid.dp_group)
+    return replace(packing, pair_order="teacher_first" if most <= packing.stored_tokens else "alternating")
+
+
 def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> PackedBatch:
     """Return this replica's contexts, packed into microbatches of at most ``packing.max_tokens`` tokens.
 
@@ -121,9 +131,10 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
     that has fewer microbatches gets weightless ones, and a replica without contexts gets only weightless ones.  On GPUs
     the length is rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.
 
-    Collectives: two maxima over the data-parallel ranks. Raises: ValueError where one context alone exceeds
-    ``max_tokens``.
+    Collectives: two maxima over the data-parallel ranks, and one more if the order is not given.  Raises: ValueError
+    where one context alone exceeds ``max_tokens``.
     """
+    packing = _with_order(packing, contexts, grid)
     rules, quantum = packing.rules(grid), packing.quantum(grid)
     budgets = budgets_of(rules, quantum)
     counts = counts_by_budget(*padded_lengths(contexts, rules), rules, budgets)
@@ -145,11 +156,11 @@ def raised_to_multiple(
     """Return both numbers of microbatches, raised until a step runs a multiple of ``multiple`` microbatches.
 
     A reference reads the student's microbatches once more.  ``paired`` raises both numbers alike: a microbatch of the
-    student has ``num_readings`` of the teacher.
+    student has ``num_readings`` of the teacher.  A step without microbatches of a teacher stays without them.
     """
     while ((1 + with_reference) * num_student + num_teacher) % multiple:
-        num_student += paired or not with_reference
-        num_teacher += num_readings if paired else with_reference
+        num_student += paired or not (with_reference and num_teacher)
+        num_teacher += (num_readings if paired else with_reference) if num_teacher else 0
     return num_student, num_teacher
 
 

@@ -20,26 +20,28 @@ def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig,
     return packing_of_model(
         model,
         max_tokens=config.schedule.max_tokens,
-        pair_order=pair_order_of(config, grid.dp_size, model, num_controls),
+        pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else None),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
         joins_turns=joins_turns(config),
         num_controls=num_controls,
+        stored_tokens=stored_tokens(config, model, num_controls),
     )
 
 
-def pair_order_of(config: Config, dp_size: int, model: TransformerConfig, num_controls: int) -> str:
-    """Return ``schedule.pair_order``, or for null the order whose steps compute least.
+def stored_tokens(config: Config, model: TransformerConfig, num_controls: int) -> float:
+    """Return the most response tokens of a replica whose states fit ``schedule.teacher_store_gb``; inf in a pipeline.
 
     Paired with a teacher whose prompts are longer, the student leaves its microbatches partly empty.  So the teacher
-    comes first, in a pipeline anyway, and else if its states fit ``teacher_store_gb``: ``1 + K`` of it with its
-    controls and one of a reference per response token, where all responses have their greatest length.
+    comes first, in a pipeline anyway, and else in the steps whose states fit: ``1 + K`` of it with its controls and one
+    of a reference per response token.
     """
+    if model.pipeline_model_parallel_size > 1:
+        return math.inf
     values = model.hidden_size * (1 + num_controls + config.is_anchored)
     cuts = model.context_parallel_size * model.tensor_model_parallel_size
-    num_bytes = math.prod(most_responses(config, dp_size)) * values / cuts * model.params_dtype.itemsize
-    fits = model.pipeline_model_parallel_size > 1 or num_bytes <= config.schedule.teacher_store_gb * 2**30
-    return config.schedule.pair_order or ("teacher_first" if fits else "alternating")
+    num_bytes: int = values * model.params_dtype.itemsize // cuts
+    return config.schedule.teacher_store_gb * 2**30 / num_bytes
 
 
 def most_responses(config: Config, dp_size: int) -> tuple[int, int]:
@@ -58,11 +60,12 @@ def packing_of_model(
     model: TransformerConfig,
     *,
     max_tokens: int,
-    pair_order: str,
+    pair_order: str | None,
     with_teacher: bool,
     with_reference: bool = False,
     joins_turns: bool = False,
     num_controls: int = 0,
+    stored_tokens: float = math.inf,
 ) -> Packing:
     """Return the packing for the layers of a model.
 
@@ -78,6 +81,7 @@ def packing_of_model(
         attention_tokens=12 * model.hidden_size,
         joins_turns=joins_turns,
         num_controls=num_controls,
+        stored_tokens=stored_tokens,
     )
 
 

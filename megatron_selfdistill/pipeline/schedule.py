@@ -338,7 +338,6 @@ def run(
     reference: Reference | None = None,
     measurement: TokenMeasurement | None = None,
     token_coefficients: TokenCoefficients | None = None,
-    pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
     partial_batch: PartialBatch | None = None,
@@ -368,7 +367,7 @@ def run(
     if accumulated.num_response_tokens == 0 or (num_response_tokens == 0 and not partial_batch.is_last):
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     reads = teacher is not None and bool(teacher.chunks)
-    order = _order(batch, pair_order, with_teacher=reads, with_reference=reference is not None)
+    order = _order(batch, with_teacher=reads, with_reference=reference is not None)
     on_device = DeviceBatch.of(batch, grid, with_teacher=reads, local_attention=uses_local_attention(student))
     hidden_size = unwrapped(student[0]).config.hidden_size
     step = ScheduledStep(
@@ -412,15 +411,15 @@ def _counted(order: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
         yield microbatch
 
 
-def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
+def _order(batch: PackedBatch, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
     students = [("student", i) for i in range(len(batch.student))]
     if not with_teacher and not with_reference:
         return students
     teachers = [("teacher", i) for i in range(len(batch.teacher))] if with_teacher else []
     references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
-    if pair_order == "teacher_first":
+    if not batch.paired:
         return teachers + references + students
-    readings = 1 + batch.num_controls  # packed with paired=True
+    readings = 1 + batch.num_controls
     of_each = [*([teachers[k::readings] for k in range(readings)] if teachers else []), references, students]
     return [item for items in zip(*filter(None, of_each), strict=True) for item in items]
 

@@ -59,7 +59,7 @@ class ScoringModels:
     reference: Reference | None = None
     """As for `schedule.run`."""
     pair_order: str = "alternating"
-    """As for `schedule.run`; alternating keeps the teacher's states of one packed sequence, for any number of texts."""
+    """As in `Packing`; alternating keeps the teacher's states of one packed sequence, for any number of texts."""
     joins_turns: bool = False
     """As in `Packing`."""
 
@@ -152,7 +152,6 @@ def read(
         models.vocab,
         reference=models.reference,
         measurement=measurement,
-        pair_order=models.pair_order,
         forward_only=True,
     )
     return Reading(batch, output, models.grid)

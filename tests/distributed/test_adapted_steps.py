@@ -93,6 +93,13 @@ def test_every_layout_has_the_same_gradients(outcomes, name):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("anchor", ["student", 0.25])
+def test_controls_beside_adapters_have_the_gradients_of_the_merged_model(outcomes, anchor):
+    target = Target(anchor=anchor, num_controls=2)
+    check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, target=target, parallel=parallel(tp=2, sp=True))), 2)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("target", [Target(anchor="student"), TARGET])
 @pytest.mark.parametrize("mode", ["low_memory", "keep_gradient"])
 def test_a_fused_output_layer_needs_no_gradient_of_its_own(outcomes, mode, target):

@@ -23,6 +23,7 @@ CASES = {
     "current teacher": dataclasses.replace(OF_STUDENT, teacher="current"),
     "a share of the reference": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25, num_controls=2)),
     "a share without controls": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25)),
+    "one k for the batch": dataclasses.replace(ANCHORED, target=Target("batch", k=1.4, anchor=0.25, num_controls=2)),
     "soft cap": dataclasses.replace(OF_STUDENT, soft_cap=3.0),
     "two terms": dataclasses.replace(OF_STUDENT, two_terms=True),
 }

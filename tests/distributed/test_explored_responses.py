@@ -58,7 +58,6 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
         vocab_shard(student, grid),
         reference=reference(case, filled(2) if apart else teacher),
         measurement=TokenMeasurement(case.target, chunk_tokens=5, summarise=setting.summarise),
-        pair_order=case.pair_order,
         forward_only=True,
     )
     pairs = contexts()

@@ -96,7 +96,6 @@ def step(case: Case, measures: bool, apart: bool) -> Measured:
         vocab_shard(student, grid),
         reference=reference(case, copies),
         measurement=TokenMeasurement(case.target, chunk_tokens=5) if measures else None,
-        pair_order=case.pair_order,
     )
     lengths = [len(context.response) for context in contexts()[grid.dp_rank :: grid.dp_size]]
     metrics = step_metrics(output, None, grid, response_lengths=lengths)

@@ -171,9 +171,7 @@ def identities() -> list[tuple[float, float]]:
     for rule in RULES:
         clear(student)
         loss_of = token_losses.self_distillation(Target(rule, anchor="student"), Divergence())
-        output = schedule.run(
-            student, schedule.ScheduledTeacher(student), batch, loss_of, grid, vocab, pair_order="alternating"
-        )
+        output = schedule.run(student, schedule.ScheduledTeacher(student), batch, loss_of, grid, vocab)
         largest = max(float(gradient.abs().max()) for gradient in main_grads(student).values())
         found.append((float(output.stats.loss.abs().max()), largest))
     return found
@@ -212,7 +210,7 @@ def auxiliary_gradient(
     batches = [
         pack(
             [pair],
-            PackingRules(max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=True),
+            PackingRules(max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=False),
             seq_length=max_tokens,
         )
         for pair in pairs[grid.dp_rank :: grid.dp_size]

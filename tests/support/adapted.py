@@ -70,7 +70,6 @@ def run(job: AdaptedCase) -> layouts.Outcome:
             layouts.vocab_shard(student, grid),
             reference=layouts.reference(case, frozen),
             measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
-            pair_order=case.pair_order,
         )
         if outcome is None:
             outcome = layouts.first_step(student, optimizer, output, batch, grid)

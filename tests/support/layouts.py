@@ -198,7 +198,7 @@ def packed_partial_batch(
     while sum(n * m for n, m in zip(counts, roles, strict=True)) % microbatch_multiple(grid):
         grown = (1, readings) if case.paired else (0, 1) if case.target.has_reference else (1, 0)
         counts = [n + m for n, m in zip(counts, grown, strict=True)]
-    return pad_to_count(batch, *counts)
+    return dataclasses.replace(pad_to_count(batch, *counts), paired=case.pair_order == "alternating")
 
 
 def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutput]) -> StepOutput:
@@ -290,7 +290,6 @@ def run(case: Case) -> Outcome:
                     reference=reference(case, frozen),
                     measurement=None if case.target.reads_teacher else TokenMeasurement(case.target, chunk_tokens=5),
                     token_coefficients=GivenCoefficients.of(own) if case.two_terms else None,
-                    pair_order=case.pair_order,
                     **options,
                 )
 

@@ -18,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,10 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
         for order in ORDERS:
             for chunk in chunks:
                 chunk.zero_grad_buffer()
+            ordered = replace(batch, paired=order == "alternating")
             seconds, peak = _measured(
-                lambda order=order: schedule.run(
-                    chunks, schedule.ScheduledTeacher(teacher.chunks), batch, token_loss, grid, vocab, pair_order=order
+                lambda batch=ordered: schedule.run(
+                    chunks, schedule.ScheduledTeacher(teacher.chunks), batch, token_loss, grid, vocab
                 )
             )
             if repeat:  # the first round warms up

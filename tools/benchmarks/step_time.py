@@ -213,7 +213,6 @@ class _Bench:
             token_loss,
             self.grid,
             self.vocab,
-            pair_order=self.arguments.order,
         )
         with clock("optimizer"):
             apply_gradients(self.optimizer, gradient_norm(self.optimizer))

@@ -101,7 +101,7 @@ class ScheduleConfig(Part, section="schedule", free="*"):
 
     pair_order: Annotated[str, OneOf(("teacher_first", "alternating"))] | None = None
     """Order of the teacher's and the student's microbatches: teacher_first or alternating, which packs both alike; null
-    is teacher_first with pipelining and where the teacher's states fit teacher_store_gb, otherwise alternating."""
+    is teacher_first with pipelining and in steps whose teacher's states fit teacher_store_gb, otherwise alternating."""
     max_tokens: PositiveInt = 8192
     """Longest packed sequence of a microbatch, in tokens."""
     teacher_store_gb: NonNegativeFloat = 4.0

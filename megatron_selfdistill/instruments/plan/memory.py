@@ -332,19 +332,20 @@ def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Lo
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
 
     With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix, and
-    with controls as many of each control.  The
-    teachers of a product, and those of another architecture, have read all tokens before the student reads the first.
+    with controls as many of each control.  The teachers of a product, and those of another architecture, have read all
+    tokens before the student reads the first.  Where each step chooses its order, short responses fill the store.
     """
     if not config.has_teacher:
         return 0.0
-    tokens = load.response_tokens
-    if load.alternating and not (joins(config.teachers) or load.other_widths):
-        tokens = min(tokens, load.seq_length)
     widths = _teacher_widths(config, transformer, load) or [transformer.hidden_size]
     width = sum(widths) if joins(config.teachers) else max(widths)
     width += transformer.hidden_size * (config.is_anchored + planned_controls(config))
     cuts = transformer.context_parallel_size * transformer.tensor_model_parallel_size
-    return float(tokens * width / cuts * element_size(config))
+    of_token = width / cuts * element_size(config)
+    if not load.alternating or joins(config.teachers) or load.other_widths:
+        return float(load.response_tokens * of_token)
+    store = 0.0 if config.schedule.pair_order else config.schedule.teacher_store_gb * GIB
+    return float(max(min(load.response_tokens, load.seq_length) * of_token, store))
 
 
 def joined_weight_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

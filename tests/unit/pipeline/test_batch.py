@@ -17,8 +17,15 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.pipeline.batch import Packing, StepPlan, budgets_of, counts_by_budget, pack_everywhere
-from megatron_selfdistill.pipeline.configured_packing import pair_order_of
+from megatron_selfdistill.pipeline.batch import (
+    Packing,
+    StepPlan,
+    budgets_of,
+    counts_by_budget,
+    pack_everywhere,
+    raised_to_multiple,
+)
+from megatron_selfdistill.pipeline.configured_packing import configured_packing
 from megatron_selfdistill.pipeline.placement import placed, placement_everywhere
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
@@ -74,23 +81,51 @@ def test_a_teacher_that_comes_first_never_takes_more_microbatches():
 
 
 @pytest.mark.parametrize(
-    ("store_gb", "cuts", "num_controls", "override", "comes_first"),
+    ("store_gb", "cuts", "num_controls", "override", "stored"),
     [
-        (0.125, "", 0, "", True),  # 16 x 1024 tokens x 1024 values of teacher and reference in float32
-        (0.124, "", 0, "", False),
-        (0.124, "", 0, "target.anchor=student", True),
-        (0.125, "", 1, "", False),
-        (0.124, "tensor", 0, "", True),
-        (0.0, "pipeline", 0, "", True),
-        (4.0, "", 0, "schedule.pair_order=alternating", False),
+        (0.125, "", 0, "", 16384),  # tokens, with 1024 values of teacher and reference each, in float32
+        (0.125, "", 0, "target.anchor=student", 2 * 16384),
+        (0.125, "", 1, "", 2 * 16384 / 3),
+        (0.125, "tensor", 0, "", 2 * 16384),
+        (0.0, "", 0, "", 0),
     ],
 )
-def test_the_teacher_comes_first_where_its_states_fit(store_gb, cuts, num_controls, override, comes_first):
+def test_the_teacher_comes_first_in_steps_whose_states_fit(store_gb, cuts, num_controls, override, stored):
+    found = packing_of(f"schedule.teacher_store_gb={store_gb}", override, cuts=cuts, num_controls=num_controls)
+    assert found.pair_order is None and found.stored_tokens == pytest.approx(stored)
+
+
+def test_the_order_is_given_or_that_of_a_pipeline():
+    assert packing_of("schedule.teacher_store_gb=0", cuts="pipeline").pair_order == "teacher_first"
+    assert packing_of("schedule.pair_order=alternating", cuts="pipeline").pair_order == "alternating"
+
+
+def packing_of(*overrides: str, cuts: str, num_controls: int = 0) -> Packing:
+    """Return the packing of a run on two ranks of the cut named by ``cuts``, with a model of width 1024."""
     sizes = {f"{name}_parallel_size": 1 + (name[:-6] == cuts) for name in ("tensor_model", "context", "pipeline_model")}
-    model = SimpleNamespace(hidden_size=1024, params_dtype=torch.float32, **sizes)
-    keys = [f"schedule.teacher_store_gb={store_gb}", "data.global_batch_size=32", "rollout.max_new_tokens=1024"]
-    found = pair_order_of(load([*keys, *filter(None, [override])]), 2, model, num_controls)
-    assert found == ("teacher_first" if comes_first else "alternating")
+    model = SimpleNamespace(hidden_size=1024, params_dtype=torch.float32, fp8=None, **sizes)
+    grid = SimpleNamespace(pp_size=sizes["pipeline_model_parallel_size"])
+    return configured_packing(load([*filter(None, overrides)]), grid, model, num_controls)
+
+
+def orders_of_steps(shares: list[list[int]], stored_tokens: list[int]) -> list[tuple[bool, int]]:
+    """Return whether a step alternates, and its time in passes of a token, for each number of tokens that may wait."""
+    grid = initialize(models.parallel(), seed=1)
+    contexts, found = [layouts.contexts()[i] for i in shares[grid.dp_rank]], []
+    for stored in stored_tokens:
+        batch = pack_everywhere(contexts, Packing(layouts.MAX_TOKENS, None, True, stored_tokens=stored), grid)
+        found.append((batch.paired, (3 * len(batch.student) + len(batch.teacher)) * batch.seq_length))
+    return found
+
+
+def test_the_replica_with_most_response_tokens_decides_the_order_of_a_step(ranks):
+    """A replica with fewer tokens, which alone would take the other order, follows."""
+    most = max(sum(len(layouts.contexts()[i].response) for i in share) for share in SHARES)
+    one, other = ranks.run(orders_of_steps, SHARES, [most, most - 1], world_size=2)
+    assert one == other
+    (alternates, apart), (also, paired) = one
+    assert not alternates and also
+    assert apart < paired, "apart, the student's microbatches are fuller"
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
@@ -101,6 +136,14 @@ def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_orde
     for _, num_student, num_teacher, _ in ranks.run(packed_share, *arguments, world_size=2):
         assert (num_student * (1 + with_reference) + num_teacher) % 2 == 0
         assert pair_order == "teacher_first" or num_student == num_teacher
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_step_without_a_teacher_gets_a_multiple_of_its_stages(paired, with_reference):
+    """The teachers of the key ``teachers`` that read apart leave a step to the student and its reference."""
+    num_student, num_teacher = raised_to_multiple(3, 0, 4, paired=paired, with_reference=with_reference)
+    assert (num_student, num_teacher) == (4, 0)
 
 
 def placements(shares: list[list[int]], pair_order: str) -> list[list[int]] | None:

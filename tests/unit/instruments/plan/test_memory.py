@@ -272,10 +272,10 @@ def test_chunks_in_flight_are_counted_and_context_parallelism_divides_the_tokens
     assert activation_bytes(transformer({"cp": 2}), stage_of(4), LOAD) == 3 * 4 * whole / 2
 
 
-def planned_memory(*, model_kind="gqa", **sections):
+def planned_memory(*, model_kind="gqa", loaded=LOAD, **sections):
     config = from_mapping(sections)
     cut = transformer_config(model_config(model_kind), parallel(), OptimizerConfig(), ScheduleConfig())
-    return memory(config, cut, stage_of(4), LOAD)
+    return memory(config, cut, stage_of(4), loaded)
 
 
 def test_rows_and_logits_are_the_last_stages():
@@ -299,6 +299,17 @@ def test_rows_and_logits_are_the_last_stages():
     assert apart["logits"] == ((1024 + 100) * 64 + (1024 + 4 * 100) * 32) * 2 / GIB
     capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
     assert capped["teacher states"] == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("pair_order", [None, "alternating"])
+def test_the_states_of_a_step_of_short_responses_fill_the_store(pair_order):
+    """Where long responses alternate, short ones come after the teacher if the order is that of each step."""
+    store = 1.5 * 1024 * 2 * 32 * 2 / GIB  # of teacher and reference: one microbatch and a half
+    schedule = {"teacher_store_gb": store, "pair_order": pair_order}
+    found = planned_memory(loaded=dataclasses.replace(LOAD, alternating=True), schedule=schedule).training[
+        "teacher states"
+    ]
+    assert found == (store if pair_order is None else store / 1.5)
 
 
 def test_a_colocated_engine_comes_beside_the_resident_parts_only():
