@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.rollout.base import SamplingParams
 
-# Elements of one float64 temporary of `select_tokens`, 4 MiB and 128 MiB: rows are processed in groups of this size.
+# Elements of one temporary of `select_tokens`, 1 MiB and 64 MiB: rows are processed in groups of this size.
 # Several temporaries of a group fit into the caches of a CPU.
-_MAX_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+_MAX_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+_BLOCK = 512  # token ids, about the root of the size of a vocabulary
 
 
 def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: int) -> None:
@@ -54,7 +56,7 @@ def sample_uniforms(seed: int, count: int) -> np.ndarray:
 
 
 def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token per row of logits by inverting the cumulative distribution, in float64.
+    """Sample one token per row of logits by inverting the cumulative distribution.
 
     token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to the first ``num_ids``
     ids, then to ``top_k``, then to ``top_p``, renormalised.  Sums run over token ids, not over ranks, so that a
@@ -64,6 +66,9 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
     greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
     A row with NaN gives a valid token with log-probability NaN.
+
+    Exponentials are float32, or float64 for such logits, and sums float64: with d = (max - logit) / temperature, the
+    log-probability of a token has an error of at most 2^-23 (d + E[d] + 2).
     """
     rows = max(1, _MAX_ELEMENTS[logits.device.type] // logits.size(-1))
     if logits.size(0) > rows:
@@ -71,27 +76,36 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
         sampled = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
         tokens, log_probs, sampled_log_probs = (torch.cat(parts) for parts in zip(*sampled, strict=True))
         return tokens, log_probs, sampled_log_probs
-    scores = logits.double()
+    below = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    below = below - below.amax(-1, keepdim=True)
+    weights = below.exp()
     if params.temperature == 0:
         tokens = logits[:, : params.num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
-        peaks = scores.gather(-1, tokens[:, None])  # known, so that `logsumexp` need not look for them
-        log_probs = peaks - ((scores - peaks).exp_().sum(-1, keepdim=True).log_() + peaks)
-        return tokens, log_probs.squeeze(-1), scores.new_zeros(scores.size(0))
-    probs = _kept(torch.softmax(scores / params.temperature, dim=-1)[:, : params.num_ids], params)
-    tokens, sampled_log_probs = invert_cdf(probs, uniforms)
-    return tokens, token_log_probs(scores, tokens), sampled_log_probs
+        sampled_log_probs = uniforms.new_zeros(len(tokens), dtype=torch.float64)
+    else:
+        powers = weights if params.temperature == 1 else (below / params.temperature).exp_()
+        tokens, sampled_log_probs = invert_cdf(_kept(powers[:, : params.num_ids], params), uniforms)
+    log_probs = below.gather(-1, tokens[:, None]).squeeze(-1) - weights.sum(-1, dtype=torch.float64).log()
+    return tokens, log_probs, sampled_log_probs
 
 
 def invert_cdf(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Return min {v : sum_{i <= v} q_i > uniform} per row, and its log q, with q = probs / probs.sum(-1).
 
-    Shapes: probs ``[b, V]`` float64, not negative; uniforms ``[b]`` in [0, 1); returns ``[b]`` int64 and ``[b]``
-    float64.  A row with NaN gives the last token with log-probability NaN.
+    Shapes: probs ``[b, V]``, not negative, any float dtype; uniforms ``[b]`` in [0, 1); returns ``[b]`` int64 and
+    ``[b]`` float64.  Sums are float64: those of blocks of `_BLOCK` ids, and of the ids of the block with the token.  A
+    row with NaN gives the last token with log-probability NaN.
     """
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # uniform * total < total also after rounding, and a token without probability has no interval of its own.
-    tokens = torch.searchsorted(cdf, uniforms.double()[:, None] * total, right=True)
+    blocks = F.pad(probs, (0, -probs.size(-1) % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    bounds = F.pad(blocks.sum(-1, dtype=torch.float64).cumsum(-1), (1, 0))
+    total = bounds[:, -1:]
+    # uniform * total < total also after rounding, and a block without probability has no interval of its own.
+    place = uniforms.double()[:, None] * total
+    block = torch.searchsorted(bounds, place, right=True).sub_(1).clamp_(max=blocks.size(1) - 1)
+    within = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # The sum of a block may be rounded otherwise than that of its ids.
+    rest = torch.minimum(place - bounds.gather(-1, block), within[:, -1:] * (1 - 2.0**-52))
+    tokens = torch.add(torch.searchsorted(within, rest, right=True), block, alpha=_BLOCK)
     tokens = tokens.clamp_(max=probs.size(-1) - 1)  # a NaN row finds no interval
     return tokens.squeeze(-1), (probs.gather(-1, tokens) / total).log().squeeze(-1)
 
@@ -106,6 +120,7 @@ def _kept(probs: Tensor, params: SamplingParams) -> Tensor:
     top_k = min(params.top_k, probs.size(-1))
     if top_k in (0, probs.size(-1)) and params.top_p == 1:
         return probs
+    probs = probs.double()
     ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
     if top_k:
         ranked[:, top_k:] = 0

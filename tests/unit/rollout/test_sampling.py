@@ -10,7 +10,7 @@ from responses import chi_square_p_value
 
 from megatron_selfdistill.rollout import sampling
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.sampling import sample_seed, sample_uniforms, select_tokens
+from megatron_selfdistill.rollout.sampling import invert_cdf, sample_seed, sample_uniforms, select_tokens
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.2, 0.0, -0.4, 1.9, -7.0], dtype=torch.float32)
@@ -61,9 +61,11 @@ def test_log_probs_are_of_the_model_and_of_the_distribution_drawn_from(case):
 def test_ids_beyond_the_tokenizer_are_never_drawn_and_the_rest_is_renormalised(case):
     beyond = torch.cat([LOGITS, torch.tensor([9.0, -1.0])])  # the likeliest id has no token
     uniforms = torch.from_numpy(sample_uniforms(17, NUM_DRAWS))
-    tokens, log_probs, drawn = select_tokens(beyond.expand(NUM_DRAWS, -1), uniforms, params(**case, num_ids=10))
+    rows = beyond.double().expand(NUM_DRAWS, -1)
+    tokens, log_probs, drawn = select_tokens(rows, uniforms, params(**case, num_ids=10))
     assert torch.equal(tokens, draw(params(**case)))
-    assert torch.equal(log_probs, beyond.double().log_softmax(0)[tokens]), "of the model, over all its ids"
+    of_model = beyond.double().log_softmax(0)[tokens]
+    assert torch.allclose(log_probs, of_model, atol=1e-12), "of the model, over all its ids"
     assert torch.allclose(drawn, expected_probs(**case).log()[tokens], atol=1e-12)
     greedy, log_probs, _ = select_tokens(beyond[None], uniforms[:1], params(temperature=0, num_ids=10))
     assert greedy.tolist() == [0] and log_probs.item() == pytest.approx(beyond.double().log_softmax(0)[0].item())
@@ -77,15 +79,49 @@ def test_greedy_takes_the_lowest_id_among_equals_and_is_certain():
     assert sampled.tolist() == [0, 0]
 
 
-def test_greedy_log_probs_are_the_bits_of_torchs_logsumexp():
+@pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_have_the_error_of_float32(dtype, temperature):
+    """The bound is the documented one; rows have peaks, ties, huge logits, and tokens without probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 3001, generator=generator) * torch.logspace(-1, 2, 64)[:, None]
+    logits[5], logits[6, ::2], logits[7] = 3.0, -torch.inf, logits[7] + 1e4
+    logits, uniforms = logits.to(dtype), torch.rand(64, generator=generator, dtype=torch.float64)
+    tokens, log_probs, sampled = select_tokens(logits, uniforms, params(temperature=temperature))
+    for found, scale in ((log_probs, 1.0), (sampled, temperature)):
+        if scale:
+            exact = (logits.double() / scale).log_softmax(-1)
+            below = (logits.double().amax(-1, keepdim=True) - logits.double()) / scale
+            mean = (exact.exp() * below.nan_to_num(posinf=0)).sum(-1)
+            of_tokens = (each.gather(-1, tokens[:, None]).squeeze(-1) for each in (exact, below))
+            expected, distance = of_tokens
+            assert ((found - expected).abs() <= 2.0**-23 * (distance + mean + 2)).all()
+    if temperature:
+        cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        starts = cdf.gather(-1, (tokens - 1).clamp(min=0)[:, None]).squeeze(-1) * (tokens > 0)
+        ends = cdf.gather(-1, tokens[:, None]).squeeze(-1)
+        assert ((starts - 1e-6 < uniforms) & (uniforms < ends + 1e-6)).all()
+
+
+def test_rows_without_a_number_say_nan():
     logits = 5 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
     logits[7, 3], logits[8] = torch.nan, -torch.inf
     before = logits.clone()
-    tokens, log_probs, _ = select_tokens(logits.double(), torch.zeros(40), params(temperature=0))
-    of_torch = logits.double().gather(1, tokens[:, None]).squeeze(1) - logits.double().logsumexp(-1)
-    torch.testing.assert_close(log_probs, of_torch, rtol=0, atol=0, equal_nan=True)
+    _, log_probs, _ = select_tokens(logits, torch.zeros(40), params(temperature=0))
     assert log_probs.isnan().nonzero().flatten().tolist() == [7, 8]
     torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [511, 512, 513, 2000])
+def test_every_place_of_a_block_is_drawn_in_its_interval(size):
+    """The reference sums all ids in order; of equal weights, each token has its own uniform in the middle."""
+    weights = torch.tensor([1.0, 3.0, 0.0, 2.0, 5e-20]).repeat(size // 5 + 1)[:size].double()
+    cdf = weights.cumsum(0)
+    middles = (cdf - weights / 2) / cdf[-1]
+    drawn = weights > 1e-10
+    tokens, log_probs = invert_cdf(weights.expand(size, -1), middles)
+    assert torch.equal(tokens[drawn], torch.arange(size)[drawn])
+    torch.testing.assert_close(log_probs[drawn], (weights / cdf[-1]).log()[drawn])
 
 
 def test_equal_logits_are_kept_from_the_lowest_id_up_by_top_k():
