@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,7 +49,8 @@ def step_samples(
         output = read_again([context for context, _ in shown])
     if not shown or output is None:
         return None
-    numbers = token_numbers(output, [span for _, span in shown], grid)
+    with_controls = all(context.control_prompts for context, _ in shown)
+    numbers = token_numbers(output, [span for _, span in shown], grid, with_controls=with_controls)
     hint_of = {id(context): hint for context, hint in contexts}
     return lambda: [
         sample_of(context, hint_of[id(context)], known, tokenizer)
@@ -56,18 +58,25 @@ def step_samples(
     ]
 
 
-def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:
+def token_numbers(
+    output: StepOutput, spans: Sequence[range], grid: RankGrid, *, with_controls: bool = False
+) -> list[dict[str, list[float]]]:
     """Return, for each span of ``PackedBatch.response_tokens``, one float64 per token for each of `NUMBERS`.
+
+    ``with_controls``: whether `OF_CONTROLS` follow, which ``output`` has measured at these tokens.
 
     ``spans``: ascending ranges without a common index, equal on all ranks of the replica.  Every rank of the replica
     gets the values.
-    Collectives: those of `gathered_rows`, of 5 float64 per token.
+    Collectives: those of `gathered_rows`, of 5 or 7 float64 per token.
     """
-    stats = output.stats
+    stats, names = output.stats, (*NUMBERS, *(OF_CONTROLS if with_controls else ()))
     held = None if stats is None else torch.stack([getattr(stats, name).double() for name in NUMBERS], 1)
-    values = gathered_rows(held, output.response_ids, spans, len(NUMBERS), grid).t()
+    if held is not None and with_controls:
+        assert output.measures is not None and output.measures.kl_of_control is not None, "controls are measured"
+        held = torch.cat([held, output.measures.kl_of_control], 1)
+    values = gathered_rows(held, output.response_ids, spans, len(names), grid).t()
     per_span = torch.split(values.cpu(), [len(span) for span in spans], dim=1)
-    return [dict(zip(NUMBERS, part.tolist(), strict=True)) for part in per_span]
+    return [dict(zip(names, part.tolist(), strict=True)) for part in per_span]
 
 
 def gathered_rows(
@@ -105,6 +114,8 @@ class SeenHint(NamedTuple):
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
 """The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""
+OF_CONTROLS = ("general", "specific")
+"""What a sample has of each token with controls: KL(c || a) and KL(t || c), see `TokenMeasures`."""
 _DIGITS = 6  # significant digits of a number in the record
 
 
@@ -125,6 +136,10 @@ class SampleToken:
     """The temperature of the mixed logits; None without a teacher."""
     status: str | None
     """The name of the rule or limit that gave k (`loss.target.Status`); None without a teacher."""
+    general: float | None = None
+    """What any hint makes the model do here, in nats; None without controls."""
+    specific: float | None = None
+    """What only this hint says here, in nats; None without controls."""
 
     @property
     def log_ratio(self) -> float:
@@ -169,6 +184,12 @@ class Sample:
         """Whether the sample has a teacher's numbers."""
         return any(token.teacher_log_prob is not None for token in self.tokens)
 
+    @property
+    def news(self) -> tuple[float, float] | None:
+        """The means of `OF_CONTROLS` over the tokens; None without controls or tokens."""
+        pairs = [(t.general, t.specific) for t in self.tokens if t.general is not None and t.specific is not None]
+        return (fmean(general for general, _ in pairs), fmean(own for _, own in pairs)) if pairs else None
+
     def record(self) -> dict[str, Any]:
         """Return the sample as plain values: texts, and one list per number with an entry per token."""
         token_lists: dict[str, list[Any]] = {"id": [t.id for t in self.tokens], "text": [t.text for t in self.tokens]}
@@ -177,6 +198,8 @@ class Sample:
             for name in ("loss", "student_log_prob", "teacher_log_prob", "k")
         }
         token_lists["status"] = [token.status for token in self.tokens]
+        if self.news is not None:
+            token_lists |= {name: [_rounded(getattr(token, name)) for token in self.tokens] for name in OF_CONTROLS}
         return {
             "problem_id": self.problem_id,
             "prompt": self.prompt,
@@ -211,9 +234,9 @@ def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPai
 def sample_of(
     context: ContextPair, hint: SeenHint, numbers: Mapping[str, Sequence[float]], tokenizer: Tokenizer
 ) -> Sample:
-    """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token."""
+    """Return a response as a `Sample`; ``numbers``: an entry of `token_numbers`."""
     texts = pieces(context.response, tokenizer)
-    columns = zip(context.response, texts, *(numbers[name] for name in NUMBERS), strict=True)
+    columns = zip(context.response, texts, *numbers.values(), strict=True)
     return Sample(
         problem_id=context.problem_id,
         prompt=tokenizer.decode(context.student_prompt),
@@ -225,13 +248,12 @@ def sample_of(
     )
 
 
-def _token(
-    token: int, text: str, loss: float, student_log_prob: float, teacher_log_prob: float, beta: float, status: float
-) -> SampleToken:
+def _token(token: int, text: str, *numbers: float) -> SampleToken:
+    loss, student_log_prob, teacher_log_prob, beta, status, *of_controls = numbers
     if math.isnan(beta):
         return SampleToken(token, text, loss, student_log_prob, None, None, None)
     name = Status(int(status)).name.lower()
-    return SampleToken(token, text, loss, student_log_prob, teacher_log_prob, 1 / beta, name)
+    return SampleToken(token, text, loss, student_log_prob, teacher_log_prob, 1 / beta, name, *of_controls)
 
 
 def _rounded(value: float | None) -> float | str | None:
@@ -274,6 +296,8 @@ def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
         less, more = f"{LESS[0]}less likely{LESS[1]}", f"{MORE[0]}more likely{MORE[1]}"
         text.append(f"\nmarks: {less} or {more} by {STRONG:g} nat or more for the teacher than for the student")
         text.append(f"\nlargest loss: {_largest(sample)}")
+    if sample.news is not None:
+        text.append("\nnews per token: {:.3g} nats that any hint has, {:.3g} of this one only".format(*sample.news))
     return text
 
 

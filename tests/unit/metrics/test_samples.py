@@ -156,6 +156,13 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
     assert found.record()["tokens"]["k"] == [1.25, 1.6] and found.record()["tokens"]["text"] == ["e", "f"]
 
 
+def test_the_console_says_what_is_new_in_a_hint():
+    tokens = [replace(token(text), general=1.0, specific=own) for text, own in (("x", 0.25), ("y", 0.5))]
+    told = "news per token: 1 nats that any hint has, 0.375 of this one only"
+    assert told in console_text(sample(*tokens), "step 1", coloured=False).plain
+    assert "news per token" not in console_text(sample(token("x")), "step 1", coloured=False).plain
+
+
 def test_without_a_teacher_a_response_is_shown_without_marks():
     numbers = {name: [math.nan] for name in NUMBERS} | {"loss": [0.5], "student_log_prob": [-0.5], "status": [0.0]}
     found = sample_of(context("a", [4]), SeenHint(""), numbers, Letters())
@@ -257,6 +264,24 @@ def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measure
     of_all, of_few = (read_lines(own_data / name / "metrics.jsonl")[0] for name in ("one", "few"))
     assert of_all["loss/mean"] == of_few["loss/mean"]
     assert of_all["entropy/teacher"] != of_few["entropy/teacher"]
+
+
+@combinations(
+    name=["alone", "PP2xCP2"],
+    quick={"name": ["alone"]},
+    strength=1,
+)
+def test_a_response_has_what_any_hint_does_and_what_only_its_own_says(ranks, own_data, name):
+    world_size, layout, _ = RUNS.get(name, (1, [], []))
+    options = ["target.control=other", "target.num_controls=1", "target.anchor=student", "metrics.show_samples=4"]
+    options += ["rollout.num_samples=1", "data.global_batch_size=4", "metrics.measure_every_token=1", *layout]
+    tiny_run.train(ranks, run_of(own_data, f"controls {name}", *options), world_size=world_size)
+    metrics = read_lines(own_data / f"controls {name}" / "metrics.jsonl")[0]
+    records = read_samples(own_data / f"controls {name}")
+    assert len(records) == 4, "all responses of the step"
+    for part in ("general", "specific"):
+        numbers = [number for record in records for number in record["tokens"][part]]
+        assert sum(numbers) / len(numbers) == pytest.approx(metrics[f"control/{part}"], rel=1e-4) and min(numbers) >= 0
 
 
 def run_of(own_data: Any, name: str, *options: str) -> list[str]:
