@@ -2,7 +2,7 @@
 """Measure a whole step of self-distillation, part by part, beside what a user would pick instead.
 
     python tools/benchmarks/peers_step.py                     a random Llama with the sizes of SmolLM2-135M
-    python tools/benchmarks/peers_step.py --hf DIRECTORY --new-tokens 256
+    python tools/benchmarks/peers_step.py --hf DIRECTORY --new-tokens 256 --contenders mix TRL transformers
 
 Contenders, with the same float32 weights, prompts, hints and threads, each with the settings that it has by default:
 
@@ -57,6 +57,14 @@ from megatron_selfdistill.distributed.terminal import silence_known_warnings  # 
 
 PARTS = ("sampling", "frozen passes", "forward and loss", "backward", "optimizer", "rest")
 PLAIN = "transformers"
+ANCHORS = {"anchored": "reference", "mix": "student"}
+"""The contenders that are steps of this program, and their ``target.anchor``."""
+TRL: dict[str, dict[str, Any]] = {
+    "TRL": {},
+    "TRL, whole rows": {"distillation_mode": "full_logits", "distillation_alpha": 1.0},
+}
+"""The contenders that are steps of TRL's trainer, and their settings beside its defaults."""
+NAMES = (*ANCHORS, *TRL, PLAIN)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """The device of every contender: that of `distributed.ranks.initialize`, and of TRL's trainer."""
 OUR_PARTS = {
@@ -78,6 +86,9 @@ def main() -> None:
     )
     parser.add_argument("--hf", type=Path, help="directory of a model of Hugging Face; by default a random Llama")
     parser.add_argument("--layers", type=int, default=30, help="layers of the random Llama (default: 30)")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=NAMES, default=NAMES, help=f"all at a time need much memory; with {PLAIN}"
+    )
     arguments = parser.parse_args()
     silence_known_warnings()
     torch.set_num_threads(arguments.threads)
@@ -94,7 +105,7 @@ def main() -> None:
 
 
 def built(hf: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Step]:
-    """Return the step of each contender by name."""
+    """Return the steps of ``arguments.contenders`` by name."""
     from transformers import AutoConfig
 
     vocab_size = AutoConfig.from_pretrained(hf, trust_remote_code=False).vocab_size
@@ -102,16 +113,13 @@ def built(hf: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, S
     rng, spread = random.Random(0), arguments.prompt // 4
     lengths = [arguments.prompt + rng.randint(-spread, spread) for _ in range(arguments.batch)]
     problems = [(list(islice(tokens, length)), list(islice(tokens, arguments.hint))) for length in lengths]
-    ours = our_steps(hf, scratch / "megatron", problems, vocab_size, arguments.new_tokens)
-    words = word_tokenizer(vocab_size)
-    return {
-        **ours,
-        "TRL": trl_step(hf, scratch, problems, words, arguments.new_tokens),
-        "TRL, whole rows": trl_step(
-            hf, scratch, problems, words, arguments.new_tokens, distillation_mode="full_logits", distillation_alpha=1.0
-        ),
-        PLAIN: plain_step(hf, problems, arguments.new_tokens),
-    }
+    chosen, words = [name for name in NAMES if name in arguments.contenders], word_tokenizer(vocab_size)
+    anchors = {name: ANCHORS[name] for name in chosen if name in ANCHORS}
+    steps = our_steps(hf, scratch / "megatron", problems, vocab_size, arguments.new_tokens, anchors)
+    for name in chosen:
+        if name in TRL:
+            steps[name] = trl_step(hf, scratch, problems, words, arguments.new_tokens, **TRL[name])
+    return {**steps, PLAIN: plain_step(hf, problems, arguments.new_tokens)}
 
 
 def timed_round(contenders: Mapping[str, Step], repeat: int) -> dict[str, dict[str, float]]:
@@ -133,8 +141,10 @@ Problems = Sequence[tuple[list[int], list[int]]]
 """The tokens of each problem and of its hint; the teacher reads the hint before the problem."""
 
 
-def our_steps(hf: Path, megatron: Path, problems: Problems, vocab_size: int, new_tokens: int) -> dict[str, Step]:
-    """Return the steps of this program with both anchors, on two copies of the weights."""
+def our_steps(
+    hf: Path, megatron: Path, problems: Problems, vocab_size: int, new_tokens: int, anchors: Mapping[str, str]
+) -> dict[str, Step]:
+    """Return the steps of this program with these ``anchors`` by name, each on a copy of the weights."""
     from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.trained_weights import TrainedWeights
     from megatron_selfdistill.config import load
@@ -154,7 +164,7 @@ def our_steps(hf: Path, megatron: Path, problems: Problems, vocab_size: int, new
         SamplingParams(max_new_tokens=new_tokens),
         [Request(problem, seed=i) for i, (problem, _) in enumerate(problems)],
     )
-    for name, anchor in (("anchored", "reference"), ("mix", "student")):
+    for name, anchor in anchors.items():
         config = with_stored_architecture(load([*keys, f"checkpoint.load={megatron}", f"target.anchor={anchor}"]))
         grid = grid or ranks.initialize(config.parallel, seed=0)
         data: Any = SimpleNamespace(vocab_size=vocab_size, num_controls=0)
