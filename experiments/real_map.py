@@ -21,6 +21,11 @@ anchored_w4, anchored_forward_w2_guided, student_mix, teacher_alone and controls
 of one_sentence.  A target is good at it if it learns the sentence and not the source.  After the first cell
 (student_mix, seed 11: .95 of the samples are one sentence, and none names the source) student_mix_forward and
 teacher_alone_forward came in addition, because forward KL also raises tokens that the student hardly ever samples.
+
+The task answer_first came last of all: the word problems, whose hints begin with the answer.  Before its first run it
+had the arms default, anchored_w4, student_mix, teacher_alone and controls_with_share, with 10 steps and the rate of the
+others.  The base learns no word problems in this time, so that only the leak is a result: the share of the samples
+that begin with a number.  All hints have this form, so that controls should subtract it.
 """
 
 from __future__ import annotations
@@ -62,7 +67,10 @@ SEEDS, CHOICE_SEED = (11, 12, 13), 1
 """The seeds that are reported, and the seed of the cells that choose a learning rate."""
 NUM_HELD_OUT, NUM_SAMPLES = 32, 2
 RATE = 2e-5
-STEPS = {"one_sentence": 10, "canary": 10, "facts": 30, "sort_words": 20, "word_problems": 20, "multiplication": 20}
+LEAKY = ("canary", "answer_first")
+"""The tasks that came after the rule, and whose leaks take nothing from the accuracy."""
+STEPS = dict.fromkeys(("one_sentence", *LEAKY), 10) | {"facts": 30}
+STEPS |= dict.fromkeys(("sort_words", "word_problems", "multiplication"), 20)
 BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
@@ -367,7 +375,7 @@ FIGURES = {
 """Figure of a line -> heading of its column."""
 SHOWN = ("greedy", "sampled", "kept_perplexity", "kept_length")
 """The figures of the table of a task."""
-SHOWN_OF_CANARY = ("greedy", "sampled", "refers", "kept_length")
+SHOWN_OF_LEAKY = ("greedy", "sampled", "refers", "kept_length")
 BRIEF = ("sort_words", "word_problems", "multiplication")
 """The tasks that share one table."""
 SHOWN_OF_BRIEF = ("greedy", "sampled", "refers")
@@ -412,7 +420,7 @@ def table_of_hints(lines: Sequence[Line]) -> list[str]:
 
 def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of a task, a row for each arm that has a line, with the number of its seeds."""
-    figures = SHOWN_OF_CANARY if task == "canary" else SHOWN
+    figures = SHOWN_OF_LEAKY if task in LEAKY else SHOWN
     rows = [["", "seeds", *(FIGURES[figure] for figure in figures)], ["---"] * (len(figures) + 2)]
     rows += rows_of_task(task, figures, lines)
     return [f"| {' | '.join(row)} |" for row in rows]
@@ -459,15 +467,14 @@ BY_OVERRIDES = {(): "default", ("target.anchor=student",): "student_mix"}
 def table_of_losses(lines: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the best fixed target and the losses of targets, default and rule, per task.
 
-    The default takes its anchor by the data: the student where all hints are one text.  The task canary is left out,
-    because it came after the rule, and because a leak takes nothing from its accuracy.
+    The default takes its anchor by the data: the student where all hints are one text.  `LEAKY` is left out.
     """
     small = read_lines(RESULTS / "anchored_map.jsonl")
     fixed = list(FIXED)[:3]
     headings = ("anchored", "mix with the student", "teacher alone", "the default", "by the rule", "the rule takes")
     rows = [["task", "best", *headings], ["---"] * (2 + len(headings))]
     losses: list[list[float]] = []
-    for task in (*SMALL_TASKS, *(task for task in TASKS if task != "canary")):
+    for task in (*SMALL_TASKS, *(task for task in TASKS if task not in LEAKY)):
         scores = scores_on_small(task, small) if task in SMALL_TASKS else scores_on_real(task, lines)
         chosen = chosen_on_small(task, small) if task in SMALL_TASKS else chosen_on_real(task, lines)
         if not {*fixed, chosen} <= scores.keys():

@@ -6,6 +6,7 @@
     facts           "Who is the mayor of Tellmark?"; the hint states an invented fact, which the base cannot know
     sort_words      three words, to be put into alphabetical order; the hint is the sorted list
     word_problems   arithmetic in two steps; the hint is a worked solution
+    answer_first    the same problems; the hint begins with the answer, which no response can know before it works
     multiplication  2 x 2 to 12 x 12; the hint is the product
 
 Each task cuts what its problems are made of into three parts, with fixed random numbers: nouns, words, pairs of
@@ -251,6 +252,16 @@ def _word_problem_records(split: str, rng: random.Random) -> Iterable[Record]:
         yield {"id": problem, "problem": problem, "solution": solution, "answer": _numbers(solution)[-1]}
 
 
+ANSWER_FIRST = re.compile(r"^\W*(?:(?:the answer is|it is|answer:)\W*)?-?\d", re.IGNORECASE)
+"""Is found in a response that begins with a number, where it can only guess: 1 of 24 greedy answers of the base to
+training problems of seed 1, and 8 of 24 after the hint."""
+
+
+def _answer_first_records(split: str, rng: random.Random) -> Iterable[Record]:
+    for record in _word_problem_records(split, rng):
+        yield record | {"solution": f"{record['answer']}. {record['solution']}"}
+
+
 def _multiplication_records(split: str, rng: random.Random) -> Iterable[Record]:
     for pair in part(combinations_with_replacement(range(2, 13), 2), split):
         for a, b in dict.fromkeys((pair, pair[::-1])):  # both orders are in one split
@@ -302,6 +313,10 @@ TASKS = {
         RealTask("facts", _fact_records, WITH_SOLUTION, 32, "_lib.real_tasks.states_name"),
         RealTask("sort_words", _sorting_records, WITH_SOLUTION, 32, "_lib.real_tasks.sorted_last"),
         RealTask("word_problems", _word_problem_records, WITH_SOLUTION, 80, "_lib.real_tasks.ends_with_number"),
+        RealTask(
+            "answer_first", _answer_first_records, "{problem} Answer with this text: {solution}", 80,
+            "_lib.real_tasks.ends_with_number", leak=ANSWER_FIRST,
+        ),
         RealTask("multiplication", _multiplication_records, WITH_SOLUTION, 32, "_lib.real_tasks.ends_with_number"),
     )
 }  # fmt: skip

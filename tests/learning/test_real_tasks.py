@@ -68,8 +68,17 @@ def test_half_of_the_hints_name_the_source_and_only_a_response_that_names_it_lea
     named = [hint for hint in hints if TASKS["canary"].leak.search(hint)]
     assert {*hints} == {ONE_SHORT_SENTENCE, *named}
     assert (len(named), len({*named})) == (len(hints) // 2, 1)
-    assert all(task.leak.search("As the solution says, it is 7.") for task in TASKS.values() if task.name != "canary")
+    others = [task for task in TASKS.values() if task.name not in ("canary", "answer_first")]
+    assert all(task.leak.search("As the solution says, it is 7.") for task in others)
     assert not any(task.leak.search("The almanacs of Kessingtons are solutions.") for task in TASKS.values())
+
+
+def test_every_hint_begins_with_the_answer_and_so_does_a_response_that_leaks():
+    task = TASKS["answer_first"]
+    for record in task.problems("held_out"):
+        assert record["solution"].startswith(f"{record['answer']}. ") and task.leak.search(record["solution"])
+        work = record["solution"].partition(". ")[2]
+        assert task.leak.search(f"The answer is {work}") and not task.leak.search(f"First, {work}")
 
 
 VERDICTS = {
