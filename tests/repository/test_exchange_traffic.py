@@ -38,22 +38,25 @@ def by_place(traffic: list[Any]) -> dict[int, set[tuple[int, int]]]:
     return places
 
 
-def test_with_servers_no_rank_but_rank_0_sends_or_receives_more_in_a_larger_world(tools):
-    small, large = traffic_of(tools, [2, 32], None, response=1000)
+@pytest.mark.parametrize("replicas", [32, pytest.param(256, marks=pytest.mark.full)])
+def test_with_servers_no_rank_but_rank_0_sends_or_receives_more_in_a_larger_world(tools, replicas):
+    small, large = traffic_of(tools, [2, replicas], None, response=1000)
     assert by_place(small) == by_place(large) and all(len(found) == 1 for found in by_place(large).values())
     first, last = (next(iter(by_place(large)[place])) for place in (0, REPLICA - 1))
     assert last[0] < first[0], "the first rank of a replica sends and receives for the others"
     assert last[0] == pytest.approx(21 * 6 * 1000, rel=0.1), "3 bytes of an id and twice 9 of a log-prob, each once"
 
 
-@pytest.mark.parametrize("engine_tp", [1, 4])
-def test_beside_the_trainer_a_rank_handles_16_bytes_more_for_each_further_replica(tools, engine_tp):
-    small, large = traffic_of(tools, [8, 32], engine_tp)
+@pytest.mark.parametrize(("engine_tp", "replicas"), [(1, 32), (4, 32), pytest.param(4, 256, marks=pytest.mark.full)])
+def test_beside_the_trainer_a_rank_handles_16_bytes_more_for_each_further_replica(tools, engine_tp, replicas):
+    small, large = traffic_of(tools, [8, replicas], engine_tp)
 
     def most(traffic: list[Any]) -> tuple[int, int]:
         return max(one.num_bytes for one in traffic), max(one.num_messages for one in traffic)
 
-    assert most(large) == (most(small)[0] + 24 * 16, most(small)[1]), "the number of its requests, sent and received"
+    assert most(large) == (most(small)[0] + (replicas - 8) * 16, most(small)[1]), (
+        "the number of its requests, sent and received"
+    )
 
 
 def test_a_rank_gets_the_replies_of_its_own_replica_and_a_count_of_every_other_rank(tools):
