@@ -16,16 +16,18 @@ from megatron_selfdistill.pipeline.batch import Packing
 
 
 def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig, num_controls: int = 0) -> Packing:
-    """Return the packing of the steps of a run."""
+    """Return the packing of the steps of a run; where the states of any step fit, no step looks whether its own do."""
+    stored = stored_tokens(config, model, num_controls)
+    all_fit = math.prod(most_responses(config, grid.dp_size)) <= stored
     return packing_of_model(
         model,
         max_tokens=config.schedule.max_tokens,
-        pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else None),
+        pair_order=config.schedule.pair_order or ("teacher_first" if all_fit else None),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
         joins_turns=joins_turns(config),
         num_controls=num_controls,
-        stored_tokens=stored_tokens(config, model, num_controls),
+        stored_tokens=stored,
     )
 
 

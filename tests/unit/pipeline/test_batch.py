@@ -87,25 +87,25 @@ def test_a_teacher_that_comes_first_never_takes_more_microbatches():
         (0.125, "", 0, "target.anchor=student", 2 * 16384),
         (0.125, "", 1, "", 2 * 16384 / 3),
         (0.125, "tensor", 0, "", 2 * 16384),
-        (0.0, "", 0, "", 0),
+        (0.0, "pipeline", 0, "", math.inf),
     ],
 )
 def test_the_teacher_comes_first_in_steps_whose_states_fit(store_gb, cuts, num_controls, override, stored):
-    found = packing_of(f"schedule.teacher_store_gb={store_gb}", override, cuts=cuts, num_controls=num_controls)
-    assert found.pair_order is None and found.stored_tokens == pytest.approx(stored)
-
-
-def test_the_order_is_given_or_that_of_a_pipeline():
-    assert packing_of("schedule.teacher_store_gb=0", cuts="pipeline").pair_order == "teacher_first"
-    assert packing_of("schedule.pair_order=alternating", cuts="pipeline").pair_order == "alternating"
-
-
-def packing_of(*overrides: str, cuts: str, num_controls: int = 0) -> Packing:
-    """Return the packing of a run on two ranks of the cut named by ``cuts``, with a model of width 1024."""
+    """Where the longest responses fit, the order is known before the first step."""
+    keys = [f"schedule.teacher_store_gb={store_gb}", "data.global_batch_size=2", *filter(None, [override])]
     sizes = {f"{name}_parallel_size": 1 + (name[:-6] == cuts) for name in ("tensor_model", "context", "pipeline_model")}
     model = SimpleNamespace(hidden_size=1024, params_dtype=torch.float32, fp8=None, **sizes)
-    grid = SimpleNamespace(pp_size=sizes["pipeline_model_parallel_size"])
-    return configured_packing(load([*filter(None, overrides)]), grid, model, num_controls)
+
+    def packing(*more: str) -> Packing:
+        return configured_packing(load([*keys, *more]), SimpleNamespace(dp_size=2), model, num_controls)
+
+    longest = "rollout.max_new_tokens={}".format
+    most = int(min(stored, 32768))
+    assert packing(longest(most)).pair_order == "teacher_first"
+    assert packing(longest(most), "schedule.pair_order=alternating").pair_order == "alternating"
+    beyond = packing(longest(most + 1), "data.max_length=65536", "schedule.max_tokens=65536")
+    assert beyond.stored_tokens == pytest.approx(stored)
+    assert beyond.pair_order == ("teacher_first" if cuts == "pipeline" else None)
 
 
 def orders_of_steps(shares: list[list[int]], stored_tokens: list[int]) -> list[tuple[bool, int]]:
