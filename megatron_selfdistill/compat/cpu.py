@@ -171,9 +171,6 @@ def _replace_collectives() -> None:
     barrier, all_to_all_single = dist.barrier, dist.all_to_all_single
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
-        return barrier(*args, **kwargs)
-
     def as_list(sizes: Any) -> Any:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
@@ -212,7 +209,7 @@ def _replace_collectives() -> None:
         output.copy_(full[first : first + output.shape[0]])
         return None
 
-    dist.barrier = barrier_without_devices
+    dist.barrier = lambda *args, device_ids=None, **kwargs: barrier(*args, **kwargs)
     dist.all_to_all_single = all_to_all_single_list_sizes
     dist.all_gather = all_gather_uneven
     dist.reduce_scatter = reduce_scatter_uneven

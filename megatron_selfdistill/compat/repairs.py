@@ -9,6 +9,7 @@ correctly.  A function without "until" repairs the newest version, too, and `old
 from __future__ import annotations
 
 import contextlib
+import types
 from typing import Any
 
 import torch
@@ -76,16 +77,8 @@ def _define_names_missing_without_transformer_engine() -> None:
 
     older_megatron.name_missing_kernels()
     if not hasattr(random, "FP8GlobalStateManager"):
-
-        class NoFP8:
-            """A replacement for the class that ``CheckpointWithoutOutput`` asks about FP8."""
-
-            @staticmethod
-            def is_fp8_enabled() -> bool:
-                """Return False: there is no FP8 without Transformer Engine."""
-                return False
-
-        random.FP8GlobalStateManager = NoFP8
+        # In the place of the class that ``CheckpointWithoutOutput`` asks: there is no FP8 without Transformer Engine.
+        random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
         random.activation_recompute_forward = lambda *a, **k: contextlib.nullcontext()
         random.fp8_autocast = lambda *a, **k: contextlib.nullcontext()
 
