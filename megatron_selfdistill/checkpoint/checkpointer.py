@@ -257,17 +257,14 @@ class Checkpointer:
             if self.grid.is_reporter:
                 logger.warning("%s: the next save takes its place", self._lost)
             return
-        done = False
         try:
             if process is not None and process.exitcode:
                 sharded_io.report_death(process.exitcode)
-            done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
-        except sharded_io.WRITE_ERRORS as error:
-            done = True
-            raise sharded_io.unwritten("a checkpoint in the background", error) from error
-        finally:
-            if done:
+            if self._queue.maybe_finalize_async_calls(blocking=blocking):
                 self._pending = None
+        except sharded_io.WRITE_ERRORS as error:
+            self._pending = None
+            raise sharded_io.unwritten("a checkpoint in the background", error) from error
 
     def save_frozen(self, name: str, weights: StateDict, known: str | None = None, **more: Any) -> str:
         """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since.
@@ -280,12 +277,11 @@ class Checkpointer:
         if lost and self.grid.is_reporter:
             logger.warning("%s is not there any more: it is written again", target)
         if lost or known is None:
-            self._ids[name] = save_frozen_weights(
+            known = save_frozen_weights(
                 target, weights, known, replicas=self.grid.dp_cp_group, prove_ownership=self.prove_ownership, **more
             )
-        else:
-            self._ids[name] = known
-        return self._ids[name]
+        self._ids[name] = known
+        return known
 
 
 def _frozen(teacher: TeacherState | None, reference: TeacherState | None) -> TeacherState | None:
