@@ -127,9 +127,7 @@ def of_run(path: Path) -> Path:
 
 def of_iteration(path: Path, iteration: int | None) -> Path:
     """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None."""
-    if iteration is None:
-        return path
-    return of_run(path) / iteration_name(iteration)
+    return path if iteration is None else of_run(path) / iteration_name(iteration)
 
 
 def is_legacy(directory: Path) -> bool:
