@@ -144,9 +144,7 @@ def with_solutions_from(source: str, problems: Sequence[Problem], seed: int, *, 
         return [replace(it, solution=_answer_of(it) if required else it.answer or "") for it in problems]
     if source == "none":
         return [replace(problem, solution="") for problem in problems]
-    if source == "other":
-        return _with_other_solutions(problems, seed)
-    return list(problems)
+    return _with_other_solutions(problems, seed) if source == "other" else list(problems)
 
 
 def _answer_of(problem: Problem) -> str:

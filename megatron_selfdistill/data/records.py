@@ -104,9 +104,7 @@ def kind_of(path: Path) -> str:
         return "a symbolic link " + ("that leads back to itself" if is_loop else f"to {target}, which does not exist")
     if path.is_dir():
         return "a directory"
-    if path.is_fifo():
-        return "a named pipe"
-    return "a socket" if path.is_socket() else "a device"
+    return "a named pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
 
 
 @dataclass(frozen=True)
@@ -292,11 +290,8 @@ def _rows(place: str, failed: str, *arguments: Any, **options: Any) -> Iterator[
         for row, record in enumerate(datasets.load_dataset(*arguments, **options), 1):
             yield f"{place}:{row}", record
     except Exception as error:  # pyarrow and datasets raise many kinds, most without the file's name
-        raise ValueError(f"{failed} (after row {row}: {_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{failed} (after row {row}: {reason})") from error
 
 
 def finite_number(value: object, name: str) -> float:

@@ -215,8 +215,7 @@ def _evaluation_problems(
     path, split, subset, limit = evaluation.path, evaluation.split, evaluation.subset, evaluation.limit
     source = RecordSource(path, split, subset, fields, on_bad_record="error", limit=limit, section="evaluation")
     solutions = config.data.solutions
-    shows_solutions = require_solution and solutions in ("given", "other")
-    problems = load_problems(source, require_solution=shows_solutions).problems
+    problems = load_problems(source, require_solution=require_solution and solutions in ("given", "other")).problems
     if hinted:
         problems = with_solutions_from(solutions, problems, config.seed)
     prompts = [builder.student_prompt(problem) for problem in problems[:LOOKED_AT]]
