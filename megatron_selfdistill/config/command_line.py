@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
@@ -260,11 +261,7 @@ def _choices(group: str, names: Sequence[str]) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    comments = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            comments.append(line.lstrip("# ").rstrip())
-    first, stop, _ = " ".join(comments).partition(". ")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    comments = (line for line in takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line)
+    first, stop, _ = " ".join(line.lstrip("# ").rstrip() for line in comments).partition(". ")
     return textwrap.shorten(first + stop.rstrip(), 100, placeholder=" ...")

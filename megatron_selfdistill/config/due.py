@@ -24,9 +24,7 @@ def evaluation_due(config: Config, step: int) -> bool:
 def report_due(config: Config, step: int) -> bool:
     """Return whether the report is to be written after ``step``."""
     every, evaluated = config.report.every, evaluation_due(config, step)
-    if every is None:
-        return evaluated
-    return every > 0 and (evaluated or step % every == 0)
+    return evaluated if every is None else every > 0 and (evaluated or step % every == 0)
 
 
 def samples_due(config: Config, step: int) -> bool:
