@@ -135,8 +135,7 @@ class SequenceImportance:
         """
         with torch.no_grad():
             ratios = (student_log_prob.double() - self.sampled_log_probs[response_ids].double()).exp()
-            weights = self.owners.means(ratios, response_ids).clamp(max=self.cap)
-            return Coefficients(weights.to(student_log_prob))
+            return Coefficients(self.owners.means(ratios, response_ids).clamp(max=self.cap).to(student_log_prob))
 
 
 @dataclass(frozen=True)

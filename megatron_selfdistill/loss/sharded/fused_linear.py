@@ -188,8 +188,7 @@ class _Layer:
 
         ``out`` may be the student's logits.
         """
-        valid = out[:, : self.vocab.num_valid]
-        options = grad_loss, valid, log_prob, forward_shares
+        options = grad_loss, out[:, : self.vocab.num_valid], log_prob, forward_shares
         self.backend.write_gradient(shard, constants, kl_value, self.divergence, *options)
         out[:, self.vocab.num_valid :] = 0
 
@@ -309,9 +308,7 @@ class _Logits:
 
     def _full_width(self, part: Tensor, weight: Tensor) -> Tensor:
         """Return the hidden states [n, h] of a chunk, gathered over the ranks where ``part`` is cut by width."""
-        if part.shape[1] == weight.shape[1]:
-            return part
-        return gather_width(part, self.layer.vocab.group)
+        return part if part.shape[1] == weight.shape[1] else gather_width(part, self.layer.vocab.group)
 
 
 def _forward_chunks(

@@ -551,12 +551,11 @@ def _moved(solver_state: SolverState, gathered: Tensor, dtype: torch.dtype) -> t
         mean_y = _taylor_of_mean_y(here, [part[f"y{k}"] * (-log_ratio).exp() for k in range(4)], step)
         forward_kl += here.entropy - solution.entropy - mean_y
     only_student, only_target = sums.one_sided
-    final = ValuesAtBeta(
+    return solution, ValuesAtBeta(
         entropy=solution.entropy.clamp(min=0),
         reverse_kl=_infinite_where(only_student, reverse_kl.clamp(min=0)),
         forward_kl=_infinite_where(only_target, forward_kl.clamp(min=0)),
     )
-    return solution, final
 
 
 def _infinite_where(one_sided: Tensor, kl: Tensor) -> Tensor:

@@ -395,8 +395,7 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
     shard = Shard(valid, valid, (1.0, 0.0), dtype, backend_in_use.num_parts(len(logits), vocab.size))
     grid = BetaGrid.of(Target("teacher_alone", anchor="student"), dtype)
     sums, _ = backend_in_use.first_pass(shard, grid, None, vocab.start)
-    parts = gather_parts(sums[..., _COLUMNS], vocab.group).double()
-    return Softmax.merge(*parts.unbind(2)).entropy
+    return Softmax.merge(*gather_parts(sums[..., _COLUMNS], vocab.group).double().unbind(2)).entropy
 
 
 def check_reference(
