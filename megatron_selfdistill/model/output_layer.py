@@ -36,9 +36,7 @@ def unfusable(model: GPTModel) -> str | None:
         return "it has a bias"
     if layer.gather_output:
         return "it gathers its logits over the tensor-parallel ranks"
-    if layer._backward_hooks or layer._backward_pre_hooks:
-        return "it has hooks that expect its logits"
-    return None
+    return "it has hooks that expect its logits" if layer._backward_hooks or layer._backward_pre_hooks else None
 
 
 @dataclass(frozen=True)

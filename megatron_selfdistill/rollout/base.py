@@ -167,5 +167,4 @@ def response_text(response: Response, tokenizer: Tokenizer) -> str:
 
     A stop token is cut off too, since it may be an ordinary token.
     """
-    ended = response.finish_reason == "stop"
-    return readable(response.token_ids[:-1] if ended else response.token_ids, tokenizer)
+    return readable(response.token_ids[:-1] if response.finish_reason == "stop" else response.token_ids, tokenizer)

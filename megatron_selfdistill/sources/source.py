@@ -134,5 +134,4 @@ class ResponseSource(ABC):
         """Replace the committed state by the one that `state_dict` returned."""
         problem_sampler = self._state.problem_sampler.fork()
         problem_sampler.load_state_dict(state["problem_sampler"])
-        method = self._state.method.restored(state)
-        self._state = replace(self._state, problem_sampler=problem_sampler, method=method)
+        self._state = replace(self._state, problem_sampler=problem_sampler, method=self._state.method.restored(state))
