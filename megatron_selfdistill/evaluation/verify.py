@@ -280,7 +280,9 @@ def _text_of(expression: Any) -> str:
     if not getattr(expression, "is_number", False) or expression.is_Integer or not expression.is_real:
         return str(expression)
     value = round(float(expression), 6)
-    return str(expression if not math.isfinite(value) else int(value) if value.is_integer() else value)
+    if not math.isfinite(value):
+        return str(expression)
+    return str(int(value) if value.is_integer() else value)
 
 
 def _last_boxed(text: str) -> str | None:

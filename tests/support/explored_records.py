@@ -87,8 +87,7 @@ def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence |
     told, unit = (teacher - rest.pop(), 1.0) if target.num_controls else (teacher, 1 + target.teacher_weight)
     divergence = divergence or Divergence()
     vocab = VocabShard(0, student.shape[1], student.shape[1])
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.multinomial(student.softmax(1), 1, generator=generator)[:, 0]
+    tokens = torch.multinomial(student.softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     tokens[: len(Words.NASTY)] = torch.arange(len(Words.NASTY))[: len(tokens)]
     w = target.teacher_weight
     stats = distillation_loss(

@@ -136,8 +136,7 @@ def run(
 def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[Tensor, Tensor]:
     """Return the loss, and its gradient under the weights of `run`, by the definition in float64."""
     s = student.double().detach().requires_grad_()
-    log_q = mixed_target(s.detach(), teacher.double(), target).log_q
-    loss = divergence(s.log_softmax(-1), log_q, kind)
+    loss = divergence(s.log_softmax(-1), mixed_target(s.detach(), teacher.double(), target).log_q, kind)
     weights = torch.linspace(-1, 2, len(s), dtype=torch.float64, device=DEVICE)
     return loss.detach(), torch.autograd.grad((loss * weights).sum(), s)[0]
 

@@ -45,8 +45,7 @@ def logits_through_the_pipeline(
     if not grid.is_last_stage:
         return None
     held = microbatch.response_positions if grid.cp_size == 1 else torch.arange(inputs.tokens.numel())
-    rows = forward.states_at(hidden, held, grid)
-    shard = forward.project(model, rows).float()
+    shard = forward.project(model, forward.states_at(hidden, held, grid)).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard, group=grid.tp_group)
     logits = torch.cat(shards, dim=-1)[:, :vocab_size]

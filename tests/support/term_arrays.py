@@ -42,14 +42,13 @@ def signals(
 ) -> Signals:
     """Return signals in which, unless given, all responses lie in one group, have a hint, and one token."""
     counts = torch.tensor(lengths or [1] * len(rewards))
-    num_tokens = int(counts.sum())
     return Signals(
         lengths=counts,
         groups=torch.tensor(groups or [0] * len(rewards)),
         rewards=tensor(*rewards),
         hinted=torch.tensor(hinted or [True] * len(rewards)),
         privileged=torch.tensor(privileged or [False] * len(rewards)),
-        sampled_log_prob=torch.zeros(num_tokens, dtype=torch.float64) if mu is None else tensor(*mu),
+        sampled_log_prob=torch.zeros(int(counts.sum()), dtype=torch.float64) if mu is None else tensor(*mu),
         student_log_prob=None if p is None else tensor(*p),
         target_log_prob=None if q is None else tensor(*q),
         episodes=None if episodes is None else torch.tensor(episodes),

@@ -101,8 +101,7 @@ def test_messages_name_both_digests_and_the_corrupt_file(tmp_path):
     (base / "adapter_config.json").write_text("{}")
     with raises("base is a directory of PEFT, expected a checkpoint of adapters: convert it with `selfdistill convert"):
         require_adapters(base)
-    file = found.path / "adapters.json"
-    file.write_text(json.dumps({"rank": 4}))
+    (found.path / "adapters.json").write_text(json.dumps({"rank": 4}))
     with raises(r"has a corrupt adapters\.json \(KeyError: 'alpha'\)"):
         read_stored_adapters(found.path)
 

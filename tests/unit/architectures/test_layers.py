@@ -101,8 +101,7 @@ def reference(
         scores = torch.cat(
             [scores, torch.as_tensor(sinks, dtype=torch.float64)[:, None, None].expand(-1, q.size(0), 1)], dim=-1
         )
-    weights = scores.softmax(-1)[..., : k.size(0)]
-    return torch.einsum("nij,jnd->ind", weights, v).flatten(1)
+    return torch.einsum("nij,jnd->ind", scores.softmax(-1)[..., : k.size(0)], v).flatten(1)
 
 
 def random_qkv(*rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,8 +215,7 @@ def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
 
 def test_a_user_who_gave_the_answer_himself_is_marked_like_a_reply(tmp_path):
     messages = chat(("u", "3+4?"), ("a", "8"), ("u", "It is 7."))
-    found = log(tmp_path, {"messages": messages, "accepted": 2}, rule=marked)
-    [turn] = found.turns.problems
+    [turn] = log(tmp_path, {"messages": messages, "accepted": 2}, rule=marked).turns.problems
     assert (turn.solution, turn.reply.message["content"], turn.reply.accepted) == ("It is 7.", "8", False)
 
 

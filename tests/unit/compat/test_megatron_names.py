@@ -67,8 +67,7 @@ def found(tmp_path: Path, package: Path, **changed: tuple[str, str]) -> list[str
         files[name] = files[name].replace(old, new)
     root = tmp_path / "root"
     written(root / "megatron" / "core", files)
-    uses = [*in_files(package), RELIED_ON]
-    return list(dict.fromkeys(names.faults(root, uses).values()))
+    return list(dict.fromkeys(names.faults(root, [*in_files(package), RELIED_ON]).values()))
 
 
 def test_a_version_with_everything_has_no_faults(tmp_path, package):

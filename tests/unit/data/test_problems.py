@@ -98,8 +98,7 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
 
 
 def test_a_renamed_column_that_no_record_has_is_an_error(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", record(1, answer="2"))
-    message = refusal(file, fields={"answer": "anwser"})
+    message = refusal(write_jsonl(tmp_path / "a.jsonl", record(1, answer="2")), fields={"answer": "anwser"})
     assert "'anwser'" in message and "Columns found: answer, problem, solution" in message
 
 

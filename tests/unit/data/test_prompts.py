@@ -141,8 +141,7 @@ def test_a_view_with_another_system_prompt_alone_keeps_the_generation_prompt(cha
 
 def test_a_reworded_prompt_has_the_view_of_the_student(chat_directory: Path) -> None:
     build = builder(chat_directory, student_only=AT_ONCE | {"system_prompt": "Short."}, teacher_only=THINKING)
-    text = build.filled_text(PROBLEM, "{problem} {more}", {"more": "Why?"})
-    assert text == (
+    assert build.filled_text(PROBLEM, "{problem} {more}", {"more": "Why?"}) == (
         "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4? Why?<|im_end|>\n<|im_start|>assistant\n"
     )
 

@@ -66,8 +66,7 @@ def response(tokenizer, text: str) -> Response:
 @pytest.mark.parametrize("answer", ["42", "Paris"])
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
 def test_verifiers_read_the_final_answer_alone(tokenizer, written, answer):
-    said = response(tokenizer, written.replace("42", answer))
-    text, _, judged = judged_text(said, tokenizer, None)
+    text, _, judged = judged_text(response(tokenizer, written.replace("42", answer)), tokenizer, None)
     assert final_part(text).strip() in (answer, f"<|START_RESPONSE|>{answer}<|END_RESPONSE|>")
     if "START_RESPONSE" not in final_part(text):
         assert exact_match(judged, problem_with(answer)) and math_verify(judged, problem_with(answer))

@@ -26,8 +26,7 @@ def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(t
     files = [MappedFile(tmp_path, size) for size in (8, 12)]
     for turn, file in enumerate([*files, *files]):
         file.memory.fill_(turn)
-        packed = receiver.receive(6, {"path": str(file.path), "mapped": True})
-        assert packed.tolist() == [turn] * 6
+        assert receiver.receive(6, {"path": str(file.path), "mapped": True}).tolist() == [turn] * 6
     files[0].close()
     larger = MappedFile(tmp_path, 16)
     receiver.receive(16, {"path": str(larger.path), "mapped": True})

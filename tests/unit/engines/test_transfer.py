@@ -143,8 +143,7 @@ def test_workers_of_other_hosts_read_a_file_per_bucket_and_none_stays(fakes, tmp
     seen: list[int] = []
     received = fakes[0].update
     fakes[0].update = lambda info: (seen.append(len(list(tmp_path.iterdir()))), received(info))  # type: ignore[method-assign]
-    transfer = SharedMemoryTransfer(tmp_path)
-    assert not sent(transfer, reach(fakes), 1).failures
+    assert not sent(SharedMemoryTransfer(tmp_path), reach(fakes), 1).failures
     assert seen == [1, 1, 1, 0]  # the last is the announcement
     assert same(fakes[0].weights, tensors()) and same(fakes[1].weights, tensors())
     assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,7 @@ REPLY = {"role": "user", "content": "Wrong, try again."}
 
 
 def builder(directory: Path, chat_template: str | None = None, **own: Any) -> PromptBuilder:
-    templates = PromptTemplates(**own)
-    return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), templates)
+    return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), PromptTemplates(**own))
 
 
 def test_a_bridge_is_what_the_template_writes_between_two_responses(chat_directory: Path) -> None:

@@ -67,8 +67,7 @@ def test_without_the_original_config_transformers_computes_the_same(hf_directory
     import transformers
 
     hf = hf_directory(kind)
-    release = hf_to_megatron(hf, tmp_path / "megatron")
-    shutil.rmtree(release / HF_ASSETS)
+    shutil.rmtree(hf_to_megatron(hf, tmp_path / "megatron") / HF_ASSETS)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     if kind not in NAMED_OTHERWISE:
         assert_same_tensors(hf, tmp_path / "back")
@@ -221,8 +220,7 @@ def text_checkpoint(hf: Path, out: Path) -> Path:
     tensors = {n.removeprefix(prefix): t for n, t in tensors_of(hf).items() if n.startswith(prefix)}
     save_file(tensors, text / "model.safetensors", {"format": "pt"})
     (text / "config.json").write_text(json.dumps(dict(text_config(config_of(hf)))))
-    release = hf_to_megatron(text, out / "megatron")
-    shutil.rmtree(release / HF_ASSETS)
+    shutil.rmtree(hf_to_megatron(text, out / "megatron") / HF_ASSETS)
     return out / "megatron"
 
 

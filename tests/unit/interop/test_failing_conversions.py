@@ -90,8 +90,7 @@ def test_truncated_and_missing_safetensors_are_named(hf_directory, tmp_path):
 
 
 def test_a_damaged_megatron_checkpoint_is_named(hf_directory, tmp_path):
-    release = hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
-    file = release / "__0_0.distcp"
+    file = hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron") / "__0_0.distcp"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match=rf"{len(whole) - 1} bytes of __0_0.distcp, expected {len(whole)}"):

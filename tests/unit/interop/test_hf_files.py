@@ -176,8 +176,7 @@ def test_everything_but_weights_is_copied_both_ways(directory):
         (directory / name).write_text(content)
     for name in ("optimizer.pt", "model.onnx", ".hidden", "hf_quant_config.json", "rust_model.ot.h5"):
         (directory / name).write_bytes(b"0")
-    secret = directory.parent / "secret"
-    secret.write_text("a key")
+    (directory.parent / "secret").write_text("a key")
     (directory / "notes.txt").symlink_to("../secret")
     (directory / "linked").symlink_to("..")
     back, reports = there_and_back(directory)

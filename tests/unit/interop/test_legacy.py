@@ -100,10 +100,8 @@ def test_it_becomes_a_hugging_face_directory(ranks, tmp_path):
 
     model = models.model_config("gqa")
     ranks.run(legacy_files.save, tmp_path / "megatron", model, TP2_PP2, "te", world_size=4)
-    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    tensors = load_file(back / "model.safetensors")
-    key = "decoder.layers.mlp.linear_fc1.weight"
-    full = models.full_weight(key, (4, 128, 32))[3]
+    tensors = load_file(megatron_to_hf(tmp_path / "megatron", tmp_path / "back") / "model.safetensors")
+    full = models.full_weight("decoder.layers.mlp.linear_fc1.weight", (4, 128, 32))[3]
     assert torch.equal(tensors["model.layers.3.mlp.gate_proj.weight"], full[:64])
     assert torch.equal(tensors["model.layers.3.mlp.up_proj.weight"], full[64:])
     rows = models.full_weight("embedding.word_embeddings.weight", (61, 32))
@@ -157,7 +155,6 @@ def test_a_missing_or_damaged_file_is_named(saved, tmp_path):
 def test_old_versions_are_refused(tmp_path):
     file = tmp_path / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir()
-    args = argparse.Namespace(num_layers=2)
-    torch.save({"args": args, "checkpoint_version": 2.0, "model": {}}, file)
+    torch.save({"args": argparse.Namespace(num_layers=2), "checkpoint_version": 2.0, "model": {}}, file)
     with pytest.raises(CheckpointError, match=r"has checkpoint_version 2.0, expected 3.0"):
         open_weights(tmp_path)

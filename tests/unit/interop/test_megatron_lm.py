@@ -189,8 +189,7 @@ def test_megatron_lms_training_script_continues_a_run_and_this_project_continues
     assert [int(step) for step, _ in losses] == [3, 4, 5], printed[-3000:]
     assert all(0 < float(loss) < 20 for _, loss in losses)
     assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
-    loaded = ranks.run(load_theirs, setup, tmp_path / "theirs", world_size=world_size)
-    assert loaded == [5] * world_size
+    assert ranks.run(load_theirs, setup, tmp_path / "theirs", world_size=world_size) == [5] * world_size
     megatron_to_hf(tmp_path / "theirs", tmp_path / "hf", vocab_size=models.VOCAB_SIZE)
 
 

@@ -74,8 +74,7 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
 
 
 def test_what_is_not_covered_is_reported(tmp_path):
-    full = torch.zeros(4, 3)
-    torch_dist_tensors.write(tmp_path, cut("key", full, (2, 3))[:1], {})
+    torch_dist_tensors.write(tmp_path, cut("key", torch.zeros(4, 3), (2, 3))[:1], {})
     with pytest.raises(CheckpointError, match=r"holds only parts of key"):
         TorchDistReader(tmp_path).read_at(("key", ()), ())
 

@@ -33,8 +33,7 @@ def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
     Among the rows are sharp, flat and tied ones, equal models, and a student that has drifted far from the reference.
     """
     generator = torch.Generator().manual_seed(3)
-    scale = torch.linspace(0.3, 5.0, 12)[:, None]
-    reference = scale * torch.randn(12, VOCAB_SIZE, generator=generator)
+    reference = torch.linspace(0.3, 5.0, 12)[:, None] * torch.randn(12, VOCAB_SIZE, generator=generator)
     teacher = reference + torch.randn(reference.shape, generator=generator)
     student = reference + 0.5 * torch.randn(reference.shape, generator=generator)
     student[0] = teacher[0] = reference[0]

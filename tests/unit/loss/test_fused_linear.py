@@ -271,8 +271,7 @@ def test_ranks_without_rows_of_their_own(ranks: RankPool, num_tokens: int) -> No
 @every_mode
 def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
     example = Example(True)
-    hidden = example.student.clone().requires_grad_()
-    loss = call(example, hidden, example.weight, mode=mode).loss.sum()
+    loss = call(example, example.student.clone().requires_grad_(), example.weight, mode=mode).loss.sum()
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()

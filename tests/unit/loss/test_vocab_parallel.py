@@ -35,14 +35,12 @@ def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, VOCAB_SIZE)
-    scale = torch.linspace(0.3, 5.0, num_rows)[:, None]
-    student = scale * torch.randn(shape, generator=generator)
+    student = torch.linspace(0.3, 5.0, num_rows)[:, None] * torch.randn(shape, generator=generator)
     teacher = student + torch.randn(shape, generator=generator)
     teacher[::3] = 3 * torch.randn(teacher[::3].shape, generator=generator)
     teacher[1] = student[1]
     teacher[2] = 2 * student[2]
-    tokens = torch.randint(VOCAB_SIZE, (num_rows,), generator=generator)
-    return student.to(dtype), teacher.to(dtype), tokens
+    return student.to(dtype), teacher.to(dtype), torch.randint(VOCAB_SIZE, (num_rows,), generator=generator)
 
 
 def oracle_beta(s: Tensor, t: Tensor, target: Target) -> Tensor:

@@ -112,8 +112,7 @@ def selected(given: Sequence[Rollout], threshold: float = 5.0) -> tuple[list[Rol
 
 
 def test_a_low_score_replaces_a_response_by_one_behind_the_privileged_prompt():
-    given = rollouts("4 so 8$", "5 so 2$", "5 so 5$", "5 so 0$")
-    chosen, metrics, sampler = selected(given)
+    chosen, metrics, sampler = selected(rollouts("4 so 8$", "5 so 2$", "5 so 5$", "5 so 0$"))
     assert [text(one) for one in chosen] == ["4 so 8$", "4 new$", "5 so 5$", "5 new$"]
     assert [one.reward for one in chosen] == [1.0, 1.0, 0.0, 0.0]
     assert [request.prompt for request in sampler.requests] == [PAIR.teacher_prompt] * 2

@@ -93,8 +93,7 @@ def test_a_teacher_that_is_not_adapted_samples_nothing():
 
 
 def test_a_replica_without_failed_attempts_takes_part_in_the_sampling():
-    sampler = TextSampler(STEP)
-    past = method(sampler=sampler)
+    past = method(sampler=TextSampler(STEP))
     assert past.texts([], []) == ([], {"retries/reward_mean": 0, "retries/mixed_share": 0})
 
 

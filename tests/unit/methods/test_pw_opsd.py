@@ -42,8 +42,7 @@ def test_weights_are_those_of_the_paper_in_every_response(lengths, schedule):
 
 def test_tokens_without_a_hint_have_no_divergence_and_the_settings_reach_the_terms():
     method = made(["recipe=pw_opsd", "method.least_weight=0.5", "method.midpoint=0.4"], given_with(Characters()))
-    given = signals([0.0] * 3, lengths=[2, 3, 1], hinted=[True, False, True])
-    terms = method.terms(0, [], given)
+    terms = method.terms(0, [], signals([0.0] * 3, lengths=[2, 3, 1], hinted=[True, False, True]))
     wanted = expected([2, 3, 1], 0.5, 0.4, 0.1)
     assert terms.divergence.tolist() == pytest.approx([*wanted[:2], 0.0, 0.0, 0.0, wanted[5]], abs=1e-15)
     assert not (terms.advantage.any() or terms.sampled_kl.any() or terms.likelihood.any())

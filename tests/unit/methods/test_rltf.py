@@ -150,8 +150,7 @@ def four_episodes() -> Signals:
     ("baseline", "expected"), [("first_turn", (0.75, -0.25, 0.75, 0.75)), ("same_turn", (0.25, -0.75, 0.25, 0.25))]
 )
 def test_the_advantage_of_a_second_response_alone_is_that_of_the_paper_or_of_its_code(baseline, expected):
-    second = revision_advantages(four_episodes(), baseline)[1::2]
-    assert second.tolist() == list(expected)
+    assert revision_advantages(four_episodes(), baseline)[1::2].tolist() == list(expected)
 
 
 def test_an_episode_that_a_right_answer_has_ended_counts_among_the_first_turns_only():

@@ -16,8 +16,7 @@ def perplexities(*values: float) -> list[float]:
 
 def test_scope_weighs_wrong_responses_by_the_teacher():
     """The numbers of the paper's figure 2."""
-    wrong = signals([0, 0, 0], p=[0.0] * 3, q=perplexities(4.5, 2.9, 1.7))
-    terms = scope(wrong, weight=1.0, tau=1.0)
+    terms = scope(signals([0, 0, 0], p=[0.0] * 3, q=perplexities(4.5, 2.9, 1.7)), weight=1.0, tau=1.0)
     assert terms.sampled_kl.tolist() == pytest.approx((0.192353, 0.298478, 0.509169), abs=1e-6)
     assert not terms.advantage.any()
 
@@ -25,8 +24,7 @@ def test_scope_weighs_wrong_responses_by_the_teacher():
 @pytest.mark.parametrize(("tau", "expected"), [(1.0, (0.157895, 0.342105, 0.5)), (0.5, (0.063604, 0.298587, 0.637809))])
 def test_scope_weighs_right_responses_by_the_student(tau, expected):
     """The numbers of the paper's figure 2."""
-    right = signals([1, 1, 1], p=perplexities(1.2, 2.6, 3.8), q=[0.0] * 3)
-    terms = scope(right, weight=1.0, tau=tau)
+    terms = scope(signals([1, 1, 1], p=perplexities(1.2, 2.6, 3.8), q=[0.0] * 3), weight=1.0, tau=tau)
     assert terms.advantage.tolist() == pytest.approx(expected, abs=1e-6)
     assert not terms.sampled_kl.any()
 

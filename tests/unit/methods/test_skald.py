@@ -90,8 +90,7 @@ def test_the_gate_of_a_problem_opens_where_the_hinted_responses_are_better():
 
 def test_a_card_that_states_the_answer_is_not_shown():
     plain = [*group(0, problem("a", "it is 8"), [0, 0]), *group(1, problem("b"), [0, 0])]
-    sampler = TextSampler(STEP, "8$", "8$")
-    chosen, metrics = method(sampler).select(STEP, plain)
+    chosen, metrics = method(TextSampler(STEP, "8$", "8$")).select(STEP, plain)
     assert [one.hinted for one in chosen] == [False, False, True, True] and metrics["skills/advantage"] == 1
     shown, _ = method(TextSampler(STEP, *["8$"] * 4), "method.filters_answers=false").select(STEP, plain)
     assert all(one.hinted for one in shown)

@@ -80,8 +80,7 @@ def fp8(cuts: ParallelConfig, recipe: str) -> TransformerConfig:
 @pytest.mark.parametrize(("cuts", "recipe"), itertools.product(CUTS, RECIPES))
 def test_every_ranks_tokens_divide_by_what_the_recipe_takes(cuts, recipe):
     """Transformer Engine asserts multiples of 8, and blocks of 32 (mxfp8) or 128 (blockwise) to gather sequences."""
-    multiple = token_multiple(fp8(cuts, recipe))
-    tokens = multiple / cuts.context_parallel_size
+    tokens = token_multiple(fp8(cuts, recipe)) / cuts.context_parallel_size
     if cuts.sequence_parallel:
         tokens /= cuts.tensor_model_parallel_size
     assert tokens % {"mxfp8": 32, "blockwise": 128}.get(recipe, 16) == 0

@@ -193,8 +193,7 @@ def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_pr
     adds = MainGrad.of(weight, layer)
     for chunk in range(0, 256, 8):
         adds.add(hidden[chunk : chunk + 8], gradient[chunk : chunk + 8])
-    once = gradient.t() @ hidden
-    assert (weight.main_grad - exact).norm() <= 1.1 * (once.double() - exact).norm()
+    assert (weight.main_grad - exact).norm() <= 1.1 * ((gradient.t() @ hidden).double() - exact).norm()
     assert adds.for_autograd().shape == weight.shape and weight.grad_added_to_main_grad
 
 
@@ -256,8 +255,7 @@ def test_the_weight_is_read_after_the_layers_forward_hooks(ranks):
 def reasons() -> list[str | None]:
     def of(change: Any) -> str | None:
         chunks, _ = models.build(models.model_config("gqa", num_layers=1), ParallelConfig())
-        layer = unwrapped(chunks[-1]).output_layer
-        change(layer)
+        change(unwrapped(chunks[-1]).output_layer)
         return unfusable(unwrapped(chunks[-1]))
 
     class Capped(layers.ColumnParallelLinear):

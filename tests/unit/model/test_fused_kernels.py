@@ -153,8 +153,7 @@ def test_grouped_experts_with_biases_come_without_the_fusion_that_megatron_refus
     """As ``TEGroupedMLP`` asserts when it is built."""
     config = configured(ModelConfig(num_moe_experts=4, add_bias_linear=True), NODES["GPU, TE"])
     assert config.moe_grouped_gemm and not (config.add_bias_linear and config.bias_dropout_fusion)
-    dense = configured(ModelConfig(add_bias_linear=True), NODES["GPU, TE"])
-    assert dense.bias_dropout_fusion
+    assert configured(ModelConfig(add_bias_linear=True), NODES["GPU, TE"]).bias_dropout_fusion
 
 
 @pytest.mark.parametrize(("node", "fused"), [("CPU", False), ("GPU", False), ("GPU, apex", True), ("GPU, TE", True)])

@@ -108,8 +108,7 @@ def test_the_numbers_of_the_teacher_are_those_of_a_loss_that_sees_its_logits():
 def test_the_references_entropy_is_measured_where_the_loss_does_not_take_it():
     found = {name: measures(target, 512)[0].reference_entropy for name, target in TARGETS.items()}
     assert found["student"] is None and found["reference"] is None
-    reference = random_logits(NUM_TOKENS)[2, :, :90]
-    expected = entropy(reference.double().log_softmax(-1))
+    expected = entropy(random_logits(NUM_TOKENS)[2, :, :90].double().log_softmax(-1))
     torch.testing.assert_close(found["reference, the student's entropy"], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -77,8 +77,7 @@ def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order
 
 
 def test_chosen_contexts_are_those_of_a_parcel():
-    batch = batch_of(terms())
-    found = chosen(batch, [2, 0], CPU)
+    found = chosen(batch_of(terms()), [2, 0], CPU)
     assert found.contexts == [CONTEXTS[2], CONTEXTS[0]] and found.solutions == [SOLUTIONS[2], SOLUTIONS[0]]
     assert found.sampler_log_probs.equal(LOG_PROBS[[3, 4, 0, 1, 2]])
 

@@ -59,8 +59,7 @@ def coefficients(
 
     models = SimpleNamespace(token_signals=measure)
     method = made([SAMPLES, *overrides], given_with(Characters()), readers=models, problems=[PROBLEM])
-    terms = method.coefficients(0, given, [])
-    return terms(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
+    return method.coefficients(0, given, [])(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
 
 
 def test_rewards_alone_measure_nothing_and_have_no_divergence():
@@ -168,8 +167,7 @@ def test_clip_holds_the_advantage_and_neither_the_divergence_nor_the_likelihood(
 
 
 def test_token_without_weight_ignores_a_target_that_excludes_it():
-    terms = Terms.of(tensor(0.0), advantage=tensor(1.0))
-    found = term_arrays.coefficients(terms, q=-torch.inf)
+    found = term_arrays.coefficients(Terms.of(tensor(0.0), advantage=tensor(1.0)), q=-torch.inf)
     assert found.policy.item() == pytest.approx(RHO, abs=1e-11)
 
 

@@ -58,8 +58,7 @@ def divided(ranks: Any, *batches: StepBatch, **options: Any) -> list[list[tuple[
 
 def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_have_no_contexts(ranks):
     first = batch_of(("math", 3), ("default", 1), ("math", 2))
-    second = batch_of(("default", 2), ("code", 4))
-    one, other = divided(ranks, first, second)
+    one, other = divided(ranks, first, batch_of(("default", 2), ("code", 4)))
     assert one == [
         ("code", [], [], 4 / 12, False, 1),
         ("default", ["p1"], ["p1"], 7 / 12, False, 0),

@@ -138,8 +138,7 @@ def loaded(checkpoint: Path, *overrides: str) -> Config:
 
 def test_the_checkpoint_gives_the_whole_architecture(checkpoint):
     model = loaded(checkpoint).model
-    expected = models.model_config("moe", layernorm_epsilon=1e-6)
-    assert differences(model, expected) == {}
+    assert differences(model, models.model_config("moe", layernorm_epsilon=1e-6)) == {}
     assert model.vocab_size == models.VOCAB_SIZE and model.make_vocab_size_divisible_by == 8
 
 

@@ -99,8 +99,7 @@ def on(monkeypatch, tmp_path) -> Callable[[str], None]:
 def test_a_package_is_judged_by_its_version_and_its_import(on, python, name, version, error, status, words):
     on(python)
     required, optional = versions.requirements()
-    wanted = (required | optional)[name]
-    found = findings.package(name, version, wanted, error, required=name in required)
+    found = findings.package(name, version, (required | optional)[name], error, required=name in required)
     assert (found.status, found.found) == (status, words) and bool(found.fix) is (status != "ok")
 
 

@@ -99,12 +99,10 @@ def test_the_report_links_the_pages_of_its_runs_and_does_not_hold_them(record, t
 def test_a_run_that_must_not_show_contents_has_no_pages(record, tmp_path):
     run_dir = write_run(tmp_path / "private", 30, "data.kind=conversations", "conversations.show_contents=false")
     write_explored(run_dir, 10, [record])
-    report = write_report([run_dir])
-    assert blocks_of(report.read_text())["overview"]["explored"] is None
+    assert blocks_of(write_report([run_dir]).read_text())["overview"]["explored"] is None
     assert not list((run_dir / "explored").glob("*.html"))
 
 
 def test_pages_need_no_torch():
     code = "import sys, megatron_selfdistill.instruments.explorer.target_page; sys.exit('torch' in sys.modules)"
-    repository = Path(__file__).resolve().parents[4]
-    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[4], check=True)

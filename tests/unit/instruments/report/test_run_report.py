@@ -137,8 +137,7 @@ CHATS = ("data.kind=conversations",)
 
 @pytest.mark.parametrize(("overrides", "shown"), [(CHATS, False), ((*CHATS, "conversations.show_contents=true"), True)])
 def test_texts_of_chat_logs_need_show_contents_whatever_the_files_hold(tmp_path, overrides, shown):
-    run_dir = write_run(tmp_path / "chats", 30, *overrides, text="a private word")
-    blocks = blocks_of(page_of(run_dir))
+    blocks = blocks_of(page_of(write_run(tmp_path / "chats", 30, *overrides, text="a private word")))
     assert ("private" in json.dumps(blocks)) is shown
     assert ("evaluations" in blocks, "samples" in blocks) == (shown, shown)
 
@@ -185,8 +184,7 @@ def test_a_long_curve_keeps_a_spike_of_one_step_in_both_directions_and_its_ends(
     rng = random.Random(length)
     values = [rng.uniform(0.4, 0.6) for _ in range(length)]
     values[length // 3], values[length // 2] = 77.0, -77.0
-    steps = list(range(10, 10 + length))
-    differences, shown, _, _ = curve_of(steps, values)
+    differences, shown, _, _ = curve_of(list(range(10, 10 + length)), values)
     kept = list(itertools.accumulate(differences))
     assert len(kept) <= 1204 and kept == sorted(set(kept))
     at = dict(zip(kept, shown, strict=True))

@@ -256,8 +256,7 @@ def test_the_layers_with_a_window_are_those_of_transformers(written, kind, chang
     arch = architecture(found)
     assert arch["window_attn_skip_freq"] == layers
     assert arch["window_size"] == (None if window is None else (window - 1, 0))
-    described = family.describe(found)
-    assert not differences(family.model_config(described), found)
+    assert not differences(family.model_config(family.describe(found)), found)
     if kind in ("qwen2", "qwen3"):  # transformers fills in the types of the layers itself
         given = {name: value for name, value in config.items() if name != "layer_types"}
         types = hf_models.config_class(kind)(**given).layer_types
@@ -297,8 +296,7 @@ LIKE_OTHERS = {
 def test_a_model_is_known_by_its_architecture(written, kind):
     config = hf_models.config_of(written(kind)[0])
     model = family_of(config).model_config(config)
-    expected = LIKE_OTHERS.get(kind, config["architectures"][0])
-    assert family_of_model(model).architecture == expected
+    assert family_of_model(model).architecture == LIKE_OTHERS.get(kind, config["architectures"][0])
 
 
 @pytest.mark.parametrize(("key", "value"), [("softmax_type", "off-by-one"), ("layernorm_zero_centered_gamma", True)])
@@ -350,8 +348,7 @@ def test_architecture_is_the_same_for_two_spellings_of_one_model():
 def test_every_family_survives_the_arguments(kind):
     config = hf_models.hf_config(kind).to_dict() | {"architectures": []}  # the model_type names the family
     model = family_of(config).model_config(config)
-    stored = architecture_from_args(converted_args(model, "bf16"))
-    assert differences(stored, model) == {}
+    assert differences(architecture_from_args(converted_args(model, "bf16")), model) == {}
 
 
 @pytest.mark.parametrize(

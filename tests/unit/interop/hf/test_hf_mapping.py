@@ -245,8 +245,7 @@ MISTAKES = {
     full_strength=2,
 )
 def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
-    directory = written(kind)[0]
-    _, _, rules, tensors = hf_models.read(directory)
+    _, _, rules, tensors = hf_models.read(written(kind)[0])
     back: dict[str, Tensor] = {}
     for rule in rules:
         taken = [tensors[name].to(dtype) for name in rule.hf_names]

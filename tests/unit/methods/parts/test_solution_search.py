@@ -156,8 +156,7 @@ def test_two_texts_are_one_response_but_for_form(one, other, same):
 
 
 def test_the_coming_problems_are_those_of_the_next_batches_and_nothing_moves():
-    problems = ProblemSet(sums(9))
-    problem_sampler = ProblemSampler(problems, batch_size=4, seed=3)
+    problem_sampler = ProblemSampler(ProblemSet(sums(9)), batch_size=4, seed=3)
     problem_sampler.next_batch()
     coming, before = problem_sampler.coming(3), problem_sampler.state_dict()
     assert problem_sampler.state_dict() == before
