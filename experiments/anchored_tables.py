@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Write the tables of docs/method.md and docs/results.md, and two pictures, from the lines of anchored_map.py.
+"""Write tables of docs/method.md, docs/results.md and tables/, and two pictures, from the lines of anchored_map.py.
 
     python experiments/anchored_tables.py              the tables and both pictures
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
@@ -25,7 +25,7 @@ from cell_lines import DOCS, FURTHER_TABLES, Line, read_lines
 from leak_sweep import logit
 from page_tables import complete, seeds_of, short, spread, write_or_compare
 
-PAGES = (DOCS / "method.md", DOCS / "results.md", FURTHER_TABLES / "controls.md")
+PAGES = (DOCS / "method.md", DOCS / "results.md", FURTHER_TABLES / "controls.md", FURTHER_TABLES / "thinking.md")
 DEFAULT = "anchored_matched"
 NAMES = {
     "base": "before",

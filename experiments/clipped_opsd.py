@@ -8,8 +8,8 @@ script puts it in the place of the loss, on one rank.  Student and teacher think
 answer whether a target keeps a thinking base whose teacher thinks, too.
 
 Responses may have twelve attempts, where the base makes three at most.  A cell is one arm and one seed; its result is
-one line of results/clipped_opsd.jsonl, and a cell whose line is there is not run again.  anchored_tables.py writes the
-table of docs/results.md from the lines.
+one line of results/clipped_opsd.jsonl, and a cell whose line is there is not run again.  anchored_tables.py writes
+tables/thinking.md from the lines.
 
     python experiments/clipped_opsd.py             every missing cell
 """
