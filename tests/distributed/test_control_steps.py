@@ -53,7 +53,9 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_la
     anchored.assert_equals_one_rank(outcomes, name, own, order, output_layer)
 
 
-@combinations(name=[name for name, case in CASES.items() if not case.two_terms], quick={"name": QUICK_CASES}, strength=1)
+@combinations(
+    name=[name for name, case in CASES.items() if not case.two_terms], quick={"name": QUICK_CASES}, strength=1
+)
 def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
     anchored.assert_equals_definition(ranks, outcomes, CASES[name])
 
