@@ -16,19 +16,26 @@ from megatron_selfdistill.pipeline.batch import Packing
 
 
 def configured_packing(config: Config, grid: RankGrid, model: TransformerConfig, num_controls: int = 0) -> Packing:
-    """Return the packing of the steps of a run; where the states of any step fit, no step looks whether its own do."""
-    stored = stored_tokens(config, model, num_controls)
-    all_fit = math.prod(most_responses(config, grid.dp_size)) <= stored
+    """Return the packing of the steps of a run."""
     return packing_of_model(
         model,
         max_tokens=config.schedule.max_tokens,
-        pair_order=config.schedule.pair_order or ("teacher_first" if all_fit else None),
+        pair_order=pair_order_of_all_steps(config, grid.dp_size, model, num_controls),
         with_teacher=config.has_teacher,
         with_reference=config.is_anchored,
         joins_turns=joins_turns(config),
         num_controls=num_controls,
-        stored_tokens=stored,
+        stored_tokens=stored_tokens(config, model, num_controls),
     )
+
+
+def pair_order_of_all_steps(config: Config, dp_size: int, model: TransformerConfig, num_controls: int) -> str | None:
+    """Return ``schedule.pair_order``, or for null teacher_first where the states of any step fit; None if some do not.
+
+    With None each step chooses its order (`Packing.pair_order`), and those of the longest responses alternate.
+    """
+    all_fit = math.prod(most_responses(config, dp_size)) <= stored_tokens(config, model, num_controls)
+    return config.schedule.pair_order or ("teacher_first" if all_fit else None)
 
 
 def stored_tokens(config: Config, model: TransformerConfig, num_controls: int) -> float:

@@ -33,7 +33,7 @@ from megatron_selfdistill.instruments.plan.step_time import StepPart, backward_p
 from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
-from megatron_selfdistill.pipeline.configured_packing import most_responses, stored_tokens
+from megatron_selfdistill.pipeline.configured_packing import most_responses, pair_order_of_all_steps
 from megatron_selfdistill.teachers.teacher_directories import (
     TeacherCopy,
     about_architecture,
@@ -262,8 +262,8 @@ class PlannedStep:
         dp_size = num_gpus // (p.tensor_model_parallel_size * p.context_parallel_size * pp_size)
         contexts, longest = most_responses(config, dp_size)
         num_microbatches = microbatches(config, contexts, seq_length // max_length)
-        waits_for_student = contexts * longest <= stored_tokens(config, transformer, planned_controls(config))
-        pair_order = config.schedule.pair_order or ("teacher_first" if waits_for_student else "alternating")
+        controls = planned_controls(config)
+        pair_order = pair_order_of_all_steps(config, dp_size, transformer, controls) or "alternating"
         num_student, num_teacher = num_microbatches
         passes = num_teacher + num_student * config.is_anchored  # a reference reads each student microbatch
         num_chunks = p.virtual_pipeline_model_parallel_size or 1
