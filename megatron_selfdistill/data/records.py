@@ -104,7 +104,9 @@ def kind_of(path: Path) -> str:
         return "a symbolic link " + ("that leads back to itself" if is_loop else f"to {target}, which does not exist")
     if path.is_dir():
         return "a directory"
-    return "a named pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
+    if path.is_fifo():
+        return "a named pipe"
+    return "a socket" if path.is_socket() else "a device"
 
 
 @dataclass(frozen=True)

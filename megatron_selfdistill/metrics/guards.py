@@ -139,12 +139,9 @@ class Guards:
                     self.sums[key] = self.sums.get(key, 0.0) + metrics[key]
                     self.counts[key] = self.counts.get(key, 0) + 1
             else:
-                for limit in (it for it in self.limits if it.key == key):
-                    reference = self.sums[key] / self.counts[key]
-                    in_a_row = self._in_a_row(limit.option, limit.violated(metrics[key], reference))
-                    if in_a_row >= self.config.patience:
-                        message = limit.message(in_a_row, metrics[key], reference, self.counts[key])
-                        raise RunUnhealthy(f"step {step}: {message}")
+                for limit in self.limits:
+                    if limit.key == key:
+                        self._judge(step, limit, metrics[key])
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raise `RunUnhealthy` if loss/mean or gradient_norm is NaN or infinite (option non_finite).
@@ -231,6 +228,12 @@ class Guards:
         """Count a step that violates the limit of ``option``, or one that does not; return the present count."""
         self.violations[option] = self.violations.get(option, 0) + 1 if violated else 0
         return self.violations[option]
+
+    def _judge(self, step: int, limit: Limit, value: float) -> None:
+        reference = self.sums[limit.key] / self.counts[limit.key]
+        in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
+        if in_a_row >= self.config.patience:
+            raise RunUnhealthy(f"step {step}: {limit.message(in_a_row, value, reference, self.counts[limit.key])}")
 
 
 def student_samples(config: Config) -> bool:

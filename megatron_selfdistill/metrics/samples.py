@@ -296,8 +296,8 @@ def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
         less, more = f"{LESS[0]}less likely{LESS[1]}", f"{MORE[0]}more likely{MORE[1]}"
         text.append(f"\nmarks: {less} or {more} by {STRONG:g} nat or more for the teacher than for the student")
         text.append(f"\nlargest loss: {_largest(sample)}")
-    if sample.news is not None:
-        text.append("\nnews per token: {:.3g} nats that any hint has, {:.3g} of this one only".format(*sample.news))
+    if (news := sample.news) is not None:
+        text.append("\nnews per token: {:.3g} nats that any hint has, {:.3g} of this one only".format(*news))
     return text
 
 

@@ -152,7 +152,7 @@ def build_optimizer(
     )
     megatron_optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=not cpu.ON_CPU)
     num_warmup_steps = optimizer.lr_warmup_steps or 0  # a run has replaced null (`resumption.with_warmup`)
-    return megatron_optimizer, OptimizerParamScheduler(
+    scheduler = OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=0.0,
         max_lr=optimizer.lr,
@@ -167,6 +167,7 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+    return megatron_optimizer, scheduler
 
 
 def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:

@@ -73,7 +73,8 @@ def assert_solved(
     assert has_root.any() and (stats.status[has_root] == Status.MATCHED).all()
     assert (stats.status != Status.UNCONVERGED).all()
     loss, exact, target_entropy, reverse, log_q = at_beta(student, teacher, stats.beta, target, kind)
-    assert (target_entropy - entropy(student.double().log_softmax(-1)))[has_root].abs().max() <= 1e-5
+    mismatch = target_entropy - entropy(student.double().log_softmax(-1))
+    assert mismatch[has_root].abs().max() <= 1e-5
     scale = (stats.beta.double() * target.geometric_k / 2).clamp(min=1)  # of float32's rounding, times beta
     assert ((stats.target_entropy - target_entropy).abs() <= 6e-6 * scale).all()
     assert ((stats.loss - loss).abs() <= 6e-6 * scale + 1e-6 * loss).all()

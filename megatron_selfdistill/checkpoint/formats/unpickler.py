@@ -99,6 +99,11 @@ class _Array(np.ndarray[Any, Any]):
         return self.view(np.ndarray).__reduce_ex__(protocol)  # a checkpoint never names this class
 
 
+def _storage_of(data: bytes) -> Any:
+    """Return the storage of a tensor that another pickle than ``torch.save``'s holds as bytes."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 def _allowed() -> dict[str, Any]:
     """Return what a pickle gets for each global that a Megatron checkpoint needs."""
     table: dict[str, Any] = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _CLASSES}
@@ -125,10 +130,8 @@ def _allowed_in_bare_pickles() -> dict[str, Any]:
     table |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     for function in (torch._utils._rebuild_tensor_v2, torch.serialization._get_layout):
         table[f"{function.__module__}.{function.__qualname__}"] = function
-    for name in ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes"):
-        # The storage of a tensor that another pickle than ``torch.save``'s holds as bytes.
-        table[name] = lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return table
+    names = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+    return table | dict.fromkeys(names, _storage_of)
 
 
 class _Unpickler(_PythonUnpickler):

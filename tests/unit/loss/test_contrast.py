@@ -181,12 +181,14 @@ def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() ->
     target, habit = TARGETS["student"], torch.randn(VOCAB_SIZE, dtype=torch.float64)
     before = mixed_target(student, teacher, target, control_logits=controls.log_softmax(-1)).log_q
     # A factor of every probability, which each control shares: the controls stay normalised relative to each other.
-    mean = ((controls.log_softmax(-1) + habit).logsumexp(0) - math.log(K))[None].expand(K, -1, -1)
+    shifted = controls.log_softmax(-1) + habit
+    mean = (shifted.logsumexp(0) - math.log(K))[None].expand(K, -1, -1)
     after = mixed_target(student, teacher + habit, target, control_logits=mean).log_q
     torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
     news = teacher.clone()
     news[0, 7] += 3.0
-    assert mixed_target(student, news, target, control_logits=controls).log_q[0, 7] > before[0, 7] + 1.0
+    raised = mixed_target(student, news, target, control_logits=controls).log_q
+    assert raised[0, 7] > before[0, 7] + 1.0
 
 
 def test_a_share_of_the_reference_ends_at_the_reference_plus_the_news_and_none_ends_in_certainty() -> None:
