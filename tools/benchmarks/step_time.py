@@ -7,13 +7,12 @@ r"""Measure the price of self-distillation: a training step, against next-token 
 
 The target mixes the teacher with the student (target.anchor=student); anchored_cost.py measures what a reference adds.
 The model is random and dense; prompts, hints and responses have fixed lengths, and its own sampler generates the
-responses.  Steps of self-distillation and of next-token training (the same student contexts packed for themselves, no
-teacher, no rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token
-training on the microbatches of self-distillation) and the teacher's forward (hidden states of its microbatches, and
-logits at their response positions).  Every ratio is the median, over the rounds, of the ratio within one round, so that
-other load on the machine affects both sides.  On a CPU the script compares the processor's time, which depends less on
-other work.  Additional steps are timed part by part, with a wait for the device at each boundary, and give the shares.
-The script uses no pipeline, because the parts of stages overlap.
+responses.  Steps of self-distillation in both orders of its microbatches (schedule.pair_order) take turns with what it
+cannot avoid: next-token training (the same student contexts, no teacher, no rollout) and the teacher's forward (hidden
+states of its microbatches, and logits at their response positions).  Every ratio is the median, over the rounds, of the
+ratio within one round, so that other load on the machine affects both sides.  On a CPU the script compares the
+processor's time, which depends less on other work.  Additional steps are timed part by part, with a wait for the device
+at each boundary, and give the shares.  The script uses no pipeline, because the parts of stages overlap.
 
     output layer    the logits of teacher and student; with --fused low_memory those that backward makes again, too
     loss            its passes over the logits, the one that writes their gradient included
@@ -41,14 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_selfdistill.distributed.terminal import silence_known_warnings
 
-NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
-PAIRED = "alternating"
-TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"
+NEXT_TOKEN, TEACHER_FORWARD = "next token", "teacher's forward"
+DISTILLATION, ALTERNATING = "self-distillation", "self-distillation, alternating"
 LABELS = {
     NEXT_TOKEN: "next-token training, forward to optimizer",
-    STUDENT_STEP: "student's step: next-token training on the microbatches of self-distillation",
     TEACHER_FORWARD: "teacher's forward",
     DISTILLATION: "self-distillation, forward to optimizer",
+    ALTERNATING: "the same with pair_order=alternating",
 }
 
 
@@ -66,18 +64,18 @@ def main() -> None:
     for repeat in range(arguments.repeats + 1):
         bench.sync()
         responses = bench.rollout()
-        batch, alone = bench.packed(responses, paired=arguments.order == PAIRED), bench.packed(responses)
+        batch, pairs = bench.packed(responses), bench.packed(responses, paired=True)
         contenders: dict[str, Callable[[], Any]] = {
-            NEXT_TOKEN: lambda b=alone: bench.train(b, distil=False),  # type: ignore[misc]
-            STUDENT_STEP: lambda b=batch: bench.train(b, distil=False),  # type: ignore[misc]
+            NEXT_TOKEN: lambda b=batch: bench.train(b, distil=False),  # type: ignore[misc]
             TEACHER_FORWARD: lambda b=batch: bench.teacher_forward(b),  # type: ignore[misc]
             DISTILLATION: lambda b=batch: bench.train(b),  # type: ignore[misc]
+            ALTERNATING: lambda b=pairs: bench.train(b),  # type: ignore[misc]
         }
         num_microbatches = {
-            NEXT_TOKEN: len(alone.student),
-            STUDENT_STEP: len(batch.student),
+            NEXT_TOKEN: len(batch.student),
             TEACHER_FORWARD: len(batch.teacher),
             DISTILLATION: len(batch.teacher + batch.student),
+            ALTERNATING: len(pairs.teacher + pairs.student),
         }
         names = list(contenders)[:: 1 if repeat % 2 else -1]  # no contender always comes after the same one
         seconds = {name: _seconds(contenders[name]) for name in names}
@@ -283,7 +281,7 @@ def _table(
 
     parts = {name: statistics.median(found[name] for found in by_part) for name in PARTS}
     beside = parts["rollout"] + parts["weight sync"]
-    overhead = median_ratio([DISTILLATION], [STUDENT_STEP, TEACHER_FORWARD])
+    overhead = median_ratio([DISTILLATION], [NEXT_TOKEN, TEACHER_FORWARD])
     tokens = arguments.problems * arguments.response * bench.grid.dp_size
     unit = "seconds" if torch.cuda.is_available() else "CPU seconds"
     lines = [
@@ -303,7 +301,7 @@ def _table(
         f"| self-distillation, whole step | {num_microbatches[DISTILLATION]} | {median(DISTILLATION) + beside:.3f} "
         f"| {median_ratio([DISTILLATION], [NEXT_TOKEN], beside):.2f} |",
         "",
-        f"Self-distillation takes {overhead:.3f} of the student's step and the teacher's forward together.",
+        f"Self-distillation takes {overhead:.3f} of next-token training and the teacher's forward together.",
         "",
         f"| part | {unit} | share | response tokens/s |",
         "|---|---|---|---|",
@@ -339,9 +337,6 @@ def _parser() -> argparse.ArgumentParser:
             "repeats": 5,
             "threads": 1,
         },
-    )
-    parser.add_argument(
-        "--order", choices=("teacher_first", PAIRED), default="teacher_first", help="schedule.pair_order"
     )
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
     parser.add_argument(

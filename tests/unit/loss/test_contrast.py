@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from called_collectives import GATHER, called_collectives
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
@@ -333,7 +334,8 @@ def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
     """Return what the fused layer and the loss of logits give on a rank that has a share of the columns."""
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
     layer, target = Layer.made(9), TARGETS[name]
-    fused = layer.fused(target, mode, 4, vocab)
+    with called_collectives() as called:
+        fused = layer.fused(target, mode, 4, vocab)
     _, teacher, _, controls = (
         torch.nn.functional.pad(it, (0, PADDED_VOCAB_SIZE - VOCAB_SIZE), value=9.0)[..., vocab.start :][
             ..., : vocab.size
@@ -341,7 +343,8 @@ def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
         for it in layer.logits()
     )
     normalisers = log_normalisers(controls, vocab, TORCH)
-    return *fused, normalisers, contrast(teacher, controls, normalisers)[:, : vocab.num_valid], vocab.start
+    difference = contrast(teacher, controls, normalisers)[:, : vocab.num_valid]
+    return *fused, normalisers, difference, vocab.start, called
 
 
 FUSED = [("student", "low_memory"), ("reference", "keep_gradient"), ("a share of the reference", "low_memory")]
@@ -355,7 +358,10 @@ def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, name: str, mo
     _, teacher, _, controls = layer.logits()
     whole = contrast(teacher, controls, row_log_sums(controls, VOCAB_SIZE))
     results = ranks.run(on_a_rank, name, mode, world_size=world_size)
-    for own_loss, own_hidden, own_weight, normalisers, difference, start in results:
+    of_anchor = 3 if target.reference_share else 0  # the entropy of the mixed anchor, once per chunk
+    for own_loss, own_hidden, own_weight, normalisers, difference, start, called in results:
+        # Three chunks of at most 4 tokens; their normalisers for at most 2 = ceil(4 / K) tokens at a time.
+        assert called == [GATHER] * (3 * 3 + 5 + of_anchor) + ["all_reduce"]
         torch.testing.assert_close(own_loss, loss, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(own_hidden, of_hidden, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(own_weight, of_weight[start : start + len(own_weight)], rtol=1e-7, atol=1e-9)

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.distributed as dist
+from called_collectives import COLLECTIVES, GATHER, called_collectives
 from logit_pairs import DIVERGENCES, TARGETS, entropy, kl
 from ranks import RankPool
 from torch import Tensor
@@ -19,13 +20,6 @@ from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, Vo
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
 CASES = list(itertools.product(TARGETS, DIVERGENCES))
 every_case = pytest.mark.parametrize(("rule", "kind"), CASES)
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-COLLECTIVES = [
-    name
-    for name in dir(dist)
-    if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv"))
-    and callable(getattr(dist, name))
-]
 
 
 def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,16 +205,7 @@ def count_collectives(kind: Divergence, rule: Target, num_rows: int) -> tuple[li
     student, teacher, tokens = logits(num_rows=max(num_rows, 3))
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
     s = student[:num_rows, : vocab.size].clone().requires_grad_()
-    called: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in COLLECTIVES:
-            original = getattr(dist, name)
-
-            def counted(*args: object, _name: str = name, _original=original, **kwargs: object) -> object:
-                called.append(_name)
-                return _original(*args, **kwargs)
-
-            patch.setattr(dist, name, counted)
+    with called_collectives() as called:
         arguments = {"target": rule, "divergence": kind, "vocab": vocab}
         stats = distillation_loss(s, teacher[:num_rows, : vocab.size], tokens[:num_rows], **arguments)
         forward = list(called)
