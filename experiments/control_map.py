@@ -69,7 +69,7 @@ from control_rivals import PATCHES  # noqa: E402
 from control_tables import CHOOSING_TASKS, FIXED_TARGETS, LINES, LONG, OF_LONG_RUNS, TIMES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
-from _lib.pretraining import Base  # noqa: E402
+from _lib.pretraining import Base, make_base  # noqa: E402
 from _lib.variants import Variant  # noqa: E402
 from _lib.watched_runs import watch  # noqa: E402
 
@@ -156,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for task in options.tasks or (CHOOSING_TASKS if options.choose else TASKS):
                 if (task, arm, seed) not in done:
                     cell = Cell(dataclasses.replace(EXPERIMENTS[task], arms=arms), arm, seed)
+                    make_base(cell.experiment.task, seed, options.directory / "bases")  # without the patch
                     with PATCHES.get(arm, contextlib.nullcontext)():
                         run_cell(cell, options.lines, options.directory)
     return 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -36,3 +37,9 @@ def test_the_tables_of_a_page_are_those_of_the_recorded_results(script, monkeypa
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(path), run_name="__main__")
     assert not end.value.code, f"the tables of docs/{PAGES[script]} differ from the recorded results"
+
+
+def test_no_recorded_run_beside_controls_has_a_base_that_guesses():
+    """A base whose pretraining has failed has an entropy of 3 nats per token, and one that knows its task below 1."""
+    lines = (REPOSITORY / "experiments" / "results" / "control_map.jsonl").read_text(encoding="utf-8").splitlines()
+    assert max(max(json.loads(line)["entropy"]) for line in lines) < 2
