@@ -37,8 +37,8 @@ LONG = f"_x{TIMES}"
 """The end of the name of an experiment of `TIMES` the steps of its task."""
 OF_LONG_RUNS = {"controls_of_student": "the student", SHARED: "l = .1"}
 """The arms of these runs, and their anchors."""
-RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
-"""Targets of others, on the seeds `OF_RIVALS`."""
+RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region", "teacher_alone_again": "the teacher alone again"}
+"""Targets of others, on the seeds `OF_RIVALS`, and the teacher alone on their bases."""
 OF_RIVALS = (11, 12, 13)
 
 
