@@ -5,8 +5,8 @@
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
 A table stands between <!-- table NAME --> and <!-- end NAME --> in a page; NAME is one of `TABLES`, ablations, sweep,
-flips, clipped, whose lines are those of clipped_opsd.py, or controls, compared and long, whose lines are those of
-control_map.py.  A table shows the seeds that have a line for every arm of it.
+flips, clipped, whose lines are those of clipped_opsd.py, or controls, compared, again and long, whose lines are those
+of control_map.py.  A table shows the seeds that have a line for every arm of it.
 """
 
 from __future__ import annotations
@@ -119,12 +119,10 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the table ``name`` of the page: of `TABLES`, the sweep, OPSD's clip, or the weights of a flip."""
     if name == "clipped":
         return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
-    if name == "controls":
-        return control_tables.table_of_choices(read_lines(control_tables.LINES))
+    if name in control_tables.TABLES:
+        return control_tables.TABLES[name](read_lines(control_tables.LINES))
     if name == "compared":
         return control_tables.table_of_comparison(read_lines(control_tables.LINES), lines)
-    if name == "long":
-        return control_tables.table_of_long_runs(read_lines(control_tables.LINES))
     if name == "flips":
         return flips()
     if name == "ablations":

@@ -37,9 +37,11 @@ LONG = f"_x{TIMES}"
 """The end of the name of an experiment of `TIMES` the steps of its task."""
 OF_LONG_RUNS = {"controls_of_student": "the student", SHARED: "l = .1"}
 """The arms of these runs, and their anchors."""
-RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region", "teacher_alone_again": "the teacher alone again"}
-"""Targets of others, on the seeds `OF_RIVALS`, and the teacher alone on their bases."""
+RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
+"""Targets of others, on the seeds `OF_RIVALS`."""
 OF_RIVALS = (11, 12, 13)
+AGAIN = "_again"
+"""The end of the names of the fixed targets on later bases, which the rivals have on the same tasks."""
 
 
 def table_of_choices(lines: Sequence[Line]) -> list[str]:
@@ -75,7 +77,7 @@ def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
 def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the fixed targets and of controls with a shared anchor, on the same seeds.
 
-    The rivals are beside them, where they have run on all of `OF_RIVALS`.
+    The rivals are beside them, where they have run on all of `OF_RIVALS` and on the same bases.
     ``lines``: those of controls; ``of_fixed``: those of anchored_map.py.
     """
     arms = (*FIXED_TARGETS, SHARED)
@@ -84,15 +86,36 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
     labels = [LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")]
     beside = [f"{label} ({OF_RIVALS[0]}-{OF_RIVALS[-1]})" for label in RIVALS.values()]
     rows, losses = [["task", "seeds", *labels, *beside], ["---"] * (2 + len(arms) + len(RIVALS))], []
-    compared = {line["experiment"] for line in of_fixed}
+    compared, later = {line["experiment"] for line in of_fixed}, tasks_of_later_bases(lines)
     for task in dict.fromkeys(x["experiment"] for x in lines if x["arm"] == SHARED and x["experiment"] in compared):
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
         of_rivals = [[found[task, arm, s] for s in OF_RIVALS if (task, arm, s) in found] for arm in RIVALS]
-        beside = [short(mean(own)) if len(own) == len(OF_RIVALS) else "" for own in of_rivals]
+        whole = [len(own) == len(OF_RIVALS) and task not in later for own in of_rivals]
+        beside = [short(mean(own)) if shown else "" for own, shown in zip(of_rivals, whole, strict=True)]
         of_targets = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
         rows.append([task, f"{seeds[0]}-{seeds[-1]}", *of_targets, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
         rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True)), *[""] * len(RIVALS)])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def table_of_later_bases(lines: Sequence[Line]) -> list[str]:
+    """Return the sampled accuracy of the fixed targets and the rivals on later bases of the seeds `OF_RIVALS`."""
+    labels = {f"{arm}{AGAIN}": LABELS[arm] for arm in FIXED_TARGETS} | RIVALS
+    found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in lines}
+    rows = [[f"seeds {OF_RIVALS[0]}-{OF_RIVALS[-1]}", *labels.values()], ["---"] * (1 + len(labels))]
+    for task in tasks_of_later_bases(lines):
+        scores = [[found[task, arm, seed] for seed in OF_RIVALS if (task, arm, seed) in found] for arm in labels]
+        rows.append([task, *(spread(own) if len(own) == len(OF_RIVALS) else "" for own in scores)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def tasks_of_later_bases(lines: Sequence[Line]) -> list[str]:
+    """Return the tasks on which a fixed target has run again."""
+    return list(dict.fromkeys(line["experiment"] for line in lines if line["arm"].endswith(AGAIN)))
+
+
+TABLES = {"controls": table_of_choices, "long": table_of_long_runs, "again": table_of_later_bases}
+"""Name of a table -> the function that returns its rows from the lines."""
