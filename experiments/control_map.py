@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", action="store_true", help=f"the cells of {TIMES} times the steps")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="(default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="(default: 11 12 13 14 15; with --choose 1 2)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="(default: 11 12 13 14 15; with --choose 1 2, with --long 11 12 13)"
+    )
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/control_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/control_map"), help="bases and runs")
     options = parser.parse_args(argv)
@@ -153,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(line["experiment"], line["arm"], line["seed"]) for line in read_lines(options.lines)}
     prepare_process()
     if options.long:
-        for seed, arm, task in product(SEEDS[:3], options.arms or OF_LONG_RUNS, options.tasks or LONG_TASKS):
+        for seed, arm, task in product(
+            options.seeds or SEEDS[:3], options.arms or OF_LONG_RUNS, options.tasks or LONG_TASKS
+        ):
             if (task + LONG, arm, seed) not in done:
                 run_cell(long_cell(task, arm, seed), options.lines, options.directory)
         return 0
