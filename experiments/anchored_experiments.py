@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +170,8 @@ class Cell:
     experiment: Experiment
     arm: str
     seed: int
+    patch: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What is in force while the run trains, and not while its base is pretrained."""
 
     def run(self, root: Path, directory: Path) -> Figures:
         """Train and measure in ``directory``, with the base under ``root``; return the figures of the cell's line."""
@@ -188,12 +191,13 @@ class Cell:
         if experiment.arms is SWEEP:
             return shown | self._leaks(unguarded, base, directory)
         variant = unguarded.on(problems)
-        if experiment.measure is not None:
-            steps = (0,) if self.arm == "base" else experiment.steps
-            return shown | experiment.measure(variant, base, directory, steps)
-        if self.arm == "base":
-            return measured_base(variant, base, directory, experiment)
-        return shown | self._columns(variant, base, directory)
+        with self.patch():
+            if experiment.measure is not None:
+                steps = (0,) if self.arm == "base" else experiment.steps
+                return shown | experiment.measure(variant, base, directory, steps)
+            if self.arm == "base":
+                return measured_base(variant, base, directory, experiment)
+            return shown | self._columns(variant, base, directory)
 
     def _columns(self, variant: Variant, base: Base, directory: Path) -> Figures:
         experiment = self.experiment

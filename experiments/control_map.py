@@ -70,10 +70,10 @@ sys.path[:0] = [str(REPOSITORY / "examples")]
 from anchored_experiments import EXPERIMENTS, SEEDS, SIX, Cell, Figures, columns  # noqa: E402
 from anchored_map import run_cell  # noqa: E402
 from control_rivals import PATCHES  # noqa: E402
-from control_tables import CHOOSING_TASKS, FIXED_TARGETS, LINES, LONG, OF_LONG_RUNS, TIMES  # noqa: E402
+from control_tables import AGAIN, CHOOSING_TASKS, FIXED_TARGETS, LINES, LONG, OF_LONG_RUNS, TIMES  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
-from _lib.pretraining import Base, make_base  # noqa: E402
+from _lib.pretraining import Base  # noqa: E402
 from _lib.variants import Variant  # noqa: E402
 from _lib.watched_runs import watch  # noqa: E402
 
@@ -113,7 +113,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "controls_other_hint": setting(2, 0.75, "data.solutions=other"),
     "topd": (*SIX["teacher_alone"], "loss.fused=none"),
     "trust_region": SIX["teacher_alone"],
-    **{f"{name}_again": SIX[name] for name in FIXED_TARGETS},
+    **{f"{name}{AGAIN}": SIX[name] for name in FIXED_TARGETS},
 }
 """The arms that are reported; the numbers are those that `CHOICES` has chosen."""
 LONG_TASKS = ("leak", "quickstart", "many_answers")
@@ -151,24 +151,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/control_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/control_map"), help="bases and runs")
     options = parser.parse_args(argv)
-    arms, seeds = (CHOICES, (1, 2)) if options.choose else (ARMS, SEEDS)
+    arms, seeds = (CHOICES, (1, 2)) if options.choose else (ARMS, SEEDS[:3] if options.long else SEEDS)
+    seeds = options.seeds or seeds
     done = {(line["experiment"], line["arm"], line["seed"]) for line in read_lines(options.lines)}
     prepare_process()
     if options.long:
-        for seed, arm, task in product(
-            options.seeds or SEEDS[:3], options.arms or OF_LONG_RUNS, options.tasks or LONG_TASKS
-        ):
+        for seed, arm, task in product(seeds, options.arms or OF_LONG_RUNS, options.tasks or LONG_TASKS):
             if (task + LONG, arm, seed) not in done:
                 run_cell(long_cell(task, arm, seed), options.lines, options.directory)
         return 0
-    for seed in options.seeds or seeds:
+    for seed in seeds:
         for arm in options.arms or arms:
             for task in options.tasks or (CHOOSING_TASKS if options.choose else TASKS):
                 if (task, arm, seed) not in done:
-                    cell = Cell(dataclasses.replace(EXPERIMENTS[task], arms=arms), arm, seed)
-                    make_base(cell.experiment.task, seed, options.directory / "bases")  # without the patch
-                    with PATCHES.get(arm, contextlib.nullcontext)():
-                        run_cell(cell, options.lines, options.directory)
+                    experiment = dataclasses.replace(EXPERIMENTS[task], arms=arms)
+                    cell = Cell(experiment, arm, seed, PATCHES.get(arm, contextlib.nullcontext))
+                    run_cell(cell, options.lines, options.directory)
     return 0
 
 

@@ -92,8 +92,7 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
         of_rivals = [[found[task, arm, s] for s in OF_RIVALS if (task, arm, s) in found] for arm in RIVALS]
-        whole = [len(own) == len(OF_RIVALS) and task not in later for own in of_rivals]
-        beside = [short(mean(own)) if shown else "" for own, shown in zip(of_rivals, whole, strict=True)]
+        beside = ["" if task in later or len(own) < len(OF_RIVALS) else short(mean(own)) for own in of_rivals]
         of_targets = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
         rows.append([task, f"{seeds[0]}-{seeds[-1]}", *of_targets, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
