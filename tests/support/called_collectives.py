@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+GATHER, REDUCE_SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if hasattr(dist, "all_gather_single")
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
 COLLECTIVES = [
     name
     for name in dir(dist)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bytes_alive import BytesAlive
+from called_collectives import GATHER
 from tiers import combinations
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from tests.unit.model import test_grouped_experts as grouped_experts
 
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 EVERYTHING = 2**30
 ONE_BY_ONE = 1
 SOME = 20_000

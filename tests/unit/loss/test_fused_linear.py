@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from called_collectives import GATHER, REDUCE_SCATTER, called_collectives
 from fused_layer import (
     CHUNK,
     DIVERGENCES,
@@ -35,13 +35,6 @@ from torch import Tensor
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-
-GATHER, REDUCE_SCATTER = (
-    ("all_gather_single", "reduce_scatter_single")
-    if hasattr(dist, "all_gather_single")
-    else ("all_gather_into_tensor", "reduce_scatter_tensor")
-)
-
 
 LOGITS_ERROR = WIDTH * 2.0**-24 * WIDTH * 2 / math.pi
 """The largest error of a logit: that of `WIDTH` products of normal numbers, whose mean size is 2 / pi."""
@@ -166,16 +159,6 @@ def test_a_given_weight_gradient_takes_all_of_it_in_backward_and_hands_autograd_
     assert weight.grad is not None and (weight.grad == 3 * 7.0).all()
 
 
-def counting(calls: dict[str, int], name: str) -> Callable[..., Any]:
-    collective = getattr(dist, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[name] += 1
-        return collective(*args, **kwargs)
-
-    return counted
-
-
 def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenStats, Tensor, Tensor, dict[str, int]]]:
     """Run each (tied, mode, form of hidden states) on this rank, and count how often it calls each collective."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -193,11 +176,9 @@ def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenSta
             own[: counts[rank]] = example.student[owner == rank]
             options = {"hidden": own, "gather_indices": owner * longest + places}
             options["teacher_hidden"] = example.teacher[:, cut]
-        with pytest.MonkeyPatch.context() as patch:
-            calls = dict.fromkeys((GATHER, "all_reduce", REDUCE_SCATTER), 0)
-            for name in calls:
-                patch.setattr(dist, name, counting(calls, name))
+        with called_collectives() as called:
             stats, dgrad, wgrad = fused(example, Target(anchor="student"), Divergence(), mode, group=group, **options)
+        calls = {name: called.count(name) for name in (GATHER, "all_reduce", REDUCE_SCATTER)}
         assert dgrad is not None and wgrad is not None
         if sequence_parallel:  # back into the order of tokens
             assert (dgrad[counts[rank] :] == 0).all(), "rows that no token needs"
