@@ -129,7 +129,7 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 test-trainers: venv ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" trl
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
-		$(BIN)/python -m pytest -q -m "not timing" tests/trainers $(ARGS)
+		$(BIN)/python -m pytest -q -n 2 $(IN_PARALLEL) -m "not timing" tests/trainers $(ARGS)
 
 test-clusters: venv ## run the tests with the real Ray, the schemas of Kubernetes and hadolint (Linux, x86_64)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" clusters
