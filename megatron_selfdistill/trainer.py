@@ -36,7 +36,7 @@ from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.metrics.first_checks import check_identity, check_teacher_canary
-from megatron_selfdistill.metrics.guards import Guards, student_samples
+from megatron_selfdistill.metrics.guards import Guards
 from megatron_selfdistill.metrics.leakage import leak_counts, telling_words
 from megatron_selfdistill.metrics.log import configured_log
 from megatron_selfdistill.metrics.phases import Phases
@@ -109,7 +109,7 @@ class Trainer:
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         readings = LearnerReadings(self.learner)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, readings)
-        falls, samples = config.needs.loss_should_fall, student_samples(config)
+        falls, samples = config.needs.loss_should_fall, config.student_samples
         self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0

@@ -28,6 +28,7 @@ QUIET = ("metrics.console_every=0", "metrics.show_samples=0", "evaluation.every=
 WITHOUT_GUARDS = (
     *("guards.entropy.max_ratio=null", "guards.entropy.min_ratio=null"),
     *("guards.min_length_ratio=null", "guards.max_loss_ratio=null", "guards.max_loop_rise=null"),
+    "guards.max_truncated_rise=null",
 )
 """Overrides with which also an unhealthy run trains to its end."""
 

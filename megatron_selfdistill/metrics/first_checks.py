@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.config.schema.data_config import plays_episodes
 from megatron_selfdistill.config.schema.whole_config import trains_all_weights
-from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, RunUnhealthy, student_samples
+from megatron_selfdistill.metrics.guards import LOOPS, MANY_LOOPS, TRUNCATED, RunUnhealthy
 
-OF_SAMPLES = ("student_nll", "entropy/student", "response/truncated_share", LOOPS)
+OF_SAMPLES = ("student_nll", "entropy/student", TRUNCATED, LOOPS)
 """The metrics that say something about the student only if the student samples the responses."""
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
@@ -76,14 +76,14 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
 def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return the `first_step_advice` of a run for the metrics of its first step, as warnings.
 
-    The responses are judged if `student_samples`.  The target is judged if the teacher differs from its
+    The responses are judged if the student samples them.  The target is judged if the teacher differs from its
     anchor, by more than `SILENT_KL`.
     """
     differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.needs.reads_one_prompt
     known = {
         key: value
         for key, value in metrics.items()
-        if (student_samples(config) or key not in OF_SAMPLES) and (differs or key != "target/let_through")
+        if (config.student_samples or key not in OF_SAMPLES) and (differs or key != "target/let_through")
     }
     return [f"warning: {sentence}" for sentence in first_step_advice(config, known)]
 

@@ -6,18 +6,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.method_config import STUDENT
-from megatron_selfdistill.config.schema.run_config import GuardsConfig
+if TYPE_CHECKING:  # the report reads `ENTROPY_RISE`, and answers without the libraries of the configuration
+    from megatron_selfdistill.config.schema.run_config import GuardsConfig
 
 LOSS = "loss/mean"
 """The metric whose rise `GuardsConfig.max_loss_ratio` bounds."""
 LOOPS = "response/loop_share"
 """The metric of the share of responses that end in a loop."""
-LOSS_RISE = 0.1
-"""The smallest rise of the loss, in nats per token, for which guards.max_loss_ratio stops a run."""
+TRUNCATED = "response/truncated_share"
+"""The metric of the share of responses that are cut at rollout.max_new_tokens."""
+LOSS_RISE, ENTROPY_RISE = 0.1, 0.05
+"""The smallest rises of the loss and of the entropy, in nats per token, for which guards.max_loss_ratio and
+guards.entropy.max_ratio stop a run: a tiny reference alone does not."""
 DISTANCE = "sampler/log_prob_mean_abs_diff"
 """The metric that compares the log-probs of the engine and the trainer over all sampled tokens."""
 WORST = "sampler/log_prob_worst_response"
@@ -73,26 +75,29 @@ def limits_of(config: GuardsConfig, loss_should_fall: bool, student_samples: boo
         "responses no longer show their work: read some responses, and change data.teacher_template or the teacher"
     )
     earlier = "read the samples, and resume from an earlier checkpoint with a lower optimizer.lr"
+    no_end = f"raise rollout.max_new_tokens if responses have only grown, or else {earlier}"
     limits = []
     if loss_should_fall and (most := config.max_loss_ratio) is not None:
         limits.append(Limit("loss explosion", LOSS, "max_loss_ratio", most, steps_too_large, False, LOSS_RISE))
     if (least := entropy.min_ratio) is not None:
         limits.append(Limit("entropy collapse", key, "entropy.min_ratio", least, certain))
     if (most := entropy.max_ratio) is not None:
-        limits.append(Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, entropy.min_rise))
+        limits.append(Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, ENTROPY_RISE))
     if (least := config.min_length_ratio) is not None:
         limits.append(Limit("length collapse", "response/length_mean", "min_length_ratio", least, no_work))
     if student_samples and (rise := config.max_loop_rise) is not None:
         limits.append(Limit("loops", LOOPS, "max_loop_rise", 1.0, earlier, False, rise))
+    if student_samples and (rise := config.max_truncated_rise) is not None:
+        limits.append(Limit("responses without an end", TRUNCATED, "max_truncated_rise", 1.0, no_end, False, rise))
     return limits
 
 
 class Guards:
     """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
-    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student, response/length_mean and `LOOPS`; a
-    guard is silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same
-    step.
+    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student, response/length_mean, `LOOPS` and
+    `TRUNCATED`; a guard is silent if the run does not have its metric.  All ranks get the same metrics, so all ranks
+    raise at the same step.
     `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
@@ -108,8 +113,8 @@ class Guards:
 
         Without ``engines`` the responses come from elsewhere, and their distance from the trainer is not judged.
         ``loss_should_fall``: whether the loss is a divergence that nothing but training changes, so that its rise is
-        judged.  ``student_samples``: whether the student samples the responses, so that a rise of their loops is
-        judged.
+        judged.  ``student_samples``: whether the student samples the responses, so that a rise of their loops, or of
+        those that are cut, is judged.
         """
         self.config, self.engines, self.student_samples = config, engines, student_samples
         self.has_warned: set[str] = set()
@@ -234,8 +239,3 @@ class Guards:
         in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
         if in_a_row >= self.config.patience:
             raise RunUnhealthy(f"step {step}: {limit.message(in_a_row, value, reference, self.counts[limit.key])}")
-
-
-def student_samples(config: Config) -> bool:
-    """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
-    return config.needs.samples == STUDENT and config.samples_responses

@@ -184,10 +184,8 @@ class EntropyGuards(Part, section="guards.entropy"):
     min_ratio: NonNegativeFloat | None = 0.02
     """Smallest entropy of the student, as a share of its reference."""
     max_ratio: NonNegativeFloat | None = 3.0
-    """Largest entropy of the student, as a multiple of its reference."""
-    min_rise: NonNegativeFloat = 0.05
-    """Smallest rise of the entropy, in nats per token, for which max_ratio stops the run: a tiny reference alone does
-    not."""
+    """Largest entropy of the student, as a multiple of its reference; a rise by less than 0.05 nats per token stops no
+    run."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +215,8 @@ class GuardsConfig(Part, section="guards", free="*"):
     max_loop_rise: Share | None = 0.5
     """Largest rise of the share of the sampled responses that end in a loop above its reference.  The run warns of a
     rise above 0.1."""
+    max_truncated_rise: Share | None = 0.5
+    """Largest rise of the share of the sampled responses that are cut at rollout.max_new_tokens above its reference."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_selfdistill.config.methods import settings_of
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import Part, check_fields
-from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
+from megatron_selfdistill.config.schema.method_config import STUDENT, MethodSettings, Needs
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.ranges import FilePath, PositiveInt, Seed
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
@@ -137,6 +137,11 @@ class Config:
     def samples_responses(self) -> bool:
         """Whether the responses are sampled; otherwise they are the solutions of the data, or the replies of a log."""
         return self.needs.samples is not None and not self.logged
+
+    @property
+    def student_samples(self) -> bool:
+        """Whether the student samples the responses, which otherwise say nothing about the student."""
+        return self.needs.samples == STUDENT and self.samples_responses
 
     @property
     def samples(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics.guards import ENTROPY_RISE
 from megatron_selfdistill.metrics.run_log import (
     METRICS_FILE,
     finite,
@@ -131,8 +132,7 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
         if ratio is not None:
             found[f"guards.{option}"] = ratio * mean
     if "guards.entropy.max_ratio" in found:
-        rise = finite(run.config.get("guards.entropy.min_rise")) or 0.0
-        found["guards.entropy.max_ratio"] = max(found["guards.entropy.max_ratio"], mean + rise)
+        found["guards.entropy.max_ratio"] = max(found["guards.entropy.max_ratio"], mean + ENTROPY_RISE)
     return {name: limit for name, limit in found.items() if math.isfinite(limit)}
 
 

@@ -19,7 +19,7 @@ from megatron_selfdistill.metrics.first_checks import (
     first_step_warnings,
     warning_of_a_silent_teacher,
 )
-from megatron_selfdistill.metrics.guards import Guards, RunUnhealthy, student_samples
+from megatron_selfdistill.metrics.guards import Guards, RunUnhealthy
 from megatron_selfdistill.metrics.step_warnings import warning_of_an_untrained_step
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)
@@ -233,9 +233,21 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
     assert stopped_at(Guards(WARNS, student_samples=True), trace) is None
 
 
+def test_responses_that_no_longer_end_stop_a_run_before_its_guards_of_entropy_length_and_loops():
+    """The shares are those of a run with controls whose accuracy fell from .82 to .00; nothing else was unusual."""
+    shares = [0.0] * 5 + [0.375, 0.469, 0.281, 0.438, 0.594, 0.5, 0.625, 0.688, 0.719]
+    trace = [{"response/truncated_share": share, "response/length_mean": 20 + 6 * share} for share in shares]
+    step, message = stopped_at(Guards(GuardsConfig(), student_samples=True), trace)
+    assert step == 13 and "responses without an end: response/truncated_share has been above" in message
+    assert "plus 0.5 for 3 steps; it is 0.719, and its mean over the first 5 steps was 0" in message
+    assert all(key in message for key in ("rollout.max_new_tokens", "optimizer.lr", "guards.max_truncated_rise=null"))
+    assert stopped_at(Guards(GuardsConfig()), trace) is None, "the responses are not those of the student"
+    assert stopped_at(Guards(GuardsConfig(max_truncated_rise=None), student_samples=True), trace) is None
+
+
 @pytest.mark.parametrize(("keys", "wanted"), [([], True), (["method.name=sft"], False)], ids=["on policy", "solutions"])
 def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wanted):
-    assert student_samples(load([*keys, "run_dir=x"])) == wanted
+    assert load([*keys, "run_dir=x"]).student_samples == wanted
 
 
 @pytest.mark.parametrize("only", ["min_ratio", "max_ratio"])
