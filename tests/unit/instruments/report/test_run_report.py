@@ -67,6 +67,12 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     assert limits(record, "loss/mean") == {}
 
 
+def test_a_tiny_entropy_may_rise_as_far_as_the_guard_lets_it(tmp_path):
+    tiny = {(step, "entropy/student"): 0.001 for step in range(1, 31)}
+    (record,) = read_runs([write_run(tmp_path / "run", changes=tiny)])
+    assert limits(record, "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
+
+
 def test_a_figure_knows_which_runs_are_sick_by_it(tmp_path):
     falls = {(step, "entropy/student"): 9.0 for step in range(14, 31)}
     paths = [write_run(tmp_path / "first"), write_run(tmp_path / "second", changes=falls)]
