@@ -38,8 +38,9 @@ LONG = f"_x{TIMES}"
 OF_LONG_RUNS = {"controls_of_student": "the student", SHARED: "l = .1"}
 """The arms of these runs, and their anchors."""
 RIVALS = {"topd": "TOP-D", "trust_region": "SDPO's trust region"}
-"""Targets of others, on the seeds `OF_RIVALS`."""
-OF_RIVALS = (11, 12, 13)
+"""Targets of others."""
+ABLATIONS = {"controls_own_hint": "the own hint as every control", "controls_other_hint": "another problem's hint"}
+"""Targets with controls, and the student as the anchor, that should learn nothing of a problem."""
 AGAIN = "_again"
 """The end of the names of the fixed targets on later bases, which the rivals have on the same tasks."""
 
@@ -77,22 +78,21 @@ def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
 def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
     """Return the sampled accuracy of the fixed targets and of controls with a shared anchor, on the same seeds.
 
-    The rivals are beside them, where they have run on all of `OF_RIVALS` and on the same bases.
+    The rivals are beside them, where they have run on these seeds and on the same bases.
     ``lines``: those of controls; ``of_fixed``: those of anchored_map.py.
     """
     arms = (*FIXED_TARGETS, SHARED)
     shown = [line for line in (*of_fixed, *lines) if line["arm"] in (*arms, *RIVALS)]
     found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in shown}
-    labels = [LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")]
-    beside = [f"{label} ({OF_RIVALS[0]}-{OF_RIVALS[-1]})" for label in RIVALS.values()]
-    rows, losses = [["task", "seeds", *labels, *beside], ["---"] * (2 + len(arms) + len(RIVALS))], []
+    labels = [*(LABELS[arm] for arm in (*FIXED_TARGETS, "share_0.1")), *RIVALS.values()]
+    rows, losses = [["task", "seeds", *labels], ["---"] * (2 + len(labels))], []
     compared, later = {line["experiment"] for line in of_fixed}, tasks_of_later_bases(lines)
     for task in dict.fromkeys(x["experiment"] for x in lines if x["arm"] == SHARED and x["experiment"] in compared):
         seeds = sorted(line["seed"] for line in lines if (line["experiment"], line["arm"]) == (task, SHARED))
         scores = [[found[task, arm, seed] for seed in seeds] for arm in arms]
         losses.append([max(map(mean, scores)) - mean(own) for own in scores])
-        of_rivals = [[found[task, arm, s] for s in OF_RIVALS if (task, arm, s) in found] for arm in RIVALS]
-        beside = ["" if task in later or len(own) < len(OF_RIVALS) else short(mean(own)) for own in of_rivals]
+        of_rivals = [[found[task, arm, seed] for seed in seeds if (task, arm, seed) in found] for arm in RIVALS]
+        beside = ["" if task in later or len(own) < len(seeds) else short(mean(own)) for own in of_rivals]
         of_targets = (*(short(mean(own)) for own in scores[:-1]), spread(scores[-1]))
         rows.append([task, f"{seeds[0]}-{seeds[-1]}", *of_targets, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
@@ -101,13 +101,27 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
 
 
 def table_of_later_bases(lines: Sequence[Line]) -> list[str]:
-    """Return the sampled accuracy of the fixed targets and the rivals on later bases of the seeds `OF_RIVALS`."""
+    """Return the sampled accuracy of the fixed targets and the rivals on later bases of the same seeds."""
     labels = {f"{arm}{AGAIN}": LABELS[arm] for arm in FIXED_TARGETS} | RIVALS
     found = {(line["experiment"], line["arm"], line["seed"]): line["sampled"][-1] for line in lines}
-    rows = [[f"seeds {OF_RIVALS[0]}-{OF_RIVALS[-1]}", *labels.values()], ["---"] * (1 + len(labels))]
+    seeds = sorted({seed for task, arm, seed in found if arm.endswith(AGAIN)})
+    rows = [[f"seeds {seeds[0]}-{seeds[-1]}", *labels.values()], ["---"] * (1 + len(labels))]
     for task in tasks_of_later_bases(lines):
-        scores = [[found[task, arm, seed] for seed in OF_RIVALS if (task, arm, seed) in found] for arm in labels]
-        rows.append([task, *(spread(own) if len(own) == len(OF_RIVALS) else "" for own in scores)])
+        scores = [[found[task, arm, seed] for seed in seeds if (task, arm, seed) in found] for arm in labels]
+        rows.append([task, *(spread(own) if len(own) == len(seeds) else "" for own in scores)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def table_of_ablations(lines: Sequence[Line]) -> list[str]:
+    """Return the sampled accuracy and the entropy of `ABLATIONS` after the last step."""
+    found = [line for line in lines if line["arm"] in ABLATIONS]
+    seeds = sorted({line["seed"] for line in found})
+    columns = [f"{label}: {what}" for label in ABLATIONS.values() for what in ("sampled", "entropy")]
+    rows = [[f"seeds {seeds[0]}-{seeds[-1]}", *columns], ["---"] * (1 + len(columns))]
+    for task in CHOOSING_TASKS:
+        runs = [[line for line in found if (line["arm"], line["experiment"]) == (arm, task)] for arm in ABLATIONS]
+        cells = [spread([line[key][-1] for line in own]) for own in runs for key in ("sampled", "entropy")]
+        rows.append([task, *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -116,5 +130,10 @@ def tasks_of_later_bases(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(line["experiment"] for line in lines if line["arm"].endswith(AGAIN)))
 
 
-TABLES = {"controls": table_of_choices, "long": table_of_long_runs, "again": table_of_later_bases}
+TABLES = {
+    "controls": table_of_choices,
+    "ablations_of_controls": table_of_ablations,
+    "long": table_of_long_runs,
+    "again": table_of_later_bases,
+}
 """Name of a table -> the function that returns its rows from the lines."""
