@@ -233,7 +233,7 @@ def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_
     assert stopped_at(Guards(WARNS, student_samples=True), trace) is None
 
 
-def test_responses_that_no_longer_end_stop_a_run_before_its_guards_of_entropy_length_and_loops():
+def test_responses_that_no_longer_end_stop_a_run():
     """The shares are those of a run with controls whose accuracy fell from .82 to .00; nothing else was unusual."""
     shares = [0.0] * 5 + [0.375, 0.469, 0.281, 0.438, 0.594, 0.5, 0.625, 0.688, 0.719]
     trace = [{"response/truncated_share": share, "response/length_mean": 20 + 6 * share} for share in shares]
