@@ -38,7 +38,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-verl test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm venv-trl venv-environments venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-verl test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,13 @@ lock: ## write the versions of make test NEWEST=1, which has passed, into tools/
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VLLM_VENV)" vllm
+
+venv-trl: venv ## add TRL to the virtual environment
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" trl
+
+# An environment of its own beside the project's, whose packages it sees.
+venv-environments: venv ## make or refresh the virtual environment with environments of other projects (Linux, x86_64)
+	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
 
 venv-nemo-gym: ## make or refresh the virtual environment with NeMo Gym, where there is a Python 3.12 (640 MB)
 	@if bash tools/find_python.sh 3.12 >/dev/null; then PYTHON=3.12 bash tools/venv.sh "$(NEMO_GYM_VENV)" nemo-gym; fi
@@ -112,9 +119,7 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
-# An environment of its own beside the project's, whose packages it sees.
-test-environments: venv venv-nemo-gym ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv, NeMo Gym; Linux, x86_64)
-	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
+test-environments: venv-environments venv-nemo-gym ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv, NeMo Gym; Linux, x86_64)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		SELFDISTILL_NEMO_GYM_PYTHON="$(abspath $(NEMO_GYM_VENV)/bin/python)" \
 		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
@@ -126,8 +131,7 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 		$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 # The loss in the trainers of other libraries; make test has those of transformers and Megatron Core, too.
-test-trainers: venv ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
-	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" trl
+test-trainers: venv-trl ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
 		$(BIN)/python -m pytest -q -n 2 $(IN_PARALLEL) -m "not timing" tests/trainers $(ARGS)
 
