@@ -23,7 +23,7 @@ from anchored_experiments import ABLATIONS, EXPERIMENTS, WITH_ABLATIONS
 from anchored_map import LINES, arms_of
 from cell_lines import DOCS, FURTHER_TABLES, Line, read_lines
 from leak_sweep import logit
-from page_tables import complete, seeds_of, short, spread, write_or_compare
+from page_tables import complete, markdown, seeds_of, short, spread, write_or_compare
 
 PAGES = (DOCS / "method.md", DOCS / "results.md", FURTHER_TABLES / "controls.md", FURTHER_TABLES / "thinking.md")
 DEFAULT = "anchored_matched"
@@ -167,7 +167,7 @@ def ablations(lines: Sequence[Line]) -> list[str]:
         ]
         rows.append([EXPERIMENTS[name].title + more, *shown])
     rows[:0] = [["task", "before", "the hint", "another problem's hint", "no hint"], ["---"] * 5]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def flips() -> list[str]:

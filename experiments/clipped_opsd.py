@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cell_lines import REPOSITORY, RESULTS, Line, append_line, read_lines
-from page_tables import complete, seeds_of, spread
+from page_tables import complete, markdown, seeds_of, spread
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -157,7 +157,7 @@ def table_of(lines: Sequence[Line]) -> list[str]:
     for arm, label in LABELS.items():
         of_arm = [line for line in found if line["arm"] == arm]
         rows.append([label, *(spread([line[figure][-1] for line in of_arm]) for figure in figures)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from cell_lines import RESULTS, Line
-from page_tables import short, spread
+from page_tables import markdown, short, spread
 
 LINES = RESULTS / "control_map.jsonl"
 CHOOSING_TASKS = ("leak", "quickstart", "wrong_hints", "many_answers", "hard")
@@ -56,7 +56,7 @@ def table_of_choices(lines: Sequence[Line]) -> list[str]:
     for arm, label in LABELS.items():
         losses = [best[task] - mean(scores[arm, task]) for task in CHOOSING_TASKS]
         rows.append([label, *(spread(scores[arm, t]) for t in CHOOSING_TASKS), short(mean(losses)), short(max(losses))])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
@@ -72,7 +72,7 @@ def table_of_long_runs(lines: Sequence[Line]) -> list[str]:
             sampled = [spread([line["sampled"][at] for line in runs]) for at in shown]
             entropies = [f"{mean(line['entropy'][at] for line in runs):.2g}".lstrip("0") for at in shown]
             rows.append([task.removesuffix(LONG), anchor, seeds, *sampled, *entropies])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list[str]:
@@ -97,7 +97,7 @@ def table_of_comparison(lines: Sequence[Line], of_fixed: Sequence[Line]) -> list
         rows.append([task, f"{seeds[0]}-{seeds[-1]}", *of_targets, *beside])
     for name, of in (("mean loss", mean), ("worst loss", max)):
         rows.append([name, "", *(short(of(column)) for column in zip(*losses, strict=True)), *[""] * len(RIVALS)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_later_bases(lines: Sequence[Line]) -> list[str]:
@@ -109,7 +109,7 @@ def table_of_later_bases(lines: Sequence[Line]) -> list[str]:
     for task in tasks_of_later_bases(lines):
         scores = [[found[task, arm, seed] for seed in seeds if (task, arm, seed) in found] for arm in labels]
         rows.append([task, *(spread(own) if len(own) == len(seeds) else "" for own in scores)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_ablations(lines: Sequence[Line]) -> list[str]:
@@ -122,7 +122,7 @@ def table_of_ablations(lines: Sequence[Line]) -> list[str]:
         runs = [[line for line in found if (line["arm"], line["experiment"]) == (arm, task)] for arm in ABLATIONS]
         cells = [spread([line[key][-1] for line in own]) for own in runs for key in ("sampled", "entropy")]
         rows.append([task, *cells])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def tasks_of_later_bases(lines: Sequence[Line]) -> list[str]:

@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
-from page_tables import spread, write_or_compare
+from page_tables import markdown, spread, write_or_compare
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -160,7 +160,7 @@ def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
         rows.append([level, *shown, *(spread(accuracies(lines, task, level, target)) for target in TARGETS)])
     before = [of_level(line, LEVELS[0]) for line in lines if (line["task"], line["level"]) == (task, MEASURED)]
     rows.append(["before", "", "", "", "", *[spread([it["accuracy"] for it in before])] * 2])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def of_level(line: Line, level: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def table_of_ranks(lines: Sequence[Line]) -> list[str]:
                     before = [of_level(line, level)[number] or 0 for level in LEVELS]
                     of_number[number].append(spearman(before, [it for (it,) in after]))
         rows.append([task, target, *(signed_spread(of_number[number]) for number in NUMBERS)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def signed_spread(values: Sequence[float]) -> str:

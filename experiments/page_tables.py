@@ -42,6 +42,11 @@ def complete(lines: Sequence[Line], arms: Collection[str]) -> list[Line]:
     return [line for line in lines if of_seed[line["seed"]] >= set(arms)]
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table with these cells; the second row is the rule below the head."""
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def seeds_of(lines: Sequence[Line]) -> str:
     """Return the seeds of the lines as text."""
     seeds = sorted({line["seed"] for line in lines})

@@ -44,7 +44,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from cell_lines import DOCS, FURTHER_TABLES, REPOSITORY, RESULTS, Line, append_line, read_lines
-from page_tables import short, spread, write_or_compare
+from page_tables import markdown, short, spread, write_or_compare
 from real_pictures import draw_targets
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
@@ -405,7 +405,7 @@ def table_of_frontier(lines: Sequence[Line], figure: str) -> list[str]:
         at_steps = [zip(*(run[key][1:] for run in runs), strict=True) for key in ("sampled", figure)]
         cells = [" / ".join(map(spread, both)) for both in zip(*at_steps, strict=True)]
         rows.append([LABELS[arm], " ".join(str(run["seed"]) for run in runs), *cells])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_hints(lines: Sequence[Line]) -> list[str]:
@@ -415,7 +415,7 @@ def table_of_hints(lines: Sequence[Line]) -> list[str]:
         hinted = accuracies({"greedy": line["hinted_greedy"], "sampled": line["hinted_sampled"]})
         chosen = LABELS[chosen_on_real(line["task"], lines)]
         rows.append([f"`{line['task']}`", accuracies(line), hinted, short(line["hinted_refers"]), chosen])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
@@ -423,7 +423,7 @@ def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
     figures = SHOWN_OF_LEAKY if task in LEAKY else SHOWN
     rows = [["", "seeds", *(FIGURES[figure] for figure in figures)], ["---"] * (len(figures) + 2)]
     rows += rows_of_task(task, figures, lines)
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def table_of_brief_tasks(lines: Sequence[Line]) -> list[str]:
@@ -431,7 +431,7 @@ def table_of_brief_tasks(lines: Sequence[Line]) -> list[str]:
     rows = [["task", "", "seeds", *(FIGURES[figure] for figure in SHOWN_OF_BRIEF)], ["---"] * (len(SHOWN_OF_BRIEF) + 3)]
     trained = [line for line in lines if line["arm"] != BEFORE]
     rows += [[f"`{task}`", *row] for task in BRIEF for row in rows_of_task(task, SHOWN_OF_BRIEF, trained)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def rows_of_task(task: str, figures: Sequence[str], lines: Sequence[Line]) -> list[list[str]]:
@@ -484,7 +484,7 @@ def table_of_losses(lines: Sequence[Line]) -> list[str]:
         rows.append([task, short(best), *map(signed, losses[-1]), chosen])
     for name, of in (("mean", mean), ("worst", max)):
         rows.append([name, "", *(signed(of(column)) for column in zip(*losses, strict=True)), ""])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
 def scores_on_small(task: str, lines: Sequence[Line]) -> dict[str, float]:
