@@ -147,7 +147,6 @@ LOW_MEMORY = ["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.te
 KEPT_GRADIENT = ["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7"]
 QUICK_STEPS: dict[str, list[str]] = {
     "a teacher per record": ["schedule.max_tokens=32"],  # a microbatch for each context
-    "several": [SHARED_FILE],
     "another architecture": [WIDE_TEACHER],
     "product": [SHARED_FILE, *PRODUCT, *OWN_WEIGHTS],
     "several, with controls": [

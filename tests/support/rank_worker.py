@@ -45,6 +45,7 @@ PRELOADED = (
     "megatron_selfdistill.compat.cpu",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.mimo.model.base",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
@@ -63,6 +64,7 @@ PRELOADED = (
     "safetensors.torch",
     "torch.utils.serialization",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
     "transformers.tokenization_utils_tokenizers",
     *(f"{_HOUSE.name}.{name}" for name in _ANNEXED if (_HOUSE / name.split(".")[0]).is_dir()),
 )
@@ -393,8 +395,9 @@ def _fill_caches_of_configurations() -> None:
     """Compose the files of tiny runs, and parse their overrides and values of every form, which are remembered."""
     import tiny_run
 
-    from megatron_selfdistill.config import GivenKeys, load
+    from megatron_selfdistill.config import GivenKeys, compose, load
 
+    compose._text_settings()  # those of all methods
     forms = tiny_run.overrides(Path("data"), Path("/runs/run-1_a"), "rollout.engine_args={a: [x, 1], b: /c/d_1.txt}")
     for overrides in (["optimizer=fp32"], forms):
         load(overrides)

@@ -163,8 +163,3 @@ def pid_of(group: int) -> list[int]:
             if int(fields[2]) == group and fields[0] != "Z":
                 found.append(int(process.name))
     return found
-
-
-def refused_by_half_a_character() -> Session:
-    """Raise an error whose message UTF-8 does not have."""
-    raise ValueError("\ud83d")

@@ -29,9 +29,7 @@ LIGHT = ["hydra", "megatron_selfdistill.config", "megatron_selfdistill.commands.
 TRAIN = "megatron_selfdistill.train"
 PROGRAM = "megatron_selfdistill"
 """Run as ``python -m`` runs it, which is what ``selfdistill`` runs, too."""
-CONVERT, EVALUATE, SOLUTIONS, DOCTOR = (
-    str(REPOSITORY / "tools" / f"{name}.py") for name in ("convert", "evaluate", "make_solutions", "doctor")
-)
+EVALUATE, SOLUTIONS = (str(REPOSITORY / "tools" / f"{name}.py") for name in ("evaluate", "make_solutions"))
 RUNNABLE = ["run_dir=run", "data.path=data.jsonl", "data.tokenizer=hf"]
 PLAN = ["dry_run=true", "cluster.num_gpus=16", "model.vocab_size=1000"]
 OUT = ["--out", "out"]

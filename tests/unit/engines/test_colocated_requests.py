@@ -68,7 +68,8 @@ def generated(layout: dict[str, int], engine_tp: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("layout", "world_size", "engine_tp"), [({}, 2, 1), ({"tp": 2}, 4, 1), ({"pp": 2}, 4, 2), ({}, 4, 2), ({}, 2, 2)]
+    ("layout", "world_size", "engine_tp"),
+    [({"tp": 2}, 4, 1), ({}, 4, 2), pytest.param({"pp": 2}, 4, 2, marks=pytest.mark.full)],
 )
 def test_every_replica_gets_its_responses_and_every_rank_of_an_engine_its_share_alone(
     ranks, layout, world_size, engine_tp

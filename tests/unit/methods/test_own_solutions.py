@@ -22,6 +22,7 @@ from megatron_selfdistill.methods.own_solutions import OwnSolutionHints, Solutio
 from megatron_selfdistill.sources.rollouts import Rollout
 
 BUILDER = given_with(Characters()).builder
+CP2 = pytest.param({"context_parallel_size": 2}, marks=pytest.mark.full)
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
@@ -91,7 +92,7 @@ def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[d
     return method.state_dict()["own"], metrics, len(calls)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"tensor_model_parallel_size": 2}, CP2])
 @pytest.mark.parametrize("pick", ["learnable", pytest.param("shortest", marks=pytest.mark.full)])
 def test_every_layout_finds_the_same_solutions(ranks, sizes, pick):
     alone = ranks.run(table_in_layout, {}, pick, world_size=1)[0]

@@ -18,7 +18,7 @@ from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.plan_tables import summary
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 BF16 = dataclasses.replace(ADAM, precision="bf16")
 
 
