@@ -7,10 +7,11 @@
 
 FILE has a line for each stage that has ended: its name, a tab, its seconds.
 
-Machines differ by a factor of three, and a shared one changes its speed within minutes.  The recorded seconds are
-therefore multiplied by the median, over the stages that have ended, of their seconds divided by the recorded ones.  A
-fixed piece of work, timed at the start, would say less: it has been at 1.4 where the stages of the next hour were at
-2.2.  What slows all stages down together moves no stage against this median; the limit of the whole run sees it.
+The pace of a stage is its seconds divided by the recorded ones.  Machines differ by a factor of three, and a shared
+one changes its speed within minutes: stages that nothing had changed had paces from 0.9 to 2.5 in one run, and a fixed
+piece of work, timed at the start, says nothing about the next hour.  What a stage will take is therefore computed with
+the median of the paces so far.  A stage has grown if its pace is half more than that of every other long stage, so that
+no moment of the machine explains it.  The limit of the whole run sees what slows all stages down together.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from pathlib import Path
 
 RECORDED = Path(__file__).resolve().parent.parent / ".ci" / "stage_seconds.json"
 GROWTH = 1.5
-"""The ratio to the expected seconds from which on a stage has grown."""
+"""The ratio to the pace of every other long stage from which on a stage has grown."""
+LONG_S = 30.0
+"""The recorded seconds from which on the pace of a stage says something about the machine."""
 SLACK_S = 60.0
 """The seconds that a stage may have more in any case: what a minute does to a short stage says nothing."""
 FETCHING = ("virtual environment", "Chromium", "Slurm")
@@ -40,23 +43,30 @@ def read_stages(file: Path) -> dict[str, float]:
     return stages
 
 
+def paces(stages: Mapping[str, float], recorded: Mapping[str, float]) -> dict[str, float]:
+    """Return the pace of each long stage that does not fetch packages."""
+    judged = [name for name in stages if recorded.get(name, 0.0) >= LONG_S and not name.startswith(FETCHING)]
+    return {name: stages[name] / recorded[name] for name in judged}
+
+
 def expected_stages(stages: Mapping[str, float], recorded: Mapping[str, float]) -> dict[str, float]:
     """Return the seconds that each recorded stage takes on the machine on which ``stages`` took theirs."""
-    judged = [name for name in stages if recorded.get(name) and not name.startswith(FETCHING)]
-    pace = statistics.median([stages[name] / recorded[name] for name in judged] or [1.0])
+    pace = statistics.median(paces(stages, recorded).values() or [1.0])
     return {name: seconds * pace for name, seconds in recorded.items()}
 
 
 def compare(stages: Mapping[str, float], recorded: Mapping[str, float]) -> list[str]:
     """Print one line for each stage; return one sentence for each that has grown."""
-    expected, grown = expected_stages(stages, recorded), []
+    expected, found, grown = expected_stages(stages, recorded), paces(stages, recorded), []
     for name, seconds in stages.items():
-        known = expected.get(name)
-        print(f"[ci] {name}: {seconds:,.0f} s, " + ("not recorded" if known is None else f"{known:,.0f} s expected"))
-        if known and not name.startswith(FETCHING) and seconds > max(GROWTH * known, known + SLACK_S):
+        beside = f"{expected[name]:,.0f} s expected" if name in expected else "not recorded"
+        print(f"[ci] {name}: {seconds:,.0f} s, {beside}")
+        others = max((pace for other, pace in found.items() if other != name), default=found.get(name, 0.0))
+        if name in found and seconds > max(GROWTH * others * recorded[name], expected[name] + SLACK_S):
             grown.append(
-                f"the stage '{name}' took {seconds:,.0f} s, expected about {known:,.0f} s: make it faster, or record "
-                "the new seconds with .ci/run --record and say why."
+                f"the stage '{name}' took {seconds:,.0f} s, {found[name]:.2f} times its recorded seconds, and every "
+                f"other stage at most {others:.2f} times: make it faster, or record the new seconds with .ci/run "
+                "--record and say why."
             )
     return grown
 

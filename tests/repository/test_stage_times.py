@@ -21,4 +21,7 @@ def test_only_a_stage_that_has_grown_against_the_others_fails(pace: float) -> No
     assert stage_times.compare(stages | {"make docs": grown}, RECORDED) == []
     stages["make test"] *= 1.9
     (sentence,) = stage_times.compare(stages, RECORDED)
-    assert f"the stage 'make test' took {pace * 760:,.0f} s, expected about {pace * 400:,.0f} s" in sentence
+    words = f"{pace * 1.9:.2f} times its recorded seconds, and every other stage at most {pace:.2f} times"
+    assert f"the stage 'make test' took {pace * 760:,.0f} s, {words}" in sentence
+    stages["make check"] *= 1.3  # the machine was that slow for some minutes
+    assert stage_times.compare(stages, RECORDED) == []
