@@ -2,7 +2,7 @@
 """The seconds of the stages of CI beside the last recorded ones (.ci/stage_seconds.json).
 
     python tools/stage_times.py expect STAGE FILE   prints the seconds that a stage will take here; 0 if unknown
-    python tools/stage_times.py compare FILE        prints a table; exits with 1 if a stage has grown by half
+    python tools/stage_times.py compare FILE        prints a table; exits with 1 if a stage has grown
     python tools/stage_times.py record FILE         records the seconds of the stages in FILE
 
 FILE has a line for each stage that has ended: its name, a tab, its seconds.

@@ -2,7 +2,7 @@
 """A time after which no test begins: the tests that are left are skipped, and the session says how many.
 
 SELFDISTILL_DEADLINE holds the time, in seconds since 1970.  CI sets it for its longest stage, because machines differ
-by a factor of two.  The files then begin at another one in every session, so that each of them has its turn.
+by a factor of three.  The files then begin at another one in every session, so that each of them has its turn.
 """
 
 from __future__ import annotations
