@@ -10,7 +10,7 @@ FILE has a line for each stage that has ended: its name, a tab, its seconds.
 The pace of a stage is its seconds divided by the recorded ones.  Machines differ by a factor of three, and a shared
 one changes its speed within minutes: stages that nothing had changed had paces from 0.9 to 2.5 in one run, and a fixed
 piece of work, timed at the start, says nothing about the next hour.  What a stage will take is therefore computed with
-the median of the paces so far.  A stage has grown if its pace is half more than that of every other long stage, so that
+the median of the paces so far.  A stage has grown if its pace is 1.5 times that of every other long stage, so that
 no moment of the machine explains it.  The limit of the whole run sees what slows all stages down together.
 """
 
@@ -28,8 +28,8 @@ GROWTH = 1.5
 """The ratio to the pace of every other long stage from which on a stage has grown."""
 LONG_S = 30.0
 """The recorded seconds from which on the pace of a stage says something about the machine."""
-SLACK_S = 60.0
-"""The seconds that a stage may have more in any case: what a minute does to a short stage says nothing."""
+SLACK_S = 30.0
+"""The seconds that a stage may have more in any case: what a few seconds do to a short stage says nothing."""
 FETCHING = ("virtual environment", "Chromium", "Slurm")
 """The beginnings of the names of stages that fetch packages, whose seconds are the network's: they never fail."""
 
@@ -61,7 +61,7 @@ def compare(stages: Mapping[str, float], recorded: Mapping[str, float]) -> list[
     for name, seconds in stages.items():
         beside = f"{expected[name]:,.0f} s expected" if name in expected else "not recorded"
         print(f"[ci] {name}: {seconds:,.0f} s, {beside}")
-        others = max((pace for other, pace in found.items() if other != name), default=found.get(name, 0.0))
+        others = max((pace for other, pace in found.items() if other != name), default=float("inf"))
         if name in found and seconds > max(GROWTH * others * recorded[name], expected[name] + SLACK_S):
             grown.append(
                 f"the stage '{name}' took {seconds:,.0f} s, {found[name]:.2f} times its recorded seconds, and every "
