@@ -76,6 +76,8 @@ EXTRAS = {
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
+        "pytest-timeout>=2.3,<3",
+        "pytest-rerunfailures>=16,<17",
         "hypothesis>=6.100",
         "wandb>=0.31,<1",
         "peft>=0.21,<0.22",  # the tests load converted adapters with it; it needs accelerate

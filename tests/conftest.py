@@ -36,7 +36,7 @@ if importlib.util.find_spec("hypothesis") is not None:  # the environment of a G
     settings.load_profile("busy machine")
 
 TESTS = Path(__file__).resolve().parent
-pytest_plugins = ["deadline", "shared"]
+pytest_plugins = ["shared"]
 
 
 # Left out where what they need is not there: `make test-vllm` brings it.
@@ -112,6 +112,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in external:
             item.add_marker(pytest.mark.external)
+        if item.get_closest_marker("scheduling"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not hidden_gpus.number(VISIBLE):
         for item in gpu_items:

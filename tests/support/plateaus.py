@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import distributions as tool
 import torch
 from logit_pairs import divergence, entropy, kl
-from scripts import load_script
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats
 
-tool = load_script(Path(__file__).resolve().parents[2] / "tools" / "benchmarks" / "solver_accuracy.py")
 CLASSES = [name for name in tool.DISTRIBUTIONS if any(word in name for word in ("tied", "forks", "levels"))]
 TARGETS = {"capped": Target(anchor="student"), "strict": Target(k_max=None, anchor="student")}
 DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}

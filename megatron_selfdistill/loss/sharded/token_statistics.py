@@ -60,7 +60,7 @@ LONGEST_STEP = 1 / 32
 E_q[log p] are trusted.
 
 Only forks take longer steps, up to 0.1, of which the last one loses 1e-5; 0.007 is the longest on the other classes of
-``tools/benchmarks/solver_accuracy.py``."""
+``tests/support/distributions.py``."""
 
 
 @dataclass(frozen=True)

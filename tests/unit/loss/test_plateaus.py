@@ -135,7 +135,7 @@ def test_a_solver_that_misses_its_root_is_unconverged_and_not_capped(
 
 
 def test_no_row_is_unconverged_on_any_class_of_distributions() -> None:
-    from plateaus import tool
+    import distributions as tool
 
     for name in tool.DISTRIBUTIONS:
         for target in TARGETS.values():

@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import distributions as tool
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_pairs import entropy, pair
-from plateaus import tool
 
 from megatron_selfdistill.config import TargetConfig
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k

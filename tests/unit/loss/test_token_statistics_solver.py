@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 
+import distributions as tool
 import pytest
 import torch
 from plateaus import CLASSES as PLATEAUS
-from plateaus import tool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
@@ -149,10 +148,3 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
     exact = exact * log_p.exp()[:, 17] - 999 * (log_p.exp() * log_p)[:, 0]
     torch.testing.assert_close(stats.student_entropy.double(), exact, rtol=1e-6, atol=0)
     assert exact.min() < 1e-7
-
-
-def test_the_tool_prints_one_row_per_class(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["solver_accuracy.py", "--vocab-size", "200", "--tokens", "4"])
-    tool.main()
-    rows = capsys.readouterr().out.strip().split("\n")
-    assert len(rows) == 2 + len(tool.DISTRIBUTIONS) and all(row.count("|") == 11 for row in rows)

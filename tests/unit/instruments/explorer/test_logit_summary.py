@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
+import distributions as tool
 import pytest
 import torch
 import torch.distributed as dist
-from scripts import load_script
 from summed_target import log_sum, matching_beta, of_rows, weights_of
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from megatron_selfdistill.instruments.explorer.logit_summary import NUM_BINS, TO
 from megatron_selfdistill.loss import Target, VocabShard, mixed_target
 from megatron_selfdistill.loss.definition import entropy
 
-tool = load_script(Path(__file__).resolve().parents[4] / "tools" / "benchmarks" / "solver_accuracy.py")
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 2300, 3200  # over 4 ranks: 800, 800, 700 and no valid columns
 TARGETS = [
     Target(teacher_weight=w, k_max=k_max, anchor="student") for w in (0.25, 0.75, 3.0) for k_max in ("1 + w", None)

@@ -1,15 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Print how accurately the sharded loss solves for beta, per class of distributions, as a Markdown table.
-
-    python tools/benchmarks/solver_accuracy.py [--vocab-size 8192] [--tokens 24] [--seed 0] [--strict]
-
-Every class is compared with float64 on the same logits.  ``--strict`` takes the target without a bound on k
-instead of the one with k <= 1 + w.
-"""
+"""Classes of logits that are nasty for the solver of k, and the accuracy of the sharded loss on them."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,23 +12,6 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 
 Pair = tuple[Tensor, Tensor]
-
-
-def main() -> None:
-    """Measure the solver's error on every class of distributions and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=24, help="tokens per class")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--strict", action="store_true", help="no bound on k")
-    arguments = parser.parse_args()
-    target = Target(k_max=None, anchor="student") if arguments.strict else Target(anchor="student")
-    columns = "class, beta (1+w), matched, capped, beyond, undetermined, unconverged, H(q)-H(p), sum q-1, reverse KL"
-    print(f"| {columns.replace(', ', ' | ')} |")
-    print("|---" * 10 + "|")
-    for name in DISTRIBUTIONS:
-        student, teacher = draw(name, arguments.tokens, arguments.vocab_size, arguments.seed)
-        print(markdown_row(name, measure(student, teacher, target), target))
 
 
 @dataclass(frozen=True)
@@ -76,15 +52,6 @@ def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
         normalisation=torch.expm1(used).abs(),
         reverse_kl=(stats.reverse_kl.double() - reverse).abs(),
     )
-
-
-def markdown_row(name: str, accuracy: Accuracy, target: Target) -> str:
-    """Return one row of the table: the range of beta (1 + w), the share of each status, the largest errors."""
-    relative = accuracy.beta * target.geometric_k
-    ordered = (Status.MATCHED, Status.CAPPED, Status.OUT_OF_RANGE, Status.UNDETERMINED, Status.UNCONVERGED)
-    shares = " | ".join(f"{(accuracy.status == status).double().mean():.2f}" for status in ordered)
-    errors = " | ".join(f"{e.max():.1e}" for e in (accuracy.mismatch, accuracy.normalisation, accuracy.reverse_kl))
-    return f"| {name} | {relative.min():.3f} .. {relative.max():.3f} | {shares} | {errors} |"
 
 
 def draw(name: str, num_tokens: int, vocab_size: int, seed: int = 0) -> Pair:
@@ -279,7 +246,3 @@ DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], Pair]] = {
     "forks, teacher 6 nats less sure, bf16": _forks(6.0),
     "levels": _levels,
 }
-
-
-if __name__ == "__main__":
-    main()
