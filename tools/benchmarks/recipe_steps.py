@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tiny_keys(directory: Path, options: argparse.Namespace) -> list[str]:
     """Return the keys of the tests' tiny run."""
     keys = [f"num_steps={options.steps}", "checkpoint.save_every=1000", "cluster.num_gpus=1", *options.keys]
-    return tiny_run.overrides(directory, directory / "run", *keys)
+    arguments: list[str] = tiny_run.overrides(directory, directory / "run", *keys)
+    return arguments
 
 
 def recipe_keys(directory: Path, options: argparse.Namespace) -> list[str]:
