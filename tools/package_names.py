@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The names of another package, found in its files without an import of the package.
 
-A *root* is the directory that holds the package: site-packages, an unpacked wheel or a source tree.  `vllm_names` and
-`megatron_names` ask whether such a package has the names that this project uses.
+A *root* is the directory that holds the package: site-packages, an unpacked wheel or a source tree.  `vllm_names`
+asks whether such a package has the names that this project uses.
 """
 
 from __future__ import annotations
@@ -10,23 +10,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_selfdistill"
-
-
-class Source(str):
-    """The source code of a default, which a printed signature shows without quotes."""
-
-    @classmethod
-    def of(cls, node: ast.expr) -> Source:
-        """Return the code of an expression in one form, whatever its quotes and spaces."""
-        return cls(ast.unparse(node))
-
-    __repr__ = str.__str__
 
 
 class Place(NamedTuple):
@@ -187,65 +175,3 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 def _targets(node: ast.Assign | ast.AnnAssign) -> Iterator[ast.expr]:
     for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
         yield from target.elts if isinstance(target, ast.Tuple) else [target]
-
-
-def signature(root: Path, name: str) -> inspect.Signature | None:
-    """Return the signature of a function, a method or a class; None if the package's files do not show one.
-
-    The first parameter of a method is left out.  The defaults are source code.
-    """
-    place = lookup(root, name)
-    if place is None:
-        return None
-    if isinstance(place.node, ast.ClassDef):
-        if _has_fields(place.node):
-            return inspect.Signature(list(_fields(root, place).values()), __validate_parameters__=False)
-        place = _within(root, place, ["__init__"])
-    if place is None or not isinstance(place.node, ast.FunctionDef):
-        return None
-    return signature_of(place.node, is_method=place.of_class)
-
-
-def signature_of(function: ast.FunctionDef, *, is_method: bool = False) -> inspect.Signature:
-    """Return the signature of a function's definition; ``is_method``: whether the first parameter is left out."""
-    arguments = function.args
-    kind = inspect.Parameter
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
-    found = [_parameter(a.arg, kind.POSITIONAL_OR_KEYWORD, d) for a, d in zip(positional, defaults, strict=True)]
-    if is_method and not any(ast.unparse(each) == "staticmethod" for each in function.decorator_list):
-        found = found[1:]
-    if arguments.vararg is not None:
-        found.append(kind(arguments.vararg.arg, kind.VAR_POSITIONAL))
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        found.append(_parameter(argument.arg, kind.KEYWORD_ONLY, default))
-    if arguments.kwarg is not None:
-        found.append(kind(arguments.kwarg.arg, kind.VAR_KEYWORD))
-    return inspect.Signature(found)
-
-
-def _parameter(name: str, kind: inspect._ParameterKind, default: ast.expr | None) -> inspect.Parameter:
-    return inspect.Parameter(name, kind, default=inspect.Parameter.empty if default is None else Source.of(default))
-
-
-def _has_fields(node: ast.AST) -> bool:
-    """Return whether a class is a dataclass or a named tuple."""
-    assert isinstance(node, ast.ClassDef)
-    marks = [*node.decorator_list, *node.bases]
-    return any(ast.unparse(mark).partition("(")[0].rpartition(".")[2] in ("dataclass", "NamedTuple") for mark in marks)
-
-
-def _fields(root: Path, place: Place) -> dict[str, inspect.Parameter]:
-    """Return the fields of a dataclass or a named tuple, those of its bases first."""
-    assert isinstance(place.node, ast.ClassDef)
-    found: dict[str, inspect.Parameter] = {}
-    for base in reversed(list(bases(root, place))):
-        if _has_fields(base.node):
-            found |= _fields(root, base)
-    for child in place.node.body:
-        if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
-            name, value = child.target.id, child.value
-            if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
-                value = next((word.value for word in value.keywords if word.arg == "default"), value)
-            found[name] = _parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, value)
-    return found

@@ -5,7 +5,7 @@ r"""Measure the price of self-distillation: a training step, against next-token 
     torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \
         --fused keep_gradient
 
-The target mixes the teacher with the student (target.anchor=student); anchored_cost.py measures what a reference adds.
+The target mixes the teacher with the student (target.anchor=student).
 The model is random and dense; prompts, hints and responses have fixed lengths, and its own sampler generates the
 responses.  Steps of self-distillation in both orders of its microbatches (schedule.pair_order) take turns with what it
 cannot avoid: next-token training (the same student contexts, no teacher, no rollout) and the teacher's forward (hidden
