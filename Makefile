@@ -7,8 +7,7 @@
 #   NEMO_GYM_VENV=DIR where that with NeMo Gym lies (default .venv-nemo-gym)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones, and with
-#                 the newest Python; fails where a newer version beyond setup.py has waited for more than 30 days
-#   PAST_BOUNDS=  with NEWEST=1: does not look beyond setup.py
+#                 the newest Python
 #   VARIANT=NAME  what make test and make test-full compute with: one of VARIANTS below (default native)
 #   TESTS=...     which tests make test and make test-full run (default tests)
 #   SMOKE=1       of a suite with an environment of its own only the tests with the mark smoke: what CI runs on each commit
@@ -18,7 +17,6 @@
 
 PYTHON ?=
 NEWEST ?=
-PAST_BOUNDS ?= $(NEWEST)
 OWN_VENV := .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
 VENV ?= $(OWN_VENV)$(if $(NEWEST),-newest)
 VLLM_VENV ?= .venv-vllm
@@ -49,7 +47,6 @@ help: ## show this list
 
 venv: ## make or refresh the virtual environment only
 	@PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" bash tools/venv.sh "$(VENV)"
-	@$(if $(PAST_BOUNDS),$(BIN)/python tools/newest_versions.py)
 
 lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
 	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 
 def timed(script: str, directory: Path, *more: str) -> Any:
     """Return what a script of tools/benchmarks writes about the smallest sizes."""
@@ -18,12 +16,6 @@ def timed(script: str, directory: Path, *more: str) -> Any:
     path = Path(__file__).resolve().parents[2] / "tools" / "benchmarks" / script
     subprocess.run([sys.executable, path, *sizes, *more, "--json", directory / "seconds.json"], check=True)
     return json.loads((directory / "seconds.json").read_text())
-
-
-@pytest.mark.full
-def test_sampling_and_a_step_of_transformers_are_timed_beside_this_program(tmp_path):
-    found = timed("cpu_sampler.py", tmp_path, "--trained", "1")["seconds"]
-    assert all(seconds > 0 for rounds in found.values() for one in rounds for seconds in one.values())
 
 
 def test_every_contender_takes_every_part_of_a_step(tmp_path):

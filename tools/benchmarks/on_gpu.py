@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,9 +27,8 @@ for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
     if str(_directory) not in sys.path:
         sys.path.append(str(_directory))
 
+import children  # noqa: E402
 import hidden_gpus  # noqa: E402
-
-from tests.gpu import command, runner  # noqa: E402
 
 PAGE = REPOSITORY / "tools" / "benchmarks" / "results_gpu.md"
 _CPU_PATIENCE = 6
@@ -106,17 +107,6 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
             limit_s=60,
         )
     )
-    wide = "--layers 4 --hidden 2048 --head-size 128 --vocab 151936 --tokens 8192 --repeats 5 --fused keep_gradient"
-    sizes = f"{wide} --problems 16 --prompt 256 --hint 256 --response 256 --width 4096 --columns 151936"
-    narrow = "--layers 1 --hidden 64 --head-size 32 --vocab 300 --problems 3 --response 16 --tokens 256 --repeats 1"
-    found.append(
-        Measurement(
-            "The price of an anchored target, and the error of its folded row",
-            "tools/benchmarks/anchored_cost.py",
-            (sizes if on_gpu else f"{narrow} --rows 35 --width 64 --columns 500").split(),
-            limit_s=60,
-        )
-    )
     recipe = "tools/benchmarks/recipe_steps.py"
     if gpus == 8:
         title = "recipe=qwen3_8b with random weights, eight GPUs"
@@ -130,11 +120,12 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
 def measured(one: Measurement, limit_s: float) -> Measured:
     """Run a measurement and keep the Markdown of its output: its tables and the line above each."""
     environment = {} if os.environ.get(hidden_gpus.VARIABLE) != "" else {"TORCHDYNAMO_DISABLE": "1"}
-    stage = runner.Stage(Path(one.script).stem, one.command, limit_s, (), environment)
-    failure, lines = runner.run_process(stage, limit_s, lambda line: print(line, flush=True))
-    markdown = tables(lines)
-    if not failure and not markdown:
-        failure = "the script has printed no table"
+    try:
+        status, output = children.run(one.command, environment, limit_s)
+    except subprocess.TimeoutExpired:
+        return Measured(one, [], f"the script was killed at its limit of {limit_s:.0f} s")
+    markdown = tables(output.splitlines())
+    failure = f"the script ended with {status}" if status else "" if markdown else "the script has printed no table"
     return Measured(one, markdown, failure)
 
 
@@ -160,12 +151,18 @@ def page(found: Sequence[Measured], where: dict[str, str] | None) -> str:
     """Return the whole page; without ``where`` it says that nothing has been measured."""
     if where is None:
         return f"{INTRODUCTION}\n{NOTHING_YET}\n"
-    lines = [INTRODUCTION, f"{where['device']}; {where['versions']}; {where['date']}, commit {where['commit']}.", ""]
+    lines = [INTRODUCTION, f"{where['machine']}; {where['date']}, commit {where['commit']}.", ""]
     for one in found:
         lines += [f"## {one.measurement.title}", "", f"`{one.measurement.shown_command}`", ""]
         lines += [*one.markdown, ""] if one.markdown else []
         lines += [f"This measurement failed: {one.failure}.", ""] if one.failure else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def commit() -> str:
+    """Return the short name of HEAD, with a + where files have changed since; "unknown" outside a repository."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,13 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not on_gpu:
         os.environ |= {hidden_gpus.VARIABLE: "", "OMP_NUM_THREADS": "1"}
     out = options.out or (PAGE if on_gpu else Path(tempfile.mkdtemp(prefix="selfdistill_bench_")) / PAGE.name)
-    now = command.now()
-    where = {
-        "device": command.device_name(options),
-        "versions": command.versions(),
-        "date": now[:10],
-        "commit": command.commit(),
-    }
+    where = {"machine": hidden_gpus.described(on_gpu), "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
     found: list[Measured] = []
     saved = 0.0
     for one in measurements(on_gpu, options.gpus if on_gpu else 1):

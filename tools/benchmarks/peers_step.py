@@ -45,7 +45,6 @@ from unittest import mock
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
-from cpu_sampler import random_llama, response_logits, token_stream
 from measuring_parser import measuring_parser
 from step_parts import Clock, now, timed_parts
 from torch.nn.utils.rnn import pad_sequence
@@ -326,6 +325,44 @@ def table(rounds: Sequence[Mapping[str, Mapping[str, float]]], arguments: argpar
         cells = [f"{value:.2f}" for value in (*parts, statistics.median(steps), ratio)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def random_llama(hf: Path, num_layers: int) -> Path:
+    """Write a Llama with the sizes of SmolLM2-135M and random weights, without a tokenizer; return its directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": num_layers, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    config = LlamaConfig(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.04)
+    LlamaForCausalLM(config).save_pretrained(hf)
+    return hf
+
+
+def token_stream(hf: Path, vocab_size: int, arguments: argparse.Namespace) -> Iterator[int]:
+    """Yield the tokens of this repository's English, or random tokens where ``hf`` has no tokenizer."""
+    if not (hf / "tokenizer_config.json").exists():
+        rng = random.Random(1)
+        while True:
+            yield rng.randrange(vocab_size)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
+    for page in sorted((REPOSITORY / "docs").glob("*.md")):
+        yield from tokenizer.encode(page.read_text(encoding="utf-8"), add_special_tokens=False)
+
+
+def response_logits(model: Any, texts: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Return the logits [R, V] of the response tokens of a batch padded on the right."""
+    ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in texts], batch_first=True)
+    mask = pad_sequence([torch.ones(len(prompt + response)) for prompt, response in texts], batch_first=True)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    states = [
+        row[len(prompt) - 1 : len(prompt + response) - 1] for row, (prompt, response) in zip(hidden, texts, strict=True)
+    ]
+    logits: torch.Tensor = model.lm_head(torch.cat(states))
+    return logits
 
 
 if __name__ == "__main__":
