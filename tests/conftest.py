@@ -36,7 +36,7 @@ if importlib.util.find_spec("hypothesis") is not None:  # the environment of a G
     settings.load_profile("busy machine")
 
 TESTS = Path(__file__).resolve().parent
-pytest_plugins = ["shared"]
+pytest_plugins = ["shared", "smoke"]
 
 
 # Left out where what they need is not there: `make test-vllm` brings it.
