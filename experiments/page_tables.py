@@ -6,7 +6,9 @@ A table stands between <!-- table NAME --> and <!-- end NAME --> in the page.
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import mean
@@ -24,10 +26,13 @@ def with_tables(page: str, rows_of: Callable[[str], Sequence[str]]) -> str:
 
 
 def write_or_compare(*pages: Path, rows_of: Callable[[str], Sequence[str]], compare: bool) -> int:
-    """Write every table of the pages anew and return 0; or write nothing and return 1 if a table differs."""
+    """Write every table of the pages anew and return 0; or print what differs and return 1 if a table does."""
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
     written = {page: with_tables(text, rows_of) for page, text in texts.items()}
     if compare:
+        for page, text in texts.items():
+            lines = (text.splitlines(keepends=True), written[page].splitlines(keepends=True))
+            sys.stdout.writelines(difflib.unified_diff(*lines, str(page), "the recorded results", n=0))
         return int(written != texts)
     for page, text in written.items():
         page.write_text(text, encoding="utf-8")
