@@ -78,3 +78,27 @@ def model_with_data(directory: Path, num_problems: int, seed: int = 0, *, checkp
 
         hf_to_megatron(directory / "hf", directory / "megatron")
     return directory
+
+
+def given(max_length: int = 40, teacher: str = "{problem}|{solution}", max_new_tokens: int = 8, **options: Any) -> Any:
+    """Return prompts with given solutions, with one token per character; ``options``: see `made_methods.given_with`."""
+    from characters import Characters
+    from made_methods import given_with
+
+    return given_with(Characters(), teacher, max_length, max_new_tokens, **options)
+
+
+def rollout(text: str, reward: float = 0.0, group: int = 0, *, prompts: Any = None, **fields: Any) -> Any:
+    """Return a rollout of the letters of ``text``, which is whole if it ends in $.
+
+    ``prompts``: whose ``prompts(problem)`` or ``pair(problem)`` are shown, such as a method; else those of `given`.
+    ``fields``: further ones of `Rollout`, such as the problem, which else is `problem("1+7", "given", "8")`.
+    """
+    from made_methods import response_of
+
+    from megatron_selfdistill.sources.rollouts import Rollout
+
+    asked = fields.pop("problem", None) or problem("1+7", "given", "8")
+    prompts = prompts or given()
+    pair = prompts.pair(asked) if hasattr(prompts, "pair") else prompts.prompts(asked)
+    return Rollout(asked, pair, response_of(text), group, reward, **fields)
