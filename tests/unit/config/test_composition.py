@@ -11,32 +11,12 @@ from omegaconf import OmegaConf
 from recipe_needs import needed_by
 from tiers import combinations
 
-from megatron_selfdistill.config import Config, compose, from_mapping, keys, load, to_yaml
-from megatron_selfdistill.config.key_list import config_dir, field_docs, sections
-from megatron_selfdistill.config.schema.field_checks import kinds_of
+from megatron_selfdistill.config import Config, compose, keys, load
+from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
-from megatron_selfdistill.errors import ConfigError
 
-SECTIONS = [*sections().values()]
 SHIPPED = {str(p.relative_to(config_dir())): p.relative_to(config_dir()) for p in sorted(config_dir().glob("*/*.yaml"))}
 QUICK_RECIPES = ("default", "sdpo", "qwen3_8b")
-
-
-def message_of(*overrides: str, **kwargs) -> str:
-    """Return the message with which these overrides fail."""
-    with pytest.raises(ConfigError) as caught:
-        load(list(overrides), **kwargs)
-    text = str(caught.value)
-    assert text and "\n" not in text
-    return text
-
-
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda cls: cls.__name__)
-def test_every_field_has_a_documentation_string(section):
-    docs = field_docs(section)
-    named = [f.name for f in dataclasses.fields(section) if not dataclasses.is_dataclass(kinds_of(section)[f.name])]
-    undocumented = [name for name in named if len(docs.get(name, "")) < 5]
-    assert undocumented == []
 
 
 def test_keys_lists_each_field_of_each_section_once_with_its_default():
@@ -48,16 +28,10 @@ def test_keys_lists_each_field_of_each_section_once_with_its_default():
             found |= {f"{prefix}{f.name}": value} if part is None else part
         return found
 
-    expected = fields_of(Config(), "")
-    listed = keys()
-    assert {name: default for name, (default, *_) in listed.items() if not name.startswith("method.")} == {
-        name: default for name, default in expected.items() if not name.startswith("method.")
-    }
-    assert all(key.doc for key in listed.values())
-
-
-def test_the_composed_defaults_are_the_schemas():
-    assert load() == Config()
+    listed = {name: key for name, key in keys().items() if not name.startswith("method.")}
+    expected = {name: value for name, value in fields_of(Config(), "").items() if not name.startswith("method.")}
+    assert {name: default for name, (default, *_) in listed.items()} == expected
+    assert all(len(key.doc) >= 5 for key in keys().values())
 
 
 @pytest.mark.parametrize(
@@ -75,45 +49,10 @@ def test_overrides_of_files_composed_before_give_what_hydra_gives(overrides):
         assert compose._composed(overrides, "train", ()) == compose._set_values(expected)
 
 
-def test_a_changed_configuration_changes_no_other():
+def test_the_composed_defaults_are_the_schemas_also_after_a_change_of_other_ones():
     load().metrics.loggers.append("wandb")
     load().model.transformer["x"] = 3
     assert load() == Config()
-
-
-def test_the_written_configuration_reads_back_as_itself():
-    config = load(["recipe=literal", "model=llama_1b", "optimizer.lr=3e-6", "data.fields.problem=question"])
-    assert from_mapping(OmegaConf.create(to_yaml(config))) == config
-
-
-@pytest.mark.parametrize(
-    ("override", "nearest"),
-    [
-        ("model.num_layer=3", "model.num_layers"),
-        ("modle.num_layers=3", "model.num_layers"),
-        ("target.lr=1e-6", "optimizer.lr"),
-        ("recepie=literal", "recipe"),
-    ],
-)
-def test_a_misspelt_key_fails_with_the_nearest_right_name(override, nearest):
-    text = message_of("seed=1", override)
-    assert "unknown configuration key" in text
-    assert f"did you mean {nearest!r}?" in text
-
-
-def test_a_misspelt_option_of_a_group_fails_with_the_files_that_there_are():
-    text = message_of("recipe=literl")
-    assert text.startswith("In 'train': Could not find 'recipe/literl' Available options in 'recipe': ")
-    assert " literal " in text and "provider" not in text and message_of("model=hf").endswith("model=./DIR")
-    assert message_of("model=a/b").endswith("; plan a converted one: checkpoint.load=DIR")
-
-
-def test_a_misspelt_key_in_a_file_fails_with_the_nearest_right_name(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "ours.yaml").write_text("num_layers: 3\nhiden_size: 32\n")
-    text = message_of("model=ours", search_path=[tmp_path])
-    assert text.startswith("In 'model/ours'")
-    assert "'model.hiden_size'" in text and "did you mean 'model.hidden_size'?" in text
 
 
 @combinations(
@@ -123,7 +62,10 @@ def test_a_misspelt_key_in_a_file_fails_with_the_nearest_right_name(tmp_path):
 )
 def test_every_shipped_file_composes_and_sets_what_it_says(file):
     group, option = file.parts[0], file.stem
-    config = dataclasses.asdict(load([f"{group}={option}", *(needed_by(option) if group == "recipe" else [])]))
+    overrides = [f"{group}={option}", *(needed_by(option) if group == "recipe" else [])]
+    config = dataclasses.asdict(load(overrides))
+    if group == "recipe":
+        assert load([*overrides, "model=tiny"]).model.hidden_size == 64, "with every recipe a model can be chosen"
     written = OmegaConf.to_container(OmegaConf.load(config_dir() / file))
     target = config if "_global_" in (config_dir() / file).read_text() else config[group]
     written.pop("defaults", None)
@@ -159,29 +101,6 @@ def test_a_labs_directory_adds_groups_and_options(tmp_path):
     assert by_hydra == config
     assert load(["recipe=literal"], search_path=[tmp_path]).teacher.weights == "current"
     assert load().model.num_layers == 2, "the lab's directory is forgotten by the next call"
-
-
-def test_free_form_dictionaries_take_new_keys():
-    config = load(
-        [
-            "data.fields.problem=question",
-            "data.chat_template_kwargs.enable_thinking=false",
-            "model.transformer.moe_shared_expert_intermediate_size=64",
-            "model.transformer.nested={a: 1}",
-        ]
-    )
-    assert config.data.fields == {"problem": "question"}
-    assert config.data.chat_template_kwargs == {"enable_thinking": False}
-    assert config.model.transformer == {"moe_shared_expert_intermediate_size": 64, "nested": {"a": 1}}
-
-
-@combinations(
-    recipe=sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")),
-    quick={"recipe": QUICK_RECIPES},
-    strength=1,
-)
-def test_with_every_recipe_a_model_can_be_chosen(recipe):
-    assert load([f"recipe={recipe}", "model=tiny", *needed_by(recipe)]).model.hidden_size == 64
 
 
 TEXTS = (
@@ -233,8 +152,3 @@ def test_no_text_is_null():
     config = load([f"{key}=" for key in optional])
     for key in optional:
         assert operator.attrgetter(key)(config) is None, key
-
-
-def test_a_directory_of_configurations_that_is_not_there_is_named(tmp_path):
-    text = message_of("recipe=ours", search_path=[tmp_path / "nowhere"])
-    assert text == f"--config-dir {tmp_path / 'nowhere'}: there is no such directory"

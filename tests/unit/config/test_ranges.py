@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -17,10 +17,6 @@ from megatron_selfdistill.config.schema.ranges import AnyText, Bound, OneOf, tak
 from megatron_selfdistill.errors import ConfigError
 
 KINDS = {name: key.kind for name, key in keys().items()}
-SECTIONS = {
-    name: [key for key in KINDS if key.rpartition(".")[0] == name]
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in KINDS)
-}
 
 
 def lacks_range(kind: Any) -> bool:
@@ -103,41 +99,30 @@ def section_with(key: str, value: Any) -> object:
     return cls(**{name: value})
 
 
-def assert_refused(fail: Callable[[], object], key: str, value: Any) -> None:
-    """Assert that ``fail`` raises one sentence that names the key, what was expected, and what it got."""
-    with pytest.raises(ConfigError) as caught:
-        print(f"{key}={value!r} is accepted:", fail())
-    text = str(caught.value)
-    assert text.startswith(key) and "\n" not in text and len(text) < 1000, text
-    assert (" must be " in text or " must have " in text) and ", got " in text, text
+def test_a_value_outside_of_the_range_of_a_key_is_refused_in_one_sentence_with_the_key():
+    for key, kind in KINDS.items():
+        plain, _, nullable = taken_apart(kind)
+        for value in beyond(kind):
+            if value == "" and plain is str and nullable:
+                continue  # it becomes null
+            with pytest.raises(ConfigError) as caught:
+                print(f"{key}={value!r} is accepted:", section_with(key, value))
+            text = str(caught.value)
+            assert text.startswith(key) and "\n" not in text and len(text) < 1000, text
 
 
-def values_beyond(key: str) -> list[Any]:
-    plain, _, nullable = taken_apart(KINDS[key])
-    becomes_null = plain is str and nullable
-    return [value for value in beyond(KINDS[key]) if not (value == "" and becomes_null)]
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_value_outside_of_the_range_of_a_key_is_refused(section):
-    for key in SECTIONS[section]:
-        for value in values_beyond(key):
-            assert_refused(lambda key=key, value=value: section_with(key, value), key, value)
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_value_of_another_type_is_one_sentence_with_the_key(section):
-    for key in SECTIONS[section]:
-        for value in of_another_type(KINDS[key]):
+def test_a_value_of_another_type_is_one_sentence_with_the_key():
+    """All wrong values of the first key of each type, and one of every other key, since a type reads all its keys."""
+    known = set()
+    for key, kind in KINDS.items():
+        values = list(of_another_type(kind))
+        for value in values[:1] if str(taken_apart(kind)) in known else values:
             with pytest.raises(ConfigError, match=rf"^[^\n]*{re.escape(key)}[^\n]*$"):
                 print(f"{key}={value!r} is accepted:", from_mapping(nested(key, value)))
+        known.add(str(taken_apart(kind)))
 
 
 def test_the_ends_of_a_range_are_accepted():
-    for key, value in {
-        "target.teacher_weight": 1000,
-        "rollout.top_p": 1,
-        "seed": 2**32 - 1,
-        "guards.patience": 1,
-    }.items():
+    ends = {"target.teacher_weight": 1000, "rollout.top_p": 1, "seed": 2**32 - 1, "guards.patience": 1}
+    for key, value in ends.items():
         section_with(key, value)
