@@ -186,9 +186,10 @@ test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downl
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_REAL=1 \
 		$(BIN)/python -m pytest -q tests/real_model $(PART) $(ARGS)
 
-# One GPU, at most eleven minutes; docs/support.md says what each stage proves.
-test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
-	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
+# What the tests prove stands in docs/support.md.  Every figure is a property of its test in the report of junit.
+test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on GPUs what CI cannot (ARGS="-k layouts" for a part; ARGS="--device cpu" for the same on a CPU)
+	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 SELFDISTILL_TEST_GPU=1 \
+		$(GPU_PYTHON) -m pytest -v -rfEs tests/gpu -o junit_family=xunit1 --junitxml=build/test-gpu.xml --device cuda $(ARGS)
 
 check: venv ## format, lint, docstrings, spelling, types, shell scripts, figures of the house; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_DIRECTORIES)

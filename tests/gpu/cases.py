@@ -10,26 +10,14 @@ from typing import Any
 from layouts import ADAM, Case
 from models import model_config, parallel
 
-from megatron_selfdistill.config import (
-    OptimizerConfig,
-    ParallelConfig,
-    RecomputeConfig,
-    ScheduleConfig,
-)
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.model.forward import Fusion
 
 OVERLAPPED = dataclasses.replace(
     ADAM, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
 )
-MLA = {
-    "multi_latent_attention": True,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "rope_type": "rope",
-}
+MLA = {"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 16, "rope_type": "rope"}
+MLA |= {"qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
 WIDE = {"num_attention_heads": 8, "num_query_groups": 8}
 """Enough heads for TP 8."""
 BIASED = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
@@ -57,21 +45,10 @@ class Compared:
     @property
     def reference(self) -> Case:
         """Return the same case for one CPU rank in float32, uncut, materialised and without recomputation."""
-        optimizer = dataclasses.replace(
-            self.case.optimizer,
-            precision="fp32",
-            use_distributed_optimizer=False,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
-        )
-        return dataclasses.replace(
-            self.case,
-            parallel=ParallelConfig(),
-            optimizer=optimizer,
-            schedule=ScheduleConfig(),
-            fusion=None,
-            extra_weightless=0,
-        )
+        plain = dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), False)
+        optimizer = dataclasses.replace(self.case.optimizer, precision="fp32", **plain)
+        uncut = {"parallel": ParallelConfig(), "schedule": ScheduleConfig(), "fusion": None, "extra_weightless": 0}
+        return dataclasses.replace(self.case, optimizer=optimizer, **uncut)
 
 
 def _sgd(**changes: Any) -> OptimizerConfig:
@@ -150,10 +127,3 @@ AS_A_RUN = {
     ),
 }
 """The layers that a run on this machine has: Transformer Engine's if it is installed."""
-GROUPS = {"step": AS_A_RUN, "one": ONE_RANK, "several": SEVERAL_RANKS, "eight": EIGHT_GPUS, "apex": FUSED_WGRAD}
-CPU_REDUCED = {
-    "step": tuple(AS_A_RUN),
-    "one": ("grouped queries", "MLA", "fused low_memory", "Adam, three steps"),
-    "several": ("TP2", "PP2xVPP2 tied", "CP2", "EP2", "DP2 overlapped"),
-}
-"""What a CPU runs of each group: its layouts are tested elsewhere, this is about the command."""

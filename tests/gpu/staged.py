@@ -25,12 +25,6 @@ from torch._C._distributed_c10d import AllreduceOptions, ProcessGroupGloo, Work
 NAME = "staged"
 
 
-def register() -> None:
-    """Make "staged" a backend of torch.distributed; a second call changes nothing."""
-    if NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(NAME, StagedGroup, devices=["cpu", "cuda"])
-
-
 class _StagedWork(Work):
     """Works of gloo that run, and the copies to make when they are done."""
 
@@ -119,9 +113,6 @@ class StagedGroup(dist.ProcessGroup):
             torch.cuda.synchronize()
         return self._work([self._gloo.barrier()], None)
 
-    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        self.barrier().wait()
-
     # -- a list, or one large tensor, for all ranks ------------------------------------------------------------------
 
     def allgather(self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> _StagedWork:
@@ -176,18 +167,6 @@ class StagedGroup(dist.ProcessGroup):
         work = self._gloo.alltoall_base(received, sent, sizes, [tensor.numel() for tensor in inputs])
         return self._work([work], _back(outputs, received.split(sizes)), sent)
 
-    def gather(self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> _StagedWork:
-        hosts = [[_host(output) for output in outputs] for outputs in output_lists]
-        own = [_host(tensor) for tensor in inputs]
-        work = self._gloo.gather(hosts, own, opts)
-        backs = [_back(outputs, host) for outputs, host in zip(output_lists, hosts, strict=True)]
-        return self._work([work], lambda: [back() for back in backs], own)
-
-    def scatter(self, outputs: list[Tensor], input_lists: list[list[Tensor]], opts: Any) -> _StagedWork:
-        hosts = [_host(output) for output in outputs]
-        own = [[_host(tensor) for tensor in tensors] for tensors in input_lists]
-        return self._work([self._gloo.scatter(hosts, own, opts)], _back(outputs, hosts), own)
-
     # -- from one rank to another ------------------------------------------------------------------------------------
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> _StagedWork:
@@ -202,10 +181,6 @@ class StagedGroup(dist.ProcessGroup):
     def recv(self, tensors: list[Tensor], rank: int, tag: int = 0) -> _StagedWork:
         hosts = [_host(tensor) for tensor in tensors]
         return self._work([self._gloo.recv(hosts, rank, tag)], _back(tensors, hosts))
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> _StagedWork:
-        hosts = [_host(tensor) for tensor in tensors]
-        return self._work([self._gloo.recv_anysource(hosts, tag)], _back(tensors, hosts))
 
     # Later versions of torch have other names for the same collectives.
     all_gather_single = _allgather_base
@@ -248,4 +223,5 @@ def _summing(opts: Any) -> bool:
     return True
 
 
-register()
+if NAME.upper() not in dist.Backend._plugins:
+    dist.Backend.register_backend(NAME, StagedGroup, devices=["cpu", "cuda"])

@@ -8,7 +8,9 @@ processes, which see the GPUs again.  A pytest process that is started with SELF
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ from functools import cache
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 SWITCH = "SELFDISTILL_TEST_GPU"
+_PACKAGES = (
+    *("torch", "triton", "megatron-core", "transformers", "transformer-engine", "flash-attn", "flash-linear-attention"),
+    *("apex", "vllm", "liger-kernel"),
+)
 _COUNT = """
 import ctypes
 driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
@@ -59,6 +65,14 @@ def number(visible: str | None) -> int:
     with shown(visible):
         asked = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, timeout=60)
     return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def described(on_gpu: bool) -> str:
+    """Return the name of the GPU, which another process asks for, or CPU, and the versions of what computes here."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    name = subprocess.run(asked, capture_output=True, text=True).stdout.strip() if on_gpu else platform.machine()
+    found = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+    return ", ".join([name or "no GPU", *(f"{package} {found[package]}" for package in _PACKAGES if package in found)])
 
 
 def _set(values: dict[str, str | None]) -> None:
