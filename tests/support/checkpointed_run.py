@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ class Setup:
     model_changes: dict[str, Any] = field(default_factory=dict)
 
     def cut(self, **sizes: Any) -> Setup:
-        """Return this setup in another layout; ``sizes`` are the fields of `ParallelConfig`."""
-        return dataclasses.replace(self, parallel=ParallelConfig(**sizes))
+        """Return this setup in another layout; ``sizes`` are those of `models.parallel` or of `ParallelConfig`."""
+        short = inspect.signature(models.parallel).parameters
+        layout = models.parallel(**sizes) if sizes.keys() <= short.keys() else ParallelConfig(**sizes)
+        return dataclasses.replace(self, parallel=layout)
 
     @property
     def model(self) -> ModelConfig:

@@ -35,46 +35,21 @@ def read_as_megatron(run_dir: Path) -> None:
     assert (common["iteration"], common["checkpoint_version"]) == (7, 3.0)
     assert common["opt_param_scheduler"]["num_steps"] == 1
     assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
-    args = common["args"]
-    described = {
-        "num_layers": 4,
-        "hidden_size": 32,
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "group_query_attention": True,
-        "kv_channels": 8,
-        "max_position_embeddings": 256,
-        "seq_length": 256,
-        "position_embedding_type": "rope",
-        "use_rotary_position_embeddings": True,
-        "rotary_base": 10000,
-        "rotary_percent": 1.0,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "swiglu": True,
-        "untie_embeddings_and_output_weights": False,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": 1e-5,
-        "padded_vocab_size": 64,
-        "num_experts": None,
-        "ckpt_format": "torch_dist",
-        "tensor_model_parallel_size": 1,
-        "params_dtype": torch.float32,
-    }
-    assert {name: getattr(args, name) for name in described} == described
+    sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+    sizes += " max_position_embeddings seq_length padded_vocab_size num_experts tensor_model_parallel_size"
+    described = dict(zip(sizes.split(), (4, 32, 64, 4, 2, 8, 256, 256, 64, None, 1), strict=True))
+    described |= {"position_embedding_type": "rope", "rotary_base": 10000, "rotary_percent": 1.0}
+    described |= {"normalization": "RMSNorm", "layernorm_epsilon": 1e-5, "params_dtype": torch.float32}
+    described |= {"ckpt_format": "torch_dist", "untie_embeddings_and_output_weights": False, "add_bias_linear": False}
+    described |= dict.fromkeys(
+        ("group_query_attention", "use_rotary_position_embeddings", "add_qkv_bias", "swiglu"), True
+    )
+    assert {name: getattr(common["args"], name) for name in described} == described
     layer = "decoder.layers."
-    model_keys = {
-        "embedding.word_embeddings.weight",
-        "decoder.final_layernorm.weight",
-        f"{layer}self_attention.linear_qkv.layer_norm_weight",
-        f"{layer}self_attention.linear_qkv.weight",
-        f"{layer}self_attention.linear_qkv.bias",
-        f"{layer}self_attention.linear_proj.weight",
-        f"{layer}mlp.linear_fc1.layer_norm_weight",
-        f"{layer}mlp.linear_fc1.weight",
-        f"{layer}mlp.linear_fc2.weight",
-    }
+    model_keys = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    model_keys |= {f"{layer}mlp.{name}weight" for name in ("linear_fc1.layer_norm_", "linear_fc1.", "linear_fc2.")}
+    attention = ("linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight")
+    model_keys |= {f"{layer}self_attention.{name}" for name in attention}
     optimizer_keys = {f"optimizer.state.{s}.{k}" for s in ("param", "exp_avg", "exp_avg_sq") for k in model_keys}
     assert tensor_keys(path) == model_keys | optimizer_keys | {f"teacher.{k}" for k in model_keys}
 
@@ -91,36 +66,33 @@ def save_plain(setup: Setup, run_dir: Path) -> None:
 
 
 RANDOM_STATES = {
-    "DP 2": ({}, {"rng_state": ["0.0_1.1"], "selfdistill_rng_state": ["0.0.0_1.1.2", "0.0.1_1.1.2"]}),
-    "TP 2": (
-        {"tensor_model_parallel_size": 2},
-        {"rng_state": ["0.0_1.2", "0.1_1.2"], "selfdistill_rng_state": ["0.0.0_1.2.1", "0.1.0_1.2.1"]},
-    ),
-    "EP 2": (
-        {"expert_model_parallel_size": 2},
-        {"rng_state": ["0.0_1.1"], "selfdistill_rng_state": ["0.0.0_1.1.2", "0.0.1_1.1.2"]},
-    ),
+    "DP 2": ({}, "0.0_1.1", "0.0.0_1.1.2 0.0.1_1.1.2"),
+    "TP 2": ({"tp": 2}, "0.0_1.2 0.1_1.2", "0.0.0_1.2.1 0.1.0_1.2.1"),
+    "EP 2": ({"ep": 2}, "0.0_1.1", "0.0.0_1.1.2 0.0.1_1.1.2"),
 }
+"""Layout -> the shards on disk: those of Megatron-LM's ``get_rng_state``, by (pipeline, tensor), and this program's."""
+SHARDS_WITH_EXPERTS = "0.0.0_1.1.2 0.0.1_1.1.2"  # by data-parallel rank too, before 0.17
 """Layout -> the shards on disk: Megatron-LM's ``get_rng_state`` wants (pipeline, tensor)."""
-if older_megatron.version() < (0, 17):  # ... and with experts also data
-    RANDOM_STATES["EP 2"][1]["rng_state"] = ["0.0.0_1.1.2", "0.0.1_1.1.2"]
 
 
 @pytest.mark.parametrize("layout", RANDOM_STATES)
 def test_random_states_are_stored_as_megatron_lm_reads_them_and_for_every_rank(ranks, tmp_path, layout):
-    sizes, expected = RANDOM_STATES[layout]
-    setup = Setup(kind="moe" if "expert_model_parallel_size" in sizes else "gqa", teacher="current").cut(**sizes)
+    sizes, of_megatron, own = RANDOM_STATES[layout]
+    if layout == "EP 2" and older_megatron.version() < (0, 17):
+        of_megatron = SHARDS_WITH_EXPERTS
+    setup = Setup(kind="moe" if layout == "EP 2" else "gqa", teacher="current").cut(**sizes)
     ranks.run(save_plain, setup, tmp_path, world_size=2)
     stored = load_metadata(tmp_path / "checkpoints" / "iter_0000001").state_dict_metadata
-    for key, shards in expected.items():
-        assert sorted(name for name in stored if name.startswith(key)) == [f"{key}/shard_{shard}" for shard in shards]
+    for key, shards in (("rng_state", of_megatron), ("selfdistill_rng_state", own)):
+        expected = [f"{key}/shard_{shard}" for shard in shards.split()]
+        assert sorted(name for name in stored if name.startswith(key)) == expected
 
 
 def load_with_another_kind(run_dir: Path) -> None:
     checkpointed_run.start(Setup(teacher="ema"), run_dir).save(1)
-    with raises("was saved without the initial weights .* as does teacher.weights=frozen"):
+    with raises("teacher.weights=frozen"):
         checkpointed_run.start(Setup(teacher="frozen"), run_dir).load_latest()
-    with raises("does not fit this model: .*shape"):
+    with raises("shape"):
         checkpointed_run.start(Setup(teacher="ema", model_changes={"num_layers": 2}), run_dir).load_latest()
 
 
@@ -138,26 +110,18 @@ def save_before_the_first_step(setup: Setup, run_dir: Path) -> None:
     resumed = checkpointed_run.start(dataclasses.replace(setup, seed=6), run_dir)
     resumed.load_latest()
     resumed.step(1)
-    worst = layouts.worst_difference(layouts.join([resumed.parameters()]), layouts.join([run.parameters()]))
-    assert worst[0] == 0, worst
-    fresh = checkpointed_run.start(setup, run_dir / "never saved")
-    fresh.step(1)
-    assert layouts.worst_difference(layouts.join([fresh.parameters()]), layouts.join([run.parameters()]))[0] == 0
+    fresh = checkpointed_run.start(setup, run_dir / "never saved", steps=1)
+    for other in (resumed, fresh):
+        worst = layouts.worst_difference(layouts.join([other.parameters()]), layouts.join([run.parameters()]))
+        assert worst[0] == 0, worst
 
 
 @combinations(optimizer=["adam", "plain adam", "sgd", "sgd with momentum"], precision=["fp32", "bf16"], strength=1)
 def test_a_save_before_the_first_step_changes_nothing_and_resumes(ranks, tmp_path, optimizer, precision):
-    setup = dataclasses.replace(
-        PLAIN,
-        optimizer=dataclasses.replace(
-            ADAM,
-            precision=precision,
-            optimizer=optimizer.split()[-1] if "adam" in optimizer else "sgd",
-            constants=OptimizerConstants(sgd_momentum=0.9 if "momentum" in optimizer else 0.0),
-            use_distributed_optimizer=optimizer == "adam",
-        ),
-    )
-    ranks.run(save_before_the_first_step, setup, tmp_path, world_size=1)
+    constants = OptimizerConstants(sgd_momentum=0.9 if "momentum" in optimizer else 0.0)
+    kind = {"optimizer": "adam" if "adam" in optimizer else "sgd", "use_distributed_optimizer": optimizer == "adam"}
+    changed = dataclasses.replace(ADAM, precision=precision, constants=constants, **kind)
+    ranks.run(save_before_the_first_step, dataclasses.replace(PLAIN, optimizer=changed), tmp_path, world_size=1)
 
 
 def overlapped_weights_on_disk(run_dir: Path) -> tuple[dict, dict]:

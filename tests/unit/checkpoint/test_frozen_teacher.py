@@ -16,67 +16,40 @@ from saved_checkpoints import raises, tensor_keys
 FROZEN = Setup(teacher="frozen", model_changes={"num_layers": 2})
 
 
-def save_frozen_teacher_once(run_dir: Path) -> None:
-    teacher_files = run_dir / "teacher"
+def save_and_lose_the_teacher(run_dir: Path) -> None:
+    teacher, checkpoints = run_dir / "teacher", run_dir / "checkpoints"
     run = checkpointed_run.start(FROZEN, run_dir)
     run.step(1)
     run.save(1)
-    inode = teacher_files.stat().st_ino
+    inode = teacher.stat().st_ino
     run.step(2)
     run.save(2)
-    assert not any("teacher" in key for key in tensor_keys(run_dir / "checkpoints" / "iter_0000002"))
-    kept = run.teacher_weights()
+    assert not any("teacher" in key for key in tensor_keys(checkpoints / "iter_0000002"))
+    checkpointed_run.start(FROZEN, run_dir).save(1)  # from the start, with the same weights
+    assert teacher.stat().st_ino == inode, "it was written again"
 
-    resumed = checkpointed_run.start(dataclasses.replace(FROZEN, seed=3), run_dir)
-    resumed.load_latest()
-    assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), layouts.join([kept]))[0] == 0
-    resumed.step(3)
-    resumed.save(3)
-
-    again = checkpointed_run.start(FROZEN, run_dir)  # from the start, with the same weights
-    again.save(1)
-    assert teacher_files.stat().st_ino == inode
-
-    other = checkpointed_run.start(dataclasses.replace(FROZEN, seed=4), run_dir)
-    other.save(4)
-    assert teacher_files.stat().st_ino != inode
-    with raises("not the teacher of this checkpoint"):
-        other.load(run_dir / "checkpoints" / "iter_0000003")
-
-
-def test_a_frozen_teacher_is_written_once_and_known_again(ranks, tmp_path):
-    ranks.run(save_frozen_teacher_once, tmp_path, world_size=1)
-
-
-def lose_the_teacher(run_dir: Path) -> None:
-    run = checkpointed_run.start(FROZEN, run_dir, steps=1)
-    run.save(1)
     kept = layouts.join([run.teacher_weights()])
-    for damage in (shutil.rmtree, lambda teacher: max(teacher.glob("*.distcp")).unlink()):
-        damage(run_dir / "teacher")
+    for damage in (shutil.rmtree, lambda teacher: max(teacher.glob("*.distcp")).unlink(), lambda teacher: None):
+        damage(teacher)
         run.save(2)
         for step in (1, 2):
             resumed = checkpointed_run.start(dataclasses.replace(FROZEN, seed=3), run_dir)
-            assert resumed.load(run_dir / "checkpoints" / f"iter_{step:07d}")["step"] == step
+            assert resumed.load(checkpoints / f"iter_{step:07d}")["step"] == step
             assert layouts.worst_difference(layouts.join([resumed.teacher_weights()]), kept)[0] == 0
 
-
-def test_a_frozen_teacher_that_is_lost_is_written_again_for_old_and_new_checkpoints(ranks, tmp_path):
-    ranks.run(lose_the_teacher, tmp_path, world_size=1)
-
-
-def lose_the_manifest_of_the_teacher(run_dir: Path) -> None:
-    checkpointed_run.start(FROZEN, run_dir, steps=1).save(1)
-    (run_dir / "teacher" / "manifest.json").unlink()
-    run = checkpointed_run.start(FROZEN, run_dir)
-    with raises("teacher has no manifest.json, which this program saved with it"):
-        run.load_latest()
-    run.checkpointer.config = dataclasses.replace(run.checkpointer.config, verify="none")
-    run.load_latest()
+    (teacher / "manifest.json").unlink()
+    with raises("teacher has no manifest.json"):
+        resumed.load_latest()
+    resumed.checkpointer.config = dataclasses.replace(resumed.checkpointer.config, verify="none")
+    resumed.load_latest()
+    other = checkpointed_run.start(dataclasses.replace(FROZEN, seed=4), run_dir)
+    other.save(4)
+    with raises("not the teacher of this checkpoint"):
+        other.load(checkpoints / "iter_0000002")
 
 
-def test_a_frozen_teacher_without_its_manifest_is_refused_unless_asked_for(ranks, tmp_path):
-    ranks.run(lose_the_manifest_of_the_teacher, tmp_path, world_size=1)
+def test_a_frozen_teacher_is_written_once_and_known_again_and_a_lost_one_is_written_again(ranks, tmp_path):
+    ranks.run(save_and_lose_the_teacher, tmp_path, world_size=1)
 
 
 def keep_a_reference(setup: Setup, run_dir: Path) -> None:
@@ -115,7 +88,7 @@ def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) ->
 
 def test_a_frozen_teacher_loads_in_another_layout(ranks, tmp_path):
     moe = Setup(kind="moe", teacher="frozen", optimizer=dataclasses.replace(ADAM, precision="bf16"))
-    split = moe.cut(expert_model_parallel_size=2)
+    split = moe.cut(ep=2)
     saved = ranks.run(frozen_teacher_in_another_layout, split, tmp_path, True, world_size=2)
     loaded = ranks.run(frozen_teacher_in_another_layout, moe, tmp_path, False, world_size=1)
     assert layouts.worst_difference(layouts.join(loaded), layouts.join(saved))[0] == 0

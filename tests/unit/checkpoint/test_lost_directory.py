@@ -9,7 +9,9 @@ from unittest import mock
 
 import checkpointed_run
 import pytest
+import tiny_run
 from checkpointed_run import Setup
+from saved_checkpoints import checkpoint_names
 
 from megatron_selfdistill.errors import CheckpointError
 
@@ -26,13 +28,11 @@ def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
     run.checkpointer.prove_ownership = lock.renew
     run.save(1)
     run.checkpointer.finish()
+    write_now = sharded_io.write_now
 
     def another_run_takes_the_directory() -> None:
         (run_dir / "lock").unlink(missing_ok=True)
-        other = RunLock(run_dir)
-        other.acquire()
-
-    write_now = sharded_io.write_now
+        RunLock(run_dir).acquire()
 
     def while_suspended(*arguments: Any) -> None:
         another_run_takes_the_directory()
@@ -48,12 +48,8 @@ def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_run_that_loses_its_directory_in_mid_save_publishes_and_removes_nothing(ranks, tmp_path, async_save):
     ranks.run(lose_the_directory_in_mid_save, tmp_path, async_save, world_size=1)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert [name for name in names if not name.startswith(".writing_")] == [
-        "iter_0000001",
-        "latest_checkpointed_iteration.txt",
-    ]
-    assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "1"
+    kept = [name for name in checkpoint_names(tmp_path) if not name.startswith(".writing_")]
+    assert kept == ["iter_0000001", tiny_run.TRACKER] and tiny_run.saved_step(tmp_path) == 1
 
 
 def lose_the_directory_before_the_teacher(run_dir: Path) -> None:

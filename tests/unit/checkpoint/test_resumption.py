@@ -25,29 +25,27 @@ def saved_by(*arguments: str) -> SimpleNamespace:
     return SimpleNamespace(path="here", trainer_state={CONFIGURATION: stored_values(load(arguments))}, common={})
 
 
+WARM_UP = "optimizer.lr_warmup_steps="
+
+
 @pytest.mark.parametrize(
     ("num_steps", "given", "saved", "number"),
     [
-        (9, [], None, 0),
-        (50, [], None, 5),
-        (1000, [], None, 10),
-        (1000, ["optimizer.lr_warmup_steps=0"], None, 0),
-        (1000, [], ["optimizer.lr_warmup_steps=0"], 0),
-        (1000, [], ["optimizer.lr_warmup_steps=7"], 7),
-        (1000, ["optimizer.lr_warmup_steps=3"], ["optimizer.lr_warmup_steps=7"], 3),
+        *((9, "", None, 0), (50, "", None, 5), (1000, "", None, 10), (1000, f"{WARM_UP}0", None, 0)),
+        *((1000, "", f"{WARM_UP}0", 0), (1000, "", f"{WARM_UP}7", 7), (1000, f"{WARM_UP}3", f"{WARM_UP}7", 3)),
     ],
 )
 def test_a_run_keeps_the_warm_up_of_its_checkpoint_unless_it_is_set(num_steps, given, saved, number):
-    config = load([f"num_steps={num_steps}", *given])
-    found = with_warmup(config, None if saved is None else Resumption(saved_by(*saved), (), (), same_problems=True))
-    assert found.optimizer.lr_warmup_steps == number
+    config = load([f"num_steps={num_steps}", *given.split()])
+    resumption = None if saved is None else Resumption(saved_by(saved), (), (), same_problems=True)
+    assert with_warmup(config, resumption).optimizer.lr_warmup_steps == number
 
 
 def test_a_warm_up_that_is_not_set_is_no_change():
-    changes = [str(it) for it in _changed(saved_by("optimizer.lr_warmup_steps=0"), load([]))]
-    assert changes == []
-    (change,) = _changed(saved_by("optimizer.lr_warmup_steps=0"), load(["optimizer.lr_warmup_steps=2"]))
-    assert str(change) == "optimizer.lr_warmup_steps: 0 in the checkpoint, now 2"
+    saved = saved_by(f"{WARM_UP}0")
+    assert list(_changed(saved, load([]))) == []
+    (change,) = _changed(saved, load([f"{WARM_UP}2"]))
+    assert str(change) == f"{WARM_UP[:-1]}: 0 in the checkpoint, now 2"
 
 
 def test_a_resumed_run_that_renders_other_prompts_says_so_and_how_to_fix_the_date():

@@ -53,8 +53,9 @@ def write(checkpoints: Path, step: int, complete: Path, keep_last: int | None = 
 def test_the_tracker_file_names_the_latest(checkpoints):
     assert directory.latest(checkpoints) == checkpoints / "iter_0000002"
     (checkpoints / directory.TRACKER).write_text("1")  # as Megatron's users go back
-    assert directory.latest(checkpoints) == checkpoints / "iter_0000001"
-    assert directory.resolve(checkpoints) == checkpoints / "iter_0000001"
+    assert directory.latest(checkpoints) == directory.resolve(checkpoints) == checkpoints / "iter_0000001"
+    (checkpoints / directory.TRACKER).write_text("")  # unreadable: the newest one counts
+    assert directory.latest(checkpoints) == checkpoints / "iter_0000002"
 
 
 def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_path):
@@ -65,17 +66,16 @@ def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_p
     assert directory.resolve(checkpoints) == checkpoints / "iter_0000002", "a tracker file of its own is the nearer one"
 
 
-def cut_off_data(path: Path) -> None:
-    data = path / "__0_0.distcp"
-    data.write_bytes(data.read_bytes()[:-1])
+def cut_off(file: Path, num_bytes: int) -> None:
+    file.write_bytes(file.read_bytes()[:-num_bytes])
 
 
 DAMAGE = {
-    "a data file one byte short": cut_off_data,
+    "a data file one byte short": lambda path: cut_off(path / "__0_0.distcp", 1),
     "a data file missing": lambda path: max(path.glob("*.distcp")).unlink(),
     "no metadata.json": lambda path: (path / "metadata.json").unlink(),
     "no .metadata": lambda path: (path / ".metadata").unlink(),
-    ".metadata cut off": lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-9]),
+    ".metadata cut off": lambda path: cut_off(path / ".metadata", 9),
     "all gone": shutil.rmtree,
 }
 
@@ -84,13 +84,8 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_not_the_latest(checkpoints, damage):
     DAMAGE[damage](checkpoints / "iter_0000002")
     assert directory.latest(checkpoints) == checkpoints / "iter_0000001"
-    with pytest.raises(CheckpointError, match="expected a Megatron torch_dist checkpoint"):
+    with pytest.raises(CheckpointError, match="iter_0000002"):
         directory.resolve(checkpoints)
-
-
-def test_an_unreadable_tracker_file_leaves_the_newest(checkpoints):
-    (checkpoints / directory.TRACKER).write_text("")
-    assert directory.latest(checkpoints) == checkpoints / "iter_0000002"
 
 
 @pytest.mark.parametrize("keep_last, left", [(1, [3]), (2, [2, 3]), (None, [1, 2, 3])])
@@ -123,15 +118,8 @@ def crash_at(patch: pytest.MonkeyPatch, count: int) -> None:
 
         return call
 
-    for owner, name in [
-        (Path, "rename"),
-        (Path, "unlink"),
-        (Path, "write_text"),
-        (os, "replace"),
-        (os, "unlink"),  # rmtree's
-        (os, "rmdir"),
-        (directory, "sync"),
-    ]:
+    changes = [(Path, "rename"), (Path, "unlink"), (Path, "write_text"), (os, "replace"), (directory, "sync")]
+    for owner, name in [*changes, (os, "unlink"), (os, "rmdir")]:  # the last two are rmtree's
         patch.setattr(owner, name, dying(getattr(owner, name)))
 
 
@@ -159,7 +147,7 @@ def test_a_crash_at_any_moment_leaves_a_latest_that_loads(checkpoints, complete,
 
 
 def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path):
-    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes but .* has [\d,]+ free"):
+    with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000,000,000 bytes"):
         directory.begin(tmp_path, "iter_0000001", 10**18)
     assert names(tmp_path) == []
 
