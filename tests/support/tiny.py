@@ -30,7 +30,7 @@ def problem(text: str = "3 - 4", solution: str = "hint", answer: str | None = No
 def builder(tokenizer: Any, chat_template: str | None = None, **templates: Any) -> PromptBuilder:
     """Return the builder of prompts for a tokenizer or its directory; ``templates`` are those of `PromptTemplates`."""
     from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
-    from megatron_selfdistill.data.tokenizer import load_tokenizer
+    from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 
     if isinstance(tokenizer, Path):
         tokenizer = load_tokenizer(tokenizer, chat_template=chat_template)
