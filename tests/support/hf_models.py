@@ -32,88 +32,45 @@ from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.forward import unwrapped
 
 VOCAB_SIZE = 101  # prime
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 36,
-    "intermediate_size": 44,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
-}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 4}
+_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64}
 _WITHOUT_HEAD_DIM = {name: size for name, size in _SIZES.items() if name != "head_dim"}
-_LATENT = {
-    **_WITHOUT_HEAD_DIM,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 28,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "kv_lora_rank": 20,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 14,
-    "rms_norm_eps": 1e-6,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "mscale": 0.8,
-    "mscale_all_dim": 0.6,
-    "beta_fast": 8,
-    "beta_slow": 1,
-    "original_max_position_embeddings": 16,
-}
-_YARN_OF_HEADS = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "beta_fast": 2.0,
-    "beta_slow": 1.0,
-    "original_max_position_embeddings": 16,
-    "attention_factor": 1.25,
-    "truncate": False,
-}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+_LATENT = {**_WITHOUT_HEAD_DIM, "num_key_value_heads": 4, "moe_intermediate_size": 28, "n_routed_experts": 8}
+_LATENT |= {"num_experts_per_tok": 4, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12}
+_LATENT |= {"v_head_dim": 14, "rms_norm_eps": 1e-6}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.8, "mscale_all_dim": 0.6, "beta_fast": 8, "beta_slow": 1}
+_YARN |= {"original_max_position_embeddings": 16}
+_YARN_OF_HEADS = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 1.0, "attention_factor": 1.25}
+_YARN_OF_HEADS |= {"original_max_position_embeddings": 16, "truncate": False}
 """Values at which every one of them, and the base 100, changes logits in 5 pairs of channels."""
-_GLM = {
-    **_SIZES,
-    "head_dim": 12,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 4,
-    "rope_theta": 1000000.0,
-}
-_GATED_DELTA = {
-    "full_attention_interval": 2,
-    "head_dim": 16,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 10,
-    "linear_conv_kernel_dim": 3,
-}
+_YARN_OF_GPT_OSS = {"rope_theta": 100.0, "rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0}
+_YARN_OF_GPT_OSS |= {"truncate": False, "original_max_position_embeddings": 16}
+_GLM = {**_SIZES, "head_dim": 12, "moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 4}
+_GLM |= {"rope_theta": 1000000.0}
+_GATED_DELTA = {"full_attention_interval": 2, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
+_GATED_DELTA |= {"linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 3}
+_GATED_DELTA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 3}
 _SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 20}
+_GROUPS = {
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 _ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_mtp_layers": 0}
 """Experts of DeepSeek without groups and without multi-token prediction."""
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": (
         "LlamaConfig",
-        {
-            **_SIZES,
-            "tie_word_embeddings": True,
-            "rope_theta": 500000.0,
-            "rope_scaling": _LLAMA3,
-            "max_position_embeddings": 8 * 8192,
-        },
+        {**_SIZES, "tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": _LLAMA3}
+        | {"max_position_embeddings": 8 * 8192},
     ),
     "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None, "rms_norm_eps": 1e-5}),
     "mistral_window": ("MistralConfig", {**_SIZES, "sliding_window": 7, "rms_norm_eps": 1e-5}),
@@ -126,12 +83,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_yarn": ("Qwen3Config", {**_SIZES, "rope_theta": 100.0, "rope_scaling": _YARN_OF_HEADS}),
     "qwen3_window": (
         "Qwen3Config",
-        {
-            **_SIZES,
-            "use_sliding_window": True,
-            "sliding_window": 9,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
-        },
+        {**_SIZES, "use_sliding_window": True, "sliding_window": 9, "layer_types": [_SLIDING, _FULL, _FULL, _SLIDING]},
     ),
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": True}),
@@ -140,35 +92,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         {
             **_SIZES,
+            **_LOCAL_EXPERTS,
             "intermediate_size": 32,  # whole vectors: PyTorch rounds the sigmoid of the rest of a row differently
-            "num_local_experts": 4,
-            "num_experts_per_tok": 3,
-            "sliding_window": 6,
-            "swiglu_limit": 1.25,
-            "rope_parameters": {
-                "rope_theta": 100.0,
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "beta_fast": 8.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 16,
-            },
+            **{"sliding_window": 6, "swiglu_limit": 1.25, "rope_parameters": _YARN_OF_GPT_OSS},
         },
     ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            **_LATENT,
-            "q_lora_rank": 24,
-            "n_group": 4,
-            "topk_group": 2,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 1.7,
-            "rope_scaling": _YARN,
-        },
-    ),
+    "deepseek_v3": ("DeepseekV3Config", {**_LATENT, **_GROUPS, "q_lora_rank": 24, "rope_scaling": _YARN}),
     "deepseek_v3_plain": (
         "DeepseekV3Config",
         {**_LATENT, **_ONE_GROUP, "q_lora_rank": None, "first_k_dense_replace": 0},
@@ -176,42 +105,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOssConfig", {**_SIZES, "attention_bias": True}),
     "smollm3": (
         "SmolLM3Config",
-        {
-            **_SIZES,
-            "no_rope_layers": [1, 0, 1, 1],
-            "use_sliding_window": True,
-            "sliding_window": 9,
-            "tie_word_embeddings": True,
-            "pad_token_id": None,
-        },
+        {**_SIZES, "no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 9}
+        | {"tie_word_embeddings": True, "pad_token_id": None},
     ),
     "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
     "moonlight": (  # a large epsilon, so that the norms of the latents show their own
         "DeepseekV3Config",
         {**_LATENT, **_ONE_GROUP, "rms_norm_eps": 1e-2, "q_lora_rank": 24, "first_k_dense_replace": 1},
     ),
-    "glm4_moe": (
+    "glm4_moe": ("Glm4MoeConfig", {**_GLM, **_GROUPS, "attention_bias": True}),
+    "glm4_moe_plain": (  # 9 channels are rotated, of which Megatron and transformers rotate 5 pairs
         "Glm4MoeConfig",
-        {
-            **_GLM,
-            "attention_bias": True,
-            "n_group": 4,
-            "topk_group": 2,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 1.7,
-        },
-    ),
-    "glm4_moe_plain": (
-        "Glm4MoeConfig",
-        {
-            **_GLM,
-            "use_qk_norm": True,
-            "partial_rotary_factor": 0.75,  # 9 channels, of which Megatron and transformers rotate 5 pairs
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 0,
-            "num_mtp_layers": 0,
-        },
+        {**_GLM, "use_qk_norm": True, "partial_rotary_factor": 0.75, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 0, "num_mtp_layers": 0},
     ),
     "qwen2_moe": ("Qwen2MoeConfig", {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 26}),
     "ministral3": (
@@ -220,14 +126,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax_m2": (
         "MiniMaxM2Config",
-        {
-            **_SIZES,
-            "rotary_dim": 6,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 3,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
+        {**_SIZES, **_LOCAL_EXPERTS, "rotary_dim": 6, "bos_token_id": None, "eos_token_id": None},
     ),
     "olmoe": (
         "OlmoeConfig",
@@ -236,13 +135,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "mlp_only_layers": [1]}),
     "qwen3_next_unnormalised": (
         "Qwen3NextConfig",
-        {
-            **_SIZES,
-            **_GATED_DELTA,
-            **_SHARED_EXPERT,
-            "norm_topk_prob": False,
-            "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
-        },
+        {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "norm_topk_prob": False}
+        | {"layer_types": [_LINEAR, _FULL, _FULL, _LINEAR]},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", {**_SIZES, **_GATED_DELTA, "tie_word_embeddings": True}),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT}),
