@@ -86,25 +86,28 @@ def inputs(size: float, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return (size * q).to(dtype), k.to(dtype), v.to(dtype), dy.flatten(1).to(dtype)
 
 
-def exact(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
+def definition(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
     """Return the definition's output and gradients of queries, keys, values and sinks in float64."""
     size, sinks, lengths = ROWS[row]
     *qkv, dy = (x.double() for x in inputs(size, sum(lengths), dtype))
     leaves = [x.requires_grad_() for x in (*qkv, torch.tensor(sinks, dtype=dtype).double())]
     out = flash_attention.softmax_with_sinks(*leaves, lengths, *VARIANTS[variant].get("window_size", [None])[:1])
+    return with_gradients(out, dy, leaves)
+
+
+def with_gradients(out: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     out.backward(dy)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def computed(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
-    """Return what `exact` returns, as `FlashSinkAttention` computes it."""
+    """Return what `definition` returns, as `FlashSinkAttention` computes it."""
     size, sinks, lengths = ROWS[row]
     *qkv, dy = inputs(size, sum(lengths), dtype)
     layer = attention(sinks, dtype, **VARIANTS[variant])
     leaves = [x.requires_grad_() for x in qkv]
     out = layer(*leaves, packed_seq_params=segments(lengths))
-    out.backward(dy)
-    return [out.detach(), *(leaf.grad for leaf in leaves), layer.softmax_offset.grad]
+    return with_gradients(out, dy, [*leaves, layer.softmax_offset])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -112,7 +115,9 @@ def computed(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
 def test_output_and_all_gradients_equal_the_definition(row, variant):
     """In float64 throughout, so that only a wrong formula can differ by more than the conditioning of the scores."""
     largest = ROWS[row][0] * 40  # the scores' bound: an error of 2**-53 in them is an error of the probabilities
-    for got, expected in zip(computed(row, variant, torch.float64), exact(row, variant, torch.float64), strict=True):
+    for got, expected in zip(
+        computed(row, variant, torch.float64), definition(row, variant, torch.float64), strict=True
+    ):
         bound = 64 * largest * 2.0**-53 * max(1.0, float(expected.abs().max()))
         assert got.dtype == torch.float64 and got.isfinite().all()
         torch.testing.assert_close(got, expected, rtol=0, atol=bound)
@@ -121,7 +126,7 @@ def test_output_and_all_gradients_equal_the_definition(row, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_in_bf16_the_output_is_rounded_twice_and_the_sinks_are_corrected_in_float32(variant):
     out, *_, of_sinks = computed("peaked", variant, torch.bfloat16)
-    expected, *_, expected_of_sinks = exact("peaked", variant, torch.bfloat16)
+    expected, *_, expected_of_sinks = definition("peaked", variant, torch.bfloat16)
     assert out.dtype == of_sinks.dtype == torch.bfloat16
     twice = 2 * 2.0**-8 + 2.0**-15  # by flash attention, and here; the rest covers float32
     torch.testing.assert_close(out.double(), expected, rtol=twice, atol=0)
@@ -145,12 +150,10 @@ def test_frozen_sinks_get_no_gradient_and_the_others_are_unchanged():
     *qkv, dy = inputs(3.0, sum(LENGTHS), torch.float64)
     found = []
     for frozen in (False, True):
-        layer = attention(list(SINKS), torch.float64)
+        layer, leaves = attention(list(SINKS), torch.float64), [x.clone().requires_grad_() for x in qkv]
         layer.softmax_offset.requires_grad_(not frozen)
-        leaves = [x.clone().requires_grad_() for x in qkv]
-        layer(*leaves, packed_seq_params=segments(LENGTHS)).backward(dy)
+        found.append(with_gradients(layer(*leaves, packed_seq_params=segments(LENGTHS)), dy, leaves))
         assert (layer.softmax_offset.grad is None) == frozen
-        found.append([leaf.grad for leaf in leaves])
     assert all(map(torch.equal, *found))
 
 
@@ -170,32 +173,32 @@ CP_LENGTHS = [8, 24, 8, 16]
 
 
 def of_cp_rank(variant: str) -> list[Tensor]:
-    """Return what `computed` returns, at the positions of this context-parallel rank."""
+    """Return the positions of this context-parallel rank, and what `computed` returns there."""
     group = dist.group.WORLD
     held = context_parallel_positions(torch.tensor([0, *CP_LENGTHS]).cumsum(0), group.size(), group.rank())
     *qkv, dy = (x[held] for x in inputs(3.0, sum(CP_LENGTHS), torch.float64))
     layer = attention(list(SINKS), torch.float64, group, **VARIANTS[variant])
-    leaves = [x.requires_grad_() for x in qkv]
-    packed_seq_params = segments(CP_LENGTHS)
+    leaves, bounds = [x.requires_grad_() for x in qkv], segments(CP_LENGTHS)
     with flash_attention.on_cpu():
-        out = layer(*leaves, packed_seq_params=packed_seq_params)
-        out.backward(dy)
-        assert torch.equal(layer(*leaves, packed_seq_params=packed_seq_params), out), "the segments are kept"
-    return [held, out.detach(), *(leaf.grad for leaf in leaves), layer.softmax_offset.grad]
+        out = layer(*leaves, packed_seq_params=bounds)
+        assert torch.equal(layer(*leaves, packed_seq_params=bounds), out), "the segments are kept"
+        return [held, *with_gradients(out, dy, [*leaves, layer.softmax_offset])]
 
 
-@pytest.mark.parametrize(("variant", "cp_size"), [("full", 2), ("window", 2), ("window", 4)])
+@pytest.mark.parametrize(
+    ("variant", "cp_size"), [("full", 2), ("window", 2), pytest.param("window", 4, marks=pytest.mark.full)]
+)
 def test_context_parallel_ranks_compute_their_part_of_the_definition(ranks, variant, cp_size):
-    leaves = [x.requires_grad_() for x in (*inputs(3.0, sum(CP_LENGTHS), torch.float64)[:3],)]
-    sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
+    *qkv, dy = inputs(3.0, sum(CP_LENGTHS), torch.float64)
+    leaves = [x.requires_grad_() for x in (*qkv, torch.tensor(SINKS, dtype=torch.float64))]
     left = VARIANTS[variant].get("window_size", [None])[0]
-    out = flash_attention.softmax_with_sinks(*leaves, sinks, CP_LENGTHS, left)
-    out.backward(inputs(3.0, sum(CP_LENGTHS), torch.float64)[3])
+    out = flash_attention.softmax_with_sinks(*leaves, CP_LENGTHS, left)
+    *expected, of_sinks = with_gradients(out, dy, leaves)
     per_rank = ranks.run(of_cp_rank, variant, world_size=cp_size)
     for held, *parts, _ in per_rank:
-        for part, expected in zip(parts, (out, *(leaf.grad for leaf in leaves)), strict=True):
-            torch.testing.assert_close(part, expected[held].detach())
-    torch.testing.assert_close(torch.stack([of_rank[-1] for of_rank in per_rank]).sum(0), sinks.grad)
+        for part, whole in zip(parts, expected, strict=True):
+            torch.testing.assert_close(part, whole[held])
+    torch.testing.assert_close(torch.stack([of_rank[-1] for of_rank in per_rank]).sum(0), of_sinks)
 
 
 def test_the_segments_of_a_context_parallel_rank_are_computed_without_the_host():
@@ -225,25 +228,6 @@ def test_the_operators_of_this_pytorch_take_the_arguments_and_return_the_shapes(
         out, q, k, v, out, lse, bounds, bounds, 7, 7, 0.0, True, state, unused, **window
     )
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
-
-
-def test_the_stand_in_has_the_gradients_of_attention_without_sinks():
-    *qkv, dy = inputs(3.0, sum(LENGTHS), torch.float64)
-    leaves = [x.requires_grad_() for x in qkv]
-    expected = flash_attention.softmax_with_sinks(*leaves, torch.full((HEADS,), -torch.inf).double(), LENGTHS, 5)
-    expected.backward(dy)
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    window = {"scale": CHANNELS**-0.5, "window_size_left": 5, "window_size_right": 0}
-    with torch.no_grad():
-        out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
-            *leaves, bounds, bounds, 40, 40, 0.0, True, False, **window
-        )
-        grads = torch.ops.aten._flash_attention_backward(
-            dy.unflatten(1, (HEADS, CHANNELS)), *leaves, out, lse, bounds, bounds, 40, 40, 0.0, True, *state, **window
-        )
-    torch.testing.assert_close(out.flatten(1), expected.detach())
-    for grad, leaf in zip(grads, leaves, strict=True):
-        torch.testing.assert_close(grad, leaf.grad)
 
 
 # -- the model -----
@@ -284,13 +268,15 @@ def tiny_gpt_oss() -> ModelConfig:
     return dataclasses.replace(shipped, **sizes, **heads, **experts, transformer=transformer)
 
 
-def logits_of_both_kinds() -> tuple[list[str], bool, Tensor, Tensor]:
-    """Return the kinds of attention of the model for Transformer Engine, and the logits of it and of local layers."""
-    grid = initialize(ParallelConfig(), seed=1)
-    model = tiny_gpt_oss()
+def logits_of_both_kinds() -> tuple[list[list[str]], list[Tensor]]:
+    """Return the kinds of attention of the model for Transformer Engine and of that with local layers, and the logits.
+
+    A model without sinks keeps the attention of Transformer Engine.
+    """
+    grid, model = initialize(ParallelConfig(), seed=1), tiny_gpt_oss()
     settings = transformer_config(model, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
     microbatch = packed([[5, 7, 11, 2, 9, 4, 1], [3], [8, 6, 10, 12, 0]])
-    logits = []
+    kinds, logits = [], []
     with pytest.MonkeyPatch.context() as patch, flash_attention.on_cpu(), torch.no_grad():
         as_if_transformer_engine(patch)
         for transformer_engine in (True, False):
@@ -299,56 +285,40 @@ def logits_of_both_kinds() -> tuple[list[str], bool, Tensor, Tensor]:
             chunk.double()
             local = uses_local_attention([chunk])
             assert local == (not transformer_engine)
-            if transformer_engine:
-                kinds = [
-                    type(layer.self_attention.core_attention).__name__ for layer in unwrapped(chunk).decoder.layers
-                ]
+            layers = unwrapped(chunk).decoder.layers
+            kinds.append([type(layer.self_attention.core_attention).__name__ for layer in layers])
             hidden = hidden_states(chunk, ModelInputs.on_host(microbatch, grid, local_attention=local), grid)
             logits.append(project(unwrapped(chunk), hidden))
-    return kinds, *logits
+        block = layer_spec(config(softmax_type="vanilla", normalization="RMSNorm"), transformer_engine=True)
+    kinds.append([spec.submodules.self_attention.submodules.core_attention.__name__ for spec in block.layer_specs])
+    return kinds, logits
 
 
 def test_gpt_oss_on_transformer_engines_spec_attends_by_flash_attention_to_packed_sequences(ranks):
-    [(kinds, of_engine, of_local)] = ranks.run(logits_of_both_kinds, world_size=1)
-    assert kinds == ["FlashSinkAttention"] * 2
-    torch.testing.assert_close(of_engine, of_local, rtol=1e-5, atol=1e-5)
-    assert of_local.std() > 0.1
+    [((of_engine, _, without_sinks), logits)] = ranks.run(logits_of_both_kinds, world_size=1)
+    assert of_engine == ["FlashSinkAttention"] * 2 and without_sinks == ["EngineAttention"]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    assert logits[0].std() > 0.1
 
 
-def kinds_without_sinks() -> list[str]:
-    initialize(ParallelConfig(), seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        as_if_transformer_engine(patch)
-        block = layer_spec(config(softmax_type="vanilla", normalization="RMSNorm"), transformer_engine=True)
-    return [spec.submodules.self_attention.submodules.core_attention.__name__ for spec in block.layer_specs]
-
-
-def test_models_without_sinks_keep_transformer_engines_attention(ranks):
-    assert ranks.run(kinds_without_sinks, world_size=1) == [["EngineAttention"]]
-
-
-REFUSED: dict[str, list[dict[str, Any]]] = {
-    "have no latent attention": [{"multi_latent_attention": True}],
-    "have no FP8": [{"fp8_dot_product_attention": True}, {"fp8_multi_head_attention": True}],
-    "add gradients in any order": [{"deterministic_mode": True}],
+REFUSED: dict[str, list[str]] = {
+    "have no latent attention": ["multi_latent_attention"],
+    "have no FP8": ["fp8_dot_product_attention", "fp8_multi_head_attention"],
+    "add gradients in any order": ["deterministic_mode"],
 }
+"""Sentence -> fields of a configuration with sinks that meet it."""
 """Sentence -> fields of a configuration with sinks that meet it."""
 
 
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence(sentence):
-    for fields in REFUSED[sentence]:
+def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence():
+    for sentence, name in ((sentence, name) for sentence, names in REFUSED.items() for name in names):
         refused = config(bf16=True, hidden_dropout=0.0)
-        for name, value in fields.items():
-            setattr(refused, name, value)
+        setattr(refused, name, True)
         refuse_known_faults(refused, transformer_engine=False)  # our attention can
         with pytest.raises(ConfigError, match=sentence):
             refuse_known_faults(refused, transformer_engine=True)
         refused.softmax_type = "vanilla"
         refuse_known_faults(refused, transformer_engine=True)
-
-
-@pytest.mark.parametrize("communication", ["p2p", "a2a", "all_gather"])
-def test_windows_beside_sinks_are_cut_by_our_attention_for_every_communication(communication):
-    fields = {"window_size": (8, 0), "cp_comm_type": communication, "context_parallel_size": 2, "hidden_dropout": 0.0}
-    refuse_known_faults(config(bf16=True, **fields), transformer_engine=True)
+    for communication in ("p2p", "a2a", "all_gather"):  # windows beside sinks are cut by our attention
+        fields = {"window_size": (8, 0), "cp_comm_type": communication, "context_parallel_size": 2}
+        refuse_known_faults(config(bf16=True, hidden_dropout=0.0, **fields), transformer_engine=True)

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import build, model_config, parallel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from tests.support.models import build, model_config, parallel
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -48,14 +47,8 @@ SEGMENTS = [4, 4, 40, 20, 4, 8, 12]
 BOUNDS = [0, *torch.tensor(SEGMENTS).cumsum(0).tolist()]
 
 
-class OneRank:
-    """Stands in for a process group of one."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
+ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+"""Stands in for a process group of one."""
 
 
 def config(**changes) -> TransformerConfig:
@@ -64,15 +57,13 @@ def config(**changes) -> TransformerConfig:
         "hidden_size": HEADS * CHANNELS,
         "num_attention_heads": HEADS,
         "num_query_groups": GROUPS,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "use_cpu_initialization": True,
     }
+    values |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "use_cpu_initialization": True}
     return TransformerConfig(**values | changes)
 
 
 def attention(group=None, variant: str = "full", **kwargs) -> CoreAttention:
-    collection, cls = SimpleNamespace(cp=group or OneRank()), VariantAttention if VARIANTS[variant] else CoreAttention
+    collection, cls = SimpleNamespace(cp=group or ONE_RANK), VariantAttention if VARIANTS[variant] else CoreAttention
     made = cls(config(**VARIANTS[variant]), 1, None, "self", pg_collection=collection, **kwargs)
     with torch.no_grad():
         for sinks in made.parameters():
@@ -142,10 +133,10 @@ def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
     assert not norm(x).equal((exact * norm.weight.double()).bfloat16()), "or the order would not matter"
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_weight_says_whether_its_gradient_is_summed_over_tensor_parallel_ranks(sequence_parallel):
-    changes = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
-    assert RMSNorm(config(**changes), 24).weight.sequence_parallel is sequence_parallel
+def test_the_weight_says_whether_its_gradient_is_summed_over_tensor_parallel_ranks():
+    for sequence_parallel in (False, True):
+        changes = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
+        assert RMSNorm(config(**changes), 24).weight.sequence_parallel is sequence_parallel
 
 
 # -- attention, unpacked -----
@@ -174,13 +165,15 @@ def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula(vari
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("num_queries", [1, 4, 12, 13])
-def test_the_last_queries_against_a_cache_equal_the_last_rows_of_the_whole(num_queries, variant):
+def test_the_last_queries_against_a_cache_equal_the_last_rows_of_the_whole(variant):
     query, key, value = random_qkv(13, 2)
-    out = attention(variant=variant)(query[-num_queries:], key, value)
-    for b in range(2):
-        expected = reference(query[-num_queries:, b], key[:, b], value[:, b], variant)
-        torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+    for num_queries in (1, 4, 12, 13):
+        out = attention(variant=variant)(query[-num_queries:], key, value)
+        for b in range(2):
+            expected = reference(query[-num_queries:, b], key[:, b], value[:, b], variant)
+            torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+    hidden = torch.ones(13, 13, dtype=torch.bool).triu(1)[None, None]  # of Megatron's kind: it changes nothing
+    torch.testing.assert_close(attention(variant=variant)(query, key, value, attention_mask=hidden), out)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -195,17 +188,9 @@ def test_a_mask_of_rows_with_unequal_lengths_places_each_query_at_its_last_colum
         torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_causal_mask_of_megatrons_kind_changes_nothing(variant):
-    query, key, value = random_qkv(9, 1)
-    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
-    layer = attention(variant=variant)
-    torch.testing.assert_close(layer(query, key, value, attention_mask=hidden[None, None]), layer(query, key, value))
-
-
 def test_a_sink_of_zero_is_the_softmax_that_is_off_by_one():
     query, key, value = random_qkv(9, 1)
-    one = SimpleNamespace(cp=OneRank())
+    one = SimpleNamespace(cp=ONE_RANK)
     layer = VariantAttention(config(softmax_type="off-by-one"), 1, None, "self", pg_collection=one)
     expected = reference(query[:, 0], key[:, 0], value[:, 0], "sinks", torch.zeros(HEADS))
     torch.testing.assert_close(layer(query, key, value)[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
@@ -253,19 +238,17 @@ def real_rows() -> Tensor:
     return torch.cat([torch.arange(s, s + n) for s, n in zip(BOUNDS, LENGTHS, strict=False)])
 
 
-def packed_attention(group, mutation: str | None = None, variant: str = "full") -> list[Tensor]:
+def packed_attention(group=None, variant: str = "full") -> list[Tensor]:
     """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds.
 
-    The gradient of the sinks is the last entry, where there are sinks.
+    The gradient of the sinks is the last entry, where there are sinks.  The default group is that of all ranks.
     """
+    group = group or dist.group.WORLD
     held = context_parallel_positions(torch.tensor(BOUNDS), group.size(), group.rank())
-    rows = random_qkv(BOUNDS[-1])
-    query, key, value = (x[held].clone().requires_grad_() for x in rows)
+    query, key, value = (x[held].clone().requires_grad_() for x in random_qkv(BOUNDS[-1]))
     upstream = torch.zeros(BOUNDS[-1], HEADS * CHANNELS)
     upstream[real_rows()] = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
-        if mutation:
-            patch.setattr(local_attention, *MUTATIONS[mutation])
         patch.setattr(attention_variants, "_LEAST_QUERIES", 1)
         layer = attention(group, variant)
         out = layer(query, key, value, packed_seq_params=packed_params())
@@ -273,15 +256,8 @@ def packed_attention(group, mutation: str | None = None, variant: str = "full") 
     return [out.detach(), query.grad, key.grad, value.grad, *(p.grad for p in layer.parameters())]
 
 
-def packed_attention_of_rank(mutation: str | None = None, variant: str = "full") -> list[Tensor]:
-    return packed_attention(dist.group.WORLD, mutation, variant)
-
-
 def whole_row(per_rank: list[list[Tensor]]) -> list[Tensor]:
-    """Return the four tensors of the row, joined from the shares of the context-parallel ranks.
-
-    The gradients of the sinks are added.
-    """
+    """Return the tensors of the row, joined from the shares of the context-parallel ranks; add those of the sinks."""
     held = [context_parallel_positions(torch.tensor(BOUNDS), len(per_rank), r) for r in range(len(per_rank))]
     joined = []
     for parts in zip(*per_rank, strict=True):
@@ -316,79 +292,21 @@ def assert_each_sequence_is_as_if_alone(row: list[Tensor], variant: str = "full"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_sequences_equal_each_sequence_alone(variant):
-    assert_each_sequence_is_as_if_alone(whole_row([packed_attention(OneRank(), None, variant)]), variant)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_alone(ranks, variant):
-    per_rank = ranks.run(packed_attention_of_rank, None, variant, world_size=2)
+def test_packed_sequences_equal_each_sequence_alone_also_cut_over_context_parallel_ranks(ranks, variant):
+    assert_each_sequence_is_as_if_alone(whole_row([packed_attention(ONE_RANK, variant)]), variant)
+    per_rank = ranks.run(packed_attention, None, variant, world_size=2)
     assert_each_sequence_is_as_if_alone(whole_row(per_rank), variant)
 
 
-def without_segments(cu_seqlens: Tensor, group, device):
-    """Positions only, as if the row were one sequence."""
-    rows = _rows(cu_seqlens, group, device)
-    bounds = tuple((0, position) for _, position in rows.bounds)
-    return dataclasses.replace(rows, starts=torch.zeros_like(rows.starts), bounds=bounds)
-
-
-def one_segment(cu_seqlens: Tensor):
-    """Return the batches of a row with one sequence."""
-    return _by_length(torch.tensor([0, int(cu_seqlens[-1])]))
-
-
-def without_positions(cu_seqlens: Tensor, group, device):
-    """Segments only: each token sees its whole sequence."""
-    rows = _rows(cu_seqlens, group, device)
-    last = cu_seqlens[torch.bucketize(rows.positions, cu_seqlens[1:], right=True) + 1] - 1
-    bounds = tuple((start, end) for (start, _), end in zip(rows.bounds, last.tolist(), strict=True))
-    return dataclasses.replace(rows, positions=last, bounds=bounds)
-
-
-def in_the_order_of_the_ranks(cu_seqlens: Tensor, group, device):
-    """Return rows that confuse the gathered keys with the keys of the row."""
-    rows = _rows(cu_seqlens, group, device)
-    return dataclasses.replace(rows, order=torch.arange(len(rows.order)))
-
-
-_by_length, _rows = local_attention.segments_by_length, local_attention.context_parallel_queries
-MUTATIONS = {
-    "no segments": ("segments_by_length", one_segment),
-    "no segments, CP": ("context_parallel_queries", without_segments),
-    "no positions, CP": ("context_parallel_queries", without_positions),
-    "no order, CP": ("context_parallel_queries", in_the_order_of_the_ranks),
-}
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mask_that_lacks_segments_or_positions_is_caught(ranks, mutation):
-    if mutation.endswith("CP"):
-        row = whole_row(ranks.run(packed_attention_of_rank, mutation, world_size=2))
-    else:
-        row = whole_row([packed_attention(OneRank(), mutation)])
-    with pytest.raises(AssertionError):
-        assert_each_sequence_is_as_if_alone(row)
-
-
-def test_the_layout_is_made_once_per_microbatch(monkeypatch):
-    params, made = packed_params(), []
-    monkeypatch.setattr(local_attention, "segments_by_length", lambda *a: made.append(1) or _by_length(*a))
-    rows = random_qkv(BOUNDS[-1])
-    first = attention()(*rows, packed_seq_params=params)
-    assert attention()(*rows, packed_seq_params=params).equal(first)
-    assert len(made) == 1
-
-
-@pytest.mark.parametrize("lengths", [[1], [5], [1] * 9, [64, 1, 63, 33, 32], [4, 0, 4]])
-def test_segments_by_length_place_every_row_once_and_batch_like_with_like(lengths):
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    layout = _by_length(bounds)
-    rows = torch.cat([index.flatten() for index in layout.batches])
-    assert rows[layout.place].equal(torch.arange(sum(lengths)))
-    for index in layout.batches:
-        own = [b - a for a, b in pairwise(bounds.tolist()) if a in index[:, 0] and b > a]
-        assert max(own) <= 2 * min(own)
+def test_segments_by_length_place_every_row_once_and_batch_like_with_like():
+    for lengths in ([1], [5], [1] * 9, [64, 1, 63, 33, 32], [4, 0, 4]):
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        layout = local_attention.segments_by_length(bounds)
+        rows = torch.cat([index.flatten() for index in layout.batches])
+        assert rows[layout.place].equal(torch.arange(sum(lengths)))
+        for index in layout.batches:
+            own = [b - a for a, b in pairwise(bounds.tolist()) if a in index[:, 0] and b > a]
+            assert max(own) <= 2 * min(own)
 
 
 # -- the memory of attention under context parallelism -----
