@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import models
@@ -14,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 
 
@@ -22,19 +24,16 @@ def model_provider(
     pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **changes: Any
 ) -> GPTModel:
     """Return the tests' model with grouped queries, with the parallel sizes of Megatron's own state."""
-    vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
-        sequence_parallel=tp > 1,
+    parallel = models.parallel(
+        tp=tp,
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        sp=tp > 1,
     )
-    model = models.model_config("gqa")
-    config = transformer_config(
-        model, dataclasses.replace(parallel, **changes), OptimizerConfig(precision="fp32"), ScheduleConfig()
-    )
+    model, parallel = models.model_config("gqa"), dataclasses.replace(parallel, **changes)
+    config = transformer_config(model, parallel, OptimizerConfig(precision="fp32"), ScheduleConfig())
     return GPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, vp_stage),
@@ -58,57 +57,37 @@ def with_keywords(**keywords: Any) -> GPTModel:
     return model_provider(**keywords)
 
 
-def of_another_context_parallel_size(pre_process: bool, post_process: bool) -> GPTModel:
-    return model_provider(pre_process, post_process, context_parallel_size=2)
-
-
-def without_sequence_parallelism(pre_process: bool, post_process: bool) -> GPTModel:
-    return model_provider(pre_process, post_process, sequence_parallel=False)
-
-
-def of_another_expert_parallel_size(pre_process: bool, post_process: bool) -> GPTModel:
-    gpt = model_provider(pre_process, post_process)
-    gpt.config.expert_model_parallel_size = 2
-    return gpt
-
-
-def that_gathers_its_logits(pre_process: bool, post_process: bool) -> GPTModel:
-    gpt = model_provider(pre_process, post_process)
-    gpt.parallel_output = False
-    return gpt
-
-
-def with_dropout(pre_process: bool, post_process: bool) -> GPTModel:
-    gpt = model_provider(pre_process, post_process)
-    gpt.config.hidden_dropout = 0.1
-    return gpt
-
-
-def with_megatrons_gated_delta_net(pre_process: bool, post_process: bool) -> GPTModel:
-    """Return a model with a layer of Megatron Core, which only a GPU with flash-linear-attention can make whole."""
-    gpt = model_provider(pre_process, post_process)
-    layer = GatedDeltaNet.__new__(GatedDeltaNet)
-    torch.nn.Module.__init__(layer)
-    gpt.decoder.layers[0].self_attention = layer
-    return gpt
-
-
 class SoftCapped(GPTModel):
     def _postprocess(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return 30 * torch.tanh(super()._postprocess(*args, **kwargs) / 30)
 
 
-def that_caps_its_logits(pre_process: bool, post_process: bool) -> GPTModel:
-    gpt = model_provider(pre_process, post_process)
-    gpt.__class__ = SoftCapped
-    return gpt
+def with_megatrons_layer(gpt: GPTModel) -> None:
+    """Give a model a layer of Megatron Core, which only a GPU with flash-linear-attention can make whole."""
+    gpt.decoder.layers[0].self_attention = layer = GatedDeltaNet.__new__(GatedDeltaNet)
+    torch.nn.Module.__init__(layer)
 
 
-def with_scaled_logits(pre_process: bool, post_process: bool) -> GPTModel:
-    """Return a model with use_mup, with which later versions of Megatron Core scale the logits."""
-    gpt = model_provider(pre_process, post_process)
-    gpt.config.use_mup = True
-    return gpt
+def changed(change: Callable[[GPTModel], object]) -> Callable[[bool, bool], GPTModel]:
+    """Return a provider whose model has a change."""
+
+    def provider(pre_process: bool, post_process: bool) -> GPTModel:
+        gpt = model_provider(pre_process, post_process)
+        change(gpt)
+        return gpt
+
+    return provider
+
+
+of_another_context_parallel_size = partial(model_provider, context_parallel_size=2)
+without_sequence_parallelism = partial(model_provider, sequence_parallel=False)
+of_another_expert_parallel_size = changed(lambda gpt: setattr(gpt.config, "expert_model_parallel_size", 2))
+that_gathers_its_logits = changed(lambda gpt: setattr(gpt, "parallel_output", False))
+with_dropout = changed(lambda gpt: setattr(gpt.config, "hidden_dropout", 0.1))
+with_megatrons_gated_delta_net = changed(with_megatrons_layer)
+that_caps_its_logits = changed(lambda gpt: setattr(gpt, "__class__", SoftCapped))
+with_scaled_logits = changed(lambda gpt: setattr(gpt.config, "use_mup", True))
+not_a_function = 3
 
 
 def no_gpt(pre_process: bool, post_process: bool) -> torch.nn.Module:
@@ -117,6 +96,3 @@ def no_gpt(pre_process: bool, post_process: bool) -> torch.nn.Module:
 
 def returns_a_list(pre_process: bool, post_process: bool) -> list[GPTModel]:
     return [model_provider(pre_process, post_process)]
-
-
-not_a_function = 3

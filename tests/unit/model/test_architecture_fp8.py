@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -19,7 +20,6 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.compat.older_megatron import submodules_of, version
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -49,22 +49,20 @@ def configured(model: ModelConfig, cuts: ParallelConfig = UNCUT, te: bool = True
         return transformer_config(model, cuts, OptimizerConfig(), ScheduleConfig())
 
 
-@pytest.mark.parametrize(
-    ("te", "transformer", "words"),
-    [
-        (False, {"fp8": "hybrid"}, "needs a GPU and Transformer Engine's layers"),
-        (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param keeps the parameters in fp8"),
-        (True, {"fp4": "e2m1"}, "fp4 and kitchen's quantisation have never been tried"),
-        pytest.param(
-            *(True, {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_output_proj": True}, "fp8_output_proj computes the"),
-            marks=pytest.mark.skipif(version() < (0, 18), reason="a field of Megatron Core since 0.18"),
-        ),
-    ],
-)
-def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transformer, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        configured(MODEL, te=te, **transformer)
-    assert "\n" not in str(caught.value)
+REFUSED = [
+    (False, {"fp8": "hybrid"}, "needs a GPU and Transformer Engine's layers"),
+    (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param"),
+    (True, {"fp4": "e2m1"}, "fp4"),
+]
+if version() >= (0, 18):  # which has this field
+    REFUSED.append((True, {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_output_proj": True}, "fp8_output_proj"))
+
+
+def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for():
+    for te, transformer, named in REFUSED:
+        with pytest.raises(ConfigError, match=named) as caught:
+            configured(MODEL, te=te, **transformer)
+        assert "\n" not in str(caught.value)
 
 
 # -- tokens per rank -----
@@ -73,36 +71,31 @@ def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transfo
 CUTS = [parallel(), parallel(tp=2), parallel(tp=4, sp=True), parallel(cp=2), parallel(tp=2, cp=4, sp=True)]
 
 
-def fp8(cuts: ParallelConfig, recipe: str) -> TransformerConfig:
-    return configured(MODEL, cuts, fp8="hybrid", fp8_recipe=recipe)
-
-
-@pytest.mark.parametrize(("cuts", "recipe"), itertools.product(CUTS, RECIPES))
-def test_every_ranks_tokens_divide_by_what_the_recipe_takes(cuts, recipe):
+def test_every_ranks_tokens_divide_by_what_the_recipe_takes():
     """Transformer Engine asserts multiples of 8, and blocks of 32 (mxfp8) or 128 (blockwise) to gather sequences."""
-    tokens = token_multiple(fp8(cuts, recipe)) / cuts.context_parallel_size
-    if cuts.sequence_parallel:
-        tokens /= cuts.tensor_model_parallel_size
-    assert tokens % {"mxfp8": 32, "blockwise": 128}.get(recipe, 16) == 0
+    for cuts, recipe in itertools.product(CUTS, RECIPES):
+        tokens = token_multiple(configured(MODEL, cuts, fp8="hybrid", fp8_recipe=recipe)) / cuts.context_parallel_size
+        if cuts.sequence_parallel:
+            tokens /= cuts.tensor_model_parallel_size
+        assert tokens % {"mxfp8": 32, "blockwise": 128}.get(recipe, 16) == 0, (cuts, recipe)
+    assert token_multiple(configured(ModelConfig())) is None, "without fp8 any length will do"
 
 
-def test_without_fp8_any_length_will_do():
-    assert token_multiple(configured(ModelConfig())) is None
-
-
-def lengths(multiple: int | None) -> set[int]:
+def lengths(multiples: list[int | None]) -> list[set[int]]:
     _, grid = models.build(models.model_config(), ParallelConfig())
     contexts = [ContextPair("0", [1] * n, [1] * (n + 3), [2] * 5, truncated=False) for n in (3, 20, 9)]
-    packed = pack_everywhere(contexts, Packing(256, "teacher_first", True, seq_multiple=multiple), grid)
-    assert sum(len(mb.response_positions) for mb in packed.student) == 15
-    return {packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))}
+    found = []
+    for multiple in multiples:
+        packed = pack_everywhere(contexts, Packing(256, "teacher_first", True, seq_multiple=multiple), grid)
+        assert sum(len(mb.response_positions) for mb in packed.student) == 15
+        found.append({packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))})
+    return found
 
 
-@pytest.mark.parametrize("multiple", [None, 16, 64])
-def test_packed_rows_have_lengths_of_that_multiple(ranks, multiple):
-    (length,) = ranks.run(lengths, multiple, world_size=1)[0]
-    assert length % (multiple or 1) == 0
-    assert length == math.ceil(56 / (multiple or 1)) * (multiple or 1)
+def test_packed_rows_have_lengths_of_that_multiple(ranks):
+    multiples = [None, 16, 64]
+    for multiple, found in zip(multiples, ranks.run(lengths, multiples, world_size=1)[0], strict=True):
+        assert found == {math.ceil(56 / (multiple or 1)) * (multiple or 1)}
 
 
 # -- the teacher's weights -----
@@ -134,15 +127,14 @@ def stale_layers(weights: str, change: str) -> int:
     """Return the number of the teacher's layers that compute with outdated weights after ``change``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "layer_spec", quantised_spec)
-        optimizer_config = OptimizerConfig(precision="fp32", lr=1e-2, use_distributed_optimizer=False)
-        chunks, grid = models.build(models.model_config(), ParallelConfig(), optimizer=optimizer_config)
+        settings = OptimizerConfig(precision="fp32", lr=1e-2, use_distributed_optimizer=False)
+        chunks, grid = models.build(models.model_config(), ParallelConfig(), optimizer=settings)
         config = unwrapped(chunks[0]).config
         config.fp8 = "hybrid"
-        student = wrap_for_training(chunks, optimizer_config)
-        optimizer, _ = build_optimizer(student, optimizer_config, 10)
-        teacher = Teacher(
-            weights, student, lambda: build_chunks(models.model_config(), config, grid, models.VOCAB_SIZE)
-        )
+        student = wrap_for_training(chunks, settings)
+        optimizer, _ = build_optimizer(student, settings, 10)
+        copy = functools.partial(build_chunks, models.model_config(), config, grid, models.VOCAB_SIZE)
+        teacher = Teacher(weights, student, copy)
     layers = [m for m in unwrapped(teacher.chunks[0]).modules() if isinstance(m, Quantised)]
 
     def read() -> None:
@@ -156,13 +148,9 @@ def stale_layers(weights: str, change: str) -> int:
         optimizer.step()
         teacher.update(optimizer)
     elif change == "load_state_dict":
-        loaded = {
-            "teacher0": {
-                f"teacher.{name}": value + 1 if torch.is_tensor(value) else value
-                for name, value in unwrapped(teacher.chunks[0]).state_dict().items()
-            }
-        }
-        teacher.load_state_dict(loaded)
+        state = unwrapped(teacher.chunks[0]).state_dict()
+        moved = {f"teacher.{n}": value + 1 if torch.is_tensor(value) else value for n, value in state.items()}
+        teacher.load_state_dict({"teacher0": moved})
     else:
         models.fill_from_names(student, seed=3)
         teacher.copy_student()
@@ -171,9 +159,10 @@ def stale_layers(weights: str, change: str) -> int:
     return sum(not layer.copy.equal(layer.weight) for layer in layers)
 
 
-@pytest.mark.parametrize(
-    ("weights", "change"),
-    [("ema", "update"), *itertools.product(["ema", "frozen"], ["load_state_dict", "copy_student"])],
-)
-def test_the_teachers_layers_quantise_anew_whatever_changes_its_weights(ranks, weights, change):
-    assert ranks.run(stale_layers, weights, change, world_size=1) == [0]
+def stale_after_each(cases: list[tuple[str, str]]) -> list[int]:
+    return [stale_layers(*case) for case in cases]
+
+
+def test_the_teachers_layers_quantise_anew_whatever_changes_its_weights(ranks):
+    cases = [("ema", "update"), *itertools.product(["ema", "frozen"], ["load_state_dict", "copy_student"])]
+    assert ranks.run(stale_after_each, cases, world_size=1) == [[0] * len(cases)]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,8 +21,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
-from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.model import architecture, build, forward, fused_loss
+from megatron_selfdistill.model import architecture, build, fused_loss
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.fused_loss import MainGrad
 from megatron_selfdistill.model.output_layer import decided_output_layer, unfusable
@@ -96,24 +95,23 @@ def engine_spec(config: Any, vp_stage: int | None = None, *, transformer_engine:
 
 
 def run(case: Case, patches: Patches) -> Outcome:
+    changes: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
+        if patches.apex or patches.engine:
+            patch.setattr(layers, "fused_weight_gradient_mlp_cuda", StandInForApex, raising=False)
         if patches.apex:
-            patch.setattr(layers, "fused_weight_gradient_mlp_cuda", StandInForApex, raising=False)
             patch.setattr(layers, "_grad_accum_fusion_available", True)
-            changes = {**case.model_changes, "transformer": {"gradient_accumulation_fusion": True}}
-            case = dataclasses.replace(case, model_changes=changes)
+            changes = {"transformer": {"gradient_accumulation_fusion": True}}
         if patches.engine:
-            patch.setattr(layers, "fused_weight_gradient_mlp_cuda", StandInForApex, raising=False)
             patch.setattr(build, "layer_spec", engine_spec)
             for module in (architecture, build):
                 patch.setattr(module, "uses_transformer_engine", lambda: True)
             changes = {"transformer": {"apply_rope_fusion": False, "moe_grouped_gemm": False}}
-            case = dataclasses.replace(case, model_changes=case.model_changes | changes)
         if patches.bucket_size is not None:
             config = partial(build.DistributedDataParallelConfig, bucket_size=patches.bucket_size)
             patch.setattr(build, "DistributedDataParallelConfig", config)
         StandInForApex.shapes.clear()
-        outcome = layouts.run(case)
+        outcome = layouts.run(dataclasses.replace(case, model_changes=case.model_changes | changes))
         if patches.engine:
             widths = {width for _, width in StandInForApex.shapes}
             assert widths and COLUMNS not in widths, "the output layer called the kernel"
@@ -155,24 +153,29 @@ def test_gradients_equal_the_materialised_ones_of_one_rank(outcomes, name, mode)
     assert_alike(outcomes((fused(case, mode), PLAIN), world_size), outcomes((alone, PLAIN)))
 
 
-@combinations(name=["tied", "PP2xVPP2 tied"], mode=MODES, quick={"name": ["tied", "PP2xVPP2 tied"]}, strength=1)
+@combinations(name=["tied", "PP2xVPP2 tied"], mode=MODES, quick={"name": ["tied"], "mode": ["low_memory"]}, strength=1)
 def test_current_weights_teach_alike(outcomes, name, mode):
     case, world_size = case_of(name, teacher="current")
     expected, got = outcomes.of([(case, PLAIN), (fused(case, mode), PLAIN)], world_size)
     assert_alike(got, expected)
 
 
-@combinations(name=["one rank", "tied", "TP2+SP"], mode=MODES, quick={"name": ["one rank"]}, strength=1)
+@combinations(
+    name=["one rank", "tied", "TP2+SP"], mode=MODES, quick={"name": ["one rank"], "mode": ["keep_gradient"]}, strength=1
+)
 def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(outcomes, name, mode):
     case, world_size = case_of(name)
-    jobs = [(case, PLAIN), (case, Patches(apex=True)), (fused(case, mode), Patches(apex=True))]
-    expected, *others = outcomes.of(jobs, world_size)
+    apex = Patches(apex=True)
+    expected, *others = outcomes.of([(case, PLAIN), (case, apex), (fused(case, mode), apex)], world_size)
     for got in others:
         assert_alike(got, expected)
 
 
 @combinations(
-    name=["one rank", "TP2+SP", "EP2xTP2+SP"], mode=["materialised", *MODES], quick={"name": ["one rank"]}, strength=1
+    name=["one rank", "TP2+SP", "EP2xTP2+SP"],
+    mode=["materialised", *MODES],
+    quick={"name": ["one rank"], "mode": ["low_memory"]},
+    strength=1,
 )
 def test_without_apex_the_output_layer_stays_unfused_beside_layers_that_accumulate_by_themselves(outcomes, name, mode):
     case, world_size = case_of(name, model_changes={"make_vocab_size_divisible_by": COLUMNS})
@@ -199,23 +202,15 @@ def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_pr
 
 
 OVERLAPPED = OptimizerConfig(
-    precision="fp32",
-    lr=1e-3,
-    constants=OptimizerConstants(adam_eps=1e-4),
-    use_distributed_optimizer=True,
-    overlap_grad_reduce=True,
-    overlap_param_gather=True,
+    **{"precision": "fp32", "lr": 1e-3, "constants": OptimizerConstants(adam_eps=1e-4)},
+    **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True),
 )
 
 
 @pytest.mark.full
-@combinations(
-    mode=MODES,
-    kind=["shallow", "tied"],
-    apex={"": False, "apex": True},
-    quick={"mode": ["low_memory"], "kind": ["tied"], "apex": ["apex"]},
-    strength=1,
-)
+@pytest.mark.parametrize("apex", [False, True])
+@pytest.mark.parametrize("kind", ["shallow", "tied"])
+@pytest.mark.parametrize("mode", MODES)
 def test_overlapped_reduction_and_gather_in_small_buckets_end_in_the_same_parameters(outcomes, mode, kind, apex):
     patches = Patches(apex=apex, bucket_size=2000)  # several: the output layer's alone is 64 x 32
     case = Case(kind=kind, steps=2, optimizer=OVERLAPPED, max_tokens=40)
@@ -223,103 +218,69 @@ def test_overlapped_reduction_and_gather_in_small_buckets_end_in_the_same_parame
     assert_alike(got, expected)
 
 
-def arrivals(kind: str, teacher: str) -> list[str]:
-    """Return the order in which the output weight arrives and is read."""
-    case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
-    seen: list[str] = []
-    read = fused_loss.fused_distillation_loss
-    with pytest.MonkeyPatch.context() as patch:
-        wrap = layouts.wrap_for_training
+def arrivals(variants: list[tuple[str, str]]) -> list[list[str]]:
+    """Return the order in which the output weight arrives and is read, for kinds of models and teachers."""
+    found = []
+    read, wrap = fused_loss.fused_distillation_loss, layouts.wrap_for_training
+    for kind, teacher in variants:
+        case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
+        seen: list[str] = []
 
-        def with_a_gather(chunks: Any, optimizer: OptimizerConfig) -> Any:
+        def with_a_gather(chunks: Any, optimizer: OptimizerConfig, seen: list[str] = seen) -> Any:
             layer = unwrapped(chunks[0]).output_layer
             layer.register_forward_pre_hook(lambda module, inputs: seen.append(f"arrives for {len(inputs)}"))
             return wrap(chunks, optimizer)
 
-        patch.setattr(layouts, "wrap_for_training", with_a_gather)
-        patch.setattr(fused_loss, "fused_distillation_loss", lambda *a, **k: (seen.append("read"), read(*a, **k))[1])
-        layouts.run(case)
-    return seen
+        def reading(*arguments: Any, seen: list[str] = seen, **options: Any) -> Any:
+            seen.append("read")
+            return read(*arguments, **options)
 
-
-def arrivals_of_each(variants: list[tuple[str, str]]) -> list[list[str]]:
-    return [arrivals(*variant) for variant in variants]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layouts, "wrap_for_training", with_a_gather)
+            patch.setattr(fused_loss, "fused_distillation_loss", reading)
+            layouts.run(case)
+        found.append(seen)
+    return found
 
 
 def test_the_weight_is_read_after_the_layers_forward_hooks(ranks):
     """A hook of DDP waits for the weight's bucket under overlap_param_gather."""
-    variants = list(itertools.product(["shallow", "tied"], ["frozen", "current"]))
-    for variant, seen in zip(variants, ranks.run(arrivals_of_each, variants, world_size=1)[0], strict=True):
-        assert seen == ["arrives for 1", "read"], variant
+    variants = [("shallow", "frozen"), ("tied", "current")]
+    assert ranks.run(arrivals, variants, world_size=1)[0] == [["arrives for 1", "read"]] * len(variants)
 
 
-def reasons() -> list[str | None]:
-    def of(change: Any) -> str | None:
-        chunks, _ = models.build(models.model_config("gqa", num_layers=1), ParallelConfig())
+class Capped(layers.ColumnParallelLinear):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        logits, bias = super().forward(*args, **kwargs)
+        return 30 * torch.tanh(logits / 30), bias
+
+
+CHANGES: list[tuple[str | None, Callable[[Any], Any]]] = [
+    (None, lambda layer: None),
+    ("Capped does more", lambda layer: setattr(layer, "__class__", Capped)),
+    ("does more", lambda layer: setattr(layer, "forward", torch.tanh)),
+    ("a bias", lambda layer: setattr(layer, "bias", torch.nn.Parameter(torch.zeros(64)))),
+    ("gathers", lambda layer: setattr(layer, "gather_output", True)),
+    ("hooks", lambda layer: layer.register_forward_hook(lambda *_: None)),
+    ("hooks", lambda layer: layer.register_full_backward_hook(lambda *_: None)),
+    (None, lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
+]
+"""What is said of an output layer that cannot be fused, and the change that makes it so."""
+
+
+def check_reasons() -> None:
+    for reason, change in CHANGES:
+        chunks, _ = models.build(models.model_config("gqa", num_layers=1), parallel())
         change(unwrapped(chunks[-1]).output_layer)
-        return unfusable(unwrapped(chunks[-1]))
-
-    class Capped(layers.ColumnParallelLinear):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            logits, bias = super().forward(*args, **kwargs)
-            return 30 * torch.tanh(logits / 30), bias
-
-    return [
-        of(lambda layer: None),
-        of(lambda layer: setattr(layer, "__class__", Capped)),
-        of(lambda layer: setattr(layer, "forward", torch.tanh)),
-        of(lambda layer: setattr(layer, "bias", torch.nn.Parameter(torch.zeros(64)))),
-        of(lambda layer: setattr(layer, "gather_output", True)),
-        of(lambda layer: layer.register_forward_hook(lambda *_: None)),
-        of(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
-        of(lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
-    ]
-
-
-def output_layers() -> list[str]:
-    """Return the modes of a run with a reference, with a linear and another output layer, which prefers fused ones."""
-    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
+        found = unfusable(unwrapped(chunks[-1]))
+        assert found is None if reason is None else reason in found
+    # a run with a reference prefers fused layers
     config = from_mapping({"target": {"anchor": "reference"}, "loss": {"max_logits_gb": 0, "fused_chunk_tokens": 8}})
-    linear = decided_output_layer(config, chunks)
+    assert decided_output_layer(config, chunks).mode in MODES
     unwrapped(chunks[-1]).output_layer.forward = torch.tanh
-    return [linear.mode, str(decided_output_layer(config, chunks))]
-
-
-def test_with_a_reference_a_layer_that_is_not_linear_is_materialised(ranks):
-    (linear, other) = ranks.run(output_layers, world_size=1)[0]
-    assert linear in MODES
-    assert "output layer: materialised" in other and "not fused, because its" in other
+    told = str(decided_output_layer(config, chunks))
+    assert "materialised" in told and "not fused" in told
 
 
 def test_a_layer_that_does_more_than_multiply_is_not_fused(ranks):
-    (found,) = ranks.run(reasons, world_size=1)
-    assert found[0] is None and found[-1] is None
-    for reason, words in zip(
-        found[1:-1], ["Capped does more", "does more", "a bias", "gathers", "hooks", "hooks"], strict=True
-    ):
-        assert reason is not None and words in reason
-
-
-def own_rows_of(variants: list[tuple[int, int]]) -> list[tuple[int, bool]]:
-    """Return the rows that are sent per rank, and whether the tokens find theirs, for each (number of tokens, seed)."""
-    grid = initialize(parallel(tp=4, sp=True), seed=1)
-    found = []
-    for num_tokens, seed in variants:
-        generator = torch.Generator().manual_seed(seed)
-        whole = torch.randn(64, 1, 6, generator=generator)
-        rows = torch.randperm(64, generator=generator)[:num_tokens]
-        positions = forward.ResponsePositions.on_host(rows, len(whole), grid)
-        own = whole.chunk(4)[grid.tp_rank][positions.own]
-        parts = [torch.empty_like(own) for _ in range(grid.tp_size)]
-        torch.distributed.all_gather(parts, own, group=grid.tp_group)
-        found.append((len(own), torch.equal(torch.cat(parts)[positions.gathered], whole[rows])))
-    return found
-
-
-def test_under_sequence_parallelism_each_rank_sends_its_own_rows_of_tokens(ranks):
-    variants = list(itertools.product([0, 1, 7, 30, 64], [0, 1]))
-    by_variant = zip(*ranks.run(own_rows_of, variants, world_size=4), strict=True)
-    for (num_tokens, _), found in zip(variants, by_variant, strict=True):
-        (sent,) = {sent for sent, _ in found}
-        assert all(right for _, right in found), num_tokens
-        assert -(-num_tokens // 4) <= sent <= min(num_tokens, 16)
+    ranks.run(check_reasons, world_size=1)

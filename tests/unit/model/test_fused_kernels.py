@@ -77,45 +77,33 @@ def configured(model: ModelConfig, node: Node, precision: str = "fp32") -> Trans
 
 def models() -> list[ModelConfig]:
     """Return every combination of the settings that Megatron Core's checks of fused kernels read."""
-    latent = {"multi_latent_attention": True}
-    rotations = [
-        {},
-        {"rotary_interleaved": True},
-        {**latent, "rope_type": "rope"},
-        {**latent, "rope_type": "yarn"},
-        {**latent, "rope_type": "yarn", "qk_pos_emb_head_dim": 6},
-        {**latent, "rope_type": "yarn", "cache_mla_latents": True},
-    ]
-    mlps = [{}, {"glu_linear_offset": 1.0}, {"activation_func_clamp_value": 7.0}, {"use_te_activation_func": True}]
+    yarn = {"multi_latent_attention": True, "rope_type": "yarn"}
+    changes = [{}, {"rotary_interleaved": True}, {**yarn, "rope_type": "rope"}, yarn]
+    changes += [{**yarn, "qk_pos_emb_head_dim": 6}, {**yarn, "cache_mla_latents": True}, {"glu_linear_offset": 1.0}]
+    changes += [{"activation_func_clamp_value": 7.0}, {"use_te_activation_func": True}]
     found = []
     for activation, gated, biased, moe in itertools.product(ACTIVATIONS, (False, True), (False, True), (None, 4)):
-        for rotation, mlp in [*((rotation, {}) for rotation in rotations), *(({}, mlp) for mlp in mlps[1:])]:
-            if mlp.get("use_te_activation_func") and activation in ("gelu_tanh", "quick_gelu"):
-                continue  # Transformer Engine has gelu, silu and relu
-            model = ModelConfig(
-                activation=activation,
-                gated_linear_unit=gated,
-                add_bias_linear=biased,
-                num_moe_experts=moe,
-                num_layers=2,
-                transformer=rotation | mlp,
-            )
-            found.append(model)
+        plain = ModelConfig(activation=activation, gated_linear_unit=gated, add_bias_linear=biased)
+        plain = dataclasses.replace(plain, num_moe_experts=moe, num_layers=2)
+        for change in changes:
+            if not (change.get("use_te_activation_func") and activation in ("gelu_tanh", "quick_gelu")):
+                found.append(dataclasses.replace(plain, transformer=change))  # which Transformer Engine lacks
     return found
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_no_combination_is_refused_on_a_gpu_that_a_cpu_takes(node):
-    for model in models():
-        configured(model, Node())
-        configured(model, NODES[node])
+def test_no_combination_is_refused_on_a_gpu_that_a_cpu_takes_and_the_activation_is_the_one_that_is_named():
+    for model, node in itertools.product(models(), NODES.values()):
+        assert activation_name(configured(model, node)) == model.activation
+    provided = configured(ModelConfig(), Node())
+    provided.activation_func = F.relu
+    assert activation_name(provided) is None
 
 
-@pytest.mark.parametrize("option", SHIPPED_MODELS)
-def test_every_shipped_model_is_configured_on_every_node(option):
-    model = load([f"model={option}"]).model
-    for node in NODES.values():
-        configured(model, node, "bf16")
+def test_every_shipped_model_is_configured_on_every_node():
+    for option in SHIPPED_MODELS:
+        model = load([f"model={option}"]).model
+        for node in NODES.values():
+            configured(model, node, "bf16")
 
 
 def test_what_is_fused_on_a_gpu_with_transformer_engine():
@@ -136,17 +124,13 @@ def test_tokens_are_sorted_by_expert_in_a_kernel_wherever_a_working_one_is():
     moe = ModelConfig(num_moe_experts=4)
     found = {name: configured(moe, node).moe_permute_fusion for name, node in NODES.items()}
     assert found == {"CPU": False, "GPU": False, "GPU, apex": False, "GPU, TE": True}
-    assert not configured(moe, Node(True, True, te_minor=9)).moe_permute_fusion
-    assert configured(moe, Node(True, True, te_minor=10)).moe_permute_fusion
-    assert not configured(ModelConfig(), NODES["GPU, TE"]).moe_permute_fusion
-    chosen = dataclasses.replace(moe, transformer={"moe_permute_fusion": False})
-    assert not configured(chosen, NODES["GPU, TE"]).moe_permute_fusion
+    for te_minor, fused in ((9, False), (10, True)):
+        assert configured(moe, Node(True, True, te_minor=te_minor)).moe_permute_fusion is fused
+    unasked = dataclasses.replace(moe, transformer={"moe_permute_fusion": False})
+    for model in (ModelConfig(), unasked):
+        assert not configured(model, NODES["GPU, TE"]).moe_permute_fusion
     assert not build._for_local_layers(configured(moe, NODES["GPU, TE"])).moe_permute_fusion
-
-
-def test_the_router_keeps_the_kernels_that_compute_scores_in_float32():
-    for node in NODES.values():
-        assert not configured(ModelConfig(num_moe_experts=4), node).moe_router_fusion
+    assert not any(configured(moe, node).moe_router_fusion for node in NODES.values()), "its scores are no float32"
 
 
 def test_grouped_experts_with_biases_come_without_the_fusion_that_megatron_refuses_beside_them():
@@ -156,92 +140,74 @@ def test_grouped_experts_with_biases_come_without_the_fusion_that_megatron_refus
     assert configured(ModelConfig(add_bias_linear=True), NODES["GPU, TE"]).bias_dropout_fusion
 
 
-@pytest.mark.parametrize(("node", "fused"), [("CPU", False), ("GPU", False), ("GPU, apex", True), ("GPU, TE", True)])
-def test_weight_gradients_are_accumulated_by_a_kernel_wherever_one_is(node, fused):
-    assert configured(ModelConfig(), NODES[node]).gradient_accumulation_fusion is fused
+def test_weight_gradients_are_accumulated_by_a_kernel_wherever_one_is():
+    found = {name: configured(ModelConfig(), node).gradient_accumulation_fusion for name, node in NODES.items()}
+    assert found == {"CPU": False, "GPU": False, "GPU, apex": True, "GPU, TE": True}
 
 
 def exact(activation: str, x: Tensor) -> Tensor:
     """Return the activation that ``model.activation`` names, from its formula."""
-    if activation == "silu":
-        return x / (1 + (-x).exp())
-    if activation == "gelu":
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    if activation == "quick_gelu":
-        return x / (1 + (-1.702 * x).exp())
-    return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return {
+        "silu": lambda: x / (1 + (-x).exp()),
+        "gelu": lambda: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+        "quick_gelu": lambda: x / (1 + (-1.702 * x).exp()),
+        "gelu_tanh": lambda: x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    }[activation]()
 
 
 def mlp_errors() -> dict[str, float]:
     """Return the largest differences of output and input gradient of Megatron's MLP from float64."""
     initialize(ParallelConfig(), seed=1)
-    errors = {}
-    for model in models():
-        if model.num_moe_experts or model.transformer:
-            continue
-        for name in ("CPU", "GPU"):
-            config = configured(model, NODES[name])
-            torch.manual_seed(0)
-            mlp = MLP(config, submodules_of(get_mlp_module_spec(use_te=False)))
-            for param in mlp.parameters():
-                torch.nn.init.normal_(param, std=0.3)
-            x = torch.randn(5, 1, config.hidden_size, requires_grad=True)
-            out, bias = mlp(x)
-            out = out if bias is None else out + bias
-            out.square().sum().backward()
-            x64 = x.detach().double().requires_grad_()
-            w = {key: value.detach().double() for key, value in mlp.named_parameters()}
-            hidden = F.linear(x64, w["linear_fc1.weight"], w.get("linear_fc1.bias"))
-            if model.gated_linear_unit:
-                gate, up = hidden.chunk(2, dim=-1)
-                hidden = exact(model.activation, gate) * up
-            else:
-                hidden = exact(model.activation, hidden)
-            expected = F.linear(hidden, w["linear_fc2.weight"], w.get("linear_fc2.bias"))
-            expected.square().sum().backward()
-            pairs = [(out.detach(), expected.detach()), (x.grad, x64.grad)]
-            error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
-            gate_word = "gated" if model.gated_linear_unit else "plain"
-            bias_word = "biased" if model.add_bias_linear else "bare"
-            fused = "fused" if config.bias_activation_fusion else "unfused"
-            errors[f"{model.activation} {gate_word} {bias_word} {name} {fused}"] = error
-    return errors
+    plain = [model for model in models() if not model.num_moe_experts and not model.transformer]
+    return dict(mlp_error(*case) for case in itertools.product(plain, ("CPU", "GPU")))
+
+
+def mlp_error(model: ModelConfig, node: str) -> tuple[str, float]:
+    config = configured(model, NODES[node])
+    torch.manual_seed(0)
+    mlp = MLP(config, submodules_of(get_mlp_module_spec(use_te=False)))
+    for param in mlp.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    x = torch.randn(5, 1, config.hidden_size, requires_grad=True)
+    out, bias = mlp(x)
+    out = out if bias is None else out + bias
+    out.square().sum().backward()
+    x64 = x.detach().double().requires_grad_()
+    w = {key: value.detach().double() for key, value in mlp.named_parameters()}
+    hidden = F.linear(x64, w["linear_fc1.weight"], w.get("linear_fc1.bias"))
+    gate, up = hidden.chunk(2, dim=-1) if model.gated_linear_unit else (hidden, 1)
+    expected = F.linear(exact(model.activation, gate) * up, w["linear_fc2.weight"], w.get("linear_fc2.bias"))
+    expected.square().sum().backward()
+    pairs = [(out.detach(), expected.detach()), (x.grad, x64.grad)]
+    words = ["gated" if model.gated_linear_unit else "plain", "biased" if model.add_bias_linear else "bare", node]
+    words.append("fused" if config.bias_activation_fusion else "unfused")
+    error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return " ".join([model.activation, *words]), error
 
 
 def test_an_mlp_is_the_same_function_on_a_gpu_as_on_a_cpu(ranks):
     """The fused kernel of gelu is the tanh approximation, 1e-3 away from the exact function."""
     (errors,) = ranks.run(mlp_errors, world_size=1)
     assert len(errors) == 2 * len(ACTIVATIONS) * 4
-    wrong = {name: error for name, error in errors.items() if error > 1e-5}
-    assert not wrong
-    fused = {name for name in errors if name.endswith(" fused")}
-    assert fused == {
-        *("silu gated bare GPU fused", "silu gated biased GPU fused"),
-        *("gelu_tanh gated bare GPU fused", "gelu_tanh gated biased GPU fused", "gelu_tanh plain biased GPU fused"),
-    }
+    assert not {name: error for name, error in errors.items() if error > 1e-5}
+    fused = ["silu gated bare", "silu gated biased", "gelu_tanh gated bare", "gelu_tanh gated biased"]
+    expected = {f"{name} GPU fused" for name in (*fused, "gelu_tanh plain biased")}
+    assert {name for name in errors if name.endswith(" fused")} == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"activation": "gelu"}, "is the tanh approximation, which is model.activation=gelu_tanh"),
-        ({"gated_linear_unit": False}, "silu has a fused kernel in a gated MLP only"),
-        ({"activation": "gelu_tanh", "gated_linear_unit": False}, "in an MLP with biases only"),
-        ({"activation": "gelu_tanh", "num_moe_experts": 4}, "experts have a fused kernel for gated silu only"),
-        ({"activation": "quick_gelu", "num_moe_experts": 4}, "the fused kernel of quick_gelu is not used here"),
-        ({"num_moe_experts": 4, "add_bias_linear": True}, "experts with biases have no fused kernel"),
-    ],
-)
-def test_a_fused_activation_that_would_compute_something_else_is_refused(changes, words):
-    model = ModelConfig(**changes, transformer={"bias_activation_fusion": True})
-    with pytest.raises(ConfigError, match=words) as caught:
-        configured(model, NODES["GPU, TE"])
-    assert str(caught.value).startswith("model.transformer.bias_activation_fusion=true is not possible, because ")
+UNFUSABLE = {
+    "gelu_tanh": {"activation": "gelu"},
+    "gated MLP only": {"gated_linear_unit": False},
+    "biases only": {"activation": "gelu_tanh", "gated_linear_unit": False},
+    "gated silu only": {"activation": "gelu_tanh", "num_moe_experts": 4},
+    "quick_gelu": {"activation": "quick_gelu", "num_moe_experts": 4},
+    "experts with biases": {"num_moe_experts": 4, "add_bias_linear": True},
+}
+"""What a refusal says of the kernel -> the model."""
 
 
-def test_the_name_of_an_activation_is_that_of_the_function_which_is_computed():
-    for model, node in itertools.product(models(), NODES.values()):
-        assert activation_name(configured(model, node)) == model.activation
-    provided = configured(ModelConfig(), Node())
-    provided.activation_func = F.relu
-    assert activation_name(provided) is None
+def test_a_fused_activation_that_would_compute_something_else_is_refused():
+    for reason, changes in UNFUSABLE.items():
+        model = ModelConfig(**changes, transformer={"bias_activation_fusion": True})
+        with pytest.raises(ConfigError, match=f"^model.transformer.bias_activation_fusion=true .*{reason}"):
+            configured(model, NODES["GPU, TE"])

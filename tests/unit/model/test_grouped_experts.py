@@ -149,7 +149,7 @@ in_layouts = combinations(
     name=list(LAYOUTS),
     model=list(MODELS),
     valid=lambda name, model: (name, model) != ("ETP2", "biased"),  # experts with biases cannot be cut
-    quick={"name": ["EP2xTP2+SP", "ETP2"]},
+    quick={"name": ["EP2xTP2+SP"]},
     strength=1,
 )
 

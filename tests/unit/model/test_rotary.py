@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import build, model_config, parallel
-from ranks import RankPool
 from tiers import combinations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
@@ -24,7 +20,6 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.model import rotary
-from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.local_attention import PackedSequences
 
 CHANNELS = 12
@@ -50,13 +45,9 @@ def by_definition(t: Tensor, angles: Tensor, interleaved: bool, latent: bool) ->
     The first and the second channel of a pair have an angle each, which are equal in a real table.
     """
     x, width = t.double(), angles.size(-1)
-    order = list(range(width))
-    if latent:
-        order = order[::2] + order[1::2]
-    turning = x[..., order]
-    pairs = (
-        [(i, i + 1) for i in range(0, width, 2)] if interleaved else [(i, i + width // 2) for i in range(width // 2)]
-    )
+    order = [*range(0, width, 2), *range(1, width, 2)] if latent else list(range(width))
+    turning, half = x[..., order], width // 2
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
     cos, sin = MSCALE * angles.double().cos(), MSCALE * angles.double().sin()
     columns: dict[int, Tensor] = {}
     for i, j in pairs:
@@ -101,39 +92,28 @@ def test_values_and_gradients_have_the_bits_of_megatrons_function(megatrons, wid
         assert torch.equal(mine, theirs)
 
 
-def test_the_states_and_the_table_are_left_as_they_are():
-    states, angles, _ = states_and_angles(12, torch.float32)
-    before = states.clone(), angles.clone()
-    first, again = rotary.rotated(states, angles), rotary.rotated(states, angles)
-    assert torch.equal(states, before[0]) and torch.equal(angles, before[1]) and torch.equal(first, again)
-
-
 @pytest.mark.parametrize("changed", ["angles", "dtype", "interleaved", "mscale"])
-def test_the_table_that_is_kept_is_that_of_the_call(changed):
+def test_the_table_that_is_kept_is_that_of_the_call_and_what_is_given_is_left_as_it_is(changed):
     """A table that another layer, pass or dtype has asked for takes no part."""
     states, angles, _ = states_and_angles(12, torch.float32)
+    before = states.clone(), angles.clone()
     call = {"angles": angles, "dtype": torch.float32, "interleaved": False, "mscale": 1.0}
     others = {"angles": angles + 1, "dtype": torch.bfloat16, "interleaved": True, "mscale": 2.0}
 
-    def rotate(values: dict[str, Any]) -> Tensor:
-        return rotary.rotated(
-            states.to(values["dtype"]), values["angles"], values["interleaved"], mscale=values["mscale"]
-        )
+    def rotate(angles: Tensor, dtype: torch.dtype, interleaved: bool, mscale: float) -> Tensor:
+        return rotary.rotated(states.to(dtype), angles, interleaved, mscale=mscale)
 
     other = call | {changed: others[changed]}
     rotary.cos_and_signed_sin.cache_clear()
-    alone = rotate(other)
+    alone = rotate(**other)
     rotary.cos_and_signed_sin.cache_clear()
-    rotate(call)
-    assert torch.equal(rotate(other), alone) and not torch.equal(alone, rotate(call))
+    rotate(**call)
+    assert torch.equal(rotate(**other), alone) and not torch.equal(alone, rotate(**call))
+    assert torch.equal(states, before[0]) and torch.equal(angles, before[1])
 
 
-class Group(SimpleNamespace):
-    def size(self) -> int:
-        return self.cp_size
-
-    def rank(self) -> int:
-        return self.cp_rank
+def group_of(size: int, rank: int) -> SimpleNamespace:
+    return SimpleNamespace(size=lambda: size, rank=lambda: rank)
 
 
 def row(cp_size: int):
@@ -146,7 +126,7 @@ def row(cp_size: int):
 @pytest.mark.parametrize("latent", [False, True], ids=["plain", "latent attention"])
 @pytest.mark.parametrize(("cp_size", "cp_rank"), [(1, 0), (2, 0), (2, 1)])
 def test_every_token_of_a_sequence_is_rotated_as_megatron_rotates_it(megatrons, cp_size, cp_rank, latent):
-    microbatch, group = row(cp_size), Group(cp_size=cp_size, cp_rank=cp_rank)
+    microbatch, group = row(cp_size), group_of(cp_size, cp_rank)
     held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
     positions = microbatch.position_ids[held]
     generator = torch.Generator().manual_seed(0)
@@ -163,41 +143,7 @@ def test_every_token_of_a_sequence_is_rotated_as_megatron_rotates_it(megatrons, 
 
 
 def test_sequences_whose_positions_nobody_knows_are_left_to_megatron(megatrons):
-    group, states = Group(cp_size=1, cp_rank=0), torch.randn(5, 2, 8)
+    group, states = group_of(1, 0), torch.randn(5, 2, 8)
     cu_seqlens, angles = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(3, 1, 1, 8)
     got = rope_utils._apply_rotary_pos_emb_thd(states, cu_seqlens, angles, cp_group=group)
     assert torch.equal(got, megatrons._apply_rotary_pos_emb_thd(states, cu_seqlens, angles, cp_group=group))
-
-
-class Calls(TorchDispatchMode):
-    """The number of calls of each of PyTorch's operators in this context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def tables_of_two_passes() -> list[Counter[str]]:
-    """Return the operators of a pass with gradients and of a pass of another microbatch."""
-    [model], grid = build(model_config(num_layers=4), parallel())
-    counts = []
-    for length in (9, 7):
-        texts = [ContextPair("", [1] * length, [1] * length, [2] * 3, False)]
-        inputs = inputs_of(pack(texts, PackingRules(48, 1, 1, paired=True)).student[0], grid)
-        hidden_states(model, inputs, grid)  # Megatron keeps the angles of each length
-        rotary.angles_at.cache_clear()
-        rotary.cos_and_signed_sin.cache_clear()
-        with Calls() as calls:
-            hidden_states(model, inputs, grid).sum().backward()
-        counts.append(calls.found)
-    return counts
-
-
-def test_a_pass_computes_one_table_for_all_layers(ranks: RankPool):
-    [counts] = ranks.run(tables_of_two_passes, world_size=1)
-    assert [(found["cos"], found["sin"]) for found in counts] == [(1, 1), (1, 1)]
-    assert all(found["roll"] == 2 * 2 * 4 for found in counts), "queries and keys, forward and backward, four layers"
