@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
+import multiprocessing
+import queue
+
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
@@ -26,6 +29,9 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.layers import RMSNorm
+
+from megatron_selfdistill.compat.cpu import FileQueue  # isort: skip  (must come before megatron.core)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -42,21 +48,19 @@ SIZES = {"padded": (9, 5), "as many tokens as experts": (4, 2), "unpadded": (7, 
 """The number of tokens, and of real tokens among them."""
 
 
-def counted_tokens_of_each() -> list[tuple[list[int], list[int]]]:
-    return [counted_tokens(*sizes) for sizes in SIZES.values()]
-
-
-def counted_tokens(num_tokens: int, num_real: int) -> tuple[list[int], list[int]]:
+def counted_tokens() -> list[tuple[list[int], list[int]]]:
     """Return the tokens per expert that the router counts, and those that it routes among the real tokens."""
-    router = router_with(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
-    hidden = torch.randn(num_tokens, 1, 32)
-    padding_mask = torch.arange(num_tokens)[None] >= num_real
-    _, routing_map = router(hidden, padding_mask=padding_mask)
-    return router.local_tokens_per_expert.int().tolist(), routing_map[:num_real].sum(0).tolist()
+    found = []
+    for num_tokens, num_real in SIZES.values():
+        router = router_with(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+        padding_mask = torch.arange(num_tokens)[None] >= num_real
+        _, routing_map = router(torch.randn(num_tokens, 1, 32), padding_mask=padding_mask)
+        found.append((router.local_tokens_per_expert.int().tolist(), routing_map[:num_real].sum(0).tolist()))
+    return found
 
 
 def test_expert_biases_count_only_real_tokens(ranks):
-    (found,) = ranks.run(counted_tokens_of_each, world_size=1)
+    (found,) = ranks.run(counted_tokens, world_size=1)
     for (name, (_, num_real)), (counted, routed) in zip(SIZES.items(), found, strict=True):
         assert counted == routed, name
         assert sum(counted) == 2 * num_real, "two experts per token"
@@ -81,22 +85,20 @@ def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, 
     return float(logged), router.weight.grad.clone(), float(expected)
 
 
-def losses_with_padding(values: list[float]) -> list[tuple[float, torch.Tensor, float]]:
-    return [auxiliary_loss(4, value) for value in values]
+def auxiliary_losses(cases: list[tuple[int, float]]) -> list[tuple[float, torch.Tensor, float]]:
+    return [auxiliary_loss(*case) for case in cases]
 
 
 def test_the_balancing_loss_of_real_tokens_is_the_formula_and_ignores_padding(ranks):
-    (((loss, gradient, expected), other),) = ranks.run(losses_with_padding, [0.0, 7.0], world_size=1)
+    (((loss, gradient, expected), other),) = ranks.run(auxiliary_losses, [(4, 0.0), (4, 7.0)], world_size=1)
     assert loss == pytest.approx(expected, rel=1e-5) and gradient.norm() > 1e-3
-    other_loss, other_gradient, _ = other
-    assert other_loss == loss
-    torch.testing.assert_close(other_gradient, gradient)
+    assert other[0] == loss
+    torch.testing.assert_close(other[1], gradient)
 
 
 def test_the_balancing_loss_of_a_microbatch_that_is_all_padding_is_zero(ranks):
-    ((loss, gradient, _),) = ranks.run(auxiliary_loss, 0, 1.0, world_size=1)
-    assert loss == 0.0
-    assert gradient.isfinite().all() and not gradient.any()
+    (((loss, gradient, _),),) = ranks.run(auxiliary_losses, [(0, 1.0)], world_size=1)
+    assert loss == 0.0 and gradient.isfinite().all() and not gradient.any()
 
 
 # -- Megatron Core on CPU, and a machine with CUDA --------------------------------------------------------------
@@ -140,35 +142,25 @@ cpu_only = pytest.mark.skipif(not cpu.ON_CPU, reason="this machine has CUDA")
 
 
 @cpu_only
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0, torch.device("cuda", 3)], ids=str)
-def test_every_way_of_naming_cuda_means_the_cpu(device):
-    made = [
-        torch.empty(3, device=device),
-        torch.zeros_like(torch.ones(2), device=device),
-        torch.ones(2).new_full((2,), 1.0, device=device),
-        torch.ones(2).to(device),
-        torch.ones(2).to(device=device, dtype=torch.bfloat16),
-        torch.nn.Linear(2, 2).to(device).weight,
-        torch.empty(3, pin_memory=True),
-        torch.ones(2).cuda(),
-    ]
-    assert {tensor.device.type for tensor in made} == {"cpu"}
-
-
-@cpu_only
-def test_a_device_that_is_a_context_applies_to_the_replaced_factories():
-    """Transformers loads models under it; where it is ignored, their rotary frequencies are never set."""
-    with torch.device("meta"):
-        made = [torch.empty(2), torch.tensor(1.0), torch.arange(3), torch.nn.Linear(2, 2).weight]
-    assert {tensor.device.type for tensor in made} == {"meta"}
-
-
-def test_meta_stays_meta():
-    for device in ("meta", torch.device("meta")):
-        made = [torch.empty(3, device=device), torch.ones(2).to(device), torch.nn.Linear(2, 2, device=device).weight]
-        assert {tensor.device.type for tensor in made} == {"meta"}
+def test_every_way_of_naming_cuda_means_the_cpu_and_meta_stays_meta():
+    names = {"cpu": ["cuda", "cuda:1", 0, torch.device("cuda", 3)], "meta": ["meta", torch.device("meta")]}
+    for kind, device in ((kind, device) for kind, devices in names.items() for device in devices):
+        made = [
+            torch.empty(3, device=device),
+            torch.zeros_like(torch.ones(2), device=device),
+            torch.ones(2).new_full((2,), 1.0, device=device),
+            torch.ones(2).to(device),
+            torch.ones(2).to(device=device, dtype=torch.bfloat16),
+            torch.nn.Linear(2, 2).to(device).weight,
+            torch.nn.Linear(2, 2, device=device).weight,
+        ]
+        assert {tensor.device.type for tensor in made} == {kind}, device
+    assert torch.empty(3, pin_memory=True).device.type == torch.ones(2).cuda().device.type == "cpu"
     assert torch.empty(3, device="meta").cuda().device.type == "meta"
     assert torch.empty_like(torch.empty(3, device="meta")).device.type == "meta"
+    with torch.device("meta"):  # under which transformers loads models
+        inside = [torch.empty(2), torch.tensor(1.0), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert {tensor.device.type for tensor in inside} == {"meta"}
 
 
 def error_of_importing_repairs(directory: str) -> str:
@@ -181,16 +173,12 @@ def error_of_importing_repairs(directory: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
-        ("import something_that_it_needs", "No module named 'something_that_it_needs'"),
-    ],
-)
-def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(ranks, tmp_path, content, reason):
+@pytest.mark.parametrize("reason", ["undefined symbol: _ZN3c10", "No module named 'something_that_it_needs'"])
+def test_a_transformer_engine_that_does_not_load_is_not_taken_for_none(ranks, tmp_path, reason):
+    missing = reason.startswith("No module")
+    code = "import something_that_it_needs" if missing else f"raise ImportError({reason!r})"
     (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").write_text(content)
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(code)
     found = ranks.run(error_of_importing_repairs, str(tmp_path), world_size=1, init_process_group=False)
     assert found == [reason]
 
@@ -202,36 +190,25 @@ def test_the_type_of_a_tensor_reads_as_the_optimizers_expect_it_and_still_conver
     assert torch.ones(2).type(torch.int64).dtype == torch.int64
 
 
-def uneven_collectives() -> tuple[list[float], list[float]]:
-    """all_gather and reduce_scatter of 1, 2, .. rows: gloo alone does neither."""
+def uneven_collectives() -> tuple[list[float], list[float], list[float]]:
+    """Return the results of all_gather and reduce_scatter of 1, 2, .. rows, and of all_to_all: gloo alone does none."""
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = [torch.full((r + 1,), float(r)) for r in range(size)]
     gathered = [torch.empty(r + 1) for r in range(size)]
     dist.all_gather(gathered, rows[rank])
     scattered = torch.empty(rank + 1)
     dist.reduce_scatter(scattered, [row + rank for row in rows])
-    return torch.cat(gathered).tolist(), scattered.tolist()
+    counts, received = torch.arange(1, size + 1), torch.empty(size * (size + 1) // 2)
+    send = torch.full((size * int(counts[rank]),), float(rank))
+    dist.all_to_all_single(received, send, counts, torch.full((size,), int(counts[rank])))
+    return torch.cat(gathered).tolist(), scattered.tolist(), received.tolist()
 
 
 @cpu_only
 def test_collectives_of_uneven_parts_are_what_nccl_makes_of_them(ranks):
-    for rank, (gathered, scattered) in enumerate(ranks.run(uneven_collectives, world_size=3)):
-        assert gathered == [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+    for rank, (gathered, scattered, received) in enumerate(ranks.run(uneven_collectives, world_size=3)):
+        assert gathered == received == [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
         assert scattered == [3.0 * rank + 3] * (rank + 1)
-
-
-def split_sizes_as_tensors() -> list[float]:
-    rank = dist.get_rank()
-    output = torch.empty(3)
-    counts = torch.tensor([1, 2])
-    send = torch.full((2 * int(counts[rank]),), float(rank))
-    dist.all_to_all_single(output, send, counts, torch.full((2,), int(counts[rank])))
-    return output.tolist()
-
-
-@cpu_only
-def test_all_to_all_takes_split_sizes_as_tensors(ranks):
-    assert ranks.run(split_sizes_as_tensors, world_size=2) == [[0.0, 1.0, 1.0]] * 2
 
 
 # -- weights that Transformer Engine marks as cut --------------------------------------------------------------
@@ -269,46 +246,67 @@ def test_a_weight_that_every_tensor_parallel_rank_holds_is_counted_once(ranks):
 
 def test_marks_are_as_weights_are_cut():
     """Each tensor-parallel rank has other experts, or other parts of them, and other heads."""
-    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": torch.nn.ModuleDict()})})
-    model["mlp"]["experts"]["linear_fc1"] = torch.nn.Linear(2, 2)
-    model["linear_q_down_proj"] = torch.nn.Linear(2, 2)
-    model["linear_q_up_proj"] = torch.nn.Linear(2, 2)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.parallel_mode = None
-            module.weight.tensor_model_parallel = True
+    experts = torch.nn.ModuleDict({"linear_fc1": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": experts}), "core_attention": torch.nn.Module()})
+    model.update({name: torch.nn.Linear(2, 2) for name in ("linear_q_down_proj", "linear_q_up_proj")})
+    for module in (experts["linear_fc1"], model["linear_q_down_proj"], model["linear_q_up_proj"]):
+        module.parallel_mode, module.weight.tensor_model_parallel = None, True
     model["linear_q_up_proj"].parallel_mode = "column"
-    model["core_attention"] = torch.nn.Module()
     model["core_attention"].register_parameter("softmax_offset", torch.nn.Parameter(torch.zeros(4)))
     repairs.mark_weights_for_the_norm(model)
     marked = {name for name, param in model.named_parameters() if getattr(param, "tensor_model_parallel", False)}
-    assert marked == {
-        "mlp.experts.linear_fc1.weight",
-        "mlp.experts.linear_fc1.bias",
-        "linear_q_up_proj.weight",
-        "core_attention.softmax_offset",
-    }
+    of_experts = {"mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc1.bias"}
+    assert marked == of_experts | {"linear_q_up_proj.weight", "core_attention.softmax_offset"}
 
 
-CODE = """
-from megatron_selfdistill.compat import cpu
-from megatron.core.optimizer import Adam, clip_grads, distrib_optimizer, optimizer
-used = (clip_grads.multi_tensor_applier, clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl)
-for taken in (Adam, distrib_optimizer.Adam, *used, optimizer.multi_tensor_applier, optimizer.multi_tensor_scale_impl):
-    print(taken.__module__)
-"""
-KERNELS = """
-FusedAdam = FusedSGD = multi_tensor_applier = multi_tensor_l2norm = multi_tensor_scale = object
-"""
+# The queue in which the writers of a checkpoint return their results on a CPU
 
 
-@pytest.mark.full
-def test_the_optimizer_takes_no_kernel_of_apex_on_a_cpu(tmp_path):
-    for package in ("apex", "apex/optimizers", "apex/multi_tensor_apply", "amp_C"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text(KERNELS)
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [*["torch.optim.adamw"] * 2, *["megatron.core.utils"] * 5]
+FORK = multiprocessing.get_context("fork")
+
+
+def put_from_a_fork(results, value):
+    writer = FORK.Process(target=results.put, args=(value,))
+    writer.start()
+    writer.join(30)
+    assert writer.exitcode == 0
+
+
+def test_objects_of_any_size_from_forks_and_from_the_process_itself_come_out_in_order():
+    results = FileQueue()
+    put_from_a_fork(results, {0: ["a" * (1 << 21)]})  # a pipe holds 64 KiB
+    results.put({})
+    put_from_a_fork(results, OSError("the disk is on fire"))
+    assert results.get_nowait() == {0: ["a" * (1 << 21)]}
+    assert results.get_nowait() == {}
+    error = results.get_nowait()
+    assert isinstance(error, OSError) and str(error) == "the disk is on fire"
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+@pytest.mark.parametrize("missing", [1, 20])
+def test_an_incomplete_object_of_a_killed_writer_is_not_there(missing):
+    results = FileQueue()
+    results.put("complete")
+    start = os.fstat(results._writer.fileno()).st_size
+    results.put("incomplete")
+    length = os.fstat(results._writer.fileno()).st_size - missing
+    assert length > start
+    os.ftruncate(results._writer.fileno(), length)
+    os.lseek(results._writer.fileno(), length, os.SEEK_SET)
+    assert results.get_nowait() == "complete"
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put("the next save")
+    assert results.get_nowait() == "the next save"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA Megatron's own queue stays")
+def test_megatrons_queue_of_write_results_starts_no_process(monkeypatch):
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    before = multiprocessing.active_children()
+    results = filesystem_async.get_write_results_queue()
+    assert isinstance(results, FileQueue)
+    assert filesystem_async.get_write_results_queue() is results
+    assert multiprocessing.active_children() == before
