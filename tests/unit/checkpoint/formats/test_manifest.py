@@ -72,38 +72,25 @@ def test_it_holds_every_file_as_it_is(ranks, saved, tmp_path, async_save):
 # What is found
 
 
-def cut_off(path: Path) -> str:
-    file = distcp(path)
-    file.write_bytes(file.read_bytes()[:-7])
-    return file.name
+def cut_off(path: Path, name: str) -> None:
+    (path / name).write_bytes((path / name).read_bytes()[:-7])
 
 
-def flip(path: Path) -> str:
-    file = distcp(path)
-    flip_bit(file)
-    return file.name
-
-
-def lose(path: Path, name: str) -> str:
+def lose(path: Path, name: str) -> None:
     (path / name).unlink()
-    return name
 
 
-def damage_manifest(path: Path) -> str:
-    (path / manifest.NAME).write_text("{")
-    return manifest.NAME
-
-
-DAMAGES: dict[str, Callable[[Path], str]] = {
-    "cut off": cut_off,
-    "a bit flipped": flip,
+DAMAGES: dict[str, Callable[[Path], str | None]] = {
+    "cut off": lambda path: cut_off(path, distcp(path).name),
+    "a bit flipped": lambda path: flip_bit(distcp(path)),
     "a bit of the common state flipped": common_state.flip_bit_in,
     "no data": lambda path: lose(path, distcp(path).name),
     "no .metadata": lambda path: lose(path, ".metadata"),
-    "a damaged manifest": damage_manifest,
+    "a damaged manifest": lambda path: cut_off(path, manifest.NAME),
     "no manifest": lambda path: lose(path, manifest.NAME),
 }
-"""What happens to a checkpoint -> the damage, which returns the file that a refusal names."""
+NAMED = {"no .metadata": ".metadata", "a damaged manifest": manifest.NAME, "no manifest": manifest.NAME}
+"""Damage -> the file that a refusal names, beside the data and what the damage returns."""
 
 
 def outcomes_of_damage(run_dirs: list[Path]) -> list[tuple[int, int | None, list[str]]]:
@@ -125,10 +112,13 @@ def outcomes_of_damage(run_dirs: list[Path]) -> list[tuple[int, int | None, list
 
 def test_a_torn_checkpoint_is_named_and_a_run_takes_the_one_before(ranks, saved, tmp_path):
     run_dirs = [Path(shutil.copytree(saved, tmp_path / name)) for name in DAMAGES]
-    named = [damage(newest(run_dir)) for damage, run_dir in zip(DAMAGES.values(), run_dirs, strict=True)]
+    named = []
+    for (name, damage), run_dir in zip(DAMAGES.items(), run_dirs, strict=True):
+        data = distcp(newest(run_dir)).name
+        named.append(damage(newest(run_dir)) or NAMED.get(name, data))
     (found,) = ranks.run(outcomes_of_damage, run_dirs, world_size=1)
-    for damage, file, (step, unverified, refusals) in zip(DAMAGES, named, found, strict=True):
-        assert step == 1 and unverified == (2 if damage == "no manifest" else None), damage
+    for name, file, (step, unverified, refusals) in zip(DAMAGES, named, found, strict=True):
+        assert step == 1 and unverified == (2 if name == "no manifest" else None), name
         assert len(refusals) == 2 and all(file in refusal for refusal in refusals), refusals
 
 

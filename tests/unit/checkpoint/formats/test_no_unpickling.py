@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ UNSAFE |= {
     for what in " _common_state_dict _content_metadata _plain_tensors _tensors_metadata _sharded_metadata".split(" ")
 }
 """Calls; a name stands for itself and for what ends in it."""
+ENDS = {name.rpartition(".")[2] for name in UNSAFE}
+MAY_BE_UNSAFE = re.compile(r"shelve|\b(?:" + "|".join(ENDS - {"open"}) + r")\b")
 MADE_SAFE_BY = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 """Call -> the argument that makes it safe."""
 
@@ -49,18 +52,19 @@ def aliases(nodes: Iterable[ast.AST]) -> dict[str, str]:
 
 
 def dotted(node: ast.AST, names: dict[str, str]) -> str | None:
-    """``np.load`` -> ``numpy.load``; None for what is no dotted name."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id, node.id)
-    if isinstance(node, ast.Attribute):
-        base = dotted(node.value, names)
-        return f"{base}.{node.attr}" if base else None
-    return None
+    """``np.load`` -> ``numpy.load``; None for what is no dotted name that ends like an unsafe one."""
+    parts: list[str] = []
+    if isinstance(node, ast.Attribute) and node.attr not in ENDS:
+        return None
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([names.get(node.id, node.id), *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
 def unsafe_uses(source: str) -> Iterator[tuple[int, str]]:
     """Yield line and name of every unsafe function that ``source`` calls, hands on or inherits from."""
-    nodes = list(ast.walk(ast.parse(source)))
+    nodes = list(ast.walk(ast.parse(source if MAY_BE_UNSAFE.search(source) else "")))
     names, safe_calls = aliases(nodes), set()
     for node in nodes:
         name = dotted(node.func, names) if isinstance(node, ast.Call) else None
