@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+from tiny import builder, problem
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,32 +26,26 @@ from megatron_selfdistill.data.prompt_checks import (
     hint_cost,
     mean_cost,
 )
-from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
+from megatron_selfdistill.data.prompt_templates import PromptView
 from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.data.tokenizer_files import load_tokenizer
-
-
-def problem(text: str, solution: str) -> Problem:
-    return Problem(f"{text}/{solution}", ({"role": "user", "content": text},), solution, None, "sums.jsonl:1")
 
 
 @pytest.fixture(scope="module")
 def characters(character_directory: Path, plain_template: str) -> PromptBuilder:
     """Return prompts with one token per character; the teacher's prompt is ``H<solution>|<problem>``."""
-    tokenizer = load_tokenizer(character_directory, chat_template=plain_template)
-    return PromptBuilder(tokenizer, PromptTemplates(teacher="H{solution}|{problem}"))
+    return builder(character_directory, plain_template, teacher="H{solution}|{problem}")
 
 
 @pytest.fixture(scope="module")
 def bpe(chat_directory: Path) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(chat_directory), PromptTemplates())
+    return builder(chat_directory)
 
 
-def fit(builder: PromptBuilder, which: Problem, max_length: int, policy: str) -> tuple[str, str, bool] | None:
-    pair = fit_teacher_prompt(builder, which, max_length=max_length, max_new_tokens=10, policy=policy)
+def fit(build: PromptBuilder, which: Problem, max_length: int, policy: str) -> tuple[str, str, bool] | None:
+    pair = fit_teacher_prompt(build, which, max_length=max_length, max_new_tokens=10, policy=policy)
     if pair is None:
         return None
-    decode = builder.tokenizer.decode
+    decode = build.tokenizer.decode
     return decode(pair.student_prompt), decode(pair.teacher_prompt), pair.solution_truncated
 
 
@@ -65,7 +61,7 @@ def test_what_does_not_fit_follows_the_policy(characters: PromptBuilder) -> None
     assert fit(characters, long, 20, "truncate_end") == ("1-1:", "H0123|1-1:", True)
     assert fit(characters, long, 17, "truncate_end") == ("1-1:", "H0|1-1:", True)
     assert fit(characters, long, 16, "truncate_end") is None, "nothing of the solution would be left"
-    with pytest.raises(ValueError, match=r"^sums\.jsonl:1: expected a teacher's prompt of .* 10 .*, got 14"):
+    with pytest.raises(ValueError, match=r"^file\.jsonl:1: .* teacher's .* 10 .*, got 14"):
         fit(characters, long, 20, "error")
 
 
@@ -74,7 +70,7 @@ def test_what_cannot_be_cut_is_dropped_or_an_error(characters: PromptBuilder) ->
     for policy in ("drop", "truncate_start", "truncate_end"):
         assert fit(characters, no_room_for_the_frame, 15, policy) is None
         assert fit(characters, long_student, 20, policy) is None
-    with pytest.raises(ValueError, match=r"a student's prompt of at most 10 tokens .* got 11"):
+    with pytest.raises(ValueError, match=r"student's .* 10 .* got 11"):
         fit(characters, long_student, 20, "error")
 
 
@@ -95,26 +91,19 @@ def test_a_cut_solution_is_as_long_as_fits_and_stays_text(bpe: PromptBuilder, po
     assert solution.endswith(kept) if policy == "truncate_start" else solution.startswith(kept)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    token_ids: list[int]
-    truncated: bool
-
-
 def test_contexts_pair_each_response_with_its_prompts() -> None:
     pairs = [PromptPair("a", [1, 2], [1, 2, 3]), PromptPair("b", [4], [5, 6])]
-    contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True)])
+    contexts = build_contexts(pairs, [SimpleNamespace(token_ids=ids, truncated=len(ids) == 1) for ids in ([7, 8], [9])])
     assert contexts == [ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False), ContextPair("b", [4], [5, 6], [9], True)]
     assert [(c.student_length, len(c.teacher_prompt)) for c in contexts] == [(4, 3), (2, 2)]
 
 
-PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
-EMPTY = "{% for m in messages %}x{% endfor %}"
-FIRST_WORDS = "{% for m in messages %}<{{ m.role }}>{{ m.content[:30] }}</>{% endfor %}"
-LAST_WORDS = "{% for m in messages %}<{{ m.role }}>{{ m.content[-20:] }}</>{% endfor %}"
+SHOWN = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}</>{% endfor %}"
+PLAIN, TRIMMED = SHOWN.replace("CONTENT", "m.content"), SHOWN.replace("CONTENT", "m.content | trim")
+FIRST_WORDS, LAST_WORDS = SHOWN.replace("CONTENT", "m.content[:30]"), SHOWN.replace("CONTENT", "m.content[-20:]")
+EMPTY, CUT = SHOWN.replace("CONTENT", "''"), SHOWN.replace("CONTENT", "m.content.split('-:')[0]")
 SOLUTION = "  É: first the UNITS,\n\tthen  the tens; ﬁnally 92, that is 数学 \\boxed{042}!\n"
-PROBLEM = Problem("p", ({"role": "user", "content": " Compute 500 - 408,\nin Full."},), SOLUTION, None, "sums.jsonl:7")
+PROBLEM = problem(" Compute 500 - 408,\nin Full.", SOLUTION, location="sums.jsonl:7")
 
 
 def lower_casing_word_pieces(directory: Path) -> Path:
@@ -160,24 +149,11 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return request.param(tmp_path_factory.mktemp("tokenizer") / "it")
 
 
-def builder(directory: Path, template: str, **templates: str) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(directory, chat_template=template), PromptTemplates(**templates))
-
-
-def check(build: PromptBuilder, problem: Problem = PROBLEM, solution: str | None = None) -> None:
-    solution = problem.solution if solution is None else solution
-    student, teacher = build.student_prompt(problem), build.teacher_prompt(problem, solution)
-    check_student_prompt(build, problem, student)
-    check_teacher_prompt(build, problem, student, teacher, solution)
-
-
-def refusal(build: PromptBuilder, problem: Problem = PROBLEM) -> str:
-    with pytest.raises(ValueError) as caught:
-        check(build, problem)
-    sentence = str(caught.value)
-    assert sentence.startswith("sums.jsonl:7: expected the ") and "data.chat_template" in sentence
-    assert "units" not in sentence and "500" not in sentence, "it names the place and quotes nothing"
-    return sentence
+def check(build: PromptBuilder, asked: Problem = PROBLEM, solution: str | None = None) -> None:
+    solution = asked.solution if solution is None else solution
+    student, teacher = build.student_prompt(asked), build.teacher_prompt(asked, solution)
+    check_student_prompt(build, asked, student)
+    check_teacher_prompt(build, asked, student, teacher, solution)
 
 
 @pytest.mark.parametrize("template", [PLAIN, TRIMMED])
@@ -189,42 +165,45 @@ def test_prompts_that_show_both_texts_pass_with_any_tokenizer(directory: Path, t
         check(build, solution=solution)
 
 
-def test_a_template_without_contents_is_found_in_the_students_prompt(directory: Path) -> None:
-    assert "the student's prompt to show the problem" in refusal(builder(directory, EMPTY))
+CHOICE = problem("even or odd: units 500 - 408?", "odd", location="sums.jsonl:7")
+"""A problem in which its solution stands anyway."""
+BESIDE = "{problem}, first the tens -: {solution}"
+TOOLS = PromptView(chat_template_kwargs={"tools": [{"type": "function", "function": {"name": "compute"}}]})
 
 
-def test_a_template_that_shows_no_tools_is_refused_where_there_are_some(directory: Path) -> None:
-    view = PromptView(chat_template_kwargs={"tools": [{"type": "function", "function": {"name": "compute"}}]})
-    templates = PromptTemplates(student_view=view, teacher_view=view)
-    blind = PromptBuilder(load_tokenizer(directory, chat_template=PLAIN), templates)
-    assert "with and without them" in refusal(blind)
+@pytest.mark.parametrize(
+    ("template", "asked", "templates", "named"),
+    [
+        (EMPTY, PROBLEM, {}, "student's prompt to show the problem"),
+        (PLAIN, PROBLEM, {"student_view": TOOLS, "teacher_view": TOOLS}, "student's prompt to show the tools"),
+        (FIRST_WORDS, PROBLEM, {"teacher": "{problem}{solution}"}, "teacher's prompt to show the solution"),
+        (
+            LAST_WORDS,
+            replace(PROBLEM, messages=({"role": "user", "content": "5 - 4 and 8?"},), solution="that is 1"),
+            {"teacher": "{problem} It is: {solution}"},
+            "teacher's prompt to show the problem",
+        ),
+        (CUT, CHOICE, {"teacher": BESIDE}, "teacher's prompt to show the solution, got the same"),
+    ],
+    ids=["no contents", "no tools", "first words", "last words", "a choice"],
+)
+def test_a_template_that_hides_something_is_refused_without_a_quotation(directory, template, asked, templates, named):
+    with pytest.raises(ValueError) as caught:
+        check(builder(directory, template, **templates), asked)
+    sentence = str(caught.value)
+    assert sentence.startswith("sums.jsonl:7: ") and "data.chat_template" in sentence and named in sentence
+    assert "units" not in sentence and "500" not in sentence
+
+
+def test_tools_and_a_choice_that_change_the_prompt_pass(directory: Path) -> None:
     shown = "{% for t in tools %}{{ t.function.name }}:{% endfor %}" + PLAIN
-    check(PromptBuilder(load_tokenizer(directory, chat_template=shown), templates))
+    check(builder(directory, shown, student_view=TOOLS, teacher_view=TOOLS))
+    check(builder(directory, PLAIN, teacher=BESIDE), CHOICE)
 
 
-def test_a_template_that_cuts_the_solution_or_the_problem_is_refused(directory: Path) -> None:
-    assert "to show the solution, got " in refusal(builder(directory, FIRST_WORDS, teacher="{problem}{solution}"))
-    hidden = builder(directory, LAST_WORDS, teacher="{problem} It is: {solution}")
-    short = Problem("p", ({"role": "user", "content": "5 - 4 and 8?"},), "that is 1", None, "sums.jsonl:7")
-    assert "the teacher's prompt to show the problem" in refusal(hidden, short)
-
-
-def test_a_choice_that_stands_in_the_problem_anyway_must_change_the_prompt(directory: Path) -> None:
-    choice = Problem("p", ({"role": "user", "content": "even or odd: units 500 - 408?"},), "odd", None, "sums.jsonl:7")
-    hidden = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('-:')[0] }}</>{% endfor %}"
-    sentence = refusal(builder(directory, hidden, teacher="{problem}, first the tens -: {solution}"), choice)
-    assert "to show the solution, got the same " in sentence and "tokens with and without a solution" in sentence
-    check(builder(directory, PLAIN, teacher="{problem}, first the tens -: {solution}"), choice)
-
-
-def test_the_cost_is_the_wording_and_the_solution_in_tokens(chat_directory: Path) -> None:
-    build = PromptBuilder(load_tokenizer(chat_directory), PromptTemplates())
-    student, teacher, empty = (
-        build.student_prompt(PROBLEM),
-        build.teacher_prompt(PROBLEM),
-        build.teacher_prompt(PROBLEM, ""),
-    )
-    cost = hint_cost(build, PROBLEM, student, teacher)
+def test_the_cost_is_the_wording_and_the_solution_in_tokens(bpe: PromptBuilder) -> None:
+    student, teacher, empty = (*bpe.prompt_pair(PROBLEM), bpe.teacher_prompt(PROBLEM, ""))
+    cost = hint_cost(bpe, PROBLEM, student, teacher)
     assert cost == HintCost(len(empty) - len(student), len(teacher) - len(empty))
     assert cost.wording > 50 and cost.solution > 20, "the default wording is long"
     assert mean_cost([HintCost(2, 5), HintCost(4, 8)]) == HintCost(3, 6.5)

@@ -81,27 +81,21 @@ def test_the_ends_of_published_models_are_those_that_their_files_name(tmp_path, 
 
 
 def test_the_line_names_each_token_with_its_text_and_its_origins(tmp_path):
-    found = end_tokens(
-        Characters(), [model_directory(tmp_path, {"generation_config.json": [36, 35], "config.json": 500})], [33], {}
-    )
+    stated = model_directory(tmp_path, {"generation_config.json": [36, 35], "config.json": 500})
+    found = end_tokens(Characters(), [stated], [33], {})
     assert found.ids == (36, 35, 33) and found.reply_end is None
-    assert found.about == (
-        "a response ends at '$' (36: tokenizer, generation_config.json), '#' (35: generation_config.json; warning: an "
-        "ordinary token), no token of the tokenizer (500: config.json), '!' (33: rollout.stop_token_ids)"
-    )
+    assert "'$' (36: tokenizer, generation_config.json), '#' (35: generation_config.json; warning" in found.about
+    assert "(500: config.json)" in found.about and "'!' (33: rollout.stop_token_ids)" in found.about
 
 
-def test_a_directory_without_the_files_adds_nothing_and_a_broken_file_is_named(tmp_path):
+def test_a_directory_without_the_files_adds_nothing_and_a_broken_file_and_no_end_at_all_are_refused(tmp_path):
     assert end_tokens(Characters(), [tmp_path], [], {}).ids == (36,)
     model_directory(tmp_path, {"generation_config.json": True, "config.json": ["37", None]})
     assert end_tokens(Characters(), [tmp_path], [], {}).ids == (36,), "only integers are ids"
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got"):
+    with pytest.raises(ValueError, match=r"config.json: "):
         end_tokens(Characters(), [tmp_path], [], {})
-
-
-def test_no_end_at_all_is_an_error_that_says_what_to_do():
     tokenizer = Published(36, ("$", 36), False)
     tokenizer.eos_id = None
-    with pytest.raises(ValueError, match=r"got none: name the token in rollout.stop_token_ids"):
+    with pytest.raises(ValueError, match=r"rollout.stop_token_ids"):
         end_tokens(tokenizer, [], [], {})

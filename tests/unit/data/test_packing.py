@@ -30,11 +30,6 @@ LAYOUTS = st.fixed_dictionaries(
 )
 
 
-def padding_share(stream: list[Microbatch]) -> float:
-    """Return padding tokens / all tokens of the microbatches of one context."""
-    return float(torch.cat([microbatch.padding_mask.flatten() for microbatch in stream]).double().mean())
-
-
 def contexts_of(shapes: list[tuple[int, int, int]]) -> list[ContextPair]:
     """Return contexts in which every token is a different number, so that no test confuses two tokens."""
     number = iter(range(1, 10**6))
@@ -99,7 +94,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
     assert sorted(placed) == list(range(packed.num_contexts))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(SHAPES, LAYOUTS)
 def test_every_layout_obeys_the_laws(shapes: list[tuple[int, int, int]], layout: dict[str, Any]) -> None:
     contexts = contexts_of(shapes)
@@ -116,24 +111,6 @@ def test_every_layout_obeys_the_laws(shapes: list[tuple[int, int, int]], layout:
         assert contexts_by_row(packed.student, students) == contexts_by_row(packed.teacher, teachers)
     for stream in (packed.student, packed.teacher):
         assert all(torch.equal(microbatch.padding_mask, microbatch.tokens == 0) for microbatch in stream)
-
-
-@settings(deadline=None, max_examples=60)
-@given(SHAPES, LAYOUTS, st.integers(0, 3))
-def test_a_longer_row_within_the_budget_holds_the_same_contexts(
-    shapes: list[tuple[int, int, int]], layout: dict[str, Any], more: int
-) -> None:
-    contexts = contexts_of(shapes)
-    need = required_seq_length(contexts, PackingRules(**layout))
-    multiple = required_seq_length([], PackingRules(**layout))
-    longer = min(need + more * multiple, layout["max_tokens"] // multiple * multiple)
-    a, b = pack(contexts, PackingRules(**layout)), pack(contexts, PackingRules(**layout), seq_length=longer)
-    assert (a.seq_length, b.seq_length) == (need, longer)
-    for prompts, one, other in (
-        ([c.student_prompt for c in contexts], a.student, b.student),
-        ([c.teacher_prompt for c in contexts], a.teacher, b.teacher),
-    ):
-        assert contexts_by_row(one, prompts) == contexts_by_row(other, prompts)
 
 
 def test_longest_first_into_the_first_row_with_room() -> None:
@@ -158,7 +135,7 @@ def test_one_row_written_out() -> None:
     assert m.response_ids.tolist() == [1, 2, 3, 4, 0]
     assert (m.num_sequences, m.max_seqlen) == (2, 12)
     assert packed.response_tokens.tolist() == [13, 22, 23, 24, 25]
-    assert padding_share(packed.student) == 16 / 24
+    assert m.padding_mask.sum() == 16
 
 
 def test_padding_microbatches_fill_up_to_the_count() -> None:
@@ -170,7 +147,6 @@ def test_padding_microbatches_fill_up_to_the_count() -> None:
         assert m.num_sequences == m.response_positions.numel() == m.response_ids.numel() == 0
         assert m.cu_seqlens.tolist() == [0, packed.seq_length]
         assert m.padding_mask.all() and not m.tokens.any()
-    assert padding_share(padded.student) == 1 - 5 / 24
 
 
 def pairs(m: Microbatch) -> int:
@@ -200,17 +176,16 @@ def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
     packed = pack([], PackingRules(**layout), seq_length=24)
     assert (packed.student, packed.teacher, packed.num_contexts) == ([], [], 0)
     assert packed.response_tokens.shape == (0,) and packed.response_tokens.dtype == torch.int64
-    assert packed.student == []
     padded = pad_to_count(packed, 2, 2)
     assert [m.tokens.numel() for m in (*padded.student, *padded.teacher)] == [24] * 4
-    assert padding_share(padded.teacher) == 1.0
+    assert all(m.padding_mask.all() for m in padded.teacher)
 
 
-def test_what_cannot_be_packed_is_refused_in_a_sentence() -> None:
+def test_what_cannot_be_packed_is_refused_by_its_problem() -> None:
     layout = {"cp_size": 1, "tp_size": 4, "paired": False}
-    with pytest.raises(ValueError, match=r"Problem p1: expected a teacher's context of at most 12 .*got 14"):
+    with pytest.raises(ValueError, match=r"p1: .*teacher.* 12 .*14"):
         pack(contexts_of([(2, 2, 2), (2, 10, 4)]), PackingRules(max_tokens=15, **layout))
-    with pytest.raises(ValueError, match="Problem p: expected at least one token in each prompt"):
+    with pytest.raises(ValueError, match="p: "):
         pack([ContextPair("p", [], [1], [2], False)], PackingRules(max_tokens=32, **layout))
 
 
@@ -235,23 +210,27 @@ def test_context_parallel_positions_are_the_zig_zag_of_each_segment() -> None:
     assert context_parallel_positions(cu_seqlens, 2, 0).tolist() == [0, 3, 4, 5, 10, 11]
     assert context_parallel_positions(cu_seqlens, 2, 1).tolist() == [1, 2, 6, 7, 8, 9]
     assert context_parallel_positions(cu_seqlens, 1, 0).tolist() == list(range(12))
-    with pytest.raises(ValueError, match=r"a multiple of 6 \(2 \* cp_size\), got 4 tokens from 0 to 4"):
+    with pytest.raises(ValueError, match=r"a multiple of 6"):
         context_parallel_positions(cu_seqlens, 3, 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @given(SHAPES, LAYOUTS, st.sampled_from([1, 4, 16, 64]))
-def test_a_quantum_rounds_the_length_up_within_the_budget(
+def test_a_quantum_rounds_the_length_up_within_the_budget_and_a_longer_row_holds_the_same_contexts(
     shapes: list[tuple[int, int, int]], layout: dict[str, Any], quantum: int
 ) -> None:
-    contexts = contexts_of(shapes)
-    need = required_seq_length(contexts, PackingRules(**layout))
-    length = required_seq_length(contexts, PackingRules(**layout), seq_quantum=quantum)
-    multiple = required_seq_length([], PackingRules(**layout))
+    contexts, rules = contexts_of(shapes), PackingRules(**layout)
+    need, multiple = required_seq_length(contexts, rules), required_seq_length([], rules)
+    length = required_seq_length(contexts, rules, seq_quantum=quantum)
     capacity = layout["max_tokens"] // multiple * multiple
     assert need <= length <= capacity and length % multiple == 0
     assert not contexts or length == capacity or (length % quantum == 0 and length - need < math.lcm(multiple, quantum))
-    assert pack(contexts, PackingRules(**layout), seq_length=length).seq_length == length
+    shorter, longer = pack(contexts, rules), pack(contexts, rules, seq_length=length)
+    assert (shorter.seq_length, longer.seq_length) == (need, length)
+    for name in ("student", "teacher"):
+        prompts = [getattr(context, f"{name}_prompt") for context in contexts]
+        rows = [contexts_by_row(getattr(packed, name), prompts) for packed in (shorter, longer)]
+        assert rows[0] == rows[1]
 
 
 def read_tokens(num_turns: int, **options: Any) -> list[int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sources import load_problems
@@ -30,8 +30,9 @@ def record(number: int, **more: object) -> dict[str, object]:
 
 
 def problem_set(count: int) -> ProblemSet:
-    messages = [({"role": "user", "content": f"problem {i}"},) for i in range(count)]
-    return ProblemSet([Problem(f"p{i}", messages[i], f"solution {i}", None, f"f:{i}") for i in range(count)])
+    return ProblemSet(
+        [tiny.problem(f"problem {i}", f"solution {i}", id=f"p{i}", location=f"f:{i}") for i in range(count)]
+    )
 
 
 def refusal(path: object, **options: object) -> str:
@@ -48,23 +49,11 @@ def test_a_problem_text_becomes_one_user_message(tmp_path: Path) -> None:
     assert second.location == f"{file}:3", "blank lines are skipped, and counted"
 
 
-def test_messages_are_kept_as_they_are(tmp_path: Path) -> None:
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
-        {"role": "tool", "content": "4"},
-    ]
-    file = write_jsonl(tmp_path / "a.jsonl", {"messages": messages, "solution": "4"})
-    (problem,) = load_problems(file).problems
-    assert problem.messages[0] == messages[0]
-    assert "content" not in problem.messages[2], "null is the same as missing"
-
-
 def test_messages_of_problems_are_read_as_those_of_chat_logs_are(tmp_path: Path) -> None:
     """Arguments of tool calls become objects, parts of a content one text, and the schemas of tools come along."""
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
+        {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Add"}, {"type": "text", "text": "1."}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "1"},
@@ -75,8 +64,9 @@ def test_messages_of_problems_are_read_as_those_of_chat_logs_are(tmp_path: Path)
     rows += [{"messages": json.dumps(messages), "tools": json.dumps([tool]), "solution": "3"}]
     of_list, of_text = load_problems(write_jsonl(tmp_path / "a.jsonl", *rows)).problems
     assert of_list.messages == of_text.messages and of_list.tools == of_text.tools == (tool,)
-    assert of_list.messages[0]["content"] == "Add\n1."
-    assert of_list.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert of_list.messages[0] == messages[0] and of_list.messages[1]["content"] == "Add\n1."
+    assert of_list.messages[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert "content" not in of_list.messages[2], "null is the same as missing"
     without = ProblemSet([dataclasses.replace(of_list, tools=())])
     assert ProblemSet([of_list]).fingerprint != without.fingerprint
 
@@ -85,9 +75,7 @@ def test_a_problem_goes_before_messages_that_hold_the_reply(tmp_path: Path) -> N
     reply = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file = write_jsonl(tmp_path / "a.jsonl", record(1, messages=reply))
     assert load_problems(file).problems[0].messages[0]["content"] == "What is 1 + 1?"
-    assert "no reply at the end (a reply can be the solution), got the roles user, assistant" in refusal(
-        file, fields={"problem": None}
-    )
+    assert "the roles user, assistant" in refusal(file, fields={"problem": None})
 
 
 def test_columns_can_have_other_names(tmp_path: Path) -> None:
@@ -99,31 +87,33 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
 
 def test_a_renamed_column_that_no_record_has_is_an_error(tmp_path: Path) -> None:
     message = refusal(write_jsonl(tmp_path / "a.jsonl", record(1, answer="2")), fields={"answer": "anwser"})
-    assert "'anwser'" in message and "Columns found: answer, problem, solution" in message
+    assert "'anwser'" in message and "answer, problem, solution" in message
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("line", "named"),
     [
-        ('{"problem": "p", "solution": ', r"expected one JSON object per line, got other text .* \(\"\{.*problem"),
-        ('["p", "s"]', r"expected a JSON object per record, got a list \(\[\"p\", \"s\"\]\)"),
-        ('{"problem": "p"}', r"'solution': .* \(the record has: problem; data.fields.solution=COLUMN names"),
-        ('{"problem": "p", "solution": 4}', r"field 'solution': expected a non-empty text, got a number \(4\)"),
-        ('{"problem": "p", "solution": "s", "answer": [1]}', r"field 'answer': .* a number, got a list \(\[1\]\)"),
-        (r'{"problem": "cut \ud83d", "solution": "s"}', r"one JSON object per line, .* half of a surrogate pair"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}', "expected text parts"),
-        ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got nothing"),
-        ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
+        ('{"problem": "p", "solution": ', '{\\"problem'),
+        ('["p", "s"]', "a list"),
+        ("[" * 100_000 + "]" * 100_000, "too deep"),
+        ('{"problem": "p"}', "'solution'"),
+        ('{"problem": "p", "solution": 4}', "field 'solution'"),
+        ('{"problem": "p", "solution": "s", "answer": [1]}', "field 'answer'"),
+        ('{"problem": "p", "solution": "s", "answer": NaN}', "NaN"),
+        (r'{"problem": "cut \ud83d", "solution": "s"}', "surrogate pair"),
+        ('{"messages": "' + "[" * 1000 + '", "solution": "s"}', "field 'messages'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}', "'messages[0]'"),
+        ('{"messages": [{"role": "user"}], "solution": "s"}', "'messages[0]'"),
+        ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', "system"),
     ],
 )
-def test_a_bad_record_names_file_line_field_and_what_was_expected(tmp_path: Path, line: str, expected: str) -> None:
-    file = write_jsonl(tmp_path / "bad.jsonl", record(1), line)
+def test_a_bad_record_is_refused_by_file_line_and_field_or_skipped_and_counted(tmp_path, line, named) -> None:
+    file = write_jsonl(tmp_path / "bad.jsonl", record(1), "", line, record(2))
     message = refusal(file)
-    assert message.startswith(f"{file}:2: ")
-    assert re.search(expected, message), message
+    assert message.startswith(f"{file}:3: ") and named in message and "\n" not in message
+    assert message.endswith("data.on_bad_record=skip")
     kept = load_problems(file, on_bad_record="skip")
-    assert (len(kept), kept.num_skipped) == (1, 1)
-    assert kept.skipped[0].startswith(f"{file}:2: ")
+    assert (len(kept), kept.num_skipped) == (2, 1) and kept.skipped[0].startswith(f"{file}:3: ")
 
 
 def test_equal_ids_are_an_error_that_names_both_places(tmp_path: Path) -> None:
@@ -141,9 +131,7 @@ def test_a_missing_id_follows_the_content_and_not_the_place(tmp_path: Path) -> N
 
 
 def with_texts(texts: list[str], answer: str | None = "7") -> list[Problem]:
-    return [
-        Problem(f"{i}", ({"role": "user", "content": "x"},), text, answer, f"f:{i}") for i, text in enumerate(texts)
-    ]
+    return [tiny.problem("x", text, answer, id=f"{i}", location=f"f:{i}") for i, text in enumerate(texts)]
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=12), st.integers(0, 5))
@@ -213,11 +201,9 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(count: int, batch: int, step
 
 def test_the_visits_of_a_run_are_counted_in_epochs_before_and_while_it_runs() -> None:
     [line] = about_visits(200, 8, 50, "turns")
-    assert line == "200 steps x 8 = 1,600 visits to 50 turns: 32.0 epochs"
+    assert "1,600 visits to 50 turns: 32.0 epochs" in line
     line, warning = about_visits(200, 512, 50)
-    assert line == "200 steps x 512 = 102,400 visits to 50 problems: 2,048.0 epochs"
-    assert warning.startswith("warning: data.global_batch_size (512) is larger than the data (50 problems)")
-    assert "10.2 times" in warning
+    assert "2,048.0 epochs" in line and "data.global_batch_size (512)" in warning and "10.2 times" in warning
     sampler = ProblemSampler(problem_set(4), batch_size=3, seed=0)
     epochs = [sampler.epochs]
     for _ in range(3):
@@ -228,10 +214,9 @@ def test_the_visits_of_a_run_are_counted_in_epochs_before_and_while_it_runs() ->
 
 def test_a_position_in_another_data_set_or_seed_is_an_error() -> None:
     state = ProblemSampler(problem_set(5), batch_size=2, seed=1).state_dict()
-    with pytest.raises(ValueError, match="belongs to a data set with fingerprint"):
-        ProblemSampler(problem_set(6), batch_size=2, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="belongs to a data set with seed 1, but this run's has seed 2"):
-        ProblemSampler(problem_set(5), batch_size=2, seed=2).load_state_dict(state)
+    for size, seed, named in ((6, 1, "fingerprint"), (5, 2, "seed 1")):
+        with pytest.raises(ValueError, match=named):
+            ProblemSampler(problem_set(size), batch_size=2, seed=seed).load_state_dict(state)
 
 
 @given(st.integers(0, 20), st.integers(1, 6))

@@ -47,21 +47,17 @@ def test_a_template_that_ends_the_text_without_a_generation_prompt_gives_both_pr
     assert decode(teacher).endswith("that a solution was given.<|im_end|>\n<|im_start|>assistant\n")
     assert build.generation_prompts(PROBLEM) == ("<|im_start|>assistant\n",) * 2
     peeking = PHI.replace("assistant\n{%", "assistant{{ ' hinted' * ('hint' in messages[-1].content) }}\n{%")
-    with pytest.raises(ValueError, match="expected both contexts to end in the same generation prompt"):
+    with pytest.raises(ValueError, match="generation prompt"):
         builder(chat_directory, peeking).prompt_pair(PROBLEM)
 
 
 @pytest.mark.parametrize(
-    ("templates", "message"),
-    [
-        ({"teacher": "{solution}"}, r"got \{solution\};"),
-        ({"teacher": "{problem} {solution} {hint}"}, r"got \{hint\}, .*; write \{\{name\}\} for literal braces"),
-        ({"student": "{problem} {solution}"}, r"student_template .* got \{problem\}, \{solution\}"),
-    ],
+    ("view", "template"),
+    [("teacher", "{solution}"), ("teacher", "{problem} {solution} {hint}"), ("student", "{problem} {solution}")],
 )
-def test_a_missing_or_unknown_slot_is_an_error(templates: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PromptTemplates(**templates)
+def test_a_missing_or_unknown_slot_is_an_error(view: str, template: str) -> None:
+    with pytest.raises(ValueError, match=f"{view}_template"):
+        PromptTemplates(**{view: template})
 
 
 def test_prompts_are_the_chat_template_around_the_wording(chat_directory: Path) -> None:
@@ -105,9 +101,7 @@ def test_the_teachers_wording_replaces_the_last_user_message_only(chat_directory
 def test_the_wording_stays_at_the_problem_where_an_environment_has_replied_as_the_user(chat_directory: Path) -> None:
     build = builder(chat_directory, teacher="{problem}|{solution}", student="{problem}?")
     problem = replace(chat(("user", "3 + 4"), ("assistant", "8"), ("user", "Wrong.")), reworded=0)
-    assert "user\n3 + 4?<|im_end|>" in build.student_text(problem) and "user\nWrong.<|im_end|>" in build.student_text(
-        problem
-    )
+    assert all(f"user\n{said}<|im_end|>" in build.student_text(problem) for said in ("3 + 4?", "Wrong."))
     assert "user\n3 + 4|It is 7.<|im_end|>" in build.tokenizer.decode(build.teacher_prompt(problem))
     assert last_user_text(problem) == "3 + 4" and last_user_text(replace(problem, reworded=None)) == "Wrong."
 
@@ -135,7 +129,7 @@ def test_a_view_with_another_system_prompt_alone_keeps_the_generation_prompt(cha
     counting = "{% for m in messages %}{{ m.content }}{% endfor %}"
     counting += "{% if add_generation_prompt %}{{ messages|length }}:{% endif %}"
     assert builder(chat_directory, counting).prompt_pair(PROBLEM)
-    with pytest.raises(ValueError, match=r"same generation prompt, .* or give student and teacher their own with data"):
+    with pytest.raises(ValueError, match="generation prompt"):
         builder(chat_directory, counting, teacher_only={"system_prompt": "S"}).prompt_pair(PROBLEM)
 
 
@@ -152,11 +146,8 @@ def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_
     )
     build = builder(chat_directory, switch)
     build.prompt_pair(PROBLEM)
-    with pytest.raises(ValueError, match=r"^sums.jsonl:1: expected both contexts to end in the same generation"):
+    with pytest.raises(ValueError, match=r"^sums.jsonl:1: .* generation"):
         build.prompt_pair(chat(("user", "x"), solution="say /no_think"))
-    counting = chat_template.replace("assistant\n", "assistant {{ messages[-1].content|length }}\n")
-    with pytest.raises(ValueError, match="generation prompt"):
-        builder(chat_directory, counting).prompt_pair(PROBLEM)
 
 
 def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_directory: Path) -> None:
@@ -174,14 +165,9 @@ def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_direct
         builder(chat_directory, late, teacher="{problem} {solution} truly.").prompt_pair(problem)
 
 
-def test_a_tokenizer_without_chat_template_needs_one(character_directory: Path, sentencepiece_file: Path) -> None:
-    for path in (character_directory, sentencepiece_file):
-        with pytest.raises(ValueError, match=r"has no chat template: set data\.chat_template"):
-            builder(path).student_prompt(PROBLEM)
-
-
-def test_sentencepiece_text_is_what_the_library_itself_encodes(sentencepiece_file: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece_file)
+def test_sentencepiece_text_is_what_the_library_itself_encodes(sentencepiece_file: Path, tmp_path: Path) -> None:
+    shutil.copy(sentencepiece_file, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)  # a directory with nothing else
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     text = "What is the sum?\n  <|im_start|>seven é 数 <think> tens"
     assert tokenizer.encode(text) == library.encode(text)
@@ -199,16 +185,13 @@ def test_sentencepiece_control_pieces_become_ids_only_as_a_whole(sentencepiece_f
     assert library.bos_id() not in tokenizer.encode("<s what")
 
 
-def test_a_directory_with_only_a_sentencepiece_model_is_one(sentencepiece_file: Path, tmp_path: Path) -> None:
-    shutil.copy(sentencepiece_file, tmp_path)
-    assert load_tokenizer(tmp_path).encode("seven") == load_tokenizer(sentencepiece_file).encode("seven")
-
-
-def test_a_place_without_tokenizer_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no\.model; correct data\.tokenizer"):
-        load_tokenizer(tmp_path / "no.model")
+def test_a_place_without_a_tokenizer_and_a_tokenizer_without_a_chat_template_are_refused(
+    tmp_path: Path, character_directory: Path, sentencepiece_file: Path
+) -> None:
     (tmp_path / "broken.model").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="expected a SentencePiece model, got"):
-        load_tokenizer(tmp_path / "broken.model")
-    with pytest.raises(ValueError, match=r"expected a directory with tokenizer\.json"):
-        load_tokenizer(tmp_path)
+    for place in (tmp_path / "no.model", tmp_path / "broken.model", tmp_path):
+        with pytest.raises((FileNotFoundError, ValueError), match=str(place)):
+            load_tokenizer(place)
+    for place in (character_directory, sentencepiece_file):
+        with pytest.raises(ValueError, match=r"data\.chat_template"):
+            builder(place).student_prompt(PROBLEM)

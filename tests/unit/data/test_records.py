@@ -72,75 +72,46 @@ def test_a_glob_of_directories_and_their_files_reads_each_file_once(tmp_path: Pa
         assert [problem.id for problem in load_problems(f"{tmp_path}/{pattern}").problems] == ["r0", "r1", "r2"]
 
 
-def test_paths_that_hold_no_data_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_paths_that_hold_no_data_are_refused_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "dangling.jsonl").symlink_to("nowhere.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "a.jsonl").write_bytes(as_jsonl(RECORDS))
     (tmp_path / "two" / "a.json").write_text(json.dumps(RECORDS))
-    for path, words in {
-        tmp_path: f"{tmp_path} with none; name other files with a glob",
-        tmp_path / "notes.txt": "expected files ending in .jsonl, .json, .parquet, got ",
-        tmp_path / "dangling.jsonl": f"which is a symbolic link to {tmp_path}/nowhere.jsonl, which does not exist",
-        tmp_path / "pipe.jsonl": "pipe.jsonl, which is a named pipe",
-        "/dev/null": "which is a device",
-        tmp_path / "two": "data files of one format (.jsonl, .json, .parquet), got ",
+    for path, named in {
+        tmp_path: "none",
+        tmp_path / "notes.txt": ".parquet",
+        tmp_path / "dangling.jsonl": f"{tmp_path}/nowhere.jsonl",
+        tmp_path / "pipe.jsonl": "pipe",
+        "/dev/null": "device",
+        tmp_path / "two": "one format",
     }.items():
-        assert words in refusal(path)
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
-        ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN, which JSON does not have"),
-        (
-            '{"messages": "' + "[" * 1000 + '", "solution": "s"}',
-            "field 'messages': expected a list, got a text that is not its JSON",
-        ),
-    ],
-)
-def test_a_record_that_json_cannot_mean_is_bad_and_counted(tmp_path: Path, line: str, words: str) -> None:
-    content = as_jsonl(RECORDS[:1]) + b"\n" + line.encode() + b"\n" + as_jsonl(RECORDS[1:])
-    file = tmp_path / "bad.jsonl"
-    file.write_bytes(content)
-    message = refusal(file)
-    assert message.startswith(f"{file}:3: ") and words in message
-    assert message.endswith("; correct the record, or set data.on_bad_record=skip")
-    found = load_problems(file, on_bad_record="skip")
-    assert len(found) == 3 and [sentence.startswith(f"{file}:3: ") for sentence in found.skipped] == [True]
+        sentence = refusal(path)
+        assert named in sentence and str(path) in sentence
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '[{"problem": 1},', "[{}] {}", '[{"score": NaN}]'])
-def test_a_json_array_that_cannot_be_read_names_its_file(tmp_path: Path, content: str) -> None:
+def test_a_json_array_that_cannot_be_read_is_refused_by_its_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     for policy in ("error", "skip"):
-        message = refusal(tmp_path / "a.json", on_bad_record=policy)
-        assert message.startswith(f"{tmp_path}/a.json: expected a JSON array of records (")
+        assert refusal(tmp_path / "a.json", on_bad_record=policy).startswith(f"{tmp_path}/a.json: ")
 
 
-def test_an_answer_of_nan_in_parquet_is_a_bad_record(tmp_path: Path) -> None:
-    rows = [{"problem": "p", "solution": "s", "answer": value} for value in (1.0, float("nan"))]
-    write_parquet(tmp_path / "a.parquet", rows)
-    assert "a.parquet:2: field 'answer': expected a non-empty text or a number, got a number (NaN)" in refusal(
-        tmp_path / "a.parquet"
-    )
-
-
-@pytest.mark.parametrize("name", ["no.parquet", "empty.parquet", "cut.parquet"])
-def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: str) -> None:
-    file = tmp_path / name
-    WRITERS[".parquet"](file, RECORDS)
-    file.write_bytes({"no": b"nothing of the kind", "empty": b"", "cut": file.read_bytes()[:-8]}[file.stem])
-    for policy in ("error", "skip"):
-        assert refusal(file, on_bad_record=policy).startswith(f"{file}: expected a Parquet file, got ")
+def test_a_parquet_file_that_is_none_is_refused_by_its_name_and_a_nan_in_it_by_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    write_parquet(file, [{"problem": "p", "solution": "s", "answer": value} for value in (1.0, float("nan"))])
+    assert refusal(file).startswith(f"{file}:2: field 'answer'")
+    for content in (b"nothing of the kind", b"", file.read_bytes()[:-8]):
+        file.write_bytes(content)
+        for policy in ("error", "skip"):
+            assert refusal(file, on_bad_record=policy).startswith(f"{file}: ")
 
 
 def test_a_missing_file_of_any_format_is_never_sought_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     for ending in WRITERS:
-        assert "which matches none" in refusal(f"data/problems{ending}")
+        assert f"data/problems{ending}" in refusal(f"data/problems{ending}")
 
 
 def test_the_loading_script_of_a_hub_data_set_never_runs(tmp_path: Path) -> None:
@@ -151,33 +122,14 @@ def test_the_loading_script_of_a_hub_data_set_never_runs(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-NUMBERS = {
-    "int": 1,
-    "bool": True,
-    "fraction": Fraction(1),
-    "decimal": Decimal(1),
-    "float32": np.float32(1),
-    "float16": np.float16(1),
-    "int64": np.int64(1),
-    "NumPy's bool": np.bool_(True),
-    "array without dimensions": np.array(1.0),
-    "tensor without dimensions": torch.tensor(1.0, dtype=torch.bfloat16),
-    "tensor of one number": torch.ones(1, 1),
-}
-
-
-@pytest.mark.parametrize("kind", NUMBERS)
-def test_every_kind_of_number_is_a_float(kind):
-    assert (number := finite_number(NUMBERS[kind], "reward")) == 1.0 and type(number) is float
-
-
-@pytest.mark.parametrize(
-    "value",
-    [None, "1", b"1", 1j, [1], float("nan"), np.float32("inf"), torch.ones(2), torch.tensor(float("nan")), 10**400],
-)
-def test_what_is_no_finite_number_is_refused(value):
-    with pytest.raises(ValueError, match=r"^expected a finite number as reward, got "):
-        finite_number(value, "reward")
+def test_every_kind_of_number_is_a_float_and_what_is_no_finite_number_is_refused():
+    ones = [1, True, Fraction(1), Decimal(1), np.float32(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)]
+    for value in [*ones, torch.tensor(1.0, dtype=torch.bfloat16), torch.ones(1, 1)]:
+        assert (number := finite_number(value, "reward")) == 1.0 and type(number) is float
+    none = [None, "1", b"1", 1j, [1], float("nan"), np.float32("inf"), 10**400, torch.ones(2)]
+    for value in [*none, torch.tensor(float("nan"))]:
+        with pytest.raises(ValueError, match="reward"):
+            finite_number(value, "reward")
 
 
 def test_whole_numbers_are_ints_and_booleans_and_floats_are_none():
@@ -194,7 +146,6 @@ def test_a_scalar_becomes_plain_and_everything_else_stays():
 
 def test_a_text_with_half_of_a_surrogate_pair_is_refused():
     assert text_or_none("🙂") == "🙂" and text_or_none(None) is None
-    with pytest.raises(ValueError, match="half of a surrogate pair"):
-        text_or_none("cut \ud83d")
-    with pytest.raises(ValueError, match=r"^expected a text or None, got a value of type int$"):
-        text_or_none(3)
+    for value in ("cut \ud83d", 3):
+        with pytest.raises(ValueError, match=r"surrogate|int"):
+            text_or_none(value)

@@ -75,9 +75,8 @@ def config_of(directory: Path, **data: object):
 
 @pytest.mark.parametrize("load", [RunData.load, RunData.load_evaluation], ids=["training", "evaluation"])
 def test_remote_code_never_runs_unless_the_key_allows_it(directory, terminal, load):
-    with pytest.raises(ConfigError, match=r"auto_map names Python code .* set data\.trust_remote_code=true") as caught:
+    with pytest.raises(ConfigError, match=rf"{directory}.*data\.trust_remote_code=true"):
         load(config_of(directory))
-    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
     assert not (directory.parent / "ran").exists()
     assert type(load(config_of(directory, trust_remote_code=True)).tokenizer._tokenizer).__name__ == "EvilTokenizer"
     assert (directory.parent / "ran").read_text() == "it ran"
@@ -91,13 +90,11 @@ def test_a_directory_whose_class_transformers_knows_loads_without_its_code(direc
     assert not (directory.parent / "ran").exists()
 
 
-def test_remote_code_that_fails_is_one_sentence(directory):
+def test_remote_code_and_a_name_of_the_hub_that_fail_are_one_sentence(directory, monkeypatch):
     (directory / "evil.py").write_text("raise RuntimeError('not today\\nnor tomorrow')\n")
     with pytest.raises(ConfigError, match=r"tokenizer: not today$"):
         RunData.load(config_of(directory, trust_remote_code=True))
 
-
-def test_a_name_of_the_hub_that_cannot_be_loaded_is_said_to_be_no_directory_here(monkeypatch):
     def from_pretrained(name, **options):
         raise OSError("no connection\nwith details")
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
+from megatron_selfdistill.data.prompt_checks import about_prefix
 from megatron_selfdistill.data.run_data import RunData
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
@@ -40,6 +41,10 @@ def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("run_data")
     write(directory / "problems.jsonl", [{"problem": "500-408=", "solution": "0" * n} for n in (3, 8, 60)])
     write(directory / "held_out.jsonl", [{"problem": "1-1=", "solution": "0", "answer": "0"}] * 3)
+    write(directory / "asked.jsonl", [{"problem": "1-0="}, {"problem": "2-0=", "answer": "2"}])
+    write(directory / "english.jsonl", [{"problem": "What is 7?", "solution": "0000"}])
+    answered = [{"problem": f"{i}-0=", "solution": f"0{i}", "answer": f"{i}"} for i in range(6)]
+    write(directory / "answered.jsonl", answered)
     character_tokenizer(directory / "tokenizer", eos_token="$")
     character_tokenizer(directory / "endless")
     return directory
@@ -65,14 +70,6 @@ def config_of(directory: Path, *overrides: str) -> Config:
     return from_mapping(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))))
 
 
-def sentence_of(config: Config) -> str:
-    with pytest.raises(ConfigError) as caught:
-        RunData.load(config)
-    text = str(caught.value)
-    assert text and "\n" not in text
-    return text
-
-
 def test_what_is_read_is_what_the_files_say(directory):
     held_out = directory / "held_out.jsonl"
     run_data = RunData.load(config_of(directory, f"evaluation.path={held_out}", "evaluation.limit=2"))
@@ -82,31 +79,55 @@ def test_what_is_read_is_what_the_files_say(directory):
     assert run_data.stop_token_ids == (CHARACTERS.index("$"),)
 
 
+EMPTY = "{% for m in messages %}x{% endfor %}"
+HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
+"""Shows what stands before the hint."""
+BEGINNING = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"
+"""Shows 8 characters of the problem and 8 of the solution."""
+HINT_LAST = "data.teacher_template='{problem}|{solution}'"
+
+
+def placed(directory: Path, overrides: list[str]) -> Config:
+    return config_of(directory, *(one.replace("DIR", str(directory)) for one in overrides))
+
+
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "named"),
     [
-        (["data.path={directory}/nowhere.jsonl"], "nowhere.jsonl, which matches none"),
-        (["data.tokenizer={directory}/nothing.model"], "nothing.model; correct data.tokenizer"),
-        (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
-        (["data.chat_template=null"], "has no chat template: set data.chat_template"),
-        (
-            ["data.tokenizer={directory}/endless"],
-            "expected an end of sequence in the tokenizer, generation_config.json or config.json",
-        ),
-        (["model.vocab_size=20"], "model.vocab_size is 20, but"),
-        (["schedule.max_tokens=39"], "data.max_length (40) exceeds the longest packed sequence (39)"),
-        (
-            ["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"],
-            "schedule.max_tokens (3) must be at least 4",
-        ),
+        (["data.path=DIR/nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.tokenizer=DIR/nothing.model"], "nothing.model"),
+        (["data.chat_template=DIR"], "data.chat_template"),
+        (["data.chat_template=null"], "data.chat_template"),
+        (["data.tokenizer=DIR/endless"], "end of sequence"),
+        (["model.vocab_size=20"], "model.vocab_size is 20"),
+        (["schedule.max_tokens=39"], "data.max_length (40)"),
+        (["schedule.max_tokens=3", "data.max_length=null", "parallel.context_parallel_size=2"], "schedule.max_tokens"),
         (["data.max_length=16"], "no problem fits"),
+        (["data.teacher_template='{problem}" + "=" * 30 + "{solution}'"], "data.teacher_template 30"),
+        (["data.path=DIR/asked.jsonl"], "field 'solution'"),
+        (["data.path=DIR/asked.jsonl", "data.solutions=answer"], "an answer"),
+        (["data.path=DIR/english.jsonl"], "set data.tokenizer"),
+        (["data.path=DIR/english.jsonl", "method.name=grpo", "rollout.num_samples=2"], "set data.tokenizer"),
+        ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's"),
+        ([f'data.chat_template="{HALF}"', HINT_LAST], "problems.jsonl:1: expected the teacher's"),
+        ([f'data.chat_template="{BEGINNING}"', "data.on_long_context=truncate_start"], "problems.jsonl:3: expected"),
+        ([f'data.chat_template="{BEGINNING}"', "data.on_long_context=truncate_end"], "problems.jsonl:3: expected"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(directory, overrides, words):
+def test_what_cannot_be_read_or_learned_from_is_refused_by_its_name(directory, overrides, named):
     with pytest.raises(ConfigError) as caught:
-        RunData.load(config_of(directory, *(o.replace("{directory}", str(directory)) for o in overrides)))
-    text = str(caught.value)
-    assert words.lower() in text.lower() and "\n" not in text
+        RunData.load(placed(directory, overrides))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
+def test_of_a_shortened_solution_the_part_that_fits_is_shown(directory, policy):
+    assert RunData.load(config_of(directory, f"data.on_long_context={policy}")).num_shortened == 1
+
+
+def test_where_no_teacher_reads_a_prompt_none_is_looked_at(directory):
+    hidden = [f'data.chat_template="{HALF}"', HINT_LAST, "evaluation.path=DIR/held_out.jsonl", "method.name=sft"]
+    assert RunData.load(placed(directory, hidden)).about_prompts is None
 
 
 def test_the_chat_template_may_be_a_file(directory, tmp_path):
@@ -133,15 +154,10 @@ def test_the_longest_context_is_the_least_of_model_row_and_wish(directory, overr
 
 
 def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_its_own(directory, tmp_path):
-    turns = [
-        ("user", "1-1="),
-        ("assistant", "1"),
-        ("user", "0"),
-        ("assistant", "00"),
-        ("user", "."),
-        ("assistant", "3"),
+    roles = ("user", "assistant") * 3
+    chat = [
+        {"role": role, "content": text} for role, text in zip(roles, ("1-1=", "1", "0", "00", ".", "3"), strict=True)
     ]
-    chat = [{"role": role, "content": text} for role, text in turns]
     write(tmp_path / "chats.jsonl", [{"chat": chat, "liked": 3}, {"chat": chat}, {"chat": chat[:1], "liked": 0}])
     write(tmp_path / "held_out.jsonl", [{"task": "1-1=", "solution": "0", "answer": "0"}])
     template = tmp_path / "template.jinja"
@@ -159,100 +175,45 @@ def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_it
     assert "5 logged tokens, 0.600 of them in accepted turns" in of_turns
 
 
-EMPTY = "{% for m in messages %}x{% endfor %}"
-HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
-"""Shows what stands before the hint."""
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's prompt to show the problem"),
-        ([f'data.chat_template="{HALF}"'], "problems.jsonl:1: expected the teacher's prompt to show the solution, got"),
-        (
-            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "method.name=sft"],
-            None,  # no teacher reads a prompt
-        ),
-    ],
-)
-def test_a_chat_template_that_hides_what_is_learned_from_is_refused_before_the_start(directory, overrides, words):
-    more = [
-        o.replace("{directory}", str(directory)) for o in ("data.teacher_template='{problem}|{solution}'", *overrides)
-    ]
-    config = config_of(directory, *more)
-    if words is None:
-        assert RunData.load(config).about_prompts is None
-    else:
-        assert words in (sentence := sentence_of(config)) and "data.chat_template" in sentence
-
-
-@pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
-def test_of_a_shortened_solution_the_part_that_fits_must_be_shown(directory, policy):
-    run_data = RunData.load(config_of(directory, f"data.on_long_context={policy}"))
-    assert run_data.num_shortened == 1, "and its prompt has passed the check"
-    beginning = "{% for m in messages %}{{ m.content[:16] }}{% endfor %}"  # 8 of the problem, 8 of the solution
-    hidden = config_of(directory, f"data.on_long_context={policy}", f'data.chat_template="{beginning}"')
-    assert "problems.jsonl:3: expected the teacher's prompt to show the solution" in sentence_of(hidden)
-
-
 def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(directory):
     path = f"evaluation.path={directory}/held_out.jsonl"
-    hidden = config_of(directory, path, f'data.chat_template="{HALF}"', "data.teacher_template='{problem}|{solution}'")
+    hidden = config_of(directory, path, f'data.chat_template="{HALF}"', HINT_LAST)
     assert len(RunData.load_evaluation(hidden).evaluation) == 3
-    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the teacher's prompt to show the solution"):
+    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the teacher's"):
         RunData.load_evaluation(hidden, with_solutions=True)
-    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the student's prompt to show the problem"):
+    with pytest.raises(ConfigError, match=r"held_out.jsonl:1: expected the student's"):
         RunData.load_evaluation(config_of(directory, path, f"data.chat_template='{EMPTY}'"))
 
 
-def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
-    write(
-        directory / "answered.jsonl", [{"problem": f"{i}-0=", "solution": f"{i}", "answer": f"{i}"} for i in range(6)]
-    )
-    of_file = [f"data.path={directory}/answered.jsonl", f"evaluation.path={directory}/answered.jsonl"]
+@pytest.mark.parametrize("solutions", ["given", "other", "none", "answer"])
+def test_training_and_a_hinted_evaluation_show_what_the_key_says(directory, solutions):
+    of_file = [f"{section}.path=DIR/answered.jsonl" for section in ("data", "evaluation")]
+    config = placed(directory, [*of_file, f"data.solutions={solutions}"])
+    run_data = RunData.load(config)
+    expected = {"given": lambda it: f"0{it.answer}", "none": lambda it: "", "answer": lambda it: it.answer}
+    for it in [*run_data.problems.problems, *RunData.load_evaluation(config, with_solutions=True).evaluation]:
+        if solutions == "other":
+            assert it.solution != f"0{it.answer}" and it.solution.startswith("0")
+        else:
+            assert it.solution == expected[solutions](it)
+    first = run_data.problems.problems[0]
+    shown = run_data.tokenizer.encode(f"{first.messages[0]['content']}{first.solution}|")
+    assert run_data.builder.teacher_prompt(first) == shown
+    plain = RunData.load(placed(directory, of_file)).problems.fingerprint
+    assert (run_data.problems.fingerprint == plain) == (solutions == "given")
+    assert solutions in ("given", "answer") or f"data.solutions={solutions}" in run_data.about_prompts
 
-    def loaded(solutions: str) -> RunData:
-        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}"))
 
-    other, none = loaded("other"), loaded("none")
-    assert all(it.solution != it.answer for it in other.problems.problems)
-    assert "of the solution of another problem (data.solutions=other)" in other.about_prompts
-    assert none.builder.teacher_prompt(none.problems.problems[0]) == none.tokenizer.encode("0-0=|")
-    assert other.problems.fingerprint != none.problems.fingerprint
-
-
-ASKED = [{"problem": "1-0="}, {"problem": "2-0=", "answer": "2"}]
-
-
-@pytest.mark.parametrize(
-    "method", [["recipe=grpo"], ["recipe=rft"], ["recipe=opsa"], ["method.name=grpo", "rollout.num_samples=2"]]
-)
-def test_a_method_that_shows_no_solution_needs_neither_solutions_nor_answers(directory, tmp_path, method):
-    write(tmp_path / "asked.jsonl", ASKED)
+@pytest.mark.parametrize("method", [["recipe=rft"], ["method.name=grpo", "rollout.num_samples=2"]])
+def test_a_method_that_shows_no_solution_needs_neither_solutions_nor_answers(directory, method):
     with_file = (
-        *("run_dir=unused", f"data.path={tmp_path}/asked.jsonl", f"evaluation.path={tmp_path}/asked.jsonl"),
+        *("run_dir=unused", f"data.path={directory}/asked.jsonl", f"evaluation.path={directory}/asked.jsonl"),
         *(f"data.tokenizer={directory}/tokenizer", f"data.chat_template='{PLAIN}'"),
         *("data.teacher_template='{problem}{solution}|'", "data.max_length=40", "rollout.max_new_tokens=10"),
     )
     found = RunData.load(load([*method, *with_file]))
     assert [len(found.problems.problems), len(found.evaluation)] == [2, 2]
     assert [it.answer for it in found.problems.problems] == [None, "2"]
-
-
-def test_the_default_method_needs_the_text_that_its_teacher_sees(directory, tmp_path):
-    write(tmp_path / "asked.jsonl", ASKED)
-    path = f"data.path={tmp_path}/asked.jsonl"
-    assert "field 'solution': expected a non-empty text" in sentence_of(config_of(directory, path))
-    assert "expected an answer" in sentence_of(config_of(directory, path, "data.solutions=answer"))
-
-
-@pytest.mark.parametrize("solutions", ["other", "none", "answer"])
-def test_a_hinted_evaluation_shows_what_the_key_says(directory, solutions):
-    write(directory / "held.jsonl", [{"problem": f"{i}-0=", "solution": f"0{i}", "answer": f"{i}"} for i in range(4)])
-    config = config_of(directory, f"evaluation.path={directory}/held.jsonl", f"data.solutions={solutions}")
-    found = RunData.load_evaluation(config, with_solutions=True).evaluation
-    expected = {"none": lambda it: it.solution == "", "answer": lambda it: it.solution == it.answer}
-    assert all(expected.get(solutions, lambda it: it.solution != f"0{it.answer}")(it) for it in found)
 
 
 SWITCHED = PLAIN + ("{% if add_generation_prompt %}:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
@@ -271,14 +232,9 @@ def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory
     assert ("known to collapse" in about) == (student and not teacher)
 
 
-def test_the_cost_of_the_teachers_wording_is_said_at_the_start_and_where_nothing_fits(directory):
-    run_data = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'"))
-    assert run_data.about_prompts == (
-        "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
-        "(in 2 prompts)"
-    )
-    none = sentence_of(config_of(directory, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
-    assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
+def test_the_cost_of_the_teachers_wording_is_said_at_the_start(directory):
+    about = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'")).about_prompts
+    assert "4 tokens of wording (data.teacher_template)" in about and "6 of the solution (in 2 prompts)" in about
 
 
 def test_parts_of_the_hub_are_read_for_training_and_evaluation(directory, monkeypatch):
@@ -297,22 +253,12 @@ def test_parts_of_the_hub_are_read_for_training_and_evaluation(directory, monkey
     assert run_data.evaluation[0].location == "lab/sums[test]:1"
 
 
-@pytest.mark.parametrize(
-    ("problems", "share"), [(["500-408="] * 19 + ["500-4u8="], "warning: 0.5%"), (["What is 7?"], None)]
-)
-def test_tokens_that_the_tokenizer_does_not_know_are_a_warning_and_above_a_third_an_error(
-    directory, tmp_path, problems, share
-):
-    write(tmp_path / "english.jsonl", [{"problem": problem, "solution": "0000"} for problem in problems])
-    config = config_of(directory, f"data.path={tmp_path / 'english.jsonl'}")
-    if share is not None:
-        about = RunData.load(config).about_prompts
-        assert about is not None and f"{share} of the tokens of the first prompts are '_', the unknown token" in about
-        assert "warning" not in str(RunData.load(config_of(directory)).about_prompts)
-        return
-    for overrides in ((), ("method.name=grpo", "rollout.num_samples=2")):
-        with pytest.raises(ConfigError, match=r"^\d+\.\d% of the tokens .* set data.tokenizer"):
-            RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}", *overrides))
+def test_few_tokens_that_the_tokenizer_does_not_know_are_a_warning(directory, tmp_path):
+    problems = [{"problem": problem, "solution": "0000"} for problem in ["500-408="] * 19 + ["500-4u8="]]
+    write(tmp_path / "english.jsonl", problems)
+    about = RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}")).about_prompts
+    assert "warning: 0.5% of the tokens of the first prompts are '_'" in about
+    assert "warning" not in RunData.load(config_of(directory)).about_prompts
 
 
 def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path):
@@ -331,36 +277,31 @@ TEACHERS = {
 }
 
 
-def taught(directory: Path, teachers: list[object], **more: object) -> RunData:
+def taught(directory: Path, teachers: list[object], of_run: dict = TEACHERS, **data: object) -> RunData:
     """Return the data of a run whose record i names ``teachers[i]``."""
     file = directory / "taught.jsonl"
     write(file, [{"problem": f"50{i}-4=", "solution": f"4{i}", "teacher": one} for i, one in enumerate(teachers)])
     config = config_of(directory)
-    return RunData.load(replace(config, teachers=TEACHERS, data=replace(config.data, path=str(file)), **more))
+    return RunData.load(replace(config, teachers=of_run, data=replace(config.data, path=str(file), **data)))
+
+
+def pairs_of(run_data: RunData) -> list[tuple[str, ...]]:
+    """Return the texts of the student's and of the teacher's prompts."""
+    pairs = [run_data.builder.prompt_pair(problem) for problem in run_data.problems.problems]
+    return [tuple(run_data.tokenizer.decode(one).replace(" ", "") for one in pair) for pair in pairs]
 
 
 def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(directory):
     run_data = taught(directory, ["math", "code", None])
-    prompts = [run_data.builder.teacher_prompt(problem) for problem in run_data.problems.problems]
-    assert [run_data.tokenizer.decode(one).replace(" ", "") for one in prompts] == [
-        "500-4=40|",
-        "501-4=||",
-        "42:502-4=",
-    ]
+    assert [teacher for _, teacher in pairs_of(run_data)] == ["500-4=40|", "501-4=||", "42:502-4="]
     for name, wording in {"math": "1 token", "code": "2 tokens", "default": "1 token"}.items():
-        assert f"the prompt of the teacher {name} adds {wording} of wording" in run_data.about_prompts
+        assert f"teacher {name} adds {wording}" in run_data.about_prompts
 
 
 def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(directory):
-    views = {"views": {"teacher": {"generation_prompt": ":"}}}
-    teachers = TEACHERS | {"math": TEACHERS["math"] | {"view": {"generation_prompt": "-", "system_prompt": "9"}}}
-    file = directory / "viewed.jsonl"
-    write(file, [{"problem": "500=", "solution": "4", "teacher": name} for name in teachers])
-    config = config_of(directory)
-    run_data = RunData.load(replace(config, teachers=teachers, data=replace(config.data, path=str(file), **views)))
-    prompts = [run_data.builder.prompt_pair(problem) for problem in run_data.problems.problems]
-    decoded = [tuple(run_data.tokenizer.decode(one).replace(" ", "") for one in pair) for pair in prompts]
-    assert decoded == [("500=", "9500=4|-"), ("500=", "500=||:"), ("500=", "4:500=:")]
+    of_run = TEACHERS | {"math": TEACHERS["math"] | {"view": {"generation_prompt": "-", "system_prompt": "9"}}}
+    run_data = taught(directory, list(of_run), of_run, views={"teacher": {"generation_prompt": ":"}})
+    assert pairs_of(run_data) == [("500-4=", "9500-4=40|-"), ("501-4=", "501-4=||:"), ("502-4=", "42:502-4=:")]
 
 
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
@@ -423,13 +364,15 @@ def test_prompts_without_the_first_token_of_every_text_have_a_warning_and_the_do
 ):
     base = with_bos(tmp_path / "base")
     without = RunData.load(config_of(directory, f"data.tokenizer={base}")).about_prompts
-    assert f"warning: {base} begins a text with 'H', and the prompts do not" in without
+    assert f"warning: {base} begins a text with 'H'" in without
     config = config_of(directory, f"data.tokenizer={base}")
     documented = replace(config.data, chat_template="{{ bos_token }}" + PLAIN)
     run_data = RunData.load(replace(config, data=documented))
     assert "warning" not in run_data.about_prompts
     student, teacher = run_data.builder.prompt_pair(run_data.problems.problems[0])
     assert student[0] == teacher[0] == CHARACTERS.index("H") and student.count(student[0]) == 1
+    for prompts in ([student[1:], teacher], [student, teacher[1:]]):
+        assert "begins a text with 'H'" in (about_prefix(run_data.tokenizer, prompts) or ""), "one of both lacks it"
     assert "{{ bos_token }}{% for m in messages %}" in str(MissingChatTemplateError("x"))
 
 

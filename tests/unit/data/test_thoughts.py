@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from answers import problem_with
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -63,15 +61,22 @@ def response(tokenizer, text: str) -> Response:
     return Response.unsampled([*tokenizer.encode(text), tokenizer.eos_id])
 
 
-@pytest.mark.parametrize("answer", ["42", "Paris"])
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
-def test_verifiers_read_the_final_answer_alone(tokenizer, written, answer):
-    text, _, judged = judged_text(response(tokenizer, written.replace("42", answer)), tokenizer, None)
-    assert final_part(text).strip() in (answer, f"<|START_RESPONSE|>{answer}<|END_RESPONSE|>")
-    if "START_RESPONSE" not in final_part(text):
-        assert exact_match(judged, problem_with(answer)) and math_verify(judged, problem_with(answer))
-    assert mentions_answer(judged, problem_with(answer))
-    assert not mentions_answer(judged, problem_with("7")) and not math_verify(judged, problem_with("7"))
+def test_verifiers_read_the_final_answer_alone(tokenizer, written):
+    for answer in ("42", "Paris"):
+        text, _, judged = judged_text(response(tokenizer, written.replace("42", answer)), tokenizer, None)
+        assert final_part(text).strip() in (answer, f"<|START_RESPONSE|>{answer}<|END_RESPONSE|>")
+        if "START_RESPONSE" not in final_part(text):
+            assert exact_match(judged, problem_with(answer)) and math_verify(judged, problem_with(answer))
+        assert mentions_answer(judged, problem_with(answer))
+        assert not mentions_answer(judged, problem_with("7")) and not math_verify(judged, problem_with("7"))
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+def test_the_answer_begins_after_the_last_of_several_thoughts(written):
+    """A model that thinks again has not meant its first answer."""
+    thoughts, answer = parts(written.rpartition("42")[0] + "41" + written)
+    assert answer.strip() in ("42", "<|START_RESPONSE|>42<|END_RESPONSE|>") and "41" in thoughts
 
 
 @pytest.mark.parametrize("written", UNFINISHED.values(), ids=UNFINISHED)
@@ -89,26 +94,19 @@ def test_a_text_for_people_has_one_form_of_thoughts_and_no_special_tokens(tokeni
     assert readable(tokenizer.encode("<|channel|>final<|message|>42"), tokenizer) == "42"
 
 
-@pytest.mark.parametrize(
-    "text", ["42", "  42\n", "a < b", "analysis: it is 42", "It is final, 42.", "</b> 42", "assistantfinal 42"]
-)
-def test_a_text_without_thoughts_is_its_own_final_answer(tokenizer, text):
-    assert readable(tokenizer.encode(text), tokenizer) == text
-    assert parts(text) == (None, text) and num_thoughts(text) == 0
+def test_a_text_without_thoughts_is_its_own_final_answer(tokenizer):
+    for text in ("42", "  42\n", "a < b", "analysis: it is 42", "It is final, 42.", "</b> 42", "assistantfinal 42"):
+        assert readable(tokenizer.encode(text), tokenizer) == text
+        assert parts(text) == (None, text) and num_thoughts(text) == 0
 
 
-def test_data_that_lost_the_special_tokens_of_gpt_oss_has_its_final_answer():
-    assert final_part("analysisLet me think.assistantfinal42") == "42"
-
-
-def test_a_format_in_the_answer_of_another_family_is_text():
+def test_the_first_format_whose_marks_a_text_has_is_that_of_the_text():
     assert final_part("<seed:think>hm</seed:think>Write </think> at the end.") == "Write </think> at the end."
+    assert final_part("analysisLet me think.assistantfinal42") == "42", "gpt-oss, in data without special tokens"
 
 
-@pytest.mark.timing
-def test_long_texts_of_marks_take_linear_time():
-    for _, begin, _ in FORMATS:
-        mark = begin.replace("\\", "").replace("?", "")
-        started = time.process_time()
-        parts(mark * 20_000 + "<|channel|>" * 20_000 + "analysis" * 20_000)
-        assert time.process_time() - started < 5
+@pytest.mark.parametrize("begin", [begin for _, begin, _ in FORMATS])
+def test_a_long_text_of_marks_is_cut_before_the_limit_of_a_test(begin):
+    """The text has half a million characters; a scan whose time grows with the square takes hours."""
+    text = begin.replace("\\", "").replace("?", "") * 20_000 + "<|channel|>" * 20_000 + "analysis" * 20_000
+    assert parts(text)[0] is None or parts(text)[1] == ""

@@ -30,6 +30,8 @@ def test_the_pieces_joined_are_the_decoded_text(directory, request):
     assert "🙂" in found, "the last byte of a character brings the whole character"
     assert "" in found and not any("\ufffd" in piece for piece in found)
     assert any(piece.startswith(" ") for piece in found), "leading spaces stay with their token"
+    cut = tokenizer.encode("so 🙂")[:-2]
+    assert "".join(pieces(cut, tokenizer)) == tokenizer.decode(cut) and pieces([], tokenizer) == []
 
 
 def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_directory, monkeypatch):
@@ -51,7 +53,7 @@ def changed(directory: Path, **changes: Any) -> Path:
 def test_a_version_of_transformers_that_loses_spaces_is_refused(chat_directory, tmp_path, monkeypatch):
     directory = changed(shutil.copytree(chat_directory, tmp_path / "llama"), tokenizer_class="LlamaTokenizerFast")
     monkeypatch.setattr(TokenizersBackend, "_tokenizer_json_has_byte_level", lambda *_, **__: False, raising=False)
-    with pytest.raises(ValueError, match=r"reads '\[x\]ab1\+23é' where .*tokenizer.json reads '\[x\] a  b"):
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
         load_tokenizer(directory)
     tokenizer = load_tokenizer(changed(directory, tokenizer_class="PreTrainedTokenizerFast"))
     assert tokenizer.decode(tokenizer.encode("a  b")) == "a  b"
@@ -71,15 +73,6 @@ def test_a_tokenizer_of_mistral_with_the_split_of_another_model_is_refused(chat_
     assert len(load_tokenizer(changed(directory, fix_mistral_regex=False)).encode("12")) == 1
 
 
-@pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
-def test_a_response_cut_within_a_character_ends_in_a_replacement(directory, request):
-    tokenizer = load_tokenizer(request.getfixturevalue(directory))
-    ids = tokenizer.encode("so 🙂")[:-2]
-    found = pieces(ids, tokenizer)
-    assert "".join(found) == tokenizer.decode(ids) and "".join(found).startswith("so")
-    assert pieces([], tokenizer) == []
-
-
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m['content'] | trim }}{% endfor %}{{ eos_token }}"
 SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
 DOUBLED = "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}"
@@ -93,24 +86,21 @@ DOUBLED = "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.
     ],
 )
 def test_a_template_that_takes_all_memory_is_refused(template):
-    with pytest.raises(
-        ValueError, match=r"^DIR: the chat template took more than 2 GiB of memory .* data.chat_template"
-    ):
+    with pytest.raises(ValueError, match=r"^DIR: .* memory .* data.chat_template"):
         try_chat_template("DIR", template, {})
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
     monkeypatch.setattr(tried_template, "LIMIT_S", 1.5)
-    with pytest.raises(ValueError, match=r"^DIR: the chat template did not end within 1.5 s"):
+    with pytest.raises(ValueError, match=r"^DIR: .* 1.5 s"):
         try_chat_template("DIR", SLOW, {})
 
 
-def test_templates_that_models_publish_pass(monkeypatch):
+def test_templates_that_models_publish_pass():
     published = (
         "{%- macro shown(m) %}{{ m.content * 2 }}{% endmacro %}{% for m in messages %}{{ shown(m) }}{% endfor %}"
     )
-    refusing = "{{ raise_exception('only tools') }}{{ 'a' * 2 }}"
-    for template in (published, refusing, "{{ no syntax", None, {"default": PLAIN}):
+    for template in (published, "{{ no syntax {{ raise_exception('only tools') }}", None, {"default": PLAIN}):
         try_chat_template("DIR", template, {"eos_token": "</s>", "additional": ["x"]})
 
 
@@ -119,13 +109,7 @@ def test_a_template_that_writes_each_message_once_needs_no_trial(monkeypatch):
     tried_template._exceeded_limit.cache_clear()  # another test may have tried the same templates
     try_chat_template("DIR", PLAIN, {"eos_token": "</s>"})
     nested = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
-    for template in (
-        nested,
-        DOUBLED,
-        "{{ 2 * 3 }}",
-        "{% for i in range(9) %}x{% endfor %}",
-        "{% set x = 1 %}",
-        "{{ f(1) }}",
-    ):
+    loop = "{% for i in range(9) %}x{% endfor %}"
+    for template in (nested, DOUBLED, loop, "{{ 2 * 3 }}", "{% set x = 1 %}", "{{ f(1) }}"):
         with pytest.raises(pytest.fail.Exception, match="a child process"):
             try_chat_template("DIR", template, {})
