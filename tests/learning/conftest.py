@@ -18,15 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "examples"))  # as `python examples/...` does
 
 
-def example(name: str) -> ModuleType:
-    """``examples/<name>.py`` as a module; its name begins with a number and cannot be imported."""
-    return load_script(REPOSITORY / "examples" / f"{name}.py")
-
-
 @pytest.fixture(scope="session")
-def load_example():
-    """Return `example`, which loads an example."""
-    return example
+def load_example() -> Callable[[str], ModuleType]:
+    """Return a function that loads ``examples/<name>.py``, whose name begins with a number and cannot be imported."""
+    return lambda name: load_script(REPOSITORY / "examples" / f"{name}.py")
 
 
 @pytest.fixture
@@ -66,13 +61,3 @@ def base(root, shared):
     made = shared.get("bases", lambda directory: pretraining.make_base(subtraction.TASK, 5, directory))
     shutil.copytree(made, root / "bases", dirs_exist_ok=True)
     return pretraining.make_base(subtraction.TASK, 5, root / "bases")
-
-
-@pytest.fixture(scope="session")
-def brief_root(base, tmp_path_factory):
-    """Return the ``--directory`` of examples that only run to their end: with the base, and few held-out problems."""
-    directory = tmp_path_factory.mktemp("brief_runs")
-    copy = Path(shutil.copytree(base.directory, directory / "bases" / base.directory.name))
-    held_out = (copy / base.held_out.name).read_text().splitlines(keepends=True)
-    (copy / base.held_out.name).write_text("".join(held_out[:20]))
-    return directory

@@ -8,7 +8,6 @@ import dataclasses
 import pytest
 
 from _lib.command_line import CONFIG_NAME
-from _lib.variants import Variant
 from megatron_selfdistill import config as configuration
 
 
@@ -23,15 +22,15 @@ def test_the_runs_differ_in_the_adapters_and_their_learning_rate_alone(load_exam
     assert dataclasses.replace(adapted, adapter=whole.adapter, optimizer=whole.optimizer) == whole
 
 
-def seldom_evaluated(variant: Variant) -> Variant:
-    return dataclasses.replace(variant, overrides=(*variant.overrides, "evaluation.every=100"))
-
-
 @pytest.mark.full
 def test_adapters_learn_what_all_weights_learn_with_a_smaller_checkpoint(load_example, base, root, monkeypatch, capsys):
     example = load_example("11_adapters")
     made, show, train = [], example.table, example.train_variant
-    monkeypatch.setattr(example, "train_variant", lambda variant, *rest: train(seldom_evaluated(variant), *rest))
+
+    def seldom_evaluated(variant, *rest):
+        return train(dataclasses.replace(variant, overrides=(*variant.overrides, "evaluation.every=100")), *rest)
+
+    monkeypatch.setattr(example, "train_variant", seldom_evaluated)
     monkeypatch.setattr(example, "table", lambda rows: made.extend(rows) or show(rows))
     assert example.main(["--steps", "100", "--ranks", "4", "--directory", str(root)]) == 0
     whole, adapted = made

@@ -7,13 +7,23 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from _lib import additions, pretraining, ragged_subtraction, subtraction, two_tasks, unsolved_subtraction, variants
-from _lib.command_line import command
+from _lib import (
+    additions,
+    leaking_subtraction,
+    pretraining,
+    ragged_subtraction,
+    subtraction,
+    two_tasks,
+    unsolved_subtraction,
+    variants,
+)
+from _lib.command_line import CONFIG_NAME, command
 from _lib.measurement import measure
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics.guards import Guards
@@ -29,63 +39,37 @@ def problems(root):
     return pretraining.write_records(root / "train.jsonl", subtraction.training_problems(5))
 
 
-@pytest.fixture(scope="module")
-def distilled(base, problems, root):
-    variant = variants.SELF_DISTILLATION.on(problems, "num_steps=100", *NOT_EVALUATED)
-    return variants.run_variant(variant, base, root / "variants")
-
-
 @pytest.mark.full
-def test_the_base_has_the_pupils_bugs_and_can_use_a_hint(base):
+def test_self_distillation_from_answers_alone_learns_to_subtract_far_from_the_limits_of_guards(base, problems, root):
+    """The base has the pupil's bugs, and can use a hint.  The same run passes limits that are twice as tight."""
     before = measure(base)
-    assert 0.2 < before.greedy < 0.5
-    assert 0.15 < before.sampled < 0.45
-    assert before.hinted > 0.95
-    assert before.shows_work > 0.95
-
-
-@pytest.mark.full
-def test_self_distillation_from_answers_alone_learns_to_subtract(distilled):
+    assert 0.2 < before.greedy < 0.5 and 0.15 < before.sampled < 0.45
+    assert before.hinted > 0.95 and before.shows_work > 0.95
+    variant = variants.SELF_DISTILLATION.on(problems, "num_steps=100", *NOT_EVALUATED)
+    distilled = variants.run_variant(variant, base, root / "variants")
     after = distilled.measurement
     assert distilled.status == 0
-    assert after.greedy >= 0.85
-    assert after.sampled >= 0.60
-    assert after.shows_work > 0.95
-    assert 21.5 < after.length < 22.5
-    assert after.hinted > 0.9
-
-
-@pytest.mark.full
-def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
-    """The default limits leave room: the same run passes limits that are twice as tight."""
-    config = configuration.load()
-    tight = dataclasses.replace(
-        config.guards,
-        entropy=dataclasses.replace(
-            config.guards.entropy,
-            min_ratio=2 * config.guards.entropy.min_ratio,
-            max_ratio=config.guards.entropy.max_ratio / 2,
-        ),
-        min_length_ratio=2 * config.guards.min_length_ratio,
-    )
-    guards = Guards(tight)
+    assert after.greedy >= 0.85 and after.sampled >= 0.60 and after.hinted > 0.9
+    assert after.shows_work > 0.95 and 21.5 < after.length < 22.5
+    limits = configuration.load().guards
+    entropy = limits.entropy
+    entropy = dataclasses.replace(entropy, min_ratio=2 * entropy.min_ratio, max_ratio=entropy.max_ratio / 2)
+    tight = Guards(dataclasses.replace(limits, entropy=entropy, min_length_ratio=2 * limits.min_length_ratio))
     for line in read_metrics(distilled.run_dir):
-        guards.check(line["step"], line)
+        tight.check(line["step"], line)
 
 
 @pytest.mark.full
 def test_fine_tuning_on_the_hints_text_learns_nothing(base, problems, root, load_example):
     imitation = load_example("01_quickstart").IMITATION.on(problems, "num_steps=100", *NOT_EVALUATED)
     outcome = variants.run_variant(imitation, base, root / "variants")
-    assert outcome.measurement.greedy <= 0.10
-    assert outcome.measurement.shows_work <= 0.10
+    assert outcome.measurement.greedy <= 0.10 and outcome.measurement.shows_work <= 0.10
 
 
 @pytest.mark.full
 def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, problems, root, capsys):
     outcome = variants.run_variant(variants.LITERAL.on(problems, *NOT_EVALUATED), base, root / "variants")
-    assert outcome.status == 3
-    assert outcome.stopped
+    assert outcome.status == 3 and outcome.stopped
     assert "entropy explosion" in capsys.readouterr().out
     last = read_metrics(outcome.run_dir)[-1]["step"]
     assert last < 120
@@ -101,12 +85,11 @@ def test_the_printed_command_is_the_run(base, problems, root):
     words = shlex.split(line)
     in_line = words[words.index("quickstart") + 1 :]
     assert configuration.load(in_line, "quickstart") == configuration.load(list(overrides), "quickstart")
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     python_path = words[0].removeprefix("PYTHONPATH=") + os.pathsep + str(REPOSITORY)
     line = line.replace(words[0], f"PYTHONPATH={shlex.quote(python_path)}")  # this package may not be installed
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2000 problems" in done.stdout
+    assert done.returncode == 0 and "2000 problems" in done.stdout, done.stderr
 
 
 @pytest.mark.full
@@ -120,50 +103,65 @@ def test_variable_widths_are_learnt(root, load_example, shorten):
     assert (run_dir.parent / "curves.png").stat().st_size > 10_000
 
 
+def test_each_variant_of_guided_rollouts_has_a_guided_one(load_example):
+    chosen = load_example("07_guided_rollouts").with_and_without_guidance(())
+    guided = [configuration.load(variant.overrides, CONFIG_NAME) for variant in chosen if "guided" in variant.title]
+    assert len(guided) == len(chosen) // 2 + 1 and all(c.rollout.guidance == "mixed" for c in guided)
+    assert {c.target.anchor for c in guided} == {"student", "auto"}
+
+
 @pytest.mark.full
-def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, shorten, capsys):
-    shorten(additions, 30)
+@pytest.mark.usefixtures("base")
+def test_guided_rollouts_are_right_where_the_student_never_is(load_example, root, monkeypatch):
+    example = load_example("07_guided_rollouts")
+    monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples
+    monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION,))
+    monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 40)
+    assert example.main(["--steps", "2", "--directory", str(root)]) == 0
+    directory = root / "guided_rollouts" / "seed5"
+    answers = {record["id"]: record["answer"] for record in example.records(directory / "train.jsonl")}
+    right = {}
+    for name in ("self-distillation", "self-distillation__guided"):
+        samples = example.read_samples(directory / name)
+        assert len(samples) == 64
+        right[name] = sum(example.is_right(sample, answers[sample["problem_id"]]) for sample in samples) / 64
+    assert right["self-distillation"] < 0.3 and right["self-distillation__guided"] > 0.6, right
+
+
+MODELS = ("base", "specialist of additions", "specialist of subtraction", "student of both specialists")
+ENDS = {
+    "01_quickstart": (["--student-mix"], ["curves.png", "Mix with the student"]),
+    "02_wrong_hints": (["--shares", "0.6"], ["curves.png", "Mix with the student"]),
+    "03_hard_problems": ([], ["curves.png", "Fewer than one in twenty is right after: "]),
+    "04_many_answers": ([], ["RFT with a verifier", "different"]),
+    "09_leaking_hint": (["--forward"], ["Anchored, forward KL", "Early stopping is the competitor"]),
+    "14_several_teachers": ([], [rf"{row} +│? *[01]\.\d{{3}}" for row in MODELS]),
+}
+"""Example -> its options, and what it shows: 14 measures both tasks of every model."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ENDS)
+def test_an_example_runs_to_its_end(base, load_example, tmp_path, monkeypatch, shorten, capsys, name):
+    copy = Path(shutil.copytree(base.directory, tmp_path / "bases" / base.directory.name))
+    few = base.held_out.read_text().splitlines(keepends=True)[:20]
+    (copy / base.held_out.name).write_text("".join(few))
+    for module in (additions, leaking_subtraction, two_tasks, unsolved_subtraction):
+        shorten(module, 20)
     monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
-    example = load_example("04_many_answers")
-    monkeypatch.setattr(example, "NUM_SAMPLES", 8)
-    monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION, example.IMITATION))
-    monkeypatch.setattr(example, "WEAK_VARIANTS", (variants.SELF_DISTILLATION, variants.REJECTION))
-    assert example.main(["--directory", str(root), "--steps", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "RFT with a verifier" in shown
-    assert "different" in shown
-    for part in ("strong", "weak"):
-        assert (root / "many_answers" / "seed5" / part / "curves.png").exists()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("name", "options"), [("01_quickstart", ["--student-mix"]), ("02_wrong_hints", ["--shares", "0.6"])]
-)
-def test_the_other_examples_run_to_their_end(brief_root, load_example, name, options, capsys):
-    assert load_example(name).main(["--directory", str(brief_root), "--steps", "2", *options]) == 0
-    shown = capsys.readouterr().out
-    assert "curves.png" in shown and "Mix with the student" in shown
-
-
-@pytest.mark.full
-def test_the_example_of_several_teachers_measures_both_tasks_of_every_model(root, load_example, shorten, capsys):
-    shorten(two_tasks, 20)
-    assert load_example("14_several_teachers").main(["--directory", str(root), "--steps", "2"]) == 0
-    shown = capsys.readouterr().out
-    for row in ("base", "specialist of additions", "specialist of subtraction", "student of both specialists"):
-        assert re.search(rf"{row} +│? *[01]\.\d{{3}}", shown), row
-
-
-@pytest.mark.full
-def test_the_example_of_hard_problems_runs_to_its_end(root, load_example, monkeypatch, shorten, capsys):
     monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 20)
-    shorten(unsolved_subtraction, 20)
-    example = load_example("03_hard_problems")
-    monkeypatch.setattr(example, "NEVER_SOLVED", example.NEVER_SOLVED[:3])
-    assert example.main(["--directory", str(root), "--steps", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "curves.png" in shown and "Fewer than one in twenty is right after: " in shown
+    example, (options, shown) = load_example(name), ENDS[name]
+    if name == "03_hard_problems":
+        monkeypatch.setattr(example, "NEVER_SOLVED", example.NEVER_SOLVED[:3])
+    if name == "04_many_answers":
+        monkeypatch.setattr(example, "NUM_SAMPLES", 8)
+        monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION, example.IMITATION))
+        monkeypatch.setattr(example, "WEAK_VARIANTS", (variants.SELF_DISTILLATION, variants.REJECTION))
+    assert example.main(["--directory", str(tmp_path), "--steps", "2", *options]) == 0
+    output = capsys.readouterr().out
+    assert all(re.search(text, output) for text in shown)
+    if name == "04_many_answers":
+        assert len(list((tmp_path / "many_answers" / "seed5").glob("*/curves.png"))) == 2
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -172,5 +170,4 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
     with pytest.raises(SystemExit) as stopped:
         module.main(["--help"])
     assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    assert f"python examples/{name}.py" in shown
+    assert f"python examples/{name}.py" in capsys.readouterr().out

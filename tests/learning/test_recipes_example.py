@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from types import ModuleType
 
 import pytest
 
-from _lib import additions, calculator, pretraining, subtraction
+from _lib import additions, calculator, checked_subtraction, pretraining, row_records, subtraction
 from megatron_selfdistill import config as configuration
 
 pytestmark = pytest.mark.full
@@ -55,26 +56,35 @@ def test_rows_keep_what_their_recipe_publishes(composed):
         assert dataclasses.replace(mix, target=alone.target) == alone
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["default", "sod"])
-def test_an_episode_of_the_calculator_is_trained_on_and_measured(load_example, root, name):
-    example = load_example("10_recipes")
-    few = dataclasses.replace(calculator.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:8])
-    block = dataclasses.replace(example.BLOCKS["calculator"], task=dataclasses.replace(few, pretraining_steps=20))
-    base = pretraining.make_base(block.task, 5, root / "bases")
-    problems = pretraining.write_records(root / "calculator.jsonl", block.task.training_problems(5))
-    figures = example.figures(name, example.run(name, block, base, problems, root, 4))
-    assert figures["step"][-1] == 4 and len(figures["sampled_by_step"]) == 4
-    assert 1 <= figures["length"] <= 4 and 0 <= figures["sampled"] <= figures["pass_at_8"] <= 1
+OF_CHECKER = ["sdpo_feedback", "rltf_fm", "skill_sd", "skald", "openclaw", "ovd", "rlt", "explained"]
 
 
-@pytest.mark.full
-def test_the_recipes_run_to_their_end(load_example, root, monkeypatch, capsys):
-    example = load_example("10_recipes")
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("default", calculator), ("sod", calculator), *((name, checked_subtraction) for name in OF_CHECKER)],
+)
+def test_a_recipe_on_episodes_or_whose_base_is_asked_is_trained_and_measured(example, root, monkeypatch, name, task):
+    monkeypatch.setattr(row_records.subtraction, "NUM_TRAINING", 64)
+    kind, num_steps = ("calculator", 4) if task is calculator else ("checked", 2)
+    few = dataclasses.replace(task.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:8])
+    few = dataclasses.replace(few, pretraining_steps=20 if task is calculator else 150)
+    base = pretraining.make_base(few, 5, root / "bases")
+    problems = pretraining.write_records(root / f"{kind}.jsonl", few.training_problems(5)[:64])
+    outcome = example.run(name, dataclasses.replace(example.BLOCKS[kind], task=few), base, problems, root, num_steps)
+    figures = example.figures(name, outcome)
+    assert figures["step"][-1] == num_steps and 0 <= figures["sampled"] <= figures["pass_at_8"] <= 1
+    if task is calculator:
+        assert len(figures["sampled_by_step"]) == num_steps and 1 <= figures["length"] <= 4
+    if name in ("rlt", "explained"):
+        explained = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
+        assert explained and all(line["solution"].endswith(f";{line['answer']}") for line in explained)
+        assert (root / "rlt_teacher").exists() or name == "explained"
+
+
+def test_the_recipes_run_to_their_end(example, root, monkeypatch, capsys):
     few = dataclasses.replace(additions.TASK, held_out_problems=lambda: additions.held_out_problems()[:8])
-    block = dataclasses.replace(
-        example.BLOCKS["additions"], task=dataclasses.replace(few, pretraining_steps=20), num_measured=8
-    )
+    few = dataclasses.replace(few, pretraining_steps=20)
+    block = dataclasses.replace(example.BLOCKS["additions"], task=few, num_measured=8)
     monkeypatch.setitem(example.BLOCKS, "additions", block)
     names = list(block.rows)[::2]  # of the others, test_literature_runs.py makes whole runs
     assert example.main(["--block", "additions", "--steps", "2", "--only", *names, "--directory", str(root)]) == 0
