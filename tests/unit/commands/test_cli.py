@@ -19,14 +19,14 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     ("arguments", "called", "handed_on"),
     [
-        (["train", "seed=1"], "train", ["seed=1"]),
-        (["seed=1", "--print"], "train", ["seed=1", "--print"]),
-        (["--config-name", "other"], "train", ["--config-name", "other"]),
-        (["+model.new=1"], "train", ["+model.new=1"]),
-        (["~target"], "train", ["~target"]),
-        (["seed=1", "convert"], "train", ["seed=1", "convert"]),
-        (["evaluate", "compare", "a", "b"], "instruments.evaluate.evaluate_command", ["compare", "a", "b"]),
-        (["serve", "--port", "1", "--", "train"], "engines.vllm.server.serve", ["--port", "1", "--", "train"]),
+        ("train seed=1", "train", "seed=1"),
+        ("seed=1 --print", "train", "seed=1 --print"),
+        ("--config-name other", "train", "--config-name other"),
+        ("+model.new=1", "train", "+model.new=1"),
+        ("~target", "train", "~target"),
+        ("seed=1 convert", "train", "seed=1 convert"),
+        ("evaluate compare a b", "instruments.evaluate.evaluate_command", "compare a b"),
+        ("serve --port 1 -- train", "engines.vllm.server.serve", "--port 1 -- train"),
     ],
 )
 def test_the_first_word_chooses_who_gets_the_other_arguments(monkeypatch, arguments, called, handed_on):
@@ -36,8 +36,8 @@ def test_the_first_word_chooses_who_gets_the_other_arguments(monkeypatch, argume
         return SimpleNamespace(main=lambda argv: got.append((name, argv)) or 7)
 
     monkeypatch.setattr(cli.importlib, "import_module", import_module)
-    assert cli.main(arguments) == 7
-    assert got == [(f"megatron_selfdistill.{called}", handed_on)]
+    assert cli.main(arguments.split()) == 7
+    assert got == [(f"megatron_selfdistill.{called}", handed_on.split())]
 
 
 def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(monkeypatch, capsys):
@@ -48,15 +48,13 @@ def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(mon
     lacking = "omegaconf"
     assert cli.main(["train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("selfdistill train: No module named 'omegaconf'; run pip install -e '.[train]' in a clone")
+    assert "'omegaconf'" in line and "'.[train]'" in line
     lacking = "megatron_selfdistill.instruments.plan.nothing"
     with pytest.raises(ModuleNotFoundError):
         cli.main(["train"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "ignored"), [(["--version"], True), (["train", "--recipes"], True), (["doctor", "--help"], False)]
-)
+@pytest.mark.parametrize(("arguments", "ignored"), [(["train", "--recipes"], True), (["doctor", "--help"], False)])
 def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_others(arguments, ignored):
     code = (
         "import runpy, signal, sys\n"
@@ -70,11 +68,10 @@ def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_
     assert done.returncode == 10 + ignored, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--keys"], ["--help"], ["--recipes"]], ids=" ".join)
-def test_a_reader_that_has_left_ends_a_command_quietly(arguments):
+def test_a_reader_that_has_left_ends_a_command_quietly():
     reader, writer = os.pipe()
     os.close(reader)  # as `| head` closes it
-    command = [sys.executable, "-m", "megatron_selfdistill", *arguments]
+    command = [sys.executable, "-m", "megatron_selfdistill", "--keys"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
