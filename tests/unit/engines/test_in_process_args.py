@@ -51,25 +51,23 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 @pytest.mark.parametrize(
-    ("engine_tp", "allocator", "device"),
-    [(1, EXPANDING, "cuda"), (2, FIXED, "cuda"), (2, "max_split_size_mb:512", "cuda"), (2, EXPANDING, "cpu")],
-    ids=["one rank", "fixed segments", "default segments", "cpu"],
+    ("engine_tp", "allocator", "device", "own", "made"),
+    [
+        (1, EXPANDING, "cuda", None, None),
+        (2, FIXED, "cuda", None, None),
+        (2, "max_split_size_mb:512", "cuda", None, None),
+        (2, EXPANDING, "cpu", None, None),
+        (2, EXPANDING, "cuda", None, True),
+        (2, EXPANDING, "cuda", False, True),  # a choice that would end the process
+        *((1, EXPANDING, "cuda", own, own) for own in (False, True)),
+        *((2, FIXED, "cuda", own, own) for own in (False, True)),
+    ],
 )
-def test_vllm_chooses_how_ranks_add_up_unless_segments_expand(start, engine_tp, allocator, device):
-    assert NAME not in start(engine_tp, allocator, device)["arguments"]
-    in_process._live = None
-    assert start(2, EXPANDING)["arguments"][NAME] is True
-
-
-@pytest.mark.parametrize("value", [False, True])
-def test_the_users_choice_wins_where_memory_can_be_shared(start, value):
-    assert start(2, FIXED, **{NAME: value})["arguments"][NAME] is value
-    in_process._live = None
-    assert start(1, EXPANDING, **{NAME: value})["arguments"][NAME] is value
-
-
-def test_a_choice_that_would_end_the_process_is_replaced(start):
-    assert start(2, EXPANDING, **{NAME: False})["arguments"][NAME] is True
+def test_vllm_or_the_user_chooses_how_ranks_add_up_unless_segments_expand(
+    start, engine_tp, allocator, device, own, made
+):
+    found = start(engine_tp, allocator, device, **({} if own is None else {NAME: own}))
+    assert found["arguments"].get(NAME) is made
 
 
 def test_the_ranks_of_an_engine_are_those_of_the_trainer(start):

@@ -35,35 +35,18 @@ def http(path: str, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
     return {"type": "http", "path": path, "headers": list(headers)}
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        [],
-        [(b"authorization", b"")],
-        [(b"authorization", b"Bearer secre")],
-        [(b"authorization", b"Bearer secret2")],
-        [(b"authorization", b"secret")],
-        [(b"authorization", "Bearer sécret".encode())],
-    ],
-)
-@pytest.mark.parametrize("path", ["/collective_rpc", "/v1/models", "/health/", "//health", ""])
-def test_without_the_token_the_application_is_not_reached(monkeypatch, headers, path):
-    reached, sent = served(monkeypatch, http(path, *headers))
+@pytest.mark.parametrize("header", [None, b"", b"Bearer secre", b"Bearer secret2", b"secret", "Bearer sécret".encode()])
+@pytest.mark.parametrize("path", ["/collective_rpc", "/health/", "//health", ""])
+def test_without_the_token_the_application_is_not_reached(monkeypatch, header, path):
+    reached, sent = served(monkeypatch, http(path, *([] if header is None else [(b"authorization", header)])))
     assert not reached
     assert sent[0]["status"] == 401 and b"secret" not in sent[1]["body"]
 
 
-def test_with_the_token_and_for_health_it_is(monkeypatch):
-    assert served(monkeypatch, http("/update_weights", (b"authorization", b"Bearer secret"))) == (True, [])
-    assert served(monkeypatch, http("/health")) == (True, [])
-    assert served(monkeypatch, {"type": "lifespan"}) == (True, [])
-
-
-def test_a_web_socket_needs_it_too(monkeypatch):
-    reached, sent = served(monkeypatch, {"type": "websocket", "path": "/health", "headers": []})
-    assert not reached and sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_an_empty_token_is_none(monkeypatch):
+def test_with_the_token_and_for_health_it_is_and_a_web_socket_or_an_empty_token_never(monkeypatch):
+    for scope in (http("/load", (b"authorization", b"Bearer secret")), http("/health"), {"type": "lifespan"}):
+        assert served(monkeypatch, scope) == (True, [])
+    socket = served(monkeypatch, {"type": "websocket", "path": "/health", "headers": []})
+    assert socket == (False, [{"type": "websocket.close", "code": 1008}])
     with pytest.raises(ValueError, match=TOKEN_VARIABLE):
         served(monkeypatch, http("/v1/models", (b"authorization", b"Bearer ")), token="")

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from events import wait_until
 
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.engines.vllm.client import VllmServer
@@ -28,6 +29,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 
 GIB = 2**30
 ALONE = {"world_size": 1, "init_process_group": False}
+MIDDLEWARE = {"middleware": ["a", "b"], "compilation_config": {"level": 0}}
 OF_BOTH_SIDES = ("server.serve", "plugin.middleware")
 
 
@@ -43,12 +45,7 @@ def started(
             server_env=environment or {},
             engine_tp=2,
             kv_cache_gb=0.5,
-            engine_args={
-                "max_num_seqs": 8,
-                "enable_prefix_caching": False,
-                "middleware": ["a", "b"],
-                "compilation_config": {"level": 0},
-            },
+            engine_args={"max_num_seqs": 8, "enable_prefix_caching": False, **MIDDLEWARE},
         ),
         directory=directory / "servers",
         hf_config=directory,
@@ -67,10 +64,11 @@ def script(directory: Path, text: str) -> Path:
 
 
 def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, monkeypatch):
-    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME"):
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME", "SOME_SWITCH"):
         monkeypatch.setenv(name, "7")
-    [one] = started(tmp_path, script(tmp_path, 'echo "$@"; env'))
-    one.process.wait(20)
+    own = {"NCCL_DEBUG": "INFO", "SOME_SWITCH": "", TOKEN_VARIABLE: "another"}
+    [one] = started(tmp_path, script(tmp_path, 'echo "$@"; env'), environment=own)
+    one.process.wait()
     command, *environment = one.log.read_text().splitlines()
     assert command == (
         f"-m megatron_selfdistill.engines.vllm.server.serve --port={one.address.rpartition(':')[2]} "
@@ -80,48 +78,32 @@ def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, mo
     )
     variables = dict(line.partition("=")[::2] for line in environment)
     assert variables[TOKEN_VARIABLE] == "secret" and variables[PARENT_VARIABLE] == str(os.getpid())
-    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & set(variables)
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME", "SOME_SWITCH"} & set(variables)
+    assert variables["NCCL_DEBUG"] == "INFO"
     assert [path.name for path in Path(variables["PYTHONPATH"]).iterdir()] == ["megatron_selfdistill"]
 
 
-# What the user exported for the job, what torchrun added, and what the trainer has set since.
-AT_START = {
-    **{"HOME": "/home/me", "NCCL_SOCKET_IFNAME": "eth0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
-    **{
-        "RANK": "3",
-        "LOCAL_WORLD_SIZE": "8",
-        "MASTER_ADDR": "node0",
-        "TORCHELASTIC_RUN_ID": "1",
-        "OMP_NUM_THREADS": "1",
-    },
-}
-NOW = {
-    **AT_START,
+USERS = {"HOME": "/home/me", "NCCL_SOCKET_IFNAME": "eth0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+TORCHRUNS = {"RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node0", "TORCHELASTIC_RUN_ID": "1"}
+TRAINERS = {
     **{"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-    **{"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "SLURM_JOB_ID": "4"},
+    **{"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"},
 }
-
-
-def test_a_server_inherits_what_the_user_exported_and_not_what_the_trainer_or_torchrun_set():
-    assert server_environment(NOW, AT_START) == {
-        "HOME": "/home/me",
-        "SLURM_JOB_ID": "4",
-        "NCCL_SOCKET_IFNAME": "eth0",
-        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
-    }
+LAUNCHED = {"LOCAL_WORLD_SIZE": "8"}
 
 
 @pytest.mark.parametrize(
-    ("at_start", "kept"),
+    ("at_start", "now", "kept"),
     [
-        ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}),  # started without torchrun
-        ({"OMP_NUM_THREADS": "12", "LOCAL_WORLD_SIZE": "8"}, {"OMP_NUM_THREADS": "12"}),
-        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}, {}),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+        (USERS | TORCHRUNS | {"OMP_NUM_THREADS": "1"}, TRAINERS | {"SLURM_JOB_ID": "4"}, USERS | {"SLURM_JOB_ID": "4"}),
+        ({"OMP_NUM_THREADS": "1"}, {}, {"OMP_NUM_THREADS": "1"}),  # started without torchrun
+        ({"OMP_NUM_THREADS": "12"} | LAUNCHED, {}, {"OMP_NUM_THREADS": "12"}),
+        ({"OMP_NUM_THREADS": "1"} | LAUNCHED, {}, {}),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
     ],
 )
-def test_a_setting_of_the_users_own_reaches_the_servers(at_start, kept):
-    assert server_environment(at_start, at_start) == kept
+def test_a_server_inherits_what_the_user_exported_and_not_what_the_trainer_or_torchrun_set(at_start, now, kept):
+    assert server_environment(at_start | now, at_start) == kept
 
 
 @pytest.mark.full
@@ -138,16 +120,6 @@ def test_a_process_knows_what_it_was_started_with():
     assert done.stdout.split() == ["WARN", "None"]
 
 
-def test_variables_for_the_servers_override_all_others_and_empty_ones_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOME_SWITCH", "on")
-    environment = {"NCCL_DEBUG": "INFO", "SOME_SWITCH": "", TOKEN_VARIABLE: "another"}
-    [one] = started(tmp_path, script(tmp_path, "env"), environment=environment)
-    one.process.wait(20)
-    variables = dict(line.partition("=")[::2] for line in one.log.read_text().splitlines())
-    assert variables["NCCL_DEBUG"] == "INFO" and "SOME_SWITCH" not in variables
-    assert variables[TOKEN_VARIABLE] == "secret"
-
-
 def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
     processes = started(tmp_path, script(tmp_path, "exit 0"), count=3)
     assert len({one.address for one in processes}) == len({one.log for one in processes}) == 3
@@ -159,12 +131,12 @@ def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
 def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(tmp_path):
     [one] = started(tmp_path, script(tmp_path, "echo no module named vllm >&2; exit 3"))
     with pytest.raises(EngineError, match=r"(?s)ended with status 3 .*0\.log:\nno module named vllm"):
-        wait_until_healthy([one], [VllmServer(one.address)], 20)
+        wait_until_healthy([one], [VllmServer(one.address)], 3600)
 
 
 def test_a_server_that_does_not_come_up_is_an_error_in_time(tmp_path):
-    [one] = started(tmp_path, script(tmp_path, "echo loading; exec sleep 60"))
-    with pytest.raises(EngineError, match=r"(?s)is up after 0\.5 s .*loading"):
+    [one] = started(tmp_path, script(tmp_path, "exec sleep 600"))
+    with pytest.raises(EngineError, match=r"is up after 0\.5 s .*0\.log"):
         wait_until_healthy([one], [VllmServer(one.address)], 0.5)
     one.stop()
     assert one.process.returncode is not None
@@ -175,19 +147,14 @@ def test_a_python_that_is_not_there_is_a_configuration_error(tmp_path):
         started(tmp_path, "/no/python")
 
 
-@pytest.mark.timing
 def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
-    [one] = started(tmp_path, script(tmp_path, "sleep 100 & echo child $!; wait"))
-    while "child" not in (text := one.log.read_text()):
-        time.sleep(0.02)
-    child = int(text.split()[-1])
+    [one] = started(tmp_path, script(tmp_path, "sleep 600 & echo child $!; wait"))
+    child = wait_until(lambda: re.search(r"child (\d+)\n", one.log.read_text()))[1]
     one.process.kill()
     one.process.wait()
     one.stop()
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    state = Path(f"/proc/{child}/stat")
+    wait_until(lambda: not state.exists() or " Z " in state.read_text())
 
 
 @pytest.mark.parametrize(
@@ -208,12 +175,8 @@ def test_servers_get_the_gpus_behind_the_trainers(monkeypatch, count, each, visi
 @pytest.mark.parametrize(
     ("host", "token", "allowed"),
     [
-        ("127.0.0.1", "", True),
-        ("::1", "", True),
-        ("localhost", "", True),
-        ("0.0.0.0", "", False),
-        (None, "", False),
-        ("localhost.example.org", "", False),
+        *((host, "", True) for host in ("127.0.0.1", "::1", "localhost")),
+        *((host, "", False) for host in ("0.0.0.0", None, "localhost.example.org")),
         ("0.0.0.0", "token", True),
     ],
 )

@@ -55,9 +55,8 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """Return the default stream, which is the current one."""
     default = Stream()
     current = [default]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "state")
+    for name in ("is_available", "is_initialized", "get_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
@@ -65,18 +64,13 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Stream:
     return default
 
 
-def test_the_trainer_is_on_its_own_stream_again_and_waits_for_vllms(default):
+def test_the_trainer_is_on_its_own_stream_again_and_in_later_calls_vllm_on_the_one_that_it_remembers(default):
     set_stream = torch.cuda.set_stream
-    with trainer_state_kept():
-        side = Vllm().current_stream()
-    assert torch.cuda.current_stream() is default is not side
-    assert default.waited_for == [side] and torch.cuda.set_stream is set_stream
-
-
-def test_in_later_calls_the_current_stream_is_the_one_that_vllm_remembers(default):
     with trainer_state_kept():
         vllm = Vllm()
         side = vllm.current_stream()
+    assert torch.cuda.current_stream() is default is not side
+    assert default.waited_for == [side] and torch.cuda.set_stream is set_stream
     with trainer_state_kept():
         assert vllm.current_stream() is torch.cuda.current_stream() is side
         assert side.waited_for == [default]

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import fcntl
-import subprocess
-import sys
+import os
+import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from fake_vllm import FakeVllm
+from forks import in_a_fork
 from torch import Tensor
 
 from megatron_selfdistill.engines.vllm import transfer as transfer_module
@@ -24,6 +25,7 @@ from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer, Shared
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
 from megatron_selfdistill.errors import ConfigError
 
+PATIENCE_S = 3600.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
 
 
@@ -55,13 +57,13 @@ def same(arrived: dict[str, Tensor], sent: list[tuple[str, Tensor]]) -> bool:
 
 @pytest.fixture(params=["shared_memory", "gloo"])
 def transfer(request, tmp_path) -> Iterator[Transfer]:
-    made = SharedMemoryTransfer(tmp_path) if request.param == "shared_memory" else BroadcastTransfer("gloo", 10)
+    made = SharedMemoryTransfer(tmp_path) if request.param == "shared_memory" else BroadcastTransfer("gloo", PATIENCE_S)
     yield made
     made.close()
 
 
 def reach(fakes: list[FakeVllm]) -> list[VllmServer]:
-    return [VllmServer(fake.address, timeout_s=10) for fake in fakes]
+    return [VllmServer(fake.address, timeout_s=PATIENCE_S) for fake in fakes]
 
 
 def sent(transfer: Transfer, servers: list[VllmServer], version: int) -> WeightUpdate:
@@ -94,6 +96,7 @@ def test_every_server_gets_every_tensor_to_the_last_bit(transfer, fakes):
         for fake in fakes:
             assert same(fake.weights, tensors())
             assert fake.version == str(version)
+            assert fake.calls[-4:] == ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
     joins = [fake.calls.count("/init_weight_transfer_engine") for fake in fakes]
     assert joins == [1, 1]  # not anew for each update
 
@@ -110,12 +113,6 @@ def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transf
     calls = [call for call in calls if call != "/collective_rpc place"]
     begun = ["/pause", "/update_weight_version", "/collective_rpc abandon_weight_update"]
     assert calls == [*begun, "/start_weight_update", "/update_weights", "/update_weights"]
-
-
-def test_an_update_ends_with_its_version_then_without_the_cache_then_with_answers(transfer, fakes):
-    sent(transfer, reach(fakes), 6)
-    for fake in fakes:
-        assert fake.calls[-4:] == ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
 
 
 def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
@@ -151,50 +148,48 @@ def test_workers_of_other_hosts_read_a_file_per_bucket_and_none_stays(fakes, tmp
 
 def test_a_bucket_is_packed_while_the_one_before_is_loaded(fakes, tmp_path, monkeypatch):
     """The second one, before the server has answered for the first; the third, not before."""
-    answering, packed = threading.Event(), []
-    loaded = fakes[0].update
-    fakes[0].update = lambda info: (answering.wait(20), loaded(info))  # type: ignore[method-assign]
-    transfer = SharedMemoryTransfer(tmp_path)
-    pack_one = transfer.pack
-    monkeypatch.setattr(transfer, "pack", lambda bucket: (packed.append(len(packed)), pack_one(bucket))[1])
-    update = WeightUpdate(transfer, reach(fakes[:1]), 1)
-    sender = threading.Thread(target=lambda: ([update.send(bucket) for bucket in buckets()], update.finish()))
-    sender.start()
-    deadline = time.monotonic() + 20
-    while len(packed) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert packed == [0, 1]
-    answering.set()
-    sender.join(20)
+    answering, done = threading.Event(), []
+    loaded, transfer = fakes[0].update, SharedMemoryTransfer(tmp_path)
+    pack_one, settle = transfer.pack, WeightUpdate.settle
+
+    def packing(bucket: Any) -> Any:
+        done.append("packed")
+        return pack_one(bucket)
+
+    def settling(self: Any, *deadline: float) -> bool:
+        if self._on_its_way is not None and not answering.is_set():
+            done.append("waits")
+            answering.set()
+        return settle(self, *deadline)
+
+    def loading(info: Any) -> None:
+        answering.wait()
+        done.append("loaded")
+        loaded(info)
+
+    fakes[0].update = loading  # type: ignore[method-assign]
+    monkeypatch.setattr(transfer, "pack", packing)
+    monkeypatch.setattr(WeightUpdate, "settle", settling)
+    assert not sent(transfer, reach(fakes[:1]), 1).failures
+    assert done[:4] == ["packed", "packed", "waits", "loaded"]
     assert same(fakes[0].weights, tensors()) and fakes[0].version == "1"
 
 
 def test_a_directory_without_room_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
-    def full(*arguments: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(transfer_module.os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match=rf"rollout\.transfer_dir={tmp_path} has no room .*rollout\.bucket_mb"):
+    monkeypatch.setattr(transfer_module.os, "posix_fallocate", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(ConfigError, match=rf"rollout\.transfer_dir={tmp_path} .*rollout\.bucket_mb"):
         SharedMemoryTransfer(tmp_path).pack(tensors())
     assert list(tmp_path.iterdir()) == []
 
 
-KILLED = """
-import os, sys, torch
-from pathlib import Path
-from typing import Any
-from megatron_selfdistill.engines.vllm.transfer import bucket_file
-with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
-    os.kill(os.getpid(), 9)
-"""
-
-
 def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    def killed() -> None:
+        with transfer_module.bucket_file(tmp_path, torch.ones(5, dtype=torch.uint8)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_fork(killed)[0] == -signal.SIGKILL
     [left] = tmp_path.iterdir()
-    used = tmp_path / left.name.replace("-", "-other")
-    other = tmp_path / "model.bucket"
+    used, other = tmp_path / left.name.replace("-", "-other"), tmp_path / "model.bucket"
     used.touch()
     other.touch()
     with used.open("rb") as bucket:
@@ -210,7 +205,7 @@ def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(f
     fakes[0].workers = [{**fakes[0].workers[0], "address": address} for address in ("127.0.0.1", "node7")]
     hosts = []
     fakes[0].take_part = lambda info: (hosts.append(info["arguments"]["host"]), FakeVllm.take_part(fakes[0], info))
-    broadcast = BroadcastTransfer("gloo", 10.0)
+    broadcast = BroadcastTransfer("gloo", PATIENCE_S)
     assert not broadcast.join(reach(fakes[:1]))
     broadcast.close()
     assert hosts == ["localhost"]
@@ -228,7 +223,7 @@ def test_names_are_looked_up_in_the_thread_that_joins_and_an_unknown_one_is_its_
 
     monkeypatch.setattr(transfer_module, "own_address", look_up)
     fakes[1].workers = [{**fakes[1].workers[0], "address": "node7"}]
-    [(server, error)] = BroadcastTransfer("gloo", 10.0).join(reach(fakes)).items()
+    [(server, error)] = BroadcastTransfer("gloo", PATIENCE_S).join(reach(fakes)).items()
     assert server.address == fakes[1].address
     assert str(error) == f"{server.address}: no way to its workers is known: Name or service not known"
     assert threads == {threading.current_thread()}
@@ -242,6 +237,5 @@ def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
             modes.add(Path(info["where"]["path"]).stat().st_mode & 0o777)
 
     fakes[0].update = look  # type: ignore[method-assign]
-    server = VllmServer(fakes[0].address, timeout_s=60)  # a busy machine may take longer than the others' 10 s
-    assert not sent(SharedMemoryTransfer(tmp_path), [server], 1).failures
+    assert not sent(SharedMemoryTransfer(tmp_path), reach(fakes[:1]), 1).failures
     assert modes == {0o600}
