@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,24 +35,6 @@ def test_what_is_needed_is_what_setup_installs():
     assert set(findings.OPTIONAL) == {*optional, "apex"}
 
 
-@pytest.mark.parametrize(
-    ("version", "wanted", "fits"),
-    [
-        ("2.13.0+cpu", ">=2.6", True),
-        ("2.5.1", ">=2.6", False),
-        ("0.16.1", ">=0.16.1,<0.20", True),
-        ("0.20.0rc1", ">=0.16.1,<0.20", False),
-        ("0.9", ">=0.16.1,<0.20", False),
-        ("5", ">=5,<6", True),
-        ("1.3.0.dev2", ">=1.3,<1.4", True),
-        ("2.9.0", ">=2.9.0a0,<2.12.0", True),
-        ("7.0", "", True),
-    ],
-)
-def test_versions_are_compared_as_numbers(version, wanted, fits):
-    assert versions.satisfies(version, wanted) is fits
-
-
 LOCKED = """[project]
 a==1.5
 megatron-core==0.16.1; python_version < "3.12"
@@ -66,40 +47,34 @@ megatron-core==0.20.0; python_version >= "3.12"
 """
 
 
-@pytest.fixture
-def on(monkeypatch, tmp_path) -> Callable[[str], None]:
-    """Return a function that lets the doctor read `LOCKED` on a version of Python."""
-    (tmp_path / "lock.txt").write_text(LOCKED)
-    monkeypatch.setattr(versions, "_LOCK", str(tmp_path / "lock.txt"))
-    return lambda python: monkeypatch.setattr(versions.platform, "python_version", lambda: f"{python}.7")
-
-
 @pytest.mark.parametrize(
-    ("python", "name", "version", "error", "status", "words"),
+    ("python", "name", "version", "status", "words"),
     [
-        ("3.11", "megatron-core", "0.16.1", "", "ok", "0.16.1; 0.19.2 is there for Python 3.12"),
-        ("3.12", "megatron-core", "0.16.1", "", "ok", "0.16.1"),  # the lock has a higher one, but for this Python
-        ("3.12", "megatron-core", "0.19.2", "", "ok", "0.19.2"),
-        ("3.11", "megatron-core", "0.16.2", "", "warning", "0.16.2, newer than tested (0.16.1)"),
-        ("3.13", "megatron-core", "0.19.3", "", "warning", "0.19.3, newer than tested (0.19.2)"),
-        ("3.12", "megatron-core", "0.15.0", "", "FAILURE", "0.15.0, expected >=0.16.1,<0.20"),
-        ("3.12", "megatron-core", "0.20.0", "", "FAILURE", "0.20.0, expected >=0.16.1,<0.20"),
-        ("3.12", "megatron-core", "", "", "FAILURE", "not installed"),
-        ("3.12", "torch", "2.13.1+cu130", "", "ok", "2.13.1+cu130"),
-        ("3.12", "torch", "2.15.0", "", "warning", "2.15.0, newer than tested (2.13)"),  # as in a lab's container
-        ("3.12", "torch", "2.5.1", "", "FAILURE", "2.5.1, expected >=2.6,<2.15"),
-        ("3.12", "transformers", "5.24.0", "", "warning", "5.24.0, newer than tested (5.23)"),
-        ("3.12", "transformers", "6.0.0", "", "FAILURE", "6.0.0, expected >=5,<6"),
-        ("3.11", "transformer-engine", "2.12.0", "", "warning", "2.12.0, expected >=2.9.0a0,<2.12.0"),
-        ("3.12", "transformer-engine", "2.12.0", "", "ok", "2.12.0"),
-        ("3.12", "transformer-engine", "", "", "absent", "not installed"),
-        ("3.12", "transformer-engine", "2.12.0", f"E: {ABI}", "FAILURE", f"2.12.0 cannot be imported: E: {ABI}"),
+        ("3.11", "megatron-core", "0.16.1", "ok", "0.16.1; 0.19.2 is there for Python 3.12"),
+        ("3.12", "megatron-core", "0.16.1", "ok", "0.16.1"),  # the lock has a higher one, but for this Python
+        ("3.11", "megatron-core", "0.16.2", "warning", "0.16.2, newer than tested (0.16.1)"),
+        ("3.13", "megatron-core", "0.19.3", "warning", "0.19.3, newer than tested (0.19.2)"),
+        ("3.12", "megatron-core", "0.9", "FAILURE", "0.9, expected >=0.16.1,<0.20"),
+        ("3.12", "megatron-core", "0.20.0rc1", "FAILURE", "0.20.0rc1, expected >=0.16.1,<0.20"),
+        ("3.12", "megatron-core", "", "FAILURE", "not installed"),
+        ("3.12", "torch", "2.13.1+cu130", "ok", "2.13.1+cu130"),
+        ("3.12", "torch", "2.14.0.dev2", "warning", "2.14.0.dev2, newer than tested (2.13)"),
+        ("3.12", "torch", "2.15.0", "warning", "2.15.0, newer than tested (2.13)"),  # as in a lab's container
+        ("3.12", "torch", "2.5.1", "FAILURE", "2.5.1, expected >=2.6,<2.15"),
+        ("3.11", "transformer-engine", "2.12.0", "warning", "2.12.0, expected >=2.9.0a0,<2.12.0"),
+        ("3.12", "transformer-engine", "2.12.0", "ok", "2.12.0"),
+        ("3.12", "transformer-engine", "", "absent", "not installed"),
+        ("3.12", "transformer-engine", "2.12.0 fails", "FAILURE", f"2.12.0 cannot be imported: {ABI}"),
     ],
 )
-def test_a_package_is_judged_by_its_version_and_its_import(on, python, name, version, error, status, words):
-    on(python)
+def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, tmp_path, python, name, version, status, words):
+    (tmp_path / "lock.txt").write_text(LOCKED)
+    monkeypatch.setattr(versions, "_LOCK", str(tmp_path / "lock.txt"))
+    monkeypatch.setattr(versions.platform, "python_version", lambda: f"{python}.7")
     required, optional = versions.requirements()
-    found = findings.package(name, version, (required | optional)[name], error, required=name in required)
+    installed, _, fails = version.partition(" ")
+    wanted = (required | optional)[name]
+    found = findings.package(name, installed, wanted, ABI * bool(fails), required=name in required)
     assert (found.status, found.found) == (status, words) and bool(found.fix) is (status != "ok")
 
 
@@ -122,27 +97,22 @@ def test_a_node_whose_gpus_cannot_be_used_cannot_run(monkeypatch, answer, usable
 
 BROKEN = {
     "transformer_engine/__init__.py": f"raise ImportError('transformer_engine_torch.so: {ABI}')",
-    "fla/__init__.py": "",
     "fla/modules/__init__.py": f"raise ValueError('key contains names that are not kernel arguments: BT, not {ABI}')",
     "vllm/__init__.py": "__version__ = '0.32.1'",
     "vllm/_custom_ops.py": f"import torch; print('WARNING Failed to import from vllm._C: {ABI}')",  # and nothing else
     "amp_C.py": f"raise ImportError('amp_C.so: {ABI}')",
-    "apex/__init__.py": "",
     "megatron/core/__init__.py": "import os; os.abort()",
 }
+EMPTY = ["transformer_engine/pytorch", "fla", "fla/modules", "fla/ops", "apex"]
 SOUND = {
     "transformer_engine/__init__.py": "__version__ = '2.9.1'",
-    "transformer_engine/pytorch/__init__.py": "",
     "fla/__init__.py": "__version__ = '0.6.0'",
-    "fla/modules/__init__.py": "",
     "fla/modules/conv.py": "",
-    "fla/ops/__init__.py": "",
     "fla/ops/gated_delta_rule.py": "",
     "vllm/__init__.py": "__version__ = '0.32.1'",
     "vllm/_custom_ops.py": "import torch\ntorch.ops._C.rms_norm = print",
     "torch/__init__.py": "from types import SimpleNamespace\nops = SimpleNamespace(_C=SimpleNamespace())",
     "amp_C.py": "",
-    "apex/__init__.py": "",
     "apex/optimizers/__init__.py": "import sys; assert 'torch' in sys.modules",
     "megatron/core/__init__.py": "__version__ = '0.12.0'",
 }
@@ -150,7 +120,7 @@ SOUND = {
 
 @pytest.mark.parametrize("files", [pytest.param(BROKEN, marks=pytest.mark.full), SOUND], ids=["broken", "sound"])
 def test_packages_that_load_are_distinguished_from_those_that_do_not(monkeypatch, tmp_path, files):
-    for name, text in files.items():
+    for name, text in ({f"{package}/__init__.py": "" for package in EMPTY} | files).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -164,14 +134,11 @@ def test_packages_that_load_are_distinguished_from_those_that_do_not(monkeypatch
     assert found["megatron-core"][0] == "its import ended the process by SIGABRT"
 
 
-@pytest.mark.timing
 def test_an_import_that_never_returns_is_a_failure_and_ends():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert findings._result(child, time.monotonic()) == ("its import did not return in time", "")
-    assert child.wait(60) != 0
-
-
-# -- for many nodes --------------------------------------------------------------------------------------------------
+    assert child.wait() != 0
 
 
 def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys):
@@ -190,9 +157,8 @@ def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys)
 @pytest.mark.parametrize(("local_rank", "asked"), [("0", [8]), ("5", [])])
 def test_of_a_launch_one_rank_per_node_looks_at_it(monkeypatch, local_rank, asked):
     seen: list[int] = []
-    monkeypatch.setattr(
-        doctor, "examine", lambda ranks: seen.append(ranks) or [doctor.Finding("a", "b", doctor.FAILURE)]
-    )
+    failure = doctor.Finding("a", "b", doctor.FAILURE)
+    monkeypatch.setattr(doctor, "examine", lambda ranks: seen.append(ranks) or [failure])
     monkeypatch.setitem(sys.modules, "megatron_selfdistill.instruments.selftest.node_test", None)  # an error to import
     monkeypatch.setattr(os, "environ", {**os.environ, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "8"})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError):

@@ -15,6 +15,7 @@ import pytest
 import tiny_run
 import torch
 from explored_records import summary_of, target_of
+from logit_pairs import by_bisection
 from reported_runs import blocks_of
 from summed_target import matching_beta, weights_of
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.instruments.explorer import explore_command as tool
-from megatron_selfdistill.loss.definition import entropy
+from megatron_selfdistill.loss import Target
 from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
 from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
@@ -37,18 +38,24 @@ def record_of(page: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    """Return a directory with an untrained model as a Hugging Face directory and as a checkpoint, and a tokenizer."""
-    from megatron_selfdistill.interop.conversion import hf_to_megatron
-
-    directory = tmp_path_factory.mktemp("explore")
+def directory(untrained, tmp_path_factory) -> Path:
+    """Return a directory with two problems, an untrained model in both formats, and another one, with tokenizers."""
+    directory = Path(shutil.copytree(untrained, tmp_path_factory.mktemp("explore"), dirs_exist_ok=True))
     tiny_run.write_data(directory, 2)
-    for name, seed in {"hf": 0, "first": 1}.items():
-        hf_models.write("qwen3", directory / name, seed, vocab_size=23)
-        for path in (directory / "tokenizer").iterdir():
-            shutil.copy(path, directory / name / path.name)
-    hf_to_megatron(directory / "hf", directory / "megatron")
+    hf_models.write("qwen3", directory / "first", 1, vocab_size=23)
+    shutil.copytree(directory / "tokenizer", directory / "first", dirs_exist_ok=True)
     return directory
+
+
+def explore_run(ranks, directory: Path, name: str, overrides: list[str], *more: str) -> dict[str, Any]:
+    """Return the record of a run directory with these settings and the latest checkpoint ``megatron``."""
+    shutil.copytree(directory / "megatron", directory / name / "checkpoints")
+    settings = ["data.teacher_template='{problem}H{solution}|'", "rollout.max_new_tokens=4", *overrides]
+    (directory / name / "config.yaml").write_text(configuration.to_yaml(configuration.load(settings)))
+    out = directory / f"{name}.html"
+    arguments = [str(directory / name), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1", *more]
+    assert ranks.run(tool.main, arguments, world_size=1, init_process_group=False) == [0]
+    return record_of(out)
 
 
 def explore(ranks, model: Path, out: Path, *more: str, world_size: int = 1) -> dict[str, Any]:
@@ -57,6 +64,7 @@ def explore(ranks, model: Path, out: Path, *more: str, world_size: int = 1) -> d
     return record_of(out)
 
 
+@pytest.mark.full
 def test_the_page_has_a_generated_response_and_the_target_of_each_token(directory, ranks):
     record = explore(ranks, directory / "megatron", directory / "generated.html", "target.anchor=student")
     tokens, summary, target = record["tokens"], summary_of(record), target_of(record)
@@ -69,16 +77,13 @@ def test_the_page_has_a_generated_response_and_the_target_of_each_token(director
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [(2, ["parallel.tensor_model_parallel_size=2"]), (2, ["parallel.pipeline_model_parallel_size=2"]), (2, [])],
-)
-def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, world_size, layout):
+@pytest.mark.parametrize("layout", tiny_run.TWO_RANKS.keys() - {"CP2"})
+def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, layout):
     (directory / "response.txt").write_text("092$", encoding="utf-8")
     options = ["--response", str(directory / "response.txt"), "target.teacher_weight=2"]
     one = explore(ranks, directory / "megatron", directory / "one.html", *options)
-    teacher = ["--teacher", str(directory / "megatron")]
-    many = explore(ranks, directory / "hf", directory / "many.html", *options, *teacher, *layout, world_size=world_size)
+    options += ["--teacher", str(directory / "megatron"), *tiny_run.TWO_RANKS[layout]]
+    many = explore(ranks, directory / "hf", directory / "many.html", *options, world_size=2)
     assert "".join(one["tokens"]["text"])[:3] == "092" and one["models"] == ["student", "teacher", "reference"]
     assert many["tokens"]["id"] == one["tokens"]["id"]
     for key in ("k", "reverse_kl", "student_entropy", "reference_entropy", "teacher_log_prob"):
@@ -95,7 +100,7 @@ def log_probs(model: Path, prompt: str, response: list[int]) -> Tensor:
     return logits[0, len(ids) - 1 : -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize(("anchor", "tp_size"), [("reference", 1), ("student", 2)])
+@pytest.mark.parametrize(("anchor", "tp_size"), [("reference", 1), pytest.param("student", 2, marks=pytest.mark.full)])
 def test_with_controls_the_page_has_what_any_hint_says_and_what_only_this_one_says(directory, ranks, anchor, tp_size):
     """The controls are the hints of all problems of the data; the page has the values of transformers in float64."""
     data = directory / "problems.jsonl"
@@ -107,47 +112,41 @@ def test_with_controls_the_page_has_what_any_hint_says_and_what_only_this_one_sa
     tokens, summary = record["tokens"], summary_of(record)
     first, hf = (partial(log_probs, directory / name, response=tokens["id"]) for name in ("first", "hf"))
     t, c_j = hf("500-408:H092|"), torch.stack([hf(f"500-408:H{other}|") for other in others])
-    a, c = (hf if anchor == "reference" else first)("500-408:"), c_j.exp().mean(0).log()
-    low, high, mix = torch.full_like(a[:, :1], 1 / 16), torch.full_like(a[:, :1], 16), a + 2 * (t - c)
-    for _ in range(60):
-        is_soft = entropy((mix / (low + high) * 2).log_softmax(-1)) > entropy(a)
-        middle = (low + high) / 2
-        low, high = torch.where(is_soft[:, None], low, middle), torch.where(is_soft[:, None], middle, high)
-
+    student, reference, c = first("500-408:"), hf("500-408:"), c_j.exp().mean(0).log()
+    a, match = (reference, "reference") if anchor == "reference" else (student, None)
+    target = Target(teacher_weight=2.0, k_max=None, anchor=anchor, match=match, num_controls=len(others))
+    log_q, beta = by_bisection(student, t, target, reference, c_j)
     assert record["models"] == ["student", "teacher", *["reference"] * (anchor == "reference"), "other hints"]
     rows = (summary.logits[:, :, :23] - summary.log_normalisers[:, :, None]).unbind(1)
     near = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
-    for found, expected in (
-        (rows[1], t),
-        (rows[-1], c),
-        (rows[1] - rows[-1], t - c),
-        (rows[-2 if anchor == "reference" else 0], a),
-    ):
+    anchored = rows[-2 if anchor == "reference" else 0]
+    for found, expected in ((rows[1], t), (rows[-1], c), (rows[1] - rows[-1], t - c), (anchored, a)):
         near(found, expected)
     w, k = weights_of(target_of(record), len(rows)), torch.tensor(tokens["k"], dtype=torch.float64)
-    near(k, high[:, 0])
+    near(k, 1 / beta)
     q = (sum(weight * row for weight, row in zip(w, rows, strict=True)) / k[:, None]).softmax(-1)
-    near(q, (mix / high).softmax(-1))
+    near(q, log_q.exp())
     near(torch.tensor(tokens["general_kl"]).double(), (c.exp() * (c - a)).sum(-1))
     near(torch.tensor(tokens["specific_kl"]).double(), (t.exp() * (t - c)).sum(-1))
     assert (t - c).abs().max() > 0.1 and (k - 1).abs().min() > 0.01
 
 
-def test_controls_need_other_problems(directory, capsys):
-    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, "target.control=other"]) == 2
-    assert "name a file of problems with --data, or set target.control=none" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("target.control=other", "--data"),
+        ("target.anchor=0.5", "target.anchor"),
+        ("data.chat_template=\"{% for message in messages %}{{ 'H' }}{% endfor %}\"", "to show the problem"),
+    ],
+)
+def test_what_cannot_be_explored_is_refused_with_its_key(directory, capsys, override, named):
+    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, override]) == 2
+    assert named in capsys.readouterr().err
 
 
-def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, capsys):
-    run_dir = directory / "run"
-    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
-    settings = ["data.teacher_template='{problem}H{solution}|'", "target.teacher_weight=3", "loss.divergence=jsd"]
-    config = configuration.load([*settings, f"checkpoint.load={directory / 'hf'}", "rollout.max_new_tokens=4"])
-    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
-    out = directory / "run.html"
-    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1", "target.k_max=null"]
-    assert ranks.run(tool.main, arguments, world_size=1, init_process_group=False) == [0]
-    record = record_of(out)
+def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks):
+    settings = ["target.teacher_weight=3", "loss.divergence=jsd", f"checkpoint.load={directory / 'hf'}"]
+    record = explore_run(ranks, directory, "run", settings, "target.k_max=null")
     assert record["settings"]["teacher_weight"] == 3 and record["settings"]["k_max"] is None
     assert record["settings"]["divergence"] == "jsd" and len(record["tokens"]["id"]) <= 4
     assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
@@ -156,31 +155,13 @@ def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, ca
 @pytest.mark.full
 @pytest.mark.parametrize("anchor", ["reference", "student"])
 def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the_student(directory, ranks, anchor):
-    run_dir = directory / f"moving {anchor}"
-    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
-    settings = ["data.teacher_template='{problem}H{solution}|'", "teacher.weights=current", f"target.anchor={anchor}"]
-    config = configuration.load([*settings, f"checkpoint.load={directory / 'first'}", "rollout.max_new_tokens=4"])
-    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
-    out = directory / f"moving {anchor}.html"
-    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1"]
-    assert ranks.run(tool.main, arguments, world_size=1, init_process_group=False) == [0]
-    record = record_of(out)
+    settings = ["teacher.weights=current", f"target.anchor={anchor}", f"checkpoint.load={directory / 'first'}"]
+    record = explore_run(ranks, directory, f"moving {anchor}", settings)
     assert record["settings"]["anchor"] == anchor
     assert record["models"] == ["student", "teacher", "reference"][: 2 + (anchor == "reference")]
     if anchor == "reference":
         tokens = record["tokens"]
         assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
-
-
-def test_a_prompt_that_does_not_show_the_solution_is_refused(directory, capsys):
-    template = "data.chat_template=\"{% for message in messages %}{{ 'H' }}{% endfor %}\""
-    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, template]) == 2
-    assert "expected the student's prompt to show the problem" in capsys.readouterr().err
-
-
-def test_a_shared_anchor_is_refused(directory, capsys):
-    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, "target.anchor=0.5"]) == 2
-    assert "set target.anchor to reference or student" in capsys.readouterr().err
 
 
 def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(monkeypatch):

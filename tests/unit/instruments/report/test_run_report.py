@@ -7,15 +7,16 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
 from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.html_page import html_page
 from megatron_selfdistill.instruments.report import run_report
-from megatron_selfdistill.instruments.report.figures import GROUPS
-from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.instruments.report.run_record import limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.run_report import curve_of, report_page, write_report
 
 
@@ -65,33 +66,21 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     }
     assert list(limits(record, "response/length_mean")) == ["guards.min_length_ratio"]
     assert limits(record, "loss/mean") == {}
+    shares = {"rollout": 1.2, "train": 0.5, "optimizer": 0.1, "other": 0.2}
+    assert step_shares(record) == {phase: pytest.approx(seconds) for phase, seconds in shares.items()}
 
 
-def test_a_tiny_entropy_may_rise_as_far_as_the_guard_lets_it(tmp_path):
-    tiny = {(step, "entropy/student"): 0.001 for step in range(1, 31)}
-    (record,) = read_runs([write_run(tmp_path / "run", changes=tiny)])
-    assert limits(record, "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
-
-
-def test_a_figure_knows_which_runs_are_sick_by_it(tmp_path):
-    falls = {(step, "entropy/student"): 9.0 for step in range(14, 31)}
-    paths = [write_run(tmp_path / "first"), write_run(tmp_path / "second", changes=falls)]
-    shown = blocks_of(page_of(*paths))["overview"]["runs"]
-    assert [run["sick"] for run in shown] == [[], ["Entropy"]]
-
-
-def test_the_bar_of_a_step_adds_up(run):
-    shares = step_shares(read_runs([run])[0])
-    assert shares == {phase: pytest.approx(s) for phase, s in _SECONDS.items()}
-
-
-_SECONDS = {"rollout": 1.2, "train": 0.5, "optimizer": 0.1, "other": 0.2}
-
-
-def test_numbers_that_are_not_finite_are_gaps(tmp_path):
-    run_dir = write_run(tmp_path / "nan", changes={(4, "loss/mean"): math.nan, (5, "loss/mean"): math.inf})
-    shown = curve(blocks_of(page_of(run_dir)), "loss/mean")
+def test_a_figure_knows_which_runs_are_sick_by_it_numbers_that_are_not_finite_are_gaps_and_tiny_entropies_may_rise(
+    run, tmp_path
+):
+    changes = {(step, "entropy/student"): 0.001 if step < 14 else 9.0 for step in range(1, 31)}
+    changes |= {(4, "loss/mean"): math.nan, (5, "loss/mean"): math.inf}
+    other = write_run(tmp_path / "second", changes=changes)
+    blocks = blocks_of(page_of(run, other))
+    assert [run["sick"] for run in blocks["overview"]["runs"]] == [[], ["Entropy"]]
+    shown = curve(blocks, "loss/mean", 1)
     assert shown[4] is None and shown[5] is None and shown[6] is not None
+    assert limits(read_runs([other])[0], "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
 
 
 def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp_path):
@@ -100,7 +89,7 @@ def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp
     for file in killed.glob("*.jsonl"):
         file.write_bytes(file.read_bytes()[:-9])
     shown = blocks_of(write_report([killed]).read_text())
-    assert max(curve(shown, "loss/mean")) == 30 or max(curve(shown, "loss/mean")) == 29
+    assert max(curve(shown, "loss/mean")) >= 29
     assert shown["overview"]["runs"][0]["events"][-1][2] == "saved"
     assert shown["overview"]["runs"][0]["status"].endswith("the run is training, or was killed")
     assert list(killed.glob(".report*")) == []
@@ -125,12 +114,9 @@ def test_the_log_of_another_trainer_has_a_report_with_the_names_of_this_project(
     assert shown["status"] == "8 steps"
 
 
-def test_a_page_has_the_licence_of_the_library_in_it(run):
-    assert "The MIT License (MIT)" in page_of(run) and "Copyright (c) 2022 Leon Sorokin" in page_of(run)
-
-
-def test_responses_are_blocks_and_never_markup(run):
+def test_responses_are_blocks_and_never_markup_and_the_page_has_the_licence_of_its_library(run):
     page = page_of(run)
+    assert "The MIT License (MIT)" in page and "Copyright (c) 2022 Leon Sorokin" in page
     assert NASTY not in page and "<img" not in page
     blocks = blocks_of(page)
     assert blocks["evaluations"][0][0]["response"] == f"{NASTY} 0"
@@ -148,45 +134,15 @@ def test_texts_of_chat_logs_need_show_contents_whatever_the_files_hold(tmp_path,
     assert ("evaluations" in blocks, "samples" in blocks) == (shown, shown)
 
 
-def test_texts_need_a_configuration_that_allows_them(run, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    (copy / "config.yaml").write_text("data: [")
-    assert "evaluations" not in blocks_of(page_of(copy))
-
-
-@pytest.mark.full
-def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
-    keys = [key.replace("*", "8") for figures in GROUPS.values() for figure in figures for key in figure.metrics]
-    steps = list(range(1, 10_001))
-    runs = []
-    for number in range(3):
-        rng = random.Random(number)
-        noise = [rng.gauss(0, 1) for _ in steps]
-        metrics = {
-            key: (steps, [value * 10 ** (i % 7 - 4) * (1 + i / 100) for value in noise]) for i, key in enumerate(keys)
-        }
-        runs.append(RunRecord(f"run {number}", {}, metrics, [], [], []))
-    page = report_page(runs)
-    assert len(set(keys)) > 60 and len(page) < 5e6
-    assert 1000 < len(blocks_of(page)["curves"]["loss/mean"][2][0]) < 1210
-
-
 def test_directories_that_are_no_runs_are_refused(run, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"expected a run directory, got .*, which has neither metrics\.jsonl nor trainer_state\.json"
-    ):
-        read_runs([run, tmp_path])
-    with pytest.raises(ConfigError, match="one of them twice"):
-        read_runs([run, run])
+    for run_dirs, words in (([run, tmp_path], r"neither metrics\.jsonl nor"), ([run, run], "twice")):
+        with pytest.raises(ConfigError, match=words):
+            read_runs(run_dirs)
 
 
-def test_a_short_curve_keeps_every_value():
+@pytest.mark.parametrize("length", [1201, 10_000])
+def test_a_long_curve_keeps_a_spike_of_one_step_in_both_directions_and_its_ends_and_a_short_one_every_value(length):
     assert curve_of([1, 2, 5], [0.1234567, -3.0, math.nan]) == [[1, 1, 3], [0.12346, -3.0, None], [], []]
-
-
-@pytest.mark.parametrize("length", [1201, 1999, 10_000])
-def test_a_long_curve_keeps_a_spike_of_one_step_in_both_directions_and_its_ends(length):
     rng = random.Random(length)
     values = [rng.uniform(0.4, 0.6) for _ in range(length)]
     values[length // 3], values[length // 2] = 77.0, -77.0
@@ -223,3 +179,19 @@ def test_values_that_are_not_finite_stay_as_gaps_and_do_not_hide_the_others(monk
     kept = dict(zip(itertools.accumulate(differences), shown, strict=True))
     assert kept[2000] is None and kept[2002] == 9.0 and kept[400] is None
     assert means[1] is None and means[5] == pytest.approx((397 + 9) / 398, rel=1e-4)
+
+
+def test_a_page_holds_its_data_and_names_no_other_file():
+    data = {"runs": [1.5, None, "</script><b>"], "events-2": {"text": "é\n"}}
+    page = html_page("Run <1>", "<main></main>", ["p {}"], ["let x = 1;"], data)
+    assert blocks_of(page) == data
+    assert "<title>Run &lt;1&gt;</title>" in page
+    assert "<b>" not in page
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page.split("<body>")[0])
+
+
+def test_the_policy_names_every_style_and_script_by_its_hash():
+    page = html_page("x", "", ["p {}"], ["let x = 1;"], {})
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.count("'sha256-") == 4  # page.css and page.js, and one more of both
+    assert "unsafe" not in policy and policy.startswith("default-src 'none';")
