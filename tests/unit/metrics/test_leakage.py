@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -63,9 +64,8 @@ def metrics_in_layout(sizes: dict[str, int]) -> dict[str, float]:
 def test_metrics_are_the_shares_of_the_definition():
     num_leaked = num_grams = num_words = num_tokens = num_quoting = 0
     for pair in contexts():
-        text, student, teacher = (
-            bytes(part).decode() for part in (pair.response, pair.student_prompt, pair.teacher_prompt)
-        )
+        read = (pair.response, pair.student_prompt, pair.teacher_prompt)
+        text, student, teacher = (bytes(part).decode() for part in read)
         grams = [text[i : i + 8] for i in range(len(text) - 7)]
         leaked = [gram for gram in grams if gram in teacher and gram not in student]
         num_leaked += len(leaked)
@@ -111,49 +111,35 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
     assert "response/quoted_hint_share" not in leakage_metrics(contexts[:2], [], ONE_RANK)
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("The hint says, and the HINT says", 1),
-        ("The hint says, and the reference solution", 2),
-        ("hints hinted chinthint", 0),
-        ("a reference\n solution.", 1),
-        ("reference-solution", 0),
-        ("hint", 1),
-        ("(hint)", 1),
-        ("a hint_1", 0),
-        ("", 0),
-    ],
-)
-def test_words_are_whole_words_in_either_case(text, count):
-    assert word_counts(text, 50, word_pattern(WORDS)) == LeakCounts(words=count, tokens=50)
+def num_words(text: str, words: Sequence[str] = WORDS) -> int:
+    counts = word_counts(text, 50, word_pattern(words))
+    assert counts == LeakCounts(words=counts.words, tokens=50)
+    return counts.words
 
 
-@pytest.mark.parametrize("text", ["Tea is a drink with a hint of flavor.", "Hints of lemon.", "a solution of salt"])
-def test_the_ordinary_word_speaks_of_no_hint(text):
-    assert word_counts(text, 9, word_pattern(MetricsConfig().leak_words)).words == 0
+def test_words_are_whole_words_in_either_case_and_the_longest_phrase_counts_once():
+    for count, texts in {
+        0: ["hints hinted chinthint", "reference-solution", "a hint_1", ""],
+        1: ["The hint says, and the HINT says", "a reference\n solution.", "hint", "(hint)"],
+        2: ["The hint says, and the reference solution"],
+    }.items():
+        assert {text: num_words(text) for text in texts} == dict.fromkeys(texts, count)
+    phrases = ["solution", "given solution", "c++ (given)"]  # signs are plain text
+    assert num_words("the given solution", phrases) == num_words("C++ (given) cxx given", phrases) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["As the hint says, 4.", "By the given  solution", "The reference solution is 4.", "see the hints"]
-)
-def test_a_response_that_speaks_of_what_it_was_given_counts(text):
-    assert word_counts(text, 9, word_pattern(MetricsConfig().leak_words)).words == 1
+def test_a_response_that_speaks_of_what_it_was_given_counts_and_the_ordinary_word_does_not():
+    words = MetricsConfig().leak_words
+    for text in ("Tea is a drink with a hint of flavor.", "Hints of lemon.", "a solution of salt"):
+        assert num_words(text, words) == 0
+    for text in ("As the hint says, 4.", "By the given  solution", "The reference solution is 4.", "see the hints"):
+        assert num_words(text, words) == 1
 
 
-@pytest.mark.parametrize(
-    ("hints", "one"),
-    [(["Answer briefly."] * 3, True), (["4", "5", "4"], False), (["4"], False), (["", ""], False), ([], False)],
-    ids=["one instruction", "answers", "one problem", "hints that come later", "no problem"],
-)
-def test_a_hint_that_all_problems_share_can_not_leak(hints, one):
-    assert are_one_hint(hints) == one
-
-
-def test_the_longest_phrase_counts_once_and_signs_are_plain_text():
-    pattern = word_pattern(["solution", "given solution", "c++ (given)"])
-    assert word_counts("the given solution", 3, pattern).words == 1
-    assert word_counts("C++ (given) cxx given", 3, pattern).words == 1
+def test_a_hint_that_all_problems_share_can_not_leak():
+    assert are_one_hint(["Answer briefly."] * 3)
+    for hints in (["4", "5", "4"], ["4"], ["", ""], []):  # the hints "" come later
+        assert not are_one_hint(hints)
 
 
 def test_what_cannot_be_counted_has_no_key():
@@ -168,10 +154,8 @@ def test_every_short_end_of_two_tokens_loops_as_defined(length):
     """All ends of up to 6 tokens, behind each part of up to 3 tokens that repeats."""
     found = []
     for period, end in itertools.product((1, 2, 3), range(min(length, 6) + 1)):
-        for part, rest in itertools.product(
-            itertools.product((0, 1), repeat=period), itertools.product((0, 1), repeat=end)
-        ):
-            tokens = [*(part * length)[: length - end], *rest]
+        for bits in itertools.product((0, 1), repeat=period + end):
+            tokens = [*(bits[:period] * length)[: length - end], *bits[period:]]
             assert len(tokens) == length
             found.append(ends_in_loop(tokens))
             assert found[-1] == loops(tokens), tokens
@@ -182,7 +166,7 @@ def test_random_responses_loop_as_defined():
     """Random tokens before, within and after a part that repeats, with each period to beyond the bound."""
     rng, found = random.Random(7), []
     for period in range(1, 70):
-        for _ in range(40):
+        for _ in range(12):
             part = rng.choices(range(rng.choice([1, 2, 50])), k=period)
             repeated = (part * 30)[: max(3 * period, 24) + rng.randrange(-2, 3)]
             tokens = rng.choices(range(50), k=rng.randrange(5)) + repeated + rng.choices(range(50), k=rng.randrange(3))

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import re
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +44,12 @@ def test_numbers_that_json_lacks_come_back(tmp_path):
     assert values["k/mean"] == -math.inf and values["lr"] == 1e-4 and values["step"] == 1
 
 
-def test_a_resumed_run_logs_no_step_twice(tmp_path):
+def test_a_resumed_run_logs_no_step_twice_and_a_run_that_starts_again_forgets_everything(tmp_path):
     log_steps(tmp_path, range(1, 6), done=0)  # killed after step 5; the checkpoint is of step 3
     log_steps(tmp_path, range(4, 9), done=3)
     assert [values["step"] for values in read_metrics(tmp_path)] == list(range(1, 9))
+    log_steps(tmp_path, range(1), done=0)
+    assert [values["step"] for values in read_metrics(tmp_path)] == [0]
 
 
 def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
@@ -61,12 +61,6 @@ def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
                 log.log_evaluation_samples(step, [vars(replace(answer, problem_id=name)) for name in "ab"])
     kept = [(record["step"], record["problem_id"]) for record in read_evaluation_samples(tmp_path)]
     assert kept == [(2, "a"), (2, "b"), (4, "a"), (4, "b"), (6, "a"), (6, "b")]
-
-
-def test_a_run_that_starts_again_forgets_everything(tmp_path):
-    log_steps(tmp_path, range(3), done=0)
-    log_steps(tmp_path, range(1), done=0)
-    assert [values["step"] for values in read_metrics(tmp_path)] == [0]
 
 
 @pytest.mark.parametrize("missing", [1, 7])
@@ -82,13 +76,16 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, missing):
 def test_only_the_reporter_writes(tmp_path):
     log_steps(tmp_path / "run", range(3), done=0, enabled=False, loggers=TENSORBOARD, console_every=1)
     assert not (tmp_path / "run").exists()
+    EventLog(tmp_path, enabled=False).record(0, "started")
+    assert read_events(tmp_path) == []
 
 
-def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    seconds, now = iter(range(100)), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + next(seconds))  # event files are named by the second
     log_steps(tmp_path, range(1, 6), done=0, loggers=TENSORBOARD)
-    time.sleep(1.1)  # event files are named by the second
     log_steps(tmp_path, range(4, 8), done=3, loggers=TENSORBOARD)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/mean")
     assert [event.step for event in events] == list(range(1, 8))
@@ -127,42 +124,23 @@ def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
     assert "metrics.loggers: tensorboard may lack the last lines: FileNotFoundError" in caplog.text
 
 
-def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
+def test_where_there_is_no_terminal_the_console_has_a_legend_and_plain_lines(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
     log_steps(tmp_path, range(1, 10), done=0, console_every=4, output=output)
-    lines = output.file.getvalue().splitlines()
-    assert [line.split(" of ")[0] for line in lines[1:]] == ["step 4", "step 8", "step 9"]
+    legend, *lines = output.file.getvalue().splitlines()
+    assert legend.startswith("columns: loss = ") and "; length = " in legend
+    assert [line.split(" of ")[0] for line in lines] == ["step 4", "step 8", "step 9"]
     assert "\x1b" not in output.file.getvalue()
-    assert "left" in lines[1] and "loss 0.4000" in lines[1] and "length 22.0" in lines[1]
-
-
-def console_lines(tmp_path: Path, metrics: dict[str, float]) -> list[str]:
-    output = Console(file=io.StringIO(), force_terminal=False, width=40)
-    with closing(MetricsLog(tmp_path, num_steps=9, output=output)) as log:
-        log.resume(0)
-        for step in (1, 2, 3):
-            log.log(step, metrics)
-    return output.file.getvalue().splitlines()
-
-
-def test_a_legend_of_the_columns_is_printed_once_before_the_first_line(tmp_path):
-    legend, *lines = console_lines(tmp_path, {"loss/mean": 0.1, "learning_rate": 1e-6})
-    assert legend == "columns: loss = mean loss per response token (nats); lr = learning rate"
-    assert len(lines) == 3 and all(line.startswith("step ") for line in lines)
-
-
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Stop the clock of `Pace`; what is returned moves it on."""
-    now = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+    assert "left" in lines[0] and "loss 0.4000" in lines[0] and "length 22.0" in lines[0]
 
 
 @pytest.mark.parametrize("done", [0, 40])
 def test_the_time_left_does_not_extrapolate_the_first_step_of_a_launch(monkeypatch, done):
-    wait, speed, left = clock(monkeypatch), console.Pace(done + 20), []
+    now = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    speed, left = console.Pace(done + 20), []
     for step, seconds in enumerate([315.0, 2.0, 4.0, 3.0], done + 1):
-        wait(seconds)
+        now[0] += seconds
         speed.advance(step)
         left.append(speed.left)
     assert left == ["", "", "0:51 left", "0:48 left"]
@@ -191,17 +169,8 @@ def test_an_event_has_time_step_and_details_and_a_resumed_run_appends(tmp_path):
     assert [event["event"] for event in read_events(tmp_path)] == ["started", "stopped", "started"]
 
 
-def test_an_event_that_cannot_be_written_is_a_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        EventLog(tmp_path / "gone").record(7, "saved")
-    assert "the event saved of step 7 is not in" in caplog.text
-
-
-def test_a_rank_that_is_not_the_reporter_writes_nothing(tmp_path):
-    EventLog(tmp_path, enabled=False).record(0, "started")
-    assert read_events(tmp_path) == []
-
-
-def test_a_file_of_records_that_is_no_regular_file_has_no_records(tmp_path):
+def test_an_event_that_cannot_be_written_is_a_warning_and_a_directory_of_its_name_has_no_records(tmp_path, caplog):
+    EventLog(tmp_path / "gone").record(7, "saved")
+    assert "the event saved of step 7" in caplog.text
     (tmp_path / "events.jsonl").mkdir()
     assert read_events(tmp_path) == []

@@ -142,14 +142,9 @@ def test_the_file_has_all_turns_and_console_and_loggers_show_the_first_one(tmp_p
 
 
 def test_a_sample_holds_each_tokens_text_and_numbers():
-    numbers = {
-        "loss": [0.5, 0.25],
-        "student_log_prob": [-1.0, -3.0],
-        "teacher_log_prob": [-4.0, -2.5],
-        "beta": [0.8, 0.625],
-        "status": [0.0, 1.0],
-    }
-    found = sample_of(context("a", [4, 5]), SeenHint("the hint"), numbers, Letters())
+    values = [[0.5, 0.25], [-1.0, -3.0], [-4.0, -2.5], [0.8, 0.625], [0.0, 1.0]]
+    names = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
+    found = sample_of(context("a", [4, 5]), SeenHint("the hint"), dict(zip(names, values, strict=True)), Letters())
     assert (found.prompt, found.response, found.solution, found.truncated) == ("ab", "ef", "the hint", False)
     assert found.tokens[0] == SampleToken(4, "e", 0.5, -1.0, -4.0, 1.25, Status.MATCHED.name.lower())
     assert [t.log_ratio for t in found.tokens] == [-3.0, 0.5] and found.tokens[1].status == "capped"
@@ -158,9 +153,8 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
 
 def test_the_console_says_what_is_new_in_a_hint():
     tokens = [replace(token(text), general=1.0, specific=own) for text, own in (("x", 0.25), ("y", 0.5))]
-    told = "news per token: 1 nats that any hint has, 0.375 of this one only"
-    assert told in console_text(sample(*tokens), "step 1", coloured=False).plain
-    assert "news per token" not in console_text(sample(token("x")), "step 1", coloured=False).plain
+    told, plain = (console_text(sample(*them), "step 1", coloured=False).plain for them in (tokens, [token("x")]))
+    assert "news per token: 1 nats that any hint has, 0.375 of this one only" in told and "news" not in plain
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():
@@ -171,30 +165,22 @@ def test_without_a_teacher_a_response_is_shown_without_marks():
         assert "e" in text and "hint" not in text and "marks" not in text and "largest loss" not in text
 
 
-def shown(found: Sample, *, terminal: bool, **options: Any) -> str:
-    output = Console(file=io.StringIO(), force_terminal=terminal, width=200, **options)
-    with closing(MetricsLog("unused", num_steps=1, output=output)) as log:
-        log._console.sample(found, "step 3, sample 1 of 2")
-    return output.file.getvalue()
-
-
 MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), token(" or", -0.5))
 
 
 def test_a_terminal_shows_disagreement_in_colours():
-    text = shown(MARKED, terminal=True, color_system="standard")
-    assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in text
+    output = Console(file=io.StringIO(), force_terminal=True, width=200, color_system="standard")
+    with closing(MetricsLog("unused", num_steps=1, output=output)) as log:
+        log._console.sample(MARKED, "step 3, sample 1 of 2")
+    assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in output.file.getvalue()
 
 
-def test_what_could_steer_a_terminal_is_shown_as_its_escape():
+def test_what_could_steer_a_terminal_is_shown_as_its_escape_also_in_the_id_of_a_problem():
     text = console_text(sample(token("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬")), "", coloured=True).plain
     assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text
-
-
-@pytest.mark.parametrize("coloured", [False, True])
-def test_the_id_of_a_problem_does_not_steer_the_terminal(coloured):
-    text = console_text(sample(problem_id="id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
-    assert text.startswith("--- step 1: problem id0\\x1b]52;c;eA==\\x07\n")
+    for coloured in (False, True):
+        text = console_text(sample(problem_id="id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
+        assert text.startswith("--- step 1: problem id0\\x1b]52;c;eA==\\x07\n")
 
 
 def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path):
@@ -210,20 +196,14 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
     assert len(record["tokens"]["text"]) == 1000 and len(record["prompt"]) == 1000
 
 
-def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
-    with closing(MetricsLog(run_dir, **{"num_steps": 9, "console_every": 0} | options)) as log:
-        log.resume(done)
-        for step in steps:
-            log.log(step, {"loss/mean": 0.5})
-            log.log_samples(step, lambda: [MARKED, MARKED])
-
-
 def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log_samples(tmp_path, range(1, 3), done=0, loggers=["tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    texts = events.Tensors("samples/2/text_summary")
+    with closing(MetricsLog(tmp_path, num_steps=9, console_every=0, loggers=["tensorboard"])) as log:
+        log.resume(0)
+        for step in (1, 2):
+            log.log_samples(step, lambda: [MARKED, MARKED])
+    texts = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("samples/2/text_summary")
     assert [event.step for event in texts] == [1, 2]
     assert b"[- 137-]" in texts[0].tensor_proto.string_val[0]
 
@@ -239,12 +219,8 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
         log.log_samples(3, broken)
         log.log(3, {"loss/mean": 0.5})
     text = output.file.getvalue()
-    assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
-    assert read_samples(tmp_path) == [] and "loss 0.5000" in text and not caplog.records
-    with closing(MetricsLog(tmp_path, num_steps=9, console_every=0)) as log:
-        log.resume(3)
-        log.log_samples(4, broken)
-    assert "the samples of step 4 are not shown" in caplog.text
+    assert "warning: " in text and "token 7 is out of range\n" in text and "loss 0.5000" in text
+    assert read_samples(tmp_path) == [] and not caplog.records
 
 
 def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
@@ -326,7 +302,4 @@ def test_a_sample_is_what_was_recorded_behind_what_the_data_has(own_data, one):
     for problem_id, record in one.items():
         assert record["tokens"]["id"] == recorded[problem_id, 0]
         assert record["response"] == "".join(record["tokens"]["text"])
-        assert (record["prompt"], record["solution"]) == (
-            problems[problem_id]["problem"],
-            problems[problem_id]["solution"],
-        )
+        assert all(record[key] == problems[problem_id][own] for key, own in (("prompt", "problem"), ("solution",) * 2))

@@ -20,7 +20,9 @@ NUM_TOKENS = sum(LENGTHS)
 ONE_RANK = SimpleNamespace(world_size=1, device=torch.device("cpu"), is_last_stage=True, tp_rank=0)
 LAYOUTS = [
     pytest.param(4, {"context_parallel_size": 2}, id="dp2cp2"),
-    pytest.param(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="tp2pp2"),
+    pytest.param(
+        4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="tp2pp2", marks=pytest.mark.full
+    ),
 ]
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
 
@@ -109,15 +111,11 @@ def test_the_reverse_kl_of_each_tenth_is_the_mean_over_its_tokens():
     by_token = torch.empty(NUM_TOKENS, dtype=torch.float64)
     by_token[output.response_ids] = output.stats.reverse_kl
     responses = by_token.split(lengths)
+    assert response_tenths([10, 0, 1, 4]).tolist() == [*range(10), 0, 0, 2, 5, 7]
+    assert response_tenths([]).shape == (0,) and response_tenths([]).dtype == torch.int64
     for tenth in range(10):
         values = [kl[i].item() for kl in responses for i in range(len(kl)) if math.floor(10 * i / len(kl)) == tenth]
         assert found[f"reverse_kl/tenth_{tenth + 1:02d}"] == pytest.approx(sum(values) / len(values), rel=1e-12)
-
-
-def test_tokens_lie_in_the_tenth_of_their_own_response():
-    assert response_tenths([10, 0, 1, 4]).tolist() == [*range(10), 0, 0, 2, 5, 7]
-    assert response_tenths([25])[[0, 2, 3, 24]].tolist() == [0, 0, 1, 9]
-    assert response_tenths([]).tolist() == [] and response_tenths([]).dtype == torch.int64
 
 
 @pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
@@ -163,14 +161,9 @@ def test_a_token_without_an_entropy_is_no_fork_and_a_fork_with_nan_shows():
 
 def test_what_a_step_does_not_know_has_no_key():
     output, lengths = output_of_rank()
+    short = {key for key in metrics_of(output, [1] * NUM_TOKENS) if key.startswith("reverse_kl/")}
+    assert short == {"reverse_kl/tenth_01"}, "short responses leave tenths empty"
     output.anchor_entropy = output.measures = None
-    keys = metrics_of(output).keys()
-    assert not any(key.startswith(("forks/", "reverse_kl/", "target/")) for key in keys)
+    assert not any(key.startswith(("forks/", "reverse_kl/", "target/")) for key in metrics_of(output))
     output.stats.grid_betas = torch.empty(0)
     assert metrics_of(output, lengths).keys() == {"tokens/response", "loss/mean", "student_nll"}
-
-
-def test_short_responses_leave_tenths_empty():
-    output, _ = output_of_rank()
-    keys = metrics_of(output, [1] * NUM_TOKENS).keys()
-    assert {key for key in keys if key.startswith("reverse_kl/")} == {"reverse_kl/tenth_01"}
