@@ -44,30 +44,15 @@ def expose(megatron_lm: Path) -> None:
 def name_layers_as_transformer_engine_does() -> None:
     """Let Megatron-LM's local layer spec use the keys of Transformer Engine's, which no CPU runs."""
     from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.training import get_args
-
-    from megatron_selfdistill.model.local_attention import CoreAttention
-
-    submodules_of = older_megatron.submodules_of
 
     local_spec = gpt_layer_specs.get_gpt_layer_local_spec
 
     def named_spec(*args: Any, **kwargs: Any) -> Any:
         spec = local_spec(*args, **kwargs)
-        layer = spec.submodules
         keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-        if hasattr(layer.self_attention.submodules, "kv_layernorm"):  # multi-latent attention
-            keys = {
-                "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
-                "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
-            }
-            layer.self_attention.submodules.core_attention = CoreAttention  # Megatron's wants values as wide as keys
-            if get_args().q_lora_rank is None:  # 0.19 refuses the norm of its own spec, which has no effect
-                layer.self_attention.submodules.q_layernorm = IdentityOp
-        if not hasattr(submodules_of(layer.mlp), "experts"):
+        if not hasattr(older_megatron.submodules_of(spec.submodules.mlp), "experts"):
             keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-        layer.sharded_state_dict_keys_map = keys
+        spec.submodules.sharded_state_dict_keys_map = keys
         return spec
 
     gpt_layer_specs.get_gpt_layer_local_spec = named_spec
@@ -127,16 +112,6 @@ def build() -> tuple[Any, Any, Any]:
     return setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
 
 
-def logits(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits ``[sequence, padded vocabulary]`` of ``tokens [sequence]``, float32."""
-    chunks, _, _ = build()
-    chunks[0].eval()
-    positions = torch.arange(len(tokens))
-    mask = torch.ones(len(tokens), len(tokens)).triu(1).bool()[None, None]
-    with torch.no_grad():
-        return chunks[0](tokens[None], positions[None], mask)[0].float()
-
-
 def state() -> dict[str, Any]:
     """Return what Megatron-LM holds after it loaded a run's checkpoint."""
     import random
@@ -177,7 +152,7 @@ def main() -> None:
     name_layers_as_transformer_engine_does()
     load_into_torch_adam()
     sys.argv = [str(megatron_lm / "pretrain_gpt.py"), *sys.argv[4:]]
-    result = logits(torch.load(out)) if what == "logits" else {"state": state, "pretrain": pretrain}[what]()
+    result = {"state": state, "pretrain": pretrain}[what]()
     if os.environ["RANK"] == "0":
         torch.save(result, out)
 

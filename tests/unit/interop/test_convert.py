@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.external import load_weights
 from megatron_selfdistill.checkpoint.formats.directory import HF_ASSETS
+from megatron_selfdistill.checkpoint.formats.saved_run import SavedRun
 from megatron_selfdistill.commands import prechecks
 from megatron_selfdistill.commands.given_model import find_model
 from megatron_selfdistill.config import ParallelConfig, load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop import conversion
+from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf, write_prompt_settings
 from megatron_selfdistill.interop.convert_command import main
-from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.describe import describe, true_vocab_size
 from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
-from megatron_selfdistill.interop.release import Progress
 
 KINDS = list(hf_models.CONFIGS)
 REBUILT = ("llama3", "qwen3_window", "gpt_oss", "deepseek_v3", "phi3", "qwen3_next")
@@ -39,40 +41,25 @@ NAMED_OTHERWISE = {kind: hf_models.logits_bound(kind) for kind in ("phi3", "qwen
 """Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
 
 
-@combinations(kind=KINDS, quick={"kind": REBUILT[::2]}, strength=1)
-def test_there_and_back_is_the_identity(hf_directory, tmp_path, kind):
-    hf = hf_directory(kind)
-    reports: list[str] = []
-    hf_to_megatron(hf, tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", progress=Progress(report=reports.append))
-    assert_same_tensors(hf, tmp_path / "back")
-    assert config_of(hf) == config_of(tmp_path / "back")
-    assert (hf / "generation_config.json").read_text() == (tmp_path / "back" / "generation_config.json").read_text()
-    assert reports[0] == "vocabulary: 101 of 128 rows on disk"
-
-
-def test_commands_take_a_run_directory_as_a_checkpoint(hf_directory, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    hf_to_megatron(hf_directory("llama2"), run_dir / "checkpoints")
-    assert main(["inspect", str(run_dir)]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["checkpoint", f"{run_dir}/checkpoints/release"]
-    assert main(["megatron-to-hf", "--megatron", str(run_dir), "--out", str(tmp_path / "back")]) == 0
-    assert_same_tensors(hf_directory("llama2"), tmp_path / "back")
-    prechecks.require_start(load([f"checkpoint.load={run_dir}"]))
-    assert find_model(None, run_dir, None)["path"] == str(run_dir / "checkpoints" / "release")
-
-
 @combinations(kind=KINDS, quick={"kind": REBUILT}, strength=1)
-def test_without_the_original_config_transformers_computes_the_same(hf_directory, tmp_path, kind):
+def test_there_and_back_is_the_identity_and_without_the_original_config_transformers_computes_the_same(
+    hf_directory, tmp_path, kind
+):
     import transformers
 
     hf = hf_directory(kind)
-    shutil.rmtree(hf_to_megatron(hf, tmp_path / "megatron") / HF_ASSETS)
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    release = hf_to_megatron(hf, tmp_path / "megatron")
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_same_tensors(hf, back)
+    assert config_of(hf) == config_of(back)
+    assert (hf / "generation_config.json").read_text() == (back / "generation_config.json").read_text()
+
+    shutil.rmtree(release / HF_ASSETS)
+    rebuilt = megatron_to_hf(tmp_path / "megatron", tmp_path / "rebuilt")
     if kind not in NAMED_OTHERWISE:
-        assert_same_tensors(hf, tmp_path / "back")
+        assert_same_tensors(hf, rebuilt)
     tokens = torch.tensor([hf_models.SEQUENCES[0]])
-    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (hf, tmp_path / "back"))
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (hf, rebuilt))
     if kind not in NAMED_OTHERWISE:  # the same call on the same memory has equal bits; files are aligned differently
         after.load_state_dict(before.state_dict(), assign=True)
     with torch.no_grad():
@@ -91,19 +78,16 @@ def test_shards_are_bounded_and_load(hf_directory, tmp_path):
     assert {file.stat().st_mode for file in shards} == {(tmp_path / "new").stat().st_mode}
     assert_same_tensors(hf, back)
     hf_to_megatron(back, tmp_path / "again")  # an index and many files are read, too
-    one_each = megatron_to_hf(tmp_path / "megatron", tmp_path / "smaller", max_shard_size=10_000)
-    assert_same_tensors(hf, one_each)
+    assert_same_tensors(hf, megatron_to_hf(tmp_path / "again", tmp_path / "smaller", max_shard_size=10_000))
 
 
 def test_a_type_is_taken_by_all_weights_but_the_expert_bias(hf_directory, tmp_path):
     hf_to_megatron(hf_directory("deepseek_v3"), tmp_path / "megatron", dtype=torch.bfloat16)
     tensors = tensors_of(megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
     for name, original in tensors_of(hf_directory("deepseek_v3")).items():
-        bias = name.endswith("e_score_correction_bias")
-        assert tensors[name].dtype == (torch.float32 if bias else torch.bfloat16)
-        assert torch.equal(tensors[name], original if bias else original.bfloat16())
-    config = config_of(tmp_path / "back")
-    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+        expected = original if name.endswith("e_score_correction_bias") else original.bfloat16()
+        assert tensors[name].dtype == expected.dtype and torch.equal(tensors[name], expected)
+    assert config_of(tmp_path / "back")["dtype"] == "bfloat16"
 
 
 def with_fp8(hf: Path, out: Path) -> dict[str, torch.Tensor]:
@@ -148,28 +132,43 @@ def handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, handlers):
-    megatron = tmp_path / "megatron"
-    assert (
-        main(["hf-to-megatron", "--hf", str(hf_directory("mixtral")), "--out", str(megatron), "--dtype", "bf16"]) == 0
-    )
-    assert f"load it with checkpoint.load={megatron}\n" in capsys.readouterr().out
-    assert main(["inspect", str(megatron)]) == 0
-    description = capsys.readouterr().out
-    for part in ("MixtralForCausalLM", "101 true rows, 128 with padding", "bfloat16", "num_moe_experts", "TP 1"):
-        assert part in description
+def test_the_command_converts_and_describes_and_takes_a_run_directory_as_a_checkpoint(
+    hf_directory, tmp_path, capsys, handlers
+):
+    run, hf = tmp_path / "run", str(hf_directory("mixtral"))
+    assert main(["hf-to-megatron", "--hf", hf, "--out", str(run / "checkpoints"), "--dtype", "bf16"]) == 0
+    assert f"checkpoint.load={run / 'checkpoints'}\n" in capsys.readouterr().out
+    assert main(["inspect", str(run)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("MixtralForCausalLM", "101 true rows, 128 with padding", "bfloat16", f"{run}/checkpoints/release"):
+        assert part in shown
+    assert main(["megatron-to-hf", "--megatron", str(run), "--out", str(tmp_path / "back")]) == 0
+    assert tensors_of(tmp_path / "back").keys() == tensors_of(hf_directory("mixtral")).keys()
+    prechecks.require_start(load([f"checkpoint.load={run}"]))
+    assert find_model(None, run, None)["path"] == str(run / "checkpoints" / "release")
 
 
-VISION = {
-    "model_type": "pixtral",
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "head_dim": 8,
-    "image_size": 28,
-    "patch_size": 14,
+MISTAKEN = {
+    "hf-to-megatron --hf Qwen/Qwen3-0.6B --out out": "hf download Qwen/Qwen3-0.6B",
+    "hf-to-megatron --hf hf --out full": "full exists",
+    "megatron-to-hf --megatron empty --out full": "full exists",
+    "inspect full/nope": "full/nope does not exist",
 }
+
+
+def test_a_mistaken_name_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, named in MISTAKEN.items():
+        assert main(arguments.split()) == 2
+        message = capsys.readouterr().err
+        assert named in message and len(message.splitlines()) == 1
+    assert len(list(tmp_path.rglob("*"))) == 4
+
+
+# A text model beside a vision tower
 
 
 def write(directory: Path, text_kind: str = "ministral3", tied: bool = False) -> Any:
@@ -177,7 +176,9 @@ def write(directory: Path, text_kind: str = "ministral3", tied: bool = False) ->
     import transformers
 
     text = hf_models.hf_config(text_kind).to_dict() | {"pad_token_id": None}
-    config = transformers.Mistral3Config(text_config=text, vision_config=VISION, tie_word_embeddings=tied)
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.Mistral3ForConditionalGeneration(config).eval()
@@ -186,37 +187,37 @@ def write(directory: Path, text_kind: str = "ministral3", tied: bool = False) ->
     return model
 
 
-@pytest.mark.parametrize(("text_kind", "tied"), [("ministral3", False), ("ministral3", True), ("mistral", False)])
-def test_text_and_vision_return_bit_by_bit_and_config_json_returns_whole(tmp_path, text_kind, tied):
-    write(tmp_path / "hf", text_kind, tied)
-    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
-    assert config_of(tmp_path / "hf") == config_of(tmp_path / "back")
-    assert any(name.startswith("vision_tower.") for name in tensors_of(tmp_path / "back"))
-    assert describe(tmp_path / "hf")["num_layers"] == describe(tmp_path / "megatron" / "release")["num_layers"]
-
-
 def loaded_logits(directory: Path) -> Tensor:
-    config = config_of(directory)
+    config = config_of(directory / "hf")
     model = family_of(config).model_config(config)
     chunks, grid = models.build(model, ParallelConfig())
     load_weights(directory / "megatron", chunks, model.vocab_size)
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
 
 
-def test_the_converted_text_model_has_transformers_logits(ranks, tmp_path):
-    original = write(tmp_path)
-    hf_to_megatron(tmp_path, tmp_path / "megatron")
+@pytest.mark.parametrize(
+    ("text_kind", "tied"),
+    [
+        ("ministral3", False),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in [("ministral3", True), ("mistral", False)]),
+    ],
+)
+def test_text_and_vision_return_whole_and_the_text_model_has_transformers_logits(ranks, tmp_path, text_kind, tied):
+    original = write(tmp_path / "hf", text_kind, tied)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert config_of(tmp_path / "hf") == config_of(tmp_path / "back")
+    assert any(name.startswith("vision_tower.") for name in tensors_of(tmp_path / "back"))
+    assert describe(tmp_path / "hf")["num_layers"] == describe(tmp_path / "megatron" / "release")["num_layers"]
     (logits,) = ranks.run(loaded_logits, tmp_path, world_size=1)
     assert (logits - hf_models.hf_logits(original, hf_models.SEQUENCES)).abs().max() <= 1e-4
 
 
 def text_checkpoint(hf: Path, out: Path) -> Path:
     """Write a checkpoint of the text model alone, such as a run saves; return it."""
-    text = out / "text"
+    text, prefix = out / "text", "language_model."
     text.mkdir(parents=True)
-    prefix = "language_model."
     tensors = {n.removeprefix(prefix): t for n, t in tensors_of(hf).items() if n.startswith(prefix)}
     save_file(tensors, text / "model.safetensors", {"format": "pt"})
     (text / "config.json").write_text(json.dumps(dict(text_config(config_of(hf)))))
@@ -231,43 +232,73 @@ def test_the_checkpoint_of_a_run_takes_the_vision_tower_from_the_original_direct
     assert_same_tensors(tmp_path / "hf", tmp_path / "back")
     (tmp_path / "assets").mkdir()
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "assets")
-    with pytest.raises(CheckpointError, match="has no weights: expected"):
+    with pytest.raises(CheckpointError, match="has no weights"):
         megatron_to_hf(trained, tmp_path / "none", hf_config=tmp_path / "assets")
     shutil.copytree(tmp_path / "assets", trained / "release" / HF_ASSETS)
-    with pytest.raises(
-        CheckpointError, match=r"has no vision_tower\.\* and multi_modal_projector.* set --hf-config to"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no vision_tower\.\* .*--hf-config"):
         megatron_to_hf(trained, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    assert open_weights(trained).passthrough == {}
-
-
-def test_a_tensor_of_neither_part_is_refused(tmp_path):
-    write(tmp_path / "hf")
+    assert not (tmp_path / "none").exists() and open_weights(trained).passthrough == {}
     tensors = tensors_of(tmp_path / "hf") | {"audio_tower.weight": torch.zeros(2)}
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"audio_tower\.weight is unexpected"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (
-            "hf-to-megatron --hf Qwen/Qwen3-0.6B --out out",
-            "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
-        ),
-        ("hf-to-megatron --hf hf --out full", "full exists and is not overwritten"),
-        ("megatron-to-hf --megatron empty --out full", "full exists and is not overwritten"),
-        ("inspect full/nope", "full/nope does not exist"),
-    ],
-)
-def test_a_mistaken_name_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    for name in ("hf", "empty", "full"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "full" / "file").touch()
-    assert main(arguments.split()) == 2
-    message = capsys.readouterr().err
-    assert words in message and len(message.splitlines()) == 1
-    assert len(list(tmp_path.rglob("*"))) == 4
+# The number of rows of a vocabulary without padding
+
+
+def stored(vocab_size: int | None, padded: int | None, tp_size: int = 1) -> Namespace:
+    return Namespace(vocab_size=vocab_size, padded_vocab_size=padded, tensor_model_parallel_size=tp_size)
+
+
+FOUND = [
+    (stored(1000, 1024), 990, 1024, 1000),  # rows that no token has
+    (stored(None, 1024), 1000, 1024, 1000),
+    (stored(None, 2048, tp_size=8), 1100, 2048, 1100),
+    (stored(None, None), 1000, 1000, 1000),
+    (stored(None, 1024), None, 1024, 1024),
+]
+CONTRADICTIONS = [(stored(1000, 1024), 1001, 1024), (stored(1000, 1024), None, 999)]
+CONTRADICTIONS += [(stored(None, None), 1000, 900), (stored(None, None), 1000, 1536)]
+
+
+def test_arguments_then_tokenizer_then_rows_decide_and_a_contradiction_is_refused():
+    for *given, expected in FOUND:
+        assert true_vocab_size(*given) == expected, given
+    for given in CONTRADICTIONS:
+        with pytest.raises(CheckpointError, match="the true vocabulary is unclear"):
+            true_vocab_size(*given)
+
+
+# The prompts of the run whose checkpoint is converted
+
+
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the directory's template and the lines, for a run whose configuration has ``data``."""
+    checkpoint, out = tmp_path / "run" / "checkpoints" / "iter_0000001", tmp_path / "out"
+    checkpoint.mkdir(parents=True)
+    out.mkdir()
+    (out / "chat_template.jinja").write_text("that of the model")
+    saved = {"configuration": {"data": data}}
+    monkeypatch.setattr(conversion, "read_saved_run", lambda path: SavedRun(path, {}, {}, saved))
+    lines: list[str] = []
+    write_prompt_settings(checkpoint, out, lines.append)
+    return (out / "chat_template.jinja").read_text(), lines
+
+
+def test_the_template_of_the_run_goes_before_that_of_the_model(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "chat_template.jinja").write_text("that of the run")
+    settings = {"chat_template": "template.jinja", "student_template": "{problem}"}
+    found, [line] = exported(tmp_path, monkeypatch, settings)
+    assert found == "that of the run" and "data.chat_template" in line
+
+
+def test_what_no_file_can_hold_is_named_with_its_value(tmp_path, monkeypatch):
+    views = {"student": {"generation_prompt": "A:"}, "teacher": {"system_prompt": "Unseen."}}
+    data = {"system_prompt": "Be brief.", "student_template": "Q: {problem}", "views": views}
+    _, [line] = exported(tmp_path, monkeypatch, data | {"chat_template_kwargs": {"enable_thinking": False}})
+    assert line.endswith(
+        ": data.system_prompt=Be brief.; data.chat_template_kwargs={'enable_thinking': False}; "
+        "data.student_template=Q: {problem}; data.views.student.generation_prompt=A:"
+    )

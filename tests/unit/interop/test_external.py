@@ -19,37 +19,65 @@ from tiers import combinations
 
 from megatron_selfdistill.checkpoint.formats.model_tensors import NOT_WEIGHTS
 from megatron_selfdistill.checkpoint.formats.saved_run import SECTION
+from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.state import _keep_own_rates
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, OptimizerConstants, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop import torch_dist_tensors
 from megatron_selfdistill.interop.full_weights import open_weights
+from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 
-TP2 = ParallelConfig(tensor_model_parallel_size=2)
-PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+TP2, PP2 = models.parallel(tp=2), models.parallel(pp=2)
 
 
-def save(setup: Setup, run_dir: Path) -> None:
-    checkpointed_run.start(setup, run_dir).save(1)
+LATENT = {"multi_latent_attention": True, "q_lora_rank": 12, "kv_lora_rank": 20, "qk_head_dim": 12, "rope_type": "rope"}
+LATENT |= {"qk_pos_emb_head_dim": 8, "v_head_dim": 14}
+KINDS = {
+    **{kind: models.model_config(kind) for kind in ("gqa", "moe", "gated_delta")},
+    "latent": models.model_config("gqa", qk_layernorm=True, transformer=LATENT),
+}
 
 
-@pytest.fixture(scope="module", params=["gqa", "moe"])
-def saved(request, ranks, tmp_path_factory) -> tuple[str, Path]:
-    """Return the kind of a model, and a checkpoint of the model with this program's names, saved by one rank."""
-    run_dir = tmp_path_factory.mktemp("run")
-    ranks.run(save, Setup(kind=request.param, teacher="current"), run_dir, world_size=1)
-    return request.param, run_dir / "checkpoints" / "iter_0000001"
+def save_each(directory: Path) -> None:
+    for name, model in KINDS.items():
+        kind = "gqa" if name == "latent" else name
+        changes = {"qk_layernorm": model.qk_layernorm, "transformer": model.transformer}
+        checkpointed_run.start(Setup(kind=kind, teacher="current", model_changes=changes), directory / name).save(1)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> dict[str, Path]:
+    """Return a checkpoint of each of `KINDS` with this program's names, saved by one rank."""
+    directory = tmp_path_factory.mktemp("runs")
+    ranks.run(save_each, directory, world_size=1)
+    return {kind: directory / kind / "checkpoints" / "iter_0000001" for kind in KINDS}
+
+
+SPECS = [
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+]
+"""The names of each norm in Megatron's own local spec, and in Transformer Engine's, which fuses the norm."""
+
+
+def by_the_other_spec(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name each norm as the spec does that this program's name is not from."""
+    for local, fused in SPECS:
+        if f".{fused}" in key:
+            return {key.replace(f".{fused}", f".{local}"): tensor}
+    for local, fused in SPECS:
+        if f".{local}" in key:
+            return {key.replace(f".{local}", f".{fused}"): tensor}
+    return {key: tensor}
 
 
 def by_stock_local_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Megatron's own local spec calls every norm before an MLP a part of ``linear_fc1``, experts or not."""
     return {key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): tensor}
-
-
-def by_unfused_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    key = key.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
-    return {key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."): tensor}
 
 
 def with_numbered_layers(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -82,54 +110,55 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
     return target
 
 
-def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
+def load_each(cuts: ParallelConfig, cases: list[tuple[str, Path]]) -> list[dict]:
+    """Return the weights of checkpoints of these kinds on this rank."""
     from megatron_selfdistill.checkpoint.external import load_weights
 
-    chunks, _ = models.build(model, parallel, seed=9)
-    load_weights(path, chunks, models.VOCAB_SIZE)
-    return layouts.shards(chunks, lambda p: p.detach().clone())
+    found = []
+    for kind, path in cases:
+        parallel = dataclasses.replace(cuts, sequence_parallel=True) if kind == "moe" and cuts == TP2 else cuts
+        chunks, _ = models.build(KINDS[kind], parallel, seed=9)
+        load_weights(path, chunks, models.VOCAB_SIZE)
+        found.append(layouts.shards(chunks, lambda p: p.detach().clone()))
+    return found
 
 
-@pytest.fixture(scope="module")
-def expected(ranks, saved) -> dict:
-    """Return the weights of `saved`, as one rank loads them."""
-    kind, path = saved
-    return layouts.join(ranks.run(load, models.model_config(kind), ParallelConfig(), path, world_size=1))
+CASES = {
+    "TP2": [
+        *(("gqa", by_stock_local_layers), ("gqa", by_the_other_spec), ("moe", by_stock_local_layers)),
+        *(("moe", with_numbered_layers), ("gated_delta", by_the_other_spec)),
+    ],
+    "PP2": [
+        *(("gqa", with_numbered_layers), ("moe", by_the_other_spec), ("moe", with_more)),
+        ("latent", by_the_other_spec),
+    ],
+}
+"""Layout -> kinds of models, and how another program names their tensors."""
 
 
-@combinations(
-    rename={
-        rename.__name__: rename
-        for rename in (by_stock_local_layers, by_unfused_layers, with_numbered_layers, with_more)
-    },
-    parallel={"TP2": TP2, "PP2": PP2},
-    strength=1,
-)
-def test_names_of_other_layers_and_versions_are_understood(ranks, saved, expected, tmp_path, rename, parallel):
-    kind, path = saved
-    other = rewritten(path, tmp_path, rename)
-    if kind == "moe" and parallel is TP2:
-        parallel = dataclasses.replace(TP2, sequence_parallel=True)
-    loaded = ranks.run(load, models.model_config(kind), parallel, other, world_size=2)
-    assert layouts.worst_difference(layouts.join(loaded), expected)[0] == 0
+@pytest.mark.parametrize("layout", CASES)
+def test_names_of_other_layers_and_versions_are_understood(ranks, saved, tmp_path, layout):
+    cases = [
+        (kind, rewritten(saved[kind], tmp_path / f"{n}", rename)) for n, (kind, rename) in enumerate(CASES[layout])
+    ]
+    (whole,) = ranks.run(load_each, models.parallel(), [(kind, saved[kind]) for kind, _ in cases], world_size=1)
+    loaded = ranks.run(load_each, {"TP2": TP2, "PP2": PP2}[layout], cases, world_size=2)
+    for case, expected, *shards in zip(CASES[layout], whole, *loaded, strict=True):
+        assert layouts.worst_difference(layouts.join(shards), layouts.join([expected]))[0] == 0, case
 
 
-@pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers])
-def test_names_of_other_layers_are_converted(saved, tmp_path, rename):
-    from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
-    from megatron_selfdistill.interop.hf.mapping import family_of_model
-
-    weights = open_weights(rewritten(saved[1], tmp_path, rename))
+@pytest.mark.parametrize("rename", [by_stock_local_layers, by_the_other_spec, with_numbered_layers])
+@pytest.mark.parametrize("kind", ["gqa", "moe"])
+def test_names_of_other_layers_are_converted(saved, tmp_path, kind, rename):
+    weights = open_weights(rewritten(saved[kind], tmp_path, rename))
     model = architecture_from_args(weights.args)
     rules = family_of_model(model).rules(model)
     weights.check_shapes(rules)
-    whole = open_weights(saved[1])
+    whole = open_weights(saved[kind])
     assert all(torch.equal(weights.read(rule), whole.read(rule)) for rule in rules)
 
 
 # With the optimizer's state
-
-PLAIN_ADAM = dataclasses.replace(checkpointed_run.ADAM, use_distributed_optimizer=False)
 
 
 def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
@@ -144,21 +173,12 @@ def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
     return run.parameters()
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        pytest.param(checkpointed_run.ADAM, id="distributed"),
-        pytest.param(PLAIN_ADAM, id="plain", marks=pytest.mark.full),
-    ],
-)
-def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimizer):
-    setup = Setup(teacher="current", optimizer=optimizer)
-    ended = ranks.run(
-        checkpointed_run.save_and_go_on, setup.cut(pipeline_model_parallel_size=2), tmp_path, world_size=2
-    )
-    taken = ranks.run(
-        go_on_as_another_run, setup.cut(tensor_model_parallel_size=2), tmp_path, tmp_path / "other", world_size=2
-    )
+@combinations(distributed=[True, False], quick={"distributed": ["True"]}, strength=1)
+def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, distributed):
+    optimizer = dataclasses.replace(checkpointed_run.ADAM, use_distributed_optimizer=distributed)
+    setup = Setup(teacher="current", optimizer=optimizer, model_changes={"num_layers": 2})
+    ended = ranks.run(checkpointed_run.save_and_go_on, setup.cut(pp=2), tmp_path, world_size=2)
+    taken = ranks.run(go_on_as_another_run, setup.cut(tp=2), tmp_path, tmp_path / "other", world_size=2)
     expected = layouts.join([rank["parameters"] for rank in ended])
     assert layouts.worst_difference(layouts.join(taken), expected)[0] < 1e-6
 
@@ -185,39 +205,33 @@ def test_optimizer_state_that_data_parallel_ranks_cut_is_taken_over(ranks, tmp_p
     ranks.run(state_as_megatron_lm_cuts_it_by_default, tmp_path, world_size=2)
 
 
-def refuse_optimizer(setup: Setup, path: Path, out: Path, message: str) -> None:
+def refuse_optimizer(cases: list[tuple[Setup, Path]], out: Path) -> None:
     from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
 
-    run = checkpointed_run.start(setup, out)
-    with pytest.raises(CheckpointError, match=message):
-        load_weights_and_optimizer(path, run.chunks, run.optimizer)
+    for setup, path in cases:
+        run = checkpointed_run.start(setup, out)
+        with pytest.raises(CheckpointError, match=r"optimizer.* is missing"):
+            load_weights_and_optimizer(path, run.chunks, run.optimizer)
 
 
-def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, tmp_path):
-    kind, path = saved
+@pytest.mark.parametrize("kind", ["gqa", "moe"])
+def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, tmp_path, kind):
     setup = Setup(kind=kind, teacher="current")
-    weights_alone = rewritten(path, tmp_path, lambda key, tensor: {key: tensor})
+    weights_alone = rewritten(saved[kind], tmp_path, lambda key, tensor: {key: tensor})
     common = common_state.read(weights_alone)
     del common["optimizer"]
     common_state.write(weights_alone, common)
-    ranks.run(refuse_optimizer, setup, weights_alone, tmp_path / "a", "optimizer.* is missing", world_size=1)
-    sgd = OptimizerConfig(
-        optimizer="sgd",
-        precision="fp32",
-        constants=OptimizerConstants(sgd_momentum=0.9),
-        use_distributed_optimizer=False,
-    )
-    other = dataclasses.replace(setup, optimizer=sgd)
-    ranks.run(refuse_optimizer, other, path, tmp_path / "b", "optimizer.* is missing", world_size=1)
+    momentum = OptimizerConstants(sgd_momentum=0.9)
+    sgd = OptimizerConfig(optimizer="sgd", precision="fp32", constants=momentum, use_distributed_optimizer=False)
+    cases = [(setup, weights_alone), (dataclasses.replace(setup, optimizer=sgd), saved[kind])]
+    ranks.run(refuse_optimizer, cases, tmp_path / "out", world_size=1)
 
 
 @pytest.mark.parametrize("stored_rates", [{}, {"max_lr": 1e-3, "min_lr": 1e-4}], ids=["0.16", "0.19"])
 def test_stored_groups_of_parameters_get_the_rates_of_this_run(stored_rates):
-    kinds = [
-        {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
-        for decay in (1.0, 0.0)
-    ]
-    own = [kind | {"max_lr": 1e-2, "min_lr": 0.0, "params": [index]} for index, kind in enumerate(kinds)]
+    common = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    kinds = [{"wd_mult": decay, **common} for decay in (1.0, 0.0)]
+    rates = {"max_lr": 1e-2, "min_lr": 0.0}
     stored = {"param_groups": [kind | stored_rates | {"step": 5} for kind in reversed(kinds)]}
-    _keep_own_rates(own, stored)
-    assert stored["param_groups"] == [kind | {"max_lr": 1e-2, "min_lr": 0.0, "step": 5} for kind in reversed(kinds)]
+    _keep_own_rates([kind | rates | {"params": [index]} for index, kind in enumerate(kinds)], stored)
+    assert stored["param_groups"] == [kind | rates | {"step": 5} for kind in reversed(kinds)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_checkpoints import raises
+from tiers import combinations
 
 from megatron_selfdistill.adapters.stored_adapters import StoredAdapters, read_stored_adapters
 from megatron_selfdistill.checkpoint.formats.weights_digest import base_digest
@@ -47,8 +47,7 @@ def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], obje
     """Return the model of a Hugging Face directory with large adapters, on one rank."""
     from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 
-    _, model, _, _ = hf_models.read(hf)
-    chunks, grid = models.build(model, ParallelConfig())
+    chunks, grid = models.build(hf_models.read(hf)[1], ParallelConfig())
     add_adapters(chunks, settings, grid)
     models.fill_from_names(chunks, seed=5)
     return chunks, grid
@@ -112,28 +111,30 @@ def peft_logits(hf: Path, adapters: Path) -> torch.Tensor:
 
 
 @pytest.fixture
-def adapted(ranks, hf_directory, tmp_path) -> Callable[[str, AdapterConfig], tuple[Adapted, torch.Tensor]]:
-    """Return a function that makes a base and adapters of a kind, with the logits of our model."""
+def adapted(ranks, hf_directory, tmp_path) -> Callable[..., tuple[Adapted, torch.Tensor]]:
+    """Return a function that makes a base and adapters of a kind, with the logits of our model; see `save_adapters`."""
 
-    def made(kind: str, settings: AdapterConfig) -> tuple[Adapted, torch.Tensor]:
+    def made(kind: str, settings: AdapterConfig, nan: str = "") -> tuple[Adapted, torch.Tensor]:
         hf, base, run_dir = hf_directory(kind), tmp_path / "base", tmp_path / "run"
         hf_to_megatron(hf, base)
-        (logits,) = ranks.run(save_adapters, hf, base, settings, run_dir, world_size=1)
+        (logits,) = ranks.run(save_adapters, hf, base, settings, run_dir, nan, world_size=1)
         return Adapted(hf, base, run_dir / "checkpoints" / "iter_0000005"), logits
 
     return made
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("qwen3", PLAIN),
-        pytest.param("deepseek_v3", LATENT_ADAPTERS, marks=pytest.mark.full),
-        pytest.param("llama2", PLAIN, marks=pytest.mark.full),
-        pytest.param("qwen3_moe_mixed", PLAIN, marks=pytest.mark.full),
-    ],
+@combinations(
+    case={
+        "qwen3": ("qwen3", PLAIN),
+        "deepseek_v3": ("deepseek_v3", LATENT_ADAPTERS),
+        "llama2": ("llama2", PLAIN),
+        "qwen3_moe_mixed": ("qwen3_moe_mixed", PLAIN),
+    },
+    quick={"case": ["qwen3"]},
+    strength=1,
 )
-def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adapted, tmp_path, kind, settings):
+def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adapted, tmp_path, capsys, case):
+    kind, settings = case
     made, expected = adapted(kind, settings)
     base_logits = hf_models.hf_logits(hf_of(made.hf), hf_models.SEQUENCES)
     assert (expected - base_logits).abs().max() > 0.1, "the adapters must matter"
@@ -143,11 +144,19 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
     assert config["base_model_name_or_path"] == "org/model" and config["r"] == settings.rank
     torch.testing.assert_close(peft_logits(made.hf, out), expected, rtol=0, atol=LOGITS_BOUND)
 
-    back = peft_to_megatron(out, made.base, tmp_path / "back")
-    stored = read_stored_adapters(back)
+    arguments = ["--peft", str(out), "--base", str(made.base), "--out", str(tmp_path / "back")]
+    assert main(["peft-to-megatron", *arguments]) == 0
+    stored = read_stored_adapters(tmp_path / "back")
     assert stored is not None and set(stored.settings.layers) <= set(settings.layers)
     assert replace(stored.settings, layers=settings.layers) == settings
-    (logits,) = ranks.run(read_adapters, made.hf, back, world_size=1)
+    said = capsys.readouterr().out
+    for setting in (
+        f"checkpoint.load={made.base}",
+        f"adapter.load={tmp_path / 'back'}",
+        f"adapter.rank={settings.rank}",
+    ):
+        assert setting in said
+    (logits,) = ranks.run(read_adapters, made.hf, tmp_path / "back", world_size=1)
     assert torch.equal(logits, expected)
 
 
@@ -156,14 +165,10 @@ def refuse_adapters_with_nan(hf: Path, adapters: Path, message: str) -> None:
         read_adapters(hf, adapters)
 
 
-def test_a_nan_in_a_factor_is_found_when_adapters_are_loaded(ranks, hf_directory, tmp_path):
-    hf, base, run_dir = hf_directory("qwen3"), tmp_path / "base", tmp_path / "run"
-    hf_to_megatron(hf, base)
-    factor = "decoder.layers.1.mlp.linear_fc2_adapter.b"
-    ranks.run(save_adapters, hf, base, PLAIN, run_dir, factor, world_size=1)
-    found = run_dir / "checkpoints" / "iter_0000005"
-    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]: "
-    ranks.run(refuse_adapters_with_nan, hf, found, message, world_size=1)
+def test_a_nan_in_a_factor_is_found_when_adapters_are_loaded(ranks, adapted):
+    made, _ = adapted("qwen3", PLAIN, "decoder.layers.1.mlp.linear_fc2_adapter.b")
+    named = r"NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]"
+    ranks.run(refuse_adapters_with_nan, made.hf, made.adapters, named, world_size=1)
 
 
 def hf_of(directory: Path) -> torch.nn.Module:
@@ -173,7 +178,9 @@ def hf_of(directory: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("rank_stabilised", "scale"), [(False, 3 / 2), (True, 3 / math.sqrt(2))], ids=["alpha / r", "alpha / sqrt(r)"]
+    ("rank_stabilised", "scale"),
+    [(True, 3 / math.sqrt(2)), pytest.param(False, 3 / 2, marks=pytest.mark.full)],
+    ids=["alpha / sqrt(r)", "alpha / r"],
 )
 def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
     ranks, hf_directory, tmp_path, rank_stabilised, scale
@@ -183,20 +190,16 @@ def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
 
     hf = hf_directory("qwen3")
     hf_to_megatron(hf, tmp_path / "base")
-    targets = ["q_proj", "v_proj", "down_proj"]
-    config = peft.LoraConfig(
-        r=2, lora_alpha=3, use_rslora=rank_stabilised, target_modules=targets, lora_dropout=0.1, init_lora_weights=False
-    )
+    settings = {"r": 2, "lora_alpha": 3, "use_rslora": rank_stabilised, "lora_dropout": 0.1}
+    settings |= {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        peft.get_peft_model(hf_of(hf), config).save_pretrained(tmp_path / "peft")
-    expected = peft_logits(hf, tmp_path / "peft")
-    reports: list[str] = []
-    out = peft_to_megatron(
-        tmp_path / "peft", tmp_path / "base", tmp_path / "out", progress=Progress(report=reports.append)
-    )
-    assert any("lora_dropout=0.1 is left out" in line for line in reports)
-    assert any(line.startswith("rank 2 becomes 4: fused layers stack") for line in reports)
+        peft.get_peft_model(hf_of(hf), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "peft")
+    expected, reports = peft_logits(hf, tmp_path / "peft"), list[str]()
+    progress = Progress(report=reports.append)
+    out = peft_to_megatron(tmp_path / "peft", tmp_path / "base", tmp_path / "out", progress=progress)
+    for named in ("lora_dropout=0.1", "rank 2 becomes 4"):
+        assert any(named in line for line in reports)
     stored = read_stored_adapters(out)
     assert stored is not None
     assert stored.settings.rank == 4 and stored.settings.scale == pytest.approx(scale, rel=1e-12)
@@ -214,73 +217,46 @@ def rewritten(peft: Path, out: Path, tensors: dict[str, torch.Tensor] | None = N
     return out
 
 
-def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys):
+SETTINGS: dict[str, dict[str, object]] = {
+    "use_dora=True": {"use_dora": True},
+    "bias='all'": {"bias": "all"},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "one rank and one scale": {"rank_pattern": {"q_proj": 2}},
+    "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
+    "only LoRA": {"peft_type": "IA3"},
+    "cannot be read": {"r": None},
+    "adapter_config.json": {"lora_alpha": None},
+    "use_rslora='no'": {"use_rslora": "no"},
+    r"ranks \[3\], expected r=4": {"r": 4},
+}
+"""What a refusal names -> the changed settings."""
+Q_PROJ = "base_model.model.model.layers.2.self_attn.q_proj"
+
+
+def factors_that_do_not_fit(factors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what a refusal names -> the factors."""
+    return {
+        r"no factors of .*layers\.1": {name: factor for name, factor in factors.items() if ".layers.1." not in name},
+        r"q_proj.lora_B.weight has shape \[3, 3\]": factors | {f"{Q_PROJ}.lora_B.weight": torch.zeros(3, 3)},
+        "factors of the ranks": factors | {f"{Q_PROJ}.lora_A.weight": torch.tensor(1.0)},
+        "lm_head.lora_A.weight": factors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 36)},
+        "no factors of LoRA": {"a.lora_magnitude_vector": torch.zeros(1)},
+    }
+
+
+def test_what_does_not_fit_is_refused_by_its_name(adapted, tmp_path, capsys):
     made, _ = adapted("llama2", PLAIN)
-    peft = megatron_to_peft(made.adapters, tmp_path / "peft")
+    peft, out = megatron_to_peft(made.adapters, tmp_path / "peft"), tmp_path / "out"
     factors = load_file(peft / "adapter_model.safetensors")
-    layer = "base_model.model.model.layers.2.self_attn."
-    lacking = {name: factor for name, factor in factors.items() if ".layers.1." not in name}
-    wrong_shape = factors | {f"{layer}q_proj.lora_B.weight": torch.zeros(3, 3)}
-    head = factors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 36)}
-    first = f"{layer}q_proj.lora_A.weight"
-    cases: list[tuple[dict[str, object], dict[str, torch.Tensor] | None, str]] = [
-        ({"use_dora": True}, None, "has use_dora=True: DoRA scales weights"),
-        ({"bias": "all"}, None, "has bias='all': adapters here have no biases"),
-        ({"modules_to_save": ["lm_head"]}, None, "it trains whole modules, which adapters here do not"),
-        ({"rank_pattern": {"q_proj": 2}}, None, "one checkpoint has one rank and one scale"),
-        ({"init_lora_weights": "pissa"}, None, "has init_lora_weights='pissa': it changes the base"),
-        ({"peft_type": "IA3"}, None, "only LoRA can be read"),
-        ({"r": None}, None, "cannot be read, expected adapter_config.json"),
-        ({"lora_alpha": None}, None, "cannot be read, expected adapter_config.json"),
-        ({"use_rslora": "no"}, None, "has use_rslora='no': expected true or false"),
-        ({"r": 4}, None, r"has factors of the ranks \[3\], expected r=4 alone"),
-        ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer"),
-        ({}, wrong_shape, r"q_proj.lora_B.weight has shape \[3, 3\], expected \[40, 3\]"),
-        ({}, factors | {first: torch.tensor(1.0)}, "has factors of the ranks"),
-        ({}, head, "has factors of modules without adapters here, .*: base_model.model.lm_head.lora_A.weight"),
-        ({}, {"a.lora_magnitude_vector": torch.zeros(1)}, "has tensors that are no factors of LoRA: a.lora_magn"),
-    ]
-    for number, (changes, tensors, message) in enumerate(cases):
-        with raises(message):
-            peft_to_megatron(rewritten(peft, tmp_path / f"{number}", tensors, **changes), made.base, tmp_path / "out")
-    with raises("cannot be read, expected adapter_config.json and adapter_model.safetensors of PEFT"):
-        peft_to_megatron(made.hf, made.base, tmp_path / "out")
-    nested = rewritten(peft, tmp_path / "nested")
-    (nested / "adapter_config.json").write_text("[" * 100_000)
-    with raises("nested cannot be read, .*: objects and lists are nested too deep"):
-        peft_to_megatron(nested, made.base, tmp_path / "out")
-    (nested / "adapter_config.json").write_text("[]")
-    with raises("nested cannot be read"):
-        peft_to_megatron(nested, made.base, tmp_path / "out")
-    shutil.copy(peft / "adapter_config.json", nested)
-    (nested / "adapter_model.safetensors").unlink()
-    (nested / "adapter_model.safetensors").mkdir()
-    with raises("adapter_model.safetensors is a directory, expected a file"):
-        peft_to_megatron(nested, made.base, tmp_path / "out")
-    linked = rewritten(peft, tmp_path / "linked")
-    (linked / "adapter_model.safetensors").unlink()
-    (linked / "adapter_model.safetensors").symlink_to(peft / "adapter_model.safetensors")
-    with raises("is a symbolic link to .*, outside of its directory"):
-        peft_to_megatron(linked, made.base, tmp_path / "out")
-    with raises("holds adapters alone, expected the full weights below the adapters of"):
-        peft_to_megatron(peft, made.adapters, tmp_path / "out")
-    with raises("holds full weights, expected a checkpoint of adapters"):
-        megatron_to_peft(made.base, tmp_path / "out")
-    with raises("holds adapters alone, expected full weights: convert it with megatron-to-peft, and merge the result"):
-        megatron_to_hf(made.adapters, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert main(["megatron-to-peft", "--megatron", str(made.base), "--out", str(tmp_path / "out")]) == 2
-    assert "holds full weights, expected a checkpoint of adapters" in capsys.readouterr().err
-
-
-def test_the_commands_convert_and_say_how_to_begin_a_run(adapted, tmp_path, capsys):
-    made, _ = adapted("llama2", PLAIN)
-    assert main(["megatron-to-peft", "--megatron", str(made.adapters), "--out", str(tmp_path / "peft")]) == 0
-    arguments = ["--peft", str(tmp_path / "peft"), "--base", str(made.base), "--out", str(tmp_path / "back")]
-    assert main(["peft-to-megatron", *arguments]) == 0
-    said = capsys.readouterr().out
-    assert (
-        f"begin a run at it with checkpoint.load={made.base} adapter.load={tmp_path / 'back'} adapter.rank=3 " in said
-    )
-    layers = "linear_qkv,linear_proj,linear_fc1,linear_fc2"
-    assert f"adapter.alpha=1.5 adapter.rank_stabilised=false 'adapter.layers=[{layers}]'" in said
+    cases = [(named, rewritten(peft, tmp_path / named[:9], **changes)) for named, changes in SETTINGS.items()]
+    for number, (named, tensors) in enumerate(factors_that_do_not_fit(factors).items()):
+        cases.append((named, rewritten(peft, tmp_path / f"{number}", tensors)))
+    for named, directory in [*cases, ("adapter_model.safetensors of PEFT", made.hf)]:
+        with raises(named):
+            peft_to_megatron(directory, made.base, out)
+    with raises("holds adapters alone"):
+        peft_to_megatron(peft, made.adapters, out)
+    with raises("holds adapters alone"):
+        megatron_to_hf(made.adapters, out)
+    assert main(["megatron-to-peft", "--megatron", str(made.base), "--out", str(out)]) == 2
+    assert "holds full weights" in capsys.readouterr().err and not out.exists()

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,6 @@ def saved(ranks, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_dir(saved, tmp_path) -> Path:
-    """Return a run directory with a frozen teacher and the checkpoint of step 1."""
-    return Path(shutil.copytree(saved, tmp_path / "run"))
-
-
-@pytest.fixture
 def mark(tmp_path) -> Path:
     """Return the file that a payload would create."""
     return tmp_path / "executed"
@@ -54,15 +49,9 @@ def poison_common(path: Path, mark: Path) -> None:
     common_state.write(path, common_state.read(path) | {"rerun_state_machine": Payload(mark)})
 
 
-def poison_trainer_state(path: Path, mark: Path) -> None:
+def trainer_state(path: Path, state: object) -> None:
     common = common_state.read(path)
-    common["selfdistill"]["trainer_state"] = pickle.dumps({"step": 1, "guards": Payload(mark)})
-    common_state.write(path, common)
-
-
-def nest_trainer_state(path: Path, mark: Path) -> None:
-    common = common_state.read(path)
-    common["selfdistill"]["trainer_state"] = "[" * 100_000
+    common["selfdistill"]["trainer_state"] = state
     common_state.write(path, common)
 
 
@@ -79,63 +68,67 @@ def poison_object(path: Path, mark: Path, name: str) -> None:
     common_state.write_object(path, key, Payload(mark))
 
 
-def poison_rng_state(path: Path, mark: Path) -> None:
-    poison_object(path, mark, "selfdistill_rng_state")
-
-
-def poison_extra_state(path: Path, mark: Path) -> None:
-    poison_object(path, mark, "decoder.layers.self_attention.linear_qkv._extra_state")
-
-
-def poison_weight(path: Path, mark: Path) -> None:
-    poison_object(path, mark, "decoder.final_layernorm.weight")
-
-
-def resume(run_dir: Path) -> str:
-    run = checkpointed_run.start(FROZEN, run_dir)
-    with pytest.raises(CheckpointError) as caught:
-        run.load_latest()
-    return str(caught.value)
-
-
+RANDOM_STATE, WEIGHT = "selfdistill_rng_state", "decoder.final_layernorm.weight"
+EXTRA_STATE = "decoder.layers.self_attention.linear_qkv._extra_state"
 REFUSED = ".*its pickle asks for posix.system"
-POISONED = {
+Poison = Callable[[Path, Path], None]
+POISONED: dict[str, tuple[Poison, str]] = {
     "the state that is no tensor": (poison_common, REFUSED),
-    "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state"),  # it is no pickle
-    "the trainer's state, nested deep": (nest_trainer_state, "has a corrupt trainer_state"),
-    "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
-    "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
+    "the trainer's state, which is no pickle": (
+        lambda path, mark: trainer_state(path, pickle.dumps({"step": 1, "guards": Payload(mark)})),
+        "has a corrupt trainer_state",
+    ),
+    "nested deep": (lambda path, mark: trainer_state(path, "[" * 100_000), "has a corrupt trainer_state"),
+    "the random states": (lambda path, mark: poison_object(path, mark, RANDOM_STATE), f"rng_state/shard_{REFUSED}"),
+    "a layer's extra state": (
+        lambda path, mark: poison_object(path, mark, EXTRA_STATE),
+        f"_extra_state/shard_{REFUSED}",
+    ),
     ".metadata": (poison_metadata, f"has a .metadata that{REFUSED}"),
 }
+"""What is poisoned -> how, and what the refusal names."""
+OF_THE_TEACHER = ["the state that is no tensor", "a layer's extra state", ".metadata"]
 
 
-@pytest.mark.parametrize("name", POISONED)
-def test_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, name):
-    poison, refusal = POISONED[name]
-    poison(checkpoint(run_dir), mark)
-    manifest.write(checkpoint(run_dir))  # its checksums are in order
-    (message,) = ranks.run(resume, run_dir, world_size=1)
-    assert re.search(refusal, message), message
+def resume_each(run_dirs: list[Path]) -> list[str]:
+    """Return the refusals of runs that resume; check that PyTorch's readers are as before."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
+    before, messages = (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes), []
+    for run_dir in run_dirs:
+        run = checkpointed_run.start(FROZEN, run_dir)
+        with pytest.raises(CheckpointError) as caught:
+            run.load_latest()
+        messages.append(str(caught.value))
+        assert (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes) == before
+    return messages
+
+
+def test_a_poisoned_checkpoint_or_teacher_is_refused_and_nothing_runs(ranks, saved, tmp_path, mark):
+    cases = [(name, "checkpoint") for name in POISONED] + [(name, "teacher") for name in OF_THE_TEACHER]
+    run_dirs = [Path(shutil.copytree(saved, tmp_path / f"run {number}")) for number in range(len(cases))]
+    for (name, where), run_dir in zip(cases, run_dirs, strict=True):
+        path = run_dir / "teacher" if where == "teacher" else checkpoint(run_dir)
+        POISONED[name][0](path, mark)
+        manifest.write(path)  # its checksums are in order
+    (messages,) = ranks.run(resume_each, run_dirs, world_size=1)
+    for (name, where), message in zip(cases, messages, strict=True):
+        assert re.search(POISONED[name][1], message) and (where != "teacher" or "teacher" in message), (name, message)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("poison", [poison_common, poison_metadata, poison_extra_state])
-def test_a_poisoned_teacher_is_refused_and_nothing_runs(ranks, run_dir, mark, poison):
-    poison(run_dir / "teacher", mark)
-    manifest.write(run_dir / "teacher")
-    (message,) = ranks.run(resume, run_dir, world_size=1)
-    assert "teacher" in message and "its pickle asks for posix.system" in message
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("poison", [poison_metadata, poison_weight])
-def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, poison):
-    common = common_state.read(checkpoint(run_dir))
+@pytest.mark.parametrize("what", [".metadata", "a weight"])
+def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, saved, tmp_path, mark, what):
+    path = checkpoint(Path(shutil.copytree(saved, tmp_path / "run")))
+    common = common_state.read(path)
     del common["selfdistill"]
-    common_state.write(checkpoint(run_dir), common)  # as another program's
-    poison(checkpoint(run_dir), mark)
-    (checkpoint(run_dir) / manifest.NAME).unlink()
-    (message,) = ranks.run(checkpointed_run.refusal_of, checkpoint(run_dir), world_size=1)
+    common_state.write(path, common)  # as another program's
+    if what == ".metadata":
+        poison_metadata(path, mark)
+    else:
+        poison_object(path, mark, WEIGHT)
+    (path / manifest.NAME).unlink()
+    (message,) = ranks.run(checkpointed_run.refusal_of, path, world_size=1)
     assert "posix.system" in message or "posix system" in message, message
     assert not mark.exists()
 
@@ -147,21 +140,6 @@ def test_a_poisoned_legacy_checkpoint_is_refused_and_nothing_runs(ranks, tmp_pat
     (message,) = ranks.run(checkpointed_run.refusal_of, tmp_path / "iter_0000001", world_size=1)
     assert "model_optim_rng.pt was refused: its pickle asks for posix.system" in message
     assert not mark.exists()
-
-
-def read_by_others(run_dir: Path) -> None:
-    """Check that a read restores PyTorch's readers, also after a failure."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-
-    before = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
-    resume(run_dir)
-    assert (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes) == before
-
-
-def test_the_readers_of_the_process_are_restricted_for_the_while_only(ranks, run_dir, mark):
-    poison_rng_state(checkpoint(run_dir), mark)
-    manifest.write(checkpoint(run_dir))
-    ranks.run(read_by_others, run_dir, world_size=1)
 
 
 def test_statistics_of_transformer_engine_are_pickled_again_and_poisoned_ones_refused(mark):

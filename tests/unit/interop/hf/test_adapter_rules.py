@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import adapted
 import hf_models
 import models
@@ -25,32 +27,26 @@ from megatron_selfdistill.model.forward import unwrapped
 LATENT = "linear_q_down_proj linear_q_up_proj linear_kv_down_proj linear_kv_up_proj"
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
 DENSE = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-LAYOUTS = {
+MOE = {"tp": 2, "ep": 2, "etp": 1, "sp": True}
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+COMPRESSED = "down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj up_proj".split()
+LAYOUTS: dict[str, tuple[str, dict[str, Any], int, list[str]]] = {
     "Llama, TP1": ("llama2", {}, 1, DENSE),
     "Qwen2, TP2": ("qwen2", {"tp": 2}, 2, DENSE),
     "Llama, TP2+SP": ("llama3", {"tp": 2, "sp": True}, 2, DENSE),
     "Qwen3, PP2": ("qwen3", {"pp": 2}, 2, DENSE),
     "Qwen3, TP2xPP2xVPP2": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
-    "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", MOE, 2, DENSE),
     "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
-    "GLM, TP2xEP2+SP": ("glm4_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
-    "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ["k_proj", "o_proj", "q_proj", "v_proj"]),
-    "Qwen2-MoE, TP2xEP2+SP": ("qwen2_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "GLM, TP2xEP2+SP": ("glm4_moe", MOE, 2, DENSE),
+    "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ATTENTION),
+    "Qwen2-MoE, TP2xEP2+SP": ("qwen2_moe", MOE, 2, DENSE),
     "Qwen3-Next, TP2+SP": ("qwen3_next", {"tp": 2, "sp": True}, 2, DENSE),
-    "GPT-OSS, TP2xEP2+SP": (
-        "gpt_oss",
-        {"tp": 2, "ep": 2, "etp": 1, "sp": True},
-        2,
-        ["k_proj", "o_proj", "q_proj", "v_proj"],
-    ),
-    "DeepSeek, PP2": (
-        "deepseek_v3",
-        {"pp": 2},
-        2,
-        ["down_proj", "gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", "up_proj"],
-    ),
+    "GPT-OSS, TP2xEP2+SP": ("gpt_oss", MOE, 2, ATTENTION),
+    "DeepSeek, PP2": ("deepseek_v3", {"pp": 2}, 2, COMPRESSED),
 }
-QUICK = ["Llama, TP2+SP", "GLM, TP2xEP2+SP", "DeepSeek, PP2"]
+"""Name -> the kind of the model, its layout and ranks, and the modules that have adapters."""
+QUICK = ["GLM, TP2xEP2+SP", "DeepSeek, PP2"]
 
 
 def of_kind(kind: str) -> tuple[Family, ModelConfig]:
@@ -119,23 +115,21 @@ def test_factors_return_to_megatron_and_modules_that_share_a_layer_must_share_a(
     names = [name.removeprefix(f"{PEFT_PREFIX}model.layers.0.self_attn.") for name in rules[0].hf_names]
     assert names == ["q_proj.lora_A.weight", "k_proj.lora_A.weight", "v_proj.lora_A.weight"]
     a = torch.randn(rules[0].shape)
-    with pytest.raises(ConfigError, match="modules of one fused linear layer have different factors A"):
+    with pytest.raises(ConfigError, match="different factors A"):
         rules[0].to_megatron(a, a, a + 1)
-    with pytest.raises(ConfigError, match=r"adapter\.layers=\['linear_q_proj'\]: this model has no such layer"):
+    with pytest.raises(ConfigError, match="linear_q_proj"):
         adapter_rules(family.rules(model), AdapterConfig(rank=2, layers=["linear_q_proj"]))
 
 
-def incomplete() -> str:
-    """Return the error of an export whose rules lack adapters that the model has."""
+def refuse_incomplete_rules() -> None:
+    """Check the error of an export whose rules lack adapters that the model has."""
     family, model = of_kind("llama2")
     chunks, grid = models.build(model, models.parallel())
     add_adapters(chunks, ADAPTER, grid)
     rules = adapter_rules(family.rules(model), AdapterConfig(rank=3, layers=["linear_qkv"]))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=r"linear_proj_adapter\.a\[0\] has no rule"):
         Exporter(chunks, grid, rules, part=is_adapter_key)
-    return str(error.value)
 
 
 def test_an_export_of_a_part_needs_a_rule_for_each_tensor_of_the_part(ranks):
-    (message,) = ranks.run(incomplete, world_size=1)
-    assert "the rules do not fit the live model: " in message and "linear_proj_adapter.a[0] has no rule" in message
+    ranks.run(refuse_incomplete_rules, world_size=1)
