@@ -27,8 +27,8 @@ MIXED = [SLIDING, FULL, FULL, SLIDING]
 USED = {"use_sliding_window": True, "sliding_window": 6}
 
 
-def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+def present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not ...}
 
 
 SCALED: dict[str, dict[str, Any]] = {
@@ -40,11 +40,11 @@ SCALED: dict[str, dict[str, Any]] = {
     "mscale_all_dim alone": {"mscale_all_dim": 0.7},
     "a range that is not rounded": {"truncate": False},
     "a factor from the lengths": {"factor": None},
-    "the length of the model": {"original_max_position_embeddings": None},
+    "the length of the model": {"original_max_position_embeddings": ...},
     "the factor 1": {"factor": 1.0},
-    "its type by the older name": {"rope_type": None, "type": "yarn"},
+    "its type by the older name": {"rope_type": ..., "type": "yarn"},
 }
-"""Further entries of YaRN's; null removes one."""
+"""Further entries of YaRN's; an ellipsis removes one."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "as saved": {},
     "yarn beside rope_parameters": {"rope_scaling": YARN},
@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"yarn with {name}": {
             "rope_parameters": None,
             "rope_theta": 100.0,
-            "rope_scaling": without_nulls({**YARN, **changes}),
+            "rope_scaling": present({**YARN, **changes}),
         }
         for name, changes in SCALED.items()
     },
