@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Starts of other runs: the finished run, a copy of it, which a test may change, and weights after one step."""
+"""Whole runs that several tests read, a copy of the finished one, and weights at which other runs start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import overrides, train
+from tiny_run import Runs
+
+
+@pytest.fixture(scope="session")
+def runs(ranks, data, tmp_path_factory) -> Runs:
+    """Return the runs of this session, each of which is trained at its first request."""
+    return Runs(ranks, data, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -23,8 +29,6 @@ def start(finished) -> str:
 
 
 @pytest.fixture(scope="session")
-def early(ranks, data, tmp_path_factory) -> str:
+def early(runs) -> str:
     """Return the override that starts runs from weights after one step, whose responses are of many kinds."""
-    run = tmp_path_factory.mktemp("base") / "run"
-    train(ranks, overrides(data, run, "num_steps=1"))
-    return f"checkpoint.load={run}/checkpoints"
+    return f"checkpoint.load={runs('num_steps=1', 'checkpoint.save_every=1')}/checkpoints"

@@ -42,7 +42,7 @@ def flip_arguments(path: Path) -> str:
 
 def lose_manifest(path: Path) -> str:
     (path / "manifest.json").unlink()
-    return f"{path.name} has no manifest.json, which this program saved with it"
+    return f"{path.name} has no manifest.json"
 
 
 def lose(path: Path) -> str:
@@ -62,42 +62,29 @@ def test_where_no_checkpoint_can_be_used_nothing_starts_and_nothing_is_overwritt
     before = bytes_of(run)
     status, output = started(ranks, overrides(data, run))
     assert status == 2 and "Traceback" not in output
-    (message,) = [line for line in output.splitlines() if "none of the checkpoints in" in line]
-    assert message.startswith(f"none of the checkpoints in {run}/checkpoints can be used: ")
+    (message,) = [line for line in output.splitlines() if f"none of the checkpoints in {run}/checkpoints" in line]
     assert all(reason in message for reason in reasons)
-    if damages == (lose, lose):
-        assert "iter_0000006 does not exist" in message  # the tracker file names it
-    assert f"move {run} away" in message
+    assert damages != (lose, lose) or "iter_0000006 does not exist" in message  # the tracker file names it
     assert bytes_of(run) == before
 
 
 @pytest.mark.parametrize("damage", [flip, pytest.param(flip_arguments, marks=pytest.mark.full)])
 def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_reports_each_damage_once(ranks, data, run, damage):
-    """Besides, the tracker file is no text: then the newest checkpoint counts."""
-    (run / "checkpoints" / tiny_run.TRACKER).write_bytes(b"\xff\xfe6")
-    reason = damage(checkpoint(run, 6))
-    status, output = started(ranks, overrides(data, run))
-    assert status == 0 and saved_step(run) == 6
-    lines = [line for line in output.splitlines() if "iter_0000006" in line]
-    assert lines == [
-        f"{reason}: its checksum is not the one in manifest.json in {run}/checkpoints: the run continues from "
-        "iter_0000003, 3 steps earlier"
-    ]
-    assert len(reproducible_metrics(run)) == 6
-
-
-def test_odd_lines_of_the_log_stop_no_resumed_run(ranks, data, run):
-    """Nor does an odd byte in config.yaml, which a resumed run writes again."""
+    """Besides, the tracker file is no text, and then the newest checkpoint counts; logs and settings have odd bytes."""
     before = reproducible_metrics(run)
+    (run / "checkpoints" / tiny_run.TRACKER).write_bytes(b"\xff\xfe6")
     with (run / "config.yaml").open("ab") as file:
         file.write(b"# \xff\n")
     for name in ("metrics.jsonl", "events.jsonl"):
         lines = (run / name).read_bytes().splitlines(keepends=True)
         (run / name).write_bytes(b"".join([lines[0], b"\xff\n[1, 2]\n", *lines[1:]]))
-    status, output = started(ranks, overrides(data, run, "num_steps=7"))
-    assert status == 0 and "Traceback" not in output
-    assert f"{run}/metrics.jsonl: 2 lines were skipped, the first: line 2, which is not JSON in UTF-8" in output
-    assert reproducible_metrics(run)[:6] == before and reproducible_metrics(run)[6]["step"] == 7
+    reason = damage(checkpoint(run, 6))
+    status, output = started(ranks, overrides(data, run))
+    assert status == 0 and saved_step(run) == 6 and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if "iter_0000006" in line]
+    assert line.startswith(reason) and line.endswith("continues from iter_0000003, 3 steps earlier")
+    assert f"{run}/metrics.jsonl: 2 lines were skipped, the first: line 2" in output
+    assert reproducible_metrics(run) == before
 
 
 def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
@@ -117,28 +104,29 @@ def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
         return start_and_listen(arguments)
 
 
-@pytest.mark.full
-def test_a_run_directory_that_is_deleted_during_a_background_save_is_written_again(ranks, data, tmp_path):
-    run, world_size = tmp_path / "run", 2
-    arguments = overrides(data, run, "checkpoint.async_save=true", "checkpoint.save_every=2")
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, ()),
+        pytest.param(2, (), marks=pytest.mark.full),
+        pytest.param(2, ("checkpoint.async_save=true", "checkpoint.save_every=2"), marks=pytest.mark.full),
+    ],
+    ids=["one rank", "DP2", "DP2, saved in the background"],
+)
+def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(
+    ranks, data, finished, tmp_path, world_size, options
+):
+    run = tmp_path / "run"
+    arguments = overrides(data, run, *options)
     outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
     assert [status for status, _ in outcomes] == [0] * world_size, outcomes
-    train(ranks, [*arguments, "num_steps=7"])
-    assert saved_step(run) == 7
-
-
-@combinations(world_size=[1, 2], quick={"world_size": ["1"]}, strength=1)
-def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, world_size):
-    run = tmp_path / "run"
-    arguments = overrides(data, run)
-    outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
-    assert [status for status, _ in outcomes] == [0] * world_size
-    output = outcomes[0][1]
-    for name in (run, run / "teacher"):
-        assert len([line for line in output.splitlines() if line.startswith(f"{name} ")]) == 1, output
-    assert (run / "config.yaml").read_text() == (finished / "config.yaml").read_text().replace(str(finished), str(run))
-    steps = [line["step"] for line in reproducible_metrics(run)]
-    assert steps == [5, 6] and saved_step(run) == 6
+    if not options:
+        output = outcomes[0][1]
+        for name in (run, run / "teacher"):
+            assert len([line for line in output.splitlines() if line.startswith(f"{name} ")]) == 1, output
+        config = (finished / "config.yaml").read_text().replace(str(finished), str(run))
+        assert (run / "config.yaml").read_text() == config
+        assert [line["step"] for line in reproducible_metrics(run)] == [5, 6] and saved_step(run) == 6
     if world_size == 1:
         assert reproducible_metrics(run) == reproducible_metrics(finished)[-2:]
     train(ranks, [*arguments, "num_steps=7"])

@@ -1,30 +1,33 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The last lines of a run, and a second start of a complete run."""
+"""The last lines of a run, second launches, also with other settings, and a run as an object of Python."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import overrides, saved_step, start_and_listen, train
+import yaml
+from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
-from megatron_selfdistill.commands import announcement
+from megatron_selfdistill import SelfDistiller
+from megatron_selfdistill.commands import announcement, self_distiller
 from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.metrics.run_log import read_events
 
 
-def lines_of(ranks: Any, arguments: list[str], world_size: int = 1, start: Any = start_and_listen) -> list[str]:
-    """Start a run that must end with status 0; return the lines that rank 0 prints."""
+def lines_of(ranks: Any, arguments: list[str], start: Any = start_and_listen) -> list[str]:
+    """Start a run that must end with status 0; return the lines that it prints."""
     shown = [*arguments, "metrics.console_every=1"]
-    ends = ranks.run(start, shown, world_size=world_size, init_process_group=False)
-    assert {status for status, _ in ends} == {0}, ends
-    return list(ends[0][1].strip().splitlines())
+    [(status, output)] = ranks.run(start, shown, world_size=1, init_process_group=False)
+    assert status == 0, output
+    return list(output.strip().splitlines())
 
 
 def start_and_press(arguments: list[str]) -> tuple[int, str]:
@@ -43,21 +46,35 @@ def start_and_press(arguments: list[str]) -> tuple[int, str]:
         return start_and_listen(arguments)
 
 
-@pytest.fixture(scope="module")
-def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
-    """Return the directory of a run of 2 steps on 2 ranks, and its messages."""
-    directory = tmp_path_factory.mktemp("ended")
-    arguments = overrides(data, directory / "run", "num_steps=2", "checkpoint.async_save=true")
-    return directory / "run", lines_of(ranks, arguments, 2)
+def start_where_no_model_can_be_built(arguments: list[str]) -> tuple[int, str]:
+    from megatron_selfdistill.learner import Learner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "__init__", None)
+        return start_and_listen(arguments)
 
 
-def test_a_run_ends_with_its_checkpoint(ended):
-    run, messages = ended
-    checkpoint = run / "checkpoints" / "iter_0000002"
-    done, train_on = (line for line in messages if line.startswith(("done: ", "next: ")))
-    assert re.fullmatch(rf"done: 2 steps in \d+:\d\d; checkpoint: {checkpoint}", done)
+def test_a_stopped_run_says_how_to_continue_and_ends_and_a_complete_one_builds_and_changes_nothing(
+    ranks, data, tmp_path
+):
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "num_steps=3", "checkpoint.async_save=true")
+    (stopped,) = [line for line in lines_of(ranks, arguments, start_and_press) if line.startswith("stopped ")]
+    assert stopped == (
+        f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
+        f"{run}/checkpoints/iter_0000002"
+    )
+    assert saved_step(run) == 2
+    lines = lines_of(ranks, arguments)
+    done, train_on = (line for line in lines if line.startswith(("done: ", "next: ")))
+    checkpoint = run / "checkpoints" / "iter_0000003"
+    assert re.fullmatch(rf"done: 3 steps \(1 of them in this launch\) in \d+:\d\d; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
     assert train_on == "next: the same command with a larger num_steps trains on from there"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    complete = f"complete: all 3 steps were done before, nothing is trained; checkpoint: {checkpoint}"
+    assert complete in lines_of(ranks, arguments, start_where_no_model_can_be_built)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("adapters", "kind"), [([], "hf"), (["adapter.rank=4"], "peft")])
@@ -71,40 +88,117 @@ def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path,
     assert convert._parser().parse_args(words).megatron == run
 
 
-def start_where_no_model_can_be_built(arguments: list[str]) -> tuple[int, str]:
-    from megatron_selfdistill.learner import Learner
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "__init__", None)
-        return start_and_listen(arguments)
-
-
-def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended):
-    run, _ = ended
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    arguments = overrides(data, run, "num_steps=2", "checkpoint.async_save=true")
-    lines = lines_of(ranks, arguments, 2, start_where_no_model_can_be_built)
-    complete = "complete: all 2 steps were done before, nothing is trained"
-    assert f"{complete}; checkpoint: {run}/checkpoints/iter_0000002" in lines
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of_both_launches(ranks, data, tmp_path):
-    run = tmp_path / "run"
-    arguments = overrides(data, run, "num_steps=3")
-    lines = lines_of(ranks, arguments, start=start_and_press)
-    assert saved_step(run) == 2
-    (stopped,) = [line for line in lines if line.startswith("stopped ")]
-    assert stopped == (
-        f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
-        f"{run}/checkpoints/iter_0000002"
-    )
-    assert any(line.startswith("done: 3 steps (1 of them in this launch) in ") for line in lines_of(ranks, arguments))
-
-
 def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):
     rewarded = ["method.name=opsd_rl", "method.reward=hint_functions.reward_that_leaves_late", "rollout.num_samples=2"]
     train(ranks, overrides(data, tmp_path / "run", "checkpoint.save_every=0", *rewarded), world_size=2, expected=4)
     assert saved_step(tmp_path / "run") >= 1
     event = read_events(tmp_path / "run")[-1]
-    assert event["event"] == "verifier" and "reward_that_leaves_late tried to end the program" in event["reason"]
+    assert event["event"] == "verifier" and "reward_that_leaves_late" in event["reason"]
+
+
+def from_python(data: Path, run_dir: Path) -> dict[str, Any]:
+    """Return what the methods return: train two steps, go on to the third, evaluate, and write the report."""
+    words = overrides(data, run_dir)[1:]
+    begun = SelfDistiller(*words, run_dir=run_dir, steps=2).train()
+    run = SelfDistiller(*words, run_dir=run_dir, steps=3)
+    last = run.train()
+    summary = run.evaluate(data / "problems.jsonl", "--num-samples", "2", "evaluation.verifier=exact_match")
+    with pytest.raises(RuntimeError, match="selfdistill train ended with status 2"):
+        SelfDistiller(*words, "traget.rule=fixed", run_dir=run_dir).train()
+    found = {"steps": (begun["step"], last["step"]), "losses": run.figures()["loss/mean"]}
+    return found | {"summary": summary, "report": run.report().is_file()}
+
+
+def test_an_object_trains_evaluates_and_reports_the_run_of_the_commands(ranks, data, finished, tmp_path):
+    [found] = ranks.run(from_python, data, tmp_path / "python", world_size=1)
+    assert found["steps"] == (2, 3) and found["report"]
+    assert 0 <= found["summary"]["metrics"]["greedy_accuracy"] <= 1
+    expected = [(line["step"], line["loss/mean"]) for line in reproducible_metrics(finished)[:3]]
+    assert found["losses"] == expected
+
+
+def test_the_settings_of_a_file_are_those_of_the_evaluation(tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").write_text("rollout: {top_k: 5}\ndata: {path: a.jsonl}\n")
+    (tmp_path / "summary.json").write_text("{}")
+    seen = []
+    monkeypatch.setattr(self_distiller, "_run", lambda *words: seen.extend(words))
+    SelfDistiller(f"{tmp_path}/my.yaml", run_dir="run").evaluate("test.jsonl", out=tmp_path)
+    assert "rollout.top_k=5" in seen and "data.path='a.jsonl'" not in seen
+
+
+def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
+    """Start the run on one rank; return the exit status and the output."""
+    arguments = overrides(data, run, "num_steps=7", "metrics.console_every=1", *more)
+    (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    return outcome
+
+
+@pytest.fixture
+def shortened(data, tmp_path) -> str:
+    """Return the override that takes away the last problem."""
+    lines = (data / "problems.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "problems.jsonl").write_text("".join(lines[:-1]))
+    return f"data.path={tmp_path}/problems.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            ["target=strict", "rollout.temperature=0.5", "method.name=sft", "+model.transformer.attention_dropout=0.1"],
+            ["target.k_max: ", "rollout.temperature: ", "method.name: ", "model.transformer.attention_dropout: "],
+        ),
+        (["teacher.weights=ema", "checkpoint.resume=force"], ["teacher.weights: "]),
+        (["SHORTENED"], ["data.path"]),
+    ],
+    ids=["what decides what is learned", "another form on disk, even by force", "other problems"],
+)
+def test_such_changes_are_refused_before_anything_is_built(ranks, run, data, shortened, changes, named):
+    before = bytes_of(run)
+    status, output = started(ranks, data, run, *(change.replace("SHORTENED", shortened) for change in changes))
+    assert status == 2 and "Traceback" not in output and "num_steps" not in output, "what may change is no reason"
+    assert all(key in output for key in named)
+    assert ("checkpoint.resume=force" in output) == ("checkpoint.resume=force" not in changes), "where it helps"
+    assert bytes_of(run) == before
+
+
+def test_what_may_change_is_logged_line_by_line_once_and_the_run_goes_on(ranks, data, finished, run, tmp_path):
+    text, same = (run / "config.yaml").read_text(), tmp_path / "same.jsonl"
+    shutil.copyfile(data / "problems.jsonl", same)
+    changes = ["optimizer.lr=5e-4", "schedule.max_tokens=128", "checkpoint.save_every=5", f"data.path={same}"]
+    status, output = started(ranks, data, run, *changes, "optimizer.precision=bf16")
+    assert status == 0 and saved_step(run) == 7
+    lines = [line for line in output.splitlines() if " in the checkpoint, now " in line]
+    assert f"run_dir: '{finished}' in the checkpoint, now '{run}'" in lines, "the fixture has copied the directory"
+    assert [line for line in lines if not line.startswith(("run_dir", "data.path"))] == [
+        "checkpoint.save_every: 3 in the checkpoint, now 5",
+        "metrics.console_every: 0 in the checkpoint, now 1",
+        "num_steps: 6 in the checkpoint, now 7",
+        "optimizer.lr: 0.001 in the checkpoint, now 0.0005",
+        "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'",
+        "schedule.max_tokens: 256 in the checkpoint, now 128",
+    ]
+    shown = [re.escape(str(path)[:70]) for path in (data, same)]  # a long value is cut
+    assert re.search(rf"data\.path: '{shown[0]}.* in the checkpoint, now '{shown[1]}", output), output
+    assert reproducible_metrics(run)[6]["learning_rate"] == pytest.approx(5e-4)
+    assert (run / "config.until_step_6.yaml").read_text() == text, "the configuration of the earlier launch is kept"
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 5e-4
+    status, output = started(ranks, data, run, *changes, "optimizer.precision=bf16")
+    assert status == 0 and " in the checkpoint, now " not in output and "force" not in output
+    kept = sorted(file.name for file in run.glob("config*.yaml"))
+    assert kept == ["config.until_step_6.yaml", "config.yaml"], "an equal one is not kept twice"
+
+
+@pytest.mark.full
+def test_force_continues_with_the_stored_state_and_starts_other_problems_from_their_beginning(
+    ranks, data, run, shortened
+):
+    from megatron_selfdistill.checkpoint.formats.saved_run import read_saved_run
+
+    changes = ["target=strict", "rollout.temperature=0.5", shortened, "seed=3", "checkpoint.resume=force"]
+    status, output = started(ranks, data, run, *changes)
+    assert status == 0 and saved_step(run) == 7
+    assert all(f"{key} in the checkpoint" in output for key in ("target.k_max: '1 + w'", "rollout.temperature: 1.0"))
+    assert [line["step"] for line in reproducible_metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
+    state = read_saved_run(run / "checkpoints" / "iter_0000007").trainer_state["problem_sampler"]
+    assert state | {"fingerprint": ""} == {"epoch": 0, "position": 8, "seed": 3, "fingerprint": ""}

@@ -1,51 +1,57 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whole runs with an environment: resumed, replayed, and with equal texts and terms in every layout."""
+"""Whole runs with an environment: resumed, replayed, equal in every layout, and shown as one conversation each."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import RankError
+from reported_runs import blocks_of
 from tiers import combinations
 from tiny_run import (
     TWO_RANKS,
     assert_equal_runs,
-    assert_resumes_equal,
     assert_steps_equal,
-    overrides,
     reproducible_metrics,
     saved_step,
     start_with,
     train,
 )
 
-ENVIRONMENT = ["environment.name=replying.Replying", "environment.max_turns=3"]
+from megatron_selfdistill.data.tokenizer_files import load_tokenizer
+from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
+from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics, read_samples
+from megatron_selfdistill.rollout.base import Response, response_text
+
+DEFAULT, TURNS = ["recipe=default", "method.name=opsd_rl"], "environment.max_turns=3"
+ONE_SEQUENCE = "environment.limits={one_sequence: true}"
+REPLYING = "environment.name=replying.Replying"
 RECIPES = {
-    "default": ["method.name=opsd_rl", *ENVIRONMENT],
-    "rltf_sd": [ENVIRONMENT[0], "method.revision_min_log_prob=null"],
-    "rltf_fm": [ENVIRONMENT[0], "method.reply_template='{problem}{response}'"],
-    "sessions": ["method.name=opsd_rl", "environment.name=sessions.Opened", "environment.max_turns=3"],
-    "one_sequence": ["method.name=opsd_rl", *ENVIRONMENT, "environment.limits={one_sequence: true}"],
+    "default": [*DEFAULT, REPLYING, TURNS],
+    "rltf_sd": ["recipe=rltf_sd", REPLYING, "method.revision_min_log_prob=null"],
+    "rltf_fm": ["recipe=rltf_fm", REPLYING, "method.reply_template='{problem}{response}'"],
+    "sessions": [*DEFAULT, "environment.name=sessions.Opened", TURNS],
+    "one_sequence": [*DEFAULT, REPLYING, TURNS, ONE_SEQUENCE],
 }
-BASES = {"sessions": "default", "one_sequence": "default"}
-"""Name of a run -> the recipe, where it has another name."""
-LAYOUTS_OF_RECORDED = {"rltf_sd": ["TP2", "DP2"], "rltf_fm": ["PP2", "CP2"]}
+LAYOUTS_OF_RECORDED = [("rltf_sd", "TP2"), ("rltf_sd", "DP2"), ("rltf_fm", "PP2"), ("rltf_fm", "CP2")]
 COMPARED = ("terms/", "rewards/", "episodes/", "loss/")
-NUM_STEPS = 2
+TINY = (
+    *("data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10", "data.on_long_context=drop"),
+    *("optimizer.lr_warmup_steps=0", "num_steps=2", "checkpoint.save_every=1"),
+)
 
 
-def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
-    """Return the arguments of a short run of ``recipe``, whose episodes have different numbers of turns."""
-    tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10")
-    tiny += ["data.on_long_context=drop", "optimizer.lr_warmup_steps=0", f"num_steps={NUM_STEPS}"]
-    return [f"recipe={BASES.get(recipe, recipe)}", *tiny, "checkpoint.save_every=1", *RECIPES[recipe], *more]
+@pytest.fixture(scope="module")
+def of(early) -> Callable[..., list[str]]:
+    """Return a function from a recipe and further options to the options of a short run, whose episodes differ."""
+    return lambda recipe, *more: [early, *TINY, *RECIPES[recipe], *more]
 
 
 def start_turn_by_turn(arguments: list[str]) -> int:
@@ -70,54 +76,51 @@ def start_and_die_in_a_second_turn(arguments: list[str]) -> int:
     return start_with(arguments, MegatronSampler, "generate", generate_or_die)
 
 
-def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
+def recorded(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+
+
+def turns_of(run: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
     """Return the recorded responses of a step: (problem, sample, turn) -> token ids."""
-    records = map(json.loads, path.read_text().splitlines())
     return {
-        (r["problem_id"], r["sample_index"], r.get("turn", 0)): r["token_ids"] for r in records if r["step"] == step
+        (one["problem_id"], one["sample_index"], one.get("turn", 0)): one["token_ids"]
+        for one in recorded(run)
+        if one["step"] == step
     }
 
 
-@pytest.fixture(scope="module")
-def run_of(ranks, data, early, tmp_path_factory):
-    """Return a function that returns the directory of the finished run of a recipe on one rank."""
-
-    @functools.cache
-    def finished(recipe: str) -> Path:
-        run = tmp_path_factory.mktemp(recipe) / "run"
-        train(ranks, arguments(data, run, recipe, early, f"tests.record={run}/responses.jsonl"))
-        return run
-
-    return finished
-
-
-def test_episodes_have_different_lengths_and_train(run_of):
-    whole = run_of("default")
-    assert {turn for _, _, turn in turns_of(whole / "responses.jsonl", step=0)} == {0, 1, 2}
+def test_episodes_have_different_lengths(runs, of):
+    whole = runs(*of("default"))
+    assert {turn for _, _, turn in turns_of(whole, step=0)} == {0, 1, 2}
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0 and "rewards/mean" in step
         assert 1 < step["episodes/turns_mean"] < 3 and step["episodes/reward_mean"] > 0
         assert step["rewards/trained_share"] == 1.0
 
 
-def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, data, early, run_of, tmp_path):
+@pytest.mark.full
+def test_an_environment_with_a_state_gives_the_run_of_the_same_function(runs, of):
+    with_state = runs(*of("default", "environment.name=sessions.Session"))
+    assert reproducible_metrics(with_state) == reproducible_metrics(runs(*of("default")))
+
+
+def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, runs, of, tmp_path):
     """The other run has the same prompts and responses, and reads each turn by itself."""
-    joined, by_turn = run_of("one_sequence"), tmp_path / "run"
-    replay = arguments(data, by_turn, "one_sequence", early, f"tests.replay={joined}/responses.jsonl")
-    train(ranks, replay, start=start_turn_by_turn)
+    joined, by_turn = runs(*of("one_sequence")), tmp_path / "run"
+    replay = f"tests.replay={joined}/responses.jsonl"
+    train(ranks, runs.arguments(by_turn, *of("one_sequence", replay)), start=start_turn_by_turn)
     assert_steps_equal(joined, by_turn, (*COMPARED, "loss", "student_nll", "reverse_kl"))
-    assert all(step["rollout/kept_tokens"] > 0 for step in reproducible_metrics(joined))
     for one, each in zip(reproducible_metrics(joined), reproducible_metrics(by_turn), strict=True):
         assert one["episodes/turns_mean"] > 1 and one["tokens/read"] < 0.8 * each["tokens/read"]
+        assert one["rollout/kept_tokens"] > 0
 
 
 @combinations(recipe=["rltf_sd", "rltf_fm"], quick={"recipe": ["rltf_sd"]}, strength=1)
-def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
-    whole = run_of(recipe)
+def test_further_texts_of_episodes_are_trained_on(runs, of, recipe):
+    whole = runs(*of(recipe))
     for number, step in enumerate(reproducible_metrics(whole)):
         assert step["gradient_norm"] > 0 and step["terms/divergence_mean"] == 0
-        responses = turns_of(whole / "responses.jsonl", number)
-        seconds = [tokens for (_, _, turn), tokens in responses.items() if turn == 1]
+        seconds = [tokens for (_, _, turn), tokens in turns_of(whole, number).items() if turn == 1]
         more = sum(map(len, seconds)) if recipe == "rltf_sd" else 3 * len(seconds)  # X, the number, the stop token
         assert seconds and step["tokens/response"] == step["tokens/rollout"] + more
         assert ("episodes/replies_trained_share" in step) == (recipe == "rltf_fm")
@@ -125,78 +128,125 @@ def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
 
 
 @pytest.mark.full
-def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data, early, run_of, tmp_path):
-    whole, killed = run_of("one_sequence"), arguments(data, tmp_path / "run", "one_sequence", early)
+def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, runs, of, tmp_path):
+    killed = runs.arguments(tmp_path / "run", *of("one_sequence"))
     with pytest.raises(RankError, match="ended with exit code -9"):
         train(ranks, killed, start=start_and_die_in_a_second_turn)
     assert saved_step(tmp_path / "run") == 1
     train(ranks, killed)
-    assert_equal_runs(ranks, whole, tmp_path / "run", NUM_STEPS)
+    assert_equal_runs(ranks, runs(*of("one_sequence")), tmp_path / "run", 2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, early, run_of, recipe):
-    whole = run_of(recipe)
-    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, early), step=1, num_steps=NUM_STEPS)
+def test_a_run_with_episodes_resumes_bit_for_bit(runs, of, recipe):
+    runs.resumed(*of(recipe), step=1)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("recipe", "layout"),
-    [(recipe, one) for recipe in ("default", "sessions", "one_sequence") for one in TWO_RANKS],
-)
-def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, early, run_of, tmp_path, recipe, layout):
-    run, record = tmp_path / "run", tmp_path / "responses.jsonl"
-    one = run_of(recipe)
-    train(ranks, arguments(data, run, recipe, early, f"tests.record={record}", *TWO_RANKS[layout]), 2)
-    assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
-    assert_steps_equal(one, run, COMPARED, num_steps=1)
+@pytest.mark.parametrize("layout", TWO_RANKS)
+@pytest.mark.parametrize("recipe", ["default", "sessions", "one_sequence"])
+def test_layouts_sample_the_same_episodes_whose_terms_are_equal(runs, of, recipe, layout):
+    one, other = runs(*of(recipe)), runs(*of(recipe, *TWO_RANKS[layout]), world_size=2)
+    assert turns_of(other, step=0) == turns_of(one, step=0)
+    assert_steps_equal(one, other, COMPARED, num_steps=1)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("recipe", "layout"), [(recipe, layout) for recipe, found in LAYOUTS_OF_RECORDED.items() for layout in found]
-)
-def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, early, run_of, tmp_path, recipe, layout):
-    one = run_of(recipe)
-    replay = f"tests.replay={one}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "run", recipe, early, replay, *TWO_RANKS[layout]), 2)
+@pytest.mark.parametrize(("recipe", "layout"), LAYOUTS_OF_RECORDED)
+def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(runs, of, recipe, layout):
+    one, other = runs(*of(recipe)), runs.replayed(*of(recipe), more=TWO_RANKS[layout])
     assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
-    assert_steps_equal(one, tmp_path / "run", COMPARED)
+    assert_steps_equal(one, other, COMPARED)
 
 
-def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, early, run_of, tmp_path):
-    train(ranks, arguments(data, tmp_path / "run", "default", early, "environment.name=sessions.Session"))
-    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
+TURN = ("episode", "turn", "reward", "hint", "reply")
+SHOWN = {
+    "by_turn": [*DEFAULT, "environment.name=sessions.Guiding", TURNS],
+    "one_sequence": [*DEFAULT, REPLYING, TURNS, ONE_SEQUENCE],
+}
+QUICK_SHOWN = pytest.mark.parametrize("name", ["by_turn", pytest.param("one_sequence", marks=pytest.mark.full)])
+
+
+@pytest.fixture(scope="module")
+def showing(data, early) -> Callable[..., list[str]]:
+    """Return a function to the options of a run of one step with an evaluation, which shows three problems."""
+    more = [
+        "num_steps=1",
+        "metrics.show_samples=3",
+        "metrics.explore_samples=3",
+        "report.every=1",
+        "evaluation.limit=2",
+    ]
+    more += ["evaluation.verifier=exact_match", "evaluation.every=1", f"evaluation.path={data}/problems.jsonl"]
+    return lambda name, *others: [early, *TINY, *more, *SHOWN[name], *others]
+
+
+def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, name: str) -> None:
+    """Compare the record of a turn with the replies of `Replying`, and its hint with those of `Guiding`."""
+    problems = map(json.loads, (data / "problems.jsonl").read_text().splitlines())
+    solutions = {problem["id"]: problem["solution"] for problem in problems}
+    said = response_text(Response.unsampled(record["tokens"]["id"]), load_tokenizer(data / "tokenizer"))
+    is_even, number = sum(map(ord, said)) % 2 == 0, record["turn"]
+    assert record["reward"] == (0.0 if record["truncated"] else float(is_even))
+    assert record["reply"] == (None if record["truncated"] else f"X{number + 1}")
+    is_guided = name == "by_turn" and number > 0
+    assert record["hint"] == (str(number) if is_guided else solutions[record["problem_id"]])
+
+
+@QUICK_SHOWN
+def test_samples_report_and_explorer_have_the_turns_of_an_episode_with_what_belongs_to_each(runs, data, showing, name):
+    run = runs(*showing(name))
+    samples = read_samples(run)
+    grouped = itertools.groupby(samples, key=lambda one: (one["problem_id"], one["episode"]))
+    episodes = [[turn["turn"] for turn in turns] for _, turns in grouped]
+    assert len(episodes) == 3 and any(len(turns) > 1 for turns in episodes)
+    assert episodes == [[*range(len(turns))] for turns in episodes]
+    for record in samples:
+        assert_says_what_belongs_to_its_turn(record, data, name)
+
+    blocks = blocks_of((run / "report.html").read_text())
+    (shown,) = blocks["samples"]
+    for one, sample in zip(shown, samples, strict=True):
+        assert [one[key] for key in TURN] == [sample[key] for key in TURN]
+        assert [text for text, *_ in one["tokens"]] == sample["tokens"]["text"]
+        assert any(difference is not None for _, difference, *_ in one["tokens"])
+
+    explored = [read_explored(path) for path in explored_files(run)]
+    assert len(explored) == 3 and any(record["turn"] for record in explored)
+    for record, sample in zip(explored, samples[:3], strict=True):
+        assert {key: record[key] for key in (*TURN, "prompt")} == {key: sample[key] for key in (*TURN, "prompt")}
+        assert record["tokens"]["loss"] == pytest.approx(sample["tokens"]["loss"], rel=2e-4, abs=2e-6)
+    (links,) = blocks["overview"]["explored"]
+    assert [link["turn"] for link in links] == [record["turn"] + 1 for record in explored]
 
 
 @pytest.mark.full
-def test_the_first_prompt_of_a_session_shows_its_text(run_of):
-    one = run_of("sessions")
-    records = [json.loads(line) for line in (one / "responses.jsonl").read_text().splitlines()]
-    shown = {record["opening"]["text"] for record in records if record.get("turn", 0) == 0}
-    assert len(shown) > 3 and not any("opening" in record for record in records if record.get("turn", 0))
+@pytest.mark.parametrize("name", SHOWN)
+def test_turns_that_move_between_replicas_take_along_what_belongs_to_them(runs, data, showing, name):
+    records = read_samples(runs(*showing(name), world_size=2))
+    assert any(record["turn"] for record in records)
+    for record in records:
+        assert_says_what_belongs_to_its_turn(record, data, name)
+
+
+@QUICK_SHOWN
+def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(runs, showing, name):
+    run = runs(*showing(name))
+    (measured,) = [line for line in read_metrics(run) if "evaluation/greedy_mean_reward" in line]
+    said = [record for record in read_evaluation_samples(run) if record["sample"] is None]
+    turns, rewards = [], []
+    for record in said:
+        parts = record["response"].split("\n--- turn ")
+        texts = [part.partition("\n--- reply\n")[0].rpartition("\n")[2] for part in parts]
+        turns.append(len(parts))
+        rewards.append(sum(sum(map(ord, text)) % 2 == 0 for text in texts[: len(parts) - record["truncated"]]))
+    assert measured["evaluation/greedy_mean_turns"] == sum(turns) / 2 and len(said) == 2
+    assert measured["evaluation/greedy_mean_reward"] == sum(rewards) / 2
+    assert max(turns) <= 3 and "evaluation/sampled_mean_reward" in measured
 
 
 @pytest.mark.full
-def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_path):
-    run, record = tmp_path / "run", tmp_path / "responses.jsonl"
-    failing = ["environment.name=sessions.Failing", f"tests.record={record}", "environment.limits.seconds=2"]
-    train(ranks, arguments(data, run, "sessions", early, *failing))
-    replies = [json.loads(line).get("reply", {}) for line in record.read_text().splitlines()]
-    reasons = {reply["failure"] for reply in replies if "failure" in reply}
-    first_lines = {reason.splitlines()[0] for reason in reasons}
-    assert first_lines == {"step raised ValueError: odd", "the process of the session ended in step: status 3"}
-    assert any(reply.get("reward") == 1 for reply in replies)
-    for step in reproducible_metrics(run):
-        assert 0 < step["episodes/failed_share"] < 1 and step["gradient_norm"] > 0
-
-
-@pytest.mark.full
-def test_a_run_ends_if_no_session_can_begin(ranks, data, early, tmp_path):
-    train(
-        ranks, arguments(data, tmp_path / "run", "sessions", early, "environment.name=sessions.NeverBegun"), expected=4
-    )
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert "all 8 sessions of the step failed, the first: reset raised OSError: no display" in events
+def test_showing_episodes_changes_no_number_of_the_run(runs, showing):
+    unseen = runs(*showing("by_turn", "metrics.show_samples=0"))
+    assert reproducible_metrics(runs(*showing("by_turn"))) == reproducible_metrics(unseen)

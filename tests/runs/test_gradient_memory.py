@@ -33,6 +33,10 @@ def gradient_bytes(chunks: Sequence[Any]) -> int:
     return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
 
 
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten().clone() for tensor in tensors])
+
+
 def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
     """Train; return the bytes of the gradients at each sampling and in each step, the gradients and the weights.
 
@@ -74,18 +78,16 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
                 chunks = trainer.learner.chunks
                 found["training"].append(gradient_bytes(chunks))
                 parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-                found["gradients"].append(torch.cat([p.main_grad.flatten().clone() for p in parameters]))
+                found["gradients"].append(flat([p.main_grad for p in parameters]))
                 trainer.finish_step(step, trainer.update(step))
                 trainer.measure(batch)
-                found["weights"].append(torch.cat([p.detach().flatten().clone() for p in parameters]))
+                found["weights"].append(flat(parameters))
             empty = replace(batch, contexts=[replace(context, response=[]) for context in batch.contexts])
             step = [trainer.forward_backward(empty, trainer.pack(empty))]
             assert step[0].output is None and trainer.update(step) == {}
             found["sampling"].append(gradient_bytes(chunks))
             resumed = Trainer(config, run_data, trainer.grid)
-            found["weights"].append(
-                torch.cat([p.detach().flatten() for c in resumed.learner.chunks for p in c.parameters()])
-            )
+            found["weights"].append(flat([p for chunk in resumed.learner.chunks for p in chunk.parameters()]))
             resumed.close()
         finally:
             trainer.close()
@@ -94,13 +96,12 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_released_while_an_engine_samples_and_steps_keep_every_bit(ranks, own_data, tmp_path, name):
+def test_gradients_are_released_while_an_engine_samples_and_steps_keep_every_bit(ranks, data, tmp_path, name):
     world_size, layout = LAYOUTS[name]
     found = {}
     for releases in (True, False):
-        run_dir = tmp_path / str(releases)
         keys = ["rollout.engine=vllm", "checkpoint.save_every=2", f"num_steps={STEPS}", *layout]
-        arguments = overrides(own_data, run_dir, *keys)
+        arguments = overrides(data, tmp_path / str(releases), *keys)
         found[releases] = ranks.run(trained, arguments, releases, world_size=world_size, init_process_group=False)
     for released, kept in zip(found[True], found[False], strict=True):
         assert len(released["sampling"]) == STEPS + 3 and set(released["sampling"]) == {0}

@@ -20,19 +20,18 @@ import tiny_run
 
 from megatron_selfdistill.rollout.sampling import sample_seed
 
-NUM_STEPS = 10
+NUM_STEPS, NUM_PROBLEMS = 10, 20
+"""Batches of 8: the third one begins a new order of the problems, and one problem comes twice in it."""
 TOLERANCE = 1e-6
 SIZES = {"global_batch_size": 8, "max_new_tokens": 14, "max_tokens": 256}
 
 
 class Steps(NamedTuple):
-    """What some steps have computed."""
+    """The losses of some steps, the gradient of the first one by parameter, and all responses by their seeds."""
 
     losses: list[float]
     gradients: dict[str, Any]
-    """The gradient of the first step by parameter."""
     responses: dict[int, list[int]]
-    """The responses that were sampled, by their seeds."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> Path:
 
 def trained(directory: Path, ranks: Any, solution: str | None = None) -> Path:
     """Train a base model, and a run from it, on problems that may have one ``solution`` all; return ``directory``."""
-    tiny_run.write_data(directory)
+    tiny_run.write_data(directory, NUM_PROBLEMS)
     if solution is not None:
         records = map(json.loads, (directory / "problems.jsonl").read_text().splitlines())
         lines = [json.dumps(record | {"solution": solution}) for record in records]
@@ -56,22 +55,28 @@ def trained(directory: Path, ranks: Any, solution: str | None = None) -> Path:
 
 def losses_of_the_run(directory: Path) -> list[float]:
     """Return the losses of `selfdistill train`."""
-    lines = map(json.loads, (directory / "run" / "metrics.jsonl").read_text().splitlines())
-    return [record["loss/mean"] for record in lines if "loss/mean" in record]
+    return [line["loss/mean"] for line in tiny_run.reproducible_metrics(directory / "run")]
 
 
 @pytest.fixture(scope="module")
 def expected(files: Path, ranks: Any) -> Steps:
-    """Return what `selfdistill train` computes."""
-    losses = losses_of_the_run(files)
+    """Return what `selfdistill train` computes, whose third step has a problem twice, with two responses."""
     (gradients,) = ranks.run(first_gradients, overrides(files, "unstarted"), world_size=1, init_process_group=False)
-    return Steps(losses, gradients, responses_of_the_run(files))
+    twice = [one for one in records_of_the_run(files) if one["sample_index"] == 1]
+    assert twice and {one["step"] for one in twice} >= {2}
+    return Steps(losses_of_the_run(files), gradients, responses_of_the_run(files))
+
+
+def records_of_the_run(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "responses.jsonl").read_text().splitlines()]
 
 
 def responses_of_the_run(directory: Path) -> dict[int, list[int]]:
     """Return the responses that `selfdistill train` has sampled, by their seeds."""
-    records = map(json.loads, (directory / "responses.jsonl").read_text().splitlines())
-    return {sample_seed(0, one["step"], one["problem_id"], one["sample_index"]): one["token_ids"] for one in records}
+    return {
+        sample_seed(0, one["step"], one["problem_id"], one["sample_index"]): one["token_ids"]
+        for one in records_of_the_run(directory)
+    }
 
 
 def overrides(directory: Path, run_dir: str) -> list[str]:
@@ -136,16 +141,39 @@ def plain_steps(directory: Path, num_steps: int, teacher_weight: float = 0.75) -
         return steps
 
 
-def test_ten_steps_have_the_losses_and_the_first_gradient_of_selfdistill_train(files, ranks, expected):
+@pytest.fixture(scope="module")
+def alone(files: Path, ranks: Any) -> Steps:
+    """Return what plain.py computes on one rank."""
+    return ranks.run(plain_steps, files, NUM_STEPS, world_size=1, init_process_group=False)[0]
+
+
+def test_ten_steps_have_the_losses_and_the_first_gradient_of_selfdistill_train(alone, expected):
     assert len(expected.losses) == NUM_STEPS and min(expected.losses) > 1e-3, "the teacher must have something to say"
-    (found,) = ranks.run(plain_steps, files, NUM_STEPS, world_size=1, init_process_group=False)
-    assert found.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE)
-    require_the_same_responses(found.responses, expected.responses)
-    assert found.gradients.keys() == expected.gradients.keys()
+    assert alone.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE)
+    assert alone.gradients.keys() == expected.gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
     assert largest > 1e-3
     for name, gradient in expected.gradients.items():
-        assert float((found.gradients[name] - gradient).abs().max()) <= TOLERANCE * largest, name
+        assert float((alone.gradients[name] - gradient).abs().max()) <= TOLERANCE * largest, name
+
+
+def test_ten_steps_have_the_responses_of_selfdistill_train_also_where_a_problem_comes_twice_in_a_step(alone, expected):
+    require_the_same_responses(alone.responses, expected.responses, NUM_STEPS)
+
+
+@pytest.mark.parametrize("num_steps", [3, pytest.param(NUM_STEPS, marks=pytest.mark.full)])
+def test_two_data_parallel_ranks_have_the_losses_of_one(files, ranks, expected, num_steps):
+    both = ranks.run(plain_steps, files, num_steps, world_size=2, init_process_group=False)
+    for found in both:
+        assert found.losses == pytest.approx(expected.losses[:num_steps], rel=0, abs=TOLERANCE)
+    require_the_same_responses(both[0].responses | both[1].responses, expected.responses, num_steps)
+
+
+def require_the_same_responses(found: dict[int, list[int]], expected: dict[int, list[int]], num_steps: int) -> None:
+    """Assert that the responses to the seeds of the first steps are the expected ones, but for two at most."""
+    seeds = list(expected)[: num_steps * SIZES["global_batch_size"]]
+    assert found.keys() == set(seeds) and len(found) == num_steps * SIZES["global_batch_size"]
+    assert sum(found[seed] != expected[seed] for seed in found) <= 2
 
 
 @pytest.mark.full
@@ -159,19 +187,6 @@ def test_where_all_solutions_are_one_text_both_take_the_student_as_the_anchor(ra
     more = [*overrides(directory, "run"), f"num_steps={NUM_STEPS + 1}"]
     assert "target.anchor" in tiny_run.refusal(ranks, [*more, "target.anchor=reference"])
     tiny_run.train(ranks, more)
-
-
-def test_two_data_parallel_ranks_have_the_losses_of_one(files, ranks, expected):
-    both = ranks.run(plain_steps, files, NUM_STEPS, world_size=2, init_process_group=False)
-    for found in both:
-        assert found.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE)
-    require_the_same_responses(both[0].responses | both[1].responses, expected.responses)
-
-
-def require_the_same_responses(found: dict[int, list[int]], expected: dict[int, list[int]]) -> None:
-    """Assert that the responses to all seeds are the expected ones, but for two at most."""
-    assert found.keys() == expected.keys() and len(found) == NUM_STEPS * SIZES["global_batch_size"]
-    assert sum(found[seed] != expected[seed] for seed in found) <= 2
 
 
 def test_another_teacher_weight_shows_in_the_first_loss(files, ranks, expected):
@@ -201,7 +216,7 @@ def test_the_command_prints_losses_and_accuracies(files, ranks, expected):
     paths = [str(files / name) for name in ("base/checkpoints", "tokenizer", "problems.jsonl", "problems.jsonl")]
     (output,) = ranks.run(printed, paths, 2, world_size=1, init_process_group=False)
     before, *steps, after = output.splitlines()
-    assert before.startswith("40 held-out problems before: 0.") and after.startswith("40 held-out problems after: 0.")
+    assert (before[:31], after[:30]) == ("20 held-out problems before: 0.", "20 held-out problems after: 0.")
     assert steps == [f"step {step}: loss {expected.losses[step - 1]:.4f}" for step in (1, 2)]
 
 

@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 from ranks import RankError
 from tiers import combinations
 from tiny_run import (
     TWO_RANKS,
     assert_equal_runs,
-    assert_resumes_equal,
-    go_back_to_step,
     overrides,
     recorded,
     reproducible_metrics,
@@ -21,6 +16,9 @@ from tiny_run import (
     train,
 )
 
+STAGES = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
+UNEVEN = ("schedule.max_tokens=48", "seed=5")
+"""Contexts, with their controls, move between two replicas in the first and the third step."""
 LAYOUTS = {
     "one rank, bf16, EMA teacher": (1, ["optimizer.precision=bf16", "teacher.weights=ema", "teacher.ema_decay=0.9"]),
     "one rank, current weights, one k per batch": (
@@ -31,40 +29,25 @@ LAYOUTS = {
         2,
         [
             *("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.precision=bf16"),
-            *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas in the first and the third step
+            *UNEVEN,
         ],
     ),
-    "PP2xVPP2, saved in the background": (
-        2,
-        [
-            "parallel.pipeline_model_parallel_size=2",
-            "parallel.virtual_pipeline_model_parallel_size=2",
-            "model.num_layers=4",
-            "checkpoint.async_save=true",
-        ],
-    ),
+    "PP2xVPP2, saved in the background": (2, [*STAGES, "model.num_layers=4", "checkpoint.async_save=true"]),
     "EP2": (
         2,
         [
-            "parallel.expert_model_parallel_size=2",
-            "model.num_moe_experts=4",
-            "model.moe_ffn_hidden_size=32",
-            "model.moe_router_enable_expert_bias=true",
-            "model.moe_router_score_function=sigmoid",
+            *("parallel.expert_model_parallel_size=2", "model.num_moe_experts=4", "model.moe_ffn_hidden_size=32"),
+            *("model.moe_router_enable_expert_bias=true", "model.moe_router_score_function=sigmoid"),
         ],
     ),
     "controls on DP2": (
         2,
         [
-            *("target.control=other", "target.num_controls=2", "target.anchor=0.2", "teacher.offload=cpu"),
-            *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas with their controls
+            *("target.control=other", "target.num_controls=2", "target.anchor=0.2", "teacher.offload=cpu", *UNEVEN),
             *("schedule.pair_order=teacher_first", "schedule.teacher_store_gb=0"),  # so that states go to host memory
         ],
     ),
-    "an anchor with a share of the reference, PP2": (
-        2,
-        ["target.anchor=0.2", "parallel.pipeline_model_parallel_size=2"],
-    ),
+    "an anchor with a share of the reference, PP2": (2, ["target.anchor=0.2", STAGES[0]]),
     "gated delta nets": (
         1,
         [
@@ -78,15 +61,9 @@ LAYOUTS = {
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["DP2, bf16, overlapped"]}, strength=1)
-def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name):
+def test_a_resumed_run_equals_one_that_never_stopped(runs, name):
     world_size, options = LAYOUTS[name]
-    options = [*options, "num_steps=3", "checkpoint.save_every=2"]
-
-    def arguments(run_dir: Path) -> list[str]:
-        return overrides(data, run_dir, *options)
-
-    train(ranks, arguments(tmp_path / "whole"), world_size)
-    assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=3)
+    runs.resumed(*options, "num_steps=3", "checkpoint.save_every=2", step=2, world_size=world_size)
 
 
 @combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)
@@ -100,28 +77,18 @@ def test_a_run_killed_in_the_middle_of(place, ranks, data, finished, tmp_path):
 
 
 OTHER_LAYOUTS = TWO_RANKS | {"DP2": ["optimizer.overlap_grad_reduce=true"]}
-OPTIONS = ["teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"]
-OPTIONS.append("metrics.teacher_every=1")
-
-
-@pytest.fixture(scope="module")
-def whole(ranks, data, tmp_path_factory) -> Path:
-    """Return the directory of a run of one rank with `OPTIONS`, which has its responses in responses.jsonl."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train(ranks, overrides(data, run, *OPTIONS, f"tests.record={run}/responses.jsonl"))
-    return run
+OPTIONS = [
+    *("teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"),
+    "metrics.teacher_every=1",
+]
 
 
 @combinations(name=list(OTHER_LAYOUTS), quick={"name": ["DP2"]}, strength=1)
-def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(
-    ranks, data, whole, tmp_path, name
-):
+def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(runs, tmp_path, name):
     """Data position, seeds, teacher and reference exactly; the first loss to 1e-5."""
-    shutil.copytree(whole, tmp_path / "other")
-    go_back_to_step(2, tmp_path / "other")
-    options = [*OPTIONS, *OTHER_LAYOUTS[name], f"tests.record={tmp_path}/other.jsonl"]
-    train(ranks, overrides(data, tmp_path / "other", *options), 2)
+    record = f"tests.record={tmp_path}/other.jsonl"
+    whole, other = runs(*OPTIONS), runs.continued(*OPTIONS, step=2, more=[*OTHER_LAYOUTS[name], record], then=2)
     assert recorded(tmp_path / "other.jsonl", step=2) == recorded(whole / "responses.jsonl", step=2)
-    one, other = (reproducible_metrics(run)[2] for run in (whole, tmp_path / "other"))
-    assert other["loss/mean"] == pytest.approx(one["loss/mean"], abs=1e-5)
-    assert other["teacher_cross_entropy"] == pytest.approx(one["teacher_cross_entropy"], abs=1e-5)
+    one, two = (reproducible_metrics(run)[2] for run in (whole, other))
+    for key in ("loss/mean", "teacher_cross_entropy"):
+        assert two[key] == pytest.approx(one[key], abs=1e-5)

@@ -1,34 +1,50 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The work that a step of a run does only once, and the number of its waits for the device."""
+"""The work that a step of a run does only once, and its waits for the device; when Megatron takes a pass for sampling.
+
+Megatron projects the last position alone in a pass that samples.  Megatron Core before 0.18 looks for an inference
+context among the arguments of a pass; later versions ask a flag of the process, `InferenceMode`.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 from host_traffic import host_traffic
-from tiny_run import overrides
+
+from megatron_selfdistill.compat import older_megatron
 
 READS = ("tolist ", "_local_scalar_dense ", "nonzero ", "masked_select ", "bincount ", "equal ", "cpu ")
 # Where host tensors become a `DeviceBatch`, and the optimizer that GPUs have from elsewhere.
 NOT_ON_THE_DEVICE = (
-    "megatron_selfdistill/data/packed_batch.py",
-    "megatron_selfdistill/pipeline/batch.py",
-    "megatron_selfdistill/model/local_attention.py",
-    "megatron/core/optimizer/optimizer.py",
+    *("megatron_selfdistill/data/packed_batch.py", "megatron_selfdistill/pipeline/batch.py"),
+    *("megatron_selfdistill/model/local_attention.py", "megatron/core/optimizer/optimizer.py"),
     "megatron/core/utils.py",
 )
+HAS_FLAG = older_megatron.version() >= (0, 18)
 
 
-def start_recording(arguments: Sequence[str], path: Path) -> int:
-    """`tiny_run.start`; what each part of the second step exchanges with the device goes to ``path``."""
+def flag() -> bool:
+    if not HAS_FLAG:
+        return False
+    from megatron.core.inference.utils import InferenceMode
+
+    return bool(InferenceMode.is_active())
+
+
+def traffic_and_passes(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[tuple[bool, bool, int, int]]]:
+    """Run; return what each part of the second step exchanges with the device, and all passes of all models.
+
+    A pass: whether it has a cache, whether Megatron's flag is set, and the lengths of its rows of tokens and logits.
+    """
+    from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+    from megatron.core.models.gpt import GPTModel
+
     from megatron_selfdistill.trainer import Trainer
 
-    found: dict[str, list[str]] = {}
+    found, passes, forward = dict[str, list[str]](), [], GPTModel.forward
 
     def recorded(name: str, original: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,27 +57,36 @@ def start_recording(arguments: Sequence[str], path: Path) -> int:
 
         return call
 
+    def noted(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        active, result = flag(), forward(self, input_ids, *args, **kwargs)
+        samples = kwargs.get("inference_context") is not None
+        passes.append((samples, active, input_ids.shape[1], result.shape[1] if samples else 0))
+        return result
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pack", "forward_backward", "update", "finish_step"):
             patch.setattr(Trainer, name, recorded(name, getattr(Trainer, name)))
-        status = tiny_run.start(arguments)
-    path.write_text(json.dumps(found, indent=1))
-    return status
+        patch.setattr(GPTModel, "forward", noted)
+        assert tiny_run.start(arguments) == 0 and not flag()
+    return found, passes
 
 
-def test_a_step_reads_from_the_device_six_times_beside_sampling(ranks, data, tmp_path):
+@pytest.fixture(scope="module")
+def run(ranks, data, tmp_path_factory):
+    options = ["num_steps=3", "checkpoint.save_every=0", "loss.rollout_correction=truncated"]
+    arguments = tiny_run.overrides(data, tmp_path_factory.mktemp("step") / "run", *options)
+    return ranks.run(traffic_and_passes, arguments, world_size=1, init_process_group=False)[0]
+
+
+def test_a_step_reads_from_the_device_six_times_beside_sampling(run):
     """Count the reads of a step without sampling.
 
     The step reads the lengths and counts of all replicas, the number of response tokens, the metrics, the norm of the
     gradient, and the metrics of the rollout.  Reads of the optimizer, which is torch's on this machine, do not count.
     """
-    arguments = overrides(data, tmp_path / "run", "num_steps=3", "checkpoint.save_every=0")
-    arguments += ["loss.rollout_correction=truncated"]
-    found = tmp_path / "found.json"
-    assert ranks.run(start_recording, arguments, found, world_size=1, init_process_group=False) == [0]
     traffic = {
         part: [line.rpartition(":")[0].rpartition("/")[2] for line in lines if line.startswith(READS)]
-        for part, lines in json.loads(found.read_text()).items()
+        for part, lines in run[0].items()
     }
     assert traffic == {
         "pack": ["integers.py", "integers.py"],
@@ -69,3 +94,10 @@ def test_a_step_reads_from_the_device_six_times_beside_sampling(ranks, data, tmp
         "update": ["step.py", "clip_grads.py"],
         "finish_step": ["step.py"],
     }
+
+
+def test_in_a_run_no_pass_but_those_that_sample_is_taken_for_one(run):
+    sampling, others = ([each[1:] for each in run[1] if each[0] is samples] for samples in (True, False))
+    assert max(num_tokens for _, num_tokens, _ in sampling) > 1, "the prompts are read in one pass"
+    assert {(active, num_logits) for active, _, num_logits in sampling} == {(HAS_FLAG, 1)}
+    assert len(others) > 4 and not any(active for active, *_ in others), "the passes of students and teachers"

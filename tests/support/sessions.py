@@ -66,27 +66,6 @@ class Guiding(Session):
         return replace(reply, hint=str(len(self.said) // 2))
 
 
-class NeverBegun(Session):
-    """A `Session` that cannot begin."""
-
-    def reset(self, problem: Problem, seed: int) -> str | None:
-        """Fail."""
-        raise OSError("no display")
-
-
-class Failing(Session):
-    """A `Session` that raises or dies after some responses."""
-
-    def step(self, response: str) -> Reply:
-        """Raise or die, where the sum of the character codes leaves the rest 3 or 4 modulo 5."""
-        rest = sum(map(ord, response)) % 5
-        if rest == 3:
-            raise ValueError("odd")
-        if rest == 4:
-            os._exit(3)
-        return super().step(response)
-
-
 class NeverWaited(Session):
     """A `Session` whose class leaves no status of a process that ends."""
 

@@ -300,26 +300,54 @@ def assert_steps_equal(
         assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
 
 
-def assert_resumes_equal(
-    ranks: RankPool,
-    whole: Path,
-    arguments_of: Callable[[Path], Sequence[str]],
-    world_size: int = 1,
-    *,
-    step: int,
-    num_steps: int,
-    **options: Any,
-) -> Path:
-    """Assert that the run ``whole``, resumed from its checkpoint of ``step``, equals itself bit for bit.
+class Runs:
+    """Whole runs, each of which is trained at its first request: the fixture `runs` of tests/runs.
 
-    ``arguments_of(run_dir)`` are the arguments of the run in another directory; ``options`` are those of `train`.
-    Return the directory of the resumed run.
+    A run is the options that follow those of `overrides`, and its number of ranks.  Its directory has the responses
+    that it has sampled in responses.jsonl.  Tests read a run and do not change it.
     """
-    halves = Path(shutil.copytree(whole, whole.with_name(f"{whole.name}_in_halves")))
-    go_back_to_step(step, halves)
-    train(ranks, arguments_of(halves), world_size, **options)
-    assert_equal_runs(ranks, whole, halves, num_steps)
-    return halves
+
+    def __init__(self, ranks: RankPool, data: Path, root: Path) -> None:
+        self._ranks, self._data, self._root = ranks, data, root
+        self._made: dict[str, Path] = {}
+
+    def arguments(self, run_dir: Path, *options: str) -> list[str]:
+        """Return the arguments of the run with ``options`` in ``run_dir``."""
+        return overrides(self._data, run_dir, *options)
+
+    def __call__(self, *options: str, world_size: int = 1, **how: Any) -> Path:
+        """Return the directory of the run with ``options``; ``how``: further arguments of `train`."""
+        key = repr((options, world_size, how))
+        if key not in self._made:
+            run = self._root / str(len(self._made)) / "run"
+            record = f"tests.record={run}/responses.jsonl"
+            train(self._ranks, self.arguments(run, *options, record), world_size, **how)
+            self._made[key] = run
+        return self._made[key]
+
+    def replayed(self, *options: str, more: Sequence[str] = (), world_size: int = 2) -> Path:
+        """Return the run with ``options`` and ``more`` on the responses of the run with ``options`` on one rank."""
+        return self(*options, f"tests.replay={self(*options)}/responses.jsonl", *more, world_size=world_size)
+
+    def continued(
+        self, *options: str, step: int, more: Sequence[str] = (), world_size: int = 1, then: int = 0, **how: Any
+    ) -> Path:
+        """Return a copy of a run that has gone on from its checkpoint of ``step`` with ``more`` options.
+
+        ``then``: the number of ranks from there, if it is another one.
+        """
+        whole = self(*options, world_size=world_size, **how)
+        copy = Path(shutil.copytree(whole, whole.parent / f"continued_{len(list(whole.parent.iterdir()))}"))
+        go_back_to_step(step, copy)
+        train(self._ranks, self.arguments(copy, *options, *more), then or world_size, **how)
+        return copy
+
+    def resumed(self, *options: str, step: int, world_size: int = 1, **how: Any) -> Path:
+        """Assert that a run which resumes from a checkpoint of ``step`` stays the same bit for bit; return its copy."""
+        whole = self(*options, world_size=world_size, **how)
+        halves = self.continued(*options, step=step, world_size=world_size, **how)
+        assert_equal_runs(self._ranks, whole, halves, saved_step(whole))
+        return halves
 
 
 def starts_with_an_even_token(text: str, problem: Any) -> bool:
@@ -327,12 +355,12 @@ def starts_with_an_even_token(text: str, problem: Any) -> bool:
     return text[:1] in set("02468-b,:H~")
 
 
-def assert_guided_by_the_teacher_of_the_loss(run_dir: Path, recorded: Path) -> None:
+def assert_guided_by_the_teacher_of_the_loss(run_dir: Path) -> None:
     """Assert that all responses are guided, and that their mean log-probs are those that the loss computes.
 
     The weights of student and teacher differ from the second step on.
     """
-    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    records = [json.loads(line) for line in (run_dir / "responses.jsonl").read_text().splitlines()]
     for step, line in enumerate(reproducible_metrics(run_dir)):
         means = {}
         for name in ("log_probs", "teacher_log_probs"):
