@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,8 @@ class Chromium:
         """Return a tab that has loaded the file, and whose script has set ``data-ready`` or shown a problem."""
         scheme = "dark" if dark else "light"
         tab = Tab(self._browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme))
-        started = time.monotonic()
         tab.page.goto(path.resolve().as_uri(), wait_until="commit")
         tab.wait_for("document.querySelector('html[data-ready], #problem:not([hidden])')")
-        tab.seconds = time.monotonic() - started
         return tab
 
 
@@ -51,8 +48,6 @@ class Tab:
         self.page = page
         self.problems: list[str] = []
         """Every error and warning of the console, every exception and every violation of the policy of the page."""
-        self.seconds = 0.0
-        """The seconds from the start of loading until the script of the page was done."""
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
 
@@ -105,9 +100,6 @@ class Tab:
     def key(self, name: str) -> None:
         """Press and release a key: a character, or a name such as ArrowLeft."""
         self.page.keyboard.press(name)
-
-    def close(self) -> None:
-        self.page.close()
 
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning", "assert"):

@@ -10,8 +10,8 @@ import pytest
 
 SMOKE = """
 tests/browser/test_explorer_page.py::test_the_page_computes_the_target_of_whole_rows
-tests/browser/test_html_page_shown.py
-tests/browser/test_report_shown.py::test_the_first_screen_says_whether_each_run_learns_and_is_healthy
+tests/browser/test_report_shown.py::test_a_page_shows_text_that_is_no_markup_stops_code_and_the_network_and_shows_errors
+tests/browser/test_report_shown.py::test_a_report_opens_with_a_curve_an_answer_before_and_after_and_whether_each_run_learns
 tests/clusters/test_clusters.py::test_hadolint_finds_no_fault_in_the_containerfile
 tests/clusters/test_clusters.py::test_kubernetes_knows_every_field_of_the_job
 tests/clusters/test_clusters.py::test_ray_starts_the_run_of_torchrun
