@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""SmolLM2-135M-Instruct from its GGUF file: logits and greedy texts are those of transformers on this file."""
+"""SmolLM2-135M-Instruct: logits and greedy texts of its GGUF file are those of transformers, and the example learns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from layout_logits import logits_through_the_pipeline
+from scripts import load_script
 from torch import Tensor
 
 from megatron_selfdistill.config import ParallelConfig
@@ -21,7 +22,7 @@ from megatron_selfdistill.evaluation.evaluation_directory import RESPONSES
 from megatron_selfdistill.instruments.evaluate import evaluate_command as evaluate
 from megatron_selfdistill.interop.convert_command import main
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))  # as `python examples/...` does
 from _lib import real_model
 
 QUESTIONS = [
@@ -136,3 +137,15 @@ def test_greedy_texts_of_evaluate_are_those_of_transformers_on_the_file(
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     assert [(line["prompt"], line["response"], line["length"]) for line in found] == expected
+
+
+def test_an_instruction_moves_from_the_prompt_into_the_weights_of_a_real_model(tmp_path, monkeypatch):
+    example = load_script(Path(__file__).resolve().parents[2] / "examples" / "12_real_model.py")
+    monkeypatch.setattr(example, "NUM_HELD_OUT", 16)
+    monkeypatch.setattr(example, "QUESTIONS", example.QUESTIONS[:8])
+    assert example.main(["--directory", str(tmp_path), "--steps", "2"]) == 0
+    figures = json.loads((tmp_path / "real_model" / "results.json").read_text())
+    before, after = figures["before"], figures["after"]
+    assert before["greedy_accuracy"] == 0.0 and after["greedy_accuracy"] >= 0.3
+    assert after["greedy_mean_length"] < before["greedy_mean_length"]
+    assert 0.9 < after["perplexity"] / before["perplexity"] < 1.1

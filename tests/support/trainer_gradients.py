@@ -117,3 +117,11 @@ def _gradients(student: Sequence[torch.nn.Module], grid: RankGrid, rules: Sequen
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
     return {name: tensor.clone() for bucket in Exporter(student, grid, rules).stream() for name, tensor in bucket}
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that the gradients of all tensors are the expected ones, up to the rounding of float32."""
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * largest, msg=name)

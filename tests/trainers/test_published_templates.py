@@ -8,13 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.end_tokens import reply_end
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompt_templates import PromptTemplates
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.thoughts import final_part, num_thoughts, readable
 from megatron_selfdistill.data.tokenizer import Tokenizer as OwnTokenizer
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
@@ -48,8 +46,7 @@ def tokenizer_of(name: str, directory: Path) -> OwnTokenizer:
 
 @pytest.mark.parametrize("name", ALL)
 def test_student_and_teacher_end_in_the_same_generation_prompt(name, tmp_path):
-    builder = PromptBuilder(tokenizer_of(name, tmp_path), PromptTemplates())
-    problem = Problem("p", (QUESTION,), "6 x 7 = 42", "42", "p.jsonl:1")
+    builder, problem = tiny.builder(tokenizer_of(name, tmp_path)), tiny.problem(QUESTION["content"], "6 x 7 = 42", "42")
     student, teacher = builder.prompt_pair(problem)
     texts = [builder.tokenizer.decode(ids) for ids in (student, teacher)]
     assert "What is 6 x 7?" in texts[0] and "6 x 7 = 42" in texts[1]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The description of stored adapters: the digest of their base, its place, and one sentence for each mistake."""
+"""The description of stored adapters: the digest of their base, its place, and one refusal for each mistake."""
 
 from __future__ import annotations
 
@@ -67,66 +67,47 @@ def stored(run: Path, base: Path | None = None, digest: str = "d1") -> StoredAda
 
 def test_a_description_returns_as_it_was_written(tmp_path):
     found = stored(tmp_path, base=Path("/models/base"))
-    assert found.settings == SETTINGS
-    assert (found.base, found.base_digest) == (Path("/models/base"), "d1")
+    assert (found.settings, found.base, found.base_digest) == (SETTINGS, Path("/models/base"), "d1")
     assert read_stored_adapters(checkpoint(tmp_path / "full")) is None
 
 
 def test_the_base_is_where_the_user_says_else_where_it_was_else_in_the_run_directory(tmp_path):
     base = checkpoint(tmp_path / "base_of_all")
     named = stored(tmp_path / "named", base=base)
-    assert named.base_place() == base
-    assert named.base_place("/elsewhere") == Path("/elsewhere")
+    assert named.base_place() == base and named.base_place("/elsewhere") == Path("/elsewhere")
     kept = stored(tmp_path / "kept")
-    with raises("holds adapters alone, whose base d1 is not at .*kept/base: set adapter.base"):
+    with raises("kept/base: set adapter.base"):
         kept.base_place()
     assert kept.base_place(str(base)) == base
     inside = checkpoint(tmp_path / "kept" / "base")
     assert kept.base_place() == inside
 
 
-def test_messages_name_both_digests_and_the_corrupt_file(tmp_path):
+def test_refusals_name_both_digests_or_the_key_or_the_corrupt_file(tmp_path):
     found = stored(tmp_path, base=Path("/models/base"))
     found.require_base("d1", tmp_path, "checkpoint.load")
-    with raises(
-        r"/other is not the base of the adapters in .*iter_0000007: it has the digest d2, expected d1: set "
-        r"checkpoint\.load to the present place of the checkpoint that the run began at, which was /models/base"
-    ):
+    with raises(r"digest d2, expected d1: set checkpoint\.load to .* was /models/base"):
         found.require_base("d2", Path("/other"), "checkpoint.load")
-    with raises(r"holds adapters alone, but a run begins at full weights: set checkpoint\.load to their base"):
+    with raises(r"checkpoint\.load"):
         refuse_adapters(tmp_path / "checkpoints")
     base = checkpoint(tmp_path / "base")
-    with raises("base holds full weights, expected a checkpoint of adapters"):
+    with raises("base holds full weights"):
         require_adapters(base)
     (base / "adapter_config.json").write_text("{}")
-    with raises("base is a directory of PEFT, expected a checkpoint of adapters: convert it with `selfdistill convert"):
+    with raises("base is a directory of PEFT"):
         require_adapters(base)
-    (found.path / "adapters.json").write_text(json.dumps({"rank": 4}))
-    with raises(r"has a corrupt adapters\.json \(KeyError: 'alpha'\)"):
-        read_stored_adapters(found.path)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"alpha": 10**400}, r"adapter\.alpha must be at most"),
-        ({"layers": [["linear_proj"]]}, "TypeError: unhashable"),
-        ({"base": {"digest": "d1"}}, r"KeyError: 'checkpoint'"),
-    ],
-)
-def test_a_description_with_a_value_of_another_type_is_corrupt(tmp_path, change, words):
-    file = stored(tmp_path).path / "adapters.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with raises(rf"has a corrupt adapters\.json \(.*{words}"):
-        read_stored_adapters(file.parent)
+    description, file = json.loads(found.text()), found.path / "adapters.json"
+    huge, lists, lost = {"alpha": 10**400}, {"layers": [["linear_proj"]]}, {"base": {"digest": "d1"}}
+    for corrupt in ({"rank": 4}, *(description | change for change in (huge, lists, lost))):
+        file.write_text(json.dumps(corrupt))
+        with raises(r"has a corrupt adapters\.json"):
+            read_stored_adapters(found.path)
 
 
 def test_given_settings_must_be_the_stored_ones(tmp_path):
-    found = stored(tmp_path)
-    assert stored_settings(load(["data.path=x", "data.tokenizer=t"]), found) == SETTINGS
-    same = ["data.path=x", "data.tokenizer=t", *found.overrides().replace("'", "").split()]
+    found, run = stored(tmp_path), ["data.path=x", "data.tokenizer=t"]
+    assert stored_settings(load(run), found) == SETTINGS
+    same = [*run, *found.overrides().replace("'", "").split()]
     assert stored_settings(load(same), found) == SETTINGS
-    with pytest.raises(
-        ConfigError, match=r"holds other adapters: adapter\.alpha is 4\.0, expected 8\.0: set these keys"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter\.alpha is 4\.0, expected 8\.0"):
         stored_settings(load([*same, "adapter.alpha=4"]), found)
