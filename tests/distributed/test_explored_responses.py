@@ -103,6 +103,7 @@ def test_the_numbers_are_those_of_the_saved_logits(alone):
     check(alone)
 
 
+@pytest.mark.full
 def test_a_reference_with_weights_of_its_own_keeps_its_logits_apart(ranks):
     (found,) = ranks.run(in_layout, Case(), True, world_size=1)
     check(found)

@@ -39,7 +39,7 @@ ALONE = Case(kind="gated_delta", extra_weightless=0)
 @combinations(
     name=list(LAYOUTS),
     pair_order=["teacher_first", "alternating"],
-    quick={"name": ["TP2+SP", "PP2xVPP2"]},
+    quick={"name": ["TP2+SP"], "pair_order": ["alternating"]},
     strength=1,
     full_strength=1,
 )
@@ -59,14 +59,12 @@ def test_two_steps_change_every_parameter_as_much_as_on_one_rank(outcomes):
     )
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"seq_quantum": 64}, {"max_tokens": LONGEST}, {"max_tokens": 300}],
-    ids=["more padding", "one context each", "all contexts in one"],
-)
-def test_neither_padding_nor_packing_changes_a_gradient(outcomes, changes):
+def test_neither_padding_nor_packing_changes_a_gradient(outcomes):
     """No token sees a context before its own, nor the padding behind it."""
-    compare(outcomes(dataclasses.replace(ALONE, **changes)), outcomes(ALONE), BOUND)
+    changes: list[dict[str, int]] = [{"seq_quantum": 64}, {"max_tokens": LONGEST}, {"max_tokens": 300}]
+    alone, *others = outcomes.of([ALONE, *(dataclasses.replace(ALONE, **change) for change in changes)])
+    for got in others:
+        compare(got, alone, BOUND)
 
 
 def test_a_state_that_passes_a_boundary_is_seen(outcomes):

@@ -22,11 +22,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
-from megatron_selfdistill.config import (
-    ParallelConfig,
-    RecomputeConfig,
-    ScheduleConfig,
-)
+from megatron_selfdistill.config import ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training

@@ -102,7 +102,10 @@ def traffic_with(fault: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("fault", "where"),
-    [("Megatron's rotary embedding", "rope_utils.py"), ("attention asks for lengths", "local_attention.py")],
+    [
+        ("attention asks for lengths", "local_attention.py"),
+        pytest.param("Megatron's rotary embedding", "rope_utils.py", marks=pytest.mark.full),
+    ],
 )
 def test_what_a_layer_asks_the_device_would_be_seen(ranks, fault, where):
     (found,) = ranks.run(traffic_with, fault, world_size=1)
