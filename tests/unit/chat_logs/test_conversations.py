@@ -47,7 +47,7 @@ def log(directory: Path, *entries: Any, **options: Any) -> ConversationSet:
 CORRECTED = chat(("s", "Be brief."), ("u", "3+4?"), ("a", "8"), ("u", "No, wrong."), ("a", "7"), ("u", "Thanks!"))
 
 
-def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_solution(tmp_path):
+def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_which_is_none_itself_on_request(tmp_path):
     found = log(tmp_path, {"id": "c", "messages": CORRECTED})
     first, second = found.turns.problems
     assert [first.id, second.id] == ["c/2", "c/4"] and first.location.endswith("log.jsonl:1, message 2")
@@ -55,16 +55,11 @@ def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_as_its_soluti
     assert first.solution == second.solution == "7"
     assert (first.reply.message, first.reply.accepted) == (CORRECTED[2], False)
     assert (second.reply.message, second.reply.accepted) == (CORRECTED[4], True)
-    assert found.about.startswith(
-        "1 conversations, the accepted answer of 0 marked in the log and of 1 found by the rule"
-    )
-
-
-def test_the_accepted_turn_is_skipped_on_request(tmp_path):
+    assert found.about.startswith("1 conversations") and "of 1 found by the rule" in found.about
     at_once = chat(("u", "3+4?"), ("a", "7"), ("u", "Thanks!"))
     found = log(tmp_path, CORRECTED, at_once, turns="before_accepted")
     assert [p.reply.message["content"] for p in found.turns.problems] == ["8"]
-    assert found.about.startswith("2 conversations, ") and "; 1 without a turn to train on; " in found.about
+    assert "; 1 without a turn to train on; " in found.about
 
 
 @pytest.mark.parametrize(
@@ -89,33 +84,17 @@ def test_the_rule_takes_the_reply_before_a_closing_turn_that_neither_corrects_no
     assert closing_turn(chat(("u", "What is the sum of 3 and 4?"), ("a", "8"), *rest)) == accepted
 
 
-COMPLAINTS = {
-    "English": [
-        "It crashes on an empty list.",
-        "This fails with exit code 1",
-        "That is broken",
-        "There is a bug in line 3",
-        "This is useless",
-        "You forgot the empty list",
-        "shorter please",
-        "good grief, that deletes the list",
-        "Great, it crashes",
-        "Great, now it deletes all my files",
-        "That is rubbish",
-        "Thanks for nothing",
-        "Thanks, it crashes",
-        "Nice try",
-    ],
-    "German": ["Das stürzt ab", "Du hast die leere Liste vergessen", "Mach es kürzer", "Das Programm bricht ab"],
-    "French": ["Ça marche mal", "Tu as oublié la liste vide", "Ça plante", "C'est nul"],
-    "Spanish": ["Falla con una lista vacía", "Se bloquea con una lista vacía", "Te olvidaste de la lista vacía"],
-    "Italian": ["Si blocca", "Hai dimenticato la lista vuota", "Non funziona"],
-    "Portuguese": ["Está com erro", "Você esqueceu a lista vazia", "Quebrou"],
-    "Chinese": ["不工作", "这个会崩溃", "你忘了空列表"],
-    "Japanese": ["空のリストで落ちます", "それは役に立たない"],
-    "Korean": ["빈 목록에서 오류가 납니다", "작동하지 않아요"],
-    "Russian": ["Это не работает", "Программа падает", "Ты забыл про пустой список"],
-}
+COMPLAINTS = """
+It crashes on an empty list. | This fails with exit code 1 | That is broken | There is a bug in line 3 | shorter please
+This is useless | You forgot the empty list | good grief, that deletes the list | Great, it crashes | Nice try
+Great, now it deletes all my files | That is rubbish | Thanks for nothing | Thanks, it crashes
+Das stürzt ab | Du hast die leere Liste vergessen | Mach es kürzer | Das Programm bricht ab
+Ça marche mal | Tu as oublié la liste vide | Ça plante | C'est nul | Falla con una lista vacía
+Se bloquea con una lista vacía | Te olvidaste de la lista vacía | Si blocca | Hai dimenticato la lista vuota
+Non funziona | Está com erro | Você esqueceu a lista vazia | Quebrou | 不工作 | 这个会崩溃 | 你忘了空列表
+空のリストで落ちます | それは役に立たない | 빈 목록에서 오류가 납니다 | 작동하지 않아요
+Это не работает | Программа падает | Ты забыл про пустой список
+"""
 CONTENT = [
     *("Thanks!", "great", "ok", "That works, thanks", "works now", "Perfect, exactly what I needed", "Sounds good"),
     *("Danke, das passt", "merci beaucoup", "Muchas gracias", "Grazie mille", "Obrigado!"),
@@ -133,13 +112,10 @@ def closed_by(text: str, answered: bool) -> int | None:
     return closing_turn(chat(("u", "Write a function that sorts numbers"), ("a", "sorted"), ("u", text), *last))
 
 
-@pytest.mark.parametrize("answered", [False, True])
-@pytest.mark.parametrize("language", COMPLAINTS)
-def test_a_complaint_is_never_taken_for_content(language, answered):
-    assert [text for text in COMPLAINTS[language] if closed_by(text, answered) is not None] == []
-
-
-def test_thanks_are_content_with_an_answer_after_them_and_something_else_only_without():
+def test_a_complaint_is_never_taken_for_content_thanks_are_and_something_else_is_where_no_answer_follows():
+    complaints = [text.strip() for text in COMPLAINTS.strip().replace("\n", "|").split("|")]
+    assert len(complaints) == 41
+    assert [text for text in complaints for answered in (False, True) if closed_by(text, answered) is not None] == []
     assert [text for text in CONTENT if closed_by(text, False) != 1 or closed_by(text, True) != 1] == []
     assert [text for text in SOMETHING_ELSE if closed_by(text, False) != 1] == []
     assert [text for text in SOMETHING_ELSE if closed_by(text, True) is not None] == []
@@ -172,36 +148,21 @@ def test_a_reply_without_text_is_not_what_the_rule_accepts():
     assert closing_turn([*messages[:3], {"role": "assistant"}, messages[4]]) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("Thanks a lot", False),
-        ("Perfect. Now translate it to French please, and do not use slang", False),
-        ("not quite", True),
-        ("The third line of the function that you have just given me is wrong", True),
-        ("es sigue mal", True),
-        ("Это неверно", True),
-        ("WRONG", True),
-    ],
-)
-def test_corrections_are_told_by_their_words(text, verdict):
-    assert is_correction(text) == verdict
+def test_corrections_are_told_by_their_words():
+    for text in ("Thanks a lot", "Perfect. Now translate it to French please, and do not use slang"):
+        assert not is_correction(text)
+    long = "The third line of the function that you have just given me is wrong"
+    assert all(map(is_correction, ("not quite", long, "es sigue mal", "Это неверно", "WRONG")))
 
 
-@pytest.mark.parametrize(
-    ("text", "earlier", "verdict"),
-    [
-        ("What is the capital of France?", "what is the capital of france", True),
-        ("I asked: what is the capital of France? Please", "What is the capital of France?", True),
-        ("We talked about maps and the weather before, and then I said: name its capital", "Name its capital", True),
-        ("What is the population of Peru?", "Who wrote Faust?", False),
-        ("what is 3+4", "what is 5+6", False),
-        ("ok", "ok", True),
-        ("ok", "no", False),
-    ],
-)
-def test_repeats_are_alike_and_name_the_same_numbers(text, earlier, verdict):
-    assert is_repeat(text, earlier) == verdict
+def test_repeats_are_alike_and_name_the_same_numbers():
+    asked, name = "What is the capital of France?", "Name its capital"
+    assert is_repeat(asked.lower().rstrip("?"), asked) and is_repeat("ok", "ok")
+    assert is_repeat("I asked: what is the capital of France? Please", asked)
+    assert is_repeat(f"We talked about maps and the weather before, and then I said: {name.lower()}", name)
+    for text, earlier in (("What is the population of Peru?", "Who wrote Faust?"), ("what is 3+4", "what is 5+6")):
+        assert not is_repeat(text, earlier)
+    assert not is_repeat("ok", "no")
 
 
 def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
@@ -230,26 +191,21 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
     def broken(messages):
         raise KeyError(messages[1]["content"])
 
-    with pytest.raises(
-        ValueError, match=r"the rule broken for the accepted answer failed with KeyError\n  File"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"broken .*KeyError\n  File") as caught:
         log(tmp_path, CORRECTED, rule=broken)
     assert "3+4" not in str(caught.value)
     changing = log(tmp_path, CORRECTED, rule=lambda messages: [it.update(content="x") for it in messages] and 2)
     assert changing.turns.problems == found.turns.problems
-    with pytest.raises(ValueError, match=r"closing_turn, marked or the dotted path of a function .*, got 'nonsense'"):
+    with pytest.raises(ValueError, match="'nonsense'"):
         function_named("conversations.accepted_rule", "nonsense", BUILT_IN)
 
 
 def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}}
     without_arguments = {"id": "2", "type": None, "function": {"name": "sum", "arguments": " "}}
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4?"}]
     messages = [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4?"}],
-            "name": None,
-        },
+        {"role": "user", "content": parts, "name": None},
         {"role": "assistant", "content": None, "tool_calls": [call, without_arguments]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
         {"role": "assistant", "content": "<think>add</think>\n7", "tool_calls": []},
@@ -266,45 +222,34 @@ def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
     assert first.tools == ({"type": "function", "function": {"name": "add"}},)
 
 
+def called(arguments: Any) -> list[dict[str, Any]]:
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    return [*chat(("u", SECRET)), {"role": "assistant", "tool_calls": calls}]
+
+
+def reply(**changes: Any) -> list[dict[str, Any]]:
+    """Return `CORRECTED` with another first reply."""
+    return [*CORRECTED[:2], CORRECTED[2] | changes, *CORRECTED[3:]]
+
+
 BAD = {
-    "no assistant turn": (chat(("u", SECRET)), "expected an assistant turn, got none"),
-    "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved: expected a mark, or a closing user turn"),
-    "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]': expected assistant after user, got user"),
-    "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
-    "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
+    "no assistant turn": (chat(("u", SECRET)), "assistant turn"),
+    "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved"),
+    "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]'"),
+    "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "'messages[1]'"),
+    "unknown role": ([{"role": SECRET, "content": SECRET}], "a role among"),
     "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
-    "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "index of a message, got a number"),
-    "messages as text that is not their JSON": ({"messages": SECRET}, "expected a list, got a text that is not"),
-    "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "expected text parts only"),
-    "no messages": ({"text": SECRET}, "field 'messages': expected a non-empty list of messages, got nothing"),
-    "no JSON": (f'{{"messages": "{SECRET}', "expected one JSON object per line"),
-    "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "expected an index below 6, got 9"),
-    "mark on the question": (
-        {"messages": CORRECTED, "accepted": 1},
-        "expected message 1 to be an assistant's with text",
-    ),
-    "message with a number as its mark": (
-        [*CORRECTED[:2], CORRECTED[2] | {"accepted": 1}, *CORRECTED[3:]],
-        "'messages[2]': expected true, false or null as 'accepted', got a number",
-    ),
-    "half a surrogate pair": (
-        [*CORRECTED[:2], {"role": "assistant", "content": "cut \ud83d"}, *CORRECTED[3:]],
-        "expected one JSON object per line, got other text (expected text that can be written as UTF-8",
-    ),
-    "half a surrogate pair in arguments as text": (
-        [
-            *chat(("u", SECRET)),
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": r'{"a": "\ude00"}'}}]},
-        ],
-        "'messages[1]': expected a tool call's arguments to be valid JSON",
-    ),
-    "broken arguments": (
-        [
-            *chat(("u", SECRET)),
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f"{{{SECRET}"}}]},
-        ],
-        "expected a tool call's arguments to be valid JSON",
-    ),
+    "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "a number"),
+    "messages as text that is not their JSON": ({"messages": SECRET}, "'messages'"),
+    "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "text parts"),
+    "no messages": ({"text": SECRET}, "'messages'"),
+    "no JSON": (f'{{"messages": "{SECRET}', "JSON object"),
+    "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "got 9"),
+    "mark on the question": ({"messages": CORRECTED, "accepted": 1}, "message 1"),
+    "message with a number as its mark": (reply(accepted=1), "'messages[2]'"),
+    "half a surrogate pair": (reply(content="cut \ud83d"), "UTF-8"),
+    "half a surrogate pair in arguments as text": (called(r'{"a": "\ude00"}'), "'messages[1]'"),
+    "broken arguments": (called(f"{{{SECRET}"), "'messages[1]'"),
 }
 
 
@@ -319,11 +264,9 @@ def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, 
     assert (len(found.turns), found.turns.num_skipped) == (4, 1)
     assert f"skipped as unresolved: {int(name == 'unresolved')}, as bad: {int(name != 'unresolved')}" in found.about
     assert words in found.turns.skipped[0] and SECRET not in found.turns.skipped[0]
-
-
-def test_contents_are_shown_where_one_asks_for_them(tmp_path):
-    with pytest.raises(ValueError, match=SECRET):
-        log(tmp_path, *[BAD["unknown role"][0]], show_contents=True)
+    if name == "unknown role":
+        with pytest.raises(ValueError, match=SECRET):
+            log(tmp_path, entry, show_contents=True)
 
 
 def test_parquet_holds_the_same_conversations(tmp_path):
@@ -331,17 +274,17 @@ def test_parquet_holds_the_same_conversations(tmp_path):
 
     records = [{"messages": CORRECTED, "accepted": None}, {"messages": CORRECTED, "accepted": 2}]
     pandas.DataFrame(records).to_parquet(tmp_path / "log.parquet")
-    [*of_parquet] = read(tmp_path / "log.parquet").turns.problems
-    [*of_json] = log(tmp_path, *records).turns.problems
-    assert [(p.messages, p.solution, p.reply) for p in of_parquet] == [
-        (p.messages, p.solution, p.reply) for p in of_json
-    ]
+    of_parquet, of_json = read(tmp_path / "log.parquet"), log(tmp_path, *records)
+    found = [[(p.messages, p.solution, p.reply) for p in turns.turns.problems] for turns in (of_parquet, of_json)]
+    assert found[0] == found[1] != []
 
 
-def test_a_log_with_another_reply_is_another_data_set(tmp_path):
-    other = [dict(message) for message in CORRECTED]
-    other[2]["content"] = "9"
-    one, two = (log(tmp_path, {"id": "c", "messages": m}, turns="before_accepted").turns for m in (CORRECTED, other))
+def test_a_log_with_another_reply_or_next_state_is_another_data_set(tmp_path):
+    options = {"turns": "before_accepted"}
+    one, two = (log(tmp_path, {"id": "c", "messages": m}, **options).turns for m in (CORRECTED, reply(content="9")))
+    assert one.fingerprint != two.fingerprint
+    thanks, more = (chat(("u", "3+4?"), ("a", "7"), ("u", text)) for text in ("Thanks!", "And 5+6?"))
+    one, two = (log(tmp_path, messages, rule=None).turns for messages in (thanks, more))
     assert one.fingerprint != two.fingerprint
 
 
@@ -351,17 +294,7 @@ def test_without_a_rule_every_reply_that_a_message_follows_is_a_turn_with_its_ne
     marked_log = {"messages": CORRECTED, "accepted": 2}
     found = log(tmp_path, with_tools, marked_log, chat(("u", "hi"), ("a", "hello")), rule=None, on_bad_record="skip")
     states = [[(m["role"], m["content"]) for m in turn.reply.next_state] for turn in found.turns.problems]
-    assert states == [
-        [("tool", "no such file"), ("tool", "7")],
-        [("user", "Thanks!")],
-        [("user", "No, wrong.")],
-        [("user", "Thanks!")],
-    ]
+    tools, thanks = [("tool", "no such file"), ("tool", "7")], [("user", "Thanks!")]
+    assert states == [tools, thanks, [("user", "No, wrong.")], thanks]
     assert all(turn.solution == "" and not turn.reply.accepted for turn in found.turns.problems)
     assert found.about == "2 conversations, 4 replies that a message follows; skipped as unresolved: 1, as bad: 0"
-
-
-def test_the_next_states_belong_to_the_fingerprint_of_the_data(tmp_path):
-    thanks, more = (chat(("u", "3+4?"), ("a", "7"), ("u", text)) for text in ("Thanks!", "And 5+6?"))
-    by_next_state = [log(tmp_path, messages, rule=None).turns.fingerprint for messages in (thanks, more)]
-    assert len(set(by_next_state)) == 2

@@ -77,11 +77,13 @@ def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
         assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"
 
 
-def test_a_byte_that_is_no_text_in_the_list_of_skipped_turns_stops_nothing(tmp_path):
+def test_names_and_bytes_that_are_no_text_in_the_list_of_skipped_turns_stop_nothing(tmp_path):
     path = tmp_path / "skipped.txt"
     path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
-    logged_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
-    assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\nlog.jsonl:4: too long\n"
+    for _ in range(2):
+        list_skipped(path, ["log.jsonl:3: too\u2028long", "/data/\udcff\x1b[2J.jsonl:4: too long"])
+    added = b"/data/\\udcff\\x1b[2J.jsonl:4: too long\n"
+    assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n" + added
 
 
 LENGTHS = [2, 3, 1]
@@ -100,19 +102,10 @@ def test_the_tokens_of_a_turn_share_the_weight_of_its_mean_log_prob(weight, expe
     assert not found.requires_grad
 
 
-def test_a_turn_on_the_threshold_is_likely():
-    weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: sums), -2.0, dropped)
-    assert weights(LOG_PROBS[:2], torch.arange(2)).divergence.tolist() == [1, 1]
-
-
-def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
-    """This rank holds the first token of the turn; `over_ranks` returns the sums of all ranks."""
+def test_a_turn_on_the_threshold_is_likely_and_one_that_is_spread_over_ranks_is_judged_as_a_whole():
+    """This rank holds the first token of the second turn; `over_ranks` returns the sums of all ranks."""
+    whole = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: sums), -2.0, dropped)
+    assert whole(LOG_PROBS[:2], torch.arange(2)).divergence.tolist() == [1, 1]
     everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
     weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: everyone), -1.5, dropped)
     assert weights(LOG_PROBS[:1], torch.tensor([0])).divergence.tolist() == [0], "-1 alone would be likely"
-
-
-def test_a_file_whose_name_is_no_text_is_listed_among_what_was_skipped(tmp_path):
-    for _ in range(2):
-        list_skipped(tmp_path / "skipped.txt", ["/data/\udcff\x1b[2J.jsonl:3: too long"])
-    assert (tmp_path / "skipped.txt").read_text() == "/data/\\udcff\\x1b[2J.jsonl:3: too long\n"

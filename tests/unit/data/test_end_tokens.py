@@ -34,11 +34,8 @@ class Published(Characters):
 
     def encode(self, text: str) -> list[int]:
         """Return the code points, and the published id of the end of a turn."""
-        return [
-            one
-            for index, part in enumerate(text.split(self.turn[0]))
-            for one in [*([self.turn[1]] if index else []), *Characters.encode(self, part)]
-        ]
+        first, *others = [Characters.encode(self, part) for part in text.split(self.turn[0])]
+        return [*first, *(one for part in others for one in (self.turn[1], *part))]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return a text for each id."""
@@ -48,14 +45,9 @@ class Published(Characters):
         """Return the texts of all large ids."""
         return [f"<{one}>" for one in range(32_000, 32_010)] + [f"<{one}>" for one in (*range(128_000, 129_000),)]
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """Return the messages with the end of the turn after each reply, or only between messages."""
-        end = self.turn[0]
-        if self.after_next:
-            return end.join(message["content"] for message in messages)
-        return "".join(message["content"] + end for message in messages)
+        return self.turn[0].join(message["content"] for message in messages) + self.turn[0] * (not self.after_next)
 
 
 def model_directory(path: Path, files: Mapping[str, Any]) -> Path:

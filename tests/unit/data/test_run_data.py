@@ -26,13 +26,12 @@ PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
 
 
-def character_tokenizer(directory: Path, **special: str) -> str:
+def character_tokenizer(directory: Path, **special: str) -> None:
     """Write a Hugging Face directory with one token per character."""
     words = {character: i for i, character in enumerate(CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", **special).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +76,9 @@ def test_what_is_read_is_what_the_files_say(directory):
     assert len(run_data.evaluation) == 2 and run_data.evaluation[0].answer == "0"
     assert (run_data.vocab_size, run_data.max_length) == (len(CHARACTERS), 40)
     assert run_data.stop_token_ids == (CHARACTERS.index("$"),)
+    (directory / "template.jinja").write_text(PLAIN)
+    by_file = RunData.load(config_of(directory, f"data.chat_template={directory}/template.jinja"))
+    assert by_file.prompts_digest == run_data.prompts_digest
 
 
 EMPTY = "{% for m in messages %}x{% endfor %}"
@@ -120,37 +122,23 @@ def test_what_cannot_be_read_or_learned_from_is_refused_by_its_name(directory, o
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("policy", ["truncate_start", "truncate_end"])
-def test_of_a_shortened_solution_the_part_that_fits_is_shown(directory, policy):
-    assert RunData.load(config_of(directory, f"data.on_long_context={policy}")).num_shortened == 1
-
-
-def test_where_no_teacher_reads_a_prompt_none_is_looked_at(directory):
+def test_of_a_shortened_solution_the_part_that_fits_is_shown_and_where_no_teacher_reads_none_is_looked_at(directory):
+    for policy in ("truncate_start", "truncate_end"):
+        assert RunData.load(config_of(directory, f"data.on_long_context={policy}")).num_shortened == 1
     hidden = [f'data.chat_template="{HALF}"', HINT_LAST, "evaluation.path=DIR/held_out.jsonl", "method.name=sft"]
     assert RunData.load(placed(directory, hidden)).about_prompts is None
 
 
-def test_the_chat_template_may_be_a_file(directory, tmp_path):
-    (tmp_path / "template.jinja").write_text(PLAIN)
-    by_text = RunData.load(config_of(directory))
-    by_file = RunData.load(config_of(directory, f"data.chat_template={tmp_path / 'template.jinja'}"))
-    problem = by_text.problems.problems[0]
-    assert by_file.builder.prompt_pair(problem) == by_text.builder.prompt_pair(problem)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "longest"),
-    [
-        (["data.max_length=null"], 4096),
-        (["data.max_length=null", "schedule.max_tokens=100"], 100),
-        (["data.max_length=null", "schedule.max_tokens=103", "parallel.context_parallel_size=2"], 100),
-        (["data.max_length=null", "schedule.max_tokens=103", "parallel.tensor_model_parallel_size=4"], 100),
-        (["data.max_length=null", "model.max_position_embeddings=64"], 64),
-        ([], 40),
-    ],
-)
-def test_the_longest_context_is_the_least_of_model_row_and_wish(directory, overrides, longest):
-    assert longest_context(config_of(directory, *overrides)) == longest
+def test_the_longest_context_is_the_least_of_model_row_and_wish(directory):
+    for longest, overrides in [
+        (4096, []),
+        (100, ["schedule.max_tokens=100"]),
+        (100, ["schedule.max_tokens=103", "parallel.context_parallel_size=2"]),
+        (100, ["schedule.max_tokens=103", "parallel.tensor_model_parallel_size=4"]),
+        (64, ["model.max_position_embeddings=64"]),
+    ]:
+        assert longest_context(config_of(directory, "data.max_length=null", *overrides)) == longest
+    assert longest_context(config_of(directory)) == 40
 
 
 def test_turns_of_a_log_are_read_under_other_names_beside_an_evaluation_under_its_own(directory, tmp_path):
@@ -308,14 +296,11 @@ def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
     run_data = taught(directory, [{"math": 1, "code": 3}])
     (problem,) = run_data.problems.problems
     limits = {"max_new_tokens": 10, "policy": "drop"}
-    pair = fit_teacher_prompt(run_data.builder, problem, max_length=40, **limits)
-    assert pair is not None
-    decode = run_data.tokenizer.decode
+    pair, decode = fit_teacher_prompt(run_data.builder, problem, max_length=40, **limits), run_data.tokenizer.decode
     found = [(one.teacher, one.share, decode(one.prompt).replace(" ", "")) for one in pair.of_teachers]
     assert found == [("code", 0.75, "500-4=||"), ("math", 0.25, "500-4=40|")]
     assert pair.teacher == "code"
-    nothing = fit_teacher_prompt(run_data.builder, problem, max_length=18, **limits)
-    assert nothing is None, "the prompt of math has 9 tokens"
+    assert fit_teacher_prompt(run_data.builder, problem, max_length=18, **limits) is None, "that of math has 9 tokens"
 
 
 def test_a_run_ends_responses_where_tokenizer_model_files_checkpoint_and_key_say(directory, tmp_path):
@@ -333,11 +318,10 @@ def test_a_run_ends_responses_where_tokenizer_model_files_checkpoint_and_key_say
     wanted = {CHARACTERS.index(one) for one in "$|;3"}
     assert set(run_data.stop_token_ids) == set(RunData.load_evaluation(config).stop_token_ids) == wanted
     assert set(RunData.of_problem(config, run_data.problems.problems[0]).stop_token_ids) == wanted
-    log = tmp_path / "log.jsonl"
     talk = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
-    write(log, [{"messages": talk, "accepted": 1}])
+    write(tmp_path / "log.jsonl", [{"messages": talk, "accepted": 1}])
     ended = PLAIN.replace("{{ m.content }}", "{{ m.content }}|")
-    data = replace(config.data, kind="conversations", path=str(log), chat_template=ended)
+    data = replace(config.data, kind="conversations", path=str(tmp_path / "log.jsonl"), chat_template=ended)
     method = from_mapping({"method": {"name": "chat_logs"}, "data": {"kind": "conversations"}}).method
     of_logs = RunData.load(replace(config, data=data, method=method))
     assert set(of_logs.stop_token_ids) == wanted and of_logs.stop_token_ids[0] == CHARACTERS.index("|")
