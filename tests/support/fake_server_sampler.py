@@ -20,12 +20,13 @@ from megatron_selfdistill.rollout.base import SamplingParams, ignore_progress
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
 MODEL = models.model_config("gqa", num_layers=2)
+PATIENCE_S = 3600.0
 
 
 def tell(address: str, **fault: Any) -> None:
     """Set what a fake server does from now on."""
     data = json.dumps(fault).encode()
-    urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=20).read()
+    urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=PATIENCE_S).read()
 
 
 @contextmanager
@@ -36,16 +37,21 @@ def sampler(
     adapter: AdapterConfig | None = None,
     **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`."""
+    """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`.
+
+    By default it is so patient that a wait for its patience outlasts the test.
+    """
+    from megatron_selfdistill.engines.vllm import server_pool, server_sampler, transfer_group
     from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
     from megatron_selfdistill.interop.hf.mapping import family_of_model
 
+    server_pool.PROBE_SECONDS = server_sampler.PROBE_SECONDS = transfer_group.FORMING_SECONDS = PATIENCE_S
     chunks, grid = models.build(MODEL, models.parallel(**layout))
     if adapter is not None:
         add_adapters(chunks, adapter, grid)
     with tempfile.TemporaryDirectory() as directory:
-        settings = {"transfer": "shared_memory", "transfer_dir": directory, "timeout_s": 60.0, **options}
+        settings = {"transfer": "shared_memory", "transfer_dir": directory, "timeout_s": PATIENCE_S, **options}
         rules = family_of_model(MODEL).rules(MODEL)
         built = ServerSampler(
             EngineWeights(chunks, grid, rules, adapter, bucket_bytes=20_000, on_ranks=[0]),

@@ -92,62 +92,42 @@ class FakeVllm(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.token = ""
-        self.vocab_size = 50
-        """The number of tokens that responses consist of."""
-        self.log_prob = -0.5
-        """The log-prob of every token of a response."""
-        self.ends = False
-        """Whether responses end with a stop token."""
-        self.seconds = 0.0
-        """Seconds that a response takes."""
+        self.vocab_size = 50  # the number of tokens that responses consist of
+        self.log_prob = -0.5  # the log-prob of every token of a response
+        self.ends = False  # whether responses end with a stop token
+        self.seconds = 0.0  # seconds that a response takes
         self.seconds_of: Callable[[list[int]], float] = lambda prompt: 0.0
         """The seconds more that the response to a prompt takes."""
-        self.together = 0
-        """The number of requests for which each response waits."""
-        self.holds: list[int] = []
-        """The first tokens of prompts whose responses wait until a test removes them here."""
-        self.die_at = 0
-        """The number of the response at whose start the server dies; 0 is never."""
-        self.hang_at = 0
-        """The number of the first response that never comes; 0 is never."""
-        self.gets_on = False
-        """Whether the server's count of tokens grows all the time."""
-        self.counts = True
-        """Whether the server counts tokens."""
-        self.fail_at = ""
-        """The path that answers with status 500."""
-        self.hangs_at = ""
-        """The path that never answers."""
-        self.endless_at = ""
-        """The path whose answer never ends: one long number in JSON."""
-        self.drips_at = ""
-        """The path whose headers come one byte at a time."""
+        self.together = 0  # the number of requests for which each response waits
+        self.holds: list[int] = []  # the first tokens of prompts whose responses wait until a test removes them here
+        self.die_at = 0  # the number of the response at whose start the server dies; 0 is never
+        self.hang_at = 0  # the number of the first response that never comes; 0 is never
+        self.gets_on = False  # whether the server's count of tokens grows all the time
+        self.counts = True  # whether the server counts tokens
+        self.fail_at = ""  # the path that answers with status 500
+        self.hangs_at = ""  # the path that never answers
+        self.endless_at = ""  # the path whose answer never ends: one long number in JSON
+        self.drips_at = ""  # the path whose headers come one byte at a time
         self.texts: dict[str, str] = {}
         """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
-        self.status = 200
-        """The HTTP status of responses."""
-        self.says = ""
-        """The characters that replace every response, if not empty."""
-        self.writes_version = ""
-        """The version of the weights that responses state falsely, if not empty."""
+        self.status = 200  # The HTTP status of responses
+        self.says = ""  # the characters that replace every response, if not empty
+        self.writes_version = ""  # the version of the weights that responses state falsely, if not empty
         self.max_model_len = 10_000
         self.workers: list[dict[str, Any]] = [{"host": "here", "boot_id": boot_id(), "address": "", "nccl": None}]
         """The answer of `VllmServer.workers`; the server really has one worker."""
-        self.blind: list[str] = []
-        """The hosts whose workers cannot read the trainer's files."""
+        self.blind: list[str] = []  # the hosts whose workers cannot read the trainer's files
         self.restart()
 
     def restart(self) -> None:
         """Forget all weights and calls, like a server that has just started."""
         self.version = "default"
-        self.weights: dict[str, torch.Tensor] = {}
-        """The tensors of the last update."""
+        self.weights: dict[str, torch.Tensor] = {}  # the tensors of the last update
         self.adapter: dict[str, Any] | None = None
         self.models: Counter[str | None] = Counter()
         """The names of the adapters of all requests; None stands for no adapter."""
         self.paused = False
-        self.num_aborts = 0
-        """The number of pauses that have aborted the responses under way."""
+        self.num_aborts = 0  # the number of pauses that have aborted the responses under way
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
         self.begun = 0

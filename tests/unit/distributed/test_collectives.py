@@ -40,65 +40,74 @@ def test_every_rank_gets_the_values_of_all_ranks_in_their_order(ranks):
     assert ranks.run(gathered, world_size=3) == [expected] * 3
 
 
-def raised(errors: list[Exception | None], unexpected: type[Exception] = EngineError) -> tuple[str, str] | None:
-    """Return the type and the message that this rank raises where rank i meets ``errors[i]`` in its block."""
-    own = errors[dist.get_rank()]
-    found = None
-    try:
-        with raise_on_all_ranks(unexpected):
-            if own is not None:
-                raise own
-    except Exception as error:
-        assert error.__cause__ is own
-        found = type(error).__name__, str(error)
-    assert max_over_ranks([1]) == [1]  # all ranks have left the block, so the next collective meets
+Errors = list[Exception | None]
+
+
+def raised(cases: list[Errors]) -> list[tuple[str, str] | None]:
+    """Return the type and the message that this rank raises where rank i meets item i of each case in its block."""
+    found: list[tuple[str, str] | None] = []
+    for errors in cases:
+        own = errors[dist.get_rank()]
+        try:
+            with raise_on_all_ranks(EngineError):
+                if own is not None:
+                    raise own
+            found.append(None)
+        except Exception as error:
+            assert error.__cause__ is own
+            found.append((type(error).__name__, str(error)))
+        assert max_over_ranks([1]) == [1], "all ranks have left the block, so the next collective meets"
     return found
 
 
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ([None, None], None),
-        ([None, EngineError("gone")], ("EngineError", "rank 1: gone")),
-        ([CheckpointError("no such file")] * 2, ("CheckpointError", "no such file")),
-        ([ConfigError("first"), ValueError("second")], ("ConfigError", "rank 0: first; rank 1: second")),
-        ([ValueError("no room"), None], ("ValueError", "rank 0: no room")),
-        ([None, KeyError("x")], ("EngineError", "rank 1: KeyError: 'x'")),
-        ([None, UnicodeDecodeError("utf-8", b"", 0, 1, "y")], ("EngineError", "rank 1: UnicodeDecodeError: ")),
-        ([EngineError("a"), *[EngineError("b")] * 3, None], ("EngineError", "rank 0: a; ranks 1, 2, 3: b")),
-    ],
-)
-def test_what_one_rank_raises_all_ranks_raise(ranks, errors, expected):
-    for found in ranks.run(raised, errors, world_size=len(errors)):
-        if expected is None:
-            assert found is None
-        else:
-            assert (found[0], found[1].startswith(expected[1])) == (expected[0], True), found
+RAISED: list[tuple[Errors, tuple[str, str] | None]] = [
+    ([None, None, None], None),
+    ([None, EngineError("gone"), None], ("EngineError", "rank 1: gone")),
+    ([CheckpointError("no such file")] * 3, ("CheckpointError", "no such file")),
+    ([ConfigError("first"), ValueError("second"), None], ("ConfigError", "rank 0: first; rank 1: second")),
+    ([ValueError("no room"), None, None], ("ValueError", "rank 0: no room")),
+    ([None, KeyError("x"), None], ("EngineError", "rank 1: KeyError: 'x'")),
+    ([None, UnicodeDecodeError("utf-8", b"", 0, 1, "y"), None], ("EngineError", "rank 1: UnicodeDecodeError: ")),
+    ([EngineError("a"), *[EngineError("b")] * 2], ("EngineError", "rank 0: a; ranks 1, 2: b")),
+]
 
 
-def fails(error: Exception) -> Any:
+def test_what_one_rank_raises_all_ranks_raise(ranks):
+    for found in ranks.run(raised, [errors for errors, _ in RAISED], world_size=3):
+        for one, (_, expected) in zip(found, RAISED, strict=True):
+            assert one == expected or (one[0] == expected[0] and one[1].startswith(expected[1])), one
+
+
+def fails(error: BaseException) -> Any:
     raise error
 
 
-def message_of(run: Callable[..., Any], error: Exception) -> str:
-    with pytest.raises(type(error)) as caught:
-        run(partial(fails, error))
-    return str(caught.value)
+ERRORS = [kind("what to do") for kind in (ConfigError, CheckpointError, EngineError, VerifierError, ValueError)]
+
+
+def messages_of(run: Callable[..., Any]) -> list[str]:
+    messages = []
+    for error in ERRORS:
+        with pytest.raises(type(error)) as caught:
+            run(partial(fails, error))
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.parametrize("run", [run_on_rank_0, run_long_on_rank_0, run_on_each_rank])
-@pytest.mark.parametrize("kind", [ConfigError, CheckpointError, EngineError, VerifierError, ValueError])
-def test_an_error_for_the_user_keeps_its_type_and_message_on_every_rank(ranks, run, kind):
-    assert ranks.run(message_of, run, kind("what to do"), world_size=2) == ["what to do"] * 2
+def test_an_error_for_the_user_keeps_its_type_and_message_on_every_rank(ranks, run):
+    assert ranks.run(messages_of, run, world_size=2) == [["what to do"] * len(ERRORS)] * 2
 
 
-def results() -> tuple[Any, Any]:
+def results() -> tuple[Any, Any, str]:
     rank = dist.get_rank()
-    return run_on_rank_0(lambda: f"of {rank}"), run_on_each_rank(lambda: f"of {rank}")
+    with pytest.raises(EngineError) as caught:
+        run_long_on_rank_0(partial(fails, SystemExit(3)), EngineError)
+    return run_on_rank_0(lambda: f"of {rank}"), run_on_each_rank(lambda: f"of {rank}"), str(caught.value)
 
 
-def test_rank_0s_result_reaches_every_rank_and_each_ranks_own_stays_there(ranks):
-    assert ranks.run(results, world_size=2) == [("of 0", "of 0"), ("of 0", "of 1")]
+def test_rank_0s_result_reaches_every_rank_and_each_ranks_own_stays_there_also_after_a_thread_that_exits(ranks):
+    assert ranks.run(results, world_size=2) == [(*of, "SystemExit: 3") for of in (("of 0", "of 0"), ("of 0", "of 1"))]
 
 
 def run_long(meetings: int) -> tuple[Any, int]:
@@ -120,7 +129,7 @@ def run_long(meetings: int) -> tuple[Any, int]:
         return "done"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_HEARTBEAT_SECONDS", 0.1)
+        patch.setattr(collectives, "_HEARTBEAT_SECONDS", 0.02)
         patch.setattr(dist, "broadcast", counted)
         return run_long_on_rank_0(work), len(met)
 
@@ -129,16 +138,6 @@ def test_work_of_rank_0_may_take_longer_than_a_collective_may_wait(ranks):
     first, second = ranks.run(run_long, 4, world_size=2)
     assert (first[0], second[0]) == ("done", None)
     assert first[1] == second[1] >= 4
-
-
-def leave_from_a_thread() -> str:
-    with pytest.raises(EngineError) as caught:
-        run_long_on_rank_0(partial(fails, SystemExit(3)), EngineError)  # type: ignore[arg-type]
-    return str(caught.value)
-
-
-def test_a_thread_that_exits_does_not_leave_the_other_ranks_waiting(ranks):
-    assert ranks.run(leave_from_a_thread, world_size=2) == ["SystemExit: 3"] * 2
 
 
 # What each source sends to each rank: a cycle, a parcel to oneself, an empty one, and a rank that takes no part.
@@ -197,15 +196,16 @@ def broadcasts(layout: dict[str, int]) -> tuple[int, int, bool, list[list[tuple[
     return grid.dp_rank, firsts[grid.dp_rank], grid.is_first_of_replica, results
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, "cp": 2}])
-def test_all_ranks_of_a_replica_get_the_arrays_of_its_first_rank(ranks, layout):
-    results = ranks.run(broadcasts, layout, world_size=4)
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        *(({axis: 2}, 4) for axis in ("tp", "pp", "cp")),
+        *(pytest.param({"tp": 2, axis: 2}, 4, marks=pytest.mark.full) for axis in ("pp", "cp")),
+        pytest.param({"tp": 2, "pp": 2, "cp": 2}, 8, marks=pytest.mark.full),
+    ],
+)
+def test_all_ranks_of_a_replica_get_the_arrays_of_its_first_rank(ranks, layout, world_size):
+    results = ranks.run(broadcasts, layout, world_size=world_size)
     assert [rank for rank, (*_, is_first, _) in enumerate(results) if is_first] == sorted({r[1] for r in results})
     for _, first, _, received in results:
-        assert received == [[], described(parcel(first, 0, 7))]
-
-
-@pytest.mark.full
-def test_all_ranks_of_a_replica_of_three_axes_get_the_arrays_of_its_first_rank(ranks):
-    for _, first, _, received in ranks.run(broadcasts, {"tp": 2, "pp": 2, "cp": 2}, world_size=8):
         assert received == [[], described(parcel(first, 0, 7))]

@@ -49,11 +49,8 @@ def test_steps_on_a_cpu_are_no_longer_than_they_must_be(monkeypatch):
 @pytest.mark.parametrize(
     ("version", "name"),
     [
-        ("2.6.0+cu124", "PYTORCH_CUDA_ALLOC_CONF"),
-        ("2.8.1", "PYTORCH_CUDA_ALLOC_CONF"),
-        ("2.9.0", "PYTORCH_ALLOC_CONF"),
-        ("2.13.0+cpu", "PYTORCH_ALLOC_CONF"),
-        ("3.0", "PYTORCH_ALLOC_CONF"),
+        *((version, "PYTORCH_CUDA_ALLOC_CONF") for version in ("2.6.0+cu124", "2.8.1")),
+        *((version, "PYTORCH_ALLOC_CONF") for version in ("2.9.0", "2.13.0+cpu", "3.0")),
     ],
 )
 def test_segments_grow_by_the_name_that_torch_reads(version, name):

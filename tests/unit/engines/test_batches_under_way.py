@@ -17,10 +17,7 @@ from megatron_selfdistill.engines.vllm.server_batch import BusyTime, request_key
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
 
-HELD = 7
-"""The first token of the prompts whose responses the servers hold back."""
-NEVER_S = 3600.0
-"""The patience with a server where nobody is to wait for it: the test itself would end first."""
+HELD = 7  # the first token of the prompts whose responses the servers hold back
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ OTHER_FAULTS = [{"dead": True}, {"fail_at": "/reset_prefix_cache"}]
 
 def server_lost(addresses: list[str], fault: dict[str, Any]) -> Any:
     """Let the first server fail while responses are under way and the weights change."""
-    with sampler(addresses, {}, max_staleness=2, timeout_s=NEVER_S) as (built, grid):
+    with sampler(addresses, {}, max_staleness=2) as (built, grid):
         requests = requests_of(grid, 1, 16)
         built.update_weights(0)
         tell_all(addresses, grid, holds=[HELD])
@@ -170,7 +167,7 @@ def test_requests_never_begin_with_weights_that_will_be_too_old(run):
 
 def abandoned(addresses: list[str]) -> None:
     """Close a sampler while responses are held back."""
-    with sampler(addresses, {}, timeout_s=NEVER_S) as (built, grid):
+    with sampler(addresses, {}) as (built, grid):
         built.update_weights(0)
         tell_all(addresses, grid, holds=[HELD])
         wait_for(built.start(requests_of(grid, 1), GREEDY, 0), 6)

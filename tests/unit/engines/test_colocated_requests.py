@@ -49,7 +49,7 @@ def requests_of(replica: int, dp_size: int) -> list[Request]:
 
 
 def generated(layout: dict[str, int], engine_tp: int) -> Any:
-    """Return the replica, the prompts that this rank's engine got, the responses of the replica, and a refusal."""
+    """Return the number of replicas, and the prompts that this rank's engine got; check the responses."""
     from megatron_selfdistill.engines.vllm import colocated as sampling
 
     model = models.model_config("gqa", num_layers=2)
@@ -61,10 +61,8 @@ def generated(layout: dict[str, int], engine_tp: int) -> Any:
             built.update_weights(3)
             own = requests_of(grid.dp_rank, grid.dp_size)
             responses = built.generate(own, PARAMS)
-            with pytest.raises(ValueError, match=r"an empty prompt") as refused:
-                built.generate(own if grid.dp_rank else [Request([], 1)], PARAMS)
     assert responses == [response_to(sampling.engine_request(request, PARAMS)) for request in own]
-    return grid.dp_size, [request.token_ids for request in engine.asked], str(refused.value)
+    return grid.dp_size, [request.token_ids for request in engine.asked]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +76,6 @@ def test_every_replica_gets_its_responses_and_every_rank_of_an_engine_its_share_
     dp_size = results[0][0]
     everything = [request.prompt for replica in range(dp_size) for request in requests_of(replica, dp_size)]
     num_engines = world_size // engine_tp
-    for rank, (_, asked, _) in enumerate(results):
+    for rank, (_, asked) in enumerate(results):
         first, end = (len(everything) * engine // num_engines for engine in (rank // engine_tp, rank // engine_tp + 1))
         assert asked == everything[first:end]
-    assert len({refusal for *_, refusal in results}) == 1, "all ranks refuse a request of one replica alike"

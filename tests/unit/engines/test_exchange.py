@@ -49,12 +49,10 @@ def exchanged(layout: dict[str, int], counts: list[int], engine_tp: int | None) 
 
 
 LAYOUTS = [
-    ({}, 1, [3]),
     ({}, 1, [0]),
-    ({}, 2, [5, 2]),
     ({"tp": 2}, 4, [0, 4]),
     ({"pp": 2}, 4, [7, 1]),
-    ({"cp": 2}, 4, [1, 6]),
+    pytest.param({"cp": 2}, 4, [1, 6], marks=pytest.mark.full),
     ({}, 4, [1, 0, 0, 3]),
     pytest.param({"tp": 2, "pp": 2}, 8, [5, 2], marks=pytest.mark.full),
 ]
@@ -67,34 +65,25 @@ def own_responses(layout: dict[str, int], world_size: int, counts: list[int], ra
 
 
 @pytest.mark.parametrize(("layout", "world_size", "counts"), LAYOUTS)
-def test_rank_0_gets_all_requests_and_every_replica_the_responses_to_its_own(ranks, layout, world_size, counts):
+@pytest.mark.parametrize("engine_tp", [None, 1, 2])
+def test_rank_0_or_each_engine_gets_its_share_and_every_replica_the_responses_to_its_own(
+    ranks, layout, world_size, counts, engine_tp
+):
     everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
-    for rank, (asked, back) in enumerate(ranks.run(exchanged, layout, counts, None, world_size=world_size)):
-        assert asked == ([] if rank else everybody)
-        # NaN is not equal to itself
-        assert repr(back) == repr(own_responses(layout, world_size, counts, rank))
-
-
-@pytest.mark.parametrize(("layout", "world_size", "counts"), LAYOUTS)
-@pytest.mark.parametrize("engine_tp", [1, 2])
-def test_every_engine_gets_its_share_and_every_replica_the_responses(ranks, layout, world_size, counts, engine_tp):
-    engine_tp = min(engine_tp, world_size)
-    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
-    num_engines = world_size // engine_tp
-    cuts = [len(everybody) * engine // num_engines for engine in range(num_engines + 1)]
-    for rank, (asked, back) in enumerate(ranks.run(exchanged, layout, counts, engine_tp, world_size=world_size)):
-        engine = rank // engine_tp
-        assert asked == everybody[cuts[engine] : cuts[engine + 1]]
-        assert repr(back) == repr(own_responses(layout, world_size, counts, rank))
+    size = world_size if engine_tp is None else min(engine_tp, world_size)
+    cuts = [len(everybody) * engine // (world_size // size) for engine in range(world_size // size + 1)]
+    arguments = (layout, counts, None if engine_tp is None else size)
+    for rank, (asked, back) in enumerate(ranks.run(exchanged, *arguments, world_size=world_size)):
+        share = everybody[cuts[rank // size] : cuts[rank // size + 1]]
+        assert asked == ([] if engine_tp is None and rank else share)
+        assert repr(back) == repr(own_responses(layout, world_size, counts, rank)), "NaN is not equal to itself"
 
 
 PARAMS = SamplingParams(max_new_tokens=10)
 
 
-@pytest.mark.parametrize(
-    ("request_", "why"), [(Request([], 1), "empty prompt"), (Request([1] * 21, 1), "longest prompt has 21 tokens")]
-)
-def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, why):
-    with pytest.raises(ValueError, match=why):
-        check_requests([Request([1] * 20, 2), request_], PARAMS, 30)
+def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked():
+    for prompt, why in (([], "empty prompt"), ([1] * 21, "longest prompt has 21 tokens")):
+        with pytest.raises(ValueError, match=why):
+            check_requests([Request([1] * 20, 2), Request(prompt, 1)], PARAMS, 30)
     check_requests([Request([1] * 20, 2), Request([1], 3)], PARAMS, 30)

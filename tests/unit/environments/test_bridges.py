@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+import tiny
 from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
+from tiny import builder
 
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompt_templates import PromptTemplates, PromptView
-from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.data.tokenizer_files import load_tokenizer
+from megatron_selfdistill.data.prompt_templates import PromptView
 from megatron_selfdistill.environments.bridges import bridge
 
-PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
+PROBLEM = tiny.problem("What is 3 + 4?", "It is 7.")
 REPLY = {"role": "user", "content": "Wrong, try again."}
-
-
-def builder(directory: Path, chat_template: str | None = None, **own: Any) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), PromptTemplates(**own))
 
 
 def test_a_bridge_is_what_the_template_writes_between_two_responses(chat_directory: Path) -> None:
@@ -45,19 +39,12 @@ def test_continued_tokens_are_the_tokens_of_the_rendered_conversation(chat_direc
 @pytest.mark.parametrize(
     ("template", "role"),
     [(STRIPPING, "user"), (FORGETFUL, "user"), (FORGETFUL, "tool"), (OPENING, "user"), (None, "user")],
-    ids=[
-        "drops thoughts",
-        "forgets thoughts",
-        "forgets thoughts for a tool",
-        "opens thoughts",
-        "opens them by default",
-    ],
 )
 def test_a_template_that_rewrites_a_response_has_no_bridge(
     chat_directory: Path, template: str | None, role: str
 ) -> None:
     build = builder(chat_directory, template)
-    with pytest.raises(ValueError, match=rf"sums.jsonl:1: the chat template rewrites a response .* of the role {role}"):
+    with pytest.raises(ValueError, match=rf"file.jsonl:1: the chat template rewrites a response .* of the role {role}"):
         bridge(build, PROBLEM, None, {**REPLY, "role": role}, 2)
 
 

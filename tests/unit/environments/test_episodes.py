@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch.distributed as dist
 from characters import ONE_RANK, Characters, text_of
 from made_methods import made, response_of
@@ -34,12 +35,20 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.sampling import SampleKey, sample_seed
 from megatron_selfdistill.sources.rollouts import Rollout
 
-PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
+PROBLEMS = [tiny.problem(name, f"hint {name}", name, id=name, location=f"file:{name}") for name in "ab"]
 TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?")
 
 
-def given(max_length: int = 60) -> GivenSolutions:
-    return GivenSolutions(PromptBuilder(Characters(), TEMPLATES), max_length, 8, policy="error")
+def given(max_length: int = 60, tokenizer: type[Characters] = Characters, policy: str = "error") -> GivenSolutions:
+    return GivenSolutions(PromptBuilder(tokenizer(), TEMPLATES), max_length, 8, policy=policy)
+
+
+def students(turns: Sequence[Rollout]) -> list[str]:
+    return [text_of(turn.prompts.student_prompt) for turn in turns]
+
+
+def teachers(turns: Sequence[Rollout]) -> list[str]:
+    return [text_of(turn.prompts.teacher_prompt) for turn in turns]
 
 
 class Opened(Characters):
@@ -52,7 +61,7 @@ class Opened(Characters):
 
 
 def opened(max_length: int = 60) -> GivenSolutions:
-    return GivenSolutions(PromptBuilder(Opened(), TEMPLATES), max_length, 8, policy="error")
+    return given(max_length, Opened)
 
 
 class Script:
@@ -76,11 +85,13 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
 
 
+SETTINGS: dict[str, Any] = {"given": given(), "grid": ONE_RANK, "phases": Phases(), "has_teacher": True}
+
+
 def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3, **options: Any):
     """Return turns and number of cut episodes of one episode per item of ``texts``, and the requests of each turn."""
     method = made(options.pop("overrides", []), options.get("given", given()))
-    settings = {"given": given(), "grid": ONE_RANK, "phases": Phases(), "has_teacher": True} | options
-    episodes = StatelessEpisodes(environment=environment, max_turns=max_turns, **settings)
+    episodes = StatelessEpisodes(environment=environment, max_turns=max_turns, **SETTINGS | options)
     asked: list[list[SampleKey]] = []
 
     def generate(keys, pairs):
@@ -100,21 +111,12 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
     turns, num_cut, asked = played(environment, [["w$", "w$", "r$"], ["r$"]])
     assert num_cut == 0 and [[(key.problem_id, key.turn) for key in keys] for keys in asked] == [[("a", 1)], [("a", 2)]]
     assert [(turn.group, turn.episode, turn.turn) for turn in turns] == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (1, 1, 0)]
-    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
-    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == [
-        "a|hint a:",
-        "a|hint aw#1:",
-        "a|hint aw#1w#2:",
-        "b|hint b:",
-    ]
+    assert students(turns) == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
+    assert teachers(turns) == ["a|hint a:", "a|hint aw#1:", "a|hint aw#1w#2:", "b|hint b:"]
     assert [turn.reward for turn in turns] == [0.0, 0.0, 1.0, 1.0]
     assert [turn.feedback for turn in turns] == ["f1", "f2", "f3", "f1"]
-    assert environment.heard == [
-        ("a", ["w"]),
-        ("b", ["r"]),
-        ("a", ["w", "#1", "w"]),
-        ("a", ["w", "#1", "w", "#2", "r"]),
-    ]
+    said = [("a", ["w"]), ("b", ["r"]), ("a", ["w", "#1", "w"]), ("a", ["w", "#1", "w", "#2", "r"])]
+    assert environment.heard == said
     assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
 
 
@@ -129,7 +131,7 @@ class Counted(Characters):
 
 @pytest.mark.parametrize("field", ["text", "hint"])
 def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
-    rules = GivenSolutions(PromptBuilder(Counted(), TEMPLATES), 60, 8, policy="drop")
+    rules = given(60, Counted, "drop")
 
     class Huge(Script):
         def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
@@ -137,9 +139,7 @@ def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
 
     turns, num_cut, _ = played(Huge(), [["w$", "w$"], ["r$"]], given=rules)
     assert num_cut == 1 and [turn.turn for turn in turns] == [0, 0]
-    episodes = StatelessEpisodes(
-        given=rules, grid=ONE_RANK, phases=Phases(), max_turns=2, has_teacher=True, environment=None
-    )
+    episodes = StatelessEpisodes(environment=None, max_turns=2, **SETTINGS | {"given": rules})
     method = made([], rules)
     sample = SampleKey(5, "a", 0), PROBLEMS[0], method.prompts(PROBLEMS[0])
     found, opening = episodes._opened(sample, Reply(**{field: "x" * 1_800_000}, done=False), method)
@@ -149,10 +149,8 @@ def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
 def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts():
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=opened(), one_sequence=True)
     assert num_cut == 0
-    students = [text_of(turn.prompts.student_prompt) for turn in turns]
-    assert students == ["a?:", "a?:w$#1:", "a?:w$#1:w$#2:", "b?:"]
-    teachers = [text_of(turn.prompts.teacher_prompt) for turn in turns]
-    assert teachers == ["a|hint a:", "a|hint a:w$#1:", "a|hint a:w$#1:w$#2:", "b|hint b:"]
+    assert students(turns) == ["a?:", "a?:w$#1:", "a?:w$#1:w$#2:", "b?:"]
+    assert teachers(turns) == ["a|hint a:", "a|hint a:w$#1:", "a|hint a:w$#1:w$#2:", "b|hint b:"]
     contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
     rules = PackingRules(max_tokens=64, cp_size=1, tp_size=1, paired=False, joins_turns=True)
     assert segments_of(contexts, rules) == [range(3), range(3, 4)]
@@ -176,7 +174,7 @@ def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
         "a|step 3w#1w#2w#3:",
     ]
     assert [turn.prompts.solution for turn in turns] == ["hint a", "step 2", "step 3", "step 3"]
-    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
+    assert students(turns) == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
     with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn: set"):
         played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
 
@@ -196,12 +194,15 @@ def test_a_response_tells_its_place_in_the_episode_and_what_belongs_to_its_turn(
     assert replace(rollouts[0], key=None).episode_turn(has_teacher=True) is None
 
 
-def test_an_episode_of_one_sequence_ends_where_its_next_prompt_does_not_fit():
-    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=opened(8 + 16), one_sequence=True)
-    assert len(turns) == 2 and num_cut == 1 and len(turns[1].prompts.teacher_prompt) == 14
-    turns, num_cut, _ = played(
-        Script(), [["w$", "w$", "r$"]], given=opened(8 + 16), one_sequence=True, has_teacher=False
-    )
+@pytest.mark.parametrize(("rules", "one_sequence", "length"), [(given(21), False, 12), (opened(24), True, 14)])
+def test_an_episode_ends_where_its_next_prompts_do_not_fit(rules, one_sequence, length):
+    """Without a teacher, only the student's prompt must fit."""
+    texts, options = [["w$", "w$", "r$"]], {"given": rules, "one_sequence": one_sequence}
+    turns, num_cut, _ = played(Script(), texts, **options)
+    assert len(turns) == 2 and num_cut == 1 and len(turns[1].prompts.teacher_prompt) == length
+    metrics = episode_metrics(turns, num_cut, ONE_RANK)
+    assert metrics["episodes/too_long_share"] == metrics["episodes/unfinished_share"] == 1.0
+    turns, num_cut, _ = played(Script(), texts, **options, has_teacher=False)
     assert len(turns) == 3 and num_cut == 0
     assert turns[2].prompts.teacher_prompt == turns[2].prompts.student_prompt
 
@@ -223,7 +224,6 @@ def test_replies_are_prompt_tokens_and_so_never_trained_on():
     turns, _, _ = played(Script(role="tool"), [["w$", "r$"]])
     contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
     assert [text_of(context.response) for context in contexts] == ["w$", "r$"]
-    assert all("#" not in text_of(context.response) for context in contexts)
     assert text_of(contexts[1].student_prompt).endswith("w#1:") and text_of(contexts[1].teacher_prompt).endswith("w#1:")
     assert turns[1].problem.messages[-1] == {"role": "tool", "content": "#1"}
 
@@ -234,8 +234,9 @@ def test_every_turn_has_random_numbers_of_its_own_and_the_first_turn_those_of_a_
     assert seeds[1] == sample_seed(7, 5, "a/turn1", 2)
 
 
-def test_an_episode_ends_at_the_last_turn_without_another_prompt():
-    turns, num_cut, asked = played(Script(), [["w$", "w$", "w$"]], max_turns=2)
+@pytest.mark.parametrize("limit", [{"max_turns": 2}, {"max_tokens": 4}])
+def test_an_episode_ends_at_its_last_turn_or_token_without_another_prompt(limit):
+    turns, num_cut, asked = played(Script(), [["w$", "w$", "w$"]], **limit)
     assert len(turns) == 2 and len(asked) == 1 and num_cut == 0
     metrics = episode_metrics(turns, num_cut, ONE_RANK)
     assert metrics["episodes/unfinished_share"] == 1.0 and metrics["episodes/too_long_share"] == 0.0
@@ -245,7 +246,7 @@ def test_a_truncated_response_ends_its_episode_and_the_environment_does_not_see_
     environment = Script()
     turns, _, _ = played(environment, [["cut"], ["w$", "r$"]])
     assert [turn.problem.id for turn in turns] == ["a", "b", "b"] and turns[0].reply is None
-    assert all(name == "b" for name, _ in environment.heard) and turns[0].reward is None
+    assert {name for name, _ in environment.heard} == {"b"} and turns[0].reward is None
 
 
 @pytest.mark.parametrize("reply", [{"done": True}, {"done": False, "text": None}])
@@ -253,21 +254,6 @@ def test_a_reply_that_is_done_or_shows_nothing_ends_the_episode(reply):
     environment = SimpleNamespace(reply=lambda problem, said: Reply(**({"text": "#"} | reply)))
     turns, _, asked = played(environment, [["w$", "w$"]])
     assert len(turns) == 1 and not asked
-
-
-def test_a_turn_whose_prompts_do_not_fit_ends_the_episode():
-    # The teacher's prompt of turn 1 has 13 characters, and that of turn 2 has 16.
-    short = given(8 + 13)
-    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=short)
-    assert len(turns) == 3 and num_cut == 1
-    metrics = episode_metrics(turns, num_cut, ONE_RANK)
-    assert metrics["episodes/too_long_share"] == metrics["episodes/unfinished_share"] == 0.5
-
-
-def test_without_a_teacher_only_the_students_prompt_must_fit():
-    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=given(8 + 13), has_teacher=False)
-    assert len(turns) == 3 and num_cut == 0
-    assert turns[2].prompts.teacher_prompt == turns[2].prompts.student_prompt
 
 
 def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
@@ -316,20 +302,17 @@ def failing(problem: Problem, said: Sequence[str]) -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("reply", "message"),
+    ("reply", "word"),
     [
-        (failing, r"^file:a: the environment failed with KeyError: 'no such tool'\n  File "),
-        (lambda problem, said: sys.exit(0), r"^file:a: .* environment \S+SimpleNamespace tried .* SystemExit\(0\)"),
-        (lambda problem, said: "yes", r"file:a: .* TypeError: expected a Reply of .*environments, got 'yes'"),
-        (
-            lambda problem, said: Reply("cut \ud83d"),
-            r"^file:a: the environment failed with ValueError: text of a reply",
-        ),
+        (failing, r"KeyError: 'no such tool'\n  File "),
+        (lambda problem, said: sys.exit(0), r"SystemExit\(0\)"),
+        (lambda problem, said: "yes", "TypeError: .*'yes'"),
+        (lambda problem, said: Reply("cut \ud83d"), "ValueError: text of a reply"),
     ],
     ids=["fails", "ends the program", "no reply", "half a character"],
 )
-def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(reply, message):
-    with pytest.raises(EngineError, match=message):
+def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(reply, word):
+    with pytest.raises(EngineError, match=f"^file:a: .*{word}"):
         played(SimpleNamespace(reply=reply), [["r$"]])
 
 
@@ -382,8 +365,7 @@ def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], ma
 
 def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
     turns, sessions = with_sessions({"a": Reply(" go", done=False), "b": Reply(done=False)}, [["w$", "r$"], ["r$"]])
-    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a go?:", "a go?w#w:", "b?:"]
-    assert text_of(turns[1].prompts.teacher_prompt) == "a go|hint aw#w:"
+    assert students(turns) == ["a go?:", "a go?w#w:", "b?:"] and teachers(turns)[1] == "a go|hint aw#w:"
     assert sorted(sessions.calls) == [
         *[("reset", name, SampleKey(5, name, 0).seed(7)) for name in "ab"],
         *[("step", "a", "r"), ("step", "a", "w"), ("step", "b", "r")],
@@ -394,8 +376,8 @@ def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
 def test_the_hint_of_a_sessions_beginning_takes_the_place_of_the_solution():
     openings = {"a": Reply(hint="north", done=False), "b": Reply(" go", hint="south", done=False)}
     turns, _ = with_sessions(openings, [["w$", "r$"], ["r$"]])
-    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == ["a|north:", "a|northw#w:", "b go|south:"]
-    assert [text_of(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#w:", "b go?:"]
+    assert teachers(turns) == ["a|north:", "a|northw#w:", "b go|south:"]
+    assert students(turns) == ["a?:", "a?w#w:", "b go?:"]
 
 
 @pytest.mark.parametrize(
@@ -407,30 +389,17 @@ def test_the_hint_of_a_sessions_beginning_takes_the_place_of_the_solution():
 )
 def test_an_episode_that_cannot_begin_is_one_response_to_the_problem_alone(caplog, opening, reason):
     turns, sessions = with_sessions({"a": opening, "b": Reply(done=False)}, [["w$"], ["w$", "r$"]])
-    assert [(turn.problem.id, text_of(turn.prompts.student_prompt), turn.reward) for turn in turns] == [
-        ("a", "a?:", 0.0),
-        ("b", "b?:", 0.5),
-        ("b", "b?w#w:", 0.5),
-    ]
+    assert students(turns) == ["a?:", "b?:", "b?w#w:"] and [turn.reward for turn in turns] == [0.0, 0.5, 0.5]
     assert turns[0].reply == Reply(failure=reason) and not sessions.open
     assert ("step", "a", "w") not in sessions.calls
     assert episode_metrics(turns, 0, ONE_RANK)["episodes/failed_share"] == 0.5
-    if opening.failure:
-        assert (
-            "1 of 2 sessions failed" in caplog.text and "step 5 to problem 'a', sample 0: reset raised" in caplog.text
-        )
+    assert opening.failure is None or "step 5 to problem 'a', sample 0: reset raised" in caplog.text
 
 
 def test_a_step_without_any_session_ends_the_run():
     failed = Reply(failure="reset raised OSError: no display")
     with pytest.raises(EngineError, match="all 2 sessions of the step failed, the first: reset raised OSError"):
         with_sessions({"a": failed, "b": failed}, [["w$"], ["w$"]])
-
-
-def test_an_episode_with_its_limit_of_tokens_gets_no_further_turn():
-    turns, _, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], max_tokens=4)
-    assert [turn.turn for turn in turns] == [0, 1, 0]
-    assert episode_metrics(turns, 0, ONE_RANK)["episodes/unfinished_share"] == 0.5
 
 
 class Answering:
@@ -449,9 +418,11 @@ class Answering:
 
 def evaluated(hinted: bool = False, at_once: int = 8, **options: Any):
     """Return the episodes of two samples of both problems, and the requests of each call of the sampler."""
-    settings = {"given": given(), "grid": ONE_RANK, "phases": Phases(), "has_teacher": True, "max_turns": 3} | options
-    sampler, environment = Answering(), Guiding(reward=0.25)
-    player = EvaluationPlayer(StatelessEpisodes(environment=environment, **settings), sampler, 7, 20, at_once)
+    sampler, episodes = (
+        Answering(),
+        StatelessEpisodes(environment=Guiding(reward=0.25), **SETTINGS | {"max_turns": 3} | options),
+    )
+    player = EvaluationPlayer(episodes, sampler, 7, 20, at_once)
     samples = [(problem, i) for problem in PROBLEMS for i in range(2)]
     return player.play(samples, SamplingParams(8), hinted=hinted), sampler.calls
 

@@ -29,8 +29,7 @@ STOPS = tuple(range(0, VOCAB_SIZE, 4))
 NUM_EPISODES, NUM_TURNS = 7, 4
 GREEDY = SamplingParams(NEW_TOKENS, temperature=0, stop_token_ids=STOPS)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0)
-Texts = dict[int, list[list[int]]]
-"""Number of an episode -> the tokens of its responses."""
+Texts = dict[int, list[list[int]]]  # number of an episode -> the tokens of its responses
 
 
 def tokens(rng: random.Random, least: int, most: int) -> list[int]:
@@ -151,12 +150,12 @@ def test_a_cache_that_goes_on_gives_the_tokens_of_a_fresh_prefill(ranks, fresh, 
 def test_rows_without_room_are_read_again(ranks, fresh):
     greedy, sampled = fresh("shallow", {})
     counts = []
-    for room in (60, 120, None):
+    for room in (60, 120):
         [(found, drawn, metrics)] = ranks.run(play_with_names, "shallow", parallel(), {}, room, world_size=1)
         assert found == greedy and drawn == sampled
         counts.append((metrics["rollout/kept_tokens"], sum(metrics.values())))
     kept, read = zip(*counts, strict=True)
-    assert kept[0] < kept[1] < kept[2] and len(set(read)) == 1
+    assert kept[0] < kept[1] and len(set(read)) == 1
 
 
 def forget() -> list[float]:

@@ -102,7 +102,7 @@ def decode_after_an_overlapped_step() -> None:
     """Decode on two data-parallel ranks whose parameters are one gather behind; only the first has requests."""
     optimizer_config = OptimizerConfig(
         precision="fp32", lr=0.1, clip_grad=0.0,
-        overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True,
+        overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True
     )  # fmt: skip
     chunks, grid = build(model_config(num_layers=2), parallel(), optimizer=optimizer_config)
     chunks = wrap_for_training(chunks, optimizer_config)
@@ -139,8 +139,12 @@ def test_parameters_that_are_gathered_with_the_next_forward_are_gathered_before_
 
 MLA = {
     "multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 16, "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "rope_type": "rope",
+    "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "rope_type": "rope"
 }  # fmt: skip
+
+
+def recomputing(**options: Any) -> ScheduleConfig:
+    return ScheduleConfig(recompute=RecomputeConfig(**options))
 
 
 SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
@@ -155,37 +159,23 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
             "transformer": {"window_size": [3, 0], "window_attn_skip_freq": [0, 1, 1, 0], "softmax_type": "learnable"},
         },
         "fp32",
-        ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["core_attn"])),
+        recomputing(granularity="selective", modules=["core_attn"]),
     ),
     "gated delta nets": (dataclasses.asdict(model_config("gated_delta", num_layers=2)), "fp32", None),
     "experts with biases": (
         {
-            "num_moe_experts": 4,
-            "moe_ffn_hidden_size": 32,
-            "add_bias_linear": True,
-            "activation": "quick_gelu",
-            "position_embedding_type": "yarn",
+            **{"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "add_bias_linear": True},
+            **{"activation": "quick_gelu", "position_embedding_type": "yarn"},
             "transformer": {
-                "window_size": [3, 0],
-                "window_attn_skip_freq": 2,
-                "softmax_type": "learnable",
-                "activation_func_clamp_value": 1.0,
-                "glu_linear_offset": 1.0,
+                **{"window_size": [3, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"},
+                **{"activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0},
             },
         },
         "fp32",
         None,
     ),
-    "selective recompute": (
-        {},
-        "fp32",
-        ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["layernorm", "mlp"])),
-    ),
-    "full recompute": (
-        {},
-        "fp32",
-        ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1)),
-    ),
+    "selective recompute": ({}, "fp32", recomputing(granularity="selective", modules=["layernorm", "mlp"])),
+    "full recompute": ({}, "fp32", recomputing(granularity="full", method="uniform", num_layers=1)),
 }
 
 
@@ -269,15 +259,7 @@ ROUTERS: list[tuple[str, object]] = [
 
 def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
     [messages] = ranks.run(refuse, world_size=1)
-    words = [
-        "kv_cache_gb",
-        "60 tokens",
-        "empty prompt",
-        "flash_decode",
-        "cuda_graph_impl",
-        "mrope",
-        *(name for name, _ in ROUTERS),
-    ]
+    words = ["kv_cache_gb", "60 tokens", "empty prompt", "flash_decode", "cuda_graph_impl", "mrope", *dict(ROUTERS)]
     for message, word in zip(messages, words, strict=True):
         assert word in message
 

@@ -66,7 +66,7 @@ def operations_of(records: bool, window: list[int] | None = None) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize("window", [None, [5, 0]])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.full), [5, 0]])
 def test_passes_of_one_recording_do_the_same_at_the_same_addresses_and_wait_for_nothing(ranks, window):
     [recorded] = ranks.run(operations_of, True, window, world_size=1)
     assert len(recorded) == NEW_TOKENS - 1
@@ -90,7 +90,8 @@ def decoded_without_graphs(kind: str, config: Any) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("moe", parallel()), ("gated_delta", parallel()), ("shallow", parallel(pp=2))]
+    ("kind", "layout"),
+    [("moe", parallel()), pytest.param("gated_delta", parallel(), marks=pytest.mark.full), ("shallow", parallel(pp=2))],
 )
 def test_a_model_whose_passes_differ_decodes_without_graphs_and_says_so_once(ranks, kind, layout):
     results = ranks.run(decoded_without_graphs, kind, layout, world_size=layout.pipeline_model_parallel_size)

@@ -36,9 +36,8 @@ def expected_probs(temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     return cut / cut.sum()
 
 
-def draw(sampling: SamplingParams) -> torch.Tensor:
-    uniforms = torch.from_numpy(sample_uniforms(17, NUM_DRAWS))
-    return select_tokens(LOGITS.expand(NUM_DRAWS, -1), uniforms, sampling)[0]
+def draw(sampling: SamplingParams, count: int = NUM_DRAWS) -> torch.Tensor:
+    return select_tokens(LOGITS.expand(count, -1), torch.from_numpy(sample_uniforms(17, count)), sampling)[0]
 
 
 CASES = [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 6, "top_p": 0.7}]
@@ -60,10 +59,10 @@ def test_log_probs_are_of_the_model_and_of_the_distribution_drawn_from(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ids_beyond_the_tokenizer_are_never_drawn_and_the_rest_is_renormalised(case):
     beyond = torch.cat([LOGITS, torch.tensor([9.0, -1.0])])  # the likeliest id has no token
-    uniforms = torch.from_numpy(sample_uniforms(17, NUM_DRAWS))
-    rows = beyond.double().expand(NUM_DRAWS, -1)
+    uniforms = torch.from_numpy(sample_uniforms(17, 500))
+    rows = beyond.double().expand(500, -1)
     tokens, log_probs, drawn = select_tokens(rows, uniforms, params(**case, num_ids=10))
-    assert torch.equal(tokens, draw(params(**case)))
+    assert torch.equal(tokens, draw(params(**case), 500))
     of_model = beyond.double().log_softmax(0)[tokens]
     assert torch.allclose(log_probs, of_model, atol=1e-12), "of the model, over all its ids"
     assert torch.allclose(drawn, expected_probs(**case).log()[tokens], atol=1e-12)
@@ -71,10 +70,12 @@ def test_ids_beyond_the_tokenizer_are_never_drawn_and_the_rest_is_renormalised(c
     assert greedy.tolist() == [0] and log_probs.item() == pytest.approx(beyond.double().log_softmax(0)[0].item())
 
 
-def test_greedy_takes_the_lowest_id_among_equals_and_is_certain():
+def test_greedy_takes_the_lowest_id_among_equals_and_is_certain_and_top_k_the_lowest_ids():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
     tokens, log_probs, sampled = select_tokens(logits, torch.zeros(2), params(temperature=0))
     assert tokens.tolist() == [1, 0]
+    uniforms = torch.linspace(0, 1, 100, dtype=torch.float64)[:-1]
+    assert set(select_tokens(torch.zeros(99, 8), uniforms, params(top_k=3))[0].tolist()) == {0, 1, 2}
     torch.testing.assert_close(log_probs, logits.double().log_softmax(-1)[[0, 1], tokens])
     assert sampled.tolist() == [0, 0]
 
@@ -103,12 +104,14 @@ def test_log_probs_have_the_error_of_float32(dtype, temperature):
         assert ((starts - 1e-6 < uniforms) & (uniforms < ends + 1e-6)).all()
 
 
-def test_rows_without_a_number_say_nan():
+def test_rows_without_a_number_say_nan_and_give_valid_tokens():
     logits = 5 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
     logits[7, 3], logits[8] = torch.nan, -torch.inf
     before = logits.clone()
-    _, log_probs, _ = select_tokens(logits, torch.zeros(40), params(temperature=0))
-    assert log_probs.isnan().nonzero().flatten().tolist() == [7, 8]
+    for temperature in (0.0, 1.0):
+        tokens, log_probs, _ = select_tokens(logits, torch.zeros(40), params(temperature=temperature))
+        assert log_probs.isnan().nonzero().flatten().tolist() == [7, 8]
+        assert ((tokens >= 0) & (tokens < 1000)).all()
     torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -124,23 +127,11 @@ def test_every_place_of_a_block_is_drawn_in_its_interval(size):
     torch.testing.assert_close(log_probs[drawn], (weights / cdf[-1]).log()[drawn])
 
 
-def test_equal_logits_are_kept_from_the_lowest_id_up_by_top_k():
-    uniforms = torch.linspace(0, 1, 100, dtype=torch.float64)[:-1]
-    tokens, _, _ = select_tokens(torch.zeros(99, 8), uniforms, params(top_k=3))
-    assert set(tokens.tolist()) == {0, 1, 2}
-
-
 def test_the_ends_of_the_uniforms_draw_tokens_that_have_probability():
     logits = torch.tensor([[-float("inf"), 1.0, -float("inf"), 1.0, -float("inf")]])
     last = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     assert select_tokens(logits, torch.zeros(1), params())[0].tolist() == [1]
     assert select_tokens(logits, last, params())[0].tolist() == [3]
-
-
-def test_a_row_of_nan_gives_a_valid_token_and_says_nan():
-    logits = torch.stack([torch.full((6,), float("nan")), torch.zeros(6)])
-    tokens, log_probs, _ = select_tokens(logits, torch.full((2,), 0.5), params())
-    assert 0 <= tokens[0] < 6 and log_probs[0].isnan() and log_probs[1].isfinite()
 
 
 def test_groups_of_rows_change_nothing(monkeypatch):
