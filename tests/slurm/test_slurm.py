@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ENDS, FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh, wait_until
+from events import wait_until
+from slurm_jobs import ENDS, FOR_VLLM, SCRIPTS, STEPS, Job, config_of_the_tiny_model, parent, sh
 from tiny_run import assert_equal_runs, reproducible_metrics
 
 

@@ -23,6 +23,11 @@ from megatron_selfdistill.rollout.sampling import sample_seed
 TIMEOUT = 600.0
 MAX_LENGTH = 320
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 512}
+BIASED: dict[str, Any] = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+EXPERTS: dict[str, Any] = {
+    **{"moe_layer_freq": [0, 1], "moe_shared_expert_intermediate_size": 64, "moe_router_dtype": "fp32"},
+    **{"moe_router_topk_scaling_factor": 1.7, "moe_router_bias_update_rate": 0.0},
+}
 MODELS = {
     "gqa": models.model_config("gqa", **SIZES, num_query_groups=2),
     "tied": models.model_config("tied", **SIZES, num_query_groups=2),
@@ -34,44 +39,16 @@ MODELS = {
         yarn=dataclasses.replace(models.model_config("yarn").yarn, original_max_position_embeddings=128),
     ),
     "moonlight": models.model_config(
-        "moe",
-        **SIZES,
-        num_query_groups=2,
-        layernorm_epsilon=1e-5,
-        latent_layernorm_epsilon=1e-6,
-        moe_router_enable_expert_bias=True,
-        moe_router_score_function="sigmoid",
+        **{"kind": "moe", **SIZES, **BIASED, "num_query_groups": 2},
+        **{"layernorm_epsilon": 1e-5, "latent_layernorm_epsilon": 1e-6},
         transformer={
-            "multi_latent_attention": True,
-            "q_lora_rank": None,
-            "kv_lora_rank": 512,
-            "qk_head_dim": 128,
-            "qk_pos_emb_head_dim": 64,
-            "v_head_dim": 128,
-            "rope_type": "rope",
-            "moe_layer_freq": [0, 1],
-            "moe_router_topk_scaling_factor": 1.7,
-            "moe_shared_expert_intermediate_size": 64,
-            "moe_router_dtype": "fp32",
-            "moe_router_bias_update_rate": 0.0,
+            **{**EXPERTS, "multi_latent_attention": True, "rope_type": "rope", "q_lora_rank": None},
+            **{"kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
         },
     ),
     "glm4_moe": models.model_config(
-        "moe",
-        **SIZES,
-        num_query_groups=1,
-        qk_layernorm=False,
-        add_qkv_bias=True,
-        rotary_percent=0.5,
-        moe_router_enable_expert_bias=True,
-        moe_router_score_function="sigmoid",
-        transformer={
-            "moe_layer_freq": [0, 1],
-            "moe_router_topk_scaling_factor": 1.7,
-            "moe_shared_expert_intermediate_size": 64,
-            "moe_router_dtype": "fp32",
-            "moe_router_bias_update_rate": 0.0,
-        },
+        **{"kind": "moe", **SIZES, **BIASED, "num_query_groups": 1},
+        **{"qk_layernorm": False, "add_qkv_bias": True, "rotary_percent": 0.5, "transformer": EXPERTS},
     ),
 }
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from events import wait_until
 from ports import free_port
 
 
@@ -17,14 +17,15 @@ from ports import free_port
 def serving(python: Path | str, module: str, *arguments: str) -> Iterator[str]:
     """Start the server of ``module`` with the interpreter ``python``, yield its address, and end it."""
     port = free_port()
+
+    def answers() -> bool:
+        assert server.poll() is None, "the server has ended"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
     server = subprocess.Popen([python, Path(__file__).with_name(f"{module}.py"), str(port), *arguments])
     try:
-        for _ in range(1200):  # the imports of such a server take ten seconds and more
-            assert server.poll() is None, "the server has ended"
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+        wait_until(answers)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()

@@ -8,12 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
+from events import wait_until
 from tiny_run import REPOSITORY, overrides, saved_step
 
 SCRIPTS = sorted((REPOSITORY / "examples" / "slurm").glob("*.sbatch"))
@@ -21,9 +20,6 @@ STEPS = 16
 # On a CPU, vLLM's attention supports heads of 32 channels and no smaller heads.
 FOR_VLLM = ("model.hidden_size=64", "model.num_attention_heads=2", "model.num_query_groups=2")
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-PATIENCE_S = 300.0
-
-T = TypeVar("T")
 
 
 def sh(*command: str, **environment: str) -> str:
@@ -31,15 +27,6 @@ def sh(*command: str, **environment: str) -> str:
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | environment, cwd=REPOSITORY)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
-
-
-def wait_until(what: Callable[[], T], seconds: float = PATIENCE_S) -> T:
-    """Call ``what`` until its value is true, and return this value."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain"
-        time.sleep(0.1)
-    return value
 
 
 class Job:

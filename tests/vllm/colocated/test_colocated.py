@@ -15,10 +15,10 @@ import models
 import numpy as np
 import pytest
 import torch
-from colocated import DRAWN, GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, sampler
+from colocated import DRAWN, GREEDY, MODELS, TIMEOUT, requests, sampler
 from responses import own, tokens
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.sampling import sample_seed
 
@@ -130,22 +130,6 @@ def test_greedy_tokens_and_log_probs_are_those_of_transformers(ranks, fresh, kin
     assert greedy[0].sampled_log_probs == [0.0] * 40 and drawn[0].sampled_log_probs == drawn[0].log_probs
 
 
-def written_in_process(kind: str) -> list[Response]:
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-
-    chunks, grid = models.build(MODELS[kind], ParallelConfig())
-    return MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH).generate(requests(), GREEDY)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("gqa", "tied")])
-def test_greedy_tokens_and_log_probs_are_the_trainers_own(ranks, fresh, kind):
-    (theirs,) = ranks.run(written_in_process, kind, world_size=1)
-    greedy = fresh(kind, 0)[0]
-    assert tokens(greedy) == tokens(theirs)
-    for response, other in zip(greedy, theirs, strict=True):
-        assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
-
-
 LAYOUTS = {
     "TP2xPP2 to engines of 1": ("gqa", models.parallel(tp=2, pp=2), 4, 1),
     "TP2 to an engine of 2": ("gqa", models.parallel(tp=2), 2, 2),
@@ -189,18 +173,6 @@ def test_after_an_update_tokens_are_those_of_a_freshly_loaded_engine_in_any_layo
         assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
 
 
-def fewer_requests_than_engines() -> list[int]:
-    chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
-    with sampler(MODELS["gqa"], chunks, grid) as it:
-        it.update_weights(1)
-        some = requests()[:1] if grid.dp_rank == 0 else []
-        return [len(it.generate(share, DRAWN)) for share in (some, [])]
-
-
-def test_replicas_and_engines_without_requests_take_part(ranks):
-    assert ranks.run(fewer_requests_than_engines, world_size=2, timeout=TIMEOUT) == [[1, 0], [0, 0]]
-
-
 def written_alone_stopped_and_cut() -> dict[str, list[Response]]:
     chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
     stops = replace(DRAWN, stop_token_ids=tuple(range(0, models.VOCAB_SIZE, 8)))
@@ -237,17 +209,3 @@ def test_a_response_depends_on_its_own_stream_and_ends_at_a_stop_token(ranks, fr
     assert "stop" in reasons
     assert tokens(found["cut"]) == tokens(found["greedy"]) != tokens(found["cool"])
     assert np.isnan(found["cool"][0].sampled_log_probs).all() and np.isfinite(found["cool"][0].log_probs).all()
-
-
-def dtypes() -> tuple[str, float]:
-    chunks, grid = models.build(MODELS["gqa"], ParallelConfig(), optimizer=OptimizerConfig(precision="bf16"))
-    with sampler(MODELS["gqa"], chunks, grid) as it:
-        it.update_weights(1)
-        responses = it.generate(requests(), DRAWN)
-        return str(it._engine._llm.model_config.dtype), float(np.mean([np.mean(r.log_probs) for r in responses]))
-
-
-def test_a_bf16_trainer_has_bf16_engines(ranks, fresh):
-    ((dtype, mean),) = ranks.run(dtypes, world_size=1, timeout=TIMEOUT)
-    assert dtype == "torch.bfloat16"
-    assert -4 < mean < -0.5  # uniform would be -log 61 = -4.1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {
         **SIZES,
         "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 512,
-            "beta_fast": 8.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512},
+            **{"beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         },
     },
     "olmoe": {"hidden_size": 128, "intermediate_size": 32, "max_position_embeddings": 512},
@@ -61,28 +55,30 @@ def responses_of_vllm(directory: Path) -> tuple[list[Response], list[Response]]:
         return it.generate(requests(4), GREEDY), it.generate(requests(4), DRAWN)
 
 
+def scored(model: Any, responses: list[Response]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Return the greedy tokens of transformers' model, and its log-probs of the responses to `requests`, in turn."""
+    best, log_probs = [], []
+    for request, response in zip(cycle(requests(4)), responses, strict=False):
+        logits = hf_models.hf_logits(model, [request.prompt + response.token_ids]).double()
+        rows = logits[len(request.prompt) - 1 : -1]
+        best.append(rows.argmax(-1).tolist())
+        log_probs.append(rows.log_softmax(-1).gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1))
+    return best, log_probs
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_responses_and_their_log_probs_are_those_of_transformers(ranks, tmp_path, kind):
     reference = hf_models.write(kind, tmp_path, **FAMILIES[kind])
     ((greedy, drawn),) = ranks.run(responses_of_vllm, tmp_path, world_size=1, timeout=TIMEOUT)
-    best = []
-    for request, response in zip(requests(4) * 2, [*greedy, *drawn], strict=True):
-        logits = hf_models.hf_logits(reference, [request.prompt + response.token_ids]).double()
-        rows = logits[len(request.prompt) - 1 : -1]
-        scored = rows.log_softmax(-1).gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)
-        assert response.log_probs == pytest.approx(scored.tolist(), abs=2e-4)
-        best.append(rows.argmax(-1).tolist())
+    best, log_probs = scored(reference, [*greedy, *drawn])
+    for response, expected in zip([*greedy, *drawn], log_probs, strict=True):
+        assert response.log_probs == pytest.approx(expected.tolist(), abs=2e-4)
     assert tokens(greedy) == best[: len(greedy)]
 
 
 GATED_DELTA: dict[str, Any] = {
-    **SIZES,
-    "hidden_size": 128,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
+    **{**SIZES, "hidden_size": 128, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    **{"linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
     "linear_conv_kernel_dim": 4,
 }
 
@@ -100,13 +96,8 @@ def responses_in_bf16(directory: Path) -> list[Response]:
 
 def median_distance(model: Any, responses: list[Response]) -> float:
     """Return the median distance of the recorded log-probs of responses to `requests` from those of transformers."""
-    distances = []
-    for request, response in zip(requests(4), responses, strict=True):
-        logits = hf_models.hf_logits(model, [request.prompt + response.token_ids]).double()
-        rows = logits[len(request.prompt) - 1 : -1].log_softmax(-1)
-        scored = rows.gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)
-        distances.append((torch.tensor(response.log_probs) - scored).abs())
-    return float(torch.cat(distances).median())
+    pairs = zip(responses, scored(model, responses)[1], strict=True)
+    return float(torch.cat([(torch.tensor(one.log_probs) - theirs).abs() for one, theirs in pairs]).median())
 
 
 def test_gated_delta_nets_generate_what_transformers_would_in_bf16(ranks, tmp_path):

@@ -130,7 +130,7 @@ def test_workers_say_where_they_are(server):
 
 def assert_all_end(server: Server) -> None:
     for one in server.commands:
-        one.wait(60)
+        one.wait()
         assert_session_ends(one.pid)
 
 
