@@ -81,9 +81,9 @@ def link_out(directory: Path, name: str) -> None:
     (directory / name).symlink_to("../elsewhere")
 
 
-def wait_on_a_pipe(directory: Path) -> None:
+def replaced(directory: Path, make: Callable[[Path], None]) -> None:
     (directory / "config.json").unlink()
-    os.mkfifo(directory / "config.json")
+    make(directory / "config.json")
 
 
 def cut_off(directory: Path) -> None:
@@ -99,7 +99,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pickle that would run code": (hold_a_pickle, r"pytorch_model\.bin was refused: .*posix.system"),
     "weights that are a link out": (lambda hf: link_out(hf, WEIGHTS), rf"{WEIGHTS} .*SELFDISTILL_FOLLOW_LINKS=1"),
     "a configuration that is a link out": (lambda hf: link_out(hf, "config.json"), r"config\.json is a symbolic link"),
-    "a pipe": (wait_on_a_pipe, r"config\.json is a named pipe"),
+    "a pipe": (lambda hf: replaced(hf, os.mkfifo), r"config\.json is a named pipe"),
+    "a directory": (lambda hf: replaced(hf, os.mkdir), r"config\.json is a directory"),
     "weights that are cut off": (cut_off, rf"{WEIGHTS} is corrupt or cut off"),
     "no weights": (lambda hf: (hf / WEIGHTS).unlink(), "has no weights"),
     "an index of nothing": (name_a_missing_file, r"lacks model-1\.safetensors"),
