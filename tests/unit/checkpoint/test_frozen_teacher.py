@@ -86,6 +86,7 @@ def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) ->
     return run.teacher_weights()
 
 
+@pytest.mark.full
 def test_a_frozen_teacher_loads_in_another_layout(ranks, tmp_path):
     moe = Setup(kind="moe", teacher="frozen", optimizer=dataclasses.replace(ADAM, precision="bf16"))
     split = moe.cut(ep=2)

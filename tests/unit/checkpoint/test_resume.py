@@ -84,7 +84,12 @@ def saved_on_one_rank(ranks, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     return directory, ranks.run(save_with_each, directory, world_size=1)[0]
 
 
-@combinations(optimizer=list(OPTIMIZERS), layout=list(FROM_ONE_RANK), strength=1)
+@combinations(
+    optimizer=list(OPTIMIZERS),
+    layout=list(FROM_ONE_RANK),
+    quick={"optimizer": ["bf16", "plain fp32", "plain bf16"]},
+    strength=1,
+)
 def test_a_run_of_one_rank_goes_on_in_other_layouts(ranks, saved_on_one_rank, layout, optimizer):
     directory, never_stopped = saved_on_one_rank
     setup = OPTIMIZERS[optimizer].cut(**FROM_ONE_RANK[layout])
