@@ -14,34 +14,21 @@ import models
 import pytest
 import torch
 from layouts import Case, contexts, join, worst_difference
+from logit_pairs import by_bisection, kl
 from parity import TOLERANCE
+from two_terms import GivenCoefficients
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import pack, pad_to_count
+from megatron_selfdistill.loss import TokenStats
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.model.build import build_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.next_token import next_token
-
-
-def reverse_kl_to_capped_mix(s: torch.Tensor, t: torch.Tensor, w: float = 0.75) -> torch.Tensor:
-    """KL(p || q) with H(q) = H(p), k <= 1 + w, by bisection in float64; q is a constant."""
-    log_p = torch.log_softmax(s, -1)
-    mix = w * t + s.detach()
-    wanted = -(log_p.exp() * log_p).sum(-1).detach()
-    low, high = torch.full_like(wanted, 1 / (1 + w)), torch.full_like(wanted, 16 / (1 + w))
-    for _ in range(80):
-        middle = (low + high) / 2
-        log_q = torch.log_softmax(middle[:, None] * mix, -1)
-        soft = -(log_q.exp() * log_q).sum(-1) > wanted
-        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
-    log_q = torch.log_softmax(low[:, None] * mix, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
 
 Gradients = dict[str, torch.Tensor]
 CAPS = [None, 2.0]
@@ -75,7 +62,8 @@ def plain_gradients(student: torch.nn.Module, teacher: torch.nn.Module, sampled:
             tokens = torch.tensor([prompt + context.response])
             logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
             rows.append(logits[len(prompt) - 1 : -1].double())
-        losses.append(reverse_kl_to_capped_mix(rows[0], rows[1].detach()))
+        log_q, _ = by_bisection(rows[0].detach(), rows[1].detach(), Target(anchor="student"))
+        losses.append(kl(rows[0].log_softmax(-1), log_q))
         log_p = torch.log_softmax(rows[0].detach(), -1)
         log_probs.append(log_p.gather(1, torch.tensor(context.response)[:, None])[:, 0])
     ratio = (torch.cat(log_probs) - sampled).exp()
@@ -84,10 +72,8 @@ def plain_gradients(student: torch.nn.Module, teacher: torch.nn.Module, sampled:
     for cap in CAPS:
         weights = 1.0 if cap is None else ratio.clamp(max=cap)
         loss = (weights * torch.cat(losses)).mean()
-        plain[cap] = (
-            loss.item(),
-            dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)),
-        )
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        plain[cap] = loss.item(), dict(zip(names, gradients, strict=True))
     return plain
 
 
@@ -111,51 +97,87 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
             student, schedule.ScheduledTeacher(teacher), batch, loss_of, grid, vocab, token_coefficients=weight
         )
         if cap is not None:
-            assert 0.2 < (output.coefficients.divergence == cap).double().mean() < 0.9, (
-                "some weights are cut and some are not"
-            )
+            cut = (output.coefficients.divergence == cap).double().mean()
+            assert 0.2 < cut < 0.9, "some weights are cut and some are not"
         weights = 1 if output.coefficients is None else output.coefficients.divergence
         ours[cap, fusion] = float((weights * output.stats.loss).mean()), main_grads(student)
     return plain, ours
 
 
-@pytest.fixture(scope="module")
-def plain_and_scheduled(ranks) -> tuple[dict, dict]:
-    return ranks.run(gradients_of_plain_autograd, world_size=1)[0]
+def test_gradient_equals_plain_autograd_one_context_at_a_time(ranks):
+    ((plain, scheduled),) = ranks.run(gradients_of_plain_autograd, world_size=1)
+    for (cap, fusion), (got, ours) in scheduled.items():
+        loss, expected = plain[cap]
+        assert loss > 0.005 and got == pytest.approx(loss, rel=TOLERANCE)
+        worst, where = worst_difference(ours, expected)
+        assert worst <= TOLERANCE, f"{cap}, {fusion}, {where}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("fusion", FUSIONS, ids=str)
-@pytest.mark.parametrize("cap", CAPS)
-def test_gradient_equals_plain_autograd_one_context_at_a_time(plain_and_scheduled, cap, fusion):
-    plain, scheduled = plain_and_scheduled
-    (loss, expected), (got, ours) = plain[cap], scheduled[cap, fusion]
-    assert loss > 0.005 and got == pytest.approx(loss, rel=TOLERANCE)
-    worst, where = worst_difference(ours, expected)
-    assert worst <= TOLERANCE, f"{where}: {worst:.1e}"
-
-
-def next_token_gradient() -> tuple[float, float, dict, dict]:
+def next_token_gradients() -> list[tuple[float, float, dict, dict]]:
+    """Return loss and gradient by autograd and by the schedule, without coefficients and with those of two terms."""
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
-    total, loss = sum(len(c.response) for c in contexts()), torch.zeros(())
+    given, parts = GivenCoefficients.of(contexts()), []
     for context in contexts():
-        tokens = torch.tensor([context.student_prompt + context.response])
-        logits = chunks[0](tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-        rows = logits[len(context.student_prompt) - 1 : -1]
-        labels = torch.tensor(context.response)
-        loss = loss + torch.nn.functional.cross_entropy(rows, labels, reduction="sum") / total
-    loss.backward()
-    plain = {n: p.grad.clone() for n, p in unwrapped(chunks[0]).named_parameters()}
-    student = wrapped(chunks)
+        text, tokens = torch.tensor([context.student_prompt + context.response]), torch.tensor(context.response)
+        logits = chunks[0](text, torch.arange(text.size(1))[None], None)[0, :, : models.VOCAB_SIZE].double()
+        parts.append(logits[-len(tokens) - 1 : -1].log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    log_prob = torch.cat(parts)
+    of_tokens = given(log_prob.detach(), torch.arange(len(log_prob)))
+    names, parameters = zip(*unwrapped(chunks[0]).named_parameters(), strict=True)
+    plain = []
+    for factor in (torch.ones_like(log_prob), of_tokens.divergence + of_tokens.policy):
+        total = -(factor * log_prob).mean()
+        plain.append(dict(zip(names, torch.autograd.grad(total, parameters, retain_graph=True), strict=True)))
+    student, found = wrapped(chunks), []
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
-    shard = layouts.vocab_shard(student, grid)
-    output = schedule.run(student, None, batch, next_token, grid, shard)
-    return float(loss), float(output.stats.loss.mean()), plain, main_grads(student)
+    for expected, coefficients in zip(plain, (None, given), strict=True):
+        clear(student)
+        vocab = layouts.vocab_shard(student, grid)
+        output = schedule.run(student, None, batch, next_token, grid, vocab, token_coefficients=coefficients)
+        if coefficients is not None:
+            own = coefficients(output.stats.student_log_prob, output.response_ids)
+            for field in dataclasses.fields(own):
+                assert torch.equal(getattr(output.coefficients, field.name), getattr(own, field.name))
+            assert 0.1 < own.clipped.double().mean() < 0.9, "some tokens are clipped and some are not"
+        found.append((float(-log_prob.mean()), float(output.stats.loss.mean()), expected, main_grads(student)))
+    return found
 
 
-def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary(ranks):
-    loss, got, plain, ours = ranks.run(next_token_gradient, world_size=1)[0]
-    assert got == pytest.approx(loss, rel=1e-6)
-    assert worst_difference(ours, plain)[0] <= TOLERANCE
+def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary_with_the_coefficients_of_tokens(ranks):
+    """test_anchored_step.py has steps of two terms with a teacher."""
+    for loss, got, plain, ours in ranks.run(next_token_gradients, world_size=1)[0]:
+        assert got == pytest.approx(loss, rel=1e-6)
+        assert worst_difference(ours, plain)[0] <= TOLERANCE
+
+
+def refusals() -> list[str]:
+    """Return the messages of steps with a policy term whose gradient the token loss does not have."""
+    chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
+    teacher = build_chunks(models.model_config("shallow"), chunks[0].config, grid, models.VOCAB_SIZE)
+    student, coefficients = wrapped(chunks), GivenCoefficients.of(contexts())
+    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
+    own = Target(anchor="student"), Divergence()
+    plain = token_losses.self_distillation(*own)
+
+    def detached(*arguments: Any, **options: Any) -> TokenStats:
+        stats = plain(*arguments, **options)
+        return dataclasses.replace(stats, student_log_prob=stats.student_log_prob.detach())
+
+    messages = []
+    for token_loss in (token_losses.self_distillation(*own, fusion=Fusion("keep_gradient", 5)), detached):
+        arguments = student, schedule.ScheduledTeacher(teacher), batch, token_loss, grid
+        options = {"vocab": layouts.vocab_shard(student, grid), "token_coefficients": coefficients}
+        with pytest.raises(ValueError) as caught:
+            schedule.run(*arguments, **options)
+        messages.append(str(caught.value))
+        schedule.run(*arguments, **options, forward_only=True)
+    return messages
+
+
+def test_a_policy_term_without_a_gradient_is_refused_and_never_left_out(ranks):
+    ((keeping, detached),) = ranks.run(refusals, world_size=1)
+    assert "keep_gradient holds the gradient of the divergence alone" in keeping
+    assert "token_coefficients has a policy term, whose gradient the token loss does not have" in detached
 
 
 RULES = ["entropy_matched", "fixed", "teacher_alone"]
@@ -207,14 +229,8 @@ def auxiliary_gradient(
     rng = random.Random(3)
     texts = [[rng.randrange(models.VOCAB_SIZE) for _ in range(24)] for _ in range(4)]
     pairs = [ContextPair(str(i), t[:-response], t[:-response], t[-response:], False) for i, t in enumerate(texts)]
-    batches = [
-        pack(
-            [pair],
-            PackingRules(max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=False),
-            seq_length=max_tokens,
-        )
-        for pair in pairs[grid.dp_rank :: grid.dp_size]
-    ]
+    rules = PackingRules(max_tokens=max_tokens, cp_size=1, tp_size=grid.tp_size, paired=False)
+    batches = [pack([pair], rules, seq_length=max_tokens) for pair in pairs[grid.dp_rank :: grid.dp_size]]
     offset, streams = 0, {"student": [], "teacher": []}
     for batch in batches:
         for name, stream in streams.items():
@@ -276,10 +292,9 @@ def assert_alike(got: Gradients, expected: Gradients) -> None:
     assert worst <= 1e-4, f"{where}: {worst:.1e}"
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("variation", [name for name in ON_ONE_RANK if name != PLAIN])
-def test_router_losses_do_not_depend_on(on_one_rank, variation, loss):
-    assert_alike(on_one_rank[loss, variation], on_one_rank[loss, PLAIN])
+def test_router_losses_do_not_depend_on_padding_lengths_and_the_microbatches_of_others(on_one_rank):
+    for loss, variation in itertools.product(LOSSES, ON_ONE_RANK):
+        assert_alike(on_one_rank[loss, variation], on_one_rank[loss, PLAIN])
 
 
 @pytest.mark.parametrize("layout", ON_TWO_RANKS)

@@ -52,6 +52,55 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
     return lam * kl(log_q, log_m) + (1 - lam) * kl(log_p, log_m)
 
 
+def by_bisection(
+    student: Tensor,
+    teacher: Tensor,
+    target: Target,
+    reference: Tensor | None = None,
+    controls: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log q and beta of float64 rows, written out: q = softmax(beta m) with m = w (t - c) + a.
+
+    A matched beta has H(q) = H(a), or the student's entropy, within a factor of 16 of the geometric mean's beta.
+    ``weights``: the w of each token.
+    """
+    if target.rule == "teacher_alone":
+        return teacher.log_softmax(-1), torch.ones_like(teacher[:, 0])
+    w = torch.full_like(teacher[:, 0], target.teacher_weight) if weights is None else weights
+    share = 1.0 if target.anchor == "reference" else target.reference_share
+    anchor = student if share == 0 else reference if share == 1 else (1 - share) * student + share * reference
+    control = torch.zeros_like(teacher)
+    if controls is not None:
+        control = controls.softmax(-1).mean(0).log()
+        tiny = controls.log_softmax(-1).logsumexp(0) - math.log(len(controls))
+        control = torch.where(torch.isneginf(control), tiny, control)  # a probability below the range of float64
+    gone = torch.isneginf(teacher)
+    mix = anchor + w[:, None] * (teacher - control).masked_fill(gone, 0.0)
+    mix = torch.where(gone & (w[:, None] > 0), -torch.inf, mix)
+    geometric = 1 + w if controls is None else torch.ones_like(w)
+    if target.rule != "entropy_matched":
+        beta = 1 / (geometric if target.k is None else torch.full_like(w, target.k))
+        return (beta[:, None] * mix).log_softmax(-1), beta
+    matched = student if target.match == "student" else anchor
+    wanted = entropy(matched.log_softmax(-1)).clamp(min=1e-6)
+    low, high = ((end / geometric).log() for end in (1 / 16, 16))
+    for _ in range(80):
+        middle = (low + high) / 2
+        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
+        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
+    k_max = {None: math.inf, "1 + w": geometric}.get(target.k_max, target.k_max)
+    beta = torch.maximum(low.exp(), torch.as_tensor(1 / k_max).to(w))
+    return (beta[:, None] * mix).log_softmax(-1), beta
+
+
+def with_garbage(logits: Tensor, num_columns: int) -> Tensor:
+    """Return the logits with padding up to ``num_columns``, which holds garbage."""
+    garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 55.0]).repeat(num_columns)
+    garbage = garbage[: num_columns - logits.size(1)].expand(len(logits), -1).to(logits)
+    return torch.cat([logits, garbage], 1)
+
+
 def pair(seed: int, num_rows: int = 16, vocab_size: int = 200) -> tuple[Tensor, Tensor]:
     """Return random logits of student and teacher, float64 [num_rows, vocab_size], a function of the seed."""
     generator = torch.Generator().manual_seed(seed)
