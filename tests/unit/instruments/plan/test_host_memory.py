@@ -55,25 +55,18 @@ def test_all_ranks_together_hold_what_is_planned_for_their_node(ranks, tmp_path,
     assert held == pytest.approx(expected, rel=0.02)
 
 
+def plan_of(*overrides: str) -> Plan:
+    return dry_run(load(["recipe=qwen3_8b", *overrides]))
+
+
 def host(*overrides: str) -> dict[str, float]:
-    found = dry_run(load(["recipe=qwen3_8b", *overrides])).host
-    return found.parts
-
-
-def test_more_nodes_share_a_save():
-    one, two = host(), host("cluster.num_gpus=16")
-    assert two["optimizer in a save"] == pytest.approx(one["optimizer in a save"] / 2)
+    return plan_of(*overrides).host.parts
 
 
 def test_the_offloaded_teacher_and_rows_that_exceed_their_store_are_held_all_the_time():
     offloaded = host("teacher.offload=cpu", "schedule.teacher_store_gb=0", "schedule.pair_order=teacher_first")
-    parameters = 8_190_735_360
-    plan = dry_run(load(["recipe=qwen3_8b"]))
-    copies = 8 * plan.stages[0].parameters / parameters
-    assert offloaded["teacher"] == pytest.approx(copies * 2 * parameters / GIB)
-    on_device = (
-        dry_run(load(["recipe=qwen3_8b", "schedule.pair_order=teacher_first"])).memory[0].training["teacher states"]
-    )
+    assert offloaded["teacher"] == pytest.approx(8 * plan_of().stages[0].parameters * 2 / GIB)
+    on_device = plan_of("schedule.pair_order=teacher_first").memory[0].training["teacher states"]
     assert offloaded["teacher states"] == pytest.approx(8 * on_device)
     average = host("teacher.offload=cpu", "teacher.weights=ema")
     assert average["teacher"] == pytest.approx(3 * offloaded["teacher"])
@@ -83,30 +76,31 @@ def test_the_offloaded_teacher_and_rows_that_exceed_their_store_are_held_all_the
     assert offloaded["reference"] == 0, "a frozen teacher is the reference"
 
 
-def test_frozen_weights_of_sleeping_engines_rest_in_host_memory():
-    weights = 8 * 8_190_735_360 * 2 / GIB  # an engine on each GPU of the node
-    assert host()["engine weights"] == 0
-    assert weights < host("adapter.rank=8")["engine weights"] < 1.01 * weights
-
-
-def test_a_checkpoint_holds_what_is_trained_with_its_optimizer_state():
+def test_a_checkpoint_holds_what_is_trained_and_frozen_weights_of_sleeping_engines_rest_in_host_memory():
     parameters = 8_190_735_360
-    whole = load(["recipe=qwen3_8b"])
-    assert checkpoint_bytes(whole, parameters) == 14 * parameters
-    assert f"a checkpoint takes {14 * parameters / 1e9:.1f} GB" in summary(dry_run(whole))
+    whole, adapted = plan_of(), plan_of("adapter.rank=8")
+    assert checkpoint_bytes(whole.config, parameters) == 14 * parameters
     assert checkpoint_bytes(load(["recipe=qwen3_8b", "teacher.weights=ema"]), parameters) == 18 * parameters
-    adapted = dry_run(load(["recipe=qwen3_8b", "adapter.rank=8"]))
-    assert f"a checkpoint takes {14 * adapted.adapter_parameters / 1e9:.1f} GB" in summary(adapted)
-    assert host("adapter.rank=8")["weights in a save"] < host()["weights in a save"] / 100
+    for plan, trained in ((whole, parameters), (adapted, adapted.adapter_parameters)):
+        assert f"a checkpoint takes {14 * trained / 1e9:.1f} GB" in summary(plan)
+    saves = [plan.host.parts["weights in a save"] for plan in (whole, adapted)]
+    assert saves[1] < saves[0] / 100
+    engines = 8 * parameters * 2 / GIB  # one on each GPU of the node
+    assert whole.host.parts["engine weights"] == 0
+    assert engines < adapted.host.parts["engine weights"] < 1.01 * engines
+    two_nodes = host("cluster.num_gpus=16")["optimizer in a save"]
+    assert two_nodes == pytest.approx(whole.host.parts["optimizer in a save"] / 2), "more nodes share a save"
 
 
 @pytest.fixture
 def absent(monkeypatch) -> None:
-    """Let the directories of teachers not be there, as on a machine that plans; all have the student's architecture."""
+    """Let the directories of teachers not be there, as on a machine that plans; `wide` ones are larger."""
+    wide = load(["recipe=qwen3_32b"]).model
 
     def copies(config: Config) -> list[tuple[ModelConfig, dict[str, Path]]]:
-        directories = {name: Path(it.load) for name, it in config.named_teachers.items() if it.load is not None}
-        return [(config.model, directories)] if directories else []
+        loads = {name: it.load for name, it in config.named_teachers.items() if it.load is not None}
+        kinds = [{n: Path(at) for n, at in loads.items() if ("wide" in at) == large} for large in (False, True)]
+        return [(model, places) for model, places in zip((config.model, wide), kinds, strict=True) if places]
 
     monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
     monkeypatch.setattr(dry_run_module, "teacher_copies", copies)
@@ -114,35 +108,23 @@ def absent(monkeypatch) -> None:
 
 def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_memory(absent):
     math, code = "teachers.math.load=/math", "teachers.code.load=/code"
-    plans = [dry_run(load(["recipe=qwen3_8b", *names])) for names in ((), (math,), (math, code))]
+    plans = [plan_of(*names) for names in ((), (math,), (math, code))]
     none, one, two = (plan.memory[0].training for plan in plans)
     assert "named teachers" not in none
     assert one["named teachers"] == two["named teachers"] == none["teacher"] > 0, "as large as the start, the reference"
     rest = [plan.host.parts.get("named teachers", 0.0) for plan in plans]
     assert rest[:2] == [0, 0] and rest[2] == pytest.approx(2 * 8 * two["named teachers"])
     assert host(math, "teacher.offload=cpu")["named teachers"] == pytest.approx(rest[2] / 2)
-    lines = summary(plans[2])
-    assert [line.partition(":")[0] for line in lines if line.startswith("teachers.")] == [
-        "teachers.code",
-        "teachers.math",
-    ]
-    beside_student = dry_run(load(["recipe=qwen3_8b", math, "target.anchor=student"])).memory[0].training
+    beside_student = plan_of(math, "target.anchor=student").memory[0].training
     assert beside_student["teacher"] == 0 < beside_student["named teachers"], "nothing reads the start"
 
 
-def planned_beside(monkeypatch, *options: str) -> Plan:
-    """Return the plan of 8 billion parameters with a teacher of their architecture, and two of 32 billion."""
-    wide, others = load(["recipe=qwen3_32b"]).model, {"code": Path("/c"), "tools": Path("/t")}
-    monkeypatch.setattr(
-        dry_run_module, "teacher_copies", lambda config: [(config.model, {"math": Path("/m")}), (wide, others)]
-    )
-    named = "teachers={math: {load: /m}, code: {load: /c}, tools: {load: /t}}"
-    return dry_run(load(["recipe=qwen3_8b", named, *options]))
+# A teacher of the student's architecture, and two of 32 billion parameters.
+SEVERAL = "teachers={math: {load: /m}, code: {load: /wide}, tools: {load: /wide2}}"
 
 
-def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_their_size(absent, monkeypatch):
-    alone = dry_run(load(["recipe=qwen3_8b", "teachers.math.load=/m"]))
-    plan = planned_beside(monkeypatch)
+def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_their_size(absent):
+    alone, plan = plan_of("teachers.math.load=/m"), plan_of(SEVERAL)
     wide = plan.teachers["code"]
     assert wide is plan.teachers["tools"] and 32e9 < wide.parameters < 33e9
     for stage, one, own in zip(wide.stages, alone.memory, plan.memory, strict=True):
@@ -155,20 +137,16 @@ def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_th
     states = [each.memory[-1].training["teacher states"] + each.host.parts["teacher states"] for each in (alone, plan)]
     assert states[1] >= (5120 + 4096) / (2 * 4096) * states[0] > 0, "the reference is as wide as the student"
     lines = [line for line in summary(plan) if line.startswith("teachers.")]
-    assert [line.partition(":")[0] for line in lines] == ["teachers.code", "teachers.math", "teachers.tools"]
-    assert [("another model of" in line, "in host memory" in line) for line in lines] == [
-        (True, True),
-        (False, False),
-        (True, True),
-    ]
+    names = ["teachers.code", "teachers.math", "teachers.tools"]
+    assert [line.partition(":")[0] for line in lines] == names
+    assert ["in host memory" in line for line in lines] == [True, False, True]
 
 
-def test_a_step_counts_the_passes_of_teachers_of_another_architecture(absent, monkeypatch):
-    def work(plan: Plan) -> dict[str, float]:
-        return {part.name: part.work for part in plan.parts if part.phase == "train"}
-
-    alone, summed = work(dry_run(load(["recipe=qwen3_8b"]))), work(planned_beside(monkeypatch))
-    product = work(planned_beside(monkeypatch, "teachers.join=product"))
+def test_a_step_counts_the_passes_of_teachers_of_another_architecture(absent):
+    alone, summed, product = (
+        {part.name: part.work for part in plan_of(*names).parts if part.phase == "train"}
+        for names in ((), (SEVERAL,), (SEVERAL, "teachers.join=product"))
+    )
     assert summed["teacher"] == pytest.approx(alone["teacher"] / 3), "a third of the responses"
     assert 3.9 * summed["teacher"] < summed["teacher code"] == summed["teacher tools"] < 5 * summed["teacher"]
     assert all(product[name] == pytest.approx(3 * summed[name]) for name in ("teacher", "teacher code"))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import tiny_run
@@ -24,10 +24,10 @@ from megatron_selfdistill.config import (
 )
 from megatron_selfdistill.config.methods import settings_of
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
-from megatron_selfdistill.config.schema.target_config import TeacherConfig
 from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.distributed import ranks as rank_groups
-from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.plan.dry_run import dry_run
 from megatron_selfdistill.instruments.plan.memory import (
     GIB,
     Load,
@@ -58,19 +58,16 @@ NAMES = {
     "EXPERT_DATA_PARALLEL_GROUP": "expert data",
 }
 """Megatron's description of a group -> its name in a plan."""
-EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=32")
+TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+PP2 = ("parallel.pipeline_model_parallel_size=2",)
 LAYOUTS = {
-    "TP 2, DP 2": ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
-    "PP 2, DP 2, tied": ("parallel.pipeline_model_parallel_size=2", "model.share_embeddings_and_output_weights=true"),
+    "PP 2, DP 2, tied": (*PP2, "model.share_embeddings_and_output_weights=true"),
     "TP 2, EP 2": (
-        *("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
-        *("parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1", *EXPERTS),
+        *(*TP2, "parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1"),
+        *("model.num_moe_experts=4", "model.moe_ffn_hidden_size=32"),
     ),
     "CP 2, DP 2": ("parallel.context_parallel_size=2",),
-    "TP 2, PP 2, SGD": (
-        *("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"),
-        *("optimizer.use_distributed_optimizer=false", "parallel.sequence_parallel=true"),
-    ),
+    "TP 2, PP 2, SGD": (*TP2, *PP2, "optimizer.use_distributed_optimizer=false"),
 }
 
 NO_ADAPTERS = AdapterConfig()
@@ -107,74 +104,62 @@ def real_bytes(kind, cuts, optimizer_config, adapter=NO_ADAPTERS):
     }
 
 
-@pytest.mark.full
+MOMENTUM = OptimizerConstants(sgd_momentum=0.9)
+
+
+def case(kind, cuts, rank=0, *, marks=pytest.mark.full, **optimizer):
+    return pytest.param(kind, cuts, OptimizerConfig(**optimizer), AdapterConfig(rank=rank), marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("kind", "cuts", "optimizer"),
+    ("kind", "cuts", "optimizer", "adapter"),
     [
-        ("gqa", {"tp": 2}, OptimizerConfig()),
-        ("moe", {"ep": 2}, OptimizerConfig()),
-        ("gqa", {"pp": 2}, OptimizerConfig(use_distributed_optimizer=False)),
-        ("gqa", {"pp": 2}, OptimizerConfig(precision="fp32")),
-        (
-            "gqa",
-            {},
-            OptimizerConfig(
-                optimizer="sgd", constants=OptimizerConstants(sgd_momentum=0.9), use_distributed_optimizer=False
-            ),
-        ),
+        case("gqa", {"tp": 2}),
+        case("gqa", {"pp": 2}, use_distributed_optimizer=False),
+        case("tied", {"tp": 2, "pp": 2}),
+        case("gated_delta", {"tp": 2, "pp": 2}),
+        case("moe", {"ep": 2, "pp": 2}),
+        case("gqa", {"pp": 2}, precision="fp32"),
+        case("gqa", {}, optimizer="sgd", constants=MOMENTUM, use_distributed_optimizer=False),
+        case("gqa", {"tp": 2}, rank=8, marks=()),
+        case("gqa", {"tp": 2}, rank=8, precision="fp32"),
     ],
 )
-def test_weights_gradients_and_optimizer_take_what_is_planned(ranks, kind, cuts, optimizer):
-    cut = parallel(**cuts)
-    config = dataclasses.replace(Config(), optimizer=optimizer)
-    by_stage = [parameter_bytes(config, stage) for stage in planned(model_config(kind, **WIDE), cut, 4)]
-    measured = ranks.run(real_bytes, kind, cuts, optimizer, world_size=4)
+def test_weights_gradients_and_optimizer_take_what_is_planned(ranks, kind, cuts, optimizer, adapter):
+    config = replace(Config(), optimizer=optimizer, adapter=adapter)
+    stages = planned(model_config(kind, **WIDE), parallel(**cuts), 4, adapter)
+    by_stage = [parameter_bytes(config, stage) for stage in stages]
+    measured = ranks.run(real_bytes, kind, cuts, optimizer, adapter, world_size=4)
     for part in ("weights", "gradients"):
         found = sorted({sizes[part] for sizes in measured})
         assert found == pytest.approx(sorted({sizes[part] for sizes in by_stage}), rel=0.02)
     # A parameter is not cut evenly over the ranks that share its state; all ranks together hold the planned sum.
-    ranks_of_a_stage = 4 // len(by_stage)
-    total = sum(sizes["optimizer"] for sizes in measured)
-    assert total == pytest.approx(ranks_of_a_stage * sum(sizes["optimizer"] for sizes in by_stage), rel=0.02)
-
-
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
-def test_with_adapters_these_alone_have_gradients_and_state_and_no_model_is_a_copy(ranks, precision):
-    adapter, optimizer = AdapterConfig(rank=8), OptimizerConfig(precision=precision)
-    config = dataclasses.replace(Config(), optimizer=optimizer, adapter=adapter)
-    (stage,) = planned(model_config("gqa", **WIDE), parallel(tp=2), 4, adapter)
-    sizes = parameter_bytes(config, stage)
-    measured = ranks.run(real_bytes, "gqa", {"tp": 2}, optimizer, adapter, world_size=4)
-    for part in ("weights", "gradients"):
-        assert [found[part] for found in measured] == pytest.approx([sizes[part]] * 4, rel=0.02)
-    assert sum(found["optimizer"] for found in measured) == pytest.approx(4 * sizes["optimizer"], rel=0.02)
-    assert sizes["teacher"] == sizes["reference"] == 0 and 0 < sizes["gradients"] < sizes["weights"] / 4
+    planned_sum = 4 // len(by_stage) * sum(sizes["optimizer"] for sizes in by_stage)
+    assert sum(sizes["optimizer"] for sizes in measured) == pytest.approx(planned_sum, rel=0.02)
+    if adapter.rank:
+        (sizes,) = by_stage
+        assert sizes["teacher"] == sizes["reference"] == 0 and 0 < sizes["gradients"] < sizes["weights"] / 4
 
 
 @pytest.mark.parametrize(
-    ("teacher", "factor"),
+    ("teacher", "factor", "copies"),
     [
-        (TeacherConfig(), 2),
-        (TeacherConfig(weights="current"), 0),
-        (TeacherConfig(weights="ema"), 6),
-        (TeacherConfig(weights="ema", offload="cpu"), 2),
+        ({"weights": "frozen"}, 2, 0),  # it is the reference
+        ({"weights": "current"}, 0, 1),
+        ({"weights": "ema"}, 6, 1),
+        ({"weights": "ema", "offload": "cpu"}, 2, 1),
     ],
 )
-def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
+def test_a_teacher_takes_its_copy_an_average_its_master_and_a_reference_that_is_another_model_a_copy(
+    teacher, factor, copies
+):
     (stage,) = planned(model_config(), parallel(), 1)
-    config = dataclasses.replace(Config(), teacher=teacher)
-    assert parameter_bytes(config, stage)["teacher"] == factor * stage.parameters
-    baseline = dataclasses.replace(config, method=settings_of({"name": "sft"}))
-    assert parameter_bytes(baseline, stage)["teacher"] == 0
-
-
-@pytest.mark.parametrize(("weights", "copies"), [("frozen", 0), ("ema", 1), ("current", 1)])
-def test_a_frozen_teacher_is_the_reference_and_another_one_needs_a_second_copy(weights, copies):
-    (stage,) = planned(model_config(), parallel(), 1)
-    anchored = from_mapping({"teacher": {"weights": weights}})
-    assert parameter_bytes(anchored, stage)["reference"] == copies * 2 * stage.parameters
-    for without in ({"method": settings_of({"name": "sft"})}, {"target": TargetConfig(anchor="student")}):
-        assert parameter_bytes(dataclasses.replace(anchored, **without), stage)["reference"] == 0
+    anchored = from_mapping({"teacher": teacher})
+    sizes = parameter_bytes(anchored, stage)
+    assert (sizes["teacher"], sizes["reference"]) == (factor * stage.parameters, copies * 2 * stage.parameters)
+    alone = parameter_bytes(replace(anchored, method=settings_of({"name": "sft"})), stage)
+    with_student = parameter_bytes(replace(anchored, target=TargetConfig(anchor="student")), stage)
+    assert alone["teacher"] == alone["reference"] == with_student["reference"] == 0
 
 
 def saved_bytes(model, tokens, adapter=NO_ADAPTERS) -> int:
@@ -219,14 +204,12 @@ def test_a_layer_keeps_what_is_planned_and_what_unfused_kernels_add(ranks, kind,
     assert measured == pytest.approx(kept + tokens * unfused, rel=0.05)
 
 
-def measured_adapters(tokens):
-    """Return the bytes that a layer keeps without adapters, and with adapters of ranks 16 and 48."""
-    return [measured_layer("gqa", {"hidden_size": 128}, tokens, AdapterConfig(rank=rank)) for rank in (0, 16, 48)]
-
-
+@pytest.mark.full
 def test_adapters_keep_their_columns_beside_the_inputs_that_all_weights_would_keep(ranks):
-    (without, narrow, wide) = ranks.run(measured_adapters, 256, world_size=1)[0]
-    config = transformer_config(model_config("gqa", hidden_size=128), parallel(), OptimizerConfig(), ScheduleConfig())
+    layer = "gqa", {"hidden_size": 128}, 256
+    adapters = [AdapterConfig(rank=rank) for rank in (0, 16, 48)]
+    without, narrow, wide = (ranks.run(measured_layer, *layer, one, world_size=1)[0] for one in adapters)
+    config = transformer_config(model_config(hidden_size=128), parallel(), OptimizerConfig(), ScheduleConfig())
     kept = [layer_bytes(config, 256, False, 4 * rank)[0] for rank in (0, 16, 48)]
     assert wide - narrow == kept[2] - kept[1] == 256 * 4 * 32 * 2
     assert narrow - without <= kept[1] - kept[0], "frozen norms keep less"
@@ -247,35 +230,25 @@ def stage_of(num_layers: int, num_chunks: int = 1) -> Stage:
     return Stage(0, 10**8, 10**8, 0, layers, True, True, 2, 2)
 
 
-def test_full_recomputation_keeps_inputs_and_one_unit():
-    inputs = 1024 * 32 * 2
-    whole = sum(layer_bytes(transformer(), 1024, True))
+def test_recomputation_keeps_inputs_and_one_unit_or_drops_the_chosen_modules_but_for_one_layer():
+    inputs, (whole, _) = 1024 * 32 * 2, layer_bytes(transformer(), 1024, True)
     uniform = transformer(granularity="full", method="uniform", num_layers=2)
     assert activation_bytes(uniform, stage_of(4), LOAD) == 3 * 2 * inputs + 2 * whole
     block = transformer(granularity="full", method="block", num_layers=1)
     assert activation_bytes(block, stage_of(4), LOAD) == 3 * (inputs + 3 * whole) + whole
-
-
-def test_selective_recomputation_drops_its_modules_but_for_one_layer():
-    whole = layer_bytes(transformer(), 1024, True)[0]
-    kept, dropped = layer_bytes(transformer(granularity="selective", modules=["moe"]), 1024, True)
+    selective = transformer(granularity="selective", modules=["moe"])
+    kept, dropped = layer_bytes(selective, 1024, True)
     assert kept + dropped == whole and dropped > kept / 4
+    assert activation_bytes(selective, stage_of(4), LOAD) == 3 * 4 * kept + dropped
     nothing = layer_bytes(transformer(granularity="selective"), 1024, True)
     assert nothing == (whole, 0), "flash attention keeps no scores that core_attn could drop"
-    config = transformer(granularity="selective", modules=["moe"])
-    assert activation_bytes(config, stage_of(4), LOAD) == 3 * 4 * kept + dropped
-
-
-def test_chunks_in_flight_are_counted_and_context_parallelism_divides_the_tokens():
-    whole = layer_bytes(transformer(), 1024, True)[0]
     assert activation_bytes(transformer(), stage_of(4, num_chunks=2), LOAD) == 3 * 2 * whole
     assert activation_bytes(transformer({"cp": 2}), stage_of(4), LOAD) == 3 * 4 * whole / 2
 
 
-def planned_memory(*, model_kind="gqa", loaded=LOAD, **sections):
-    config = from_mapping(sections)
-    cut = transformer_config(model_config(model_kind), parallel(), OptimizerConfig(), ScheduleConfig())
-    return memory(config, cut, stage_of(4), loaded)
+def planned_memory(*, loaded=LOAD, **sections):
+    cut = transformer_config(model_config(), parallel(), OptimizerConfig(), ScheduleConfig())
+    return memory(from_mapping(sections), cut, stage_of(4), loaded)
 
 
 def test_rows_and_logits_are_the_last_stages():
@@ -291,25 +264,19 @@ def test_rows_and_logits_are_the_last_stages():
     assert kept == ((1024 + 100) * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
     made_again = planned_memory(loss={"fused": "low_memory", **chunk}).training["logits"]
     assert made_again == (2 * 100 * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
-    own_copy = {"teacher": {"weights": "current"}}
-    apart = planned_memory(**own_copy, loss={"fused": "none", **chunk}).training
-    assert apart["teacher states"] == last["teacher states"], "of teacher and reference, or of teacher and mix"
-    assert apart["logits"] == (2 * 1024 * 64 + 4 * 100 * 64 + 3 * 1024 * 32) * 2 / GIB
-    apart = planned_memory(**own_copy, loss={"fused": "keep_gradient", **chunk}).training
-    assert apart["logits"] == ((1024 + 100) * 64 + (1024 + 4 * 100) * 32) * 2 / GIB
-    capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
-    assert capped["teacher states"] == pytest.approx(1e-6)
-
-
-@pytest.mark.parametrize("pair_order", [None, "alternating"])
-def test_the_states_of_a_step_of_short_responses_fill_the_store(pair_order):
-    """Where long responses alternate, short ones come after the teacher if the order is that of each step."""
+    for fused, logits in {
+        "none": 2 * 1024 * 64 + 4 * 100 * 64 + 3 * 1024 * 32,
+        "keep_gradient": (1024 + 100) * 64 + (1024 + 4 * 100) * 32,
+    }.items():
+        apart = planned_memory(teacher={"weights": "current"}, loss={"fused": fused, **chunk}).training
+        assert apart["teacher states"] == last["teacher states"], "of teacher and reference, or of teacher and mix"
+        assert apart["logits"] == logits * 2 / GIB
+    # Where long responses alternate, short ones come after the teacher if the order is that of each step.
     store = 1.5 * 1024 * 2 * 32 * 2 / GIB  # of teacher and reference: one microbatch and a half
-    schedule = {"teacher_store_gb": store, "pair_order": pair_order}
-    found = planned_memory(loaded=dataclasses.replace(LOAD, alternating=True), schedule=schedule).training[
-        "teacher states"
-    ]
-    assert found == (store if pair_order is None else store / 1.5)
+    for pair_order, size in ((None, store), ("alternating", store / 1.5)):
+        schedule = {"teacher_store_gb": store, "pair_order": pair_order}
+        capped = planned_memory(loaded=replace(LOAD, alternating=True), schedule=schedule)
+        assert capped.training["teacher states"] == size
 
 
 def test_a_colocated_engine_comes_beside_the_resident_parts_only():
@@ -323,22 +290,18 @@ def test_a_colocated_engine_comes_beside_the_resident_parts_only():
     offloaded = planned_memory(rollout=kept, teacher={"offload": "cpu"})
     assert offloaded.rollout_peak == pytest.approx(found.rollout_peak - found.training["teacher"])
     assert offloaded.training_peak == found.training_peak
-    resting = planned_memory(rollout=kept, teacher={"weights": "ema", "offload": "cpu"})
-    assert resting.rollout_peak == pytest.approx(offloaded.rollout_peak), "the reference rests like the teacher"
-    guided = {"engine": "megatron", "guidance": "mixed", "kv_cache_gb": 7.0}
-    sampling = planned_memory(rollout=guided, teacher={"weights": "ema", "offload": "cpu"})
-    parts = "teacher", "reference"
-    assert [sampling.rollout[part] for part in parts] == [sampling.training[part] for part in parts], "both sample"
+    average = {"weights": "ema", "offload": "cpu"}
+    assert planned_memory(rollout=kept, teacher=average).rollout["reference"] == 0, "it rests like the teacher"
+    guided = planned_memory(rollout={"engine": "megatron", "guidance": "mixed", "kv_cache_gb": 7.0}, teacher=average)
+    for part in ("teacher", "reference"):
+        assert guided.rollout[part] == guided.training[part], "both sample"
     held = planned_memory(rollout=kept, teacher={"weights": "ema"})
     assert held.rollout["reference"] == held.training["reference"] == found.training["teacher"] > 0
-
-
-def test_servers_take_nothing_but_a_bucket_and_a_cache_of_no_stated_size_a_third_of_what_is_free():
     served = planned_memory(rollout={"engine": "vllm", "placement": "server", "servers": ["http://a:1"]})
     assert served.rollout["engine weights"] == 0 and "KV cache" not in served.rollout
-    in_process = planned_memory()
-    free = 79.1 - sum(size for part, size in in_process.rollout.items() if part != "KV cache")
-    assert in_process.rollout["KV cache"] == pytest.approx(free / 3)
+    own = planned_memory().rollout
+    free = 79.1 - sum(size for part, size in own.items() if part != "KV cache")
+    assert own["KV cache"] == pytest.approx(free / 3), "a cache of no stated size takes a third of what is free"
 
 
 def groups_in_use(arguments: list[str]) -> dict[str, int]:
@@ -361,12 +324,9 @@ def groups_in_use(arguments: list[str]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name == "PP 2, DP 2, tied" else pytest.mark.full) for name in LAYOUTS]
-)
-def test_the_communicators_are_the_groups_with_collectives_in_a_run(ranks, tmp_path, layout):
-    data = tmp_path / "data"
-    tiny_run.write_data(data)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_communicators_are_the_groups_with_collectives_in_a_run(ranks, data, tmp_path, layout):
     more = ("num_steps=1", "checkpoint.save_every=1000", "cluster.num_gpus=4", *LAYOUTS[layout])
     arguments = tiny_run.overrides(data, tmp_path / "run", *more)
     used = ranks.run(groups_in_use, arguments, world_size=4, init_process_group=False)
@@ -375,15 +335,47 @@ def test_the_communicators_are_the_groups_with_collectives_in_a_run(ranks, tmp_p
     assert communicators(plan.config, plan.stages[-1]) == used[-1]
 
 
-def plan_of(*overrides: str) -> Plan:
-    return dry_run(load(["recipe=qwen3_8b", *overrides]))
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [((), [152064 / 4 * 4096 * 2]), (("adapter.rank=8",), [0]), ((*TP2, *PP2), [0, 152064 / 2 * 4096 * 2])],
+)
+def test_the_gradient_of_the_output_layer_is_counted_where_the_layer_is_trained(overrides, expected):
+    plan = dry_run(load(["recipe=qwen3_8b", *overrides]))
+    assert [stage.training["output gradient"] * GIB for stage in plan.memory] == expected
 
 
-def test_the_gradient_of_the_output_layer_is_counted_where_the_layer_is_trained():
-    (memory,) = plan_of().memory
-    assert memory.training["output gradient"] * GIB == 152064 / 4 * 4096 * 2
-    (adapted,) = plan_of("adapter.rank=8").memory
-    assert adapted.training["output gradient"] == 0
-    stages = ("parallel.pipeline_model_parallel_size=2", "parallel.tensor_model_parallel_size=2")
-    first, last = plan_of(*stages).memory
-    assert (first.training["output gradient"], last.training["output gradient"] * GIB) == (0, 152064 / 2 * 4096 * 2)
+CUTS = [
+    ("gqa", {"pp": 2, "tp": 2, "sp": True}, 8),
+    ("gqa", {"pp": 2, "vpp": 2}, 2),
+    ("gqa", {"cp": 2, "pp": 4}, 16),
+    ("tied", {"pp": 4, "tp": 2}, 64),
+    ("gated_delta", {"tp": 2, "sp": True}, 4),
+    ("gated_delta", {"pp": 2, "vpp": 2}, 2),
+    ("moe", {"ep": 4, "pp": 2}, 16),
+    ("moe", {"ep": 2, "tp": 2, "etp": 2, "sp": True}, 8),
+    ("moe", {"tp": 2, "etp": 1, "sp": True}, 8),
+]
+
+
+@pytest.mark.parametrize(("kind", "cuts", "world_size"), CUTS)
+def test_the_stages_of_every_layout_are_the_same_model(kind, cuts, world_size):
+    model = model_config(kind)
+    (whole,) = planned(model, parallel(), 1)
+    assert sum(s.model_parameters for s in planned(model, parallel(**cuts), world_size)) == whole.model_parameters
+    padding = 3 * model.hidden_size * (1 if model.share_embeddings_and_output_weights else 2)  # 61 rows to 64
+    assert whole.parameters == whole.model_parameters + padding
+
+
+def test_optimizer_state_is_shared_by_the_ranks_that_hold_the_same_parameters():
+    first, second = planned(model_config("moe"), parallel(tp=2, pp=2, ep=2, etp=1, sp=True), 16)
+    assert (first.dp_cp_size, first.expert_dp_size) == (4, 4)
+    (stage,) = planned(model_config("gqa"), parallel(cp=2, tp=2), 16)
+    assert (stage.dp_cp_size, stage.expert_parameters) == (8, 0)
+    assert (first.embeds, first.projects, second.embeds, second.projects) == (True, False, False, True)
+
+
+def test_what_megatron_refuses_to_build_names_the_stage_and_an_imagined_world_leaves_no_process_group_behind():
+    model = model_config("moe", transformer={"moe_layer_freq": [0, 1, 1]})  # of 2 layers
+    with pytest.raises(ConfigError, match=r"pipeline stage 0: .*moe_layer_pattern"):
+        planned(model, parallel(pp=2), 2)
+    assert not torch.distributed.is_initialized()

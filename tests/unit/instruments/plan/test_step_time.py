@@ -58,19 +58,15 @@ def test_the_clock_and_the_memory_are_those_of_the_gpu(gpu):
     assert load(["cluster.gpu_memory_gb=24", f"cluster.gpu={gpu}"]).cluster.memory_of_gpu == 24
 
 
-def test_passes_follow_the_models_of_a_step():
+def test_passes_follow_the_models_and_the_controls_of_a_step_and_its_engines():
     whole, alone = parts_of(*FEW), parts_of(*FEW, "target.anchor=student")
     assert "reference" not in alone and alone["student"].work == whole["student"].work
     assert parts_of(*FEW, "adapter.rank=8")["student"].work == pytest.approx(whole["student"].work * 2 / 3)
-
-
-def test_controls_are_further_passes_of_the_teacher():
     parts = parts_of(*FEW, "target.control=other", "target.num_controls=3")
-    assert parts["controls"].work == 3 * parts["teacher"].work and "controls" not in parts_of(*FEW)
-
-
-def test_one_sender_serves_all_servers_over_the_network():
-    assert parts_of("recipe=qwen3_32b")["weights to engines"].rate == 450e9, "the ranks of a replica share a node"
+    assert parts["controls"].work == 3 * parts["teacher"].work and "controls" not in whole
+    assert "weights" not in parts_of(*FEW, "rollout.engine=megatron")
+    assert not plan_of("recipe=chat_logs", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8").parts
+    # One sender serves all servers over the network.
     served = parts_of(*FEW, "rollout.placement=server", "rollout.num_servers=8")["weights to servers"]
     assert (served.work, served.rate) == (pytest.approx(16.38e9, rel=1e-3), 45e9)
 
@@ -81,15 +77,9 @@ def test_training_loses_the_bubble_of_a_pipeline():
     assert bubble > 0 and part.rate == pytest.approx(8 * 989e12 * MFU * (1 - bubble))
 
 
-def test_without_engines_or_lengths_the_arithmetic_has_fewer_parts():
-    assert "weights" not in parts_of(*FEW, "rollout.engine=megatron")
-    assert not plan_of("recipe=chat_logs", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8").parts
-
-
 def test_frozen_weights_take_no_pass_for_their_gradients():
     adapters = ("recipe=qwen3_8b", "rollout.engine=megatron", "adapter.rank=8")
-    recompute = ("schedule.recompute.granularity=full", "schedule.recompute.method=uniform")
-    recompute += ("schedule.recompute.num_layers=1",)
+    recompute = tuple(f"schedule.recompute.{key}" for key in ("granularity=full", "method=uniform", "num_layers=1"))
     found = [backward_passes(load(keys)) for keys in (("recipe=qwen3_8b",), adapters, adapters + recompute)]
     assert found == [2, 1, 2]
     stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=2")
