@@ -1,18 +1,22 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""OpenClaw-RL: hints and rewards from the messages that follow logged replies, by votes and by functions."""
+"""OpenClaw: votes of the model or functions of the user judge what follows a reply, as hints and as rewards."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from characters import STOP, Characters
-from made_methods import made, named
+import tiny
+import torch
+from characters import STOP, Characters, text_of
+from made_methods import TextSampler, made, named, response_of, shown
 from term_arrays import signals
 
-from megatron_selfdistill.chat_logs.replies import Turn, TurnReader
+from megatron_selfdistill.chat_logs.replies import TurnReader
 from megatron_selfdistill.config import DataConfig
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.end_tokens import EndTokens
@@ -22,18 +26,10 @@ from megatron_selfdistill.data.problems import AssistantReply, Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.errors import VerifierError
-from megatron_selfdistill.methods.openclaw import (
-    JudgedReply,
-    OpenclawSettings,
-    decision_in,
-    hint_in,
-    longest_hint,
-    majority,
-)
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, response_text
+from megatron_selfdistill.methods import openclaw
+from megatron_selfdistill.methods.openclaw import OpenclawSettings, decision_in, hint_in, longest_hint, majority
+from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.rollouts import Rollout
-from tests.unit.config.test_impossible_values import message_of
-from tests.unit.sources.test_step_terms import coefficients
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 HINT = "[HINT_START] use the second column [HINT_END] \\boxed{1}"
@@ -52,35 +48,18 @@ BUILDER = PromptBuilder(Logged(), PromptTemplates(teacher=OpenclawSettings.teach
 
 
 def turn(name: str, reply: str, *next_state: str, role: str = "user") -> Problem:
-    message = {"role": "assistant", "content": reply}
     after = tuple({"role": role, "content": text} for text in next_state)
-    logged = AssistantReply(message, accepted=False, next_state=after)
-    return Problem(name, ({"role": "user", "content": f"ask {name}"},), "", None, f"log:{name}", reply=logged)
+    logged = AssistantReply({"role": "assistant", "content": reply}, accepted=False, next_state=after)
+    return tiny.problem(f"ask {name}", "", id=name, location=f"log:{name}", reply=logged)
 
 
-def replies(*problems: Problem) -> list[JudgedReply]:
+def replies(*problems: Problem) -> list[openclaw.JudgedReply]:
     return [(problem, str(problem.reply.message["content"])) for problem in problems if problem.reply]
 
 
-class Voter:
-    """A sampler whose answers are the given texts, one after the other."""
-
-    def __init__(self, *votes: str) -> None:
-        self.votes, self.prompts = iter(votes), []  # type: ignore[var-annotated]
-
-    def update_weights(self, version: int) -> None:
-        assert version == 4
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        self.prompts += ["".join(map(chr, request.prompt)) for request in requests]
-        assert len({request.seed for request in requests}) == len(requests), "every vote has a stream of its own"
-        texts = [f"{next(self.votes)}$" for _ in requests]
-        return [Response([ord(c) for c in t], [0.0] * len(t), [0.0] * len(t), "stop") for t in texts]
-
-
-def method_with(*overrides: str, max_length: int = 5000, sampler: Any = None) -> Any:
+def method_with(*overrides: str, max_length: int = 5000, **tools: Any) -> Any:
     given = GivenSolutions(BUILDER, max_length, 8, policy="drop")
-    return made(["recipe=openclaw", "seed=5", "data.on_long_context=drop", *overrides], given, sampler=sampler)
+    return made(["recipe=openclaw", "seed=5", "data.on_long_context=drop", *overrides], given, **tools)
 
 
 @pytest.mark.parametrize(
@@ -99,33 +78,27 @@ def test_the_hint_of_a_vote_is_its_last_one_if_its_last_decision_is_one(vote, hi
     assert hint_in(vote) == hint
 
 
-def test_the_longest_hint_of_more_than_the_least_characters_counts():
+def test_the_longest_hint_of_more_than_the_least_characters_counts_and_the_majority_of_decisions():
     assert longest_hint(["0123456789", None, "0123456789a", "0123456789ab ", "0123456789cd"], 10) == "0123456789ab"
     assert longest_hint(["0123456789", None], 10) is None and longest_hint(["1"], 0) == "1"
-
-
-@pytest.mark.parametrize(
-    ("decisions", "reward"),
-    [([1, 1, -1], 1.0), ([-1], -1.0), ([1, -1], 0.0), ([None, 1], 1.0), ([None], 0.0), ([0, 0, 1], 0.0), ([], 0.0)],
-)
-def test_the_reward_is_the_majority_of_the_votes(decisions, reward):
-    assert majority(decisions) == reward
+    decisions = [[1, 1, -1], [-1], [1, -1], [None, 1], [None], [0, 0, 1], []]
+    assert list(map(majority, decisions)) == [1, -1, 0, 1, 0, 0, 0]
     assert decision_in("\\boxed{2} \\boxed{-1} \\boxed{x}") == -1
 
 
-def test_the_model_judges_each_reply_by_its_votes():
-    voter = Voter(HINT, "\\boxed{-1}", "\\boxed{-1}", "[HINT_START]short[HINT_END]\\boxed{1}")
+def test_the_model_judges_and_rewards_each_reply_by_its_votes():
+    votes = [HINT, "\\boxed{-1}", "\\boxed{-1}", "[HINT_START]short[HINT_END]\\boxed{1}"]
+    voter = TextSampler(4, *(f"{vote}$" for vote in votes))
     judged = replies(turn("a", "{role}", "no", "really"), turn("b", "2", "404", role="tool"))
     template = "method.judge_template='{role}: {next_state} / {response}'"
     assert method_with("method.votes=2", template, sampler=voter)._hints(4, judged) == ["use the second column", None]
-    assert voter.prompts == ["user: no\nreally / {role}:"] * 2 + ["tool: 404 / 2:"] * 2
-
-
-def test_the_model_rewards_each_reply_by_its_votes():
-    voter = Voter("\\boxed{1}", "\\boxed{1}", "\\boxed{0}", "\\boxed{-1}", "none", "\\boxed{-1}")
+    prompts = ["user: no\nreally / {role}:"] * 2 + ["tool: 404 / 2:"] * 2
+    assert [text_of(request.prompt) for request in voter.requests] == prompts
+    assert len({request.seed for request in voter.requests}) == 4, "every vote has a stream of its own"
+    voter = TextSampler(4, *(f"\\boxed{{{vote}}}$" for vote in (1, 1, 0, -1, "none", -1)))
     method = method_with("method.votes=3", sampler=voter)
     assert method._rewards(4, replies(turn("a", "1", "fine"), turn("b", "2", "no"))) == [1.0, -1.0]
-    assert all("\\boxed{0}" in prompt for prompt in voter.prompts)
+    assert all("\\boxed{0}" in text_of(request.prompt) for request in voter.requests)
 
 
 def test_functions_judge_replies_and_may_not_quote_the_log(monkeypatch):
@@ -143,76 +116,53 @@ def test_functions_judge_replies_and_may_not_quote_the_log(monkeypatch):
         raise KeyError(judged[0][1])
 
     path = named(monkeypatch, fails)
-    for quotes in (False, True):
-        method = method_with(
-            f"method.judge={path}", f"method.reward={path}", f"conversations.show_contents={str(quotes).lower()}"
-        )
-        for failing in (method._hints, method._rewards):
-            with pytest.raises(VerifierError) as caught:
+    for quotes in ("false", "true"):
+        options = [f"method.judge={path}", f"method.reward={path}", f"conversations.show_contents={quotes}"]
+        for failing in (method_with(*options)._hints, method_with(*options)._rewards):
+            with pytest.raises(VerifierError, match="log:a: the ") as caught:
                 failing(4, judged)
-            assert ("reply" in str(caught.value)) == quotes and "log:a: the " in str(caught.value)
-    wrong = method_with(f"method.judge={named(monkeypatch, lambda *_: 3)}")
-    with pytest.raises(VerifierError, match="expected a text or None, got a value of type int"):
-        wrong._hints(4, judged)
+            assert ("reply" in str(caught.value)) == (quotes == "true")
+    with pytest.raises(VerifierError, match="type int"):
+        method_with(f"method.judge={named(monkeypatch, lambda *_: 3)}")._hints(4, judged)
 
 
-def selected(monkeypatch: pytest.MonkeyPatch, weight: float, max_length: int = 70) -> tuple[list[Rollout], Any]:
-    """Return what is trained on of three turns: the first has a hint, the second one that does not fit."""
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_turn_with_a_hint_is_trained_on_and_the_others_stay_for_their_rewards_where_these_count(monkeypatch, weight):
+    """The first of three turns has a hint, and the second one that does not fit."""
     policies = DataConfig(on_long_context="drop", on_bad_record="skip")
-    reader = TurnReader(BUILDER, EndTokens((STOP,), "", None), max_length, policies)
     problems = [turn("a", "11", "no"), turn("b", "22", "x" * 40), turn("c", "33", "thanks")]
-    turns: Any = reader.read(problems)
+    turns: Any = TurnReader(BUILDER, EndTokens((STOP,), "", None), 70, policies).read(problems)
 
-    def judge(problem: Problem, *others: Any) -> str | float | None:
+    def judge(problem: Any, *others: Any) -> str | float | None:
         """Return the hint of a problem, or the reward of the text ``problem``."""
         if isinstance(problem, str):
             return float(problem == "33")
-        next_state = others[1]
-        return None if next_state[0]["content"] == "thanks" else str(next_state[0]["content"])
+        said = str(others[1][0]["content"])
+        return None if said == "thanks" else said
 
     path = named(monkeypatch, judge)
     options = [f"method.judge={path}", f"method.reward={path}", "method.min_length=0", f"method.weight={weight}"]
-    rollouts = [
-        Rollout(problem, replace(one.prompts, teacher_prompt=one.prompts.student_prompt), logged_response(one))
-        for problem, one in zip(problems, turns, strict=True)
-    ]
-    return method_with(*options, max_length=max_length).select(4, rollouts)
-
-
-def logged_response(turn: Turn) -> Response:
-    return Response.unsampled(turn.reply)
-
-
-def test_a_turn_with_a_hint_is_trained_on_and_the_others_are_skipped(monkeypatch):
-    [only], metrics = selected(monkeypatch, weight=0)
-    shown = "".join(map(chr, only.prompts.teacher_prompt))
-    assert shown == "ask a\n\n[user's hint / instruction]\nno:" and only.problem.solution == "no"
-    assert "".join(map(chr, only.prompts.student_prompt)) == "ask a:"
-    assert response_text(only.response, Logged()) == "11" and metrics == {"hints/share": pytest.approx(1 / 3)}
-
-
-def test_turns_without_a_hint_stay_for_their_rewards_where_these_count(monkeypatch):
-    rollouts, metrics = selected(monkeypatch, weight=1)
-    assert [(one.problem.id, one.hinted, one.reward) for one in rollouts] == [
-        ("a", True, 0.0),
-        ("b", False, 0.0),
-        ("c", False, 1.0),
-    ]
-    assert rollouts[2].prompts.teacher_prompt == rollouts[2].prompts.student_prompt
-    assert metrics == {
-        "hints/share": pytest.approx(1 / 3),
-        "rewards/mean": pytest.approx(1 / 3),
-        "rewards/trained_share": 1.0,
-    }
+    plain = [replace(one.prompts, teacher_prompt=one.prompts.student_prompt) for one in turns]
+    logged = [Response.unsampled(one.reply) for one in turns]
+    rollouts = list(map(Rollout, problems, plain, logged))
+    first, *others = (chosen := method_with(*options, max_length=70).select(4, rollouts))[0]
+    assert shown(first) == "ask a\n\n[user's hint / instruction]\nno:" and first.problem.solution == "no"
+    assert text_of(first.prompts.student_prompt) == "ask a:" and response_text(first.response, Logged()) == "11"
+    metrics = {"hints/share": pytest.approx(1 / 3)}
+    if weight:
+        found = [(one.problem.id, one.hinted, one.reward) for one in (first, *others)]
+        assert found == [("a", True, 0.0), ("b", False, 0.0), ("c", False, 1.0)]
+        assert others[1].prompts.teacher_prompt == others[1].prompts.student_prompt
+        metrics |= {"rewards/mean": pytest.approx(1 / 3), "rewards/trained_share": 1.0}
+    assert chosen[1] == metrics and len(others) == 2 * weight
 
 
 def sampled(name: str, text: str, reply: Reply | None, reward: float) -> Rollout:
     """Return the second turn of an episode, whose student's prompt no template could render again."""
     said = [("user", "ask"), ("assistant", "1"), ("user", "go on")]
-    problem = Problem(name, tuple({"role": role, "content": of} for role, of in said), "", None, "f:1", reworded=0)
-    ids = [ord(character) for character in f"{text}$"]
-    response = Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop")
-    return Rollout(problem, PromptPair(name, [7], [7]), response, reply=reply, reward=reward)
+    messages = tuple({"role": role, "content": of} for role, of in said)
+    problem = tiny.problem(solution="", id=name, messages=messages, reworded=0)
+    return Rollout(problem, PromptPair(name, [7], [7]), response_of(f"{text}$"), reply=reply, reward=reward)
 
 
 @pytest.mark.parametrize("weight", [1, 0])
@@ -239,34 +189,30 @@ def test_the_reply_of_an_environment_is_the_next_state_of_a_sampled_turn(monkeyp
         sampled("d", "44", None, 0.0),
     ]
     trained, metrics = method.select(4, rollouts)
-    shown = "".join(map(chr, trained[0].prompts.teacher_prompt))
-    assert shown == "ask:1$go on\n\n[user's hint / instruction]\n11: tool no:"
+    assert shown(trained[0]) == "ask:1$go on\n\n[user's hint / instruction]\n11: tool no:"
     assert trained[0].prompts.student_prompt == [7] and trained[0].hinted
     assert method.rewarded(rollouts) == (rollouts, {}) and not method.has_solution(rollouts[0].problem)
-    if weight == 0:
-        assert len(trained) == 1 and metrics == {"hints/share": 0.25}
-        return
-    assert [(one.problem.id, one.hinted, one.reward) for one in trained] == [
-        *(("a", True, 2.0), ("b", False, 4.0), ("c", False, 0.75), ("d", False, 0.0))
+    rewards = {"rewards/mean": 6.75 / 4, "rewards/trained_share": 1.0}
+    assert metrics == {"hints/share": 0.25} | (rewards if weight else {})
+    expected = [("a", True, 2.0), ("b", False, 4.0), ("c", False, 0.75), ("d", False, 0.0)]
+    found = [(one.problem.id, one.hinted, one.reward) for one in trained]
+    assert found == expected if weight else [name for name, *_ in found] == ["a"]
+
+
+def test_the_reward_of_a_turn_is_its_advantage_and_the_measured_probability_that_of_its_sampling():
+    both = signals([1.0, -1.0], hinted=[False] * 2, lengths=[2, 1], mu=[0.0] * 3, q=[0.0] * 3)
+    terms = method_with("method.weight=0.5").terms(0, [], both)
+    assert terms.advantage.tolist() == [0.5, 0.5, -0.5]
+    assert not terms.divergence.any() and not terms.sampled_kl.any() and not terms.likelihood.any()
+
+    p, q = (torch.tensor(values, dtype=torch.float64) for values in ([-1.0, -2.0, -1.0], [-0.5, -3.0, -1.25]))
+    measured = {"student_log_prob": p, "target_log_prob": q}
+    unknown = response_of("1$", [math.nan] * 2), response_of("2", [math.nan])
+    logged = [
+        replace(tiny.rollout("", 1.0), response=one, hinted=hinted)
+        for one, hinted in zip(unknown, (True, False), strict=True)
     ]
-    assert metrics == {"hints/share": 0.25, "rewards/mean": 6.75 / 4, "rewards/trained_share": 1.0}
-
-
-def test_the_reward_of_a_turn_is_its_advantage():
-    found = method_with("method.weight=0.5").terms(
-        0, [], signals([1.0, -1.0], hinted=[False] * 2, lengths=[2, 1], mu=[0.0] * 3, q=[0.0] * 3)
-    )
-    assert found.advantage.tolist() == [0.5, 0.5, -0.5]
-    assert not found.divergence.any() and not found.sampled_kl.any() and not found.likelihood.any()
-
-
-def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
-    found = coefficients("recipe=openclaw", "method.weight=0.5", sampled=False)
-    expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
-    assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
-    assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
-
-
-def test_it_needs_logged_responses():
-    words = "it needs data.kind=conversations and conversations.responses=logged, got problems and"
-    assert words in message_of("method.name=openclaw")
+    method = method_with("method.weight=0.5", readers=SimpleNamespace(token_signals=lambda contexts: measured))
+    found = method.coefficients(0, logged, [])(p, torch.arange(3))
+    assert found.policy.tolist() == pytest.approx([0.5 + 0.5, -1.0 + 0.5, 0.5]), "the last one has no hint"
+    assert not found.clipped.any() and not found.divergence.any()

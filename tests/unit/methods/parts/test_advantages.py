@@ -10,13 +10,8 @@ import pytest
 import torch
 from term_arrays import DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, coefficients, signals, tensor
 
-from megatron_selfdistill.methods.parts.terms import (
-    discounted_returns,
-    group_advantage,
-    group_advantages,
-    uniform,
-    with_rewards,
-)
+from megatron_selfdistill.methods.parts import terms as parts
+from megatron_selfdistill.methods.parts.terms import discounted_returns, group_advantages, uniform
 from megatron_selfdistill.sources.signals import Signals, Terms
 
 
@@ -49,10 +44,11 @@ def episodes_of(rewards, episodes, turns, groups) -> Signals:
 
 def test_every_turn_of_an_episode_has_the_advantage_of_its_sum_of_rewards():
     # Three episodes of a group, of two, one and three turns, and one episode of another group.
-    found = group_advantages(
-        episodes_of([0, 1, 1, 0, 0, 0, 5], [0, 0, 1, 2, 2, 2, 3], [0, 1, 0, 0, 1, 2, 0], [0] * 6 + [1]), "none"
-    )
+    places = [0, 0, 1, 2, 2, 2, 3], [0, 1, 0, 0, 1, 2, 0]
+    found = group_advantages(episodes_of([0, 1, 1, 0, 0, 0, 5], *places, [0] * 6 + [1]), "none")
     assert found.tolist() == pytest.approx([1 / 3] * 3 + [-2 / 3] * 3 + [0.0])
+    found = group_advantages(episodes_of([1, 0.5, 0, 0.25, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [0] * 5), "none")
+    assert found.tolist() == pytest.approx([1.5 - 0.875] * 3 + [0.25 - 0.875] * 2)
 
 
 @pytest.mark.parametrize("std", ["population", "sample", "none"])
@@ -65,26 +61,16 @@ def test_an_episode_of_one_turn_is_a_response(std, credit):
 
 def test_returns_of_turns_are_discounted_and_compared_with_the_same_turn():
     # RLTF, four episodes of two turns: R(y0) = (0, 0, 1, 0), R(y1) = (1, 0, 1, 1), gamma = .1.
-    rewards = [reward for pair in zip((0, 0, 1, 0), (1, 0, 1, 1), strict=True) for reward in pair]
-    both = episodes_of(rewards, [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, [0] * 8)
+    both = episodes_of([0, 1, 0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, [0] * 8)
     found = group_advantages(both, "none", "turn", 0.1)
     assert found[::2].tolist() == pytest.approx([-0.225, -0.325, 0.775, -0.225], abs=1e-15)
     assert found[1::2].tolist() == pytest.approx([0.25, -0.75, 0.25, 0.25], abs=1e-15)
 
 
 def test_a_turn_that_an_episode_does_not_reach_counts_in_no_mean():
-    found = group_advantages(
-        episodes_of([1, 0, 1, 0, 0], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1], [0] * 5), "none", "turn", 0.5
-    )
+    early = episodes_of([1, 0, 1, 0, 0], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1], [0] * 5)
+    found = group_advantages(early, "none", "turn", 0.5)
     assert found.tolist() == pytest.approx([1 - 0.5, 0.5 - 0.5, 0.5, 0 - 0.5, -0.5])
-
-
-def test_the_return_of_an_episode_is_the_sum_over_all_of_its_turns():
-    found = group_advantages(episodes_of([1, 0.5, 0, 0.25, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [0] * 5), "none")
-    assert found.tolist() == pytest.approx([1.5 - 0.875] * 3 + [0.25 - 0.875] * 2)
-
-
-def test_the_return_of_a_turn_has_the_discounted_rewards_of_all_later_turns():
     returns = discounted_returns(episodes_of([0, 2, 8, 1, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [0] * 5), 0.5)
     assert returns.tolist() == [0 + 0.5 * (2 + 0.5 * 8), 2 + 0.5 * 8, 8, 1, 0]
 
@@ -92,24 +78,22 @@ def test_the_return_of_a_turn_has_the_discounted_rewards_of_all_later_turns():
 def test_advantage_of_a_response_is_that_of_each_of_its_tokens():
     settings = SimpleNamespace(weight=2.0, advantage_std="none", credit="episode", discount=1.0)
     both = signals([1, 0], lengths=[3, 2])
-    terms = group_advantage(both, settings)
+    terms = parts.group_advantage(both, settings)
     assert terms.advantage.tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
     assert not terms.divergence.any() and not terms.sampled_kl.any() and not terms.likelihood.any()
-    assert torch.equal(with_rewards(terms, both, settings).advantage, 2 * terms.advantage)
+    assert torch.equal(parts.with_rewards(terms, both, settings).advantage, 2 * terms.advantage)
     settings.weight = 0.0
-    assert with_rewards(terms, both, settings) is terms
+    assert parts.with_rewards(terms, both, settings) is terms
 
 
-@pytest.mark.parametrize(
-    ("signal", "field", "value"),
-    [("full", "divergence", 0.3), ("sampled", "sampled_kl", 0.3), ("advantage", "advantage", 0.3 * (LOG_Q - LOG_MU))],
-)
-def test_uniform_signal_is_silent_without_a_hint(signal, field, value):
+@pytest.mark.parametrize("signal", ["full", "sampled", "advantage"])
+def test_uniform_signal_is_silent_without_a_hint(signal):
     both = signals([0, 1], hinted=[True, False], mu=[LOG_MU, LOG_MU], q=[LOG_Q, LOG_Q])
     terms = uniform(both, weight=0.3, signal=signal)
-    for name in ("divergence", "advantage", "sampled_kl", "likelihood"):
-        expected = [value, 0.0] if name == field else [0.0, 0.0]
-        assert getattr(terms, name).tolist() == pytest.approx(expected, abs=1e-11)
+    fields = {"full": "divergence", "sampled": "sampled_kl", "advantage": "advantage", "none": "likelihood"}
+    for name, field in fields.items():
+        value = (name == signal) * 0.3 * (LOG_Q - LOG_MU if name == "advantage" else 1.0)
+        assert getattr(terms, field).tolist() == pytest.approx([value, 0.0], abs=1e-11)
 
 
 def test_the_sampled_signal_adds_its_pull_to_the_advantage():

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 from typing import Any
 
 import pytest
+import tiny
 from characters import ONE_RANK, Characters
 from made_methods import response_of
 from sums import answered, sums
@@ -16,15 +18,13 @@ from sums import answered, sums
 from megatron_selfdistill.config.schema.run_config import CONFIDENCE
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
 from megatron_selfdistill.data.problems import Problem, ProblemSet
-from megatron_selfdistill.data.prompt_templates import PromptTemplates
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.solution_search import Attempt, content_of, solve
 from megatron_selfdistill.rollout.base import Request, response_text
 from megatron_selfdistill.rollout.sampling import sample_seed
 
-BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
+BUILDER = tiny.given().builder
 
 
 def attempts_at(problems: list[Problem], generate: Any = None, step: int = 4, **options: Any) -> list[Attempt]:
@@ -61,22 +61,18 @@ def test_each_rule_keeps_the_best_of_the_right_ones(pick, key):
     assert sum(len(attempt.kept) > 1 for attempt in found) > 5
 
 
+def attempt_of(*texts: str, **options: Any) -> Attempt:
+    """Return the attempt at one problem whose responses are these texts."""
+    search = {"num_samples": len(texts), "keep": 9}
+    (attempt,) = attempts_at(sums(1), lambda requests: list(map(response_of, texts)), search=search, **options)
+    return attempt
+
+
 def test_only_the_answer_decides_and_what_was_cut_off_or_says_nothing_is_no_solution():
-    texts = ["8", "9$", "so\n8$", "$", " $", "8$", "8 $", "not 8$"]
-    (attempt,) = attempts_at(
-        sums(1),
-        generate=lambda requests: [response_of(text) for text in texts],
-        search={"num_samples": len(texts), "keep": 9},
-    )
+    attempt = attempt_of("8", "9$", "so\n8$", "$", " $", "8$", "8 $", "not 8$")
     assert [c.correct for c in attempt.candidates] == [False, False, True, False, False, True, True, False]
     assert [c.text for c in attempt.kept] == ["8", "so\n8"], "one of each text, white space aside"
-    anything = attempts_at(
-        sums(1),
-        generate=lambda requests: [response_of("$"), response_of(" $")],
-        search={"num_samples": 2},
-        verifier=lambda text, problem: True,
-    )
-    assert anything[0].kept == []
+    assert attempt_of("$", " $", verifier=lambda text, problem: True).kept == []
 
 
 def test_what_a_step_could_not_show_is_not_kept():
@@ -91,68 +87,44 @@ def test_solutions_have_random_streams_of_their_own():
         attempts_at(sums(), generate=lambda rs: (asked.extend(rs), [answered(r) for r in rs])[1], step=step)
     streams = {request.seed for request in asked}
     assert len(streams) == len(asked) == 2 * 9 * 12
-    others = {
-        sample_seed(5, step, prefix + problem.id, i)
-        for step in (0, 1)
-        for prefix in ("", "eval/")
-        for problem in sums()
-        for i in range(12)
-    }
-    assert not streams & others
+    places = itertools.product((0, 1), ("", "eval/"), sums(), range(12))
+    assert not streams & {sample_seed(5, step, prefix + problem.id, i) for step, prefix, problem, i in places}
     assert all(request.prompt == BUILDER.student_prompt(p) for request, p in zip(asked[::12], 2 * sums(), strict=True))
 
 
 def test_problems_without_answers_are_named_before_anything_is_sampled():
     calls: list[Any] = []
     problems = [*sums(), dataclasses.replace(sums(1)[0], id="q", answer=None)]
-    with pytest.raises(ValueError, match=r"^file.jsonl:0: expected an answer .* 1 of 10 problems"):
+    with pytest.raises(ValueError, match=r"^file.jsonl:0: "):
         attempts_at(problems, generate=calls.append)
     assert calls == []
 
 
 def test_the_verifier_does_not_see_a_stated_confidence_and_the_teacher_does():
     seen = []
-
-    def verifier(text: str, problem: Problem) -> bool:
-        seen.append(text)
-        return True
-
     texts = [f"{text}\nConfidence: 0.85$" for text in ("8", "so 8")]
-    attempts = attempts_at(
-        sums(1),
-        generate=lambda requests: [response_of(text) for text in texts],
-        verifier=verifier,
-        confidence=re.compile(CONFIDENCE),
-        search={"num_samples": 2},
-    )
+    verifier = {"verifier": lambda text, problem: seen.append(text) or True, "confidence": re.compile(CONFIDENCE)}
+    attempt = attempt_of(*texts, **verifier)
     assert [text.strip() for text in seen] == ["8", "so 8"]
-    assert [candidate.text for candidate in attempts[0].kept] == [text[:-1] for text in texts]
+    assert [candidate.text for candidate in attempt.kept] == [text[:-1] for text in texts]
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("3 + 5 = 8", "3+5=8", True),
-        ("so\n8", "so\n\n  8 \n", True),
-        ("so\r\n8", "so\n8", True),
-        ("It is 8.", "it is 8", True),
-        ("It is 8", "It is 8 !?\n", True),
-        ("It is 8。", "it is 8", True),
-        ("It is 8…", "it is 8", True),
-        ("caf\u00e9 8", "cafe\u0301 8", True),
-        ("\uff11\uff10 is", "10 is", True),
-        ("so \u200b8\ufeff", "so 8", True),
-        ("so\u00a08", "so 8", True),
-        ("STRASSE 8", "straße 8", True),
-        ("8.5", "85", False),
-        ("It is 8", "It is -8", False),
-        ("8, since 3+5", "8 since 3+5", False),
-        ("8\n9", "9\n8", False),
-        ("!", "?", False),
-    ],
-)
-def test_two_texts_are_one_response_but_for_form(one, other, same):
-    assert (content_of(one) == content_of(other)) is same
+SAME = [
+    *(("3 + 5 = 8", "3+5=8"), ("so\n8", "so\n\n  8 \n"), ("so\r\n8", "so\n8"), ("STRASSE 8", "straße 8")),
+    *(("It is 8.", "it is 8"), ("It is 8", "It is 8 !?\n"), ("It is 8。", "it is 8"), ("It is 8…", "it is 8")),
+    *(
+        ("caf\u00e9 8", "cafe\u0301 8"),
+        ("\uff11\uff10 is", "10 is"),
+        ("so \u200b8\ufeff", "so 8"),
+        ("so\u00a08", "so 8"),
+    ),
+]
+OTHERS = [("8.5", "85"), ("It is 8", "It is -8"), ("8, since 3+5", "8 since 3+5"), ("8\n9", "9\n8"), ("!", "?")]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME + OTHERS)
+def test_two_texts_are_one_response_but_for_form(one, other):
+    assert (content_of(one) == content_of(other)) is ((one, other) in SAME)
 
 
 def test_the_coming_problems_are_those_of_the_next_batches_and_nothing_moves():
