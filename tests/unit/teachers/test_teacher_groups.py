@@ -27,108 +27,77 @@ def batch_of(*named: tuple[str, int]) -> StepBatch:
     return StepBatch(contexts=contexts, solutions=[it.problem_id for it in contexts], responses=(None,))  # type: ignore[arg-type]
 
 
-def groups_of(batches: list[StepBatch], teachers: Any = TEACHERS) -> list[tuple[Any, ...]]:
-    """Return teacher, ids, solutions, share, whether it ends the step, and number of responses of each batch.
-
-    ``batches``: those of each replica.
-    """
-    grid = rank_groups.initialize(ParallelConfig(), seed=0)
-    try:
-        return [
-            (
-                one.teacher,
-                [it.problem_id for it in one.contexts],
-                one.solutions,
-                one.share,
-                one.ends_step,
-                len(one.responses),
-            )
-            for one in by_teacher(batches[grid.dp_rank], teachers, grid)
-        ]
-    finally:
-        rank_groups.shutdown()
-
-
-def divided(ranks: Any, *batches: StepBatch, **options: Any) -> list[list[tuple[Any, ...]]]:
-    found: list[list[tuple[Any, ...]]] = ranks.run(
-        groups_of, list(batches), world_size=len(batches), init_process_group=False, **options
-    )
-    return found
-
-
-def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_have_no_contexts(ranks):
-    first = batch_of(("math", 3), ("default", 1), ("math", 2))
-    one, other = divided(ranks, first, batch_of(("default", 2), ("code", 4)))
-    assert one == [
-        ("code", [], [], 4 / 12, False, 1),
-        ("default", ["p1"], ["p1"], 7 / 12, False, 0),
-        ("math", ["p0", "p2"], ["p0", "p2"], 1.0, True, 0),
-    ]
-    assert other == [
-        ("code", ["p1"], ["p1"], 4 / 12, False, 1),
-        ("default", ["p0"], ["p0"], 7 / 12, False, 0),
-        ("math", [], [], 1.0, True, 0),
-    ]
-
-
-def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
-    assert divided(ranks, batch_of()) == [[("code", [], [], 1.0, True, 1)]]
-
-
-def coefficients_of(batches: list[StepBatch]) -> list[tuple[str, list[list[int]], list[float]]]:
-    """Return teacher, prompts, and the weight of each token of each batch; on every rank the batch of its replica."""
+def groups_of(batches: list[StepBatch], joins: bool = False) -> list[dict[str, Any]]:
+    """Return what each batch of this replica has; ``batches``: those of each replica."""
     grid = rank_groups.initialize(ParallelConfig(), seed=0)
     try:
         found = []
-        for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid):
-            assert one.token_coefficients is not None
-            log_probs = torch.zeros(sum(one.response_lengths))
-            weights = one.token_coefficients(log_probs, torch.arange(len(log_probs))).divergence
-            found.append((one.teacher, [it.teacher_prompt for it in one.contexts], weights.tolist()))
+        for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid, joins=joins):
+            row = {"teacher": one.teacher, "ids": [it.problem_id for it in one.contexts], "share": one.share}
+            row |= {"solutions": one.solutions, "ends": one.ends_step, "responses": len(one.responses)}
+            row |= {"prompts": [it.teacher_prompt for it in one.contexts]}
+            row |= {"factors": [len(it.of_teachers) for it in one.contexts], "weights": None}
+            if one.token_coefficients is not None:
+                log_probs = torch.zeros(sum(one.response_lengths))
+                weights = one.token_coefficients(log_probs, torch.arange(len(log_probs))).divergence
+                row["weights"] = weights.tolist()
+            found.append(row)
         return found
     finally:
         rank_groups.shutdown()
 
 
+def divided(ranks: Any, *batches: StepBatch, joins: bool = False) -> list[list[dict[str, Any]]]:
+    """Return the batches of each replica."""
+    found: list[list[dict[str, Any]]] = ranks.run(
+        groups_of, list(batches), joins, world_size=len(batches), init_process_group=False
+    )
+    return found
+
+
+def fields(rows: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for name in ("teacher", *names)) for row in rows]
+
+
+def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_have_no_contexts(ranks):
+    first = batch_of(("math", 3), ("default", 1), ("math", 2))
+    one, other = divided(ranks, first, batch_of(("default", 2), ("code", 4)))
+    for found, of_teacher in ((one, ([], ["p1"], ["p0", "p2"])), (other, (["p1"], ["p0"], []))):
+        code, default, math = of_teacher
+        assert fields(found, "ids", "solutions", "share", "ends", "responses") == [
+            ("code", code, code, 4 / 12, False, 1),
+            ("default", default, default, 7 / 12, False, 0),
+            ("math", math, math, 1.0, True, 0),
+        ]
+
+
+def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
+    [found] = divided(ranks, batch_of())
+    assert fields(found, "ids", "share", "ends", "responses") == [("code", [], 1.0, True, 1)]
+
+
+BOTH = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
+
+
 def test_a_response_with_several_teachers_is_in_the_batch_of_each_and_counts_once(ranks):
     """Of 3 + 1 tokens, 3 are read twice: the schedule counts 7, so that a weight of 7 / 4 is the share 1."""
     shared = batch_of(("code", 3))
-    of_teachers = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
-    shared = replace(shared, contexts=[replace(shared.contexts[0], of_teachers=of_teachers)])
-    alone = batch_of(("math", 1))
-    one, other = ranks.run(coefficients_of, [shared, alone], world_size=2, init_process_group=False)
+    shared = replace(shared, contexts=[replace(shared.contexts[0], of_teachers=BOTH)])
+    one, other = (fields(rows, "prompts", "weights") for rows in divided(ranks, shared, batch_of(("math", 1))))
     assert one == [("code", [[7]], [0.25 * 7 / 4] * 3), ("math", [[8, 9]], [0.75 * 7 / 4] * 3)]
     assert other == [("code", [], []), ("math", [[2]], [7 / 4])]
 
 
-def products_of(batches: list[StepBatch]) -> list[tuple[str, list[str], list[int], float, bool]]:
-    """Return teacher, ids, numbers of teachers of the contexts, share and lack of coefficients of each batch."""
-    grid = rank_groups.initialize(ParallelConfig(), seed=0)
-    try:
-        return [
-            (
-                one.teacher,
-                [it.problem_id for it in one.contexts],
-                [len(it.of_teachers) for it in one.contexts],
-                one.share,
-                one.token_coefficients is None,
-            )
-            for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid, joins=True)
-        ]
-    finally:
-        rank_groups.shutdown()
-
-
 def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_coefficient(ranks):
     """Replicas agree on the products that any of them has."""
-    both = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
     mixed = batch_of(("code", 3), ("math", 1), ("code", 2))
-    mixed = replace(mixed, contexts=[replace(mixed.contexts[0], of_teachers=both), *mixed.contexts[1:]])
-    one, other = ranks.run(products_of, [mixed, batch_of(("math", 2))], world_size=2, init_process_group=False)
+    mixed = replace(mixed, contexts=[replace(mixed.contexts[0], of_teachers=BOTH), *mixed.contexts[1:]])
+    found = divided(ranks, mixed, batch_of(("math", 2)), joins=True)
+    one, other = (fields(rows, "ids", "factors", "share", "weights") for rows in found)
     assert one == [
-        ("code", ["p2"], [0], 2 / 8, True),
-        ("code+math", ["p0"], [2], 5 / 8, True),
-        ("math", ["p1"], [0], 1.0, True),
+        ("code", ["p2"], [0], 2 / 8, None),
+        ("code+math", ["p0"], [2], 5 / 8, None),
+        ("math", ["p1"], [0], 1.0, None),
     ]
     assert [name for name, *_ in other] == ["code", "code+math", "math"] and other[1][1] == []
 

@@ -42,14 +42,9 @@ def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
     assert factors_of(product_of(config.named_teachers)) == ["code", "math"] and factors_of("math") == ["math"]
 
 
-def test_without_the_key_nothing_changes():
-    config = load([])
-    assert config.named_teachers == {} and keeps_start(config)
-    assert not projects_reference(config)
-
-
 def test_the_start_is_kept_for_the_reference_and_for_a_teacher_without_a_directory():
     beside_student = [MATH, "target.anchor=student"]
+    assert load([]).named_teachers == {} and keeps_start(load([])) and not projects_reference(load([]))
     assert keeps_start(load([MATH])) and not keeps_start(load(beside_student))
     assert keeps_start(load([*beside_student, "teachers.default.hint=given"]))
 
@@ -75,34 +70,25 @@ def test_a_name_is_one_word(name):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "named"),
     [
-        (["teachers.math.path=/m"], "teachers.math has no entry 'path': its entries are load, hint, template, weight"),
-        ([MATH, "teachers.math.template='{problem}'"], r"teachers.math.template must have the slots .*\{solution\}"),
-        (
-            [MATH, "teachers.math.hint=none", "teachers.math.template='{problem}{solution}'"],
-            r"teachers.math.template must have the slots \{problem\} and no others",
-        ),
-        ([MATH, "teacher.weights=ema"], "teacher.weights=frozen and no environment, got problems, ema"),
-        ([MATH, "rollout.guidance=mixed"], "samples from the target of one teacher: set teachers.guide to math, or"),
-        ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
+        (["teachers.math.path=/m"], "teachers.math has no entry 'path'"),
+        ([MATH, "teachers.math.template='{problem}'"], "teachers.math.template"),
+        ([MATH, "teachers.math.hint=none", "teachers.math.template='{problem}{solution}'"], "teachers.math.template"),
+        ([MATH, "teacher.weights=ema"], "teacher.weights=frozen"),
+        ([MATH, "rollout.guidance=mixed"], "teachers.guide"),
+        ([MATH, "teachers.join=mean"], "teachers.join"),
         (
             [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
-            "and with teachers.join=product target.anchor=reference, got entropy_matched and student",
+            "target.anchor=reference",
         ),
-        (
-            [MATH, "teachers.choose=my.choose", "data.fields.teacher=it"],
-            "but no record names a teacher: set the key teachers without choose",
-        ),
-        (
-            [MATH, "method.name=grpo", "rollout.num_samples=2"],
-            "teachers need a method whose teacher reads sampled responses",
-        ),
-        ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight needs target.rule=entropy_match"),
-        ([MATH, "teachers.math.weight=1", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
-        (["data.fields.teacher=expert"], "data.fields.teacher names the column .* but no record names a teacher"),
+        ([MATH, "teachers.choose=my.choose", "data.fields.teacher=it"], "without choose"),
+        ([MATH, "method.name=grpo", "rollout.num_samples=2"], "teachers need a method"),
+        ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight"),
+        ([MATH, "teachers.math.weight=1", "target.k_max=2"], "target.k_max=2"),
+        (["data.fields.teacher=expert"], "data.fields.teacher"),
     ],
 )
-def test_impossible_teachers_are_refused_with_their_key(overrides, message):
-    with pytest.raises(ConfigError, match=message):
+def test_impossible_teachers_are_refused_with_their_key(overrides, named):
+    with pytest.raises(ConfigError, match=named):
         load(overrides)
