@@ -85,14 +85,10 @@ def test_long_responses_are_ordered_although_their_probabilities_are_0():
     assert calibration([better, worse], [False, True]).spr == 0
 
 
-def test_an_unknown_confidence_gives_no_numbers():
+def test_an_unknown_confidence_gives_no_numbers_and_a_probability_that_rounding_lifts_above_1_is_1():
     known, unknown = Confidence.of_log_probs([-0.5, -0.25]), Confidence.of_log_probs([-0.5, math.nan])
     assert known == Confidence(math.exp(-0.75), -0.75, False)
-    assert calibration([known, unknown], [True, False]) is None
-    assert calibration([], []) is None
-
-
-def test_a_probability_that_rounding_lifts_above_1_is_1():
+    assert calibration([known, unknown], [True, False]) is calibration([], []) is None
     assert Confidence.of_log_probs([1e-9, 0.0]) == Confidence(1.0, 0.0, False)
 
 
@@ -109,17 +105,14 @@ def test_stated_and_other_confidences_are_counted_together():
         ("144 (confidence : .5)", 0.5, "144 ()"),
         ("CONFIDENCE:1.00\n144", 1.0, "\n144"),
         ("Confidence: 0.2. No: confidence: 0.7.\n144", 0.7, ". No: .\n144"),
-        ("144, Confidence: 95%", None, "144, Confidence: 95%"),
-        ("144, Confidence: 0.95 %", None, "144, Confidence: 0.95 %"),
-        ("144, Confidence: 1.5", None, "144, Confidence: 1.5"),
-        ("144, Confidence: 10", None, "144, Confidence: 10"),
-        ("144, Confidence: high", None, "144, Confidence: high"),
-        ("144, overconfidence: 0.5", None, "144, overconfidence: 0.5"),
-        ("", None, ""),
     ],
 )
-def test_what_the_default_pattern_reads(text, value, rest):
+def test_the_default_pattern_reads_a_number_between_0_and_1(text, value, rest):
     assert split_confidence(text, DEFAULT) == (value, rest)
+    for none in ("Confidence: 95%", "Confidence: 0.95 %", "Confidence: 1.5", "Confidence: 10", "Confidence: high"):
+        assert split_confidence(none, DEFAULT) == (None, none)
+    for none in ("144, overconfidence: 0.5", ""):
+        assert split_confidence(none, DEFAULT) == (None, none)
 
 
 def test_a_pattern_of_ones_own_may_capture_what_is_no_number():

@@ -40,17 +40,13 @@ def test_a_function_of_the_user_rewards_in_place_of_the_verifier():
     assert judge.right(answers("8$", "777$", "8")) == [True, False, False], "the verifier stays the judge of verdicts"
 
 
-@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5)])
-def test_a_reward_of_numpy_or_torch_counts_as_a_number(value):
-    judge = Judge(exact_match, Characters(), ONE_RANK, lambda text, problem: value)
-    assert judge.rewards(answers("8$")) == [0.5]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, "1"])
-def test_a_reward_that_is_no_finite_number_is_one_message(value):
-    judge = Judge(exact_match, Characters(), ONE_RANK, lambda text, problem: value)
-    with pytest.raises(VerifierError, match=r"file.jsonl:1: the reward function failed .* expected a finite number"):
-        judge.rewards(answers("8$"))
+def test_a_reward_of_numpy_or_torch_counts_as_a_number_and_what_is_no_finite_number_is_refused():
+    values = {"0": np.float32(0.5), "1": torch.tensor(0.5), "2": math.nan, "3": math.inf, "4": "1"}
+    judge = Judge(exact_match, Characters(), ONE_RANK, lambda text, problem: values[text])
+    assert judge.rewards(answers("0$", "1$")) == [0.5, 0.5]
+    for text in "234":
+        with pytest.raises(VerifierError, match=r"file.jsonl:1: "):
+            judge.rewards(answers(f"{text}$"))
 
 
 @pytest.mark.parametrize(("reward", "correct"), [(None, False), (0.49, False), (0.5, True), (-1.0, False), (3.0, True)])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -68,22 +68,21 @@ def test_exact_match_compares_the_final_answer(response, answer, right):
     assert exact_match(response, problem_with(answer)) is right
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        r"\boxed{",
-        r"\boxed{}",
-        r"\boxed{{",
-        "\\boxed    ",
-        "{",
-        "}",
-        "<think>",
-        "</think>",
-        "<|channel|>final",
-        "#### ",
-        "\n",
-    ],
-)
+PARTS = [
+    r"\boxed{",
+    r"\boxed{}",
+    r"\boxed{{",
+    "\\boxed    ",
+    "{",
+    "}",
+    "<think>",
+    "</think>",
+    "<|channel|>final",
+    "#### ",
+]
+
+
+@pytest.mark.parametrize("part", [*PARTS, "\n"])
 def test_a_response_costs_a_time_proportional_to_its_length(part):
     """The texts have up to a million characters; a scan that is not linear takes minutes for some of them."""
     assert exact_match(part * 100_000 + r"\boxed{42}", problem_with("42")) is (part != "<think>")
@@ -119,52 +118,31 @@ def test_math_verify_compares_what_is_meant(response, answer, right):
     assert math_verify(response, problem_with(answer)) is right
 
 
-def test_math_verify_gives_up_on_an_expression_that_takes_for_ever(monkeypatch):
+def test_math_verify_gives_up_on_an_expression_that_takes_for_ever_and_works_in_a_thread(monkeypatch):
     monkeypatch.setattr(module, "MATH_TIMEOUT_SECONDS", 1)
     assert math_verify(r"\boxed{9999999!}", problem_with("42")) is False
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(math_verify, "it is 42", problem_with("42")).result()
 
 
-def test_math_verify_works_in_a_thread():
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(math_verify("it is 42", problem_with("42"))))
-    thread.start()
-    thread.join()
-    assert found == [True]
+def test_a_verdict_of_a_user_may_be_a_number_or_of_another_library_but_is_true_or_false(monkeypatch):
+    true, neither = [True, 1.0, np.bool_(True), torch.tensor(True)], ["no", (False, "reason"), None, 0.5]
+    monkeypatch.setattr(module, "of_a_user", lambda text, problem: verdicts[int(text)], raising=False)
+    verify, verdicts = load_verifier(f"{module.__name__}.of_a_user"), [*true, *neither]
+    assert [verify(str(i), problem_with(None)) for i in range(len(true))] == [True] * 4
+    for i in range(len(true), len(verdicts)):
+        with pytest.raises(ValueError, match="verdict"):
+            verify(str(i), problem_with(None))
 
 
-def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "lab_verifiers.py").write_text("def even(text, problem):\n    return int(text) % 2 == 0\n\nlimit = 3\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_verifier("lab_verifiers.even")("4", problem_with(None))
-
-
-@pytest.mark.parametrize("verdict", ["no", (False, "reason"), None, 0.5])
-def test_a_verdict_of_a_user_that_is_neither_true_nor_false_is_refused(verdict, monkeypatch):
-    monkeypatch.setattr(module, "of_a_user", lambda text, problem: verdict, raising=False)
-    with pytest.raises(ValueError, match=r"^expected True or False as the verdict, got "):
-        load_verifier(f"{module.__name__}.of_a_user")("4", problem_with(None))
-
-
-@pytest.mark.parametrize("verdict", [True, 1.0, np.bool_(True), torch.tensor(True)])
-def test_a_verdict_of_a_user_may_be_a_number_or_of_another_library(verdict, monkeypatch):
-    monkeypatch.setattr(module, "of_a_user", lambda text, problem: verdict, raising=False)
-    assert load_verifier(f"{module.__name__}.of_a_user")("4", problem_with(None)) is True
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "mentions"),
-    [
-        ("so the answer is 163.", "163", True),
-        ("so  New\nYork!", "New York", True),
-        ("1631 or 0.163 or 163.5 or x163", "163", False),
-        ("163</think> no idea", "163", False),
-        (r"it is \frac{1}{2}.", r"\frac{1}{2}", True),
-        ("", "163", False),
-        ("anything", None, False),
-    ],
-)
-def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number(response, answer, mentions):
-    assert module.mentions_answer(response, problem_with(answer)) is mentions
+def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number():
+    number, fraction = problem_with("163"), problem_with(r"\frac{1}{2}")
+    assert module.mentions_answer("so the answer is 163.", number)
+    assert module.mentions_answer("so  New\nYork!", problem_with("New York"))
+    assert module.mentions_answer(r"it is \frac{1}{2}.", fraction)
+    for response in ("1631 or 0.163 or 163.5 or x163", "163</think> no idea", ""):
+        assert not module.mentions_answer(response, number)
+    assert not module.mentions_answer("anything", problem_with(None))
 
 
 def verdicts_on_a_rank(dp_size: int) -> tuple[list[str], list[Any]]:
