@@ -13,7 +13,6 @@ import pytest
 import torch
 from decoding import (
     MAX_LENGTH,
-    PAIR_TOKENS,
     check_argmax,
     check_inversion,
     check_pair_log_probs,
@@ -85,29 +84,36 @@ def check_response(models: dict[str, Any], request: Request, response: Response,
     check_pair_log_probs(student, teacher, response, 1e-4)
 
 
-def write_and_check(kind: str, teacher: str, target: Target) -> tuple[list[list[int]], list[list[int]]]:
-    """Return greedy and sampled texts of `make_pairs`, after whole passes have confirmed each token."""
+def requests_of(target: Target) -> list[Request]:
+    """Return `make_pairs`, with the prompts of other pairs' teachers as those of the controls."""
+    pairs = make_pairs()
+    others = [[pairs[i - k].teacher_prompt for k in range(1, 1 + target.num_controls)] for i in range(len(pairs))]
+    return [dataclasses.replace(pair, control_prompts=tuple(of)) for pair, of in zip(pairs, others, strict=True)]
+
+
+def write_and_check(kind: str, teacher: str, target: Target) -> list[list[list[int]]]:
+    """Return greedy and sampled texts of `requests_of`, after whole passes have confirmed each token.
+
+    With controls they are sampled only.
+    """
     [sampler], _ = samplers_of(kind, parallel(), TEACHERS[teacher], None)
     seeds = {role: seed for roles, seed in TEACHERS[teacher].items() for role in roles}
-    models = {}
-    for role in ("student", "teacher", "reference"):
-        [models[role]], _ = build(model_config(kind), parallel(), seed=seeds.get(role, 0))
-        models[role].eval()
+    models = {role: build(model_config(kind), parallel(), seed=seeds.get(role, 0))[0][0].eval() for role in ROLES}
     found = []
-    for params in (GREEDY, SAMPLED):
-        params = dataclasses.replace(params, target=target)
-        found.append(sampler.generate(make_pairs(), params))
-        for request, response in zip(make_pairs(), found[-1], strict=True):
+    for params in (GREEDY, SAMPLED)[bool(target.num_controls) :]:
+        params, requests = dataclasses.replace(params, target=target), requests_of(target)
+        found.append(sampler.generate(requests, params))
+        for request, response in zip(requests, found[-1], strict=True):
             check_response(models, request, response, params)
-    return tokens(found[0]), tokens(found[1])
+    return [tokens(responses) for responses in found]
 
 
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
     """Return a function from a kind of model to the greedy and the sampled texts under a frozen teacher."""
-    known: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+    known: dict[str, list[list[list[int]]]] = {}
 
-    def get(kind: str) -> tuple[list[list[int]], list[list[int]]]:
+    def get(kind: str) -> list[list[list[int]]]:
         if kind not in known:
             [known[kind]] = ranks.run(write_and_check, kind, "frozen", ANCHORED, world_size=1)
         return known[kind]
@@ -115,25 +121,10 @@ def on_one_rank(ranks):
     return get
 
 
-def write_with_controls(teacher: str) -> None:
-    """Assert that whole passes of the teacher's weights after each control's prompt confirm every sampled token."""
-    [sampler], _ = samplers_of("shallow", parallel(), TEACHERS[teacher], None)
-    seeds = {role: seed for roles, seed in TEACHERS[teacher].items() for role in roles}
-    models = {role: build(model_config("shallow"), parallel(), seed=seeds.get(role, 0))[0][0].eval() for role in ROLES}
-    pairs = make_pairs()
-    requests = [
-        dataclasses.replace(pair, control_prompts=(pairs[i - 1].teacher_prompt, pairs[i - 2].teacher_prompt))
-        for i, pair in enumerate(pairs)
-    ]
-    params = dataclasses.replace(SAMPLED, target=Target(num_controls=2))
-    responses = sampler.generate(requests, params)
-    for request, response in zip(requests, responses, strict=True):
-        check_response(models, request, response, params)
-
-
-@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("frozen", marks=pytest.mark.full)])
 def test_controls_are_read_by_the_weights_of_the_teacher(ranks, teacher):
-    ranks.run(write_with_controls, teacher, world_size=1)
+    """Whole passes of these weights after each control's prompt confirm every sampled token."""
+    ranks.run(write_and_check, "shallow", teacher, Target(num_controls=2), world_size=1)
 
 
 @combinations(teacher=["ema", "current"], quick={"teacher": ["ema"]}, strength=1)
@@ -194,27 +185,6 @@ def test_every_layout_writes_what_one_rank_writes(ranks, on_one_rank, layout):
             assert response.teacher_log_probs == pytest.approx(whole.teacher_log_probs[:count], abs=1e-4)
         assert tokens(result["plain"]) == tokens(result["alone"])
         assert not any(response.teacher_log_probs for response in result["plain"])
-
-
-def split_into_batches() -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Return texts without a limit and in a small cache, and the tokens that each batch held there."""
-    room = 3 * (40 + PAIR_TOKENS) + 12  # the longest request, or two short ones
-    [whole, small], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], None, room)
-    held, sample = [], small._sample_guided
-
-    def count(requests: Sequence[Request], *rest: Any) -> list[Response]:
-        held.append(3 * len(requests) * (max(len(p) for r in requests for p in (r.prompt, r.teacher_prompt)) + 8))
-        return sample(requests, *rest)
-
-    small._sample_guided = count
-    return tokens(whole.generate(make_pairs(), SAMPLED)), tokens(small.generate(make_pairs(), SAMPLED)), held
-
-
-@pytest.mark.full
-def test_batches_fit_into_the_cache_with_three_sequences_per_request(ranks):
-    [(whole, split, held)] = ranks.run(split_into_batches, world_size=1)
-    assert split == whole
-    assert 2 <= len(held) < 7 and max(held) <= 156
 
 
 def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list[int]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.loss import Target, mixed_target
-from megatron_selfdistill.rollout.base import Request
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 
 
@@ -55,17 +57,6 @@ def test_greedy_text_is_the_argmax_of_transformers_mixed_logits(ranks, tmp_path,
     for written in ranks.run(write_hf, tmp_path, config, requests, PAIR_TOKENS, MAX_LENGTH, world_size=world_size):
         for request, response in zip(requests, written, strict=True):
             check_greedy_pair(lambda ids: hf_models.hf_logits(reference, [ids]), request, response, 2e-4)
-
-
-def test_hundreds_of_greedy_tokens_are_the_argmax_of_transformers_mixed_logits(ranks, tmp_path):
-    reference = hf_models.write("qwen3", tmp_path, max_position_embeddings=512)
-    requests = make_pairs(6, hf_models.VOCAB_SIZE)
-    [written] = ranks.run(write_hf, tmp_path, parallel(), requests, 120, 200, world_size=1)
-    checked = [
-        check_greedy_pair(lambda ids: hf_models.hf_logits(reference, [ids]), request, response, 1e-4)
-        for request, response in zip(requests, written, strict=True)
-    ]
-    assert sum(checked) == 720
 
 
 def write_on_one_rank(kind: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -123,26 +114,26 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     }  # fmt: skip
 
 
-LAYOUTS = {
-    "TP1": ("shallow", parallel(), 1),
-    "TP2": ("shallow", parallel(tp=2), 2),
-    "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
-    "TP2xPP2+SP": ("shallow", parallel(tp=2, pp=2, sp=True), 4),
-    "CP2": ("shallow", parallel(cp=2), 2),
-    "DP2": ("shallow", parallel(), 2),
-    "tied TP2+SP": ("tied", parallel(tp=2, sp=True), 2),
-    "MoE EP2": ("moe", parallel(ep=2), 2),
-    "MoE EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
-}
+LAYOUTS = {"TP1": ("shallow", parallel(), 1), "MoE EP2": ("moe", parallel(ep=2), 2), "DP2": ("shallow", parallel(), 2)}
 
 
-@pytest.mark.full  # test_anchored_decoding.py has guided responses of three roles in TP2
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_one_rank, layout):
+def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    """Call `write_in_layout` where the host learns one pass late which pairs go on, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron_sampler, "lag_of", lambda device: 1)
+        return write_in_layout(kind, config, stops)
+
+
+@combinations(layout=list(LAYOUTS), is_late=[True, False], quick={"layout": ["TP1"], "is_late": ["True"]}, strength=1)
+def test_two_whole_passes_on_one_rank_choose_what_is_written_also_where_the_end_is_known_one_pass_late(
+    ranks, on_one_rank, layout, is_late
+):
+    """test_anchored_decoding.py has guided responses of three roles in the other layouts."""
     kind, config, world_size = LAYOUTS[layout]
     texts, sampled = on_one_rank(kind)
     stops = stops_of(texts)
-    for result in ranks.run(write_in_layout, kind, config, stops, world_size=world_size):
+    write = write_one_pass_late if is_late else write_in_layout
+    for result in ranks.run(write, kind, config, stops, world_size=world_size):
         share = slice(result["replica"], None, result["replicas"])
         for text, response in zip(texts[share], result["whole"], strict=True):
             assert (response.token_ids, response.finish_reason) == (text, "length")
@@ -158,20 +149,47 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_
         assert not any(response.teacher_log_probs for response in result["plain"])
 
 
-def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
-    """Call `write_in_layout` where the host learns one pass late which pairs go on, as on a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_sampler, "lag_of", lambda device: 1)
-        return write_in_layout(kind, config, stops)
+def guide_with_the_students_own_prompt() -> tuple[list[Response], list[Response]]:
+    [model], grid = build(model_config(), parallel())
+    sampler = guided_sampler_of([model], grid)
+    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs(20)]
+    guided = [dataclasses.replace(request, teacher_prompt=list(request.prompt)) for request in plain]
+    responses = sampler.generate(guided, SAMPLED_PAIRS), sampler.generate(plain, SAMPLED_PAIRS)
+    for module in unwrapped(model).modules():
+        assert not {"forward", "_adjust_key_value_for_inference"} & set(module.__dict__), "attention was left changed"
+    return responses
 
 
-@combinations(layout=["TP1", "MoE EP2"], quick={"layout": ["TP1"]}, strength=1)
-def test_pairs_whose_end_is_known_one_pass_late_are_written_the_same(ranks, on_one_rank, layout):
-    kind, config, world_size = LAYOUTS[layout]
-    texts, _ = on_one_rank(kind)
-    stops = stops_of(texts)
-    for result in ranks.run(write_one_pass_late, kind, config, stops, world_size=world_size):
-        share = slice(result["replica"], None, result["replicas"])
-        for name in ("early", "split", "recorded"):
-            for text, response in zip(texts[share], result[name], strict=True):
-                assert (response.token_ids, response.finish_reason) == cut_at(text, stops)
+@pytest.mark.full
+def test_a_teacher_with_the_students_prompt_changes_nothing(ranks):
+    [(guided, plain)] = ranks.run(guide_with_the_students_own_prompt, world_size=1)
+    for mine, expected in zip(guided, plain, strict=True):
+        # The guided batch has twice the rows, for which a processor may choose other kernels: 1.7e-5 was seen on one.
+        assert mine.token_ids == expected.token_ids
+        assert mine.log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.teacher_log_probs == pytest.approx(expected.log_probs, abs=5e-5)
+        assert mine.sampled_log_probs == pytest.approx(expected.sampled_log_probs, abs=5e-5)
+
+
+def refuse() -> list[str]:
+    [model], grid = build(model_config(), parallel())
+    messages = []
+
+    def collect(make: Callable[[], Any], error: type[Exception]) -> None:
+        with pytest.raises(error) as caught:
+            make()
+        messages.append(str(caught.value))
+
+    sampler, [pair, *_] = guided_sampler_of([model], grid), make_pairs()
+    collect(lambda: sampler.generate([dataclasses.replace(pair, teacher_prompt=[])], SAMPLED_PAIRS), ValueError)
+    collect(lambda: sampler.generate([dataclasses.replace(pair, teacher_prompt=[1] * 57)], SAMPLED_PAIRS), ValueError)
+    one_sequence = 1.5 * (31 + PAIR_TOKENS) * sampler._bytes_per_token / 2**30
+    collect(lambda: guided_sampler_of([model], grid, one_sequence).generate([pair], SAMPLED_PAIRS), ValueError)
+    return messages
+
+
+@pytest.mark.full
+def test_guided_requests_that_cannot_be_served_are_refused_with_a_message(ranks):
+    [messages] = ranks.run(refuse, world_size=1)
+    for message, words in zip(messages, ("empty prompt", "57 tokens", "all its sequences"), strict=True):
+        assert words in message
