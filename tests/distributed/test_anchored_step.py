@@ -1,92 +1,113 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step whose target has a reference is alike in every layout."""
+"""A step with a reference, controls or a shared anchor is alike in every layout, as its definition says."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import anchored
 import pytest
-from anchored import ANCHORED, APART, LAYOUTS, ORDERS, OUTPUT_LAYERS
+import torch
+from anchored import ANCHORED, loss_and_gradient_by_definition
 from layouts import Case, Outcomes, worst_difference
-from parity import TOLERANCE
+from parity import TOLERANCE, case_of
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import Fusion
 
+OF_STUDENT = Case(kind="shallow", target=Target(anchor="student", num_controls=2))
 CASES = {
     "one projection": ANCHORED,
-    **APART,
+    "average teacher": dataclasses.replace(ANCHORED, teacher="ema", reference_copy=True),
+    "current teacher": dataclasses.replace(ANCHORED, teacher="current", reference_copy=True),
+    "soft cap": dataclasses.replace(ANCHORED, soft_cap=3.0),  # one projection cannot serve teacher and reference
     "two terms": dataclasses.replace(ANCHORED, divergence="forward_kl", two_terms=True),
+    "controls": OF_STUDENT,
+    "one control": dataclasses.replace(OF_STUDENT, target=Target(anchor="student", num_controls=1)),
+    "reference and controls": dataclasses.replace(ANCHORED, target=Target(num_controls=2)),
+    "reference of its own": dataclasses.replace(ANCHORED, target=Target(num_controls=2), reference_copy=True),
+    "controls of an average": dataclasses.replace(OF_STUDENT, teacher="ema"),
+    "controls of the student": dataclasses.replace(OF_STUDENT, teacher="current"),
+    "a share of the reference": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25, num_controls=2)),
+    "a share without controls": dataclasses.replace(OF_STUDENT, target=Target(anchor=0.25)),
+    "one k for the batch": dataclasses.replace(ANCHORED, target=Target("batch", k=1.4, anchor=0.25, num_controls=2)),
+    "soft cap and controls": dataclasses.replace(OF_STUDENT, soft_cap=3.0),
+    "two terms and controls": dataclasses.replace(OF_STUDENT, two_terms=True),
 }
-QUICK = ["TP2+SP", "PP2xVPP2", "CP2"]
+LAYOUTS = ["TP2+SP", "PP2xVPP2", "CP2", "PP2 tied", "DP2", "EP2", "CP2xPP2", "EP2xTP2+SP"]
+ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
+OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
+QUICK = [
+    *("one projection", "average teacher", "current teacher", "soft cap", "two terms"),
+    *("one control", "reference and controls", "a share of the reference"),
+]
 
 
 @pytest.fixture(scope="module")
 def outcomes(ranks) -> Outcomes:
-    """Return outcomes, of which those of one rank have run in one call."""
+    """Return outcomes, of which the quick ones of one rank have run in one call."""
     found = Outcomes(ranks)
-    found.of([same_weights(), *CASES.values()])
+    found.of([CASES[name] for name in QUICK])
     return found
 
 
-def same_weights() -> Case:
-    """Return a case whose reference has chunks of its own, with the weights of the teacher."""
-    return dataclasses.replace(ANCHORED, reference_copy=True, reference_seed=1)
-
-
-def shows_more(name: str, own: Case, order: dict[str, Any], output_layer: Fusion | None) -> bool:
-    """Return whether a case is possible, and shows more than the others do.
-
-    A layer that is not linear cannot be fused, and a kept gradient has no second term.  The current teacher runs in few
-    layouts and one order.
-    """
-    is_small = own.teacher == "current"
-    return anchored.is_possible(own, output_layer) and (not is_small or (name in QUICK and not order))
+def is_possible(own: Case, output_layer: Fusion | None, **_: Any) -> bool:
+    """Return whether the output layer can compute a case: only a linear one is fused, a kept gradient has one term."""
+    return not (own.soft_cap and output_layer) and not (own.two_terms and output_layer == OUTPUT_LAYERS["fused"])
 
 
 @combinations(
-    name=list(LAYOUTS),
+    name=LAYOUTS,
     own=CASES,
     order=ORDERS,
     output_layer=OUTPUT_LAYERS,
-    quick={"name": QUICK},
+    quick={"name": LAYOUTS[:3], "own": QUICK},
     strength=1,
     full_strength=2,
-    valid=shows_more,
+    valid=is_possible,
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_layer):
-    anchored.assert_equals_one_rank(outcomes, name, own, order, output_layer, nan_ok=True)
+    case, world_size = case_of(name)
+    case = dataclasses.replace(own, kind=case.kind, parallel=case.parallel, fusion=output_layer, **order)
+    alone, expected, _ = outcomes(dataclasses.replace(own, kind=case.kind))
+    assert alone.loss > 0.02, "the target must differ from the student"
+    got, gradients, _ = outcomes(case, world_size)
+    worst, where = worst_difference(gradients, expected)
+    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
+    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE, nan_ok=own.target.is_anchored)
+
+
+@combinations(name=list(CASES), quick={"name": QUICK}, strength=1)
+def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
+    ((loss, gradient),) = ranks.run(loss_and_gradient_by_definition, CASES[name], world_size=1)
+    got, gradients, _ = outcomes(CASES[name])
+    assert got.loss == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_what_a_case_has_of_its_own_changes_the_gradient(outcomes):
-    for case, change in (
-        (ANCHORED, {"target": Target(teacher_weight=0.5, anchor="student")}),
-        (CASES["two terms"], {"two_terms": False}),
+    for name, change in (
+        ("one projection", {"target": Target(teacher_weight=0.5, anchor="student")}),
+        ("one control", {"target": Target(anchor="student")}),
+        ("two terms", {"two_terms": False}),
     ):
-        _, gradients, _ = outcomes(case)
-        _, without, _ = outcomes(dataclasses.replace(case, **change))
-        assert worst_difference(without, gradients)[0] > 0.05
+        _, without, _ = outcomes(dataclasses.replace(CASES[name], **change))
+        assert worst_difference(without, outcomes(CASES[name])[1])[0] > 0.05
 
 
 def test_two_projections_equal_one_projection_of_the_mixed_states(outcomes):
     """The target is the same for a reference with chunks of its own and the teacher's weights."""
     once, expected, _ = outcomes(ANCHORED)
-    apart = [dataclasses.replace(same_weights(), fusion=fusion) for fusion in OUTPUT_LAYERS.values()]
-    for twice, gradients, _ in outcomes.of(apart):
+    apart = dataclasses.replace(ANCHORED, reference_copy=True, reference_seed=1)
+    for twice, gradients, _ in outcomes.of([dataclasses.replace(apart, fusion=it) for it in OUTPUT_LAYERS.values()]):
         assert worst_difference(gradients, expected)[0] <= TOLERANCE
         assert twice.loss == pytest.approx(once.loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.two_terms])
-def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
-    anchored.assert_equals_definition(ranks, outcomes, CASES[name])
-
-
-def test_the_statistics_of_the_teacher_are_those_of_a_step_without_a_reference(outcomes):
-    cases = [APART["current teacher"], APART["average teacher"]]
+def test_the_statistics_of_the_teacher_are_those_of_a_step_of_the_student_and_one_teacher(outcomes):
+    cases = [CASES["current teacher"], CASES["average teacher"], CASES["one control"]]
     without = [dataclasses.replace(case, target=Target(anchor="student"), reference_copy=False) for case in cases]
     for (got, *_), (expected, *_) in zip(outcomes.of(cases), outcomes.of(without), strict=True):
         assert got.teacher_entropy == pytest.approx(expected.teacher_entropy, rel=1e-6)
