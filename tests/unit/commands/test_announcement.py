@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 
 import pytest
-import tiny_run
 
 from megatron_selfdistill.commands import announcement
 from megatron_selfdistill.config import GivenKeys
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -25,11 +22,6 @@ def test_a_run_speaks_of_the_anchor_if_all_hints_are_one_text(solutions, warns):
     problems = [Problem(str(number), (), solution, None, "p.jsonl:1") for number, solution in enumerate(solutions)]
     warning, line = (announcement.about_one_hint(anchor, problems) or "" for anchor in ("reference", "student"))
     assert warning.startswith("warning") == ("target.anchor=student" in line) == warns
-
-
-def test_a_run_with_controls_says_whether_the_data_have_as_many_hints():
-    problems = [Problem(str(number), (), f"hint {number % 3}", None, "p.jsonl:1") for number in range(9)]
-    assert announcement.about_controls(3, problems).endswith("some count twice: a problem meets 2 other hints")
 
 
 @pytest.mark.parametrize(
@@ -52,11 +44,8 @@ def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node
     arguments = parse(shlex.split(command.removeprefix(launcher)))
     assert arguments.overrides == ["recipe=literal", "data.system_prompt=two words"]
     assert (arguments.config_name, arguments.config_dir) == ("quickstart", ["my configs"])
-
-
-def test_the_command_names_where_functions_of_the_user_are_found(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "my examples")
-    assert announcement._command(["seed=1"], 1) == "env 'PYTHONPATH=my examples' selfdistill train seed=1"
+    monkeypatch.setenv("PYTHONPATH", "my examples")  # where functions of the user are found
+    assert announcement._command(["seed=1"], world_size) == f"env 'PYTHONPATH=my examples' {launcher} seed=1"
 
 
 def git(directory, *arguments):
@@ -75,16 +64,3 @@ def test_the_commit_is_that_of_the_checkout_and_says_if_files_differ(tmp_path):
     assert len(found) == 40 and set(found) <= set("0123456789abcdef")
     (tmp_path / "__init__.py").write_text("changed = 1")
     assert announcement.commit(tmp_path) == f"{found} + changes"
-
-
-def lines_before_the_first_step(trainer: Trainer) -> list[str]:
-    return list(announcement._lines(trainer))
-
-
-def test_where_all_solutions_are_one_text_auto_follows_the_student(ranks, data, tmp_path):
-    records = [json.loads(line) | {"solution": "7"} for line in (data / "problems.jsonl").open()]
-    (tmp_path / "one_hint.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    given = [f"data.path={tmp_path}/one_hint.jsonl", "target.anchor=auto"]
-    arguments = tiny_run.overrides(data, tmp_path / "run", *given)
-    (lines,) = ranks.run(tiny_run.with_trainer, arguments, lines_before_the_first_step, world_size=1)
-    assert any("the target follows the student" in line for line in lines)

@@ -138,20 +138,20 @@ def test_one_row_written_out() -> None:
     assert m.padding_mask.sum() == 16
 
 
-def test_padding_microbatches_fill_up_to_the_count() -> None:
+def test_padding_microbatches_fill_up_to_the_count_also_on_a_rank_without_contexts() -> None:
     packed = pack(contexts_of([(2, 4, 3)]), PackingRules(max_tokens=16, cp_size=2, tp_size=1, paired=False))
     padded = pad_to_count(packed, 3, 2)
-    assert (len(padded.student), len(padded.teacher)) == (3, 2)
-    assert padded.student[0] is packed.student[0]
-    for m in (*padded.student[1:], padded.teacher[1]):
+    assert (len(padded.student), len(padded.teacher)) == (3, 2) and padded.student[0] is packed.student[0]
+    rules = PackingRules(max_tokens=64, cp_size=2, tp_size=2, paired=True)
+    nothing = pack([], rules, seq_length=24)
+    assert (required_seq_length([], rules), nothing.student, nothing.teacher, nothing.num_contexts) == (8, [], [], 0)
+    assert nothing.response_tokens.shape == (0,) and nothing.response_tokens.dtype == torch.int64
+    only = pad_to_count(nothing, 2, 2)
+    assert [m.tokens.numel() for m in (*only.student, *only.teacher)] == [24] * 4
+    for m in (*padded.student[1:], padded.teacher[1], *only.student, *only.teacher):
         assert m.num_sequences == m.response_positions.numel() == m.response_ids.numel() == 0
-        assert m.cu_seqlens.tolist() == [0, packed.seq_length]
+        assert m.cu_seqlens.tolist() == [0, m.tokens.numel()]
         assert m.padding_mask.all() and not m.tokens.any()
-
-
-def pairs(m: Microbatch) -> int:
-    """Return the number of pairs of a query and a key, without the factor of causal attention."""
-    return sum((end - start) ** 2 for start, end in segments(m))
 
 
 @pytest.mark.parametrize(("cp_size", "piece"), [(1, 256), (2, 1024), (3, 1536)])
@@ -160,25 +160,14 @@ def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: 
     rules = PackingRules(max_tokens=16400, cp_size=cp_size, tp_size=1, paired=True)
     length = 16400 // rules.length_multiple * rules.length_multiple
     packed = pack(contexts_of([(1000, 1000, 1000)]), rules, seq_length=length)
-    holds_one, holds_none = pad_to_count(packed, 2, 1).student
-    behind = length - segments(holds_one)[0][1]
-    assert holds_one.max_seqlen == max(piece, segments(holds_one)[0][1]) and holds_none.max_seqlen == piece
-    assert 2000**2 < pairs(holds_one) <= segments(holds_one)[0][1] ** 2 + behind * piece
-    assert pairs(holds_none) <= length * piece
-    if cp_size == 1:
-        # One segment of padding would cost 51 times the context; the pieces cost less than the context.
-        assert (length - 2000) ** 2 > 51 * 2000**2 and pairs(holds_one) < 2 * 2000**2
-
-
-def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
-    layout = {"max_tokens": 64, "cp_size": 2, "tp_size": 2, "paired": True}
-    assert required_seq_length([], PackingRules(**layout)) == 8
-    packed = pack([], PackingRules(**layout), seq_length=24)
-    assert (packed.student, packed.teacher, packed.num_contexts) == ([], [], 0)
-    assert packed.response_tokens.shape == (0,) and packed.response_tokens.dtype == torch.int64
-    padded = pad_to_count(packed, 2, 2)
-    assert [m.tokens.numel() for m in (*padded.student, *padded.teacher)] == [24] * 4
-    assert all(m.padding_mask.all() for m in padded.teacher)
+    lengths = [[end - start for start, end in segments(m)] for m in pad_to_count(packed, 2, 1).student]
+    (context, *_), pieces = lengths
+    # The number of pairs of a query and a key, without the factor of causal attention.
+    holds_one, holds_none = (sum(part**2 for part in parts) for parts in lengths)
+    assert [m.max_seqlen for m in pad_to_count(packed, 2, 1).student] == [max(piece, context), piece]
+    assert 2000**2 < holds_one <= context**2 + (length - context) * piece and holds_none <= length * piece
+    # One segment of padding would cost 51 times the context; the pieces cost less than the context.
+    assert cp_size > 1 or ((length - 2000) ** 2 > 51 * 2000**2 and holds_one < 2 * 2000**2 and len(pieces) > 1)
 
 
 def test_what_cannot_be_packed_is_refused_by_its_problem() -> None:

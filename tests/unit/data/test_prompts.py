@@ -119,25 +119,11 @@ def test_each_view_has_its_own_variables_system_prompt_and_generation_prompt(cha
     assert teacher.endswith("<|im_start|>assistant\n<think>\n")
     assert build.prompt_pair(PROBLEM) == (build.student_prompt(PROBLEM), build.teacher_prompt(PROBLEM))
     assert build.generation_prompts(PROBLEM) == ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert build.filled_text(PROBLEM, "{problem} {more}", {"more": "Why?"}) == student.replace("4?", "4? Why?")
     written = builder(chat_directory, student_only={"generation_prompt": "<|im_start|>assistant\n<think>\n\n"})
     student, teacher = map(written.tokenizer.decode, written.prompt_pair(PROBLEM))
     assert student.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n") and student.count("assistant") == 1
     assert teacher.endswith("<|im_start|>assistant\n<think>\n")
-
-
-def test_a_view_with_another_system_prompt_alone_keeps_the_generation_prompt(chat_directory: Path) -> None:
-    counting = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    counting += "{% if add_generation_prompt %}{{ messages|length }}:{% endif %}"
-    assert builder(chat_directory, counting).prompt_pair(PROBLEM)
-    with pytest.raises(ValueError, match="generation prompt"):
-        builder(chat_directory, counting, teacher_only={"system_prompt": "S"}).prompt_pair(PROBLEM)
-
-
-def test_a_reworded_prompt_has_the_view_of_the_student(chat_directory: Path) -> None:
-    build = builder(chat_directory, student_only=AT_ONCE | {"system_prompt": "Short."}, teacher_only=THINKING)
-    assert build.filled_text(PROBLEM, "{problem} {more}", {"more": "Why?"}) == (
-        "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4? Why?<|im_end|>\n<|im_start|>assistant\n"
-    )
 
 
 def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_template: str) -> None:
@@ -148,6 +134,11 @@ def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_
     build.prompt_pair(PROBLEM)
     with pytest.raises(ValueError, match=r"^sums.jsonl:1: .* generation"):
         build.prompt_pair(chat(("user", "x"), solution="say /no_think"))
+    counting = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    counting += "{% if add_generation_prompt %}{{ messages|length }}:{% endif %}"
+    assert builder(chat_directory, counting).prompt_pair(PROBLEM)
+    with pytest.raises(ValueError, match="generation prompt"):
+        builder(chat_directory, counting, teacher_only={"system_prompt": "S"}).prompt_pair(PROBLEM)
 
 
 def test_a_token_that_spans_message_and_generation_prompt_may_differ(chat_directory: Path) -> None:

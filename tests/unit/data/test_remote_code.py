@@ -7,14 +7,15 @@ import ast
 import json
 import os
 import pty
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import remote_code
 import transformers
+from transformers import dynamic_module_utils
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.run_data import RunData
@@ -41,7 +42,11 @@ def directory(chat_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
     (tmp_path / "problems.jsonl").write_text(json.dumps({"problem": "3+4?", "solution": "7", "answer": "7"}) + "\n")
-    remote_code.keep_in(tmp_path / "modules", monkeypatch)
+    # transformers appends the place of copied code to sys.path for ever: the code would import from an earlier test's.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     return directory
 
 
@@ -64,13 +69,8 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def config_of(directory: Path, **data: object):
     problems = str(directory.parent / "problems.jsonl")
-    return from_mapping(
-        {
-            "data": {"path": problems, "tokenizer": str(directory), **data},
-            "evaluation": {"path": problems},
-            "rollout": {"max_new_tokens": 10},
-        }
-    )
+    sections = {"evaluation": {"path": problems}, "rollout": {"max_new_tokens": 10}}
+    return from_mapping({"data": {"path": problems, "tokenizer": str(directory), **data}, **sections})
 
 
 @pytest.mark.parametrize("load", [RunData.load, RunData.load_evaluation], ids=["training", "evaluation"])
@@ -103,13 +103,13 @@ def test_remote_code_and_a_name_of_the_hub_that_fail_are_one_sentence(directory,
         load_tokenizer("lab/model")
 
 
-@pytest.mark.parametrize("directory_name", ["megatron_selfdistill", "tools"])
-def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_directory(directory_name):
+def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_directory():
     calls = [
         (path.name, node.lineno, {keyword.arg for keyword in node.keywords})
-        for path in sorted((REPOSITORY / directory_name).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for directory in ("megatron_selfdistill", "tools")
+        for path in sorted((REPOSITORY / directory).rglob("*.py"))
+        if re.search(r"\.from_(pretrained|config)\(", text := path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
     ]
-    assert calls
-    assert [call for call in calls if "trust_remote_code" not in call[2]] == []
+    assert calls and [call for call in calls if "trust_remote_code" not in call[2]] == []

@@ -97,10 +97,9 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch):
 
 
 def test_templates_that_models_publish_pass():
-    published = (
-        "{%- macro shown(m) %}{{ m.content * 2 }}{% endmacro %}{% for m in messages %}{{ shown(m) }}{% endfor %}"
-    )
-    for template in (published, "{{ no syntax {{ raise_exception('only tools') }}", None, {"default": PLAIN}):
+    published = "{%- macro twice(m) %}{{ m.content * 2 }}{% endmacro %}{{ twice(messages[0]) }}"
+    refusing = published + "{{ raise_exception('only tools') }}"
+    for template in (refusing, "{{ no syntax", None, {"default": PLAIN}):
         try_chat_template("DIR", template, {"eos_token": "</s>", "additional": ["x"]})
 
 
