@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -143,19 +145,13 @@ def scores_of_rows(
 
 
 @pytest.fixture(scope="module")
-def rows(ranks) -> dict[int, list[tuple[list[float], ...]]]:
-    """Return the log-probs of student and teacher, and their divergences, by the number of layers."""
-    return {layers: ranks.run(expected_rows, layers, world_size=1)[0] for layers in (2, 4)}
-
-
-@pytest.fixture(scope="module")
-def expected(rows) -> dict[int, list[tuple[float, float, float, float]]]:
-    """Return the scores by the number of layers."""
-    return {layers: [scores_of_rows(*values) for values in found] for layers, found in rows.items()}
+def rows(ranks) -> Callable[[int], list[tuple[list[float], ...]]]:
+    """Return a function from the number of layers to the log-probs of student and teacher, and their divergences."""
+    return functools.cache(lambda num_layers: ranks.run(expected_rows, num_layers, world_size=1)[0])
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP"]}, strength=1)
-def test_scores_and_log_probs_are_those_of_whole_rows_in_every_layout(ranks, rows, expected, name):
+def test_scores_and_log_probs_are_those_of_whole_rows_in_every_layout(ranks, rows, name):
     """A model that is its own teacher scores as a copy of the model would."""
     world_size, cuts = LAYOUTS[name]
     fusions = FUSIONS + (CHUNKS if name == "one rank" else [])
@@ -163,13 +159,14 @@ def test_scores_and_log_probs_are_those_of_whole_rows_in_every_layout(ranks, row
     for found in ranks.run(scores_in_layout, cuts, fusions, world_size=world_size):
         assert of_replica.setdefault(tuple(found.contexts), found) == found, "ranks of a replica disagree"
         materialised = found.by_other[0]
-        wanted = [expected[num_layers_of(cuts)][i] for i in found.contexts]
+        whole_rows = rows(num_layers_of(cuts))
+        wanted = [scores_of_rows(*whole_rows[i]) for i in found.contexts]
         for fusion, by_other, by_itself in zip(fusions, found.by_other, found.by_itself, strict=True):
             assert_near(by_other, wanted, 2e-5, f"of whole rows, {fusion}")
             # A few float32 digits of 7 nats.
             assert_near(by_other, astuples(materialised), 3e-6, f"as without fusion, {fusion}")
             assert_near(by_itself, astuples(found.by_copy), 3e-6, f"by a model that is its own teacher, {fusion}")
-        of_contexts = [rows[num_layers_of(cuts)][i][:2] for i in found.contexts]
+        of_contexts = [whole_rows[i][:2] for i in found.contexts]
         for both in found.log_probs:
             for values, of_model in zip(both, zip(*of_contexts, strict=True), strict=True):
                 assert values == pytest.approx([value for row in of_model for value in row], abs=2e-5)
@@ -234,11 +231,11 @@ def scores_of_few(counts: list[int]) -> tuple[list[list[Scores]], list[list[list
     return scores, [[values.tolist() for values in both] for both in by_tokens]
 
 
-def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_error(ranks, rows, expected):
+def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_error(ranks, rows):
     (first, of_first), (second, of_second) = ranks.run(scores_of_few, [1, 0], world_size=2)
-    assert_near(first[0], expected[2][:1], 2e-5, "of the only text")
+    assert_near(first[0], [scores_of_rows(*rows(2)[0])], 2e-5, "of the only text")
     assert second[0] == first[1] == second[1] == []
-    for values, wanted in zip(of_first[0], rows[2][0][:2], strict=True):
+    for values, wanted in zip(of_first[0], rows(2)[0][:2], strict=True):
         assert values == pytest.approx(wanted, abs=2e-5)
     assert of_second == [[[], []]] * 3 and of_first[1:] == [[[], []]] * 2
 
@@ -256,7 +253,7 @@ def test_log_probs_at_a_temperature_are_those_of_divided_logits(ranks, rows):
     """A pass at another temperature leaves the next pass as it was."""
     [*found, at_one] = ranks.run(log_probs_at, 0.7, world_size=1)[0]
     divided = ranks.run(expected_rows, 2, 0.7, world_size=1)[0]
-    for both, wanted in ((found[0], divided), (found[1], divided), (at_one, rows[2])):
+    for both, wanted in ((found[0], divided), (found[1], divided), (at_one, rows(2))):
         for values, of_model in zip(both, list(zip(*wanted, strict=True))[:2], strict=True):
             assert values == pytest.approx([value for row in of_model for value in row], abs=3e-5)
 
@@ -319,10 +316,14 @@ def test_the_scoring_teacher_is_shown_the_solution_or_else_the_answer(solution, 
     assert pair.response == [55, 36]
 
 
-def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(ValueError, match=r"^file.jsonl:7: expected a solution or an answer"):
-        with_reference(problem("", None))
-    with pytest.raises(ValueError, match=r"^file.jsonl:7: expected a teacher's prompt of at most 6 tokens"):
-        contexts_of(problem("it is 7", None), max_length=10)
-    with pytest.raises(ValueError, match=r"^file.jsonl:7: expected prompts of at most 6 tokens"):
-        contexts_of(problem("it is 7", None), max_length=10, policy="drop")
+@pytest.mark.parametrize(
+    ("solution", "answer", "options", "words"),
+    [
+        ("", None, {}, "a solution or an answer"),
+        ("it is 7", None, {"max_length": 10}, "a teacher's prompt of at most 6 tokens"),
+        ("it is 7", None, {"max_length": 10, "policy": "drop"}, "prompts of at most 6 tokens"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(solution, answer, options, words):
+    with pytest.raises(ValueError, match=rf"^file.jsonl:7: expected {words}"):
+        (contexts_of if options else with_reference)(problem(solution, answer), **options)

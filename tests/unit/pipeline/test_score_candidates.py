@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import layouts
 import models
 import pytest
@@ -56,10 +58,16 @@ def expected_rows(num_layers: int) -> list[list[float]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def expected_of(ranks):
+    """Return a function from the number of layers to `expected_rows`, computed once."""
+    return functools.cache(lambda num_layers: ranks.run(expected_rows, num_layers, world_size=1)[0])
+
+
 @combinations(name=list(LAYOUTS), quick={"name": ["DP2", "TP2+SP", "CP2"]}, strength=1)
-def test_candidates_have_the_log_probs_of_whole_rows_in_every_layout(ranks, name):
+def test_candidates_have_the_log_probs_of_whole_rows_in_every_layout(ranks, expected_of, name):
     world_size, cuts = LAYOUTS[name]
-    (expected,) = ranks.run(expected_rows, num_layers_of(cuts), world_size=1)
+    expected = expected_of(num_layers_of(cuts))
     of_replica: dict[tuple[int, ...], list[list[float]]] = {}
     for mine, values in ranks.run(found_in_layout, cuts, world_size=world_size):
         assert of_replica.setdefault(tuple(mine), values) == values, "ranks of a replica disagree"
