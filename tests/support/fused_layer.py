@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from logit_pairs import divergence, entropy
+from logit_pairs import DIVERGENCES as DIVERGENCES
+from logit_pairs import by_bisection, divergence
 from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
@@ -26,9 +27,6 @@ TARGETS = {
     "fixed": Target("fixed", k=1.3, anchor="student"),
     "teacher alone": Target("teacher_alone", anchor="student"),
 }
-
-
-DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 
 
 class Example:
@@ -59,17 +57,8 @@ def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tenso
     hidden, weight = (x.double().requires_grad_() for x in (example.student, example.weight[:VOCAB_SIZE]))
     of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
     s, t = hidden @ weight.T, example.teacher.double() @ of_teacher[:VOCAB_SIZE].double().T
-    mix = t if target.rule == "teacher_alone" else target.teacher_weight * t + s.detach()
-    wanted = entropy(s.detach().log_softmax(-1))
-    low = torch.full_like(wanted, 1 / (1 + target.teacher_weight)).log()
-    high = low + torch.tensor(16.0).log()
-    for _ in range(70):
-        middle = (low + high) / 2
-        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
-        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
-    beta = low.exp() if target.rule == "entropy_matched" else torch.full_like(low, 1 / (target.k or 1.0))
-    log_q, log_p = (beta[:, None] * mix).log_softmax(-1), s.log_softmax(-1)
-    losses = divergence(log_p, log_q, kind)
+    log_q, _ = by_bisection(s.detach(), t.detach(), target)
+    losses = divergence(s.log_softmax(-1), log_q, kind)
     (losses * example.row_weights).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     return losses.detach(), hidden.grad, weight.grad

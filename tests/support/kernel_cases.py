@@ -1,11 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Cases, logits and references for the claims about the loss's Triton kernels."""
+"""The backend whose laws a process of tests checks, and the cases, logits and references of its tests.
+
+Triton decides at its import how it runs a kernel, so a process has one backend: PyTorch on a CPU, unless the variable
+TRITON_INTERPRET is set.  With 1 the Triton kernels run on CPU tensors in Triton's interpreter, with 0 on the GPU.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
@@ -16,10 +20,14 @@ import pytest
 import torch
 from logit_pairs import divergence
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessContext
 
-from megatron_selfdistill.kernels import pass_launches
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss, mixed_target
+
+BACKEND = "triton" if "TRITON_INTERPRET" in os.environ else "torch"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if BACKEND == "triton" and not INTERPRETED else "cpu")
+FULL = [pytest.mark.full] if INTERPRETED else []
+"""The marks of cases that make test skips, because the interpreter takes half a second for a loss."""
 
 
 def replace_language_once() -> None:
@@ -45,12 +53,39 @@ def replace_language_once() -> None:
     interpreter._patch_lang = replace_once
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     replace_language_once()
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-FULL = [pytest.mark.full] if INTERPRETED else []
-"""The marks of cases that make test skips, because the interpreter takes half a second for a loss."""
+
+
+def every_backend(cases: int = 3, quick: int = 1) -> Callable[[Any], Any]:
+    """Run a law with the kernels, too: in the interpreter ``cases`` of it, all but the first ``quick`` as full ones."""
+
+    def mark(law: Any) -> Any:
+        law.interpreted = cases, quick
+        return law
+
+    return mark
+
+
+def keep_laws(items: list[Any]) -> list[Any]:
+    """Return the laws that this process checks: of the kernels those of every backend, few cases if interpreted."""
+    if BACKEND == "torch":
+        return items
+    kept = []
+    for law, group in itertools.groupby(items, key=lambda item: getattr(item, "function", None)):
+        number, quick = getattr(law, "interpreted", (0, 0))
+        of_law = list(group)
+        if INTERPRETED and number:
+            of_law = of_law[:: -(-len(of_law) // number)]
+            for item in of_law[quick:]:
+                item.add_marker(pytest.mark.full)
+        kept += of_law if number else []
+    return kept
+
+
+def parts_of(name: str) -> int:
+    """Return the number of parts into which the test of this name cuts a row."""
+    return (1, 2, 5)[zlib.crc32(name.encode()) % 3]
 
 
 def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:
@@ -58,6 +93,8 @@ def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:
 
     A handful of rows would otherwise be cut into as many parts as there are blocks.
     """
+    from megatron_selfdistill.kernels import pass_launches
+
     if INTERPRETED:
         monkeypatch.setattr(pass_launches, "LANES", 64)  # the interpreter's time is per block, not per number
     monkeypatch.setattr(pass_launches, "PART_COLUMNS", 1 if number > 1 else 1 << 30)
@@ -66,7 +103,7 @@ def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:
 
 
 def full(test: Callable[..., None]) -> Callable[..., None]:
-    """Leave a whole test to make test-all, in the interpreter; test_kernels.py finds it by this decorator's name."""
+    """Leave a whole test to make test-all, in the interpreter."""
     return pytest.mark.full(test) if INTERPRETED else test
 
 
@@ -104,33 +141,15 @@ def logits(num_rows: int, num_columns: int, seed: int = 0) -> tuple[Tensor, Tens
 
 
 def run(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor,
-    target: Target,
-    kind: Divergence,
-    *,
-    backend: str = "triton",
-    vocab: VocabShard | None = None,
-    reference_entropy: Tensor | None = None,
+    student: Tensor, teacher: Tensor, tokens: Tensor, target: Target, kind: Divergence, *, backend: str = BACKEND
 ) -> tuple[TokenStats, Tensor]:
     """Return the statistics and the gradient of the student's logits, under different weights of the tokens."""
     leaf = student.clone(memory_format=torch.preserve_format).requires_grad_()
-    vocab = vocab or VocabShard(0, student.shape[1], student.shape[1])
-    stats = distillation_loss(
-        leaf,
-        teacher,
-        tokens,
-        target=target,
-        divergence=kind,
-        vocab=vocab,
-        reference_entropy=reference_entropy,
-        backend=backend,
-    )
+    vocab = VocabShard(0, student.shape[1], student.shape[1])
+    stats = distillation_loss(leaf, teacher, tokens, target=target, divergence=kind, vocab=vocab, backend=backend)
     (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
-    stats = stats.detached()
     assert leaf.grad is not None
-    return stats, leaf.grad
+    return stats.detached(), leaf.grad
 
 
 def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[Tensor, Tensor]:
@@ -141,6 +160,12 @@ def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence
     return loss.detach(), torch.autograd.grad((loss * weights).sum(), s)[0]
 
 
+def on_cpu(stats: TokenStats) -> TokenStats:
+    """Return the statistics on the CPU, without a gradient."""
+    stats = stats.detached()
+    return TokenStats(**{field.name: getattr(stats, field.name).cpu() for field in fields(TokenStats)})
+
+
 def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -> None:
     """Assert that every statistic is alike, with NaN and infinity at the same places."""
     for field in fields(TokenStats):
@@ -148,16 +173,3 @@ def assert_same(ours: TokenStats, theirs: TokenStats, tolerance: float = 5e-6) -
         assert a.dtype == b.dtype and a.shape == b.shape, field.name
         at = partial("{}: {}".format, field.name)
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=at)
-
-
-def wait_for(context: ProcessContext, seconds: float = 900) -> None:
-    """Wait until every rank has ended, and raise what one of them raised.
-
-    After so many seconds all ranks are killed.
-    """
-    deadline = time.monotonic() + seconds
-    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-        if time.monotonic() >= deadline:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"the ranks are not done after {seconds:g} s")

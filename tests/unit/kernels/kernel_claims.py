@@ -1,36 +1,36 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The claims that the loss's Triton kernels compute what their twins and float64 compute.
+"""The claims about the Triton kernels alone: each equals its twin, and what they read, write, refuse and launch.
 
-With TRITON_INTERPRET=1, which must be set before triton is imported, the kernels run on CPU tensors in Triton's
-interpreter; without it they run on the GPU, which conftest.py shows with SELFDISTILL_TEST_GPU=1 only.
+The laws that hold for every backend are in tests/unit/loss; kernel_cases.py says how a process has its backend.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import plateaus
 import pytest
 import torch
-from kernel_cases import DEVICE, after, assert_same, cases, cut_rows, full, logits, reference, run
+from bytes_alive import BytesAlive
+from kernel_cases import DEVICE, INTERPRETED, after, assert_same, cases, cut_rows, full, logits, reference, run
 from logit_pairs import DIVERGENCES, TARGETS
 from torch import Tensor
 
-from megatron_selfdistill.kernels import pass_launches, solver_launches
-from megatron_selfdistill.loss import (
-    Divergence,
-    Status,
-    Target,
-    TokenStats,
-    VocabShard,
-    distillation_loss,
-    solve_target,
-)
+from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.kernels import contrast_kernels, pass_launches, solver_launches, triton_backend
+from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded import contrast as contrast_twin
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
-from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.token_statistics import BetaSolution, MergedSums
-from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
+from megatron_selfdistill.loss.weighting import Coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -41,89 +41,22 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
     return cut_rows(monkeypatch, getattr(request, "param", 1))
 
 
-@cases(
-    "rule, kind",
-    [
-        *list(zip(TARGETS, itertools.cycle(DIVERGENCES), strict=False))[1:],
-        *(("capped", "reverse"), ("capped", "forward"), ("strict", "jsd")),
-    ],
-    TARGETS,
-    DIVERGENCES,
-    quick=1,
-)
-def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str, kind: str) -> None:
-    student, teacher, tokens = logits(8, 333)
-    vocab = VocabShard(0, 333, 300)  # the rest is padding
-    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
-    (stats, ours), (theirs, _) = (run(*arguments, vocab=vocab, backend=name) for name in ("triton", "torch"))
-    loss, gradient = reference(student[:, :300], teacher[:, :300], TARGETS[rule], DIVERGENCES[kind])
-    torch.testing.assert_close(stats.loss.double(), loss, rtol=1e-5, atol=5e-6)
-    torch.testing.assert_close(ours[:, :300].double(), gradient, rtol=1e-4, atol=3e-6)
-    assert (ours[:, 300:] == 0).all()
-    assert_same(stats, theirs)
-
-
-@cases("rule", ["teacher alone", "strict"], ["teacher alone", "strict", "fixed"], quick=1)
-def test_forward_kl_is_added_where_the_target_is_uncertain_as_in_float64(rule: str) -> None:
-    student, teacher, tokens = logits(8, 333, seed=4)
-    vocab, target = VocabShard(0, 333, 300), TARGETS[rule]
-    entropies = (
-        run(student, teacher, tokens, target, DIVERGENCES["reverse"], vocab=vocab)[0].target_entropy.sort().values
-    )
-    widest = int(entropies.diff()[1:-1].argmax()) + 1
-    kind = Divergence(forward_above=entropies[widest : widest + 2].mean().item())
-    arguments = student, teacher, tokens, target, kind
-    (stats, ours), (theirs, _) = (run(*arguments, vocab=vocab, backend=name) for name in ("triton", "torch"))
-    gated = stats.target_entropy > kind.forward_above
-    assert 2 <= gated.sum() <= 6
-    valid = student[:, :300], teacher[:, :300], target
-    (reverse, of_reverse), (forward, of_forward) = (reference(*valid, DIVERGENCES[k]) for k in ("reverse", "forward"))
-    torch.testing.assert_close(stats.loss.double(), reverse + gated * forward, rtol=1e-5, atol=1e-5)
-    wanted = of_reverse + gated[:, None] * of_forward
-    torch.testing.assert_close(ours[:, :300].double(), wanted, rtol=1e-4, atol=6e-6)
-    assert (ours[:, 300:] == 0).all()
-    assert_same(stats, theirs)
-
-
-RENYI = list(itertools.product(("reverse_kl", "forward_kl"), (0.5, 0.95, 4.0)))
-
-
-@cases(
-    "direction, order, parts", [(*kind, 2) for kind in RENYI], ("reverse_kl", "forward_kl"), (0.5, 4.0), [2], quick=1
-)
-def test_renyi_divergences_and_their_gradients_equal_float64(direction: str, order: float, parts: int) -> None:
-    student, teacher, tokens = logits(8, 333, seed=6)
-    student[3, 250:260] = teacher[3, 250:260] = -torch.inf
-    vocab, kind, target = VocabShard(0, 333, 300), Divergence(direction, order=order), TARGETS["teacher alone"]
-    arguments = student, teacher, tokens, target, kind
-    (stats, ours), (theirs, twin) = (run(*arguments, vocab=vocab, backend=name) for name in ("triton", "torch"))
-    s = student[:, :300].double().requires_grad_()
-    log_p, log_q = (x.log_softmax(-1).clamp(min=-1e5) for x in (s, teacher[:, :300].double()))
-    first, other = (log_p, log_q) if direction == "reverse_kl" else (log_q, log_p)
-    loss = (order * first + (1 - order) * other).logsumexp(-1) / (order - 1)
-    torch.testing.assert_close(stats.loss.double(), loss.detach(), rtol=2e-5, atol=2e-5)
-    (gradient,) = torch.autograd.grad((loss * torch.linspace(-1, 2, 8, device=DEVICE).double()).sum(), s)
-    torch.testing.assert_close(ours[:, :300].double(), gradient, rtol=1e-3, atol=5e-5)
-    torch.testing.assert_close(ours, twin, rtol=1e-3, atol=2e-5)
-    assert (ours[:, 300:] == 0).all() and (ours[3, 250:260] == 0).all()
-    assert_same(stats, theirs, 2e-5)
-
-
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # columns, columns that are no padding, dtypes
-    (128, 128, torch.float32, torch.float32),
-    (300, 255, torch.float32, torch.float32),
-    (1, 1, torch.float32, torch.float32),
-    (528, 500, torch.bfloat16, torch.float32),
-    (130, 129, torch.float32, torch.float32),
-    (127, 127, torch.float32, torch.float32),
-    (700, 0, torch.float32, torch.float32),
-    (700, 512, torch.bfloat16, torch.bfloat16),
-    (1111, 1100, torch.bfloat16, torch.bfloat16),
-    (257, 257, torch.float16, torch.float16),
-    (520, 500, torch.bfloat16, torch.float32),
-    (520, 500, torch.float32, torch.bfloat16),
-    (1104, 1100, torch.bfloat16, torch.bfloat16),
-    (1040, 1030, torch.float16, torch.bfloat16),
+    (128, 128, F32, F32),
+    (300, 255, F32, F32),
+    (1, 1, F32, F32),
+    (528, 500, BF16, F32),
+    (130, 129, F32, F32),
+    (127, 127, F32, F32),
+    (700, 0, F32, F32),
+    (700, 512, BF16, BF16),
+    (1111, 1100, BF16, BF16),
+    (257, 257, F16, F16),
+    (520, 500, BF16, F32),
+    (520, 500, F32, BF16),
+    (1104, 1100, BF16, BF16),
+    (1040, 1030, F16, BF16),
 ]
 
 
@@ -151,26 +84,6 @@ def test_the_first_pass_in_parts_equals_float64(rule: str, num_parts: int) -> No
     assert_first_pass(shard, tokens, TARGETS[rule])
 
 
-@full
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_words_read_16_bytes_at_a_time_give_the_sums_of_columns_read_one_by_one(dtype: torch.dtype) -> None:
-    """The compiler contracts the products and sums of the two kernels differently, so that their roundings differ."""
-    student, teacher, tokens = logits(7, 1300, seed=10)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    shifted = [torch.empty(7, 1328, device=DEVICE, dtype=dtype)[:, 1:1301].copy_(x) for x in (student, teacher)]
-    aligned = [torch.empty(7, 1328, device=DEVICE, dtype=dtype)[:, :1300].copy_(x) for x in (student, teacher)]
-    found = []
-    for packed, rows in ((True, aligned), (False, shifted)):
-        shard = Shard(*rows, Target(anchor="student").mix_weights, torch.float32, 2)
-        assert pass_launches.is_packed(shard) == packed
-        sums, argmax = pass_launches.first_pass(shard, BetaGrid.of(Target(anchor="student"), torch.float32), tokens, 0)
-        solver_state = solver_launches.solve_tokens(sums, BetaGrid.of(Target(anchor="student"), torch.float32))
-        second = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=True)
-        found.append((sums, argmax, second, pass_launches.jsd_pass(shard, solver_state.constants, 0.3)))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
 def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int = 50) -> None:
     grid = BetaGrid.of(target, torch.float32)
     ours, argmax = pass_launches.first_pass(shard, grid, tokens + start, start)
@@ -196,173 +109,11 @@ def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int =
     assert torch.equal(torch.stack(ours.token_logits), torch.stack(exact.token_logits))
 
 
-@full
-@cases(
-    "order, top",
-    [("as drawn", 130), ("rising", 0), ("rising", 299), ("falling", 299)],
-    ["as drawn", "rising", "falling"],
-    [0, 130, 299],
-    quick=1,
-)
-def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_lies(order: str, top: int) -> None:
-    student = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
-    if order != "as drawn":
-        student = student.sort(1, descending=order == "falling").values
-    student[:, top] = torch.tensor([14.0, 18.0, 20.0, 22.0, 25.0, 28.0])
-    student = student.to(DEVICE)
-    stats, _ = run(
-        student, student, torch.zeros(6, dtype=torch.int64, device=DEVICE), Target(anchor="student"), Divergence()
-    )
-    x = student.double() - student[:, top, None].double()
-    others = x.masked_fill(x == 0, -torch.inf).exp()
-    tail = others.sum(1)
-    exact = tail.log1p() - (others * x).sum(1) / (1 + tail)
-    assert exact.min() < 1e-8
-    torch.testing.assert_close(stats.student_entropy.double(), exact, rtol=3e-6, atol=0)
-    beta = stats.beta[stats.status != Status.UNDETERMINED] * 1.75
-    torch.testing.assert_close(beta, torch.ones_like(beta), rtol=0, atol=1e-6)
-
-
 def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert pass_launches.num_parts(16384, 19008) == pass_launches.num_parts(4096, 19008) == 1
     assert pass_launches.num_parts(2048, 19008) == 2 and pass_launches.num_parts(64, 19008) == 9
     assert pass_launches.num_parts(1, 152064) == 64 and pass_launches.num_parts(1, 100) == 1
-
-
-@cases(
-    "rule, kind, parts",
-    [
-        *(("capped", kind, 2) for kind in DIVERGENCES),
-        ("teacher alone", "reverse", 5),
-        ("teacher alone", "forward", 1),
-        ("no teacher", "forward", 1),
-    ],
-    ["capped", "teacher alone", "no teacher"],
-    DIVERGENCES,
-    [1, 2, 5],
-    quick=1,
-)
-def test_infinities_and_nan_come_out_as_pytorchs(rule: str, kind: str, parts: int) -> None:
-    student, teacher, tokens = logits(13, 512, seed=5)
-    masked = torch.rand(512, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5
-    masked[:200] = True  # the first blocks hold no column at all
-    student[0, masked] = teacher[0, masked] = -torch.inf
-    student[1, masked] = -torch.inf
-    teacher[2, 330] = -torch.inf
-    student[3, 10], teacher[4, 340] = torch.nan, torch.nan
-    student[5, 340], teacher[6, 10] = torch.inf, torch.inf
-    student[7, masked] = teacher[7, masked] = torch.finfo(torch.float32).min
-    student[8, :511] = teacher[8, :511] = -torch.inf
-    teacher[9, masked] = -torch.inf
-    student[10], teacher[10] = 0.0, 1.0
-    # the last block has neither a new maximum nor an end that a mask cuts, only a column that is missing
-    student[11:] = teacher[11:] = torch.linspace(30, -10, 512)
-    student[11, 340] = teacher[12, 340] = -torch.inf
-    arguments = student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind]
-    (ours, gradient), (theirs, expected) = (run(*arguments, backend=name) for name in ("triton", "torch"))
-    # of a row with NaN or +inf all that is promised is NaN
-    sound = ~torch.isnan(theirs.loss)
-    assert torch.equal(torch.isnan(ours.loss), ~sound) and sound.sum() >= 7
-    for field in fields(TokenStats):
-        if field.name != "grid_betas":
-            a, b = getattr(ours, field.name)[sound], getattr(theirs, field.name)[sound]
-            torch.testing.assert_close(a, b, rtol=5e-6, atol=5e-6, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")
-    assert torch.equal(torch.isfinite(gradient), torch.isfinite(expected))
-    finite = torch.isfinite(expected)
-    torch.testing.assert_close(gradient[finite], expected[finite], rtol=1e-5, atol=2e-6)
-
-
-@cases(
-    "name, rule, kind, parts",
-    [
-        ("third pass", "capped", "reverse", 1),
-        ("third pass", "strict", "forward", 3),
-        ("third pass", "capped", "jsd", 2),
-        ("two tied tops", "strict", "reverse", 1),
-        ("three tied tops", "capped", "forward", 2),
-        ("forks, bf16", "strict", "jsd", 1),
-        ("forks, teacher 6 nats less sure, bf16", "capped", "forward", 1),
-        ("levels", "strict", "reverse", 2),
-    ],
-    ["third pass", *plateaus.CLASSES],
-    plateaus.TARGETS,
-    DIVERGENCES,
-    [1, 2, 3],
-    quick=1,
-)
-def test_every_row_is_matched_where_the_entropy_has_a_plateau(name: str, rule: str, kind: str, parts: int) -> None:
-    rows = plateaus.needing_the_third_pass() if name == "third pass" else plateaus.draw(name, num_columns=320)
-    student, teacher, tokens = (values.to(DEVICE) for values in rows)
-    leaf = student.float().requires_grad_()
-    arguments = {"target": TARGETS[rule], "divergence": DIVERGENCES[kind], "vocab": VocabShard(0, 320, 320)}
-    stats = distillation_loss(leaf, teacher, tokens, **arguments, backend="triton")
-    stats.loss.sum().backward()
-    stats = stats.detached()
-    plateaus.assert_solved(stats, leaf.grad, (student, teacher, tokens), TARGETS[rule], DIVERGENCES[kind])
-
-
-@full
-def test_the_third_pass_leaves_every_other_row_as_it_was() -> None:
-    student, teacher, tokens = (values.to(DEVICE) for values in plateaus.needing_the_third_pass())
-    grid = BetaGrid.of(Target(anchor="student"), torch.float32)
-    shard = Shard(student, teacher, grid.mix_weights, torch.float32)
-    sums, argmax = pass_launches.first_pass(shard, grid, tokens, 0)
-    solver_state, status, found = solver_launches.solve_tokens(sums, grid), None, []
-    for _ in range(2):
-        sums = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=False, status=status)
-        rows, solver_state = solver_launches.finish_tokens(solver_state, sums, grid, tokens, 320)
-        status = rows.status
-        found.append((sums.clone(), status.tolist(), rows.beta.clone(), rows.reverse_kl.clone()))
-    (_, second, *before), (sums, third, *after) = found
-    assert [value == Status.UNCONVERGED for value in second] == [True, False, True, False]
-    assert Status.UNCONVERGED not in third and third[1::2] == second[1::2]
-    assert (sums[:, 1::2] == 0).all() and (sums[:, ::2, 0] != 0).all()
-    for one, other in zip(before, after, strict=True):
-        assert torch.equal(one[1::2], other[1::2]) and (one[::2] != other[::2]).all()
-
-
-def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() -> None:
-    student, teacher = torch.zeros(4, 400, device=DEVICE), torch.zeros(4, 400, device=DEVICE)
-    student[:, [3, 311]] = 5.0
-    teacher[0, [3, 15]] = teacher[1, [311, 320]] = teacher[2, [3, 399]] = teacher[3, [2, 3]] = 5.0
-    stats, _ = run(
-        student, teacher, torch.zeros(4, dtype=torch.int64, device=DEVICE), Target(anchor="student"), Divergence()
-    )
-    assert stats.top1_agreement.tolist() == [True, False, True, False]
-
-
-@pytest.mark.parametrize("kind", after(1, DIVERGENCES))
-def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
-    generator = torch.Generator().manual_seed(8)
-    student = 2 * torch.randn(5, 300, generator=generator)
-    teacher = (student + 1e-3 * torch.randn(5, 300, generator=generator)).to(DEVICE)
-    student, tokens = student.to(DEVICE), torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    stats, gradient = run(student, teacher, tokens, Target("fixed", anchor="student"), DIVERGENCES[kind])
-    loss, expected = reference(student, teacher, Target("fixed", anchor="student"), DIVERGENCES[kind])
-    assert loss.min() > 1e-9 and loss.max() < 2e-7
-    torch.testing.assert_close(stats.loss.double(), loss, rtol=0, atol=3e-10)
-    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7)
-
-
-@full
-@cases(
-    "dtype, kind",
-    [(torch.bfloat16, "reverse"), (torch.float16, "forward")],
-    [torch.bfloat16, torch.float16],
-    DIVERGENCES,
-    quick=1,
-)
-def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: torch.dtype, kind: str) -> None:
-    student, teacher, tokens = logits(8, 600)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    narrow, gradient = run(student, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind])
-    wide, expected = run(student.float(), teacher.float(), tokens, Target(anchor="student"), DIVERGENCES[kind])
-    assert_same(narrow, wide)
-    assert gradient.dtype == dtype
-    # the interpreter cuts digits off where a GPU rounds
-    digits = torch.finfo(dtype).eps
-    torch.testing.assert_close(gradient.float(), expected, rtol=digits, atol=1e-6)
 
 
 def bracket_of(solution: BetaSolution) -> Tensor:
@@ -415,57 +166,285 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
             torch.testing.assert_close(a, b, **tolerances, msg=lambda m, f=field: f"{f.name}: {m}")
 
 
-@full
-@pytest.mark.parametrize("anchored", after(1, [False, True]))
-def test_solve_target_finds_what_the_loss_finds_bit_for_bit(anchored: bool) -> None:
-    """With a reference, the second logits are the mix already, and the entropy to match is given."""
-    student, teacher, tokens = (values[:3] for values in logits(8, 333))
-    vocab, target = VocabShard(0, 333, 333), Target(anchor="reference" if anchored else "student")
-    entropy = vocab_entropy(logits(8, 333, seed=1)[0][:3], vocab, backend="triton") if anchored else None
-    solution = solve_target(student, teacher, target, vocab, reference_entropy=entropy, backend="triton")
-    stats, _ = run(student, teacher, tokens, target, Divergence(), reference_entropy=entropy)
-    assert torch.equal(solution.beta.float(), stats.beta)
-    mix = 1.75 * teacher.double() if anchored else student.double() + 0.75 * teacher.double()
-    log_q = solution.beta[:, None] * mix - solution.log_normaliser[:, None]
-    torch.testing.assert_close(log_q.exp().sum(1), torch.ones(3, device=DEVICE).double(), rtol=0, atol=3e-6)
+def constants_of(student: Tensor, teacher: Tensor) -> TokenConstants:
+    """Return constants with which q is near to the teacher's distribution; the gradient takes any normalisers."""
+    tops = student.amax(1), teacher.amax(1), torch.zeros_like(student[:, 0])
+    log_sums = [(x - x.amax(1, keepdim=True)).exp().sum(1).log() for x in (student, teacher)]
+    return TokenConstants(*tops, log_sums[0], torch.ones_like(tops[0]), log_sums[1])
 
 
 @full
-@pytest.mark.parametrize("parts", after(1, [3, 1]), indirect=True)
-def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: int) -> None:
-    student, teacher, tokens = (values[:2].clone() for values in logits(7, 600))
-    student[:, [7, 590]] = 100.0
-    teacher[0, 7] = teacher[1, 590] = 100.0
-    stats, _ = run(student, teacher, tokens, Target(anchor="student"), Divergence())
-    assert stats.top1_agreement.tolist() == [True, False]
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_equals_its_twin_wherever_the_response_token_lies(kind: str, dtype: torch.dtype) -> None:
+    """Columns below the shard's first and beyond its last one, also within the last block, are of other shards."""
+    student, teacher, _ = logits(8, 2100)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    columns = torch.tensor([-1, -300, 0, 2047, 2048, 2099, 2100, 170], device=DEVICE)
+    incoming = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0, 0.0, torch.nan], device=DEVICE)
+    shard = Shard(student, teacher, Target("teacher_alone", anchor="student").mix_weights, torch.float32)
+    grad_loss = torch.linspace(-1, 2, 8, device=DEVICE)
+    constants, kl_value = constants_of(student.float(), teacher.float()), torch.full((8,), 0.3, device=DEVICE)
+    found = []
+    for write in (pass_launches.write_gradient, shard_sums.write_gradient):
+        out = torch.zeros_like(student)
+        arguments = shard, constants, kl_value, DIVERGENCES[kind], grad_loss
+        write(*arguments, out, LogProbGradient(incoming, columns))
+        found.append(out)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(*found, rtol=tolerance, atol=1e-6, equal_nan=True)
+    assert found[0][7].isnan().all() and not found[0][:7].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "target", after(1, [Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)])
-)
-def test_with_a_reference_every_statistic_and_the_gradient_equal_pytorchs(target: Target) -> None:
-    """The tokens have their own weights of the teacher."""
-    student, mix, tokens = logits(8, 333)
-    reference, _, _ = logits(8, 333, seed=1)
-    vocab, results = VocabShard(0, 333, 300), []
-    for name in ("triton", "torch"):
+def test_without_a_use_of_the_log_probs_the_kernel_is_launched_without_the_second_term(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    switches: list[bool] = []
+    kernel = pass_launches.gradient_kernel
+
+    class Recorded:
+        def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., Any]:
+            def launch(*arguments: Any, **options: Any) -> Any:
+                switches.append(options["WITH_LOG_PROB"])
+                return kernel[programs](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(pass_launches, "gradient_kernel", Recorded())
+    student, teacher, tokens = logits(8, 40)
+    uses: list[Callable[[TokenStats], Tensor]] = [lambda stats: stats.loss, lambda stats: stats.student_log_prob]
+    for use in uses:
         leaf = student.clone().requires_grad_()
-        entropy = vocab_entropy(reference, vocab, backend=name)
-        stats = distillation_loss(
-            leaf,
-            mix,
-            tokens,
-            target=target,
-            divergence=Divergence("forward_kl"),
-            vocab=vocab,
-            reference_entropy=entropy if target.needs_reference_entropy else None,
-            teacher_weights=torch.linspace(0.3, 2.0, 8, device=DEVICE),
-            backend=name,
+        arguments = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, 40, 40)}
+        use(distillation_loss(leaf, teacher, tokens, **arguments, backend="triton")).sum().backward()
+    assert switches == [False, True]
+    expected = -student.double().softmax(-1)
+    expected[torch.arange(8), tokens] += 1
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def rows_of_models(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return logits with huge, equal and missing columns."""
+    generator = torch.Generator().manual_seed(3)
+    made = 4 * torch.randn(*shape, generator=generator)
+    made[..., 0, :] += 1e4
+    made[..., 1, :] = 2.0
+    made[..., 2, ::3] = -torch.inf
+    return made.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_equal_their_twins(dtype: torch.dtype, num_columns: int) -> None:
+    controls, teacher = rows_of_models(3, 5, num_columns, dtype=dtype), rows_of_models(5, num_columns, dtype=dtype)
+    num_valid = max(1, num_columns - 2)
+    sums, expected = (one.row_log_sums(controls, num_valid) for one in (contrast_kernels, contrast_twin))
+    torch.testing.assert_close(sums, expected, rtol=4 * 2.0**-23, atol=4 * 2.0**-23 * math.log(num_columns + 2))
+    found, difference = (one.contrast(teacher, controls, expected) for one in (contrast_kernels, contrast_twin))
+    torch.testing.assert_close(found, difference, rtol=8 * 2.0**-23, atol=64 * 2.0**-23)
+
+
+def test_a_row_with_nan_gives_nan_and_no_other_row_changes() -> None:
+    controls, teacher = rows_of_models(2, 5, 40, dtype=torch.float32), rows_of_models(5, 40, dtype=torch.float32)
+    before = contrast_kernels.row_log_sums(controls, 40)
+    controls[1, 3, 7] = math.nan
+    sums = contrast_kernels.row_log_sums(controls, 40)
+    assert sums[1, 3].isnan() and torch.equal(sums.isnan().nonzero(), torch.tensor([[1, 3]], device=DEVICE))
+    assert torch.equal(sums[0], before[0])
+    assert contrast_kernels.contrast(teacher, controls, sums).isnan().any(1).tolist() == [False] * 3 + [True, False]
+
+
+def test_what_the_kernels_cannot_read_is_refused_with_a_message() -> None:
+    student, teacher, tokens = logits(8, 64)
+    with pytest.raises(ValueError, match=r"whose columns lie side by side; got strides \(1, 8\)"):
+        run(student.t().contiguous().t(), teacher, tokens, Target(anchor="student"), Divergence())
+    with pytest.raises(ValueError, match="take bfloat16, float16 and float32, and the logits are float64"):
+        run(student.double(), teacher, tokens, Target(anchor="student"), Divergence())
+    controls, columns = rows_of_models(2, 5, 40, dtype=torch.float32), rows_of_models(40, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="whose columns lie side by side"):
+        contrast_kernels.contrast(columns.t(), controls, contrast_kernels.row_log_sums(controls, 40))
+
+
+@cases(
+    "mode, num_controls",
+    [("keep_gradient", 2), ("low_memory", 2), ("low_memory", 0), ("keep_gradient", 0)],
+    FUSED_MODES,
+    [0, 2],
+    quick=1,
+)
+def test_the_fused_output_layer_runs_on_the_kernels(mode: str, num_controls: int) -> None:
+    """In low memory with both terms of a loss."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (7, 8), (7, 8), (300, 8), (num_controls, 7, 8)
+    hidden, teacher, weight, controls = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    w, a = (torch.linspace(*ends, 7, device=DEVICE) for ends in ((0, 2), (-2, 1)))
+    found = []
+    for backend in ("torch", "triton"):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        stats = fused_distillation_loss(
+            leaves[0],
+            teacher,
+            leaves[1],
+            None,
+            torch.arange(7, device=DEVICE) * 48 % 290,
+            target=Target(anchor="student", num_controls=num_controls),
+            divergence=Divergence(),
+            vocab=VocabShard(0, 300, 290),
+            control_hidden=controls if num_controls else None,
+            chunk_tokens=3,
+            mode=mode,
+            backend=backend,
         )
-        stats.loss.sum().backward()
-        results.append((stats.detached(), leaf.grad, entropy))
-    (ours, gradient, entropy), (theirs, their_gradient, their_entropy) = results
-    assert_same(ours, theirs)
-    torch.testing.assert_close(gradient, their_gradient, rtol=1e-4, atol=3e-6)
-    torch.testing.assert_close(entropy, their_entropy, rtol=1e-6, atol=1e-6)
-    assert (ours.status == Status.MATCHED).any()
+        both = Coefficients(w, a if mode == "low_memory" else None)
+        losses = both.token_losses(stats.loss, stats.student_log_prob)
+        found.append((stats.detached(), torch.autograd.grad(losses.sum(), leaves)))
+    (expected, expected_gradients), (got, gradients) = found
+    if num_controls:  # t - c multiplies the rounding of logits
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=1e-4, atol=1e-5)
+    else:
+        assert_same(got, expected)
+        for mine, theirs in zip(gradients, expected_gradients, strict=True):
+            assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+    assert triton_backend.backend().contrast is contrast_kernels.contrast
+
+
+LAUNCHES = {
+    ("reverse", "capped"): ["first_pass", "solve", "second_pass", "finish", "second_pass", "finish", "gradient"],
+    ("reverse", "fixed"): ["first_pass", "solve", "second_pass", "finish", "gradient"],
+    ("jsd", "capped"): [
+        *("first_pass", "solve", "second_pass", "finish", "second_pass", "finish"),
+        *("jsd_pass", "gradient"),
+    ],
+}
+
+
+@full
+def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() -> None:
+    """Row 2 begins beyond 2^31 logits.  On a CPU only the pages that are written exist."""
+    stride, num_columns = 2**30 + 64, 300
+    places = torch.empty(2 * stride + 3 * 320, dtype=torch.bfloat16, device=DEVICE)
+    far = [places.as_strided((3, num_columns), (stride, 1), 320 * i) for i in range(3)]
+    rows = [*(values[:3, :num_columns] for values in logits(8, 304)[:2]), torch.zeros(3, num_columns, device=DEVICE)]
+    near = [torch.empty_like(places[:960]).view(3, 320)[:, :num_columns].copy_(values) for values in rows]
+    grid, results = BetaGrid.of(Target(anchor="student"), torch.float32), []
+    tokens = torch.tensor([0, 150, 299], device=DEVICE)
+    for ours, theirs in zip(far, near, strict=True):
+        ours.copy_(theirs)
+    for student, teacher, out in (far, near):
+        shard = Shard(student, teacher, grid.mix_weights, torch.float32)
+        sums, argmax = pass_launches.first_pass(shard, grid, tokens, 0)
+        solver_state = solver_launches.solve_tokens(sums, grid)
+        second = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=False)
+        jsd = pass_launches.jsd_pass(shard, solver_state.constants, 0.3)
+        weights = torch.ones(3, device=DEVICE)
+        pass_launches.write_gradient(shard, solver_state.constants, jsd[0, :, 1], DIVERGENCES["jsd"], weights, out)
+        results.append((sums, argmax, second, jsd, out))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_kernels_are_launched_on_the_gpu_where_the_logits_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def check() -> None:
+        assert [device.type for device in entered] == [DEVICE.type]
+
+    @contextmanager
+    def launching_on(tensor: Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+        entered.pop()
+
+    for module in (pass_launches, solver_launches):
+        monkeypatch.setattr(module, "launching_on", launching_on)
+    launches = counted_launches(monkeypatch, check)
+    for kind, rule in LAUNCHES:
+        student, teacher, tokens = (values[:1] for values in logits(8, 40))
+        run(student, teacher, tokens, TARGETS[rule], DIVERGENCES[kind])
+    assert set(launches) == set(KERNELS)
+
+
+@full
+@pytest.mark.parametrize(("kind", "rule"), LAUNCHES)
+def test_as_shipped_a_loss_takes_5_to_8_launches_and_no_memory_but_a_few_numbers_per_token(
+    kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run with ``LANES``, ``PART_COLUMNS`` and ``MOST_PARTS`` unchanged: on the GPU rows in 8 parts and in 64."""
+    monkeypatch.undo()
+    for num_rows, num_columns, num_parts in ((2, 4208, 2),) if INTERPRETED else ((512, 19008, 8), (8, 152064, 64)):
+        student, teacher, tokens = (values[:num_rows] for values in logits(max(8, num_rows), num_columns))
+        student, teacher = student.bfloat16(), teacher.bfloat16()
+        assert pass_launches.num_parts(num_rows, num_columns) == num_parts
+        loss, expected = reference(student, teacher, TARGETS[rule], DIVERGENCES[kind])
+        launches = counted_launches(monkeypatch)
+        (stats, gradient), peak = with_peak_bytes(student, teacher, tokens, DIVERGENCES[kind], TARGETS[rule])
+        assert launches == [f"{name}_kernel" for name in LAUNCHES[kind, rule]]
+        # a part's sums, at most 14 + 4 * 9 of them and twice, and some of float64
+        assert peak < min(student.nbytes / 2, num_rows * (1024 * num_parts + 512) + 64 * 1024)
+        torch.testing.assert_close(stats.loss.double(), loss, rtol=1e-5, atol=1e-5)
+        digits = 2 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(gradient.double(), expected, rtol=digits, atol=1e-6)
+        monkeypatch.undo()
+
+
+def with_peak_bytes(*arguments: Any) -> tuple[tuple[TokenStats, Tensor], float]:
+    """Return the result of `run_in_place`, and the most bytes that it took at once beyond its arguments."""
+    if INTERPRETED:
+        with BytesAlive(arguments[:3]) as alive:
+            return run_in_place(*arguments), alive.peak
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = run_in_place(*arguments)
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def run_in_place(
+    student: Tensor, teacher: Tensor, tokens: Tensor, kind: Divergence, target: Target | None = None
+) -> tuple[TokenStats, Tensor]:
+    """Do what `run` does, with the gradient written over the logits."""
+    leaf = student.requires_grad_()
+    seen: list[Tensor] = []
+    product = leaf.view_as(leaf)
+    product.register_hook(seen.append)
+    vocab = VocabShard(0, student.shape[1], student.shape[1])
+    arguments = {"target": target or Target(anchor="student"), "divergence": kind, "vocab": vocab, "backend": "triton"}
+    stats = distillation_loss(product, teacher, tokens, **arguments, inplace_backward=True)
+    (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
+    assert seen[0].data_ptr() == leaf.data_ptr()
+    return stats.detached(), seen[0]
+
+
+KERNELS: dict[str, ModuleType] = {
+    **dict.fromkeys(("first_pass_kernel", "second_pass_kernel", "jsd_pass_kernel", "gradient_kernel"), pass_launches),
+    **dict.fromkeys(("solve_kernel", "finish_kernel"), solver_launches),
+}
+
+
+class Counted:
+    """A kernel that reports its launches."""
+
+    def __init__(self, kernel: Any, report: Callable[[], None]) -> None:
+        self.kernel, self.report = kernel, report
+
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., Any]:
+        self.report()
+        return self.kernel[programs]
+
+
+def counted_launches(monkeypatch: pytest.MonkeyPatch, check: Callable[[], Any] = lambda: None) -> list[str]:
+    """Return a list that will hold the kernels' names in the order of their launches.
+
+    ``check`` is called before each launch.
+    """
+    launches: list[str] = []
+
+    def report(name: str) -> None:
+        check()
+        launches.append(name)
+
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), partial(report, name)))
+    return launches

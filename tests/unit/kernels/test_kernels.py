@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The Triton kernels of the loss: right in the interpreter and on a GPU, well compiled for three architectures.
 
-The claims are the tests of kernel_claims.py and of the other files of claims here.  They run in a process of
-their own, because triton decides at its import how it runs a kernel; each claim is reported here under its own name.
+The claims are the tests of kernel_claims.py, and the laws of tests/unit/loss for every backend.  They run in a process
+of their own, because triton decides at its import how it runs a kernel; each is reported under its own name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from claims import claims
 
 from megatron_selfdistill.kernels import triton_backend
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
@@ -27,14 +28,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-CLAIM_FILES = sorted(HERE.glob("*_claims.py"))
-FUNCTIONS = [
-    node
-    for file in CLAIM_FILES
-    for node in ast.parse(file.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-]
-CLAIMS = [node.name for node in FUNCTIONS]
+CLAIMS = claims()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the package triton")
@@ -43,7 +37,7 @@ Outcomes = dict[str, list[tuple[str, str]]]
 
 
 def outcomes(directory: Path, *, interpreted: bool, seconds: float = 3600) -> Outcomes:
-    """Return, for every test of CLAIM_FILES, (passed, failed or skipped, message) of each of its cases.
+    """Return, for every claim, (passed, failed or skipped, message) of each of its cases.
 
     Raises: subprocess.TimeoutExpired after so many seconds, far more than the tests take: some wait for other
     processes.
@@ -51,7 +45,16 @@ def outcomes(directory: Path, *, interpreted: bool, seconds: float = 3600) -> Ou
     report = directory / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", *map(str, CLAIM_FILES), "-m", "", f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *sorted({str(file) for file in CLAIMS.values()}),
+        "-m",
+        "",
+        f"--junitxml={report}",
+    ]
     process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     assert report.exists(), process.stdout + process.stderr
     found: Outcomes = defaultdict(list)
@@ -95,61 +98,6 @@ def test_on_the_gpu(claim: str, on_the_gpu: Outcomes) -> None:
     report(on_the_gpu, claim)
 
 
-@pytest.fixture(scope="module")
-def all_compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return measured(tmp_path_factory.mktemp("compiled"))
-
-
-def measured(directory: Path, *arguments: str) -> list[dict]:
-    process = kernel_report("--json", str(directory / "report.json"), *arguments)
-    assert process.returncode == 0, process.stdout + process.stderr
-    entries = json.loads((directory / "report.json").read_text())
-    assert process.stdout.count("\n") == 2 + len(entries)
-    assert {entry["arch"] for entry in entries} == {80, 90, 100}
-    return entries
-
-
-def kernel_report(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(REPOSITORY / "tools" / "benchmarks" / "kernel_report.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-CONTRAST = ("row log sums", "contrast")
-"""The beginnings of the names of the kernels that read logits by masks, a block of a row at a time."""
-
-
-def assert_nothing_spills_or_waits(entry: dict) -> None:
-    """Assert that no kernel spills, and that only programs of several warps wait for each other.
-
-    The parts of 8 ranks may need several warps between the passes, and the kernels of the contrast have several.
-    """
-    assert entry["spills"] == 0 < entry["registers"] <= 255, entry
-    if not entry["name"].endswith("128 parts") and not entry["name"].startswith(CONTRAST):
-        assert entry["shared"] == entry["barriers"] == 0, entry
-
-
-def assert_wide_accesses(entry: dict) -> None:
-    """Assert wide loads of both rows: a pass reads the first block and the next one, the gradient a whole block."""
-    gradient = "gradient" in entry["name"]
-    wide = {"pass": 4, "gradient": 4 if "bf16" in entry["name"] else 8}
-    expected = 0
-    if not entry["name"].startswith(("solve", "finish", *CONTRAST)):
-        expected = next(number for kind, number in wide.items() if kind in entry["name"])
-    assert entry["wide_loads"] == expected, entry
-    assert entry["wide_stores"] == (expected // 2 if gradient else 0), entry
-
-
-def assert_reading_ahead(entry: dict) -> None:
-    """Assert that many instructions lie between a load and its use.
-
-    The least number is 98, in the third pass of fp32 logits for capability 10.0; a loop that waits for its loads
-    has 0 to 9 instructions between.
-    """
-    reads_logits = " pass" in entry["name"] and not entry["name"].startswith("finish")
-    assert entry["ahead"] >= 90 if reads_logits else entry["ahead"] is None, entry
-
-
 def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_its_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -176,13 +124,37 @@ def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_i
     assert load_distance(code.replace("{middle}", "NOP").replace("BRA 0x30", "BRA 0x90")) is None  # no load in the loop
 
 
+CONTRAST = ("row log sums", "contrast")
+"""The beginnings of the names of the kernels that read logits by masks, a block of a row at a time."""
+
+
 @needs_triton
 @pytest.mark.full
-def test_all_of_it_holds_for_every_kernel_and_architecture(all_compiled: list[dict]) -> None:
-    for entry in all_compiled:
-        assert_nothing_spills_or_waits(entry)
-        assert_wide_accesses(entry)
-        assert_reading_ahead(entry)
+def test_kernels_compiled_for_three_architectures_spill_nothing_read_widely_and_ahead_and_wait_for_nobody(tmp_path):
+    """Only the parts of 8 ranks, between the passes, and the kernels of the contrast may need several warps.
+
+    A pass reads the first block and the next one of both rows, the gradient a whole block.  At least 98 instructions
+    lie between a load and its use, in a loop that waits for its loads 0 to 9.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmarks" / "kernel_report.py")]
+    command += ["--json", str(tmp_path / "report.json")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    entries = json.loads((tmp_path / "report.json").read_text())
+    assert process.stdout.count("\n") == 2 + len(entries)
+    assert {entry["arch"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        name = entry["name"]
+        assert entry["spills"] == 0 < entry["registers"] <= 255, entry
+        if not name.endswith("128 parts") and not name.startswith(CONTRAST):
+            assert entry["shared"] == entry["barriers"] == 0, entry
+        wide, of_gradient = 0, "gradient" in name
+        if not name.startswith(("solve", "finish", *CONTRAST)):
+            wide = 8 if of_gradient and "bf16" not in name else 4
+        assert (entry["wide_loads"], entry["wide_stores"]) == (wide, wide // 2 if of_gradient else 0), entry
+        reads_logits = " pass" in name and not name.startswith("finish")
+        assert entry["ahead"] >= 90 if reads_logits else entry["ahead"] is None, entry
 
 
 def test_without_a_choice_a_gpu_takes_triton_and_what_triton_cannot_do_takes_torch(
@@ -225,35 +197,24 @@ def test_a_backend_that_cannot_run_is_refused_with_a_message(monkeypatch: pytest
         distillation_loss(logits, logits, tokens, **arguments, backend="cuda")
 
 
-PACKAGE = REPOSITORY / "megatron_selfdistill"
-LOSS, KERNELS = PACKAGE / "loss", PACKAGE / "kernels"
-DOOR = "triton_backend.py"
+LOSS, KERNELS = REPOSITORY / "megatron_selfdistill" / "loss", REPOSITORY / "megatron_selfdistill" / "kernels"
 TABLE = re.findall(r"^\| `(\w+\.py)` \| `?([\w/.]+)`? \| (.*) \|$", (LOSS / "README.md").read_text(), re.MULTILINE)
-FILES = sorted(path.name for path in KERNELS.glob("*.py") if path.name not in ("__init__.py", DOOR))
+OF_THE_DEFINITION = {"mixed_logits", "token_status"}
 
 
-def test_the_readme_lists_every_triton_file_once() -> None:
-    assert sorted(name for name, _, _ in TABLE) == FILES
-
-
-@pytest.mark.parametrize(("name", "twin", "content"), TABLE)
-def test_a_triton_file_and_the_readme_name_the_same_twin_and_kernels(name: str, twin: str, content: str) -> None:
-    tree = ast.parse((KERNELS / name).read_text())
-    assert re.findall(r"^Twin: `?([\w/.]+\w)", ast.get_docstring(tree) or "", re.MULTILINE) == [twin]
-    assert twin == "none" or (LOSS / twin).is_file()
-    kernels = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
-    assert re.findall(r"`(\w+)`", content) == kernels
-
-
-def test_every_formula_that_a_triton_file_quotes_exists_in_its_twin() -> None:
-    """`token_statistics._floor`: the first word of a docstring after "Compute" names a function, of this file."""
-    for name, twin, _ in TABLE:
-        quoted = re.findall(r'"""(?:Compute|Launch the kernel of) `([\w.]+)`', (KERNELS / name).read_text())
+def test_every_triton_file_and_the_readme_name_the_same_twin_and_kernels_and_quote_formulas_that_exist() -> None:
+    """`token_statistics._floor`: the first word of a docstring after "Compute" names a function of the twin."""
+    files = sorted(path.name for path in KERNELS.glob("*.py") if path.name not in ("__init__.py", "triton_backend.py"))
+    assert sorted(name for name, _, _ in TABLE) == files
+    for name, twin, content in TABLE:
+        source = (KERNELS / name).read_text()
+        tree = ast.parse(source)
+        assert re.findall(r"^Twin: `?([\w/.]+\w)", ast.get_docstring(tree) or "", re.MULTILINE) == [twin]
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert re.findall(r"`(\w+)`", content) == [one for one in functions if one.endswith("_kernel")]
+        quoted = re.findall(r'"""(?:Compute|Launch the kernel of) `([\w.]+)`', source)
         text = (LOSS / twin).read_text() if twin != "none" else ""
         if any(q.startswith("jsd_and_renyi_passes.") for q in quoted):
             text += (LOSS / "sharded" / "jsd_and_renyi_passes.py").read_text()
         missing = [q for q in quoted if f"def {q.split('.')[-1]}(" not in text and q not in OF_THE_DEFINITION]
         assert missing == [], name
-
-
-OF_THE_DEFINITION = {"mixed_logits", "token_status"}

@@ -75,14 +75,11 @@ def test_labels_are_tokens_of_the_vocabulary_or_ignored(name: str, changes: dict
 @pytest.mark.parametrize("name", [SELF, LINEAR])
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_a_batch_without_a_position_is_refused(name: str, shape: tuple[int, ...]) -> None:
-    empty = {key: value.new_zeros(*shape, value.size(-1)) for key, value in GOOD[name].items() if is_rows(key)}
+    rows = {key: value for key, value in GOOD[name].items() if key.endswith(("_logits", "_hidden"))}
+    empty = {key: value.new_zeros(*shape, value.size(-1)) for key, value in rows.items()}
     for labels in (None, torch.zeros(shape, dtype=torch.int64)):
         with pytest.raises(ValueError, match=f"{name}: at least one position must have a loss; the student has 0"):
             getattr(loss, name)(**GOOD[name] | empty | {"labels_or_mask": labels})
-
-
-def is_rows(name: str) -> bool:
-    return name.endswith(("_logits", "_hidden"))
 
 
 def test_an_infinite_loss_is_refused_where_nan_is() -> None:
@@ -115,38 +112,83 @@ def solve(betas: list[float], wanted: float = 1.0) -> float:
     return loss.solve_batch_k(wanted, betas, [2.0, 1.0], None)
 
 
-@pytest.mark.parametrize(
-    ("make", "arguments", "words"),
-    [
-        (Target, {"rule": "mixed"}, "Target.rule must be one of entropy_matched, fixed, batch, teacher_alone; got"),
-        (Target, {"teacher_weight": -1.0}, "must be a finite number >= 0; got -1.0"),
-        (Target, {"k_max": "w"}, r"must be '1 \+ w', a number or None; got 'w'"),
-        (Target, {"k_max": 0.1}, r"must be above \(1 \+ w\) / 16 = 0.109375"),
-        (Target, {"rule": "fixed", "k": 0.0}, "Target.k must be a finite number > 0"),
-        (Target, {"k": 2.0}, "Target.k must be a finite number > 0 of fixed or batch; got 2.0 with entropy_matched"),
-        (Target, {"anchor": "student", "match": "reference"}, "Target.anchor must be one of student, reference"),
-        (Target, {"anchor": "teacher"}, "Target.anchor must be one of student, reference"),
-        (Target, {"anchor": "reference", "match": "teacher"}, "Target.anchor must be one of student, reference"),
-        (Target, {"rule": "teacher_alone", "anchor": "reference"}, "whose target is no mix"),
-        (Divergence, {"kind": "kl"}, "must be one of reverse_kl, forward_kl, jsd; got 'kl'"),
-        (Divergence, {"kind": "jsd", "jsd_lambda": 1.0}, r"strictly between 0 and 1; got 1\.0"),
-        (Divergence, {"kind": "forward_kl", "forward_above": 0.8}, "forward_above must be None .* 0.8 with forward_kl"),
-        (Divergence, {"kind": "jsd", "forward_above": 0.8}, "forward_above must be None .* got 0.8 with jsd"),
-        (Divergence, {"forward_above": math.nan}, "got nan"),
-        (Divergence, {"order": 0.0}, "order must be above 0 and at most 4"),
-        (Divergence, {"kind": "forward_kl", "order": 4.1}, "order must be above 0 and at most 4"),
-        (Divergence, {"order": math.nan}, "order must be above 0 and at most 4"),
-        (Divergence, {"kind": "jsd", "order": 2.0}, "and 1 with jsd"),
-        (Divergence, {"forward_above": 0.8, "order": 2.0}, r"forward_above=0\.8"),
-        (VocabShard, {"start": 0, "size": 8, "vocab_size": 2**24}, r"vocab_size < 2\^24"),
-        (solve, {"betas": [1.0, 2.0], "wanted": math.nan}, "must be finite; got nan"),
-        (solve, {"betas": [1.0]}, r"equally long, at least 2; got \[1.0\] and 1 and 2"),
-        *(
-            (solve, {"betas": betas}, "above 0 and rising")
-            for betas in ([2.0, 1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, 1.0])
-        ),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(make: Any, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def shard_loss(target: Target, **options: Any) -> None:
+    entropy = torch.ones(T) if target.needs_reference_entropy else None
+    common = {"divergence": Divergence(), "vocab": OWN["vocab"], "reference_entropy": entropy}
+    loss.distillation_loss(LOGITS[0], LOGITS[1], IDS, target=target, **common | options)
+
+
+def fused_loss(target: Target, reference: tuple[Tensor, Tensor]) -> None:
+    common = {"divergence": Divergence(), "vocab": OWN["vocab"]}
+    loss.fused_distillation_loss(STATES, STATES, WEIGHT, None, IDS, target=target, reference=reference, **common)
+
+
+CONTROLLED, GEOMETRIC = Target(anchor="student", num_controls=3), Target("fixed", anchor="reference")
+OF_TOKENS = {"teacher_weights": torch.ones(T)}
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (Target, {"rule": "mixed"}, "Target.rule"),
+    (Target, {"teacher_weight": -1.0}, "teacher_weight"),
+    (Target, {"k_max": "w"}, "k_max"),
+    (Target, {"k_max": 0.1}, r"above \(1 \+ w\) / 16"),
+    (Target, {"rule": "fixed", "k": 0.0}, "Target.k"),
+    (Target, {"k": 2.0}, "Target.k"),
+    (Target, {"anchor": "student", "match": "reference"}, "Target.anchor"),
+    (Target, {"anchor": "teacher"}, "Target.anchor"),
+    (Target, {"anchor": 0.0}, "Target.anchor"),
+    (Target, {"anchor": 1.0}, "Target.anchor"),
+    (Target, {"anchor": "reference", "match": "teacher"}, "Target.anchor"),
+    (Target, {"rule": "teacher_alone", "anchor": "reference"}, "anchor"),
+    (Target, {"rule": "teacher_alone", "anchor": 0.2}, "Target.anchor"),
+    (Target, {"rule": "teacher_alone", "anchor": "student", "num_controls": 1}, "Target.num_controls"),
+    (Divergence, {"kind": "kl"}, "kind"),
+    (Divergence, {"kind": "jsd", "jsd_lambda": 1.0}, "jsd_lambda"),
+    (Divergence, {"kind": "forward_kl", "forward_above": 0.8}, "forward_above"),
+    (Divergence, {"kind": "jsd", "forward_above": 0.8}, "forward_above"),
+    (Divergence, {"forward_above": math.nan}, "forward_above"),
+    (Divergence, {"order": 0.0}, "order"),
+    (Divergence, {"kind": "forward_kl", "order": 4.1}, "order"),
+    (Divergence, {"order": math.nan}, "order"),
+    (Divergence, {"kind": "jsd", "order": 2.0}, "order"),
+    (Divergence, {"forward_above": 0.8, "order": 2.0}, "forward_above"),
+    (VocabShard, {"start": 0, "size": 8, "vocab_size": 2**24}, "vocab_size"),
+    (solve, {"betas": [1.0, 2.0], "wanted": math.nan}, "finite"),
+    (solve, {"betas": [1.0]}, "equally long"),
+    *((solve, {"betas": betas}, "rising") for betas in ([2.0, 1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, 1.0])),
+    (shard_loss, {"target": Target(anchor="student"), **OF_TOKENS}, "anchor=reference"),
+    (shard_loss, {"target": Target(num_controls=2), **OF_TOKENS}, "controls"),
+    (shard_loss, {"target": Target("batch", k=1.3), **OF_TOKENS}, "Target.k "),
+    (shard_loss, {"target": Target("fixed", k=1.3), **OF_TOKENS}, "Target.k "),
+    (shard_loss, {"target": Target(k_max=1.5), **OF_TOKENS}, "Target.k_max"),
+    (shard_loss, {"target": Target(), "reference_entropy": None}, "reference_entropy"),
+    (fused_loss, {"target": Target(anchor="student"), "reference": (STATES, WEIGHT)}, "reference"),
+    (fused_loss, {"target": GEOMETRIC, "reference": (STATES[:2], WEIGHT)}, "reference_hidden"),
+    (fused_loss, {"target": GEOMETRIC, "reference": (STATES, WEIGHT[:5])}, "reference_weight"),
+    (loss.mixed_target, {**STUDENT_TEACHER, "target": Target()}, "reference_logits"),
+    (
+        loss.mixed_target,
+        {**STUDENT_TEACHER, "target": OWN["target"], "reference_logits": LOGITS[2]},
+        "reference_logits",
+    ),
+    (loss.self_distillation_loss, {**STUDENT_TEACHER, "target": CONTROLLED}, "num_controls"),
+    (
+        loss.self_distillation_loss,
+        {**STUDENT_TEACHER, "target": CONTROLLED, "control_logits": LOGITS[:2]},
+        "num_controls",
+    ),
+    (
+        loss.self_distillation_loss,
+        {**STUDENT_TEACHER, "target": OWN["target"], "control_logits": LOGITS},
+        "num_controls",
+    ),
+    (
+        loss.self_distillation_loss,
+        {**STUDENT_TEACHER, "target": CONTROLLED, "control_logits": LOGITS[:, :2]},
+        "control_logits must be",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "arguments", "named"), REFUSED)
+def test_settings_that_cannot_be_are_refused_by_name(make: Any, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         make(**arguments)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from called_collectives import GATHER, called_collectives
+from logit_pairs import by_bisection
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
@@ -65,34 +66,11 @@ def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return student, teacher, reference, controls
 
 
-def log_q_by_bisection(student: Tensor, teacher: Tensor, reference: Tensor, controls: Tensor, target: Target) -> Tensor:
+def log_q_by_definition(
+    student: Tensor, teacher: Tensor, reference: Tensor, controls: Tensor, target: Target
+) -> Tensor:
     """Return log q, written out: m = w (t - c) + a, and k <= 1 (without controls 1 + w) with H(q) = H(a or student)."""
-    control = controls.softmax(-1).mean(0).log()
-    tiny = controls.log_softmax(-1).logsumexp(0) - math.log(len(controls))
-    control = torch.where(torch.isneginf(control), tiny, control)  # a probability below the range of float64
-    if not target.num_controls:
-        control = torch.zeros_like(control)
-    share = 1.0 if target.anchor == "reference" else target.reference_share
-    anchor = reference if share == 1 else student if share == 0 else (1 - share) * student + share * reference
-    gone = torch.isneginf(teacher)
-    largest_k = 1.0 if target.num_controls else 1 + target.teacher_weight
-    mix = anchor + target.teacher_weight * (teacher - control).masked_fill(gone, 0.0)
-    mix = mix.masked_fill(gone, -torch.inf)
-
-    def entropy(log_p: Tensor) -> Tensor:
-        return -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1)
-
-    if target.rule == "fixed":
-        return mix.log_softmax(-1)
-    matched = student if target.match == "student" else anchor
-    wanted = entropy(matched.log_softmax(-1)).clamp(min=1e-6)
-    low, high = (torch.full_like(wanted, math.log(end / largest_k)) for end in (1 / 16, 16.0))
-    for _ in range(80):
-        middle = (low + high) / 2
-        soft = entropy((middle.exp()[:, None] * mix).log_softmax(-1)) > wanted
-        low, high = torch.where(soft, middle, low), torch.where(soft, high, middle)
-    beta = low.exp().clamp(min=0.0 if target.k_max is None else 1 / largest_k)
-    return (beta[:, None] * mix).log_softmax(-1)
+    return by_bisection(student, teacher, target, reference, controls if target.num_controls else None)[0]
 
 
 def reverse_kl(student: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +91,7 @@ def test_the_definition_is_the_formula(target: Target) -> None:
     student, teacher, reference, controls = rows()
     anchor = reference if target.has_reference else None
     found = mixed_target(student, teacher, target, anchor, controls if target.num_controls else None).log_q
-    expected = log_q_by_bisection(student, teacher, reference, controls, target)
+    expected = log_q_by_definition(student, teacher, reference, controls, target)
     torch.testing.assert_close(found.exp(), expected.exp(), rtol=0, atol=1e-9)
     assert (found[EXCLUDED, 10:12] == -torch.inf).all()
 
@@ -122,7 +100,7 @@ def test_the_definition_is_the_formula(target: Target) -> None:
 def test_loss_and_gradient_are_those_of_the_formula(target: Target) -> None:
     """The bound is the rounding of float32 logits, times the weight and the inverse temperature that multiply it."""
     student, teacher, reference, controls = (it[..., ORDINARY, :] for it in rows())
-    expected, gradient = reverse_kl(student, log_q_by_bisection(student, teacher, reference, controls, target))
+    expected, gradient = reverse_kl(student, log_q_by_definition(student, teacher, reference, controls, target))
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 5e-3)):
         logits = student.to(dtype).requires_grad_()
         found = self_distillation_loss(
@@ -197,14 +175,14 @@ def test_a_share_of_the_reference_ends_at_the_reference_plus_the_news_and_none_e
     _, teacher, reference, controls = (it[..., -1:, :] for it in rows())
     news, start = teacher.log_softmax(-1) - controls.softmax(-1).mean(0).log(), reference.log_softmax(-1)
     ends = []
-    for target in (Target(anchor=0.1, num_controls=K), TARGETS["student"]):
+    for target, num_steps in ((Target(anchor=0.25, num_controls=K), 100), (TARGETS["student"], 300)):
         log_p, entropies = start, []
-        for _ in range(300):
+        for _ in range(num_steps):
             anchor = reference if target.has_reference else None
             log_p = mixed_target(log_p, teacher, target, anchor, controls).log_q
             entropies.append(-(log_p.exp() * log_p).nansum())
         ends.append(log_p)
-    torch.testing.assert_close(ends[0], (reference + 7.5 * news).log_softmax(-1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(ends[0], (reference + 3.0 * news).log_softmax(-1), rtol=0, atol=1e-9)
     assert (torch.stack(entropies).diff() < 1e-9).all() and entropies[0] > 2 and entropies[-1] < 1e-9
     assert ends[1].argmax() == news.argmax() != start.argmax()
 
@@ -222,24 +200,6 @@ def test_over_all_hints_one_control_cancels_and_the_mean_of_several_leaves_what_
     joined = sum(contrast(t, others, log_sums) for t, others in zip(hints, of_others, strict=True))
     assert alone.abs().max() < 1e-12
     assert joined[0, 0].abs() < 1e-12 and (joined[0, 1:] < -0.5).all()
-
-
-def test_controls_are_asked_for_and_counted() -> None:
-    student, teacher, _, controls = rows()
-    for given, target in (
-        (None, TARGETS["student"]),
-        (controls[:2], TARGETS["student"]),
-        (controls, Target(anchor="student")),
-    ):
-        with pytest.raises(ValueError, match=r"control_logits must hold Target\.num_controls = "):
-            self_distillation_loss(student, teacher, control_logits=given, target=target)
-    with pytest.raises(ValueError, match=r"control_logits must be \[3, 9, 140\]"):
-        self_distillation_loss(student, teacher, control_logits=controls[:, :4], target=TARGETS["student"])
-    with pytest.raises(ValueError, match=r"Target\.num_controls"):
-        Target("teacher_alone", anchor="student", num_controls=1)
-    for wrong in ({"anchor": 0.0}, {"anchor": 1.0}, {"anchor": 0.2, "rule": "teacher_alone"}):
-        with pytest.raises(ValueError, match=r"Target\.anchor must be "):
-            Target(**wrong)
 
 
 @dataclasses.dataclass
@@ -301,14 +261,14 @@ class Layer:
         return stats.loss.detach(), of_hidden, of_weight
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, 100])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 @pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
 @pytest.mark.parametrize("name", [name for name in TARGETS if "fixed" not in name and "k" not in name.split()])
 def test_the_fused_layer_equals_the_formula_in_every_chunking(name: str, mode: str, chunk_tokens: int) -> None:
     layer, target = Layer.made(13), TARGETS[name]
     loss, of_hidden, of_weight = layer.fused(target, mode, chunk_tokens, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
     student, *others = layer.logits()
-    expected, gradient = reverse_kl(student, log_q_by_bisection(student, *others, target))
+    expected, gradient = reverse_kl(student, log_q_by_definition(student, *others, target))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(of_hidden, gradient @ layer.student_weight[:VOCAB_SIZE], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(of_weight[:VOCAB_SIZE], gradient.T @ layer.student, rtol=1e-4, atol=1e-5)
@@ -330,40 +290,43 @@ def test_the_linear_loss_takes_the_states_of_controls() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
-def on_a_rank(name: str, mode: str) -> tuple[Any, ...]:
-    """Return what the fused layer and the loss of logits give on a rank that has a share of the columns."""
-    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
-    layer, target = Layer.made(9), TARGETS[name]
-    with called_collectives() as called:
-        fused = layer.fused(target, mode, 4, vocab)
-    _, teacher, _, controls = (
-        torch.nn.functional.pad(it, (0, PADDED_VOCAB_SIZE - VOCAB_SIZE), value=9.0)[..., vocab.start :][
-            ..., : vocab.size
-        ]
-        for it in layer.logits()
-    )
-    normalisers = log_normalisers(controls, vocab, TORCH)
-    difference = contrast(teacher, controls, normalisers)[:, : vocab.num_valid]
-    return *fused, normalisers, difference, vocab.start, called
-
-
 FUSED = [("student", "low_memory"), ("reference", "keep_gradient"), ("a share of the reference", "low_memory")]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize(("name", "mode"), FUSED)
-def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, name: str, mode: str, world_size: int) -> None:
-    layer, target = Layer.made(9), TARGETS[name]
-    loss, of_hidden, of_weight = layer.fused(target, mode, 4, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
+def on_a_rank() -> list[tuple[Any, ...]]:
+    """Return what the fused layer and the loss of logits give on a rank that has a share of the columns."""
+    vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
+    layer, found = Layer.made(9), []
+    _, teacher, _, controls = (
+        torch.nn.functional.pad(it, (0, PADDED_VOCAB_SIZE - VOCAB_SIZE), value=9.0).split(vocab.size, -1)[
+            dist.get_rank()
+        ]
+        for it in layer.logits()
+    )
+    for name, mode in FUSED:
+        with called_collectives() as called:
+            fused = layer.fused(TARGETS[name], mode, 4, vocab)
+        normalisers = log_normalisers(controls, vocab, TORCH)
+        difference = contrast(teacher, controls, normalisers)[:, : vocab.num_valid]
+        found.append((*fused, normalisers, difference, vocab.start, called))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [4, pytest.param(2, marks=pytest.mark.full)])
+def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, world_size: int) -> None:
+    layer = Layer.made(9)
     _, teacher, _, controls = layer.logits()
     whole = contrast(teacher, controls, row_log_sums(controls, VOCAB_SIZE))
-    results = ranks.run(on_a_rank, name, mode, world_size=world_size)
-    of_anchor = 3 if target.reference_share else 0  # the entropy of the mixed anchor, once per chunk
-    for own_loss, own_hidden, own_weight, normalisers, difference, start, called in results:
-        # Three chunks of at most 4 tokens; their normalisers for at most 2 = ceil(4 / K) tokens at a time.
-        assert called == [GATHER] * (3 * 3 + 5 + of_anchor) + ["all_reduce"]
-        torch.testing.assert_close(own_loss, loss, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(own_hidden, of_hidden, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(own_weight, of_weight[start : start + len(own_weight)], rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(normalisers, controls.logsumexp(-1), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(difference, whole[:, start : start + difference.size(1)], rtol=1e-12, atol=1e-12)
+    for (name, mode), *results in zip(FUSED, *ranks.run(on_a_rank, world_size=world_size), strict=True):
+        target = TARGETS[name]
+        loss, of_hidden, of_weight = layer.fused(target, mode, 4, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
+        of_anchor = 3 if target.reference_share else 0  # the entropy of the mixed anchor, once per chunk
+        for own_loss, own_hidden, own_weight, normalisers, difference, start, called in results:
+            # Three chunks of at most 4 tokens; their normalisers for at most 2 = ceil(4 / K) tokens at a time.
+            assert called == [GATHER] * (3 * 3 + 5 + of_anchor) + ["all_reduce"]
+            torch.testing.assert_close(own_loss, loss, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(own_hidden, of_hidden, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(own_weight, of_weight[start : start + len(own_weight)], rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(normalisers, controls.logsumexp(-1), rtol=1e-12, atol=1e-12)
+            of_whole = whole[:, start : start + difference.size(1)]
+            torch.testing.assert_close(difference, of_whole, rtol=1e-12, atol=1e-12)

@@ -97,7 +97,7 @@ OPTIONS: dict[str, list[Any]] = {
     "vocab_size": [None, V - 2],
     "labels_or_mask": [None, labels(), labels() != -100],
     "check_nan": [True, False],
-    "chunk_tokens": [1, 4, 100],
+    "chunk_tokens": [1, numpy.int64(4), 100],
     "mode": ["low_memory", "keep_gradient"],
 }
 """Argument -> values; `process_group`, and the weights of teacher and reference, have tests of their own."""
@@ -142,14 +142,6 @@ def test_every_argument_of_both_functions_has_the_value_and_gradient_of_the_defi
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
 
 
-def test_packed_rows_have_the_mean_of_their_batch():
-    student, teacher, reference = nasty_logits(torch.float32)
-    mask = labels() != -100
-    mean = self_distillation_loss(student, teacher, reference, mask)
-    packed = [one[mask] for one in (student, teacher, reference)]
-    assert self_distillation_loss(*packed) == pytest.approx(mean.item(), rel=1e-6)
-
-
 def test_the_defaults_are_those_of_the_configuration():
     configured = Config()
     loss = Divergence.configured(configured.loss, configured.method)
@@ -165,57 +157,6 @@ def test_the_defaults_are_those_of_the_configuration():
     torch.testing.assert_close(found, mixed_target(student, teacher, named["target"], reference).log_q)
 
 
-def test_padding_of_the_vocabulary_counts_for_nothing():
-    student, teacher, reference = nasty_logits(torch.float32)
-    wide = [
-        torch.nn.functional.pad(one, (0, 3), value=7.0).requires_grad_(i == 0)
-        for i, one in enumerate((student, teacher, reference))
-    ]
-    loss = self_distillation_loss(*wide, vocab_size=V)
-    loss.backward()
-    assert loss.item() == pytest.approx(self_distillation_loss(student, teacher, reference).item(), rel=1e-6)
-    assert not wide[0].grad[..., V:].any() and wide[0].grad.any()
-
-
-@pytest.mark.parametrize("name", ["default", "student", "teacher alone"])
-def test_the_linear_form_equals_that_of_its_logits_whatever_the_chunks(name):
-    target, generator = TARGETS[name], torch.Generator().manual_seed(4)
-    hidden = [torch.randn(B, S, 6, generator=generator) for _ in range(3)]
-    weights = [torch.randn(V, 6, generator=generator) for _ in range(3)]
-    own, weight = hidden[0].clone().requires_grad_(), weights[0].clone().requires_grad_()
-    logits = [h @ w.t() for h, w in zip((own, *hidden[1:]), (weight, *weights[1:]), strict=True)]
-    third = logits[2] if target.is_anchored else None
-    wanted = self_distillation_loss(logits[0], logits[1], third, labels(), target=target)
-    wanted_gradients = torch.autograd.grad(wanted, [own, weight])
-    pairs = (hidden[1], weights[1], *((hidden[2], weights[2]) if target.is_anchored else (None, None)))
-    found = linear_self_distillation_loss(own, weight, *pairs, labels(), target=target, chunk_tokens=numpy.int64(4))
-    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(found, [own, weight]), wanted_gradients, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def of_shards() -> tuple[float, Tensor]:
-    """Return the loss and the gradient of this rank's columns of a vocabulary that the ranks divide."""
-    logits = [torch.nn.functional.pad(one, (0, 1)) for one in nasty_logits()]
-    columns = slice(dist.get_rank() * 7, dist.get_rank() * 7 + 7)
-    student, teacher, reference = (one[..., columns].contiguous() for one in logits)
-    student.requires_grad_()
-    loss = self_distillation_loss(student, teacher, reference, labels(), vocab_size=V, process_group=dist.group.WORLD)
-    loss.backward()
-    return loss.item(), student.grad
-
-
-def test_a_process_group_divides_the_vocabulary(ranks):
-    student, teacher, reference = nasty_logits()
-    student.requires_grad_()
-    loss = self_distillation_loss(student, teacher, reference, labels())
-    loss.backward()
-    results = ranks.run(of_shards, world_size=2)
-    assert [value for value, _ in results] == pytest.approx([loss.item()] * 2, rel=1e-6)
-    joined = torch.cat([gradient for _, gradient in results], -1)
-    assert torch.allclose(joined[..., :V], student.grad, rtol=1e-5, atol=1e-8)
-
-
 def spoilt(logits: Tensor, value: float) -> Tensor:
     """Return the logits with ``value`` at one token of two positions."""
     logits = logits.clone()
@@ -224,26 +165,39 @@ def spoilt(logits: Tensor, value: float) -> Tensor:
 
 
 LOGITS = nasty_logits(torch.float32)
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no reference": ({"reference_logits": None}, "reference_logits must be given if and only if .*; got none"),
-    "a reference for nobody": ({"target": Target(anchor="student")}, "got one with Target"),
-    "reduction": ({"reduction": "average"}, "reduction must be mean, sum or none; got 'average'"),
-    "count": ({"reduction": "sum", "num_items_in_batch": 3}, "divides a mean; got it with reduction='sum'"),
-    "batch": ({"target": Target("batch")}, "solves one k for a whole step"),
-    "NaN": ({"teacher_logits": spoilt(LOGITS[1], math.nan)}, r"2 of 15 have not, and the first, at \(1, 2\), has nan"),
-    "+inf": (
-        {"reference_logits": spoilt(LOGITS[2], math.inf), "labels_or_mask": labels()},
-        r"2 of 13 have not, and the first, at \(1, 2\), has nan.*leave positions out",
+SPOILT = {"teacher_logits": spoilt(LOGITS[1], math.nan)}, {"reference_logits": spoilt(LOGITS[2], math.inf)}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"reference_logits": None}, "reference_logits must be given if and only if .*; got none"),
+    ({"target": Target(anchor="student")}, "got one with Target"),
+    ({"reduction": "average"}, "reduction must be mean, sum or none; got 'average'"),
+    ({"reduction": "sum", "num_items_in_batch": 3}, "divides a mean; got it with reduction='sum'"),
+    ({"target": Target("batch")}, "solves one k for a whole step"),
+    (SPOILT[0], r"2 of 15 have not, and the first, at \(1, 2\), has nan"),
+    ({**SPOILT[1], "labels_or_mask": labels()}, r"2 of 13 have not, and the first, at \(1, 2\), has nan.*leave"),
+]
+STATES = {name: torch.ones(B, S, 6) for name in ("student_hidden", "teacher_hidden", "reference_hidden")}
+BAD_STATES: list[tuple[dict[str, Any], str]] = [
+    ({"teacher_hidden": torch.full((B, S, 6), math.nan)}, r"15 of 15 have not, and the first, at \(0, 0\)"),
+    (
+        {"reference_hidden": None, "reference_weight": torch.ones(V, 6), "target": Target(anchor="student")},
+        "reference_weight needs reference_hidden",
     ),
-}  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_input_that_does_not_fit_is_one_sentence(name):
-    changes, words = BAD[name]
+@pytest.mark.parametrize(
+    ("function", "changes", "words"),
+    [
+        *((self_distillation_loss, *case) for case in BAD),
+        *((linear_self_distillation_loss, *case) for case in BAD_STATES),
+    ],
+)
+def test_input_that_does_not_fit_is_one_sentence(function, changes, words):
     given = dict(zip(("student_logits", "teacher_logits", "reference_logits"), LOGITS, strict=True))
+    if function is linear_self_distillation_loss:
+        given = STATES | {"student_weight": torch.ones(V, 6)}
     with pytest.raises(ValueError, match=words) as caught:
-        self_distillation_loss(**given | changes)
+        function(**given | changes)
     assert "\n" not in str(caught.value)
 
 
@@ -260,37 +214,6 @@ def test_nan_may_be_the_loss_of_its_position_alone():
     assert not self_distillation_loss(given, *others, ~bad).isnan()
     states, weight = torch.ones(B, S, V), torch.eye(V)
     assert linear_self_distillation_loss(states, weight, others[0], None, reference, check_nan=False).isnan()
-
-
-BAD_STATES: dict[str, tuple[dict[str, Any], str]] = {
-    "NaN": ({"teacher_hidden": torch.full((B, S, 6), math.nan)}, r"15 of 15 have not, and the first, at \(0, 0\)"),
-    "weight alone": (
-        {"reference_hidden": None, "reference_weight": torch.ones(V, 6), "target": Target(anchor="student")},
-        "reference_weight needs reference_hidden",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_STATES)
-def test_states_that_do_not_fit_are_one_sentence(name):
-    changes, words = BAD_STATES[name]
-    given = {name: torch.ones(B, S, 6) for name in ("student_hidden", "teacher_hidden", "reference_hidden")}
-    with pytest.raises(ValueError, match=words) as caught:
-        linear_self_distillation_loss(**given | {"student_weight": torch.ones(V, 6)} | changes)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("mode", "keeps_rows"), [("low_memory", False), ("keep_gradient", True)])
-def test_the_linear_form_keeps_no_row_of_the_vocabulary_for_backward(mode, keeps_rows):
-    sizes: list[int] = []
-    hidden = [torch.randn(40, 2) for _ in range(3)]
-    weight = torch.randn(100, 2, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: sizes.append(kept.numel()) or kept, lambda kept: kept):
-        loss = linear_self_distillation_loss(
-            hidden[0].requires_grad_(), weight, hidden[1], None, hidden[2], chunk_tokens=4, mode=mode
-        )
-    loss.backward()
-    assert (max(sizes) >= 40 * 100) == keeps_rows and weight.grad.any()
 
 
 def test_a_transform_is_refused_and_the_gradient_is_a_constant():

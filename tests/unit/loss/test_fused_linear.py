@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import fields
 from typing import Any
 
@@ -14,10 +13,8 @@ import torch.distributed as dist
 from called_collectives import GATHER, REDUCE_SCATTER, called_collectives
 from fused_layer import (
     CHUNK,
-    DIVERGENCES,
     NUM_TOKENS,
     PADDED_VOCAB_SIZE,
-    TARGETS,
     VOCAB_SIZE,
     WIDTH,
     Example,
@@ -35,22 +32,6 @@ from torch import Tensor
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-
-LOGITS_ERROR = WIDTH * 2.0**-24 * WIDTH * 2 / math.pi
-"""The largest error of a logit: that of `WIDTH` products of normal numbers, whose mean size is 2 / pi."""
-
-
-@every_tying
-@every_mode
-@pytest.mark.parametrize(("rule", "kind"), [*itertools.product(TARGETS, DIVERGENCES)])
-def test_loss_dgrad_and_wgrad_equal_float64(rule: str, kind: str, mode: str, tied: bool) -> None:
-    example = Example(tied)
-    loss, dgrad, wgrad = reference(example, TARGETS[rule], DIVERGENCES[kind])
-    stats, got_dgrad, got_wgrad = fused(example, TARGETS[rule], DIVERGENCES[kind], mode)
-    torch.testing.assert_close(stats.loss.double(), loss, rtol=LOGITS_ERROR, atol=LOGITS_ERROR)
-    assert relative(got_dgrad, dgrad) < LOGITS_ERROR
-    assert got_wgrad is not None and relative(got_wgrad[:VOCAB_SIZE], wgrad) < LOGITS_ERROR
-    assert (got_wgrad[VOCAB_SIZE:] == 0).all(), "padding takes part in nothing"
 
 
 @every_tying
@@ -260,8 +241,7 @@ def test_what_backward_has_used_up_cannot_be_used_again(mode: str) -> None:
 
 def test_hidden_states_that_do_not_fit_are_refused() -> None:
     example = Example(True)
-    with pytest.raises(ValueError, match=r"teacher_hidden must be \[5, t\], row by row .*; got \[13, 12\]"):
-        call(example, example.student[:5], example.weight, mode="low_memory")
-    rows = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"gather_indices must be \[13\].*got \[4\]"):
-        call(example, example.student[:5], example.weight, mode="low_memory", gather_indices=rows)
+    few = (example.student[:5], example.weight)
+    for options, named in (({}, "teacher_hidden"), ({"gather_indices": torch.zeros(4).long()}, "gather_indices")):
+        with pytest.raises(ValueError, match=rf"{named} must be \["):
+            call(example, *few, mode="low_memory", **options)

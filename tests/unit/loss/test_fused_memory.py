@@ -59,18 +59,6 @@ def test_number_of_gemms(mode: str, forward: int, all_in_all: int, tied: bool) -
         assert gemms(counter) == all_in_all
 
 
-@pytest.mark.parametrize("mode", FUSED_MODES)
-def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joining student and teacher for one product would copy 2 c h numbers per chunk."""
-    joined: list[tuple[int, ...]] = []
-    original = torch.cat
-    monkeypatch.setattr(
-        torch, "cat", lambda parts, *a, **k: (joined.append(parts[0].shape), original(parts, *a, **k))[1]
-    )
-    fused(Example(True), Target(anchor="student"), Divergence(), mode)
-    assert joined and all(len(shape) < 2 or shape[1] != WIDTH for shape in joined)
-
-
 def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tuple[float, float, float]:
     """Return, in rows of logits, the memory left after forward, the peak in forward and the peak in backward."""
     hidden = torch.randn(num_tokens, 8, requires_grad=True)

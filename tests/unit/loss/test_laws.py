@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Laws of the sharded loss that need no reference: identity, invariances, bad values, columns of -inf."""
+"""Laws of the sharded loss on every backend: identity, invariances, bad values, columns of -inf, extreme rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import BACKEND, DEVICE, every_backend, on_cpu
+from logit_pairs import divergence
 from tiers import combinations
 from torch import Tensor
 
@@ -34,15 +36,16 @@ def pair(seed: int, scale: float = 3.0, num_rows: int = 8, vocab_size: int = 257
 
 
 def run(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> tuple[TokenStats, Tensor]:
-    leaf = student.clone().requires_grad_()
-    vocab = VocabShard(0, student.shape[1], student.shape[1])
-    tokens = torch.zeros(student.shape[0], dtype=torch.int64)
-    stats = distillation_loss(leaf, teacher, tokens, target=target, divergence=kind, vocab=vocab)
+    leaf = student.to(DEVICE, copy=True).requires_grad_()
+    options = {"vocab": VocabShard(0, student.shape[1], student.shape[1]), "backend": BACKEND}
+    tokens = torch.zeros(student.shape[0], dtype=torch.int64, device=DEVICE)
+    stats = distillation_loss(leaf, teacher.to(DEVICE), tokens, target=target, divergence=kind, **options)
     stats.loss.sum().backward()
     assert leaf.grad is not None
-    return stats, leaf.grad
+    return on_cpu(stats), leaf.grad.cpu()
 
 
+@every_backend(cases=3)
 @combinations(
     kind={it.kind: it for it in DIVERGENCES},
     target={
@@ -93,6 +96,7 @@ def test_a_constant_added_to_either_row_changes_nothing(target: Target, kind: Di
         torch.testing.assert_close(getattr(moved, name), getattr(stats, name), rtol=0, atol=1e-11)
 
 
+@every_backend(cases=2, quick=0)
 @every_target
 @every_divergence
 def test_permuting_the_vocabulary_permutes_the_gradient(target: Target, kind: Divergence) -> None:
@@ -105,6 +109,7 @@ def test_permuting_the_vocabulary_permutes_the_gradient(target: Target, kind: Di
     assert torch.equal(permuted.top1_agreement, stats.top1_agreement)
 
 
+@every_backend(cases=5)
 @combinations(
     target={f"{it.rule}-{it.k_max}": it for it in TARGETS},
     kind={f"{it.kind}-{it.order}": it for it in [*DIVERGENCES, *RENYI]},
@@ -124,12 +129,13 @@ def test_nan_and_infinity_stay_in_their_row(target: Target, kind: Divergence, si
         assert torch.isnan(stats.beta[4]) and stats.status[4] == Status.UNDETERMINED
 
 
+@every_backend(cases=4)
 @every_target
 @pytest.mark.parametrize("kind", [*DIVERGENCES, *RENYI], ids=str)
 def test_columns_of_minus_infinity_equal_removed_columns(target: Target, kind: Divergence) -> None:
     student, teacher = pair(4)
     kept = torch.rand(257, generator=torch.Generator().manual_seed(1)) < 0.6
-    kept[0] = True
+    kept[:150], kept[0] = False, True  # whole blocks of a kernel have no column
     masked = run(student.masked_fill(~kept, -torch.inf), teacher.masked_fill(~kept, -torch.inf), target, kind)
     removed = run(student[:, kept], teacher[:, kept], target, kind)
     for name in ("loss", "reverse_kl", "beta", "teacher_entropy", "target_entropy", "target_log_prob"):
@@ -138,6 +144,7 @@ def test_columns_of_minus_infinity_equal_removed_columns(target: Target, kind: D
     assert (masked[1][:, ~kept] == 0).all()
 
 
+@every_backend(cases=2)
 @every_target
 def test_a_column_that_only_the_teacher_forbids_makes_reverse_kl_infinite_and_no_other(target: Target) -> None:
     student, teacher = pair(5)
@@ -151,6 +158,7 @@ def test_a_column_that_only_the_teacher_forbids_makes_reverse_kl_infinite_and_no
         assert torch.isfinite(stats.loss).all() and torch.isfinite(gradient).all()
 
 
+@every_backend(cases=3, quick=0)
 @every_divergence
 def test_a_column_that_only_the_student_forbids_is_gone_from_the_mix(kind: Divergence) -> None:
     student, teacher = pair(6)
@@ -161,6 +169,7 @@ def test_a_column_that_only_the_student_forbids_is_gone_from_the_mix(kind: Diver
     assert torch.isfinite(alone.loss).all() == (kind.kind != "forward_kl")
 
 
+@every_backend(cases=3, quick=0)
 @every_divergence
 def test_extreme_disagreement_stays_exact(kind: Divergence) -> None:
     student, teacher = torch.zeros(2, 50), torch.zeros(2, 50)
@@ -180,25 +189,54 @@ def test_extreme_disagreement_stays_exact(kind: Divergence) -> None:
     assert torch.isfinite(gradient).all() and gradient.sum(1).abs().max() < 1e-5
 
 
-def test_one_valid_column_has_no_loss_and_no_gradient() -> None:
-    for target in TARGETS:
+@every_backend(cases=1)
+def test_one_valid_column_and_uniform_rows_have_no_loss_and_no_gradient() -> None:
+    for target in TARGETS if BACKEND == "torch" else TARGETS[:1]:
         stats, gradient = run(torch.randn(3, 1), torch.randn(3, 1), target, Divergence())
         assert stats.loss.abs().max() == 0 and gradient.abs().max() == 0
         assert torch.isfinite(stats.beta).all()
         assert target.rule != "entropy_matched" or (stats.status == Status.UNDETERMINED).all()
-
-
-def test_uniform_rows_have_no_loss_and_no_gradient() -> None:
-    for target in TARGETS:
         stats, gradient = run(torch.zeros(3, 90), torch.ones(3, 90), target, Divergence())
         assert stats.loss.abs().max() <= 1e-12 and gradient.abs().max() <= 1e-9
         assert (stats.student_entropy - math.log(90)).abs().max() < 1e-6
 
 
-def test_equal_maxima_agree_by_their_lowest_column() -> None:
-    student, teacher = torch.zeros(2, 20), torch.zeros(2, 20)
-    student[:, [3, 11]] = 5.0
-    teacher[0, [3, 15]] = 5.0
-    teacher[1, 11] = 5.0
+@every_backend(cases=1)
+def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() -> None:
+    student, teacher = torch.zeros(4, 400), torch.zeros(4, 400)
+    student[:, [3, 311]] = 5.0
+    teacher[0, [3, 15]] = teacher[1, [311, 320]] = teacher[2, [3, 399]] = teacher[3, [2, 3]] = 5.0
     stats, _ = run(student, teacher, Target(anchor="student"), Divergence())
-    assert stats.top1_agreement.tolist() == [True, False]
+    assert stats.top1_agreement.tolist() == [True, False, True, False]
+
+
+@every_backend(cases=3)
+@every_divergence
+def test_a_tiny_divergence_keeps_its_digits(kind: Divergence) -> None:
+    generator = torch.Generator().manual_seed(8)
+    student = 2 * torch.randn(5, 300, generator=generator)
+    teacher = student + 1e-3 * torch.randn(5, 300, generator=generator)
+    stats, gradient = run(student, teacher, Target("fixed", anchor="student"), kind)
+    s = student.double().requires_grad_()
+    loss = divergence(s.log_softmax(-1), ((s.detach() + 0.75 * teacher.double()) / 1.75).log_softmax(-1), kind)
+    (expected,) = torch.autograd.grad(loss.sum(), s)
+    assert loss.min() > 1e-9 and loss.max() < 2e-7
+    torch.testing.assert_close(stats.loss.double(), loss.detach(), rtol=0, atol=3e-10)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7)
+
+
+@every_backend(cases=4, quick=0)
+@pytest.mark.parametrize(("order", "top"), [("as drawn", 130), ("rising", 0), ("rising", 299), ("falling", 299)])
+def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_lies(order: str, top: int) -> None:
+    student = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    if order != "as drawn":
+        student = student.sort(1, descending=order == "falling").values
+    student[:, top] = torch.tensor([14.0, 18.0, 20.0, 22.0, 25.0, 28.0])
+    stats, _ = run(student, student, Target(anchor="student"), Divergence())
+    x = student.double() - student[:, top, None].double()
+    others = x.masked_fill(x == 0, -torch.inf).exp()
+    exact = others.sum(1).log1p() - (others * x).sum(1) / (1 + others.sum(1))
+    assert exact.min() < 1e-8
+    torch.testing.assert_close(stats.student_entropy.double(), exact, rtol=3e-6, atol=0)
+    beta = stats.beta[stats.status != Status.UNDETERMINED] * 1.75
+    torch.testing.assert_close(beta, torch.ones_like(beta), rtol=0, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_pairs import entropy, pair
+from logit_pairs import TARGETS, by_bisection, entropy, pair
 
 from megatron_selfdistill.config import TargetConfig
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k
@@ -55,6 +55,67 @@ def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(seed: i
     assert (entropy(rows.log_q) <= entropy(s.log_softmax(-1)) + 1e-9)[capped].all()
 
 
+REFERENCE = {
+    "reference's entropy": Target(anchor="reference"),
+    "reference's entropy, strict": Target(anchor="reference", k_max=None),
+    "student's entropy": Target(anchor="reference", match="student", teacher_weight=2.0),
+    "student's entropy, strict": Target(anchor="reference", match="student", k_max=None),
+    "geometric mean": Target("fixed", anchor="reference"),
+    "reference, k 1.3": Target("fixed", k=1.3, anchor="reference"),
+    "reference, batch": Target("batch", k=1.9, k_max=None, anchor="reference"),
+}
+
+
+@pytest.mark.parametrize("name", [*TARGETS, *REFERENCE])
+def test_the_definition_equals_bisection_in_float64(name: str) -> None:
+    """Among the rows are sharp, flat and tied ones, forks, equal models, and a student far from the reference."""
+    target = (TARGETS | REFERENCE)[name]
+    scale = torch.linspace(0.1, 1.7, 12, dtype=torch.float64)[:, None]
+    (reference, noise), (student, _) = (tuple(scale * it for it in pair(seed, 12, 150)) for seed in (6, 7))
+    teacher, student = reference + 0.4 * noise, reference + 0.2 * student
+    student[0] = teacher[0] = reference[0]
+    teacher[2] = 40 * reference[2]
+    reference[3, :2] = teacher[3, 5:7] = 20.0  # two forks, with other columns
+    reference[4] = teacher[4] = 0.0
+    student[5] += 1e4
+    log_q, beta = by_bisection(student, teacher, target, reference)
+    found = mixed_target(student, teacher, target, reference if target.is_anchored else None)
+    known = found.status != Status.UNDETERMINED
+    assert known.sum() >= 9
+    torch.testing.assert_close(found.beta[known], beta[known], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.log_q[known].exp(), log_q[known].exp(), rtol=0, atol=1e-6)
+
+
+def test_the_match_on_a_two_way_fork_keeps_the_reference_or_returns_its_mirror_image() -> None:
+    """Flips where w > w* = logit(r) / logit(t), in absolute value."""
+    r, t = math.log(0.1 / 0.9), math.log(0.7 / 0.3)
+    flip = abs(r / t)
+    reference, teacher = (torch.tensor([[value, 0.0]], dtype=torch.float64) for value in (r, t))
+    for weight, expected in ((0.5 * flip, 0.1), (1.6 * flip, 0.9)):
+        target = Target(teacher_weight=weight, k_max=None, anchor="reference")
+        q = mixed_target(torch.zeros(1, 2).double(), teacher, target, reference).log_q.exp()
+        assert q[0, 0].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_with_the_geometric_k_reverse_kl_is_distillation_with_a_penalty_to_the_reference() -> None:
+    """(1 + w) KL(p || q) = w KL(p || t) + KL(p || r) + const, so the gradients are equal."""
+    (s, t), (r, _) = pair(1), pair(2)
+    s.requires_grad_()
+    log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
+    log_q = mixed_target(s.detach(), t, Target("fixed", anchor="reference"), r).log_q
+    ours = 1.75 * (log_p.exp() * (log_p - log_q)).sum()
+    theirs = (log_p.exp() * (0.75 * (log_p - log_t) + (log_p - log_r))).sum()
+    for a, b in zip(torch.autograd.grad(ours, s, retain_graph=True), torch.autograd.grad(theirs, s), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_the_target_stands_still_while_the_student_moves_and_does_not_where_it_matches_the_student() -> None:
+    (s, t), (r, _) = pair(3), pair(4)
+    for target, stands in ((Target(anchor="reference"), True), (Target(anchor="reference", match="student"), False)):
+        first, second = (mixed_target(student, t, target, r).log_q for student in (s, 0.2 * s))
+        assert torch.equal(first, second) == stands
+
+
 def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
     s, _ = pair(0)
     for target in (STRICT, Target(anchor="student"), Target(k_max=1.0, teacher_weight=0.0, anchor="student")):
@@ -62,6 +123,9 @@ def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
         torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
         torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
         assert (rows.status == Status.MATCHED).all()
+    for target in REFERENCE.values():
+        if target.rule != "batch" and target.k is None:
+            torch.testing.assert_close(mixed_target(s, s, target, s).log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
 
 
 def test_every_status_says_what_happened() -> None:
@@ -116,11 +180,6 @@ def test_nan_stays_in_its_row() -> None:
     good[[2, 7]] = False
     assert torch.isnan(rows.beta[~good]).all() and torch.isnan(rows.log_q[~good]).all()
     assert torch.equal(rows.log_q[good], clean.log_q[good])
-
-
-def test_narrow_dtypes_are_computed_in_float32() -> None:
-    s, t = pair(4)
-    assert mixed_target(s.bfloat16(), t.bfloat16(), Target(anchor="student")).log_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Every target and divergence that a token may have, against float64: of logits and of hidden states, on any shards."""
+"""Every target and divergence of a token against float64: of logits and hidden states, on any shards and backend."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import cycle
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from logit_pairs import divergence, entropy
+from kernel_cases import BACKEND, DEVICE, every_backend, on_cpu
+from logit_pairs import by_bisection, divergence, entropy, with_garbage
 from ranks import RankPool
 from torch import Tensor
 
@@ -22,7 +24,6 @@ from megatron_selfdistill.loss import (
     TokenStats,
     VocabShard,
     distillation_loss,
-    mixed_target,
 )
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
@@ -43,11 +44,6 @@ class Case(NamedTuple):
     has_weights: bool = False
 
     @property
-    def has_policy(self) -> bool:
-        """Whether the log-probs of the response tokens have a gradient, too."""
-        return self.has_weights or self.divergence not in (REVERSE, FORWARD, JSD)
-
-    @property
     def tolerance(self) -> float:
         """The factor by which a Renyi divergence multiplies errors of log-probabilities."""
         order = self.divergence.order
@@ -61,6 +57,8 @@ STUDENT_ALONE, MATCHED, GEOMETRIC = (
 )
 RENYI = [(k, a) for k in ("reverse_kl", "forward_kl") for a in (0.05, 0.5, 0.95, 0.9999, 1.0001, 1.5, 2.0, 4.0)]
 CASES = {
+    **{f"mix, {kind.kind}": Case(MATCHED, kind) for kind in (REVERSE, FORWARD, JSD)},
+    **{f"given k, {kind.kind}": Case(Target("fixed", k=1.3, anchor="student"), kind) for kind in (REVERSE, JSD)},
     "reference's entropy": Case(Target(), REVERSE),
     "reference's entropy, strict": Case(Target(k_max=None), FORWARD),
     "student's entropy": Case(Target(match="student", teacher_weight=2.0), JSD),
@@ -104,10 +102,10 @@ def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return student, teacher, reference, torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator)
 
 
-def total(loss: Tensor, log_prob: Tensor, case: Case, mode: str = "low_memory") -> Tensor:
+def total(loss: Tensor, log_prob: Tensor, mode: str = "low_memory") -> Tensor:
     """Return the number that backward starts from: each token has other coefficients of both terms."""
     divergences = loss * torch.linspace(-0.5, 2.0, NUM_TOKENS, dtype=loss.dtype)
-    if not case.has_policy or mode == "keep_gradient":
+    if mode == "keep_gradient":  # holds the gradient of the divergence alone
         return divergences.sum()
     return (divergences + log_prob * torch.linspace(1.5, -1.0, NUM_TOKENS, dtype=loss.dtype)).sum()
 
@@ -119,14 +117,7 @@ def of_tokens(logits: Tensor) -> Tensor:
 
 def by_definition(case: Case, s: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss [NUM_TOKENS], log q and beta of float64 logits; the loss has a gradient to the student's."""
-    target, is_anchored = case.target, case.target.is_anchored
-    if case.has_weights:
-        tokens = zip(s.detach(), t, r, WEIGHTS.tolist(), strict=True)
-        found = [mixed_target(a, b, target.with_teacher_weight(w), c) for a, b, c, w in tokens]
-        log_q, beta = (torch.stack([getattr(one, name) for one in found]) for name in ("log_q", "beta"))
-    else:
-        whole = mixed_target(s.detach(), t, target, r if is_anchored else None)
-        log_q, beta = whole.log_q, whole.beta
+    log_q, beta = by_bisection(s.detach(), t, case.target, r, weights=WEIGHTS if case.has_weights else None)
     return divergence(s.log_softmax(-1), log_q, case.divergence), log_q, beta
 
 
@@ -148,55 +139,66 @@ def shard() -> tuple[VocabShard, slice]:
 def of_logits(case: Case) -> Found:
     """Return the loss of this rank's columns, with garbage in the padding, overwritten by their gradient."""
     (vocab, columns), (student, teacher, reference, tokens) = shard(), rows()
-    padding = torch.full((NUM_TOKENS, PADDED_VOCAB_SIZE - VOCAB_SIZE), 77.0)
     s, m, r = (
-        torch.cat([logits, padding], 1)[:, columns].clone()
+        with_garbage(logits, PADDED_VOCAB_SIZE)[:, columns].to(DEVICE, copy=True)
         for logits in (student, mixed(case, teacher, reference), reference)
     )
-    s.requires_grad_()
+    leaf = s.requires_grad_()
     stats = distillation_loss(
-        s * 1,
+        leaf.view_as(leaf),
         m,
-        tokens,
+        tokens.to(DEVICE),
         target=case.target,
         divergence=case.divergence,
         vocab=vocab,
-        reference_entropy=vocab_entropy(r, vocab) if case.target.needs_reference_entropy else None,
-        teacher_weights=WEIGHTS if case.has_weights else None,
+        reference_entropy=vocab_entropy(r, vocab, backend=BACKEND) if case.target.needs_reference_entropy else None,
+        teacher_weights=WEIGHTS.to(DEVICE) if case.has_weights else None,
         inplace_backward=True,
+        backend=BACKEND,
     )
-    total(stats.loss, stats.student_log_prob, case).backward()
+    total(stats.loss.cpu(), stats.student_log_prob.cpu()).backward()
     assert s.grad is not None and stats.teacher_entropy.isnan().all() == case.target.is_anchored
-    return stats.detached(), s.grad
+    return on_cpu(stats), s.grad.cpu()
+
+
+def check(name: str, shards: Sequence[Found]) -> None:
+    """Assert that the ranks have the numbers of float64."""
+    student, teacher, reference, _ = (logits.double() for logits in rows())
+    case, s = CASES[name], student.clone().requires_grad_()
+    expected, log_q, beta = by_definition(case, s, teacher, reference)
+    (gradient,) = torch.autograd.grad(total(expected, of_tokens(s)), s)
+    stats, more = shards[0][0], case.tolerance
+    assert all(torch.equal(other.loss, stats.loss) for other, _ in shards), "ranks differ"
+    known = stats.status != Status.UNDETERMINED
+    matters = known & (torch.arange(NUM_TOKENS) != TIED)
+    assert matters.sum() >= 8
+    ours, rtol = torch.cat([shard[1] for shard in shards], 1), 2e-5 if more == 1 else 1e-4
+    for got, wanted, rows_, of_got, least in (
+        (stats.beta, beta, matters, 2e-4, 0.0),
+        (stats.loss, expected.detach(), known, rtol, 2e-5 * more),
+        (ours[:, :VOCAB_SIZE], gradient, known, 10 * rtol, 4e-5 * more),
+        (stats.student_entropy, entropy(s.detach().log_softmax(-1)), known, 1e-5, 2e-5),
+        (stats.target_entropy, entropy(log_q), known, 1e-5, 2e-5),
+    ):
+        error = {"rtol": of_got, "atol": least, "msg": lambda text: f"{name}: {text}"}
+        torch.testing.assert_close(got.double()[rows_], wanted[rows_], **error)
+    assert (ours[:, VOCAB_SIZE:] == 0).all()
+
+
+@every_backend(cases=12, quick=2)
+@pytest.mark.parametrize("name", CASES)
+def test_loss_gradient_and_k_of_logits_equal_float64(name: str) -> None:
+    check(name, [of_logits(CASES[name])])
 
 
 def of_all_logits() -> list[Found]:
     return [of_logits(case) for case in CASES.values()]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
-def test_loss_gradient_and_k_of_logits_equal_float64(ranks: RankPool, world_size: int) -> None:
-    student, teacher, reference, _ = (logits.double() for logits in rows())
-    for (name, case), *shards in zip(CASES.items(), *ranks.run(of_all_logits, world_size=world_size), strict=True):
-        s = student.clone().requires_grad_()
-        expected, log_q, beta = by_definition(case, s, teacher, reference)
-        (gradient,) = torch.autograd.grad(total(expected, of_tokens(s), case), s)
-        stats, more = shards[0][0], case.tolerance
-        assert all(torch.equal(other.loss, stats.loss) for other, _ in shards), f"{name}: ranks differ"
-        known = stats.status != Status.UNDETERMINED
-        matters = known & (torch.arange(NUM_TOKENS) != TIED)
-        assert matters.sum() >= 8, name
-        ours, rtol = torch.cat([shard[1] for shard in shards], 1), 2e-5 if more == 1 else 1e-4
-        for got, wanted, rows_, of_got, least in (
-            (stats.beta, beta, matters, 2e-4, 0.0),
-            (stats.loss, expected.detach(), known, rtol, 2e-5 * more),
-            (ours[:, :VOCAB_SIZE], gradient, known, 10 * rtol, 4e-5 * more),
-            (stats.student_entropy, entropy(s.detach().log_softmax(-1)), known, 1e-5, 2e-5),
-            (stats.target_entropy, entropy(log_q), known, 1e-5, 2e-5),
-        ):
-            error = {"rtol": of_got, "atol": least, "msg": lambda text, n=name: f"{n}: {text}"}
-            torch.testing.assert_close(got.double()[rows_], wanted[rows_], **error)
-        assert (ours[:, VOCAB_SIZE:] == 0).all(), name
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_loss_gradient_and_k_of_shards_equal_float64(ranks: RankPool, world_size: int) -> None:
+    for name, *shards in zip(CASES, *ranks.run(of_all_logits, world_size=world_size), strict=True):
+        check(name, shards)
 
 
 def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -221,7 +223,7 @@ def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor,
             for states, matrix in ((hidden, weight), (teacher, weights[1]), (reference, of_reference))
         )
         expected, *_ = by_definition(case, s, t, r)
-        total(expected, of_tokens(s), case, mode).backward()
+        total(expected, of_tokens(s), mode).backward()
         ours, own = student.clone().requires_grad_(), [it[columns].clone() for it in (*weights[:2], of_reference)]
         stats = fused_distillation_loss(
             ours,
@@ -238,7 +240,7 @@ def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor,
             chunk_tokens=4,
             mode=mode,
         )
-        total(stats.loss, stats.student_log_prob, case, mode).backward()
+        total(stats.loss, stats.student_log_prob, mode).backward()
         assert ours.grad is not None and own[0].grad is not None
         assert hidden.grad is not None and weight.grad is not None
         of_float64 = expected.detach(), hidden.grad, weight.grad[columns]
@@ -274,22 +276,3 @@ def test_an_entropy_of_exactly_the_threshold_adds_nothing() -> None:
     )
     assert at.target_entropy == torch.tensor(math.log(2)) and at.loss == at.reverse_kl
     assert below.loss > at.loss + 0.05
-
-
-@pytest.mark.parametrize(
-    ("target", "weights", "message"),
-    [
-        (Target(anchor="student"), WEIGHTS, "teacher_weights per token need a target with anchor=reference"),
-        (Target(num_controls=2), WEIGHTS, "and no controls, .* got anchor=reference and 2 controls"),
-        (Target("batch", k=1.3), WEIGHTS, "Target.k must not be a number"),
-        (Target("fixed", k=1.3), WEIGHTS, "Target.k must not be a number.*got 1.3. Use None"),
-        (Target(k_max=1.5), WEIGHTS, r"Target.k_max must not be a number.*Use '1 \+ w' or None"),
-        (Target(), None, "reference_entropy must be"),
-    ],
-)
-def test_numbers_that_the_target_cannot_use_are_refused(target: Target, weights: Tensor | None, message: str) -> None:
-    (student, teacher, _, tokens), vocab = rows(), VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
-    wanted = torch.ones(NUM_TOKENS) if target.needs_reference_entropy and weights is not None else None
-    options = {"divergence": REVERSE, "reference_entropy": wanted, "teacher_weights": weights}
-    with pytest.raises(ValueError, match=message):
-        distillation_loss(student, teacher, tokens, target=target, vocab=vocab, **options)
