@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tiny
 from events import wait_until
 from sessions import pid_of
 
 from megatron_selfdistill.data.episode_reply import Reply
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import session_processes
 from megatron_selfdistill.environments.environment import SessionLimits
 from megatron_selfdistill.environments.session_processes import SessionProcesses, _variables
 
-PROBLEM = tiny.problem(answer="fine")
+PROBLEM = Problem("p", ({"role": "user", "content": "3 - 4"},), "hint", "fine", "file:7")
 
 
 @pytest.fixture(scope="module")
