@@ -82,7 +82,7 @@ def test_a_line_that_a_kill_cut_short_is_no_reason_to_warn(run, tmp_path, caplog
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("name", READERS.keys() - {"events.jsonl"})
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"events.jsonl"}))
 @pytest.mark.parametrize("done", [1, 7, 10])
 def test_a_resumed_run_keeps_the_good_lines_byte_for_byte_and_no_line_that_is_no_record(run, tmp_path, name, done):
     copy = copy_of(run, tmp_path / "run")
