@@ -167,7 +167,7 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 
 # The loss in the trainers of other libraries; make test has those of transformers and Megatron Core, too.
 test-trainers: venv-trl ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 SELFDISTILL_TEST_TRL=1 \
 		$(BIN)/python -m pytest -q -n 2 $(IN_PARALLEL) tests/trainers $(PART) $(ARGS)
 
 test-clusters: venv ## run the tests with the real Ray, the schemas of Kubernetes and hadolint (Linux, x86_64)

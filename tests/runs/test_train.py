@@ -242,7 +242,8 @@ def test_a_name_of_the_hub_is_downloaded_or_the_command_is_named(tmp_path, monke
         assert name == "some/model" and "*.py" in allow_patterns, "or a tokenizer lacks the code of its auto_map"
         return str(tmp_path)
 
-    (tmp_path / "config.json").write_text("{}")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     assert model_directory(Path("some/model")) == tmp_path and model_directory(tmp_path) == tmp_path
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from scripts import load_script
 from megatron_selfdistill.instruments.report.run_record import read_runs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NEEDS_TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL (make test-trainers)")
+NEEDS_TRL = pytest.mark.skipif(os.environ.get("SELFDISTILL_TEST_TRL") != "1", reason="needs TRL (make test-trainers)")
 
 
 @pytest.fixture(scope="module")
