@@ -253,6 +253,6 @@ def test_replicas_that_swap_their_contexts_and_one_replica_alone_have_equal_bits
     """The sum over two replicas has the same two summands."""
     of_run = arguments(data, tmp_path / "run", *UNEVEN, *TERMS)
     of_ranks = ranks.run(batch_before_and_after, of_run, way, world_size=world_size, init_process_group=False)
-    befores, afters = ([one[place] for one in of_ranks] for place in (1, 2))
-    assert afters == befores[::-1] and len({str(contexts) for contexts in befores}) == world_size
+    before, after = ([one[place] for one in of_ranks] for place in (1, 2))
+    assert after == before[::-1] and len({str(contexts) for contexts in before}) == world_size
     assert {difference for *_, difference, _, _ in of_ranks} == {0.0}
