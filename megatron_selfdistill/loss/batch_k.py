@@ -32,10 +32,10 @@ def solve_batch_k(
     are `TokenStats.grid_entropies`.  All entropies are in nats.
     max_entropy: log of the number of valid columns.  The interpolated quantity is the logit-entropy
     log H - log(1 - H / max_entropy), which is log H for the default.
-    Accuracy: the mean entropy at k is exact at grid points.  On the classes of
-    ``tests/support/distributions.py`` it is within 0.02 nats where student and teacher are alike, and within 0.25 nats where all tokens melt from a few columns into the
-    bulk, or settle on a plateau, in one cell of the grid.  The rule uses k for the tokens of the next step, which
-    differ by more.  Beyond the grid, k belongs to the nearer end.
+    Accuracy: the mean entropy at k is exact at grid points.  On the classes of ``tests/support/distributions.py`` it is
+    within 0.02 nats where student and teacher are alike, and within 0.25 nats where all tokens melt from a few columns
+    into the bulk, or settle on a plateau, in one cell of the grid.  The rule uses k for the tokens of the next step,
+    which differ by more.  Beyond the grid, k belongs to the nearer end.
     Raises: ValueError for means that are not finite, or whose number differs from the number of betas.
     """
     positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
