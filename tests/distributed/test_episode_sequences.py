@@ -34,7 +34,7 @@ STEPS = {
 @combinations(
     layout=list(LAYOUTS),
     step=list(STEPS),
-    quick={"layout": ["TP2+SP", "CP2"], "step": ["packed"]},
+    quick={"layout": ["CP2"], "step": ["packed"]},
     strength=1,
     full_strength=1,
 )
