@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from logit_pairs import entropy
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
@@ -39,7 +40,7 @@ def measure(student: Tensor, teacher: Tensor, target: Target) -> Accuracy:
     stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
     mix, beta = student.double() + target.teacher_weight * teacher.double(), stats.beta.double()
     log_p, log_q = student.double().log_softmax(-1), (beta[:, None] * mix).log_softmax(-1)
-    mismatch = (_entropy(log_q) - _entropy(log_p)).abs()
+    mismatch = (entropy(log_q) - entropy(log_p)).abs()
     reference = mixed_target(student.double(), teacher.double(), target)
     asked = reference.status == Status.MATCHED
     used = stats.target_log_prob.double() - log_q.gather(1, tokens[:, None]).squeeze(1)
@@ -58,10 +59,6 @@ def draw(name: str, num_tokens: int, vocab_size: int, seed: int = 0) -> Pair:
     """Return the student's and the teacher's logits [num_tokens, vocab_size] of one class of DISTRIBUTIONS."""
     generator = torch.Generator().manual_seed(seed * 1000 + list(DISTRIBUTIONS).index(name))
     return DISTRIBUTIONS[name](num_tokens, vocab_size, generator)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -torch.where(torch.isfinite(log_probs), log_probs.exp() * log_probs, 0.0).sum(-1)
 
 
 def _normal(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The builders of tiny things that tests share: problems, prompts, rollouts, logits, models beside their data.
+"""The builders of tiny things that tests share: problems, prompts, rollouts, models beside their data.
 
 `tiny_run` has the overrides of a run and starts it; `models` has models in every layout; this module has the rest.
 Each builder imports what it needs when it is called, so that a test of one room loads no other room.
@@ -10,9 +10,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.problems import Problem
@@ -35,30 +32,6 @@ def builder(tokenizer: Any, chat_template: str | None = None, **templates: Any) 
     if isinstance(tokenizer, Path):
         tokenizer = load_tokenizer(tokenizer, chat_template=chat_template)
     return PromptBuilder(tokenizer, PromptTemplates(**templates))
-
-
-def logits(
-    num_rows: int = 12, num_columns: int = 41, dtype: torch.dtype = torch.float32, seed: int = 3
-) -> list[Tensor]:
-    """Return logits [num_rows, num_columns] of student, teacher and reference; the first seven rows are nasty.
-
-    They are: equal models, a teacher 20 times as sure, a teacher and a reference with a fork each, ties at every
-    column, logits shifted by 1e4, a column that does not exist, and a student far from both.  The others go from flat
-    to sharp.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.linspace(0.3, 5.0, num_rows)[:, None]
-    reference = scale * torch.randn(num_rows, num_columns, generator=generator)
-    teacher = reference + 1.5 * torch.randn(num_rows, num_columns, generator=generator)
-    student = reference + 0.5 * torch.randn(num_rows, num_columns, generator=generator)
-    student[0] = teacher[0] = reference[0]
-    teacher[1] = 20 * reference[1]
-    reference[2, :2] = teacher[2, 5:7] = 12.0
-    student[3], teacher[3], reference[3] = 0.0, 0.0, 0.0
-    student[4] += 1e4
-    student[5, -1] = teacher[5, -1] = reference[5, -1] = -torch.inf
-    student[6] = 3 * torch.randn(num_columns, generator=generator)
-    return [rows.to(dtype) for rows in (student, teacher, reference)]
 
 
 def model_with_data(directory: Path, num_problems: int, seed: int = 0, *, checkpoint: bool = True) -> Path:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import distributions as tool
 import pytest
 import torch
+from logit_pairs import entropy as entropy_of
 from plateaus import CLASSES as PLATEAUS
 from torch import Tensor
 
@@ -75,15 +76,15 @@ def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     student, teacher = tool.draw(name, 16, 2000, 7)
     beta, status = solve(student, teacher, target)
     reference = mixed_target(student.double(), teacher.double(), target)
-    entropy = tool._entropy(student.double().log_softmax(-1))
+    entropy = entropy_of(student.double().log_softmax(-1))
     agree = status == reference.status
     # H within rounding of a threshold may fall on either side of it
-    on_threshold = (tool._entropy(reference.log_q) - entropy).abs() < 2e-5
+    on_threshold = (entropy_of(reference.log_q) - entropy).abs() < 2e-5
     assert (agree | on_threshold).all()
     sharp = (reference.status == Status.MATCHED) & (entropy > 1e-2)
     apart = (beta.double() / reference.beta).log().abs()
     # On a plateau many betas have one entropy: what is left of 1e-5 nats, over dH / d log beta = -Var_q(log q).
-    variance = (reference.log_q.exp() * (reference.log_q + tool._entropy(reference.log_q)[:, None]) ** 2).nansum(-1)
+    variance = (reference.log_q.exp() * (reference.log_q + entropy_of(reference.log_q)[:, None]) ** 2).nansum(-1)
     assert (apart[sharp] <= 2e-5 + (torch.where(variance < 0.05, 1e-5, 0.0) / variance)[sharp]).all()
     outside = (reference.status == Status.CAPPED) | (reference.status == Status.OUT_OF_RANGE)
     torch.testing.assert_close(beta[outside & agree].double(), reference.beta[outside & agree], rtol=1e-6, atol=0)
