@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
@@ -152,54 +151,6 @@ def test_equal_models_in_bf16_have_no_loss_where_their_logits_are_far_from_norma
     options = {"target": target, "divergence": Divergence(), "vocab": vocab, "chunk_tokens": 16, "mode": mode}
     found = fused_distillation_loss(hidden, hidden, weight, weight, tokens, **states, **options)
     assert found.loss.abs().max() < 5e-5, "a tenth of the reference is rounded to bf16, too"
-
-
-def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() -> None:
-    """A shift of teacher and controls by one vector changes nothing; a shift of the teacher alone raises its column."""
-    student, teacher, _, controls = (it[..., -1:, :] for it in rows())
-    target, habit = TARGETS["student"], torch.randn(VOCAB_SIZE, dtype=torch.float64)
-    before = mixed_target(student, teacher, target, control_logits=controls.log_softmax(-1)).log_q
-    # A factor of every probability, which each control shares: the controls stay normalised relative to each other.
-    shifted = controls.log_softmax(-1) + habit
-    mean = (shifted.logsumexp(0) - math.log(K))[None].expand(K, -1, -1)
-    after = mixed_target(student, teacher + habit, target, control_logits=mean).log_q
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
-    news = teacher.clone()
-    news[0, 7] += 3.0
-    raised = mixed_target(student, news, target, control_logits=controls).log_q
-    assert raised[0, 7] > before[0, 7] + 1.0
-
-
-def test_a_share_of_the_reference_ends_at_the_reference_plus_the_news_and_none_ends_in_certainty() -> None:
-    """With a share l the student ends at r + (w / l) (t - c), where k is 1; without it at the best token of t - c."""
-    _, teacher, reference, controls = (it[..., -1:, :] for it in rows())
-    news, start = teacher.log_softmax(-1) - controls.softmax(-1).mean(0).log(), reference.log_softmax(-1)
-    ends = []
-    for target, num_steps in ((Target(anchor=0.25, num_controls=K), 100), (TARGETS["student"], 300)):
-        log_p, entropies = start, []
-        for _ in range(num_steps):
-            anchor = reference if target.has_reference else None
-            log_p = mixed_target(log_p, teacher, target, anchor, controls).log_q
-            entropies.append(-(log_p.exp() * log_p).nansum())
-        ends.append(log_p)
-    torch.testing.assert_close(ends[0], (reference + 3.0 * news).log_softmax(-1), rtol=0, atol=1e-9)
-    assert (torch.stack(entropies).diff() < 1e-9).all() and entropies[0] > 2 and entropies[-1] < 1e-9
-    assert ends[1].argmax() == news.argmax() != start.argmax()
-
-
-def test_over_all_hints_one_control_cancels_and_the_mean_of_several_leaves_what_varies_below_zero() -> None:
-    """The mean of t - c over the hints, each against the others, is 0 for one control, and by Jensen at most 0 else.
-
-    A token that every hint makes equally likely keeps 0, and so gains on the tokens that depend on the hint.
-    """
-    hints = (2 * torch.randn(6, 1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).log_softmax(-1)
-    hints[..., :1] = hints[..., :1].mean(0, keepdim=True)  # a token that is alike after every hint
-    log_sums = torch.zeros(5, 1, dtype=torch.float64)  # the rows are log-probabilities
-    of_others = [torch.cat([hints[:i], hints[i + 1 :]]) for i in range(6)]
-    alone = sum(contrast(t, c[None], log_sums[:1]) for t, others in zip(hints, of_others, strict=True) for c in others)
-    joined = sum(contrast(t, others, log_sums) for t, others in zip(hints, of_others, strict=True))
-    assert alone.abs().max() < 1e-12
-    assert joined[0, 0].abs() < 1e-12 and (joined[0, 1:] < -0.5).all()
 
 
 @dataclasses.dataclass

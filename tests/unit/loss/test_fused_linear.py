@@ -75,15 +75,6 @@ def test_an_observer_sees_the_logits_and_statistics_of_every_chunk_and_changes_n
     assert all(map(torch.equal, got[1:], expected[1:]))
 
 
-@every_tying
-def test_low_memory_in_one_chunk_gives_the_materialised_paths_bits(tied: bool) -> None:
-    example = Example(tied, torch.bfloat16)
-    expected = materialised(example, Target(anchor="student"), Divergence("jsd"))
-    got = fused(example, Target(anchor="student"), Divergence("jsd"), "low_memory", NUM_TOKENS)
-    assert torch.equal(got[0].loss, expected[0].loss)
-    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
-
-
 @every_mode
 def test_bf16_gradients_are_as_near_to_float64_as_the_materialised_paths(mode: str) -> None:
     example = Example(False, torch.bfloat16, num_tokens=200)

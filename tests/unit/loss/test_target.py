@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import distributions as tool
@@ -13,19 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_pairs import TARGETS, by_bisection, entropy, pair
 
-from megatron_selfdistill.config import TargetConfig
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k
 from megatron_selfdistill.loss.target import unit_mix
 
 STRICT = Target(k_max=None, anchor="student")
-
-
-def test_a_target_in_python_has_the_defaults_of_the_configuration() -> None:
-    configured = TargetConfig()
-    expected = {field.name: getattr(configured, field.name) for field in dataclasses.fields(Target)}
-    undecided = {"num_controls": 0, "anchor": "reference"}
-    assert dataclasses.asdict(Target()) == expected | undecided, "no controls, and an anchor that no data decide"
-    assert Target() == Target.configured(configured)
 
 
 @settings(max_examples=20, deadline=None)
@@ -86,100 +76,18 @@ def test_the_definition_equals_bisection_in_float64(name: str) -> None:
     torch.testing.assert_close(found.log_q[known].exp(), log_q[known].exp(), rtol=0, atol=1e-6)
 
 
-def test_the_match_on_a_two_way_fork_keeps_the_reference_or_returns_its_mirror_image() -> None:
-    """Flips where w > w* = logit(r) / logit(t), in absolute value."""
-    r, t = math.log(0.1 / 0.9), math.log(0.7 / 0.3)
-    flip = abs(r / t)
-    reference, teacher = (torch.tensor([[value, 0.0]], dtype=torch.float64) for value in (r, t))
-    for weight, expected in ((0.5 * flip, 0.1), (1.6 * flip, 0.9)):
-        target = Target(teacher_weight=weight, k_max=None, anchor="reference")
-        q = mixed_target(torch.zeros(1, 2).double(), teacher, target, reference).log_q.exp()
-        assert q[0, 0].item() == pytest.approx(expected, abs=1e-9)
-
-
-def test_with_the_geometric_k_reverse_kl_is_distillation_with_a_penalty_to_the_reference() -> None:
-    """(1 + w) KL(p || q) = w KL(p || t) + KL(p || r) + const, so the gradients are equal."""
-    (s, t), (r, _) = pair(1), pair(2)
-    s.requires_grad_()
-    log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
-    log_q = mixed_target(s.detach(), t, Target("fixed", anchor="reference"), r).log_q
-    ours = 1.75 * (log_p.exp() * (log_p - log_q)).sum()
-    theirs = (log_p.exp() * (0.75 * (log_p - log_t) + (log_p - log_r))).sum()
-    for a, b in zip(torch.autograd.grad(ours, s, retain_graph=True), torch.autograd.grad(theirs, s), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
-
-
-def test_the_target_stands_still_while_the_student_moves_and_does_not_where_it_matches_the_student() -> None:
-    (s, t), (r, _) = pair(3), pair(4)
-    for target, stands in ((Target(anchor="reference"), True), (Target(anchor="reference", match="student"), False)):
-        first, second = (mixed_target(student, t, target, r).log_q for student in (s, 0.2 * s))
-        assert torch.equal(first, second) == stands
-
-
-def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
-    s, _ = pair(0)
-    for target in (STRICT, Target(anchor="student"), Target(k_max=1.0, teacher_weight=0.0, anchor="student")):
-        rows = mixed_target(s, s, target)
-        torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
-        assert (rows.status == Status.MATCHED).all()
-    for target in REFERENCE.values():
-        if target.rule != "batch" and target.k is None:
-            torch.testing.assert_close(mixed_target(s, s, target, s).log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
-
-
 def test_every_status_says_what_happened() -> None:
     flat, sharp, sure = torch.zeros(8).double(), torch.arange(8).double(), torch.tensor([40.0] + [0.0] * 7)
     student = torch.stack([sharp, sharp, sure.double(), flat + 0.01 * sharp])
     teacher = torch.stack([3 * sharp, -sharp, sharp, 40 * sharp])
-    assert mixed_target(student, teacher, Target(anchor="student")).status.tolist() == [
-        Status.CAPPED,
-        Status.MATCHED,
-        Status.UNDETERMINED,
-        Status.CAPPED,
-    ]
+    capped, matched, undetermined = Status.CAPPED, Status.MATCHED, Status.UNDETERMINED
+    found = mixed_target(student, teacher, Target(anchor="student")).status
+    assert found.tolist() == [capped, matched, undetermined, capped]
     assert mixed_target(student, teacher, STRICT).status[3] == Status.OUT_OF_RANGE
     tied = torch.tensor([[3.0, 0.0, -5.0]]).double(), torch.tensor([[0.0, 4.0, 0.0]]).double()
     rows = mixed_target(*tied, STRICT)
     assert rows.status == Status.OUT_OF_RANGE and rows.beta.item() == pytest.approx(16 / 1.75)
-    assert (
-        mixed_target(student, teacher, Target("fixed", k=2.0, anchor="student")).status.tolist() == [Status.GIVEN] * 4
-    )
-
-
-def test_given_rules_use_their_k_and_teacher_alone_is_the_teacher() -> None:
-    s, t = pair(1)
-    mix = 0.75 * t + s
-    for target, expected in (
-        (Target("fixed", k=2.5, anchor="student"), mix / 2.5),
-        (Target("fixed", anchor="student"), mix / 1.75),
-        (Target("batch", anchor="student"), mix / 1.75),
-        (Target("batch", k=1.1, anchor="student"), mix / 1.1),
-        (Target("teacher_alone", anchor="student"), t),
-    ):
-        torch.testing.assert_close(mixed_target(s, t, target).log_q, expected.log_softmax(-1))
-
-
-def test_columns_of_minus_infinity_do_not_exist() -> None:
-    s, t = pair(2)
-    kept = torch.arange(200) % 4 != 0
-    masked = mixed_target(s.masked_fill(~kept, -torch.inf), t.masked_fill(~kept, -torch.inf), STRICT)
-    removed = mixed_target(s[:, kept], t[:, kept], STRICT)
-    torch.testing.assert_close(masked.beta, removed.beta)
-    torch.testing.assert_close(masked.log_q[:, kept], removed.log_q)
-    no_weight = mixed_target(s, t.masked_fill(~kept, -torch.inf), Target(teacher_weight=0.0, anchor="student"))
-    torch.testing.assert_close(no_weight.log_q, s.log_softmax(-1))
-
-
-def test_nan_stays_in_its_row() -> None:
-    s, t = pair(3)
-    broken = t.clone()
-    broken[2, 5], broken[7, 0] = torch.nan, torch.inf
-    rows, clean = mixed_target(s, broken, Target(anchor="student")), mixed_target(s, t, Target(anchor="student"))
-    good = torch.ones(16, dtype=torch.bool)
-    good[[2, 7]] = False
-    assert torch.isnan(rows.beta[~good]).all() and torch.isnan(rows.log_q[~good]).all()
-    assert torch.equal(rows.log_q[good], clean.log_q[good])
+    assert (mixed_target(student, teacher, Target("fixed", k=2.0, anchor="student")).status == Status.GIVEN).all()
 
 
 @pytest.mark.parametrize(
@@ -215,21 +123,6 @@ def test_the_unit_mix_of_tokens_with_their_own_weights_is_that_of_each_token_alo
     mixed = unit_mix(anchor, teacher, weights)
     torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-6, atol=1e-6)
     assert torch.equal(mixed[0], anchor[0]) and mixed[1:, 1].isneginf().all()
-
-
-@pytest.mark.parametrize("k_max", [None, "1 + w"])
-def test_the_batch_k_matches_the_mean_entropies(k_max: float | str | None) -> None:
-    s, t = pair(5, 64)
-    target = Target("batch", k_max=k_max, anchor="student")
-    grid = beta_grid(Target(k_max=k_max, anchor="student"))
-    mix = 0.75 * t + s
-    means = [entropy((beta * mix).log_softmax(-1)).mean() for beta in grid]
-    wanted = entropy(s.log_softmax(-1)).mean()
-    k = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound, max_entropy=math.log(200))
-    reached = entropy((mix / k).log_softmax(-1)).mean()
-    assert abs(float(reached - wanted)) < 0.02
-    rough = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound)
-    assert rough == pytest.approx(k, rel=0.1)
 
 
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)

@@ -18,7 +18,6 @@ OTHERS = [
     *(Divergence(kind, order=order) for kind in ("reverse_kl", "forward_kl") for order in ORDERS),
     *(Divergence(forward_above=above) for above in (2.0, -1.0, math.inf)),
 ]
-every_divergence = pytest.mark.parametrize("kind", DIVERGENCES, ids=str)
 
 
 def pair(seed: int, scale: float = 2.0, shape: tuple[int, int] = (6, 50)) -> tuple[Tensor, Tensor]:
@@ -43,7 +42,7 @@ def test_value_and_gradient_equal_definition_and_autograd(kind: Divergence, scal
     torch.testing.assert_close(divergence_gradient(log_p, log_q, kind), expected, rtol=1e-9, atol=bound)
 
 
-@every_divergence
+@pytest.mark.parametrize("kind", DIVERGENCES, ids=str)
 def test_float32_is_no_worse_than_the_definition_in_float32(kind: Divergence) -> None:
     for scale in (1e-3, 0.1, 3.0):
         s, t = pair(2, scale, (32, 2000))
@@ -54,44 +53,25 @@ def test_float32_is_no_worse_than_the_definition_in_float32(kind: Divergence) ->
         assert ours <= naive + 1e-9
 
 
-def test_reverse_and_forward_kl_are_infinite_where_a_column_is_one_sided() -> None:
-    both = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    one = torch.tensor([[1.0, 0.0, 0.0]]).log()
-    assert divergence(both, one, Divergence("reverse_kl")).item() == torch.inf
-    assert divergence(one, both, Divergence("reverse_kl")).item() == pytest.approx(math.log(2))
-    assert divergence(one, both, Divergence("forward_kl")).item() == torch.inf
-    assert divergence(both, one, Divergence("forward_kl")).item() == pytest.approx(math.log(2))
-    assert not torch.isfinite(divergence_gradient(both, one, Divergence("reverse_kl"))).all()
-
-
 @pytest.mark.parametrize("direction", ["reverse_kl", "forward_kl"])
-def test_the_limit_at_order_1_is_kl_and_the_orders_rise(direction: str) -> None:
+def test_the_limit_at_order_1_is_kl(direction: str) -> None:
     log_p, log_q = (logits.log_softmax(-1) for logits in pair(5))
     plain = Divergence(direction)
     for order in (1 - 1e-7, 1 + 1e-7):
         near = Divergence(direction, order=order)
         for of in (divergence, divergence_gradient):
             torch.testing.assert_close(of(log_p, log_q, near), of(log_p, log_q, plain), rtol=1e-3, atol=1e-4)
-    values = torch.stack([divergence(log_p, log_q, Divergence(direction, order=order)) for order in ORDERS])
-    assert (values.diff(dim=0) >= -1e-12).all() and (values >= 0).all()
 
 
-def test_both_directions_are_one_family() -> None:
-    """D_a(p || q) = a / (1 - a) D_(1 - a)(q || p) for orders between 0 and 1."""
-    log_p, log_q = (logits.log_softmax(-1) for logits in pair(6))
-    for order in (0.05, 0.3, 0.5, 0.9):
-        reverse, forward = Divergence("reverse_kl", order=order), Divergence("forward_kl", order=1 - order)
-        for of in (divergence, divergence_gradient):
-            expected = order / (1 - order) * of(log_p, log_q, forward)
-            torch.testing.assert_close(of(log_p, log_q, reverse), expected, rtol=1e-9, atol=1e-10)
-
-
-def test_a_column_of_one_model_alone_is_infinite_for_orders_above_1_in_one_direction() -> None:
+def test_a_column_of_one_model_alone_is_infinite_for_kl_and_orders_above_1_in_one_direction() -> None:
     both, one = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[1.0, 0.0, 0.0]]).log()
-    for order, wanted in ((0.5, math.log(2)), (2.0, math.inf)):
+    for order, wanted in ((0.5, math.log(2)), (1.0, math.inf), (2.0, math.inf)):
         assert divergence(both, one, Divergence("reverse_kl", order=order)).item() == pytest.approx(wanted)
         assert divergence(one, both, Divergence("forward_kl", order=order)).item() == pytest.approx(wanted)
-    assert divergence(one, both, Divergence("reverse_kl", order=2.0)).item() == pytest.approx(math.log(2))
+    for order in (1.0, 2.0):
+        assert divergence(one, both, Divergence("reverse_kl", order=order)).item() == pytest.approx(math.log(2))
+    assert divergence(both, one, Divergence("forward_kl")).item() == pytest.approx(math.log(2))
+    assert not divergence_gradient(both, one, Divergence("reverse_kl")).isfinite().all()
     assert not divergence_gradient(both, one, Divergence("reverse_kl", order=2.0))[:, :2].isfinite().any()
     apart = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
     assert divergence(*apart, Divergence(order=0.5)).item() == math.inf

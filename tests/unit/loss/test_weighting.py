@@ -14,15 +14,6 @@ W = torch.tensor([0.0, 0.5, 2.0, 1.0], dtype=torch.float64)
 A = torch.tensor([-3.0, 0.0, 1.5, -0.25], dtype=torch.float64)
 
 
-def test_a_loss_of_two_terms_is_w_times_the_divergence_minus_a_times_the_log_prob():
-    divergence = torch.tensor([4.0, 2.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
-    log_prob = torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.float64, requires_grad=True)
-    losses = Coefficients(W, A).token_losses(divergence, log_prob)
-    assert losses.tolist() == [-3.0, 1.0, 7.0, -1.0]
-    losses.sum().backward()
-    assert torch.equal(divergence.grad, W) and torch.equal(log_prob.grad, -A)
-
-
 @pytest.mark.parametrize("log_prob", [-math.inf, math.nan])
 def test_a_token_without_a_second_term_has_a_finite_loss_and_gradient_whatever_its_log_prob(log_prob):
     divergence = torch.tensor([4.0, 2.0], requires_grad=True)
@@ -31,11 +22,6 @@ def test_a_token_without_a_second_term_has_a_finite_loss_and_gradient_whatever_i
     assert losses.tolist() == [6.0, 2.0]
     losses.sum().backward()
     assert divergence.grad.tolist() == [1.0, 1.0] and log_probs.grad.tolist() == [-2.0, 0.0]
-
-
-def test_without_a_second_term_the_log_probs_are_not_read():
-    losses = Coefficients(W).token_losses(torch.ones(4, dtype=torch.float64), torch.full((4,), math.nan))
-    assert torch.equal(losses, W)
 
 
 def test_the_coefficients_of_microbatches_are_joined_where_all_of_them_have_the_same_terms():
@@ -56,11 +42,6 @@ def test_weights_are_the_ratio_of_probabilities_up_to_the_cap_in_the_rows_order(
     rows = torch.tensor([2, 0, 3, 1])  # rows are packed in another order than the responses
     weights = TruncatedImportance(mu.log(), cap=3.0)(p[rows].log().float(), rows).divergence
     torch.testing.assert_close(weights, torch.tensor([3.0, 2.0, 1.0, 0.5]))
-
-
-def test_no_gradient_flows_through_a_weight():
-    log_p = torch.tensor([-1.0], requires_grad=True)
-    assert not TruncatedImportance(torch.tensor([-2.0]))(log_p, torch.tensor([0])).divergence.requires_grad
 
 
 def test_the_factor_of_a_token_multiplies_its_weight_in_the_rows_order():
