@@ -31,12 +31,7 @@ MOE = {"tp": 2, "ep": 2, "etp": 1, "sp": True}
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 COMPRESSED = "down_proj gate_proj kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj up_proj".split()
 LAYOUTS: dict[str, tuple[str, dict[str, Any], int, list[str]]] = {
-    "Llama, TP1": ("llama2", {}, 1, DENSE),
-    "Qwen2, TP2": ("qwen2", {"tp": 2}, 2, DENSE),
-    "Llama, TP2+SP": ("llama3", {"tp": 2, "sp": True}, 2, DENSE),
-    "Qwen3, PP2": ("qwen3", {"pp": 2}, 2, DENSE),
-    "Qwen3, TP2xPP2xVPP2": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
-    "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", MOE, 2, DENSE),
+    "Qwen2, TP2xPP2xVPP2": ("qwen2", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
     "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
     "GLM, TP2xEP2+SP": ("glm4_moe", MOE, 2, DENSE),
     "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ATTENTION),
@@ -97,9 +92,7 @@ def test_the_product_of_the_factors_is_what_each_module_gains(ranks, layout):
             assert a.shape == (3, weight.shape[1]) and b.shape == (weight.shape[0], 3)
             assert ".experts." not in name
             gained = weight + (2.0 * b.double() @ a.double()).float()
-            torch.testing.assert_close(
-                merged[name], gained, rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            torch.testing.assert_close(merged[name], gained, rtol=1e-6, atol=1e-6)
             assert not torch.allclose(merged[name], weight, atol=1e-2), name
             adapted_modules.add(name.split(".")[-2])
         assert not factors and sorted(adapted_modules) == modules
@@ -119,17 +112,3 @@ def test_factors_return_to_megatron_and_modules_that_share_a_layer_must_share_a(
         rules[0].to_megatron(a, a, a + 1)
     with pytest.raises(ConfigError, match="linear_q_proj"):
         adapter_rules(family.rules(model), AdapterConfig(rank=2, layers=["linear_q_proj"]))
-
-
-def refuse_incomplete_rules() -> None:
-    """Check the error of an export whose rules lack adapters that the model has."""
-    family, model = of_kind("llama2")
-    chunks, grid = models.build(model, models.parallel())
-    add_adapters(chunks, ADAPTER, grid)
-    rules = adapter_rules(family.rules(model), AdapterConfig(rank=3, layers=["linear_qkv"]))
-    with pytest.raises(ConfigError, match=r"linear_proj_adapter\.a\[0\] has no rule"):
-        Exporter(chunks, grid, rules, part=is_adapter_key)
-
-
-def test_an_export_of_a_part_needs_a_rule_for_each_tensor_of_the_part(ranks):
-    ranks.run(refuse_incomplete_rules, world_size=1)

@@ -80,13 +80,6 @@ def test_an_architecture_with_any_other_model_type_of_transformers_is_refused_wi
                 family_of({"architectures": [family.architecture], "model_type": model_type, **own_code})
 
 
-def test_a_type_that_transformers_does_not_know_is_no_contradiction():
-    own = {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.Own"}}
-    for architecture, others in (("DeepseekV3ForCausalLM", {"model_type": "kimi_k2"}), ("LlamaForCausalLM", own)):
-        assert family_of({"architectures": [architecture], **others}).architecture == architecture
-    assert family_of({"architectures": ["LlamaForCausalLM"]}).architecture == "LlamaForCausalLM"
-
-
 def test_more_layers_or_experts_than_tensors_are_refused_before_they_are_enumerated():
     counts = {"llama2": "num_hidden_layers", "mixtral": "num_local_experts", "deepseek_v3": "num_nextn_predict_layers"}
     for kind, name in counts.items():

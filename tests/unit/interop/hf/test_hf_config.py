@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 import hf_models
-import models
 import pytest
 import transformers
 
@@ -247,10 +246,3 @@ def test_architecture_is_the_same_for_two_spellings_of_one_model():
     )
     assert every == each and none == architecture(short)
     assert differences(short, dataclasses.replace(short, kv_channels=8)) == {"kv_channels": (16, 8)}
-
-
-@pytest.mark.parametrize("kind", ["gqa", "tied", "moe"])
-def test_activation_and_gate_survive_the_arguments(kind):
-    for changes in ({}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"gated_linear_unit": False}):
-        model = models.model_config(kind, **changes)
-        assert differences(architecture_from_args(converted_args(model, "fp32")), model) == {}, changes

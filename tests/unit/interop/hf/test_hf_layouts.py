@@ -7,7 +7,7 @@ The tensors of an export from the layout equal the original tensors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +69,19 @@ def is_compared(layout: str, kind: str, precision: str) -> bool:
     return layout in CUT_ONCE or kind in FORMS
 
 
-def load(
-    root: Path, layout: str, models_to_load: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], tuple[Tensor | None, list[str]]]:
-    """Load the kinds of the directories below ``root``, each in a precision.
-
-    Return the logits, on the last stage, and the tensors that are not exported as they are in the directory.
-    """
-    found = {}
-    for kind, precision in models_to_load:
-        sizes = {**LAYOUTS[layout][0]} | ({"etp": 1} if kind in UNCUT_EXPERTS else {})
-        sequence_parallel = "tp" in sizes and kind in (*EXPERTS, "qwen3")  # experts must
-        _, model, rules, tensors = hf_models.read(root / kind)
-        with pytest.MonkeyPatch.context() as patch:
-            # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
-            patch.setattr(architecture, "refuse_known_faults", lambda config, **_: None)
-            cuts, optimizer = models.parallel(**sizes, sp=sequence_parallel), OptimizerConfig(precision=precision)
-            chunks, grid = models.build(model, cuts, optimizer=optimizer)
-        hf_models.fill(chunks, rules, tensors)
-        logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
-        found[kind, precision] = logits, changed_by_export(chunks, grid, rules, tensors, precision)
-    return found
+def load(directory: Path, layout: str, kind: str, precision: str) -> tuple[Tensor | None, list[str]]:
+    """Return the logits, on the last stage, and the tensors that are not exported as they are in the directory."""
+    sizes = {**LAYOUTS[layout][0]} | ({"etp": 1} if kind in UNCUT_EXPERTS else {})
+    sequence_parallel = "tp" in sizes and kind in (*EXPERTS, "qwen3")  # experts must
+    _, model, rules, tensors = hf_models.read(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        # Latent attention under TP is refused for its gradients; its forward is right, and converted alike.
+        patch.setattr(architecture, "refuse_known_faults", lambda config, **_: None)
+        cuts, optimizer = models.parallel(**sizes, sp=sequence_parallel), OptimizerConfig(precision=precision)
+        chunks, grid = models.build(model, cuts, optimizer=optimizer)
+    hf_models.fill(chunks, rules, tensors)
+    logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
+    return logits, changed_by_export(chunks, grid, rules, tensors, precision)
 
 
 def changed_by_export(
@@ -115,59 +107,6 @@ def changed_by_export(
     return changed + list(expected)
 
 
-class Comparison:
-    """Every kind's directory and transformers' logits, and those of each layout, all made when first asked for.
-
-    ``chosen`` are the cases (layout, kind, precision) that will be asked for.  A layout's
-    ranks load all of its cases at once.
-    """
-
-    def __init__(self, root: Path, ranks: Any, chosen: Collection[tuple[str, str, str]]) -> None:
-        self.root, self.ranks, self.chosen = root, ranks, chosen
-
-    @functools.cached_property
-    def expected(self) -> dict[str, dict[str, Tensor]]:
-        """Return transformers' logits in float32 (``fp32``) for ``kind``, and those of weights rounded to bf16.
-
-        The rounded weights give logits in float32 (``rounded``) and in bf16 (``bf16``).
-        """
-        found = {}
-        in_bf16 = {kind for _, kind, precision in self.chosen if precision == "bf16"}
-        for kind in sorted({kind for _, kind, _ in self.chosen}):
-            model = hf_models.write(kind, self.root / kind)
-            found[kind] = {"fp32": hf_models.hf_logits(model, SEQUENCES)}
-            if kind in in_bf16:
-                found[kind]["bf16"] = hf_models.hf_logits(_rounded(kind, model), SEQUENCES)
-                found[kind]["rounded"] = hf_models.hf_logits(model.float(), SEQUENCES)
-        return found
-
-    @functools.cache  # noqa: B019  (lives as long as the tests of this file)
-    def loaded(self, layout: str) -> list[dict[tuple[str, str], tuple[Tensor | None, list[str]]]]:
-        """Return what every rank holds of each (kind, precision)."""
-        assert self.expected
-        _, world_size, kinds = LAYOUTS[layout]
-        pairs = [(kind, precision) for kind in kinds for precision in PRECISIONS]
-        wanted = [pair for pair in pairs if (layout, *pair) in self.chosen]
-        found: list[dict[tuple[str, str], Any]] = [{} for _ in range(world_size)]
-        for uncut in (False, True):  # process groups of other sizes need ranks of their own
-            alike = [pair for pair in wanted if (pair[0] in UNCUT_EXPERTS) == uncut]
-            if alike:
-                arguments = self.root, layout, alike
-                ranks = self.ranks.run(load, *arguments, world_size=world_size, timeout=300)
-                for mine, more in zip(found, ranks, strict=True):
-                    mine.update(more)
-        return found
-
-    def of(self, layout: str, kind: str, precision: str) -> tuple[Tensor, list[str]]:
-        """Return the logits ``[ranks, tokens, vocabulary]`` of every rank of the last stage, and the changed tensors.
-
-        Ranks that compute the same rows do so on memory of their own, so their bits may differ.
-        """
-        per_rank = [rank[kind, precision] for rank in self.loaded(layout)]
-        logits = torch.stack([logits for logits, _ in per_rank if logits is not None])
-        return logits, [name for _, changed in per_rank for name in changed]
-
-
 def _rounded(kind: str, model: Any) -> Any:
     """Return the model in bf16, with its expert biases in float32, as transformers keeps them."""
     biases = {name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
@@ -180,11 +119,20 @@ def _rounded(kind: str, model: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def comparison(request, ranks, tmp_path_factory) -> Comparison:
-    """Made for the cases of this session: in make test few of them are left."""
-    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    chosen = {(call["layout"], call["kind"], call["precision"]) for call in (item.callspec.params for item in items)}
-    return Comparison(tmp_path_factory.mktemp("hf"), ranks, chosen)
+def written(tmp_path_factory) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
+    """Return a function of a kind that returns its directory and transformers' logits, made once.
+
+    ``fp32`` and ``rounded`` are in float32, the latter of weights rounded to bf16, which give ``bf16`` in bf16.
+    """
+
+    @functools.cache
+    def make(kind: str) -> tuple[Path, dict[str, Tensor]]:
+        model = hf_models.write(kind, directory := tmp_path_factory.mktemp(kind))
+        logits = {"fp32": hf_models.hf_logits(model, SEQUENCES)}
+        logits["bf16"] = hf_models.hf_logits(_rounded(kind, model), SEQUENCES)
+        return directory, logits | {"rounded": hf_models.hf_logits(model.float(), SEQUENCES)}
+
+    return make
 
 
 @combinations(
@@ -196,18 +144,19 @@ def comparison(request, ranks, tmp_path_factory) -> Comparison:
     strength=1,
 )
 def test_logits_are_those_of_transformers_and_the_live_model_is_exported_as_it_came(
-    comparison, layout, kind, precision
+    ranks, written, layout, kind, precision
 ):
     """In bf16 the logits are as near to exact ones as those of transformers, in the median of the farthest rank.
 
     A mean would count the few tokens whose rounded router chooses another expert.
     """
-    expected = comparison.expected[kind]
-    logits, changed = comparison.of(layout, kind, precision)
+    directory, expected = written(kind)
+    per_rank = ranks.run(load, directory, layout, kind, precision, world_size=LAYOUTS[layout][1])
+    logits = torch.stack([logits for logits, _ in per_rank if logits is not None])
     assert expected["fp32"].std() > 1
     if precision == "fp32":
         assert (logits - expected["fp32"]).abs().max() <= hf_models.logits_bound(kind)
     else:
         mine = (logits - expected["rounded"]).abs().flatten(1).median(dim=1).values.max()
         assert 0 < mine <= 1.3 * (expected["bf16"] - expected["rounded"]).abs().median()
-    assert changed == []
+    assert [name for _, changed in per_rank for name in changed] == []

@@ -19,7 +19,6 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron_selfdistill.checkpoint.formats.model_tensors import PASSTHROUGH
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.hf import decoder
 from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of
 
 KINDS = list(hf_models.CONFIGS)
@@ -151,12 +150,6 @@ def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
         assert back[name].view(torch.uint8).equal(tensor.to(dtype).view(torch.uint8)), name
 
 
-def test_linear_qkv_holds_each_groups_queries_then_its_key_then_its_value():
-    arrangement = decoder.HeadGroups(2, ((2,), (1,), (1,)))
-    q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])
-    assert arrangement.join((q, k, v)).tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
-
-
 def test_missing_unexpected_and_misshapen_tensors_are_named_and_companions_are_no_surprise(written):
     _, _, rules, tensors = hf_models.read(written("qwen2")[0])
     layer = "model.layers.2.self_attn"
@@ -176,16 +169,6 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_and_companions_are_n
     for convert in (lambda: qkv.to_megatron(*[torch.zeros(2)] * 3), lambda: qkv.to_hf(torch.zeros(2))):
         with pytest.raises(ConfigError, match=r"weight has shape \[2\], expected"):
             convert()
-
-
-def test_layers_have_their_own_keys_only_where_dense_and_moe_layers_are_mixed(written):
-    key = "self_attention.linear_qkv.weight"
-    for kind, stacked in [("qwen3_moe", True), ("qwen3_moe_mixed", False)]:
-        _, _, rules, _ = hf_models.read(written(kind)[0])
-        found = [rule.megatron for rule in rules if rule.megatron.key.endswith(key)]
-        apart = [(f"decoder.layers.{layer}.{key}", ()) for layer in range(4)]
-        together = [(f"decoder.layers.{key}", (layer,)) for layer in range(4)]
-        assert [(place.key, place.index) for place in found] == (together if stacked else apart)
 
 
 # Multi-token prediction, as DeepSeek publishes it
@@ -244,14 +227,3 @@ def test_a_module_for_multi_token_prediction_is_carried_whole(written, kind):
     assert not any(rule.is_passthrough for rule in check_names(rules, tensors))
     with pytest.raises(ConfigError, match=r"mtp\.fc\.weight is missing"):
         check_names(rules, tensors.keys() | carried.keys() - {"mtp.fc.weight"})
-
-
-def test_carried_layers_are_in_no_model(ranks, written):
-    (names,) = ranks.run(parameter_names, written("deepseek_v3")[0], world_size=1)
-    assert "embedding.word_embeddings.weight" in names and not any("mtp" in name for name in names)
-
-
-def parameter_names(directory: Path) -> list[str]:
-    model = hf_models.read(directory)[1]
-    assert model.num_passthrough_mtp_layers == 1
-    return [name for name, _ in models.build(model, ParallelConfig())[0][0].named_parameters()]
