@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from megatron_selfdistill.config.schema.run_config import MetricsConfig
@@ -17,8 +15,6 @@ from megatron_selfdistill.data.problems import are_one_hint
 from megatron_selfdistill.metrics.leakage import (
     LeakCounts,
     ends_in_loop,
-    grams_of_hint,
-    hint_counts,
     leak_counts,
     word_counts,
     word_pattern,
@@ -87,14 +83,6 @@ def test_several_replicas_of_several_ranks_have_the_numbers_of_one_rank(ranks):
     assert ranks.run(metrics_in_layout, {"tensor_model_parallel_size": 2}, world_size=4) == [alone] * 4
 
 
-def test_eight_tokens_of_the_hint_count_unless_the_prompt_has_them():
-    hint = grams_of_hint(ids("abcdefgh, what?"), ids("abcdefgh, what? 12345678!"))
-    for response, num_leaked in (("12345678", 1), ("x12345678!", 2), ("abcdefgh", 0), ("1234567", 0), ("1234567x", 0)):
-        counts = hint_counts(ids(response), hint)
-        assert (counts.hint_grams, counts.grams) == (num_leaked, max(0, len(response) - 7)), response
-        assert (counts.quoting, counts.hinted) == (min(num_leaked, 1), 1), response
-
-
 def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
     """Two responses have no hint, one quotes its hint twice, and one quotes nothing."""
     prompt, hinted = ids("abcdefgh, what?"), ids("abcdefgh, what? 12345678!")
@@ -156,19 +144,6 @@ def loops(tokens: Sequence[int]) -> bool:
         for period in range(1, 65)
         for size in [max(3 * period, 24)]
     )
-
-
-@pytest.mark.parametrize("length", [0, 1, 2, 23, 24, 25, 26])
-def test_every_short_end_of_two_tokens_loops_as_defined(length):
-    """All ends of up to 6 tokens, behind each part of up to 3 tokens that repeats."""
-    found = []
-    for period, end in itertools.product((1, 2, 3), range(min(length, 6) + 1)):
-        for bits in itertools.product((0, 1), repeat=period + end):
-            tokens = [*(bits[:period] * length)[: length - end], *bits[period:]]
-            assert len(tokens) == length
-            found.append(ends_in_loop(tokens))
-            assert found[-1] == loops(tokens), tokens
-    assert any(found) == (length >= 24) and not all(found)
 
 
 def test_random_responses_loop_as_defined():

@@ -88,13 +88,9 @@ def test_the_first_response_of_each_of_the_first_problems_is_chosen_with_its_spa
     assert len(chosen(contexts, 9)) == 3 and chosen([], 2) == []
 
 
-def turn(number: int, **changes: Any) -> EpisodeTurn:
-    values = {"episode": 2, "turn": number, "reward": 0.5 * number, "hint": f"go {number}", "reply": f"room {number}"}
-    return EpisodeTurn(**values | changes)
-
-
-def in_episode(problem_id: str, response: list[int], *place: int) -> ContextPair:
-    return replace(context(problem_id, response), turn=turn(place[1], episode=place[0]))
+def in_episode(problem_id: str, response: list[int], episode: int, turn: int) -> ContextPair:
+    place = EpisodeTurn(episode=episode, turn=turn, reward=0.5, hint="go", reply="a room")
+    return replace(context(problem_id, response), turn=place)
 
 
 def test_a_response_of_an_episode_is_chosen_with_the_other_turns_of_the_episode_each_once():
@@ -114,34 +110,6 @@ def test_a_response_of_an_episode_is_chosen_with_the_other_turns_of_the_episode_
     assert chosen(contexts, 3) == [*of_a[:2], (contexts[3], range(4, 7)), (contexts[4], range(7, 8)), of_a[2]]
 
 
-def test_the_record_of_a_turn_says_what_belongs_to_the_turn_and_other_records_stay_as_they_are():
-    numbers, told = {name: [1.0] for name in NUMBERS}, turn(1, hint="go to a door", reply="a room")
-    plain, of_turn = (
-        sample_of(one, SeenHint("all of it"), numbers, Letters())
-        for one in (context("a", [4]), replace(context("a", [4]), turn=told))
-    )
-    own = {"episode": 2, "turn": 1, "reward": 0.5, "hint": "go to a door", "reply": "a room"}
-    assert of_turn.record() == plain.record() | own
-    assert list(plain.record()) == ["problem_id", "prompt", "solution", "response", "truncated", "tokens"]
-    text = console_text(of_turn, "", coloured=False).plain
-    assert "hint: go to a door\n" in text and "all of it" not in text
-
-
-def test_the_file_has_all_turns_and_console_and_loggers_show_the_first_one(tmp_path):
-    output = Console(file=io.StringIO(), force_terminal=False, width=200)
-    samples = [sample(token(f"said {i}"), turn=turn(i, reply=None)) for i in range(3)]
-    samples.append(sample(token("said elsewhere"), problem_id="p8", turn=turn(0)))
-    with closing(MetricsLog(tmp_path, num_steps=1, output=output)) as log:
-        log.resume(0)
-        log.log_samples(1, lambda: samples)
-    text = output.file.getvalue()
-    assert "sample 1 of 2" in text and "said 0" in text and "sample 2 of 2" in text and "said elsewhere" in text
-    assert "said 1" not in text and "said 2" not in text
-    records = read_samples(tmp_path)
-    assert [record["turn"] for record in records] == [0, 1, 2, 0] and records[1]["hint"] == "go 1"
-    assert records[0]["reply"] is None and records[3]["reply"] == "room 0"
-
-
 def test_a_sample_holds_each_tokens_text_and_numbers():
     values = [[0.5, 0.25], [-1.0, -3.0], [-4.0, -2.5], [0.8, 0.625], [0.0, 1.0]]
     names = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
@@ -150,12 +118,6 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
     assert found.tokens[0] == SampleToken(4, "e", 0.5, -1.0, -4.0, 1.25, Status.MATCHED.name.lower())
     assert [t.log_ratio for t in found.tokens] == [-3.0, 0.5] and found.tokens[1].status == "capped"
     assert found.record()["tokens"]["k"] == [1.25, 1.6] and found.record()["tokens"]["text"] == ["e", "f"]
-
-
-def test_the_console_says_what_is_new_in_a_hint():
-    tokens = [replace(token(text), general=1.0, specific=own) for text, own in (("x", 0.25), ("y", 0.5))]
-    told, plain = (console_text(sample(*them), "step 1", coloured=False).plain for them in (tokens, [token("x")]))
-    assert "news per token: 1 nats that any hint has, 0.375 of this one only" in told and "news" not in plain
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():
@@ -169,44 +131,12 @@ def test_without_a_teacher_a_response_is_shown_without_marks():
 MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), token(" or", -0.5))
 
 
-def test_a_terminal_shows_disagreement_in_colours():
-    output = Console(file=io.StringIO(), force_terminal=True, width=200, color_system="standard")
-    with closing(MetricsLog("unused", num_steps=1, output=output)) as log:
-        log._console.sample(MARKED, "step 3, sample 1 of 2")
-    assert "so\x1b[31m[- 137-]\x1b[0m\x1b[32m{+ now+}\x1b[0m or" in output.file.getvalue()
-
-
 def test_what_could_steer_a_terminal_is_shown_as_its_escape_also_in_the_id_of_a_problem():
     text = console_text(sample(token("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬")), "", coloured=True).plain
     assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text
     for coloured in (False, True):
         text = console_text(sample(problem_id="id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
         assert text.startswith("--- step 1: problem id0\\x1b]52;c;eA==\\x07\n")
-
-
-def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path):
-    tokens = [token(f"{number:04d}", -2.0 if number in (0, 500, 999) else 0.0) for number in range(1000)]
-    long = sample(*tokens, prompt="x" * 999 + "?", solution="y" * 999)
-    text = console_text(long, "", coloured=False).plain
-    assert "[-0000-]0001" in text and "0374 [... 500 tokens ...] 0875" in text and "0998[-0999-]" in text
-    assert "[-0500-]" not in text and f"prompt: ... {'x' * 399}?\n" in text and f"{'y' * 400} ...\n" in text
-    with closing(MetricsLog(tmp_path, num_steps=1, console_every=0)) as log:
-        log.resume(0)
-        log.log_samples(1, lambda: [long])
-    [record] = read_samples(tmp_path)
-    assert len(record["tokens"]["text"]) == 1000 and len(record["prompt"]) == 1000
-
-
-def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with closing(MetricsLog(tmp_path, num_steps=9, console_every=0, loggers=["tensorboard"])) as log:
-        log.resume(0)
-        for step in (1, 2):
-            log.log_samples(step, lambda: [MARKED, MARKED])
-    texts = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("samples/2/text_summary")
-    assert [event.step for event in texts] == [1, 2]
-    assert b"[- 137-]" in texts[0].tensor_proto.string_val[0]
 
 
 def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):

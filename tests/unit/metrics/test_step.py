@@ -10,20 +10,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import pytest
 import torch
-from host_traffic import host_traffic
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackingRules
 from megatron_selfdistill.data.packing import pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.metrics.batch_entropies import batch_entropies
-from megatron_selfdistill.metrics.first_checks import first_step_lines, largest_change
+from megatron_selfdistill.metrics.first_checks import first_step_lines
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import K_RESOLUTION, rollout_metrics, step_metrics
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
@@ -53,14 +50,14 @@ def all_logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return student, student + logits() / 3
 
 
-def all_rows(num_tokens: int = NUM_TOKENS, target: Target | None = None) -> TokenStats:
+def all_rows(num_tokens: int = NUM_TOKENS) -> TokenStats:
     """Return the statistics of a whole batch, by the real loss."""
     student, teacher = all_logits(num_tokens)
     return distillation_loss(
         student,
         teacher,
         torch.arange(num_tokens) % VOCAB_SIZE,
-        target=target or Target(anchor="student"),
+        target=Target(anchor="student"),
         divergence=Divergence(),
         vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
     )
@@ -234,29 +231,6 @@ def test_a_response_with_nan_is_the_worst_and_short_responses_have_none():
     assert "sampler/log_prob_worst_response" not in short
 
 
-@pytest.mark.parametrize("spread", [0.01, 0.5, 2.0])
-def test_k_percentiles_are_nearest_ranks_within_the_stated_resolution(spread):
-    stats = all_rows(num_tokens=997)
-    k = torch.exp(spread * torch.randn(997, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    found = step_metrics(output_of(dataclasses.replace(stats, beta=1 / k)), None, ONE_RANK)
-    assert found["k/p01"] == pytest.approx(nearest_rank(k, 0.01), rel=K_RESOLUTION / 2)
-    assert found["k/p99"] == pytest.approx(nearest_rank(k, 0.99), rel=K_RESOLUTION / 2)
-    assert K_RESOLUTION <= 0.01
-    found = step_metrics(output_of(dataclasses.replace(stats, beta=torch.full_like(stats.beta, 0.4))), None, ONE_RANK)
-    assert found["k/p01"] == found["k/p99"] == 2.5
-
-
-def test_the_metrics_of_a_step_wait_for_the_device_once():
-    output = output_of(all_rows(), torch.arange(NUM_TOKENS), Coefficients(torch.ones(NUM_TOKENS)))
-    sampled = -torch.rand(NUM_TOKENS, dtype=torch.float64)
-    with host_traffic() as found:
-        step_metrics(output, sampled, ONE_RANK, weight_cap=2.0)
-    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
-    with host_traffic() as found:
-        batch_entropies(output, ONE_RANK)
-    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
-
-
 def test_a_nan_token_shows_in_the_means_and_not_in_the_percentiles():
     stats = all_rows()
     broken = {name: getattr(stats, name).detach().clone() for name in ("loss", "beta", "student_log_prob")}
@@ -296,25 +270,6 @@ def test_the_means_of_measures_are_those_of_the_measured_tokens():
     assert found["loss/mean"] == pytest.approx(all_rows().loss.double().mean().item(), rel=1e-12)
 
 
-def test_a_loss_without_target_reports_only_itself():
-    stats, known = all_rows(), ("loss", "student_log_prob", "status")
-    nan = torch.full_like(stats.loss.detach(), math.nan)
-    unknown = {f.name: nan for f in dataclasses.fields(stats) if f.name not in known}
-    unknown |= {"grid_betas": torch.empty(0), "grid_entropies": torch.empty(NUM_TOKENS, 0)}
-    found = step_metrics(output_of(dataclasses.replace(stats, **unknown)), None, ONE_RANK)
-    assert found.keys() == {"tokens/response", "loss/mean", "student_nll"}
-    assert all(map(math.isfinite, found.values()))
-
-
-def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
-    student, teacher = all_logits(NUM_TOKENS)
-    target = Target("batch", k_max=None, anchor="student")
-    k = solve_batch_k(*batch_entropies(output_of(all_rows(target=target)), ONE_RANK), None)
-    q = ((target.teacher_weight * teacher + student) / k).softmax(-1)
-    p = student.softmax(-1)
-    assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=0.01)
-
-
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 3, 1)])
 def test_partial_batches_of_a_step_have_the_shares_of_the_whole_step(sizes):
     left = iter(responses())
@@ -349,49 +304,6 @@ def test_phases_add_up_and_begin_anew(monkeypatch):
     assert again.keys() & {"seconds/rollout", "tokens_per_second/rollout"} == set() and again["seconds/step"] == 4.0
 
 
-class Queue:
-    """A GPU that does what is queued a second later, and the events that are queued on it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.time = 0.0
-        self.waits = 0
-        queue = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self, stream: object) -> None:
-                self.time = queue.time
-
-            def elapsed_time(self, end: Event) -> float:
-                assert queue.waits, "the events have not passed yet"
-                return 1000 * (end.time - self.time)
-
-        patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(torch.cuda, "current_stream", lambda device: None)
-        patch.setattr(torch.cuda, "synchronize", self.wait)
-        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
-
-    def wait(self, device: torch.device) -> None:
-        self.waits += 1
-
-
-def test_phases_of_a_gpu_wait_for_it_once_per_step(monkeypatch):
-    queue = Queue(monkeypatch)
-    phases = Phases(torch.device("cuda"))
-    for name, seconds in (("pack", 0), ("train", 3.0), ("optimizer", 0.5), ("train", 1.0)):
-        with phases(name):
-            queue.time += seconds
-        assert queue.waits == 0, f"the end of {name} waited"
-    found = phases.metrics(train=80)
-    assert queue.waits == 1
-    assert (found["seconds/train"], found["seconds/optimizer"], found["seconds/pack"]) == (4.0, 0.5, 0.0)
-    assert found["tokens_per_second/train"] == 20 and found["memory/peak_gib"] == 1
-    assert "seconds/train" not in phases.metrics()
-    assert queue.waits == 1, "nothing was timed"
-
-
 RESPONSES = [
     replace(Response.unsampled([1, 2]), weight_version=5),
     replace(Response.unsampled([1, 2, 3, 4]), weight_version=3, weight_spans=[(3, 3), (5, 1)]),
@@ -400,19 +312,19 @@ RESPONSES = [
 ]
 
 
-def measured(layout: dict[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+def measured() -> tuple[dict[str, float], dict[str, float]]:
     """Return the ages of all responses, and of two whose weights nobody knows."""
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.staleness import staleness_metrics
 
-    _, grid = models.build(models.model_config("gqa", num_layers=2), models.parallel(**layout))
-    mine = RESPONSES[grid.dp_rank :: grid.dp_size]
-    return staleness_metrics(mine, 5, grid), staleness_metrics(RESPONSES[2:3], 5, grid)
+    grid = ranks.initialize(ParallelConfig(), 0)
+    return staleness_metrics(RESPONSES[grid.dp_rank :: 2], 5, grid), staleness_metrics(RESPONSES[2:3], 5, grid)
 
 
-@pytest.mark.parametrize(("layout", "world_size"), [({}, 2), ({"tp": 2}, 2)], ids=["DP2", "TP2"])
-def test_ages_are_means_over_the_tokens_of_known_weights(ranks: Any, layout: dict[str, int], world_size: int) -> None:
+def test_ages_are_means_over_the_tokens_of_known_weights_of_all_replicas(ranks):
     expected = {"rollout/staleness_mean": (3 * 2 + 1) / 7, "rollout/staleness_max": 2.0, "rollout/mixed_share": 1 / 4}
-    assert ranks.run(measured, layout, world_size=world_size) == [(expected, {})] * world_size
+    assert ranks.run(measured, world_size=2) == [(expected, {})] * 2
 
 
 SMALL = ("num_steps=12", "optimizer.lr=1e-6", "model.hidden_size=64", "data.path=x")
@@ -420,17 +332,7 @@ SMALL = ("num_steps=12", "optimizer.lr=1e-6", "model.hidden_size=64", "data.path
 
 def test_a_learning_rate_that_hardly_moves_the_weights_is_a_warning_with_values_that_do():
     (line,) = first_step_lines(load(SMALL), {"gradient_norm": 0.016})
-    assert f"{12 * 1e-6 * 64**0.5 / 0.04:.2%}" in line and "0.016" in line
-    assert line.endswith("try optimizer.lr=4e-05, or num_steps above 50")
+    assert "try optimizer.lr=4e-05, or num_steps above 50" in line
     enough = ["optimizer.lr=4.2e-5", "num_steps=51", "model.hidden_size=1280", "model.init_method_std=0.004"]
     for key in [*enough, "adapter.rank=4", "optimizer.lr=0"]:  # one factor begins at 0; on purpose
         assert first_step_lines(load([*SMALL, key]), {"gradient_norm": 0.016}) == []
-
-
-def test_the_largest_change_bounds_that_of_a_random_matrix_which_adam_moves_one_way():
-    generator, size = torch.Generator().manual_seed(0), 512
-    weight = 0.02 * torch.randn(size, size, generator=generator, dtype=torch.float64)
-    config = load([*SMALL, "optimizer.lr=1e-3", f"model.hidden_size={size}"])
-    moved = 12 * 1e-3 * size  # the spectral norm of a matrix whose elements have all moved by 12 steps
-    ratio = moved / torch.linalg.matrix_norm(weight, 2)
-    assert largest_change(config) == pytest.approx(ratio.item(), rel=0.02)

@@ -11,35 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss import Status, TokenStats
 from megatron_selfdistill.metrics.step import FORK_RANGE, FORK_RESOLUTION, find_forks, response_tenths, step_metrics
 from megatron_selfdistill.pipeline.token_measures import TokenMeasures
+from tests.unit.metrics.test_step import LAYOUTS, ONE_RANK, all_rows
 
-VOCAB_SIZE, LENGTHS = 40, [1, 37, 9, 100, 0, 10, 63, 23]
+LENGTHS = [1, 37, 9, 100, 0, 10, 63, 23]
 NUM_TOKENS = sum(LENGTHS)
-ONE_RANK = SimpleNamespace(world_size=1, device=torch.device("cpu"), is_last_stage=True, tp_rank=0)
-LAYOUTS = [
-    pytest.param(4, {"context_parallel_size": 2}, id="dp2cp2"),
-    pytest.param(
-        4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="tp2pp2", marks=pytest.mark.full
-    ),
-]
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
-
-
-def statistics() -> TokenStats:
-    """Return the statistics of all tokens by the real loss, from logits of every sharpness."""
-    generator = torch.Generator().manual_seed(2)
-    scale = 8 * torch.rand(NUM_TOKENS, 1, generator=generator, dtype=torch.float64)
-    student, noise = torch.randn(2, NUM_TOKENS, VOCAB_SIZE, generator=generator, dtype=torch.float64)
-    return distillation_loss(
-        scale * student,
-        scale * (student + noise),
-        torch.arange(NUM_TOKENS) % VOCAB_SIZE,
-        target=Target(anchor="student"),
-        divergence=Divergence(),
-        vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
-    )
 
 
 def output_of_rank(rank: int = 0, num_replicas: int = 1, cp_rank: int = 0, cp_size: int = 1) -> tuple[Any, list[int]]:
@@ -47,7 +26,7 @@ def output_of_rank(rank: int = 0, num_replicas: int = 1, cp_rank: int = 0, cp_si
 
     The order of the tokens is not that of the responses, as after packing.
     """
-    stats, generator = statistics(), torch.Generator().manual_seed(3)
+    stats, generator = all_rows(NUM_TOKENS), torch.Generator().manual_seed(3)
     masses = torch.rand(3, NUM_TOKENS, generator=generator, dtype=torch.float64)
     spans = torch.arange(NUM_TOKENS).split(LENGTHS)[rank::num_replicas]
     held = torch.cat(spans)
