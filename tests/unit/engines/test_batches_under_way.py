@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_server_sampler import GREEDY, sampler, tell
 from fake_vllm import tokens_behind
 
-from megatron_selfdistill.engines.vllm import server_batch
-from megatron_selfdistill.engines.vllm.server_batch import BusyTime, request_key
+from megatron_selfdistill.engines.vllm.server_batch import request_key
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.base import Request
 
 HELD = 7  # the first token of the prompts whose responses the servers hold back
 
@@ -185,21 +183,3 @@ def test_a_key_names_a_request_with_everything_that_its_response_depends_on():
     others += [request_key(request, replace(GREEDY, **change)) for change in changes]
     assert len({request_key(request, GREEDY), *others}) == 8
     assert request_key(Request([1, 2], 3), GREEDY) == request_key(request, GREEDY)
-
-
-def test_a_response_knows_the_weights_of_each_token():
-    response = Response.unsampled([5, 6, 7])
-    assert response.token_versions == [None] * 3
-    assert replace(response, weight_version=4).token_versions == [4, 4, 4]
-    assert replace(response, weight_version=4, weight_spans=[(4, 1), (5, 2)]).token_versions == [4, 5, 5]
-
-
-def test_works_at_the_same_time_count_once_and_a_work_under_way_counts_up_to_now(monkeypatch):
-    clock = iter([1.0, 3.0, 4.0, 10.0, 15.0, 16.0])
-    monkeypatch.setattr(server_batch, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    busy_time = BusyTime()
-    with busy_time, busy_time:
-        pass
-    assert busy_time.take() == 2.0
-    with busy_time:
-        assert busy_time.take() == 5.0

@@ -14,7 +14,6 @@ import pytest
 from megatron_selfdistill.engines.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import Work
 from megatron_selfdistill.engines.vllm.server_batch import dispatch
-from megatron_selfdistill.errors import EngineError
 
 
 def servers_of(count: int) -> list[VllmServer]:
@@ -68,17 +67,3 @@ def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
     tasks, where = counting(24, before)
     dispatch(tasks, servers, lambda index, i: None)
     assert Counter(where.values())[servers[1].address] >= 22
-
-
-def test_each_result_arrives_once_on_the_callers_thread_also_where_a_server_fails():
-    servers = servers_of(2)
-    arrived: list[tuple[int, threading.Thread]] = []
-
-    def before(i: int, server: VllmServer) -> None:
-        if server is servers[0] and i > 3:
-            raise EngineError("gone")
-
-    tasks, _ = counting(20, before)
-    assert dispatch(tasks, servers, lambda index, i: arrived.append((i, threading.current_thread())))[0]
-    assert sorted(i for i, _ in arrived) == list(range(20))
-    assert {thread for _, thread in arrived} == {threading.current_thread()}

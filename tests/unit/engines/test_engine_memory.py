@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.config import RolloutConfig, load
-from megatron_selfdistill.engines.vllm import colocated, configured_sampler
-from megatron_selfdistill.rollout import factory
+from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.engines.vllm import colocated
 
 GIB = 2**30
 
@@ -38,21 +36,3 @@ def test_a_colocated_engine_takes_what_the_trainer_leaves_unless_the_user_sets_i
     colocated.ColocatedSampler(weights, grid, Path("model"), rollout, vocab_size=100, max_length=64)
     assert recorded["gpu_memory_utilization"] == (share or 0.7)
     assert recorded["kv_cache_memory_bytes"] == 16 * GIB
-
-
-RUN_DATA: Any = SimpleNamespace(stop_token_ids=(1,), vocab_size=128, num_sampled_ids=97, max_length=64)
-
-
-@pytest.mark.parametrize(("placement", "module"), [("server", "ServerSampler"), ("colocated", "ColocatedSampler")])
-def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement, module):
-    sizes = {}
-    found = lambda _, size, *__: sizes.update(directory=size) or ("", [])  # noqa: E731
-    monkeypatch.setattr(configured_sampler, "engine_directory", found)
-    monkeypatch.setattr(configured_sampler, "EngineWeights", lambda *_, **__: None)
-    fake = SimpleNamespace(**{module: lambda *_, vocab_size, **__: sizes.update(sampler=vocab_size)})
-    name = {"server": "server_sampler", "colocated": "colocated"}[placement]
-    monkeypatch.setitem(sys.modules, f"megatron_selfdistill.engines.vllm.{name}", fake)
-    own = ["rollout.placement=server", "rollout.num_servers=1"] if placement == "server" else []
-    config = load(["rollout.engine=vllm", "run_dir=run", *own])
-    factory.make_sampler(config, RUN_DATA, [], SimpleNamespace())
-    assert sizes == {"directory": 97, "sampler": 97}

@@ -111,21 +111,6 @@ def test_in_any_layout_all_requests_are_answered_once_with_the_weights_that_were
     )
 
 
-def counts_of_replies(addresses: list[str]) -> list[tuple[int, int, str]]:
-    counts: list[tuple[int, int, str]] = []
-    with sampler(addresses, {}, lambda *counted: counts.append(counted)) as (built, grid):
-        built.update_weights(0)
-        built.generate(everybodys(24)[grid.dp_rank :: grid.dp_size], GREEDY)
-    return counts
-
-
-def test_rank_0_counts_the_replies_to_the_requests_of_all_replicas(ranks, fakes):
-    first, second = ranks.run(counts_of_replies, [fake.address for fake in fakes], world_size=2)
-    counts = [finished for finished, _, _ in first]
-    assert counts == sorted(counts) and counts[-1] == 24 and second == []
-    assert {(total, whose) for _, total, whose in first} == {(24, "")}
-
-
 @pytest.mark.parametrize(
     "fault",
     [
@@ -158,12 +143,6 @@ def test_a_server_that_comes_back_is_used_after_the_next_weights_and_not_before(
     assert first[0] == second[0] == wanted(everybodys(24))
     assert first[1]["rollout/servers_alive"] == 1 and second[1]["rollout/servers_alive"] == 2
     assert fakes[0].version == "1" and fakes[0].answered
-
-
-def test_a_server_that_does_not_take_the_weights_is_dropped(ranks, fakes):
-    _, (tokens, metrics) = run(ranks, fakes, [[], [{"fail_at": "/update_weights"}]])
-    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
-    assert fakes[0].version == "loading" and fakes[1].version == "1"
 
 
 def test_when_no_server_takes_the_weights_every_rank_raises(ranks, fakes):
@@ -243,15 +222,6 @@ def test_what_no_server_can_do_is_an_error_on_all_ranks(ranks, fakes, length, fa
         vars(fake).update(faults)
     first, second = ranks.run(refused, [fake.address for fake in fakes], [1] * length, world_size=2)
     assert first == second and first[0] == kind and word in first[1]
-
-
-def asked_too_early(addresses: list[str]) -> None:
-    with sampler(addresses, {}) as (built, _), pytest.raises(EngineError, match="call update_weights before generate"):
-        built.generate(everybodys(2), GREEDY)
-
-
-def test_nothing_is_sampled_before_the_first_weights(ranks, fakes):
-    ranks.run(asked_too_early, [fakes[0].address], world_size=1)
 
 
 def adapted_updates(addresses: list[str], restarted: str, transfer: str) -> list[float]:

@@ -18,7 +18,7 @@ import pytest
 from events import wait_until
 from ports import neighbouring_ports
 
-from megatron_selfdistill.engines.vllm.server import serve, server_nodes
+from megatron_selfdistill.engines.vllm.server import server_nodes
 from megatron_selfdistill.engines.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.engines.vllm.server.server_nodes import (
     ServerNode,
@@ -65,20 +65,6 @@ time.sleep(600)
 def test_nodes_that_cannot_be_are_refused(refused, arguments, word):
     refusal = refused(*arguments)
     assert refusal is None if word is None else word in (refusal or "")
-
-
-def test_vllm_is_told_of_the_nodes_and_only_the_head_answers_requests():
-    common = ["--hf-config=/model", "--tensor-parallel-size=16"]
-    several = [*common, "--nnodes=2", "--master-addr=node7", "--master-port=31008"]
-    head, other, alone = (
-        serve.engine_arguments(serve.parser().parse_args(options), on_cpu=False)
-        for options in (several, [*several, "--node-rank=1"], common)
-    )
-    nodes = ["--nnodes=2", "--master-addr=node7", "--master-port=31008", "--distributed-executor-backend=mp"]
-    assert all(argument in head and argument in other for argument in [*nodes, "--tensor-parallel-size=16"])
-    assert "--node-rank=0" in head and "--headless" not in head
-    assert "--node-rank=1" in other and "--headless" in other
-    assert not any(argument.startswith(("--nnodes", "--node-rank", "--master", "--distr")) for argument in alone)
 
 
 def test_a_node_is_told_its_address_on_the_way_to_the_head(monkeypatch):

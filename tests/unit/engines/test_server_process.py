@@ -27,7 +27,6 @@ from megatron_selfdistill.engines.vllm.server.server_process import (
 )
 from megatron_selfdistill.errors import ConfigError, EngineError
 
-GIB = 2**30
 ALONE = {"world_size": 1, "init_process_group": False}
 MIDDLEWARE = {"middleware": ["a", "b"], "compilation_config": {"level": 0}}
 OF_BOTH_SIDES = ("server.serve", "plugin.middleware")
@@ -120,14 +119,6 @@ def test_a_process_knows_what_it_was_started_with():
     assert done.stdout.split() == ["WARN", "None"]
 
 
-def test_servers_have_ports_of_their_own_and_logs_of_their_own(tmp_path):
-    processes = started(tmp_path, script(tmp_path, "exit 0"), count=3)
-    assert len({one.address for one in processes}) == len({one.log for one in processes}) == 3
-    for one in processes:
-        one.stop()
-        one.stop()
-
-
 def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(tmp_path):
     [one] = started(tmp_path, script(tmp_path, "echo no module named vllm >&2; exit 3"))
     with pytest.raises(EngineError, match=r"(?s)ended with status 3 .*0\.log:\nno module named vllm"):
@@ -140,11 +131,6 @@ def test_a_server_that_does_not_come_up_is_an_error_in_time(tmp_path):
         wait_until_healthy([one], [VllmServer(one.address)], 0.5)
     one.stop()
     assert one.process.returncode is not None
-
-
-def test_a_python_that_is_not_there_is_a_configuration_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"rollout\.server_python=/no/python cannot be started"):
-        started(tmp_path, "/no/python")
 
 
 def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):

@@ -87,10 +87,3 @@ def test_a_trainer_on_a_stream_of_its_own_stays_there_also_when_vllm_fails(defau
         side = Vllm().current_stream()
         raise RuntimeError("broke")
     assert torch.cuda.current_stream() is own and own.waited_for == [side]
-
-
-def test_an_engine_that_changes_no_stream_costs_no_wait(default):
-    for _ in range(2):
-        with trainer_state_kept():
-            pass
-    assert torch.cuda.current_stream() is default and default.waited_for == []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_selfdistill.engines.vllm import transfer as transfer_module
 from megatron_selfdistill.engines.vllm.client import VllmServer
-from megatron_selfdistill.engines.vllm.protocol import Layout, digest, layout_of, pack, unpack
+from megatron_selfdistill.engines.vllm.protocol import digest
 from megatron_selfdistill.engines.vllm.transfer import BroadcastTransfer, SharedMemoryTransfer, Transfer
 from megatron_selfdistill.engines.vllm.weight_update import WeightUpdate
 from megatron_selfdistill.errors import ConfigError
@@ -72,14 +72,6 @@ def sent(transfer: Transfer, servers: list[VllmServer], version: int) -> WeightU
         update.send(bucket)
     update.finish()
     return update
-
-
-def test_a_bucket_unpacks_to_what_was_packed():
-    everything = tensors()
-    layout = layout_of(everything)
-    packed = pack(everything, layout)
-    assert packed.numel() == layout.num_bytes
-    assert same(dict(unpack(packed, Layout(**vars(layout)))), everything)
 
 
 def test_a_digest_knows_a_missing_and_a_doubled_name_but_no_order():
@@ -135,13 +127,14 @@ def test_on_this_host_two_files_serve_all_updates_and_none_stays(fakes, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_of_other_hosts_read_a_file_per_bucket_and_none_stays(fakes, tmp_path):
+def test_workers_of_other_hosts_read_a_file_of_the_owner_per_bucket_and_none_stays(fakes, tmp_path):
     fakes[0].workers = [{**fakes[0].workers[0], "boot_id": "another"}]
-    seen: list[int] = []
+    seen: list[list[int]] = []
     received = fakes[0].update
-    fakes[0].update = lambda info: (seen.append(len(list(tmp_path.iterdir()))), received(info))  # type: ignore[method-assign]
+    noted = lambda: seen.append([path.stat().st_mode & 0o777 for path in tmp_path.iterdir()])  # noqa: E731
+    fakes[0].update = lambda info: (noted(), received(info))  # type: ignore[method-assign]
     assert not sent(SharedMemoryTransfer(tmp_path), reach(fakes), 1).failures
-    assert seen == [1, 1, 1, 0]  # the last is the announcement
+    assert seen == [[0o600]] * 3 + [[]]  # the last is the announcement
     assert same(fakes[0].weights, tensors()) and same(fakes[1].weights, tensors())
     assert list(tmp_path.iterdir()) == []
 
@@ -209,33 +202,3 @@ def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(f
     assert not broadcast.join(reach(fakes[:1]))
     broadcast.close()
     assert hosts == ["localhost"]
-
-
-def test_names_are_looked_up_in_the_thread_that_joins_and_an_unknown_one_is_its_servers_failure(fakes, monkeypatch):
-    """The thread that reads the answers of all servers must not wait for a name."""
-    threads: set[threading.Thread] = set()
-
-    def look_up(host: str, port: int) -> str:
-        threads.add(threading.current_thread())
-        if host == "node7":
-            raise OSError("Name or service not known")
-        return host
-
-    monkeypatch.setattr(transfer_module, "own_address", look_up)
-    fakes[1].workers = [{**fakes[1].workers[0], "address": "node7"}]
-    [(server, error)] = BroadcastTransfer("gloo", PATIENCE_S).join(reach(fakes)).items()
-    assert server.address == fakes[1].address
-    assert str(error) == f"{server.address}: no way to its workers is known: Name or service not known"
-    assert threads == {threading.current_thread()}
-
-
-def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
-    modes: set[int] = set()
-
-    def look(info: dict[str, Any]) -> None:
-        if info.get("where"):  # the file that this call reads: the other file may be replaced meanwhile
-            modes.add(Path(info["where"]["path"]).stat().st_mode & 0o777)
-
-    fakes[0].update = look  # type: ignore[method-assign]
-    assert not sent(SharedMemoryTransfer(tmp_path), reach(fakes[:1]), 1).failures
-    assert modes == {0o600}
