@@ -58,15 +58,6 @@ def by_enumeration(values: list[Fraction], right: list[bool]) -> dict[str, Fract
     }
 
 
-def test_the_worked_example():
-    values = (0.95, 0.85, 0.95, 0.55, 0.55, 0.15, 0.75, 0.35)
-    right = [bool(it) for it in (1, 1, 0, 1, 0, 0, 1, 0)]
-    found = calibration([Confidence.stated(value) for value in values], right)
-    assert found is not None and found.stated_confidence == 1
-    expected = {"ece": 0.2375, "brier": 0.205, "spr": 0.6875, "ocg": 0.1375}
-    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, abs=1e-15)
-
-
 @given(st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=30))
 def test_every_number_equals_its_definition(responses):
     """Hundredths lie on the edges of the bins, too, and many of them are equal."""

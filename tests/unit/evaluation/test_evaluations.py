@@ -59,13 +59,6 @@ def test_resampled_means_are_means_of_the_same_problems_in_every_column():
     assert not np.array_equal(means, resampled_means(values, 20_000, seed=4))
 
 
-def test_many_problems_are_resampled_in_groups(monkeypatch):
-    values = np.arange(10.0)[:, None]
-    monkeypatch.setattr("megatron_selfdistill.evaluation.estimators._MAX_ELEMENTS", 30)
-    means = resampled_means(values, 1000, seed=0)
-    assert means.shape == (1000, 1) and 4 < means.mean() < 5 and len(np.unique(means)) > 30
-
-
 MEANS = {"accuracy": "correct", "mean_length": "length", "truncated_share": "truncated", "loop_share": "loops"}
 
 

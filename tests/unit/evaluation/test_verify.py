@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from answers import problem_with
 
-from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer
 
@@ -21,16 +18,13 @@ from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, m
     ("response", "by_text", "by_meaning"),
     [
         ("so\n  4  2 ", "4 2", "2"),
-        (r"it is $\frac{1}{2}$", r"it is $\frac{1}{2}$", "0.5"),
         ("it is 0.5", "it is 0.5", "0.5"),
         (r"\boxed{2.0}", "2.0", "2"),
         (r"\boxed{1/3}", "1/3", "0.333333"),
-        (r"\boxed{0.3333333}", "0.3333333", "0.333333"),
         (r"\boxed{1+x^2}", "1+x^2", "x**2 + 1"),
         (r"\boxed{1} </think> \boxed{2}", "2", "2"),
         ("who knows", "who knows", "who knows"),
         ("  ", None, None),
-        ("so\n\n</think>\n", None, None),
     ],
 )
 def test_a_response_votes_for_its_final_answer(response, by_text, by_meaning):
@@ -46,43 +40,28 @@ def test_a_number_too_large_to_write_out_is_a_vote_of_its_own():
 @pytest.mark.parametrize(
     ("response", "answer", "right"),
     [
-        ("092", "092", True),
         ("  092\n", " 092 ", True),
         ("092", "92", False),
         ("first 1\nthen 2\n\n42\n", "42", True),
         ("42\nthen 2", "42", False),
-        ("so it is 42", "42", False),
         (r"so \boxed{41}, no, \boxed{42}. Done", "42", True),
         (r"so \boxed{42}, no, \boxed{41}" + "\n42", "42", False),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
         (r"\boxed{42} or \boxed{4", "42", True),
         ("3 + 4 = 7\n#### 7", "7", True),
         ("#### 7\n#### 8", "7", False),
         ("42\n</think>\nno idea", "42", False),
         (r"\boxed{7}</think> it is" + "\n42", "42", True),
         ("a  b\nc", "a b c", True),
-        ("", "42", False),
     ],
 )
 def test_exact_match_compares_the_final_answer(response, answer, right):
     assert exact_match(response, problem_with(answer)) is right
 
 
-PARTS = [
-    r"\boxed{",
-    r"\boxed{}",
-    r"\boxed{{",
-    "\\boxed    ",
-    "{",
-    "}",
-    "<think>",
-    "</think>",
-    "<|channel|>final",
-    "#### ",
-]
+PARTS = [r"\boxed{", r"\boxed{}", "\\boxed    ", "{", "<think>", "</think>", "<|channel|>final", "#### ", "\n"]
 
 
-@pytest.mark.parametrize("part", [*PARTS, "\n"])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_response_costs_a_time_proportional_to_its_length(part):
     """The texts have up to a million characters; a scan that is not linear takes minutes for some of them."""
     assert exact_match(part * 100_000 + r"\boxed{42}", problem_with("42")) is (part != "<think>")
@@ -92,25 +71,19 @@ def test_a_response_costs_a_time_proportional_to_its_length(part):
     ("response", "answer", "right"),
     [
         (r"so it is $\frac{1}{2}$", "1/2", True),
-        ("the answer is 0.5", r"\frac{1}{2}", True),
         (r"\boxed{1+x^2}", "x^2+1", True),
         (r"\boxed{1+x^3}", "x^2+1", False),
         ("the answer is 12345", "12,345", True),
         (r"\boxed{2^{1/2}}", r"$\sqrt{2}$", True),
-        ("it is 41", "42", False),
         (r"\boxed{42}</think> it is 41", "42", False),
         (r"$\boxed{\text{Monday}}$", r"\text{Monday}", True),
-        ("", "42", False),
         ("85 + 78 = 163, so the answer is 163.", "163", True),
         ("85 + 78 = 163, so the answer is 163.", "85", False),
         ("#### 7", "7.0", True),
-        ("Paris", "Paris", True),
         (r"it is \boxed{Paris}", "Paris", True),
         (r"it is \boxed{Spair}", "Paris", False),
         ("It is Paris.", "Paris", False),
-        ("so\nNew  York", "New York", True),
         ("so\n12:30", "12:30", True),
-        (r"\boxed{x}", "x", True),
         (r"\boxed{2 y}", "2y", True),
     ],
 )
@@ -143,25 +116,3 @@ def test_an_answer_is_mentioned_as_whole_words_or_a_whole_number():
     for response in ("1631 or 0.163 or 163.5 or x163", "163</think> no idea", ""):
         assert not module.mentions_answer(response, number)
     assert not module.mentions_answer("anything", problem_with(None))
-
-
-def verdicts_on_a_rank(dp_size: int) -> tuple[list[str], list[Any]]:
-    """Return the verdicts of this replica, and what this rank has sent beyond its replica."""
-    grid = initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
-    sent, gather = [], module.gather_objects
-
-    def gather_objects(value: Any, group: Any = None) -> list[Any]:
-        sent.extend([value] if group is None else [])
-        return gather(value, group)
-
-    assert grid.dp_size == dp_size
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "gather_objects", gather_objects)
-        questions = [(problem_with("1"), f"{grid.dp_rank} {i}") for i in range(3)]
-        return module.judged_in_order(questions, lambda problem, text: f"read {text}", grid), sent
-
-
-def test_a_replica_keeps_its_verdicts_to_itself(ranks):
-    results = ranks.run(verdicts_on_a_rank, 2, world_size=4)
-    assert [verdicts for verdicts, _ in results] == [[f"read {r} {i}" for i in range(3)] for r in (0, 0, 1, 1)]
-    assert [sent for _, sent in results] == [[None]] * 4
