@@ -17,7 +17,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import loggers
 from megatron_selfdistill.metrics.log import MetricsLog
 from megatron_selfdistill.metrics.run_log import read_metrics
-from tests.unit.metrics.test_samples import MARKED
+from tests.unit.metrics.test_samples import sample
 
 RECORDED, FAILING, LEAVING, NO_START = (
     f"recorded_logger.{name}" for name in ("RecordedLogger", "FailingLogger", "LeavingLogger", "failing_start")
@@ -32,14 +32,14 @@ def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):
     with closing(log_of(tmp_path, RECORDED)) as log:
         log.resume(3)
         log.log(4, {"loss/mean": math.inf})
-        log.log_samples(4, lambda: [MARKED, MARKED])
+        log.log_samples(4, lambda: [sample("so"), sample("or")])
         log.log_evaluation(4, {"evaluation/greedy_accuracy": 0.5})
     log.close()
     assert tuple(loggers.BUILT_IN) == LOGGERS, "other names are dotted paths"
     assert recorded_logger.calls(tmp_path) == [
         ["init", 3, {"seed": 3}],
         ["scalars", 4, {"loss/mean": math.inf}],
-        ["samples", 4, [MARKED.response] * 2],
+        ["samples", 4, ["so", "or"]],
         ["scalars", 4, {"evaluation/greedy_accuracy": 0.5}],
         ["close"],
     ]

@@ -44,15 +44,10 @@ class Letters:
         return "".join(chr(ord("a") + token) for token in ids)
 
 
-def token(text: str, ratio: float | None = 0.0, loss: float = 0.1) -> SampleToken:
-    if ratio is None:
-        return SampleToken(1, text, loss, -2.0, None, None, None)
-    return SampleToken(1, text, loss, -2.0, -2.0 + ratio, 1.25, "matched")
-
-
-def sample(*tokens: SampleToken, **changes: Any) -> Sample:
-    values = {"problem_id": "p7", "prompt": "1+1=", "solution": "two", "tokens": tokens, "truncated": False}
-    return Sample(**values | changes)
+def sample(text: str, problem_id: str = "p7") -> Sample:
+    """Return the sample of a response of one token."""
+    tokens = (SampleToken(1, text, 0.1, -2.0, -2.0, 1.25, "matched"),)
+    return Sample(problem_id=problem_id, prompt="1+1=", solution="two", tokens=tokens, truncated=False)
 
 
 def spans() -> list[range]:
@@ -128,14 +123,11 @@ def test_without_a_teacher_a_response_is_shown_without_marks():
         assert "e" in text and "hint" not in text and "marks" not in text and "largest loss" not in text
 
 
-MARKED = sample(token("so"), token(" 137", -3.2, loss=2.0), token(" now", 1.5), token(" or", -0.5))
-
-
 def test_what_could_steer_a_terminal_is_shown_as_its_escape_also_in_the_id_of_a_problem():
-    text = console_text(sample(token("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬")), "", coloured=True).plain
+    text = console_text(sample("\x1b[2Jgone\u202e\ttab\n 你好 👩\u200d🔬"), "", coloured=True).plain
     assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text
     for coloured in (False, True):
-        text = console_text(sample(problem_id="id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
+        text = console_text(sample("a", "id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
         assert text.startswith("--- step 1: problem id0\\x1b]52;c;eA==\\x07\n")
 
 
