@@ -207,25 +207,6 @@ def test_a_frozen_teacher_never_changes_while_the_student_trains(ranks, setup, w
         assert all(seen.values()), seen
 
 
-def current_teacher() -> dict[str, bool]:
-    training = Training(Setup(weights="current"))
-    training.step(0)
-    teacher = training.teacher
-    with teacher.on_device() as chunks:
-        is_student = all(a is b for a, b in zip(chunks, training.student, strict=True))
-    teacher.load_state_dict({})
-    return {
-        "is the student": is_student and len(teacher.chunks) == len(training.student),
-        "is trained": all(p.requires_grad for p in training.taught()) and training.student[0].training,
-        "keeps nothing": teacher.sharded_state_dict() == {} and teacher.masters == [],
-    }
-
-
-def test_the_current_teacher_is_the_student(ranks):
-    (seen,) = ranks.run(current_teacher, world_size=1)
-    assert all(seen.values()), seen
-
-
 def offloaded(weights: str, precision: str) -> dict[str, bool]:
     setups = [Setup(weights=weights, precision=precision, offload=offload) for offload in (True, False)]
     training, plain = map(Training, setups)

@@ -35,15 +35,12 @@ def lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int
     return found
 
 
-def test_steps_on_a_gpu_have_few_lengths(monkeypatch):
+def test_steps_on_a_gpu_have_few_lengths_and_on_a_cpu_none_longer_than_needed(monkeypatch):
+    assert all(length == need for need, length in lengths("cpu", monkeypatch))
     found = lengths("cuda", monkeypatch)
     assert len({need for need, _ in found}) > 30 and len({length for _, length in found}) <= 8
     quantum = length_quantum(SIZES["max_tokens"])
     assert all(length % quantum == 0 and 0 <= length - need < quantum for need, length in found)
-
-
-def test_steps_on_a_cpu_are_no_longer_than_they_must_be(monkeypatch):
-    assert all(length == need for need, length in lengths("cpu", monkeypatch))
 
 
 @pytest.mark.parametrize(

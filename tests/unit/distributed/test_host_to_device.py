@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -55,8 +54,3 @@ def test_a_cuda_device_gets_pinned_copies_without_waiting(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", recorded_to)
     to_device([torch.ones(3), torch.zeros(4)], torch.device("cuda", 1))
     assert sent == [(it, "cuda:1", True) for it in pinned] and len(pinned) == 2
-
-
-@pytest.mark.parametrize("nothing", [{}, [], ("a", 3)])
-def test_a_tree_without_tensors_is_left_as_it_is(nothing):
-    assert to_device(nothing, torch.device("cpu")) == nothing

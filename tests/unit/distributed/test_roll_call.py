@@ -105,13 +105,6 @@ def test_a_store_that_cannot_be_reached_silences_nobody(monkeypatch):
     ranks.leave()
 
 
-def test_a_world_of_one_waits_for_nobody(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = RollCall()
-    assert ranks.answer("directory", "word") == "word" and ranks.failed("a", 2)
-    ranks.leave()
-
-
 def failure(exitcode: int) -> ChildFailedError:
     return ChildFailedError("train", {1: ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")})
 

@@ -14,8 +14,6 @@ from megatron_selfdistill.config import Config, RolloutConfig, TargetConfig
 from megatron_selfdistill.guidance import guided_tokens
 from megatron_selfdistill.guidance.guided_tokens import MixedTokens, select_mixed_tokens
 from megatron_selfdistill.loss import Target, mixed_target
-from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.sampling import select_tokens
 from megatron_selfdistill.sources.configured_source import step_sampling
 
 STUDENT = Target(anchor="student")
@@ -99,19 +97,6 @@ def test_a_token_is_drawn_where_the_targets_cdf_passes_the_uniform(name: str, dt
     greedy = select_mixed_tokens(student, teacher, uniforms, target, greedy=True, **roles)
     assert (log_q.gather(1, greedy.token_ids[:, None])[:, 0] > log_q.amax(-1) - 1e-5).all()
     assert not greedy.mixed_log_probs.any()
-
-
-def test_equal_logits_behind_all_prompts_draw_what_plain_sampling_draws() -> None:
-    student, _, uniforms = random_logits(2000, 101)
-    tokens, log_probs, sampled_log_probs = select_tokens(student.double(), uniforms, SamplingParams(1))
-    for name, target in TARGETS.items():
-        if target.num_controls or target.rule == "batch" or "fixed" in name:
-            continue
-        others = {"reference_logits": student.clone()} if target.has_reference else {}
-        drawn = select_mixed_tokens(student, student, uniforms, target, greedy=False, **others)
-        assert torch.equal(drawn.token_ids, tokens), name
-        torch.testing.assert_close(drawn.student_log_probs, log_probs, rtol=0, atol=1e-12)
-        torch.testing.assert_close(drawn.mixed_log_probs, sampled_log_probs, rtol=0, atol=2e-6)
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:

@@ -8,14 +8,12 @@ from itertools import pairwise
 import pytest
 from decoding import GREEDY, MAX_LENGTH, NEW_TOKENS, PROMPT_LENGTHS, make_pairs, make_requests
 from models import VOCAB_SIZE, build, model_config, parallel
-from responses import own, stops_of, tokens
+from responses import stops_of, tokens
 
-from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.guidance.guided_sampler import GuidedSampler
 from megatron_selfdistill.guidance.guided_tokens import GuidedParams
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron import megatron_sampler
-from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 Counts = list[tuple[int, int, str]]
 
@@ -60,26 +58,3 @@ def check_reports() -> None:
 
 def test_each_response_is_reported_at_the_pass_that_ends_it(ranks):
     ranks.run(check_reports, world_size=1)
-
-
-def counts_in(config: ParallelConfig, mode: str) -> Counts:
-    chunks, grid = build(model_config("gqa"), config)
-    counts: Counts = []
-    sampler = MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, progress=lambda *counted: counts.append(counted))
-    requests = own(grid, make_requests()) if mode == "own" else make_requests()[:1]
-    sampler.generate(requests, GREEDY)
-    return [counts[0], counts[-1]]
-
-
-@pytest.mark.parametrize(
-    ("config", "mode", "expected"),
-    [
-        (parallel(), "own", [(4, "of this replica"), (3, "of this replica")]),
-        (parallel(cp=2), "own", [(4, "of this rank"), (3, "of this rank")]),
-        (parallel(cp=2), "one", [(1, "of this rank"), (0, "of this rank")]),
-        (parallel(pp=2), "own", [(7, ""), (7, "")]),
-    ],
-)
-def test_a_rank_reports_the_responses_that_it_decodes(ranks, config, mode, expected):
-    found = ranks.run(counts_in, config, mode, world_size=2)
-    assert found == [[(0, total, whose), (total, total, whose)] for total, whose in expected]

@@ -83,15 +83,6 @@ def test_the_measures_do_not_depend_on_the_chunks(name):
     assert (whole.mass_on_rare_reference is None) == (name == "student")
 
 
-def test_the_measures_do_not_depend_on_the_chunks_of_the_loss():
-    target = TARGETS["reference, the student's entropy"]
-    whole, _ = measures(target, 7)
-    parts, chunks = measures(target, 7, of_loss=[9, 0, 14])
-    assert chunks == [7, 2, 0, 7, 7]
-    for field, values in vars(whole).items():
-        torch.testing.assert_close(getattr(parts, field), values, rtol=1e-6, atol=1e-9)
-
-
 def test_the_numbers_of_the_teacher_are_those_of_a_loss_that_sees_its_logits():
     logits = random_logits(NUM_TOKENS)
     alone = loss_of(logits[[0, 3]], Target(anchor="student"))

@@ -201,18 +201,11 @@ def draw_in_orders(orders: list[list[int]]) -> list[dict[int, Response]]:
     return found
 
 
-def draw_in_batches_of_one() -> dict[int, Response]:
-    [model], grid = build(model_config("shallow"), parallel())
-    sampler = sampler_of([model], grid)
-    return {i: sampler.generate([request], SAMPLED)[0] for i, request in enumerate(make_requests())}
-
-
 def test_a_sample_depends_on_its_stream_only_not_on_order_batch_or_replica(ranks, on_one_rank):
     order = list(range(len(PROMPT_LENGTHS)))
-    [alone] = ranks.run(draw_in_batches_of_one, world_size=1)
     [[reverse]] = ranks.run(draw_in_orders, [order[::-1]], world_size=1)
     replicas = ranks.run(draw_in_orders, [order, [4, 1, 0, 6, 3, 2, 5]], world_size=2)
-    for found in (alone, reverse, *(first | second for first, second in zip(*replicas, strict=True))):
+    for found in (reverse, *(first | second for first, second in zip(*replicas, strict=True))):
         check_drawn([found[i] for i in order], on_one_rank("shallow").drawn)
 
 
