@@ -39,31 +39,24 @@ TESTS = Path(__file__).resolve().parent
 pytest_plugins = ["shared", "smoke"]
 
 
-# Left out where what they need is not there: `make test-vllm` brings it.
+def switched_on(name: str) -> bool:
+    return os.environ.get(f"SELFDISTILL_TEST_{name}") == "1"
+
+
+def installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+# Left out where what they need is not there: each target of make brings it.
 NEEDS = {
-    "browser": (
-        os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
-        "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
-    ),
-    "clusters": (
-        os.environ.get("SELFDISTILL_TEST_CLUSTERS") == "1",
-        "SELFDISTILL_TEST_CLUSTERS=1, Ray, kubernetes-validate and hadolint (make test-clusters)",
-    ),
-    "verl": (importlib.util.find_spec("verl") is not None, "verl in this environment (make test-verl)"),
-    "environments": (
-        all(importlib.util.find_spec(name) is not None for name in ("textworld", "reasoning_gym")),
-        "textworld and reasoning-gym in this environment (make test-environments)",
-    ),
-    "real_model": (
-        os.environ.get("SELFDISTILL_TEST_REAL") == "1",
-        "SELFDISTILL_TEST_REAL=1 and the wheel of a real model (make test-real)",
-    ),
-    "vllm/colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
-    "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
-    "slurm": (
-        os.environ.get("SELFDISTILL_TEST_SLURM") == "1",
-        "SELFDISTILL_TEST_SLURM=1 and the packages slurmctld, slurmd and slurm-client (make test-slurm)",
-    ),
+    "browser": (switched_on("BROWSER"), "Chromium and playwright: make test-browser"),
+    "clusters": (switched_on("CLUSTERS"), "Ray, kubernetes-validate and hadolint: make test-clusters"),
+    "verl": (installed("verl"), "verl: make test-verl"),
+    "environments": (installed("textworld", "reasoning_gym"), "textworld and reasoning-gym: make test-environments"),
+    "real_model": (switched_on("REAL"), "the wheel of a real model: make test-real"),
+    "vllm/colocated": (installed("vllm"), "vLLM: make test-vllm"),
+    "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "vLLM: make test-vllm"),
+    "slurm": (switched_on("SLURM"), "slurmctld, slurmd and slurm-client: make test-slurm"),
 }
 collect_ignore = [directory for directory, (there, _) in NEEDS.items() if not there]
 
@@ -106,9 +99,7 @@ def finished(ranks: RankPool, data: Path, shared: SharedDirectories) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    external = {
-        path for path in {item.path for item in items} if any(path.is_relative_to(TESTS / name) for name in NEEDS)
-    }
+    external = {path for path in {item.path for item in items} if any(path.is_relative_to(TESTS / it) for it in NEEDS)}
     for item in items:
         if item.path in external:
             item.add_marker(pytest.mark.external)

@@ -8,7 +8,6 @@ import pytest
 
 @pytest.fixture(scope="module")
 def outcomes(ranks):
-    """Return the outcomes that the tests of a file have in common."""
     from layouts import Outcomes
 
     return Outcomes(ranks)

@@ -4,38 +4,58 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import adapted
 import pytest
 import torch
-from adapted import ADAPTER, AdaptedCase
-from layouts import Case, Outcomes, worst_difference
+from adapted import ADAPTER
+from layouts import Case, worst_difference
 from models import parallel
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import Fusion
 
 TARGET = Target(anchor="reference")
-SHALLOW = Case(kind="shallow", target=TARGET)
-LAYOUTS = {
-    "tp2 sp": ("shallow", 2, parallel(tp=2, sp=True)),
-    "tp2": ("shallow", 2, parallel(tp=2)),
-    "pp2": ("shallow", 2, parallel(pp=2)),
-    "pp2 vpp2": ("gqa", 2, parallel(pp=2, vpp=2)),
-    "cp2": ("shallow", 2, parallel(cp=2)),
-    "dp2": ("shallow", 2, parallel()),
-    "tp4 sp tied": ("tied", 4, parallel(tp=4, sp=True)),
-    "tp2 pp2 sp tied": ("tied", 4, parallel(tp=2, pp=2, sp=True)),
-    "tp2 cp2 sp": ("shallow", 4, parallel(tp=2, cp=2, sp=True)),
+STUDENT = Target(anchor="student")
+ADAPTED = Case(kind="shallow", target=TARGET, adapter=ADAPTER)
+TP2 = parallel(tp=2, sp=True)
+
+
+def case(world_size: int = 1, **changes: Any) -> tuple[Case, int]:
+    return dataclasses.replace(ADAPTED, **changes), world_size
+
+
+def recomputing(**how: Any) -> ScheduleConfig:
+    return ScheduleConfig(recompute=RecomputeConfig(**how))
+
+
+CASES = {
+    "tp2 sp": case(2, parallel=TP2),
+    "tp2": case(2, parallel=parallel(tp=2)),
+    "pp2": case(2, parallel=parallel(pp=2)),
+    "pp2 vpp2": case(2, kind="gqa", parallel=parallel(pp=2, vpp=2)),
+    "cp2": case(2, parallel=parallel(cp=2)),
+    "dp2": case(2),
+    "tp4 sp tied": case(4, kind="tied", parallel=parallel(tp=4, sp=True)),
+    "tp2 pp2 sp tied": case(4, kind="tied", parallel=parallel(tp=2, pp=2, sp=True)),
+    "tp2 cp2 sp": case(4, parallel=parallel(tp=2, cp=2, sp=True)),
+    "ep2": case(2, kind="moe", parallel=parallel(ep=2)),
+    "alternating": case(pair_order="alternating", paired=True),
+    "controls beside the student": case(2, target=Target(anchor="student", num_controls=2), parallel=TP2),
+    "controls beside a share": case(2, target=Target(anchor=0.25, num_controls=2), parallel=TP2),
+    "low memory": case(target=STUDENT, fusion=Fusion("low_memory", 5)),
+    "low memory, reference": case(fusion=Fusion("low_memory", 5)),
+    "kept gradient": case(target=STUDENT, fusion=Fusion("keep_gradient", 5)),
+    "kept gradient, reference": case(fusion=Fusion("keep_gradient", 5)),
+    "full recompute": case(schedule=recomputing(granularity="full", method="uniform", num_layers=1)),
+    "selective recompute": case(schedule=recomputing(granularity="selective")),
+    "some layers, the stabilised scale": case(
+        adapter=AdapterConfig(rank=4, alpha=0.2, rank_stabilised=True, layers=["linear_proj", "linear_fc2"])
+    ),
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes(ranks):
-    return Outcomes(ranks, adapted.run_each)
 
 
 def chained(weight_grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor], scale: float) -> dict:
@@ -54,84 +74,33 @@ def of_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in tensors.items() if "_adapter." in key}
 
 
-def expected(outcomes: Outcomes, job: AdaptedCase) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss, and the gradients of the factors by the chain rule, from the merged model on one rank."""
-    plain = AdaptedCase(alone(job.case), job.adapter)
-    merged, (_, _, params) = outcomes.of([dataclasses.replace(plain, merged=True), plain])
-    return merged[0].loss, chained(merged[1], params, job.adapter.scale)
-
-
-def alone(case: Case) -> Case:
-    """Return the same step on one rank, in the plainest way."""
+@combinations(name=list(CASES), quick={"name": ["tp2 sp", "full recompute"]}, strength=1)
+def test_a_step_has_the_gradients_of_the_merged_model(outcomes, name):
+    """The merged model takes the same step on one rank, in the plainest way."""
+    case, world_size = CASES[name]
     plainly = {"pair_order": "teacher_first", "paired": False, "fusion": None, "schedule": ScheduleConfig()}
-    return dataclasses.replace(case, parallel=parallel(), **plainly)
-
-
-def check(outcomes: Outcomes, job: AdaptedCase, world_size: int) -> None:
-    loss, wanted = expected(outcomes, job)
-    outcome, grads, _ = outcomes(job, world_size)
-    assert outcome.loss == pytest.approx(loss, rel=2e-5)
+    plain = dataclasses.replace(case, parallel=parallel(), **plainly)
+    merged, (_, _, params) = outcomes.of([dataclasses.replace(plain, merges_adapter=True), plain])
+    wanted = chained(merged[1], params, case.adapter.scale)
+    outcome, grads, _ = outcomes(case, world_size)
+    assert outcome.loss == pytest.approx(merged[0].loss, rel=2e-5)
     got = of_adapters(grads)
     assert got.keys() == wanted.keys() and len(got) > 0
     assert all(gradient.norm() > 0 for gradient in got.values())
-    difference, name = worst_difference(got, wanted)
-    assert difference < 1e-4, f"{name}: {difference}"
+    difference, where = worst_difference(got, wanted)
+    assert difference < 1e-4, f"{where}: {difference}"
     others = [key for key, gradient in grads.items() if key not in got and gradient.any()]
     assert not others, f"frozen weights have gradients: {others}"
-
-
-@pytest.mark.full
-def test_alternating_microbatches_have_the_gradients_of_the_merged_model(outcomes):
-    check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, pair_order="alternating", paired=True)), 1)
-
-
-@combinations(name=list(LAYOUTS), quick={"name": ["tp2 sp"]}, strength=1)
-def test_every_layout_has_the_same_gradients(outcomes, name):
-    kind, world_size, layout = LAYOUTS[name]
-    check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("anchor", ["student", 0.25])
-def test_controls_beside_adapters_have_the_gradients_of_the_merged_model(outcomes, anchor):
-    target = Target(anchor=anchor, num_controls=2)
-    check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, target=target, parallel=parallel(tp=2, sp=True))), 2)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("target", [Target(anchor="student"), TARGET])
-@pytest.mark.parametrize("mode", ["low_memory", "keep_gradient"])
-def test_a_fused_output_layer_needs_no_gradient_of_its_own(outcomes, mode, target):
-    check(outcomes, AdaptedCase(Case(kind="shallow", target=target, fusion=Fusion(mode, 5))), 1)
-
-
-@pytest.mark.parametrize("granularity", ["full", pytest.param("selective", marks=pytest.mark.full)])
-def test_recomputed_layers_keep_their_adapters(outcomes, granularity):
-    check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, schedule=adapted.recomputing(granularity))), 1)
-
-
-@pytest.mark.full
-def test_a_mixture_of_experts_has_adapters_in_its_attention(outcomes):
-    layout = parallel(ep=2)
-    job = AdaptedCase(Case(kind="moe", target=TARGET, parallel=layout, model_changes={"transformer": {}}))
-    check(outcomes, job, 2)
-
-
-@pytest.mark.full
-def test_some_layers_and_the_stabilised_scale(outcomes):
-    some = AdapterConfig(rank=4, alpha=0.2, rank_stabilised=True, layers=["linear_proj", "linear_fc2"])
-    assert some.scale == pytest.approx(0.1) and ADAPTER.scale == pytest.approx(0.1)
-    check(outcomes, AdaptedCase(SHALLOW, some), 1)
 
 
 @pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_steps_change_the_factors_alone_and_every_layout_alike(outcomes, distributed):
     settings = {"optimizer": "adam", "precision": "fp32", "lr": 0.01, "lr_warmup_steps": 0, "weight_decay": 0.1}
     optimizer = OptimizerConfig(**settings, use_distributed_optimizer=distributed)
-    job = AdaptedCase(dataclasses.replace(SHALLOW, optimizer=optimizer, steps=2))
-    _, _, before = outcomes(AdaptedCase(SHALLOW))
-    _, _, after = outcomes(adapted.with_layout(job, parallel=parallel(tp=2, sp=True)), 2)
-    _, _, alone = outcomes(job)
+    stepped = dataclasses.replace(ADAPTED, optimizer=optimizer, steps=2)
+    _, _, before = outcomes(ADAPTED)
+    _, _, after = outcomes(dataclasses.replace(stepped, parallel=TP2), 2)
+    _, _, alone = outcomes(stepped)
     for key, value in before.items():
         assert torch.equal(after[key], value) == ("_adapter." not in key), key
     assert worst_difference(of_adapters(after), of_adapters(alone))[0] < 1e-3

@@ -85,29 +85,3 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes
     got, gradients, _ = outcomes(CASES[name])
     assert got.loss == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)
-
-
-def test_what_a_case_has_of_its_own_changes_the_gradient(outcomes):
-    for name, change in (
-        ("one projection", {"target": Target(teacher_weight=0.5, anchor="student")}),
-        ("one control", {"target": Target(anchor="student")}),
-        ("two terms", {"two_terms": False}),
-    ):
-        _, without, _ = outcomes(dataclasses.replace(CASES[name], **change))
-        assert worst_difference(without, outcomes(CASES[name])[1])[0] > 0.05
-
-
-def test_two_projections_equal_one_projection_of_the_mixed_states(outcomes):
-    """The target is the same for a reference with chunks of its own and the teacher's weights."""
-    once, expected, _ = outcomes(ANCHORED)
-    apart = dataclasses.replace(ANCHORED, reference_copy=True, reference_seed=1)
-    for twice, gradients, _ in outcomes.of([dataclasses.replace(apart, fusion=it) for it in OUTPUT_LAYERS.values()]):
-        assert worst_difference(gradients, expected)[0] <= TOLERANCE
-        assert twice.loss == pytest.approx(once.loss, rel=1e-6)
-
-
-def test_the_statistics_of_the_teacher_are_those_of_a_step_of_the_student_and_one_teacher(outcomes):
-    cases = [CASES["current teacher"], CASES["average teacher"], CASES["one control"]]
-    without = [dataclasses.replace(case, target=Target(anchor="student"), reference_copy=False) for case in cases]
-    for (got, *_), (expected, *_) in zip(outcomes.of(cases), outcomes.of(without), strict=True):
-        assert got.teacher_entropy == pytest.approx(expected.teacher_entropy, rel=1e-6)

@@ -9,16 +9,14 @@ from collections.abc import Collection
 import models
 import pytest
 import torch
-from layouts import Case, contexts, packed, reference, vocab_shard
+from layouts import Case, contexts, packed, scheduled
 from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
 from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.forward import Fusion, unwrapped
-from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 TARGETS = {
@@ -40,32 +38,15 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
     """Return all contexts as explored responses; ``apart`` gives the reference other weights than the teacher."""
     model = models.model_config(case.kind)
     student, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
-
-    def filled(seed: int) -> list[torch.nn.Module]:
-        chunks = build_chunks(model, unwrapped(student[0]).config, grid, models.VOCAB_SIZE)
-        models.fill_from_names(chunks, seed=seed)
-        return chunks
-
-    teacher = filled(1)
-    divergence = Divergence()
-    setting = TokenTarget(case.target, divergence)
-    output = schedule.run(
-        student,
-        schedule.ScheduledTeacher(teacher),
-        packed(case, grid),
-        token_losses.self_distillation(case.target, divergence, fusion=case.fusion),
-        grid,
-        vocab_shard(student, grid),
-        reference=reference(case, filled(2) if apart else teacher),
-        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarise=setting.summarise),
-        forward_only=True,
-    )
-    pairs = contexts()
+    teacher, setting, pairs = models.another(model, student, grid), TokenTarget(case.target, Divergence()), contexts()
+    of_reference = models.another(model, student, grid, seed=2) if apart else teacher
+    measurement = TokenMeasurement(case.target, chunk_tokens=5, summarise=setting.summarise)
+    options = {"measurement": measurement, "forward_only": True}
+    output = scheduled(case, student, teacher, of_reference, packed(case, grid), grid, **options)
     return explored_responses(output, pairs, ["" for _ in pairs], setting, models.VOCAB_SIZE, grid)
 
 
 def in_layout(case: Case, apart: bool = False, names: Collection[str] = tuple(TARGETS)) -> list[list[ExploredResponse]]:
-    """Return the explored responses of each of the named targets."""
     return [explored(dataclasses.replace(case, kind="shallow", target=TARGETS[name]), apart) for name in names]
 
 

@@ -13,19 +13,18 @@ import pytest
 import torch
 from anchored import rows_of
 from conditioning import CHANGE, ROUNDINGS, UNIT_ROUNDOFF, changed_weights
-from layouts import Case, contexts, contexts_of, packed, reference, vocab_shard
+from layouts import Case, contexts, contexts_of, packed, scheduled
+from logit_pairs import kl
 from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.loss.definition import entropy, mixed_target
 from megatron_selfdistill.loss.sharded.target_measures import RARE
-from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics.step import step_metrics
-from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
-from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 TARGETS = {
@@ -57,16 +56,11 @@ of the two largest mixed logits, which are .08 apart and 56 large in one token.
 BOUND = ROUNDINGS * UNIT_ROUNDOFF * AMPLIFICATION
 
 
-@dataclasses.dataclass
-class Measured:
-    """The results of one step on one rank."""
-
-    metrics: dict[str, float]
-    gradients: list[torch.Tensor]
+Measured = tuple[dict[str, float], list[torch.Tensor]]
+"""The metrics and the gradients of one step on one rank."""
 
 
 def sharpened(chunks: Sequence[Any]) -> None:
-    """Multiply the output weights of the last stage by SCALE."""
     for chunk in chunks:
         layer = getattr(unwrapped(chunk), "output_layer", None)
         if layer is not None and layer.weight is not None:
@@ -77,34 +71,22 @@ def step(case: Case, measures: bool, apart: bool) -> Measured:
     """Run one step of ``case`` on this rank; ``apart`` gives the reference a copy of the weights of its own."""
     model = models.model_config(case.kind)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
-    config = unwrapped(chunks[0]).config
-    sharpened(chunks)
-    student = wrap_for_training(chunks, case.optimizer)
-    teacher = Teacher("frozen", student, lambda: build_chunks(model, config, grid, models.VOCAB_SIZE))
-    copies = build_chunks(model, config, grid, models.VOCAB_SIZE) if apart else teacher.chunks
-    for frozen in [teacher.chunks, copies][: 1 + apart]:
-        models.fill_from_names(frozen, seed=1)
+    teacher = models.another(model, chunks, grid)
+    copies = models.another(model, chunks, grid) if apart else teacher
+    for frozen in [chunks, teacher, copies][: 2 + apart]:
         sharpened(frozen)
+    student = wrap_for_training(chunks, case.optimizer)
     for chunk in student:
         chunk.zero_grad_buffer()
-    output = schedule.run(
-        student,
-        schedule.ScheduledTeacher(teacher.chunks),
-        packed(case, grid),
-        token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
-        grid,
-        vocab_shard(student, grid),
-        reference=reference(case, copies),
-        measurement=TokenMeasurement(case.target, chunk_tokens=5) if measures else None,
-    )
+    measurement = TokenMeasurement(case.target, chunk_tokens=5) if measures else None
+    output = scheduled(case, student, teacher, copies, packed(case, grid), grid, measurement=measurement)
     lengths = [len(context.response) for context in contexts()[grid.dp_rank :: grid.dp_size]]
     metrics = step_metrics(output, None, grid, response_lengths=lengths)
     gradients = [parameter.main_grad.clone() for chunk in student for parameter in chunk.parameters()]
-    return Measured({key: metrics[key] for key in metrics if key.startswith(CLAIMS + OF_TEACHER)}, gradients)
+    return {key: metrics[key] for key in metrics if key.startswith(CLAIMS + OF_TEACHER)}, gradients
 
 
 def steps(case: Case, measures: bool = True, apart: bool = False, names: Sequence[str] = ()) -> list[Measured]:
-    """Return the results of the targets ``names``, or of all."""
     cases = [dataclasses.replace(case, kind="shallow", target=TARGETS[name]) for name in names or TARGETS]
     return [step(each, measures, apart) for each in cases]
 
@@ -119,8 +101,7 @@ def logits_by_definition(kind: str) -> list[torch.Tensor]:
     """Return whole rows of logits [R, V] in float64 of student, teacher, reference and two controls, by context."""
     model = models.model_config(kind)
     student, grid = models.build(model, ParallelConfig())
-    teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
-    models.fill_from_names(teacher, seed=1)
+    teacher = models.another(model, student, grid)
     for chunks in (student, teacher):
         sharpened(chunks)
     with torch.no_grad():
@@ -134,8 +115,7 @@ def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
     log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
     tokens = torch.tensor([token for context in contexts() for token in context.response])
     tenths = torch.cat([torch.arange(n) * 10 // n for n in (len(context.response) for context in contexts())])
-    for target, measured in zip(TARGETS.values(), alone, strict=True):
-        found = measured.metrics
+    for target, (found, _) in zip(TARGETS.values(), alone, strict=True):
         of_controls = torch.stack(controls) if target.num_controls else None
         log_q = mixed_target(s, t, target, r if target.is_anchored else None, of_controls).log_q
         anchor = log_r if target.is_anchored else log_p
@@ -152,26 +132,23 @@ def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
         if target.is_anchored:
             mass = torch.where(log_r < math.log(RARE), log_q.exp(), 0.0).sum(-1)
             expected["target/mass_on_rare_reference"] = mass.mean()
-        of_teacher = (log_t.exp() * (log_t - anchor)).sum(-1)
-        expected["teacher/kl_to_anchor"] = of_teacher.mean()
-        expected["target/let_through"] = (log_q.exp() * (log_q - anchor)).sum() / of_teacher.sum()
+        expected["teacher/kl_to_anchor"] = kl(log_t, anchor).mean()
+        expected["target/let_through"] = kl(log_q, anchor).sum() / kl(log_t, anchor).sum()
         if of_controls is not None:
             log_c = of_controls.softmax(-1).mean(0).log()
-            expected["control/general"] = (log_c.exp() * (log_c - anchor)).sum(-1).mean()
-            expected["control/specific"] = (log_t.exp() * (log_t - log_c)).sum(-1).mean()
-        reverse_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            expected |= {"control/general": kl(log_c, anchor).mean(), "control/specific": kl(log_t, log_c).mean()}
+        reverse_kl = kl(log_p, log_q)
         for tenth in range(10):
             expected[f"reverse_kl/tenth_{tenth + 1:02d}"] = reverse_kl[tenths == tenth].mean()
         assert found.keys() == {*expected, "forks/entropy_at_least", "forks/capped"}
-        assert {key: found[key] for key in expected} == pytest.approx(
-            {key: float(value) for key, value in expected.items()}, rel=2e-3
-        )
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(float(value), rel=2e-3), key
         assert min(found[key] for key in expected if key.startswith("target/")) > 1e-3, "a test of nothing"
 
 
 def assert_same_numbers(found: list[Measured], alone: list[Measured], names: Sequence[str]) -> None:
-    for name, measured in zip(names, found, strict=True):
-        assert measured.metrics == pytest.approx(alone[list(TARGETS).index(name)].metrics, rel=BOUND), name
+    for name, (metrics, _) in zip(names, found, strict=True):
+        assert metrics == pytest.approx(alone[list(TARGETS).index(name)][0], rel=BOUND), name
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2, fused"]}, strength=1)
@@ -193,8 +170,8 @@ def test_the_numbers_amplify_a_change_of_the_weights_as_the_bound_says(ranks, al
     worst = 0.0
     for seed in (1, 4):
         (changed,) = ranks.run(steps_with_changed_weights, seed, world_size=1)
-        for moved, exact in zip(changed, alone, strict=True):
-            changes = [abs(moved.metrics[key] / value - 1) for key, value in exact.metrics.items() if value]
+        for (moved, _), (exact, _) in zip(changed, alone, strict=True):
+            changes = [abs(moved[key] / value - 1) for key, value in exact.items() if value]
             worst = max(worst, max(changes) / CHANGE)
     assert AMPLIFICATION / 4 <= worst <= AMPLIFICATION
 
@@ -207,12 +184,9 @@ def test_a_reference_with_its_own_copy_of_the_weights_has_the_same_numbers(ranks
 
 def test_a_measurement_changes_no_bit_of_a_gradient(ranks, alone):
     (without,) = ranks.run(steps, Case(), False, world_size=1)
-    for measured, plain in zip(alone, without, strict=True):
-        assert not any(key.startswith("target/") for key in plain.metrics)
-        assert set(OF_TEACHER) <= measured.metrics.keys()
-        assert all(map(torch.equal, measured.gradients, plain.gradients)) and measured.gradients
-    knows_teacher = ["entropy/teacher" in plain.metrics for plain in without]
-    assert knows_teacher == [target.reads_teacher for target in TARGETS.values()]
-    knows_forks = ["forks/capped" in plain.metrics for plain in without]
-    # Only the match with the reference needs its entropy at every step.
-    assert knows_forks == [target.needs_reference_entropy or not target.is_anchored for target in TARGETS.values()]
+    for target, (measured, gradients), (plain, of_plain) in zip(TARGETS.values(), alone, without, strict=True):
+        assert not any(key.startswith("target/") for key in plain) and set(OF_TEACHER) <= measured.keys()
+        assert all(map(torch.equal, gradients, of_plain)) and gradients
+        assert ("entropy/teacher" in plain) == target.reads_teacher
+        # Only the match with the reference needs its entropy at every step.
+        assert ("forks/capped" in plain) == (target.needs_reference_entropy or not target.is_anchored)

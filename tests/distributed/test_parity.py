@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
-from layouts import joined
-from models import parallel
+from conditioning import AMPLIFICATION, OTHERWISE, amplification
+from layouts import Case, joined
+from models import KINDS, parallel
 from parity import LAYOUTS, case_of, compare, compare_parameters, reference_of
 from tiers import combinations
 
 ONE_PER_AXIS = ["TP2+SP", "PP2 tied", "PP2xVPP2", "CP2", "DP2", "EP2"]
-WITH_EVERY_DIVERGENCE = ["TP2+SP", "CP2", "DP2"]
-STEPS = 2
-
-
-def divides_the_loss(name: str, divergence: str) -> bool:
-    """Return whether a case shows more than the others do: only these layouts divide what a divergence sums."""
-    return divergence == "reverse_kl" or name in WITH_EVERY_DIVERGENCE
+DIVIDING_THE_LOSS = ["TP2+SP", "CP2", "DP2"]
+"""The layouts that divide what a divergence sums: the others show nothing more with a second divergence."""
 
 
 @combinations(
@@ -26,47 +23,59 @@ def divides_the_loss(name: str, divergence: str) -> bool:
     divergence=["reverse_kl", "forward_kl", "jsd"],
     quick={"name": ONE_PER_AXIS},
     strength=1,
-    valid=divides_the_loss,
+    valid=lambda name, divergence: divergence == "reverse_kl" or name in DIVIDING_THE_LOSS,
 )
 def test_gradients_and_parameters_after_sgd_equal_those_of_one_rank(outcomes, name, divergence, record_property):
     """SGD without clipping: any wrong scale of any gradient shows, where Adam and clipping would hide it."""
-    case, world_size = case_of(name, divergence=divergence, steps=STEPS)
+    case, world_size = case_of(name, divergence=divergence, steps=2)
     got, alone = outcomes(case, world_size), outcomes(reference_of(case))
     record_property("worst relative difference", compare(got, alone))
     compare_parameters(got, alone)
 
 
-WINDOWS_AND_SINKS = {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"}
-
-
-@pytest.mark.full
-@combinations(name=["TP2", "TP2+SP", "PP2xVPP2", "CP2"], quick={"name": ["TP2", "CP2"]}, strength=1)
-def test_windows_and_sinks_have_the_same_gradients_however_they_are_cut(outcomes, name):
-    case, world_size = case_of(name, model_changes={"transformer": WINDOWS_AND_SINKS})
-    got, alone = outcomes(case, world_size), outcomes(reference_of(case))
-    compare(got, alone)
-    assert any(key.endswith("core_attention.softmax_offset") and gradient.any() for key, gradient in got[1].items())
-
-
-BIASED_EXPERTS = {
-    "add_bias_linear": True,
-    "activation": "quick_gelu",
-    "transformer": {"activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0, "softmax_type": "learnable"},
+GATED = {"moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}
+BIASED = {"activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0, "softmax_type": "learnable"}
+FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "norms over all heads": ({"qk_layernorm_all_heads": True}, ("TP2", "TP2+SP", "CP2xTP2+SP", "PP2"), "q_layernorm"),
+    "a layer without rope": ({"transformer": {"no_rope_freq": [0, 1]}}, ("CP2", "PP2", "TP2+SP"), "linear_qkv"),
+    "a gated shared expert": ({"transformer": GATED}, ("EP2", "EP2xTP2+SP", "EP2xPP2"), "gate_weight"),
+    "windows and sinks": (
+        {"transformer": {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"}},
+        ("TP2", "TP2+SP", "PP2xVPP2", "CP2"),
+        "core_attention.softmax_offset",
+    ),
+    "experts with biases": (
+        {"add_bias_linear": True, "activation": "quick_gelu", "transformer": BIASED},
+        ("TP2+SP experts", "EP2", "EP2xPP2", "EP2xTP2+SP", "CP2 experts"),
+        "linear_fc1.bias linear_fc2.bias router.bias",
+    ),
 }
+"""Changes of a model, layouts, and the parts of its names whose gradients are not zero."""
 
 
-@pytest.mark.full
 @combinations(
-    name=["TP2+SP experts", "EP2", "EP2xPP2", "EP2xTP2+SP", "CP2 experts"],
-    quick={"name": ["EP2xTP2+SP", "TP2+SP experts"]},
+    feature=list(FEATURES),
+    layout=sorted({layout for _, layouts, _ in FEATURES.values() for layout in layouts}),
+    valid=lambda feature, layout: layout in FEATURES[feature][1],
+    quick={"feature": list(FEATURES)[:3], "layout": ["TP2+SP", "CP2", "EP2xTP2+SP"]},
     strength=1,
 )
-def test_experts_with_biases_have_the_same_gradients_however_they_are_cut(outcomes, name):
-    case, world_size = case_of(name, model_changes=BIASED_EXPERTS)
-    got, alone = outcomes(case, world_size), outcomes(reference_of(case))
-    compare(got, alone)
-    biases = {key for key, gradient in got[1].items() if key.endswith("bias") and gradient.any()}
-    assert {".".join(key.split(".")[-2:]) for key in biases} >= {"linear_fc1.bias", "linear_fc2.bias", "router.bias"}
+def test_the_layers_that_only_some_families_have_are_alike_in_every_layout(outcomes, feature, layout):
+    changes, _, names = FEATURES[feature]
+    case, world_size = case_of(layout, model_changes=changes)
+    got = outcomes(case, world_size)
+    compare(got, outcomes(reference_of(case)))
+    trained = [key for key, gradient in got[1].items() if gradient.any()]
+    assert all(any(name in key for key in trained) for name in names.split()), trained
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "gqa" else pytest.mark.full) for kind in KINDS]
+)
+def test_a_model_amplifies_a_change_of_its_weights_as_its_bound_says(ranks, kind):
+    """The measurement is that of exact arithmetic, up to the curvature: it does not depend on the machine."""
+    stated = AMPLIFICATION.get(kind, OTHERWISE)
+    assert stated / 4 <= amplification(ranks, Case(kind=kind), seed=1) <= 2 * stated
 
 
 @combinations(name=["EP2xTP2+SP", "CP2 experts"], quick={"name": ["CP2 experts"]}, strength=1)

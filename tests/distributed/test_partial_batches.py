@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import layouts
 import models
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import ADAM, Case, joined
 from models import parallel
 from parity import LAYOUTS, case_of, compare, compare_parameters
@@ -23,6 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import ParallelConfig, RecomputeConfig, ScheduleConfig
+from megatron_selfdistill.distributed.ranks import current_grid
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
@@ -31,21 +31,20 @@ from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.next_token import next_token
 from megatron_selfdistill.pipeline.partial_batches import Accumulated, PartialBatch
 
-NUM_PARTIAL_BATCHES = 3
+RECOMPUTED = RecomputeConfig(granularity="full", method="uniform", num_layers=1)
 
 
 def in_partial_batches(case: Case) -> tuple[Case, Case]:
     """Return the case in partial batches, and with the microbatches of all partial batches in one call."""
-    divided = dataclasses.replace(case, partial_batches=NUM_PARTIAL_BATCHES)
+    divided = dataclasses.replace(case, partial_batches=3)
     return divided, dataclasses.replace(divided, replays_partial_batches=True)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2xVPP2"]}, strength=1)
 def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_property):
     """With a balancing loss of the router, whose weight no microbatch may change."""
-    case, world_size = case_of(
-        name, model_changes={"transformer": {"moe_aux_loss_coeff": 0.05}} if "moe" in LAYOUTS[name] else {}
-    )
+    balanced = {"transformer": {"moe_aux_loss_coeff": 0.05}} if "moe" in LAYOUTS[name] else {}
+    case, world_size = case_of(name, model_changes=balanced)
     divided, replayed = outcomes.of(in_partial_batches(case), world_size)
     record_property("worst relative difference", compare(divided, replayed))
 
@@ -56,9 +55,7 @@ def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_p
         "alternating": {"pair_order": "alternating", "paired": True},
         "anchored": {"target": Target("fixed", anchor="reference")},
         "two terms": {"two_terms": True},
-        "recomputed": {
-            "schedule": ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1))
-        },
+        "recomputed": {"schedule": ScheduleConfig(recompute=RECOMPUTED)},
     },
     quick={"options": ["anchored"]},
     strength=1,
@@ -68,18 +65,18 @@ def test_partial_batches_have_the_gradients_of_one_call_in_every_kind_of_step(ou
     compare(*outcomes.of(in_partial_batches(case), world_size))
 
 
-OVERLAPS: dict[str, dict[str, Any]] = {
-    "distributed": {"use_distributed_optimizer": True},
-    "reduction": {"overlap_grad_reduce": True},
-    "all": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
-}
+OVERLAPS: list[dict[str, Any]] = [
+    {"use_distributed_optimizer": True},
+    {"overlap_grad_reduce": True},
+    {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+]
 
 
 @combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
 def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cuts):
     """The reduction that overlaps with the backward pass begins in the last partial batch only."""
     case = Case(kind="shallow", parallel=cuts, steps=2, optimizer=ADAM)
-    cases = [dataclasses.replace(case, optimizer=dataclasses.replace(ADAM, **changes)) for changes in OVERLAPS.values()]
+    cases = [dataclasses.replace(case, optimizer=dataclasses.replace(ADAM, **changes)) for changes in OVERLAPS]
     divided = [in_partial_batches(one)[0] for one in cases]
     *got, expected = outcomes.of([*divided, in_partial_batches(case)[1]], 2 * cuts.pipeline_model_parallel_size)
     for one in got:
@@ -98,15 +95,6 @@ def test_the_comparison_catches(outcomes, name, mutation):
         compare(joined(per_rank), outcomes(replayed, world_size))
 
 
-@given(st.integers(1, 4000), st.integers(1, 64), st.integers(1, 10**9), st.integers(1, 4000))
-def test_one_partial_batch_weighs_router_losses_as_before(num_microbatches, dp_size, num_tokens, num_weighted):
-    """Bit for bit: both are the rounded quotient of integers."""
-    whole = PartialBatch().accumulated(num_tokens, num_weighted)
-    assert whole == Accumulated(num_tokens, num_tokens, num_tokens, num_weighted)
-    factor = num_microbatches * dp_size * whole.first_tokens / (whole.first_microbatches * whole.divisor)
-    assert factor == num_microbatches * dp_size / num_weighted
-
-
 def test_the_divisor_is_an_estimate_until_the_last_partial_batch():
     first = PartialBatch(share=0.25, is_last=False).accumulated(100, 4)
     second = PartialBatch(first, share=0.5, is_last=False).accumulated(60, 2)
@@ -115,38 +103,43 @@ def test_the_divisor_is_an_estimate_until_the_last_partial_batch():
     assert last == Accumulated(167, 167, 100, 4)
 
 
-class Broken(RuntimeError):
-    """The error of a partial batch."""
+def called(case: Case) -> tuple[list[Any], Any, Callable[..., Any]]:
+    """Return a student, its batch, and a function that runs a batch through the schedule."""
+    chunks, grid = models.build(models.model_config(case.kind), case.parallel, optimizer=case.optimizer)
+    student = wrap_for_training(chunks, case.optimizer)
+
+    def call(batch: Any, partial_batch: PartialBatch | None = None, loss: Any = next_token) -> Any:
+        vocab = layouts.vocab_shard(student, grid)
+        return schedule.run(student, None, batch, loss, grid, vocab, partial_batch=partial_batch)
+
+    return student, layouts.packed(case, grid), call
+
+
+def main_grads(student: list[Any]) -> list[Tensor]:
+    return [parameter.main_grad.clone() for parameter in student[0].parameters()]
 
 
 def after_an_error_in_a_partial_batch() -> tuple[bool, bool]:
     """Return whether the configuration of the schedule is as before, and whether the next step has the same bits."""
     case, _ = case_of("DP2", optimizer=dataclasses.replace(ADAM, overlap_grad_reduce=True))
-    model = models.model_config(case.kind)
-    chunks, grid = models.build(model, ParallelConfig(), optimizer=case.optimizer)
-    student = wrap_for_training(chunks, case.optimizer)
-    config, vocab = unwrapped(student[0]).config, layouts.vocab_shard(student, grid)
-    batch = layouts.packed(case, grid)
+    student, batch, call = called(case)
+    config = unwrapped(student[0]).config
 
-    def call(loss: Any, partial_batch: PartialBatch | None = None) -> None:
-        schedule.run(student, None, batch, loss, grid, vocab, partial_batch=partial_batch)
-
-    def gradients() -> list[Any]:
-        for chunk in student:
-            chunk.zero_grad_buffer()
-        call(next_token)
-        return [parameter.main_grad.clone() for parameter in student[0].parameters()]
+    def gradients() -> list[Tensor]:
+        student[0].zero_grad_buffer()
+        call(batch)
+        return main_grads(student)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        raise Broken
+        raise ArithmeticError
 
     before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
     expected = gradients()
-    with pytest.raises(Broken):
-        call(broken, PartialBatch(share=0.5, is_last=False))
+    with pytest.raises(ArithmeticError):
+        call(batch, PartialBatch(share=0.5, is_last=False), loss=broken)
     restored = before == (config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func)
-    restored &= all(group.is_last_microbatch for chunk in student for group in chunk.bucket_groups)
-    return restored, all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
+    restored &= all(group.is_last_microbatch for group in student[0].bucket_groups)
+    return restored, all(map(torch.equal, gradients(), expected))
 
 
 def test_an_error_in_a_partial_batch_leaves_the_schedule_as_it_was(ranks):
@@ -160,49 +153,19 @@ def test_a_partial_batch_without_tokens_ends_a_step_that_has_some_and_is_refused
 def partial_batches_without_tokens() -> tuple[bool, bool]:
     """Return whether an empty last partial batch keeps the step's gradients, and whether an empty first is refused."""
     case = Case(kind="shallow")
-    chunks, grid = models.build(models.model_config(case.kind), ParallelConfig(), optimizer=case.optimizer)
-    student = wrap_for_training(chunks, case.optimizer)
-    vocab, batch = layouts.vocab_shard(student, grid), layouts.packed(case, grid)
-    empty = layouts.packed_partial_batch(case, grid, layouts.contexts(), [])
-
-    def call(some: Any, partial_batch: PartialBatch) -> Any:
-        return schedule.run(student, None, some, next_token, grid, vocab, partial_batch=partial_batch)
-
-    def gradients() -> list[Any]:
-        return [parameter.main_grad.clone() for parameter in student[0].parameters()]
-
+    student, batch, call = called(case)
+    empty = layouts.packed_partial_batch(case, current_grid(case.parallel), layouts.contexts(), [])
     call(batch, PartialBatch())
-    expected = gradients()
+    expected = main_grads(student)
     student[0].zero_grad_buffer()
     first = call(batch, PartialBatch(share=1.0, is_last=False))
     call(empty, PartialBatch(first.accumulated))
-    kept = all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
+    kept = all(map(torch.equal, main_grads(student), expected))
     try:
         call(empty, PartialBatch(share=0.5, is_last=False))
     except schedule.NoResponseTokens:
         return kept, True
     return kept, False
-
-
-# -- layers that overwrite gradients -----
-
-
-class OverwrittenGradient(torch.autograd.Function):
-    """A product with a weight whose gradient the first microbatch writes and each later one adds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, is_first: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.is_first = is_first
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        of_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1)
-        weight.main_grad.copy_(of_weight) if ctx.is_first else weight.main_grad.add_(of_weight)
-        weight.grad_added_to_main_grad = True
-        return grad @ weight, torch.empty_like(weight), None
 
 
 class MarkedLinear(ColumnParallelLinear):
@@ -213,10 +176,10 @@ class MarkedLinear(ColumnParallelLinear):
         self.is_first_microbatch = True
         self.microbatches: list[bool] = []
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         self.microbatches.append(self.is_first_microbatch)
-        is_first, self.is_first_microbatch = self.is_first_microbatch, False
-        return OverwrittenGradient.apply(x, self.weight, is_first), None
+        self.is_first_microbatch = False
+        return super().forward(*arguments, **options)
 
 
 def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
@@ -226,47 +189,27 @@ def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     return block
 
 
-def partial_batches_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool]], float]:
-    """Return the marks of a layer's microbatches by call, and the error of the gradients of three partial batches.
-
-    The last call is a step of its own.
-    """
-    case = Case(kind="gqa", parallel=cuts)
+def marks_of_microbatches(cuts: ParallelConfig) -> list[list[bool]]:
+    """Return the marks of a layer's microbatches in three partial batches and in the next step, by call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "layer_spec", marked_spec)
-        chunks, grid = models.build(models.model_config(case.kind), cuts, optimizer=case.optimizer)
-    for chunk in chunks:
+        student, batch, call = called(Case(kind="gqa", parallel=cuts))
+    for chunk in student:
         unwrapped(chunk).config.use_kitchen = True  # one of the kinds of quantisation for which Megatron sets the mark
-    student = wrap_for_training(chunks, case.optimizer)
-    vocab, batch = layouts.vocab_shard(student, grid), layouts.packed(case, grid)
-    layers = [layer for chunk in student for layer in chunk.modules() if isinstance(layer, MarkedLinear)]
-    marks = []
-
-    def call(partial_batch: PartialBatch) -> Any:
-        before = len(layers[0].microbatches)
-        output = schedule.run(student, None, batch, next_token, grid, vocab, partial_batch=partial_batch)
-        marks.append(layers[0].microbatches[before:])
-        return output.accumulated
-
-    def gradients() -> list[Tensor]:
-        found = [layer.weight.main_grad.clone() for layer in layers]
-        for chunk in student:
-            chunk.zero_grad_buffer()
-        return found
-
-    first = call(PartialBatch(share=0.5, is_last=False))
-    call(PartialBatch(call(PartialBatch(first, share=0.9, is_last=False))))
-    in_partial_batches = gradients()
-    call(PartialBatch())
-    return marks, max(float((a - b).norm() / b.norm()) for a, b in zip(in_partial_batches, gradients(), strict=True))
+    layer = next(layer for layer in student[0].modules() if isinstance(layer, MarkedLinear))
+    marks, output = [], None
+    for share, is_last in ((0.5, False), (0.9, False), (1.0, True), (1.0, True)):
+        earlier = output.accumulated if output and len(marks) < 3 else None
+        before = len(layer.microbatches)
+        output = call(batch, PartialBatch(earlier, share=share, is_last=is_last))
+        marks.append(layer.microbatches[before:])
+    return marks
 
 
 @pytest.mark.parametrize("cuts", [parallel(), parallel(pp=2, vpp=2)], ids=["one rank", "PP2xVPP2"])
-def test_only_the_first_microbatch_of_a_step_is_marked_so_that_no_partial_batch_overwrites_another(ranks, cuts):
-    """The partial batches are three times the same responses, so their gradient is that of one call with them."""
-    world_size = cuts.pipeline_model_parallel_size
-    for marks, difference in ranks.run(partial_batches_of_layers_that_overwrite, cuts, world_size=world_size):
+def test_only_the_first_microbatch_of_a_step_is_marked_as_the_one_that_overwrites_gradients(ranks, cuts):
+    """A layer of Transformer Engine would else overwrite the gradients of the partial batches before."""
+    for marks in ranks.run(marks_of_microbatches, cuts, world_size=cuts.pipeline_model_parallel_size):
         assert all(len(of_call) > 1 for of_call in marks)
         assert [of_call[0] for of_call in marks] == [True, False, False, True]
         assert not any(mark for of_call in marks for mark in of_call[1:])
-        assert difference < 12 * 2.0**-24, "three roundings of sums and of a scale each"

@@ -13,10 +13,9 @@ import layouts
 import models
 import pytest
 import torch
-from layouts import Case, contexts, join, worst_difference
+from layouts import Case, GivenCoefficients, contexts, join, worst_difference
 from logit_pairs import by_bisection, kl
 from parity import TOLERANCE
-from two_terms import GivenCoefficients
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
@@ -25,18 +24,18 @@ from megatron_selfdistill.data.packing import pack, pad_to_count
 from megatron_selfdistill.loss import TokenStats
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
-from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.next_token import next_token
 
 Gradients = dict[str, torch.Tensor]
+RULES = PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False)
 CAPS = [None, 2.0]
 FUSIONS = [None, Fusion("keep_gradient", 5), Fusion("low_memory", 5)]
 
 
 def wrapped(chunks: list) -> list:
-    """Return the chunks as a student whose gradients are zero."""
     for chunk in chunks:
         chunk.zero_grad(set_to_none=True)  # or DDP would add them to its own
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
@@ -81,13 +80,11 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
     """Return loss and gradients by autograd for each of `CAPS`, and by the schedule for each of `FUSIONS` as well."""
     model = models.model_config("tied", num_layers=2)
     chunks, grid = models.build(model, ParallelConfig())
-    teacher = build_chunks(model, chunks[0].config, grid, models.VOCAB_SIZE)
-    models.fill_from_names(teacher, seed=1)
+    teacher = models.another(model, chunks, grid)
     total = sum(len(c.response) for c in contexts())
     sampled = -3 - 6 * torch.rand(total, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     plain = plain_gradients(chunks[0], teacher[0], sampled)
-    student = wrapped(chunks)
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
+    student, batch = wrapped(chunks), pack(contexts(), RULES)
     vocab, ours = layouts.vocab_shard(student, grid), {}
     for cap, fusion in itertools.product(CAPS, FUSIONS):
         clear(student)
@@ -128,8 +125,7 @@ def next_token_gradients() -> list[tuple[float, float, dict, dict]]:
     for factor in (torch.ones_like(log_prob), of_tokens.divergence + of_tokens.policy):
         total = -(factor * log_prob).mean()
         plain.append(dict(zip(names, torch.autograd.grad(total, parameters, retain_graph=True), strict=True)))
-    student, found = wrapped(chunks), []
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
+    student, batch, found = wrapped(chunks), pack(contexts(), RULES), []
     for expected, coefficients in zip(plain, (None, given), strict=True):
         clear(student)
         vocab = layouts.vocab_shard(student, grid)
@@ -153,9 +149,8 @@ def test_next_token_training_is_cross_entropy_over_the_valid_vocabulary_with_the
 def refusals() -> list[str]:
     """Return the messages of steps with a policy term whose gradient the token loss does not have."""
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
-    teacher = build_chunks(models.model_config("shallow"), chunks[0].config, grid, models.VOCAB_SIZE)
+    teacher = models.another(models.model_config("shallow"), chunks, grid)
     student, coefficients = wrapped(chunks), GivenCoefficients.of(contexts())
-    batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     own = Target(anchor="student"), Divergence()
     plain = token_losses.self_distillation(*own)
 
@@ -165,7 +160,7 @@ def refusals() -> list[str]:
 
     messages = []
     for token_loss in (token_losses.self_distillation(*own, fusion=Fusion("keep_gradient", 5)), detached):
-        arguments = student, schedule.ScheduledTeacher(teacher), batch, token_loss, grid
+        arguments = student, schedule.ScheduledTeacher(teacher), pack(contexts(), RULES), token_loss, grid
         options = {"vocab": layouts.vocab_shard(student, grid), "token_coefficients": coefficients}
         with pytest.raises(ValueError) as caught:
             schedule.run(*arguments, **options)
@@ -180,17 +175,14 @@ def test_a_policy_term_without_a_gradient_is_refused_and_never_left_out(ranks):
     assert "token_coefficients has a policy term, whose gradient the token loss does not have" in detached
 
 
-RULES = ["entropy_matched", "fixed", "teacher_alone"]
-
-
 def identities() -> list[tuple[float, float]]:
-    """Return the largest loss and gradient of one prompt for both roles, with the same weights, for each of `RULES`."""
+    """Return the largest loss and gradient of one prompt for both roles, with the same weights, for several rules."""
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     student = wrapped(chunks)
     same = [dataclasses.replace(c, teacher_prompt=c.student_prompt) for c in contexts()]
-    batch = pack(same, PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True))
+    batch = pack(same, dataclasses.replace(RULES, paired=True))
     vocab, found = layouts.vocab_shard(student, grid), []
-    for rule in RULES:
+    for rule in ("entropy_matched", "fixed", "teacher_alone"):
         clear(student)
         loss_of = token_losses.self_distillation(Target(rule, anchor="student"), Divergence())
         output = schedule.run(student, schedule.ScheduledTeacher(student), batch, loss_of, grid, vocab)
@@ -200,8 +192,8 @@ def identities() -> list[tuple[float, float]]:
 
 
 def test_one_prompt_of_both_roles_with_the_same_weights_has_no_loss_and_no_gradient(ranks):
-    for rule, (loss, gradient) in zip(RULES, ranks.run(identities, world_size=1)[0], strict=True):
-        assert loss <= 1e-6 and gradient <= 1e-5, rule
+    for loss, gradient in ranks.run(identities, world_size=1)[0]:
+        assert loss <= 1e-6 and gradient <= 1e-5
 
 
 AUXILIARY = {
@@ -212,13 +204,7 @@ AUXILIARY = {
 
 
 def auxiliary_gradient(
-    cuts: ParallelConfig,
-    changes: dict,
-    weightless: int = 0,
-    max_tokens: int = 32,
-    response: int = 10,
-    finalize: bool = True,
-    more_teachers: int = 0,
+    cuts: ParallelConfig, changes: dict, weightless=0, max_tokens=32, response=10, finalize=True, more_teachers=0
 ) -> dict:
     """Return the gradient of the router if teacher and student agree, so that only auxiliary losses remain.
 
@@ -244,12 +230,8 @@ def auxiliary_gradient(
     if not finalize:  # finalizing turns the counts into expert biases
         student[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
     schedule.run(student, schedule.ScheduledTeacher(student), joined, loss_of, grid, layouts.vocab_shard(student, grid))
-    counts = [
-        buffer.clone()
-        for chunk in student
-        for name, buffer in unwrapped(chunk).named_buffers()
-        if name.endswith("local_tokens_per_expert")
-    ]
+    buffers = [pair for chunk in student for pair in unwrapped(chunk).named_buffers()]
+    counts = [buffer.clone() for name, buffer in buffers if name.endswith("local_tokens_per_expert")]
     return {"grads": layouts.shards(student, lambda p: p.main_grad), "counts": counts}
 
 
@@ -314,21 +296,6 @@ def test_teachers_and_weightless_microbatches_leave_the_expert_counts_alone(rank
         assert int(layer[0].sum()) == 4 * 24 * 2  # sequences x tokens x experts per token
 
 
-def nothing_to_learn() -> None:
-    chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
-    student = wrapped(chunks)
-    batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
-    loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
-    with pytest.raises(RuntimeError, match="no response tokens"):
-        schedule.run(
-            student, schedule.ScheduledTeacher(student), batch, loss_of, grid, layouts.vocab_shard(student, grid)
-        )
-
-
-def test_a_batch_without_response_tokens_is_refused(ranks):
-    ranks.run(nothing_to_learn, world_size=1)
-
-
 def left_in_autograd(case: Case) -> dict[str, int]:
     """Return the numbers that autograd saves for the backward pass in the microbatches of each role."""
     saved = {"teacher": 0, "student": 0} | ({"reference": 0} if case.target.is_anchored else {})
@@ -360,17 +327,8 @@ def left_in_autograd(case: Case) -> dict[str, int]:
 def test_a_teacher_microbatch_keeps_no_activations(ranks, teacher, cuts, world_size):
     """On one rank frozen weights keep none even with gradients enabled: nothing that they read has a gradient."""
     target = Target(anchor="reference" if teacher == "frozen" else "student")
-    saved = ranks.run(
-        left_in_autograd, Case(kind="shallow", parallel=cuts, teacher=teacher, target=target), world_size=world_size
-    )
+    case = Case(kind="shallow", parallel=cuts, teacher=teacher, target=target)
+    saved = ranks.run(left_in_autograd, case, world_size=world_size)
     without_gradient = [rank[role] for rank in saved for role in rank.keys() - {"student"}]
     assert without_gradient == [0] * world_size * (2 if target.is_anchored else 1)
     assert min(rank["student"] for rank in saved) > 0, "what autograd saves must be seen"
-
-
-def test_case_defaults_have_ragged_contexts_and_several_microbatches():
-    """What the parity tests rely on."""
-    lengths = {(len(c.student_prompt), len(c.teacher_prompt), len(c.response)) for c in contexts()}
-    assert len(lengths) == len(contexts())
-    batch = pack(contexts(), PackingRules(max_tokens=Case().max_tokens, cp_size=1, tp_size=1, paired=False))
-    assert len(batch.student) >= 2 and len(batch.teacher) > len(batch.student)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from taught import gradients_by_definition, gradients_of_products, trained_gradients, write_records_of_teachers
+from rounded_json import read_lines
+from taught import gradients_by_definition, trained_gradients, write_records_of_teachers
 from tiny_run import (
     TWO_RANKS,
     assert_equal_runs,
@@ -25,14 +25,8 @@ from tiny_run import (
     with_trainer,
 )
 
-from megatron_selfdistill.adapters.stored_adapters import require_adapters
-from megatron_selfdistill.checkpoint.formats.model_tensors import weight_shapes
-from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
 from megatron_selfdistill.interop.conversion import megatron_to_hf
-from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
-from megatron_selfdistill.interop.release import Progress, write_release
-from megatron_selfdistill.interop.torch_dist_tensors import Piece, TorchDistReader
 from megatron_selfdistill.teachers.teachers_config import joins
 
 FULL = pytest.mark.full
@@ -108,10 +102,7 @@ def loaded_model(trainer: Any, path: Path, model: Any = None) -> Any:
 
 
 def step_and_definition(arguments: list[str], start: Path) -> tuple[set[str], float]:
-    """Return the names of the teachers and products of a step, and the largest error of its gradients.
-
-    The error is relative to the norm of the gradients.
-    """
+    """Return the names of the teachers of a step, and the largest error of a gradient, relative to all gradients."""
 
     def use(trainer: Any) -> tuple[set[str], float]:
         from megatron_selfdistill.teachers.teacher_directories import teacher_architectures
@@ -126,14 +117,9 @@ def step_and_definition(arguments: list[str], start: Path) -> tuple[set[str], fl
         }
         assert all(models[name].config.hidden_size == 48 for name in others)
         own = {name: one.weight for name, one in named.items() if one.weight is not None}
-        if joins(trainer.config.teachers):
-            expected = gradients_of_products(contexts, student, reference, models, target, vocab_size, own)
-        else:
-            weights = {name: own.get(name, target.teacher_weight) for name in named}
-            teachers = {name: (it, target.with_teacher_weight(weights[name])) for name, it in models.items()}
-            problems = trainer.run_data.problems.problems
-            shares = {problem.id: dict(problem.shares) for problem in problems if problem.shares}
-            expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size, shares)
+        shares = {problem.id: dict(problem.shares or ()) for problem in trainer.run_data.problems.problems}
+        expected = gradients_by_definition(contexts, student, reference, models, target, vocab_size, own, shares)
+        if not joins(trainer.config.teachers):
             for context in contexts:
                 assert (context.teacher_prompt == context.student_prompt) != named[context.teacher].is_hinted
                 assert len(context.control_prompts) == target.num_controls
@@ -153,20 +139,17 @@ VIEWS = (
     *(f"data.chat_template='{TEMPLATE}'", "data.views.student={chat_template_kwargs: {enable_thinking: false}}"),
     "data.views.teacher={chat_template_kwargs: {enable_thinking: true}, system_prompt: '9,9'}",
 )
+CODE_HINTED = "teachers.code.hint=given"
 QUICK_STEPS: dict[str, Sequence[str]] = {
     "another architecture": [WIDE_TEACHER],
     "product": [*PRODUCT, *OWN_WEIGHTS],
-    "several, with controls": [
-        *(SHARED_FILE, "teachers.code.hint=given", "target.control=other", "target.num_controls=2")
-    ],
+    "several, with controls": [SHARED_FILE, CODE_HINTED, "target.control=other", "target.num_controls=2"],
 }
 STEPS = QUICK_STEPS | {
-    "a teacher per record, views of their own": [*VIEWS, "teachers.code.hint=given"],
+    "a teacher per record, views of their own": [*VIEWS, CODE_HINTED],
     "a teacher per record": ["schedule.max_tokens=32"],  # a microbatch for each context
     # one response per step has the mean over its tokens in either normalisation; a weight of 1 changes nothing
-    "several, by sequences": [
-        *(SHARED_FILE, "loss.normalize=sequences", "loss.rollout_correction=truncated", "data.global_batch_size=1")
-    ],
+    "several, by sequences": [SHARED_FILE, "loss.normalize=sequences", "data.global_batch_size=1"],
     "another architecture, low memory": [WIDE_TEACHER, *LOW_MEMORY],
     "another architecture, kept gradient": [WIDE_TEACHER, *KEPT_GRADIENT, "teacher.offload=cpu"],
     "another architecture, fixed k": [WIDE_TEACHER, "target.rule=fixed", "schedule.pair_order=teacher_first"],
@@ -196,23 +179,19 @@ def test_a_step_has_the_gradient_of_the_definition(ranks, runs, places, of, tmp_
 @FULL
 @pytest.mark.parametrize(
     "options",
-    [
-        ["teacher.offload=cpu"],
-        ["target.anchor=student"],
-        ["teachers.code.weight=2", "schedule.pair_order=teacher_first"],
-    ],
+    [["teacher.offload=cpu"], ["target.anchor=student"], ["teachers.code.weight=2"]],
     ids=str,
 )
 def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(runs, of, options):
     """The log-probs of the sampler's teacher are those of the loss's; the weights of others come and go between."""
-    guides = ["data.path=DATA/code.jsonl", "rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given"]
+    guides = ["data.path=DATA/code.jsonl", "rollout.guidance=mixed", "teachers.guide=code", CODE_HINTED]
     assert_guided_by_the_teacher_of_the_loss(runs(*of("num_steps=2", *guides, *options)))
 
 
 @FULL
 def test_no_problem_of_another_teacher_is_guided(runs, of):
     run = runs(*of("num_steps=2", "rollout.guidance=mixed", "teachers.guide=default"))
-    records = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    records = read_lines(run / "responses.jsonl")
     for step, line in enumerate(reproducible_metrics(run)):
         of_step = [record for record in records if record["step"] == step]
         guided = [record for record in of_step if record["teacher_log_probs"]]
@@ -221,8 +200,6 @@ def test_no_problem_of_another_teacher_is_guided(runs, of):
 
 
 def measured_and_trained(arguments: list[str]) -> list[tuple[str, float, float]]:
-    """Return the teacher of each batch of a step, and its mean loss when it is measured and when it is trained on."""
-
     def use(trainer: Any) -> list[tuple[str, float, float]]:
         found, step = [], []
         for batch in trainer.batches():
@@ -279,30 +256,13 @@ def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ran
     train(ranks, [*again, "checkpoint.resume=force"])
 
 
-def merge(adapters: Path, out: Path) -> None:
-    """Write the weights below ``adapters`` with the products of the factors added as the checkpoint ``out``."""
-    stored = require_adapters(adapters)
-    base = open_weights(stored.base_place())
-    factors = TorchDistReader(adapters)
-    pieces = []
-    for key, shape in weight_shapes(base.source.shapes).items():
-        weight, adapter = base.source.read_at((key, ()), ()), f"{key.removesuffix('.weight')}_adapter"
-        if f"{adapter}.a" in factors.shapes:
-            a, b = (factors.read_at((f"{adapter}.{name}", ()), ()) for name in "ab")
-            weight = weight + (stored.settings.scale * b.double() @ a.double()).to(weight.dtype)
-        pieces.append(Piece(key, shape, (0,) * len(shape), shape, weight.dtype, lambda made=weight: made))
-    objects = [key for key in load_metadata(base.path).state_dict_metadata if "_extra_state" in key]
-    write_release(out, pieces, base.args, empty_objects=objects, progress=Progress())
-
-
 @pytest.fixture(scope="module")
 def adapted(runs, places, tmp_path_factory) -> dict[str, Path]:
-    """Return adapters on the student as a checkpoint, as a directory of PEFT, and merged into full weights."""
+    """Return adapters on the student as a checkpoint, and as a directory of PEFT."""
     fast = ["adapter.rank=3", "optimizer.lr=3e-1", "optimizer.lr_warmup_steps=0", "num_steps=2", "seed=7"]
     run, out = runs(FOUR_LAYERS, f"checkpoint.load={places['student']}", *fast), tmp_path_factory.mktemp("adapted")
-    merge(run / "checkpoints" / "iter_0000002", out / "merged")
     megatron_to_peft(run / "checkpoints", out / "peft", base_model="student")
-    return {"adapters": run / "checkpoints", "peft": out / "peft", "merged": out / "merged"}
+    return {"adapters": run / "checkpoints", "peft": out / "peft"}
 
 
 WITH_ADAPTERS = ("teachers.math={load: MATH, weight: 0.5}", "teachers.code.load=CODE", "teachers.default={}")
@@ -310,13 +270,10 @@ WITH_ADAPTERS = ("teachers.math={load: MATH, weight: 0.5}", "teachers.code.load=
 
 @FULL
 @pytest.mark.parametrize("options", [["target.anchor=student"], ["adapter.rank=2", "teacher.offload=cpu"]], ids=str)
-def test_adapters_teach_what_their_merged_weights_teach_and_resume(runs, of, adapted, options):
-    """Both formats are the same bits; the start below them is kept although no other model reads it."""
-    whole, merged, peft = (
-        of(*options, *TWO_STEPS, teachers=WITH_ADAPTERS, math=adapted[kind]) for kind in ("adapters", "merged", "peft")
-    )
+def test_adapters_of_both_formats_teach_with_the_same_bits_and_resume(runs, of, adapted, options):
+    """The start below them is kept although no other model reads it."""
+    whole, peft = (of(*options, *TWO_STEPS, teachers=WITH_ADAPTERS, math=path) for path in adapted.values())
     replay = f"tests.replay={runs(*whole)}/responses.jsonl"
-    assert_steps_equal(runs(*merged, replay), runs(*whole), EQUAL)
     assert reproducible_metrics(runs(*peft, replay)) == reproducible_metrics(runs(*whole))
     runs.resumed(*whole, step=1)
 
@@ -337,28 +294,21 @@ def test_such_a_teacher_is_refused_before_anything_is_built(ranks, runs, places,
 
 EP2 = ["parallel.expert_model_parallel_size=2"]
 UNBALANCED = "model.transformer.moe_router_load_balancing_type=none"
-HINTED = "teachers.default.hint=given"
+HINTED, CODE_LOADED = "teachers.default.hint=given", "teachers.code.load=CODE"
+IN_BOTH_FORMATS = ["teachers.math.load=ADAPTERS", "teachers.code.load=PEFT"]
+OF_EXPERTS = "teachers.math={load: EXPERTS, weight: 0.5}"
 ALIKE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "a teacher per record": ({}, [*LAYOUTS.values()]),
     "shared records": ({"options": [SHARED_FILE]}, [LAYOUTS["DP2"], LAYOUTS["PP2"]]),
     "a product": ({"options": [*PRODUCT, *OWN_WEIGHTS]}, [*LAYOUTS.values(), FUSED_TP2]),
     "another architecture": ({"options": [WIDE_TEACHER]}, [*LAYOUTS.values()]),
     "adapters in both formats": (
-        {
-            "options": ["target.anchor=student"],
-            "teachers": ["teachers.math.load=ADAPTERS", "teachers.code.load=PEFT", HINTED],
-        },
+        {"options": ["target.anchor=student"], "teachers": [*IN_BOTH_FORMATS, HINTED]},
         [LAYOUTS["TP2"], LAYOUTS["PP2xVPP2"]],
     ),
-    "a mixture of experts": (
-        {"options": ["teachers.math={load: EXPERTS, weight: 0.5}"]},
-        [EP2, FUSED_TP2, [*LAYOUTS["PP2"], *EP2]],
-    ),
+    "a mixture of experts": ({"options": [OF_EXPERTS]}, [EP2, FUSED_TP2, [*LAYOUTS["PP2"], *EP2]]),
     "a dense model of a mixture of experts": (
-        {
-            "options": ["checkpoint.load=MIXTURE", UNBALANCED],
-            "teachers": [WIDE_TEACHER, "teachers.code.load=CODE", HINTED],
-        },
+        {"options": ["checkpoint.load=MIXTURE", UNBALANCED], "teachers": [WIDE_TEACHER, CODE_LOADED, HINTED]},
         [EP2],
     ),
 }

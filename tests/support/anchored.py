@@ -7,15 +7,13 @@ from typing import Any
 
 import models
 import torch
-from layouts import Case, contexts_of, soft_capped
+from layouts import Case, GivenCoefficients, contexts_of, soft_capped
 from logit_pairs import divergence
-from two_terms import GivenCoefficients
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.definition import mixed_target
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model.build import build_chunks
 
 ANCHORED = Case(kind="shallow", target=Target(anchor="reference", teacher_weight=0.5))
 
@@ -24,14 +22,8 @@ def chunks_of(case: Case) -> list[Any]:
     """Return whole models on one rank: student, teacher and reference of the case."""
     model = models.model_config(case.kind)
     (student,), grid = models.build(model, ParallelConfig())
-
-    def filled(seed: int) -> torch.nn.Module:
-        chunks = build_chunks(model, student.config, grid, models.VOCAB_SIZE)
-        models.fill_from_names(chunks, seed=seed)
-        return chunks[0]
-
-    teacher = student if case.teacher == "current" else filled(1)
-    reference = filled(case.reference_seed) if case.reference_copy else teacher
+    [teacher] = [student] if case.teacher == "current" else models.another(model, [student], grid)
+    [reference] = models.another(model, [student], grid, case.reference_seed) if case.reference_copy else [teacher]
     return soft_capped([student, teacher, reference], case.soft_cap)
 
 
@@ -55,8 +47,7 @@ def rows_of(
 def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     """Return the mean divergence from whole rows of logits in float64, one context after the other.
 
-    The second result is the gradient of this mean, or of both terms of the loss, to the weights of the final norm
-    that all tokens share.
+    The second result is the gradient of this mean, or of both terms of the loss, to the weights of the final norm.
     """
     student, teacher, reference = chunks_of(case)
     losses, log_probs, target = [], [], case.target

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,17 +27,11 @@ COLLECTIVES = [
 def called_collectives() -> Iterator[list[str]]:
     """Give a list to which every call of a collective in the block adds its name."""
     called: list[str] = []
+
+    def counted(name: str, original: Any) -> Any:
+        return lambda *args, **kwargs: (called.append(name), original(*args, **kwargs))[1]
+
     with pytest.MonkeyPatch.context() as patch:
         for name in COLLECTIVES:
-            patch.setattr(dist, name, _counted(name, called))
+            patch.setattr(dist, name, counted(name, getattr(dist, name)))
         yield called
-
-
-def _counted(name: str, called: list[str]) -> Callable[..., Any]:
-    original = getattr(dist, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        called.append(name)
-        return original(*args, **kwargs)
-
-    return counted

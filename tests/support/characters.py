@@ -28,7 +28,6 @@ ONE_RANK = SimpleNamespace(
 
 
 def text_of(ids: Sequence[int]) -> str:
-    """Return the characters of the tokens."""
     return "".join(map(chr, ids))
 
 
@@ -38,11 +37,9 @@ class Characters(Tokenizer):
     name, vocab_size, eos_id = "characters", 128, STOP
 
     def encode(self, text: str) -> list[int]:
-        """Return the code points of the characters."""
         return [ord(character) for character in text]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the characters; ``skip_special_tokens`` changes nothing."""
         return text_of(ids)
 
     def render_chat(

@@ -32,8 +32,6 @@ ADAM = OptimizerConfig(precision="fp32", lr=1e-2, lr_decay=LearningRateDecay(sty
 
 @dataclass(frozen=True)
 class Setup:
-    """The model, the layout and the optimizer of a run."""
-
     kind: str = "gqa"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = ADAM
@@ -51,14 +49,11 @@ class Setup:
 
     @property
     def model(self) -> ModelConfig:
-        """The configuration of the model."""
         return models.model_config(self.kind, **self.model_changes)
 
 
 @dataclass
 class CheckpointedRun:
-    """One rank of a run, with all parts that a checkpoint stores."""
-
     setup: Setup
     grid: RankGrid
     chunks: list[Any]
@@ -70,22 +65,13 @@ class CheckpointedRun:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The parts that `Checkpointer.load` fills."""
-        return {
-            "chunks": self.chunks,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "teacher": self.teacher,
-            "reference": self.reference,
-        }
+        return {name: getattr(self, name) for name in "chunks optimizer scheduler teacher reference".split()}
 
     @property
     def args(self) -> argparse.Namespace:
-        """The arguments that the checkpoint stores for Megatron-LM."""
         return megatron_args(self.chunks[0], self.setup.model)
 
     def step(self, index: int) -> None:
-        """Take optimizer step ``index`` with the gradients of this step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -101,17 +87,14 @@ class CheckpointedRun:
         self.teacher.update(self.optimizer)
 
     def save(self, step: int, **trainer_state: Any) -> Path:
-        """Save a checkpoint of ``step`` and return its directory."""
         return self.checkpointer.save(step, **self.parts, trainer_state=trainer_state, args=self.args)
 
     def load_latest(self) -> dict[str, Any]:
-        """Load the latest checkpoint and return its trainer state."""
         path = self.checkpointer.latest()
         assert path is not None
         return self.load(path)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Load the checkpoint ``path`` and return its trainer state."""
         saved = self.checkpointer.read(path)
         self.checkpointer.load(saved, **self.parts)
         return saved.trainer_state
@@ -146,7 +129,6 @@ class CheckpointedRun:
 def start(
     setup: Setup, run_dir: Path, *, keep_last: int | None = None, async_save: bool = False, steps: int = 0
 ) -> CheckpointedRun:
-    """Return a run that has taken ``steps`` steps from the weights of ``setup.seed``."""
     chunks, grid = models.build(setup.model, setup.parallel, optimizer=setup.optimizer, seed=setup.seed)
     config = unwrapped(chunks[0]).config
     student = wrap_for_training(chunks, setup.optimizer)
@@ -198,18 +180,12 @@ def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
 
 def end_of(run: CheckpointedRun, numbers: list[float]) -> dict[str, Any]:
     """Return everything that two equal runs have in common at their end."""
-    return {
-        "parameters": run.parameters(),
-        "weights": run.weights(),
-        "teacher": run.teacher_weights(),
-        "reference": run.reference_weights(),
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "random_numbers": numbers,
-    }
+    weights = {"weights": run.weights(), "teacher": run.teacher_weights(), "reference": run.reference_weights()}
+    others = {"lr": run.optimizer.param_groups[0]["lr"], "random_numbers": numbers}
+    return {"parameters": run.parameters(), **weights, **others}
 
 
 def random_numbers() -> list[float]:
-    """Return one number of each random generator that a checkpoint stores."""
     import random
 
     from megatron.core.tensor_parallel import get_cuda_rng_tracker

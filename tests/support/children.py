@@ -59,7 +59,6 @@ class Ranks:
         return [found[pipe] for pipe in self._ranks]
 
     def close(self) -> None:
-        """Kill all processes."""
         for pipe, process in self._ranks.items():
             kill(process.pid)
             process.join()
@@ -108,17 +107,10 @@ def run(
     Raises: subprocess.TimeoutExpired after ``limit_s``, when the command has been killed.
     """
     paths = [REPOSITORY / "tests" / "support", REPOSITORY, REPOSITORY / "examples", os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))), **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))), **(environment or {})}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how = {"cwd": REPOSITORY, "env": env, "text": True, "errors": "replace", "start_new_session": True}
+    process = subprocess.Popen(command, **streams, **how)
     try:
         output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired as late:

@@ -52,7 +52,6 @@ class Tab:
         page.on("pageerror", lambda error: self.problems.append(str(error)))
 
     def value(self, expression: str) -> Any:
-        """Return the value of an expression of JavaScript, after its promise, if it is one; JSON values only."""
         return self.page.evaluate(expression)
 
     def wait_for(self, expression: str, seconds: float = 30) -> None:
@@ -75,30 +74,15 @@ class Tab:
         self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def text(self, selector: str) -> str:
-        """Return the visible text of the first element that the selector finds."""
         return str(self.page.inner_text(selector))
 
     def click(self, selector: str) -> None:
-        """Scroll to the element and click its middle with the mouse."""
         self.page.click(selector)
 
     def hover(self, selector: str) -> None:
-        """Scroll to the element and move the mouse to its middle."""
         self.page.hover(selector)
 
-    def drag(self, selector: str, start: float, end: float) -> None:
-        """Press the mouse in the element at the share ``start`` of its width and release the mouse at ``end``."""
-        element = self.page.locator(selector)
-        element.scroll_into_view_if_needed()
-        box, mouse = element.bounding_box(), self.page.mouse
-        middle = box["y"] + box["height"] / 2
-        mouse.move(box["x"] + start * box["width"], middle)
-        mouse.down()
-        mouse.move(box["x"] + end * box["width"], middle, steps=2)
-        mouse.up()
-
     def key(self, name: str) -> None:
-        """Press and release a key: a character, or a name such as ArrowLeft."""
         self.page.keyboard.press(name)
 
     def _hear(self, message: ConsoleMessage) -> None:

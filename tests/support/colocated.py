@@ -14,9 +14,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.config import ModelConfig, RolloutConfig
-from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
-from megatron_selfdistill.interop.hf.family import Family
+from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.rollout.base import Request, SamplingParams
 from megatron_selfdistill.rollout.sampling import sample_seed
 
@@ -29,9 +27,7 @@ EXPERTS: dict[str, Any] = {
     **{"moe_router_topk_scaling_factor": 1.7, "moe_router_bias_update_rate": 0.0},
 }
 MODELS = {
-    "gqa": models.model_config("gqa", **SIZES, num_query_groups=2),
-    "tied": models.model_config("tied", **SIZES, num_query_groups=2),
-    "moe": models.model_config("moe", **SIZES, num_query_groups=2),
+    **{kind: models.model_config(kind, **SIZES, num_query_groups=2) for kind in ("gqa", "tied", "moe")},
     "yarn": models.model_config(
         "yarn",
         **SIZES,
@@ -58,23 +54,14 @@ DRAWN = SamplingParams(max_new_tokens=24)
 def requests(count: int = 8) -> list[Request]:
     """Return two samples for each prompt; every other prompt exceeds a block of vLLM's prefix cache (128 tokens)."""
     generator = torch.Generator().manual_seed(5)
-    prompts = [
-        torch.randint(models.VOCAB_SIZE, (270 if i % 2 else 5 + i,), generator=generator).tolist()
-        for i in range(count // 2)
-    ]
+    lengths = [270 if i % 2 else 5 + i for i in range(count // 2)]
+    prompts = [torch.randint(models.VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
     return [Request(prompts[i // 2], sample_seed(3, 0, f"p{i // 2}", i % 2)) for i in range(count)]
 
 
 @contextmanager
 def sampler(
-    model: ModelConfig,
-    chunks: Any,
-    grid: Any,
-    vocab_size: int = models.VOCAB_SIZE,
-    adapter: AdapterConfig | None = None,
-    dtype: str = "float32",
-    family: Family | None = None,
-    **options: Any,
+    model, chunks, grid, vocab_size=models.VOCAB_SIZE, adapter=None, dtype="float32", family=None, **options: Any
 ) -> Iterator[Any]:
     """Yield a `ColocatedSampler` of the model; ``options`` are fields of `RolloutConfig`.
 

@@ -68,12 +68,10 @@ def reformat(path: Path, *, in_a_file: bool) -> None:
 
 
 def place_of(path: Path) -> Any:
-    """Return the file, the offset and the length of the object that holds the state."""
     return metadata_of(path).storage_data[MetadataIndex(KEY)]
 
 
 def metadata_of(path: Path) -> Metadata:
-    """Return the contents of ``.metadata``."""
     found: Metadata = pickle.loads((path / ".metadata").read_bytes())
     return found
 
@@ -93,5 +91,4 @@ def write_object(path: Path, key: str, value: Any) -> None:
 
 
 def write_metadata(path: Path, metadata: Metadata) -> None:
-    """Replace ``.metadata``."""
     (path / ".metadata").write_bytes(pickle.dumps(metadata))

@@ -17,8 +17,6 @@ def flip_bit(file: Path, place: int | None = None, mask: int = 0x10) -> None:
 
 
 class Payload:
-    """A pickle that makes a file when it is read without care."""
-
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 

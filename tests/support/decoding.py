@@ -54,7 +54,6 @@ def make_pairs(count: int = len(PAIR_LENGTHS), vocab_size: int = VOCAB_SIZE) -> 
 def sampler_of(
     chunks: Sequence[torch.nn.Module], grid: RankGrid, kv_cache_gb: float | None = None, cuda_graphs: bool = False
 ) -> MegatronSampler:
-    """Return the sampler of a model of models.py."""
     return MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, kv_cache_gb, cuda_graphs=cuda_graphs)
 
 
@@ -68,12 +67,10 @@ def logits_of(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
 
 
 def log_softmax_after(model: torch.nn.Module, tokens: Sequence[int]) -> Tensor:
-    """Return the log-probs ``[vocabulary]`` in float64 of the token after ``tokens``."""
     return logits_of(model, tokens)[-1].log_softmax(-1)
 
 
 def predicting(logits: Callable[[list[int]], Tensor], prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """Return the logits ``[len(response), vocabulary]`` in float64 that predict each token of the response."""
     return logits([*prompt, *response])[len(prompt) - 1 : -1].double()
 
 

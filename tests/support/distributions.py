@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from logit_pairs import entropy
@@ -61,8 +62,9 @@ def draw(name: str, num_tokens: int, vocab_size: int, seed: int = 0) -> Pair:
     return DISTRIBUTIONS[name](num_tokens, vocab_size, generator)
 
 
-def _normal(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(num_tokens, vocab_size, generator=generator)
+def _normal(*size: Any) -> Tensor:
+    *shape, generator = size
+    return torch.randn(*shape, generator=generator)
 
 
 def _llm(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -73,26 +75,18 @@ def _llm(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor
     return logits.scatter(1, heads, height + 2 * torch.randn(num_tokens, 12, generator=generator))
 
 
-def _llm_pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student = _llm(num_tokens, vocab_size, generator)
-    return student, student + 0.8 * _normal(num_tokens, vocab_size, generator)
+def _noisy(student: Tensor, scale: float, generator: torch.Generator) -> Pair:
+    """Return a student, and a teacher that differs from it by normal noise."""
+    return student, student + scale * _normal(*student.shape, generator)
 
 
-def _llm_bf16(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student, teacher = _llm_pair(num_tokens, vocab_size, generator)
-    return student.bfloat16(), teacher.bfloat16()
-
-
-def _large_offsets(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student, teacher = _llm_pair(num_tokens, vocab_size, generator)
-    return student + 400, teacher - 300
+def _llm_pair(*size: Any) -> Pair:
+    return _noisy(_llm(*size), 0.8, size[-1])
 
 
 def _zipf(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float32).log()
     exponents = 0.8 + torch.rand(num_tokens, 1, generator=generator)
-    student = -exponents * ranks
-    return student, student + 0.5 * _normal(num_tokens, vocab_size, generator)
+    return _noisy(-exponents * torch.arange(1, vocab_size + 1, dtype=torch.float32).log(), 0.5, generator)
 
 
 def _one_hot(gap: float) -> Callable[[int, int, torch.Generator], Pair]:
@@ -106,22 +100,8 @@ def _one_hot(gap: float) -> Callable[[int, int, torch.Generator], Pair]:
     return pair
 
 
-def _flat(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    return 0.3 * _normal(num_tokens, vocab_size, generator), 0.5 * _normal(num_tokens, vocab_size, generator)
-
-
-def _peaked_student(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student = _llm(num_tokens, vocab_size, generator)
-    return student, 0.05 * _normal(num_tokens, vocab_size, generator)
-
-
-def _flat_student(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    teacher, student = _peaked_student(num_tokens, vocab_size, generator)
-    return student, teacher
-
-
-def _disagree(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    return _llm(num_tokens, vocab_size, generator), _llm(num_tokens, vocab_size, generator)
+def _peaked_student(*size: Any) -> Pair:
+    return _llm(*size), 0.05 * _normal(*size)
 
 
 def _swap(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
@@ -153,21 +133,8 @@ def _masked(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pai
     return student.masked_fill(removed, -torch.inf), teacher.masked_fill(removed, -torch.inf)
 
 
-def _near(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student = _llm(num_tokens, vocab_size, generator)
-    return student, student + 1e-3 * _normal(num_tokens, vocab_size, generator)
-
-
-def _sharper_teacher(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
-    student = _llm(num_tokens, vocab_size, generator)
-    return student, 1.5 * student
-
-
 def _tied_tops(num_tied: int) -> Callable[[int, int, torch.Generator], Pair]:
-    """Return equal best columns of both over a bulk of sigma 0, 0.5 and 2.
-
-    H(beta) has a plateau at log(num_tied).
-    """
+    """Return equal best columns of both over a bulk of sigma 0, 0.5 and 2: H(beta) has a plateau at log(num_tied)."""
 
     def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
         sigma = torch.tensor([0.0, 0.5, 2.0]).repeat(num_tokens)[:num_tokens, None]
@@ -187,10 +154,7 @@ def _smallest_plateau(num_tokens: int, vocab_size: int, generator: torch.Generat
 
 
 def _forks(less_sure: float) -> Callable[[int, int, torch.Generator], Pair]:
-    """Return a class in which two continuations are nearly equally likely, over a small tail.
-
-    They are apart by 0.05 to 0.8, and the teacher is ``less_sure`` nats less sure of them.
-    """
+    """Return two continuations over a small tail, .05 to .8 apart; the teacher is ``less_sure`` nats less sure."""
 
     def pair(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pair:
         student = 2.2 * _normal(num_tokens, vocab_size, generator)
@@ -219,22 +183,22 @@ def _levels(num_tokens: int, vocab_size: int, generator: torch.Generator) -> Pai
 
 DISTRIBUTIONS: dict[str, Callable[[int, int, torch.Generator], Pair]] = {
     "language model": _llm_pair,
-    "language model, bf16": _llm_bf16,
-    "large offsets": _large_offsets,
+    "language model, bf16": lambda *size: tuple(logits.bfloat16() for logits in _llm_pair(*size)),
+    "large offsets": lambda *size: tuple(x + offset for x, offset in zip(_llm_pair(*size), (400, -300), strict=True)),
     "zipf": _zipf,
     "one-hot, H ~ 1e-1": _one_hot(11.0),
     "one-hot, H ~ 1e-4": _one_hot(20.0),
     "one-hot, H < 1e-6": _one_hot(30.0),
-    "flat": _flat,
+    "flat": lambda *size: (0.3 * _normal(*size), 0.5 * _normal(*size)),
     "peaked student, flat teacher": _peaked_student,
-    "flat student, peaked teacher": _flat_student,
-    "disagree": _disagree,
+    "flat student, peaked teacher": lambda *size: _peaked_student(*size)[::-1],
+    "disagree": lambda *size: (_llm(*size), _llm(*size)),
     "teacher swaps the top two": _swap,
     "ties": _ties,
     "near-ties": _near_ties,
     "masked": _masked,
-    "teacher ~ student": _near,
-    "teacher sharper": _sharper_teacher,
+    "teacher ~ student": lambda *size: _noisy(_llm(*size), 1e-3, size[-1]),
+    "teacher sharper": lambda *size: ((student := _llm(*size)), 1.5 * student),
     "two tied tops": _tied_tops(2),
     "three tied tops": _tied_tops(3),
     "two tied tops, smallest": _smallest_plateau,

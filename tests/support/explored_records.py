@@ -20,7 +20,6 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 
 
 def summary_of(record: Mapping[str, Any]) -> LogitSummary:
-    """Return the summaries of all blocks of a record."""
     tensors = []
     for name, shape in shapes(len(record["models"])).items():
         dtype = np.dtype("<i4" if name == "ids" else "<f4")
@@ -30,18 +29,10 @@ def summary_of(record: Mapping[str, Any]) -> LogitSummary:
 
 
 def target_of(record: Mapping[str, Any]) -> Target:
-    """Return the target of a record."""
     settings = record["settings"]
     anchored = settings["anchor"] == "reference"
-    return Target(
-        rule=settings["rule"],
-        teacher_weight=settings["teacher_weight"],
-        k_max=settings["k_max"],
-        k=settings["k"],
-        anchor=settings["anchor"],
-        match=settings["match"] if anchored else None,
-        num_controls=settings["num_controls"],
-    )
+    fields = {name: settings[name] for name in "rule teacher_weight k_max k anchor num_controls".split()}
+    return Target(**fields, match=settings["match"] if anchored else None)
 
 
 class Words:
@@ -77,7 +68,6 @@ def logit_rows(num_tokens: int, vocab_size: int, num_models: int) -> list[Tensor
 def record_of(
     rows: Sequence[Tensor], target: Target, divergence: Divergence | None = None, **about: Any
 ) -> dict[str, Any]:
-    """Return the record of `explored_of`."""
     return explored_of(rows, target, divergence).record(cast(Any, Words()), **about)
 
 
@@ -89,16 +79,10 @@ def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence |
     vocab = VocabShard(0, student.shape[1], student.shape[1])
     tokens = torch.multinomial(student.softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     tokens[: len(Words.NASTY)] = torch.arange(len(Words.NASTY))[: len(tokens)]
-    w = target.teacher_weight
-    stats = distillation_loss(
-        student,
-        (w * told + rest[0]) / unit if target.is_anchored else told,
-        tokens,
-        target=target,
-        divergence=divergence,
-        vocab=vocab,
-        reference_entropy=vocab_entropy(rest[0], vocab) if target.needs_reference_entropy else None,
-    )
+    mixed = (target.teacher_weight * told + rest[0]) / unit if target.is_anchored else told
+    needed = vocab_entropy(rest[0], vocab) if target.needs_reference_entropy else None
+    options = {"target": target, "divergence": divergence, "vocab": vocab, "reference_entropy": needed}
+    stats = distillation_loss(student, mixed, tokens, **options)
     names = "loss reverse_kl student_entropy target_entropy wanted_entropy beta status student_log_prob".split()
     numbers = {name: getattr(stats, name).double().tolist() for name in names}
     numbers["teacher_entropy"] = vocab_entropy(teacher, vocab).tolist()

@@ -15,7 +15,6 @@ import models
 
 from megatron_selfdistill.adapters.low_rank_adapters import add_adapters
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.rollout.base import SamplingParams, ignore_progress
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
@@ -24,18 +23,13 @@ PATIENCE_S = 3600.0
 
 
 def tell(address: str, **fault: Any) -> None:
-    """Set what a fake server does from now on."""
     data = json.dumps(fault).encode()
     urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=PATIENCE_S).read()
 
 
 @contextmanager
 def sampler(
-    addresses: list[str],
-    layout: dict[str, Any],
-    progress: Any = ignore_progress,
-    adapter: AdapterConfig | None = None,
-    **options: Any,
+    addresses: list[str], layout: dict[str, Any], progress=ignore_progress, adapter=None, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
     """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`.
 

@@ -33,12 +33,7 @@ def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[i
 
 
 def answer_to(
-    body: dict[str, Any],
-    versions: tuple[str, str],
-    vocab_size: int = 50,
-    ends: bool = False,
-    aborted: bool = False,
-    log_prob: float = -0.5,
+    body: dict[str, Any], versions: tuple[str, str], vocab_size=50, ends=False, aborted=False, log_prob=-0.5
 ) -> dict[str, Any]:
     """Return the answer of ``/inference/v1/generate`` to a request.
 
@@ -55,17 +50,9 @@ def answer_to(
     spans = [{"version": first, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}]
     if first == last:
         spans = [{"version": last, "start": 0, "end": len(tokens)}]
-    return {
-        "choices": [
-            {
-                "index": 0,
-                "token_ids": tokens,
-                "logprobs": {"content": content},
-                "finish_reason": "abort" if aborted else "stop" if ends else "length",
-                "weight_versions": spans,
-            }
-        ]
-    }
+    reason = "abort" if aborted else "stop" if ends else "length"
+    about = {"index": 0, "finish_reason": reason, "weight_versions": spans}
+    return {"choices": [{**about, "token_ids": tokens, "logprobs": {"content": content}}]}
 
 
 def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[Response]:
@@ -76,9 +63,6 @@ def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[Res
     except Exception:
         server.interrupt()
         raise
-
-
-_KINDS = ("prompt", "generation")
 
 
 class FakeVllm(ThreadingHTTPServer):
@@ -145,11 +129,11 @@ class FakeVllm(ThreadingHTTPServer):
         count = time.monotonic_ns() if self.gets_on else 5
         lines = ["# TYPE vllm:prompt_tokens_total counter", 'vllm:num_requests_running{engine="0"} 2.0']
         if self.counts:
-            lines += [f'vllm:{kind}_tokens_total{{engine="0",model_name="m"}} {count}.0' for kind in _KINDS]
+            total = 'vllm:{}_tokens_total{{engine="0",model_name="m"}} {}.0'
+            lines += [total.format(kind, count) for kind in ("prompt", "generation")]
         return "\n".join(lines)
 
     def take_part(self, info: dict[str, Any]) -> None:
-        """Make the receiver of the transfer that ``info`` describes."""
         if self.receiver is not None:
             self.receiver.close()
         self.transfer = info["transfer"]
@@ -171,11 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """Answer a GET request."""
         self._serve({})
 
     def do_POST(self) -> None:
-        """Answer a POST request."""
         self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def _serve(self, body: dict[str, Any]) -> None:
@@ -295,12 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *arguments: Any) -> None:
-        """Print nothing."""
+        pass
 
 
 @contextmanager
 def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
-    """Yield ``count`` servers that listen."""
     servers = [FakeVllm() for _ in range(count)]
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True) for server in servers]
     for thread in threads:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stand-ins for two functions of flash-linear-attention: the same signatures and demands, computed token by token.
+"""Stand-ins for two functions of flash-linear-attention: the same demands, computed token by token.
 
-The signatures are those of fla-core 0.5.2 and 0.6.0, without the arguments that only one of the two versions has.
+The arguments are those of fla-core 0.5.2 and 0.6.0 that this project gives.
 """
 
 from __future__ import annotations
@@ -18,21 +18,10 @@ calls: list[dict[str, Any]] = []
 
 
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool | None = False,
-    activation: str | None = None,
-    backend: str | None = "triton",
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    **kwargs: Any,
+    x: Tensor, weight: Tensor, *, activation=None, cu_seqlens=None, cu_seqlens_cpu=None
 ) -> tuple[Tensor, None]:
     """Return the convolution of ``x [b, t, d]`` with ``weight [d, w]``, in which each sequence begins with zeros."""
-    assert weight is not None and weight.shape[0] == x.shape[2] and weight.dim() == 2
-    assert bias is None and residual is None and initial_state is None and not output_final_state and not kwargs
+    assert weight.shape[0] == x.shape[2] and weight.dim() == 2
     assert activation in (None, "swish", "silu")
     out = []
     for row in _sequences(x, cu_seqlens, cu_seqlens_cpu):
@@ -44,24 +33,13 @@ def causal_conv1d(
 
 
 def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, cu_seqlens=None, cu_seqlens_cpu=None, **state: Any
+) -> tuple[Tensor, None]:
     """Return the outputs ``[b, t, h, d_v]`` of the recurrence, whose state is zero where a sequence begins."""
     assert q.shape == k.shape and v.shape[:3] == q.shape[:3] == g.shape == beta.shape
-    assert initial_state is None and not output_final_state and not use_qk_l2norm_in_kernel and not kwargs
     assert all(x.is_contiguous() for x in (q, k, v, g, beta))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    assert not any(state.values()) and state.keys() <= {"initial_state", "output_final_state"}
+    scale = q.shape[-1] ** -0.5
     out = []
     for rows in zip(*(_sequences(x, cu_seqlens, cu_seqlens_cpu) for x in (q, k, v, g, beta)), strict=True):
         state = q.new_zeros(q.shape[2], q.shape[3], v.shape[3])

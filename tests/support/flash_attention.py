@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """PyTorch's flash attention on a CPU, which has no kernel for it: the same operators by their formulas.
 
-PyTorch's dispatcher calls these functions, so that a call must fit the operators' real schema.
+PyTorch's dispatcher calls these functions, so that a call must fit the operators' real schema, which has the types.
 """
 
 from __future__ import annotations
@@ -65,42 +65,27 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cum_q: Tensor, cum_k: Tens
             raise RuntimeError(message)
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, left: int) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, left: int) -> Tensor:
     """Return the scores [n, q, k] in float64; hidden ones are -inf.  The last query sees the last key."""
     heads = query.size(1) // key.size(1)
     scores = scale * torch.einsum("ind,jnd->nij", query.double(), key.double().repeat_interleave(heads, dim=1))
     own = torch.arange(len(key) - len(query), len(key))[:, None]
     keys = torch.arange(len(key))
-    hidden = (keys > own) if causal else torch.zeros(len(query), len(key), dtype=torch.bool)
+    hidden = keys > own
     if left >= 0:
         hidden = hidden | (keys < own - left)
     return scores.masked_fill(hidden, -torch.inf)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cum_seq_q: Tensor,
-    cum_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float,
-    window_size_left: int,
-    window_size_right: int,
-    **others: object,
-) -> tuple[Tensor, ...]:
-    assert not any(value is not None for value in others.values()) and dropout_p == 0 and not return_debug_mask
-    assert is_causal and window_size_right == 0
+def _forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **others):
+    scale, window_size_left = others.pop("scale"), others.pop("window_size_left")
+    assert others.pop("window_size_right") == dropout_p == 0 and is_causal and not return_debug_mask
+    assert not any(value is not None for value in others.values())
     _check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
     out, lse = [], []
     for queries, keys in zip(pairwise(cum_seq_q.tolist()), pairwise(cum_seq_k.tolist()), strict=True):
         k, v = (x[slice(*keys)] for x in (key, value))
-        scores = _scores(query[slice(*queries)], k, scale, is_causal, window_size_left)
+        scores = _scores(query[slice(*queries)], k, scale, window_size_left)
         lse.append(scores.logsumexp(-1))
         v = v.double().repeat_interleave(query.size(1) // v.size(1), dim=1)
         out.append(torch.einsum("nij,jnd->ind", scores.softmax(-1), v))
@@ -109,28 +94,11 @@ def _forward(
     return torch.cat(out).to(query.dtype), torch.cat(lse, dim=1).to(precision), state, unused, query.new_empty(0)
 
 
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cum_seq_q: Tensor,
-    cum_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    rng_state: Tensor,
-    unused: Tensor,
-    *,
-    scale: float,
-    window_size_left: int,
-    window_size_right: int,
-) -> tuple[Tensor, ...]:
+def _backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, *how, **windows):
     """As the kernel: the probabilities from the log-sum-exp, and the mean of the gradient from the output."""
-    assert is_causal and dropout_p == 0 and window_size_right == 0
+    dropout_p, is_causal, rng_state, unused = how
+    scale, window_size_left = windows["scale"], windows["window_size_left"]
+    assert is_causal and dropout_p == 0 and windows["window_size_right"] == 0
     assert rng_state.dtype == unused.dtype == torch.uint64
     assert out.dtype == grad_out.dtype == query.dtype and logsumexp.shape == (query.size(1), len(query))
     _check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k)
@@ -138,7 +106,7 @@ def _backward(
     heads = query.size(1) // key.size(1)
     for queries, keys in zip(pairwise(cum_seq_q.tolist()), pairwise(cum_seq_k.tolist()), strict=True):
         i, j = slice(*queries), slice(*keys)
-        scores = _scores(query[i], key[j], scale, is_causal, window_size_left)
+        scores = _scores(query[i], key[j], scale, window_size_left)
         p = (scores - logsumexp[:, i, None].double()).exp()
         k, v = (x[j].double().repeat_interleave(heads, dim=1) for x in (key, value))
         dy = grad_out[i].double()

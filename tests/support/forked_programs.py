@@ -64,8 +64,6 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Done:
-    """A program that has ended."""
-
     status: int
     """1 after an uncaught exception, whose traceback is on standard error."""
     modules: frozenset[str]

@@ -17,11 +17,7 @@ from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
-
-
 NUM_TOKENS, CHUNK = 13, 5
-
-
 TARGETS = {
     "capped": Target(anchor="student"),
     "fixed": Target("fixed", k=1.3, anchor="student"),
@@ -65,19 +61,12 @@ def reference(example: Example, target: Target, kind: Divergence) -> tuple[Tenso
 
 
 def shard_of(group: dist.ProcessGroup | None) -> tuple[VocabShard, slice]:
-    """Return the shard of this rank, and its columns."""
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
     return vocab, slice(vocab.start, vocab.start + vocab.size)
 
 
 def fused(
-    example: Example,
-    target: Target,
-    kind: Divergence,
-    mode: str,
-    chunk_tokens: int = CHUNK,
-    group: dist.ProcessGroup | None = None,
-    **options: Any,
+    example: Example, target: Target, kind: Divergence, mode: str, chunk_tokens=CHUNK, group=None, **options: Any
 ) -> tuple[TokenStats, Tensor | None, Tensor | None]:
     """Return (statistics, dH, dW of this rank's rows)."""
     vocab, mine = shard_of(group)
@@ -96,29 +85,20 @@ def fused(
         **options,
     )
     (stats.loss * example.row_weights).sum().backward()
-    stats = stats.detached()
-    return stats, hidden.grad, weight.grad
+    return stats.detached(), hidden.grad, weight.grad
 
 
 def materialised(example: Example, target: Target, kind: Divergence) -> tuple[TokenStats, Tensor | None, Tensor | None]:
     """Return (statistics, dH, dW) of the loss of logits in full."""
     hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
     of_teacher = weight.detach() if example.teacher_weight is None else example.teacher_weight
-    stats = distillation_loss(
-        hidden @ weight.T,
-        example.teacher @ of_teacher.T,
-        example.tokens,
-        target=target,
-        divergence=kind,
-        vocab=shard_of(None)[0],
-    )
+    s, t, options = hidden @ weight.T, example.teacher @ of_teacher.T, {"target": target, "divergence": kind}
+    stats = distillation_loss(s, t, example.tokens, vocab=shard_of(None)[0], **options)
     (stats.loss * example.row_weights).sum().backward()
-    stats = stats.detached()
-    return stats, hidden.grad, weight.grad
+    return stats.detached(), hidden.grad, weight.grad
 
 
 def relative(got: Tensor | None, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to the norm of what is expected."""
     assert got is not None
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
@@ -129,18 +109,7 @@ every_tying = pytest.mark.parametrize("tied", [True, False], ids=["same weight",
 
 def call(example: Example, hidden: Tensor, weight: Tensor, *, mode: str, **options: Any) -> TokenStats:
     """Return the statistics of the fused layer; ``options`` replace its arguments."""
-    return fused_distillation_loss(
-        hidden,
-        example.teacher,
-        weight,
-        example.teacher_weight,
-        example.tokens,
-        **{
-            "target": Target(anchor="student"),
-            "divergence": Divergence(),
-            "vocab": shard_of(None)[0],
-            "chunk_tokens": CHUNK,
-            "mode": mode,
-            **options,
-        },
-    )
+    own = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": shard_of(None)[0]}
+    arguments = {**own, "chunk_tokens": CHUNK, "mode": mode, **options}
+    tensors = hidden, example.teacher, weight, example.teacher_weight, example.tokens
+    return fused_distillation_loss(*tensors, **arguments)

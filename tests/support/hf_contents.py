@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors in the safetensors files of ``directory``, by name."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -20,13 +19,11 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def config_of(directory: Path) -> dict[str, Any]:
-    """Return the content of config.json in ``directory``."""
     content: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return content
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    """Assert that two directories hold the same tensors, with the same types and bits."""
     a, b = tensors_of(one), tensors_of(other)
     assert a.keys() == b.keys()
     for name in a:

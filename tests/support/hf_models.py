@@ -55,102 +55,64 @@ _GATED_DELTA |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 3}
 _SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 20}
-_GROUPS = {
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.7,
-}
+_GROUPS = {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1}
+_GROUPS |= {"routed_scaling_factor": 1.7}
 _ONE_GROUP = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_mtp_layers": 0}
 """Experts of DeepSeek without groups and without multi-token prediction."""
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
-    "llama3": (
-        "LlamaConfig",
-        {**_SIZES, "tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": _LLAMA3}
-        | {"max_position_embeddings": 8 * 8192},
-    ),
-    "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None, "rms_norm_eps": 1e-5}),
-    "mistral_window": ("MistralConfig", {**_SIZES, "sliding_window": 7, "rms_norm_eps": 1e-5}),
-    "qwen2": ("Qwen2Config", {**_SIZES, "tie_word_embeddings": True, "rope_theta": 1000000.0}),
-    "qwen3": ("Qwen3Config", {**_SIZES, "rope_theta": 1000000.0}),
-    "llama_linear": (
-        "LlamaConfig",
-        {**_SIZES, "tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-    ),
-    "qwen3_yarn": ("Qwen3Config", {**_SIZES, "rope_theta": 100.0, "rope_scaling": _YARN_OF_HEADS}),
-    "qwen3_window": (
-        "Qwen3Config",
-        {**_SIZES, "use_sliding_window": True, "sliding_window": 9, "layer_types": [_SLIDING, _FULL, _FULL, _SLIDING]},
-    ),
-    "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": True}),
-    "qwen3_moe_mixed": ("Qwen3MoeConfig", {**_SIZES, **_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1]}),
-    "gpt_oss": (
-        "GptOssConfig",
-        {
-            **_SIZES,
-            **_LOCAL_EXPERTS,
-            "intermediate_size": 32,  # whole vectors: PyTorch rounds the sigmoid of the rest of a row differently
-            **{"sliding_window": 6, "swiglu_limit": 1.25, "rope_parameters": _YARN_OF_GPT_OSS},
-        },
-    ),
-    "deepseek_v3": ("DeepseekV3Config", {**_LATENT, **_GROUPS, "q_lora_rank": 24, "rope_scaling": _YARN}),
-    "deepseek_v3_plain": (
-        "DeepseekV3Config",
-        {**_LATENT, **_ONE_GROUP, "q_lora_rank": None, "first_k_dense_replace": 0},
-    ),
-    "seed_oss": ("SeedOssConfig", {**_SIZES, "attention_bias": True}),
-    "smollm3": (
-        "SmolLM3Config",
-        {**_SIZES, "no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 9}
-        | {"tie_word_embeddings": True, "pad_token_id": None},
-    ),
-    "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
-    "moonlight": (  # a large epsilon, so that the norms of the latents show their own
-        "DeepseekV3Config",
-        {**_LATENT, **_ONE_GROUP, "rms_norm_eps": 1e-2, "q_lora_rank": 24, "first_k_dense_replace": 1},
-    ),
-    "glm4_moe": ("Glm4MoeConfig", {**_GLM, **_GROUPS, "attention_bias": True}),
-    "glm4_moe_plain": (  # 9 channels are rotated, of which Megatron and transformers rotate 5 pairs
-        "Glm4MoeConfig",
-        {**_GLM, "use_qk_norm": True, "partial_rotary_factor": 0.75, "n_shared_experts": 1}
-        | {"first_k_dense_replace": 0, "num_mtp_layers": 0},
-    ),
-    "qwen2_moe": ("Qwen2MoeConfig", {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 26}),
-    "ministral3": (
-        "Ministral3Config",
-        {**_SIZES, "rope_parameters": {**_YARN, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},
-    ),
-    "minimax_m2": (
-        "MiniMaxM2Config",
-        {**_SIZES, **_LOCAL_EXPERTS, "rotary_dim": 6, "bos_token_id": None, "eos_token_id": None},
-    ),
-    "olmoe": (
-        "OlmoeConfig",
-        {**_WITHOUT_HEAD_DIM, "hidden_size": 40, "num_experts": 4, "num_experts_per_tok": 3, "pad_token_id": None},
-    ),
-    "qwen3_next": ("Qwen3NextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "mlp_only_layers": [1]}),
-    "qwen3_next_unnormalised": (
-        "Qwen3NextConfig",
-        {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "norm_topk_prob": False}
-        | {"layer_types": [_LINEAR, _FULL, _FULL, _LINEAR]},
-    ),
-    "qwen3_5": ("Qwen3_5TextConfig", {**_SIZES, **_GATED_DELTA, "tie_word_embeddings": True}),
-    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT}),
+_TIED, _WINDOW = {"tie_word_embeddings": True}, {"use_sliding_window": True, "sliding_window": 9}
+_GPT_OSS = {"sliding_window": 6, "swiglu_limit": 1.25, "rope_parameters": _YARN_OF_GPT_OSS}
+_GPT_OSS |= {"intermediate_size": 32}  # whole vectors: PyTorch rounds the sigmoid of the rest of a row differently
+_GLM_PLAIN = {"use_qk_norm": True, "n_shared_experts": 1, "first_k_dense_replace": 0, "num_mtp_layers": 0}
+_YARN_OF_MINISTRAL = {**_YARN, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}
+_UNNORMALISED = {"norm_topk_prob": False, "layer_types": [_LINEAR, _FULL, _FULL, _LINEAR]}
+
+
+def _of(family: str, *parts: dict[str, Any], **values: Any) -> tuple[str, dict[str, Any]]:
+    return f"{family}Config", {key: value for part in (*parts, values) for key, value in part.items()}
+
+
+CONFIGS = {
+    "llama2": _of("Llama", _SIZES, num_key_value_heads=4, rms_norm_eps=1e-5),
+    "llama3": _of("Llama", _SIZES, _TIED, rope_theta=5e5, rope_scaling=_LLAMA3, max_position_embeddings=8 * 8192),
+    "mistral": _of("Mistral", _SIZES, sliding_window=None, rms_norm_eps=1e-5),
+    "mistral_window": _of("Mistral", _SIZES, sliding_window=7, rms_norm_eps=1e-5),
+    "qwen2": _of("Qwen2", _SIZES, _TIED, rope_theta=1000000.0),
+    "qwen3": _of("Qwen3", _SIZES, rope_theta=1000000.0),
+    "llama_linear": _of("Llama", _SIZES, _TIED, rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "qwen3_yarn": _of("Qwen3", _SIZES, rope_theta=100.0, rope_scaling=_YARN_OF_HEADS),
+    "qwen3_window": _of("Qwen3", _SIZES, _WINDOW, layer_types=[_SLIDING, _FULL, _FULL, _SLIDING]),
+    "mixtral": _of("Mixtral", _SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _of("Qwen3Moe", _SIZES, _EXPERTS, num_experts_per_tok=3, norm_topk_prob=True),
+    "qwen3_moe_mixed": _of("Qwen3Moe", _SIZES, _EXPERTS, norm_topk_prob=False, mlp_only_layers=[1]),
+    "gpt_oss": _of("GptOss", _SIZES, _LOCAL_EXPERTS, _GPT_OSS),
+    "deepseek_v3": _of("DeepseekV3", _LATENT, _GROUPS, q_lora_rank=24, rope_scaling=_YARN),
+    "deepseek_v3_plain": _of("DeepseekV3", _LATENT, _ONE_GROUP, q_lora_rank=None, first_k_dense_replace=0),
+    "seed_oss": _of("SeedOss", _SIZES, attention_bias=True),
+    "smollm3": _of("SmolLM3", _SIZES, _TIED, _WINDOW, no_rope_layers=[1, 0, 1, 1], pad_token_id=None),
+    "phi3": _of("Phi3", _SIZES, rms_norm_eps=1e-5, sliding_window=7, pad_token_id=None),
+    # a large epsilon, so that the norms of the latents show their own
+    "moonlight": _of("DeepseekV3", _LATENT, _ONE_GROUP, rms_norm_eps=0.01, q_lora_rank=24, first_k_dense_replace=1),
+    "glm4_moe": _of("Glm4Moe", _GLM, _GROUPS, attention_bias=True),
+    # 9 channels are rotated, of which Megatron and transformers rotate 5 pairs
+    "glm4_moe_plain": _of("Glm4Moe", _GLM, _GLM_PLAIN, partial_rotary_factor=0.75),
+    "qwen2_moe": _of("Qwen2Moe", _SIZES, _EXPERTS, shared_expert_intermediate_size=26),
+    "ministral3": _of("Ministral3", _SIZES, rope_parameters=_YARN_OF_MINISTRAL),
+    "minimax_m2": _of("MiniMaxM2", _SIZES, _LOCAL_EXPERTS, rotary_dim=6, bos_token_id=None, eos_token_id=None),
+    "olmoe": _of("Olmoe", _WITHOUT_HEAD_DIM, hidden_size=40, num_experts=4, num_experts_per_tok=3, pad_token_id=None),
+    "qwen3_next": _of("Qwen3Next", _SIZES, _GATED_DELTA, _SHARED_EXPERT, mlp_only_layers=[1]),
+    "qwen3_next_unnormalised": _of("Qwen3Next", _SIZES, _GATED_DELTA, _SHARED_EXPERT, _UNNORMALISED),
+    "qwen3_5": _of("Qwen3_5Text", _SIZES, _GATED_DELTA, _TIED),
+    "qwen3_5_moe": _of("Qwen3_5MoeText", _SIZES, _GATED_DELTA, _SHARED_EXPERT),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 
 
 def hf_config(kind: str, **changes: Any) -> Any:
-    """Return the configuration object of transformers for a kind."""
     return config_class(kind)(**{**CONFIGS[kind][1], **changes})
 
 
 def config_class(kind: str) -> Any:
-    """Return the configuration class of transformers for a kind."""
     import transformers
 
     return getattr(transformers, CONFIGS[kind][0])
@@ -247,7 +209,6 @@ class _Stacked:
         return _Stacked(self.value, self.index[1:]) if len(self.index) > 1 else self.value
 
     def narrow(self, *arguments: int) -> Tensor:
-        """Return a narrowed slice."""
         return self.value.narrow(*arguments)
 
 

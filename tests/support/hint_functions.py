@@ -11,13 +11,11 @@ from megatron_selfdistill.data.problems import Problem
 
 
 def first_right_text(problem: Problem, responses: Sequence[tuple[str, float]]) -> list[str | None]:
-    """Return the first right response as the hint of all wrong ones, or the answer where none is right."""
     right = next((text for text, reward in responses if reward >= 0.5), problem.answer)
     return [None if reward >= 0.5 else right for _, reward in responses]
 
 
 def without_last_character(problem: Problem, responses: Sequence[tuple[str, float]]) -> list[str | None]:
-    """Return the texts of right responses, shortened texts of wrong ones, and nothing for one character."""
     return [text if reward >= 0.5 else text[:-1] or None for text, reward in responses]
 
 
@@ -33,7 +31,6 @@ def hint_of(problem: Problem, response_text: str, next_state: Sequence[Mapping[s
 
 
 def reward_of_reply(response_text: str, problem: Problem) -> float:
-    """Return 1 for a reply that the user thanks for, else -1."""
     assert problem.reply is not None
     return 1.0 if problem.reply.next_state[0]["content"] == "thanks" else -1.0
 

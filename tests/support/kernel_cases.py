@@ -161,7 +161,6 @@ def reference(student: Tensor, teacher: Tensor, target: Target, kind: Divergence
 
 
 def on_cpu(stats: TokenStats) -> TokenStats:
-    """Return the statistics on the CPU, without a gradient."""
     stats = stats.detached()
     return TokenStats(**{field.name: getattr(stats, field.name).cpu() for field in fields(TokenStats)})
 

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,22 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from two_terms import GivenCoefficients
+from adapted import merge
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
+from megatron_selfdistill.adapters.low_rank_adapters import WithoutAdapters, add_adapters
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packed_batch import PackedBatch, PackingRules
 from megatron_selfdistill.data.packing import pack, pad_to_count, required_seq_length
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import Fusion, unwrapped
@@ -55,6 +59,37 @@ ADAM = OptimizerConfig(
     clip_grad=1.0,
     use_distributed_optimizer=False,
 )
+
+
+@dataclass(frozen=True)
+class GivenCoefficients:
+    """Token coefficients w and a times min(p / mu, 2), where a clip sets a to 0 at the ratios above 2.
+
+    All are [R_total], in the order of ``PackedBatch.response_tokens``.
+    """
+
+    w: torch.Tensor
+    a: torch.Tensor
+    log_mu: torch.Tensor
+
+    @classmethod
+    def of(cls, contexts: Iterable[ContextPair]) -> GivenCoefficients:
+        """Return coefficients that depend on the problem and on the place in the response, and on no layout."""
+        parts = []
+        for context in contexts:
+            generator = torch.Generator().manual_seed(zlib.crc32(context.problem_id.encode()))
+            random = torch.rand(3, len(context.response), generator=generator, dtype=torch.float64)
+            parts.append(torch.stack([2 * random[0], 4 * random[1] - 2, -3 - 3 * random[2]]))
+            parts[-1][0, 1::4], parts[-1][1, 2::5] = 0.0, 0.0
+        return cls(*torch.cat(parts, 1)) if parts else cls(*torch.zeros(3, 0, dtype=torch.float64))
+
+    def __call__(self, student_log_prob: torch.Tensor, response_ids: torch.Tensor) -> Coefficients:
+        """Return the coefficients of some of the tokens."""
+        assert not student_log_prob.requires_grad
+        ratio = (student_log_prob.double() - self.log_mu[response_ids]).exp()
+        clipped = ratio > 2
+        policy = torch.where(clipped, 0.0, self.a[response_ids] * ratio)
+        return Coefficients(self.w[response_ids].to(student_log_prob), policy.to(student_log_prob), clipped)
 
 
 @dataclass(frozen=True)
@@ -89,8 +124,7 @@ class Case:
     two_terms: bool = False
     """Whether the tokens have the coefficients of `GivenCoefficients`."""
     partial_batches: int = 1
-    """Number of calls of the schedule, each with a part of the contexts, whose gradients add up to those of the step.
-    """
+    """Number of calls of the schedule, each with a part of the contexts, whose gradients add up to the step's."""
     replays_partial_batches: bool = False
     """Whether the microbatches of all partial batches run in one call."""
     mutation: str | None = None
@@ -98,12 +132,14 @@ class Case:
     """Number of turns of each episode whose turns are the contexts of the step; 0 takes the contexts of no episode."""
     joins_turns: bool = False
     """Whether the turns of an episode share a segment."""
+    adapter: AdapterConfig | None = None
+    """The adapters of the student, whose teacher and reference are the model without them."""
+    merges_adapter: bool = False
+    """Whether the factors are merged into the weights, which are trained in their place; the layout has one rank."""
 
 
 @dataclass
 class Outcome:
-    """The results of a case on one rank."""
-
     loss: float
     """Mean divergence over the response tokens of the global batch, nats."""
     teacher_entropy: float
@@ -168,7 +204,6 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
 
 
 def contexts_of_partial_batches(case: Case, grid: RankGrid) -> list[list[ContextPair]]:
-    """Return this replica's contexts in each partial batch; where there are few, a replica has none in the last."""
     mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
     return [mine[partial_batch :: case.partial_batches] for partial_batch in range(case.partial_batches)]
 
@@ -177,15 +212,10 @@ def packed_partial_batch(
     case: Case, grid: RankGrid, everything: list[ContextPair], mine: list[ContextPair]
 ) -> PackedBatch:
     """Return the contexts ``mine``, in microbatches of the length that ``everything`` needs."""
-    arguments: dict[str, Any] = {
-        "max_tokens": case.max_tokens,
-        "cp_size": grid.cp_size,
-        "tp_size": grid.tp_size,
-        "paired": case.paired,
-        "joins_turns": case.joins_turns,
-        "num_controls": case.target.num_controls,
-    }
-    rules = PackingRules(**arguments)
+    rules = PackingRules(
+        *(case.max_tokens, grid.cp_size, grid.tp_size, case.paired),
+        **{"joins_turns": case.joins_turns, "num_controls": case.target.num_controls},
+    )
     length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
     batch = pack(mine, rules, seq_length=length)
     readings = 1 + case.target.num_controls
@@ -210,11 +240,8 @@ def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutp
     everything = [context for partial_batch in partial_batches for context in partial_batch]
     packs = [packed_partial_batch(case, grid, everything, partial_batch) for partial_batch in partial_batches]
     if case.replays_partial_batches:
-        first = call(
-            packs[0], partial_batches[0], partial_batch=PartialBatch(is_last=False), forward_only=True
-        ).accumulated
-        assert first is not None
-        whole = one_batch(packs)
+        output = call(packs[0], partial_batches[0], partial_batch=PartialBatch(is_last=False), forward_only=True)
+        first, whole = output.accumulated, one_batch(packs)
         num_tokens = call(whole, everything, forward_only=True).num_response_tokens
         nothing_yet = dataclasses.replace(first, num_response_tokens=0, divisor=num_tokens)
         return call(whole, everything, partial_batch=PartialBatch(nothing_yet))
@@ -226,7 +253,6 @@ def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutp
 
 
 def one_batch(packs: Sequence[PackedBatch]) -> PackedBatch:
-    """Return all microbatches of ``packs``, whose tokens are counted on."""
     starts = [sum(len(pack.response_tokens) for pack in packs[:i]) for i in range(len(packs))]
 
     def shifted(role: str) -> list[Any]:
@@ -250,19 +276,30 @@ def run(case: Case) -> Outcome:
     model = models.model_config(case.kind, **case.model_changes)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
     config = unwrapped(chunks[0]).config
-    student = wrap_for_training(soft_capped(chunks, case.soft_cap), case.optimizer)
-    optimizer, scheduler = build_optimizer(student, case.optimizer, 10)
 
     def another_copy() -> list[Any]:
         return soft_capped(build_chunks(model, config, grid, models.VOCAB_SIZE), case.soft_cap)
 
-    teacher = Teacher(case.teacher, student, another_copy)
-    if case.teacher != "current":
-        models.fill_from_names(teacher.chunks, seed=1)
-    frozen = teacher.chunks
+    if case.adapter:
+        add_adapters(chunks, case.adapter, grid)
+        models.fill_from_names(chunks)
+        if case.merges_adapter:
+            plain = models.another(model, chunks, grid, seed=0)
+            merge(chunks, plain)
+            chunks = plain
+    student = wrap_for_training(soft_capped(chunks, case.soft_cap), case.optimizer)
+    optimizer, scheduler = build_optimizer(student, case.optimizer, 10)
+    if case.adapter and not case.merges_adapter:
+        teacher, frozen = None, [WithoutAdapters(chunk) for chunk in student]
+    else:
+        teacher = Teacher(case.teacher, student, another_copy)
+        frozen = teacher.chunks
+        if case.teacher != "current":
+            models.fill_from_names(frozen, seed=0 if case.adapter else 1)
+    of_reference = frozen
     if case.reference_copy:
-        frozen = Teacher("frozen", student, another_copy).chunks
-        models.fill_from_names(frozen, seed=case.reference_seed)
+        of_reference = Teacher("frozen", student, another_copy).chunks
+        models.fill_from_names(of_reference, seed=case.reference_seed)
     vocab = vocab_shard(student, grid)
     batch = packed(case, grid)
     mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
@@ -280,18 +317,11 @@ def run(case: Case) -> Outcome:
             optimizer.zero_grad()
 
             def call(some: PackedBatch, own: list[ContextPair], **options: Any) -> StepOutput:
-                return schedule.run(
-                    student,
-                    schedule.ScheduledTeacher(teacher.chunks),
-                    some,
-                    token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
-                    grid,
-                    vocab,
-                    reference=reference(case, frozen),
-                    measurement=None if case.target.reads_teacher else TokenMeasurement(case.target, chunk_tokens=5),
-                    token_coefficients=GivenCoefficients.of(own) if case.two_terms else None,
-                    **options,
-                )
+                if case.two_terms:
+                    options["token_coefficients"] = GivenCoefficients.of(own)
+                if not case.target.reads_teacher:
+                    options["measurement"] = TokenMeasurement(case.target, chunk_tokens=5)
+                return scheduled(case, student, frozen, of_reference, some, grid, vocab=vocab, **options)
 
             output = call(batch, mine) if case.partial_batches == 1 else run_partial_batches(case, grid, call)
             if outcome is None:
@@ -299,15 +329,25 @@ def run(case: Case) -> Outcome:
             if case.steps:
                 scheduler.step(1)
                 optimizer.step()
-                teacher.update(optimizer)
+                if teacher is not None:
+                    teacher.update(optimizer)
     assert outcome is not None
     if case.optimizer.use_distributed_optimizer:
         outcome.grads = {}  # each rank holds only its slice of the reduced gradient
-    if case.steps:
+    if case.steps or case.adapter:
         for chunk in student:
             chunk.start_param_sync(force_sync=True) if case.optimizer.overlap_param_gather else None
         outcome.params = shards(student, lambda p: p.detach())
     return outcome
+
+
+def scheduled(
+    case: Case, student: Any, frozen: Any, of_reference: Any, batch: PackedBatch, grid: RankGrid, **options: Any
+) -> StepOutput:
+    """Run a batch through the schedule with the loss of the case; ``frozen``: the chunks of the teacher."""
+    loss = token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion)
+    arguments = {"vocab": vocab_shard(student, grid), "reference": reference(case, of_reference), **options}
+    return schedule.run(student, schedule.ScheduledTeacher(frozen), batch, loss, grid, **arguments)
 
 
 class SoftCappedLayer(ColumnParallelLinear):
@@ -316,7 +356,6 @@ class SoftCappedLayer(ColumnParallelLinear):
     soft_cap: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the capped logits and the bias of the layer."""
         logits, bias = super().forward(*args, **kwargs)
         return self.soft_cap * torch.tanh(logits / self.soft_cap), bias
 
@@ -330,7 +369,6 @@ def soft_capped(chunks: list[Any], soft_cap: float | None) -> list[Any]:
 
 
 def run_each(cases: Sequence[Case]) -> list[Outcome]:
-    """Run one case after another on this rank; all cases have the same layout."""
     assert all(case.parallel == cases[0].parallel for case in cases), "expected one layout in a call"
     return [run(case) for case in cases]
 
@@ -340,21 +378,16 @@ Joined = tuple[Outcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Outcomes:
-    """The outcomes of jobs in any layout; each job runs once.
-
-    A job is a `Case`, or an element of the list that ``run_jobs`` takes.
-    """
+    """The outcomes of jobs in any layout, each of which runs once: a `Case`, or what ``run_jobs`` takes a list of."""
 
     def __init__(self, ranks: RankPool, run_jobs: Callable[..., list[Outcome]] = run_each) -> None:
         self._ranks, self._run_jobs = ranks, run_jobs
         self._known: dict[str, tuple[Outcome, ...]] = {}
 
     def __call__(self, job: Any, world_size: int = 1) -> Joined:
-        """Return the outcome of one job on ``world_size`` ranks."""
         return self.of([job], world_size)[0]
 
     def of(self, jobs: Sequence[Any], world_size: int = 1) -> list[Joined]:
-        """Return the outcome of each job; see `per_rank`."""
         return [joined(outcomes) for outcomes in self.per_rank(jobs, world_size)]
 
     def per_rank(self, jobs: Sequence[Any], world_size: int = 1) -> list[tuple[Outcome, ...]]:
@@ -380,9 +413,7 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
 
 def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
     """Return the reference of the case's target; None without a reference."""
-    if not case.target.has_reference:
-        return None
-    return Reference(case.target, chunks, chunk_tokens=5)
+    return Reference(case.target, chunks, chunk_tokens=5) if case.target.has_reference else None
 
 
 def first_step(student: list[Any], optimizer: Any, output: StepOutput, batch: PackedBatch, grid: RankGrid) -> Outcome:
@@ -405,7 +436,6 @@ def first_step(student: list[Any], optimizer: Any, output: StepOutput, batch: Pa
 
 
 def vocab_shard(student: list[Any], grid: RankGrid) -> VocabShard:
-    """Return this rank's shard of the vocabulary."""
     rows = unwrapped(student[-1]).vocab_size
     return VocabShard.from_group(rows, models.VOCAB_SIZE, grid.tp_group)
 

@@ -12,7 +12,6 @@ LETTERS = "_$abcdefgh"
 
 
 def save_tokenizer(directory: Path, letters: str = LETTERS, added: tuple[str, ...] = ("<think>",)) -> Path:
-    """Save a tokenizer with one token per letter, and added tokens."""
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", unk_token="_")

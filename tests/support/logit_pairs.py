@@ -24,12 +24,10 @@ DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forwa
 
 
 def entropy(log_probs: Tensor) -> Tensor:
-    """Return H in nats over the last axis."""
     return -torch.where(torch.isfinite(log_probs), log_probs.exp() * log_probs, 0.0).sum(-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return KL(a || b) in nats over the last axis."""
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
@@ -53,12 +51,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
 
 
 def by_bisection(
-    student: Tensor,
-    teacher: Tensor,
-    target: Target,
-    reference: Tensor | None = None,
-    controls: Tensor | None = None,
-    weights: Tensor | None = None,
+    student: Tensor, teacher: Tensor, target: Target, reference=None, controls=None, weights=None
 ) -> tuple[Tensor, Tensor]:
     """Return log q and beta of float64 rows, written out: q = softmax(beta m) with m = w (t - c) + a.
 

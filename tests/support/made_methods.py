@@ -35,11 +35,7 @@ def named(monkeypatch: pytest.MonkeyPatch, chosen: Callable[..., Any]) -> str:
 
 
 def given_with(
-    tokenizer: Any,
-    teacher: str = "{problem}|{solution}",
-    max_length: int = 100,
-    max_new_tokens: int = 8,
-    **options: Any,
+    tokenizer: Any, teacher="{problem}|{solution}", max_length=100, max_new_tokens=8, **options: Any
 ) -> GivenSolutions:
     """Return prompts with the wording ``teacher``; ``options``: further ones of `PromptTemplates`."""
     builder = PromptBuilder(tokenizer, PromptTemplates(teacher, **options))
@@ -86,7 +82,6 @@ def response_of(text: str, log_probs: list[float] | None = None) -> Response:
 
 
 def shown(one: Rollout) -> str:
-    """Return what the teacher is shown before it reads a response."""
     return text_of(one.prompts.teacher_prompt)
 
 

@@ -53,14 +53,9 @@ _MODELS = {
         _GQA,
         qk_layernorm=True,
         transformer={
-            "experimental_attention_variant": "gated_delta_net",
-            "linear_attention_freq": 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 10,
-            "linear_conv_kernel_dim": 3,
-            "attention_output_gate": True,
+            **{"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6},
+            **{"linear_value_head_dim": 10, "linear_conv_kernel_dim": 3, "attention_output_gate": True},
         },
     ),
 }
@@ -91,7 +86,6 @@ def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
 def parallel(
     tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None, sp: bool = False
 ) -> ParallelConfig:
-    """Return a layout by the short names of its sizes."""
     return ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -104,18 +98,16 @@ def parallel(
 
 
 def build(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    *,
-    optimizer: OptimizerConfig | None = None,
-    schedule: ScheduleConfig | None = None,
-    seed: int | None = 0,
+    model: ModelConfig, parallel: ParallelConfig, *, optimizer=None, schedule=None, seed: int | None = 0
 ) -> tuple[list[torch.nn.Module], RankGrid]:
     """Return this rank's chunks, filled from names with ``seed``, and the rank grid; None keeps Megatron's own values.
 
     Initialises the process groups of Megatron if they do not exist.
     """
-    grid = current_grid(parallel) if _groups_exist() else initialize(parallel, seed=1234)
+    from megatron.core import parallel_state
+
+    exist = parallel_state.model_parallel_is_initialized()
+    grid = current_grid(parallel) if exist else initialize(parallel, seed=1234)
     optimizer = optimizer or OptimizerConfig(precision="fp32")
     config = transformer_config(model, parallel, optimizer, schedule or ScheduleConfig())
     assert model.vocab_size is not None
@@ -123,6 +115,15 @@ def build(
     if seed is not None:
         fill_from_names(chunks, seed)
     return chunks, grid
+
+
+def another(
+    model: ModelConfig, chunks: Sequence[torch.nn.Module], grid: RankGrid, seed: int = 1
+) -> list[torch.nn.Module]:
+    """Return other chunks of the model and the layout of ``chunks``, filled from names."""
+    made = build_chunks(model, unwrapped(chunks[0]).config, grid, VOCAB_SIZE)
+    fill_from_names(made, seed)
+    return made
 
 
 def planned(
@@ -153,7 +154,6 @@ def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
 
 
 def sharded_tensors(model: Any) -> list[ShardedTensor]:
-    """Return every parameter and buffer that a checkpoint of a chunk of a model has."""
     state_dict = model.sharded_state_dict(prefix="")
     apply_factories(state_dict)
     return [shard for shard in nested_values(state_dict) if isinstance(shard, ShardedTensor)]
@@ -195,9 +195,3 @@ def full_weight(key: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
     gains = {"linear_qkv": 2.0, "linear_proj": 4.0, "linear_fc2": 4.0, "router": 2.0}
     gain = next((gain for name, gain in gains.items() if name in key), 1.0)
     return gain / math.sqrt(shape[-1]) * weight
-
-
-def _groups_exist() -> bool:
-    from megatron.core import parallel_state
-
-    return bool(parallel_state.model_parallel_is_initialized())

@@ -26,43 +26,32 @@ from pydantic import BaseModel, Field
 
 
 class Seed(BaseSeedSessionRequest):
-    """What begins a game."""
-
     digit: int
 
 
 class Guess(BaseModel):
-    """The arguments of the tool."""
-
     digit: int
 
 
 class Told(BaseModel):
-    """What the tool answers."""
-
     told: str
 
 
 class Numbers(SimpleResourcesServer):
-    """One game per session."""
-
     config: BaseResourcesServerConfig
     digits: dict[str, int] = Field(default_factory=dict)
     guesses: dict[str, int] = Field(default_factory=dict)
 
     def setup_webserver(self) -> FastAPI:
-        """Return the application, with the tool."""
         app = super().setup_webserver()
         app.post("/guess")(self.guess)
         return app
 
     async def seed_session(self, request: Request, body: Seed) -> BaseSeedSessionResponse:
-        """Begin a game."""
         self.digits[request.session[SESSION_ID_KEY]] = body.digit
         return BaseSeedSessionResponse()
 
     async def guess(self, request: Request, body: Guess) -> Told:
-        """Judge a guess."""
         session = request.session[SESSION_ID_KEY]
         self.guesses[session] = self.guesses.get(session, 0) + 1
         return Told(told="right" if body.digit == self.digits[session] else "wrong")

@@ -15,41 +15,31 @@ TRIES = 3
 
 
 def digit(seed: int) -> int:
-    """Return the digit of a seed."""
     return random.Random(seed).randrange(10)
 
 
 class Guess(Action):
-    """One guess."""
-
     message: str
 
 
 class Told(Observation):
-    """What the player reads."""
-
     text: str = ""
 
 
 class Numbers(Environment[Guess, Told, State]):
-    """One game per session."""
-
     SUPPORTS_CONCURRENT_SESSIONS = True
 
     def reset(self, seed: int | None = None, episode_id: str | None = None, **_: Any) -> Told:
-        """Begin a game."""
         self.number, self.tries = digit(seed or 0), 0
         return Told(text="Guess a digit.")
 
     def step(self, action: Guess, timeout_s: float | None = None, **_: Any) -> Told:
-        """Judge a guess."""
         self.tries += 1
         right = action.message.strip() == str(self.number)
         return Told(text="right" if right else "wrong", reward=float(right), done=right or self.tries == TRIES)
 
     @property
     def state(self) -> State:
-        """Return nothing."""
         return State()
 
 

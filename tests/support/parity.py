@@ -44,7 +44,6 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
 
 
 def case_of(name: str, **changes: Any) -> tuple[Case, int]:
-    """Return the case of a layout, and its number of ranks."""
     kind, cuts, world_size = LAYOUTS[name]
     return Case(kind=kind, parallel=cuts, **changes), world_size
 

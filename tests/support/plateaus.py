@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import distributions as tool
 import torch
+from logit_pairs import DIVERGENCES as DIVERGENCES
 from logit_pairs import divergence, entropy, kl
 from torch import Tensor
 
@@ -12,11 +13,9 @@ from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats
 
 CLASSES = [name for name in tool.DISTRIBUTIONS if any(word in name for word in ("tied", "forks", "levels"))]
 TARGETS = {"capped": Target(anchor="student"), "strict": Target(k_max=None, anchor="student")}
-DIVERGENCES = {"reverse": Divergence("reverse_kl"), "forward": Divergence("forward_kl"), "jsd": Divergence("jsd", 0.3)}
 
 
 def draw(name: str, num_rows: int = 8, num_columns: int = 300) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits of a class in their own dtype, and response tokens."""
     student, teacher = tool.draw(name, num_rows, num_columns, 3)
     return student, teacher, torch.arange(num_rows) % 5
 

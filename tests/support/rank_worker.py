@@ -39,42 +39,22 @@ _LOG_TAIL_CHARS = 6000
 # All that a run or a command imports: `megatron_selfdistill.train` itself imports torch only after its checks.
 _HOUSE = Path(__file__).resolve().parents[2] / "megatron_selfdistill"
 _ANNEXED = ("interop.conversion", "instruments.evaluate.evaluation_tables", "instruments.report.report_command")
+_OF_MEGATRON = """models.gpt models.gpt.gpt_layer_specs models.mimo.model.base distributed optimizer pipeline_parallel
+dist_checkpointing dist_checkpointing.strategies.fully_parallel dist_checkpointing.strategies.torch""".split()
+_OF_THE_HOUSE = """commands.announcement checkpoint.resumption checkpoint.vocabulary methods.data_sets.data_set_job
+evaluation.held_out rollout.megatron.megatron_sampler sources.step_terms train trainer""".split()
 PRELOADED = (
-    "encodings.utf_8_sig",
-    "torch.distributed",
-    "megatron_selfdistill.compat.cpu",
-    "megatron.core.models.gpt",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    "megatron.core.models.mimo.model.base",
-    "megatron.core.distributed",
-    "megatron.core.optimizer",
-    "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.dist_checkpointing.strategies.fully_parallel",
-    "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron_selfdistill.commands.announcement",
-    "megatron_selfdistill.checkpoint.resumption",
-    "megatron_selfdistill.checkpoint.vocabulary",
-    "megatron_selfdistill.methods.data_sets.data_set_job",
-    "megatron_selfdistill.evaluation.held_out",
-    "megatron_selfdistill.rollout.megatron.megatron_sampler",
-    "megatron_selfdistill.sources.step_terms",
-    "megatron_selfdistill.train",
-    "megatron_selfdistill.trainer",
-    "safetensors.torch",
-    "torch.utils.serialization",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.configuration_llama",
-    "transformers.tokenization_utils_tokenizers",
+    *("encodings.utf_8_sig", "torch.distributed", "megatron_selfdistill.compat.cpu"),
+    *(f"megatron.core.{name}" for name in _OF_MEGATRON),
+    *(f"megatron_selfdistill.{name}" for name in _OF_THE_HOUSE),
+    *("safetensors.torch", "torch.utils.serialization", "transformers.models.auto.tokenization_auto"),
+    *("transformers.models.llama.configuration_llama", "transformers.tokenization_utils_tokenizers"),
     *(f"{_HOUSE.name}.{name}" for name in _ANNEXED if (_HOUSE / name.split(".")[0]).is_dir()),
 )
 
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHDYNAMO_DISABLE"), "1"),
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCHDYNAMO_DISABLE": "1",
     # Gloo ranks are CPU ranks, also on a machine with a GPU: compat/cpu.py changes nothing where it sees CUDA.
     "CUDA_VISIBLE_DEVICES": "",
     # Without it gloo resolves the host name, which fails or waits on machines whose name is not in DNS.
@@ -112,7 +92,6 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the task raised an error on this rank."""
         return self.error is not None
 
 
@@ -223,15 +202,7 @@ def _end(ranks: dict[int, _Rank], patience: float) -> None:
         rank.messages.close()
 
 
-def _rank(
-    task: Task,
-    rank: int,
-    alive: tuple[int, int],
-    listener: socket.socket,
-    answers: connection.Connection,
-    log: Path,
-    import_error: str | None,
-) -> None:
+def _rank(task: Task, rank: int, alive, listener, answers, log: Path, import_error: str | None) -> None:
     """Run the task in this forked process, send its `Outcome` and `DONE`, and end the process."""
     os.close(alive[1])
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -255,10 +226,16 @@ def _run(task: Task, rank: int, listener: socket.socket, import_error: str | Non
     try:
         if import_error is not None:
             raise ImportError(f"the ranks could not import what they need:\n{import_error}")
-        _set_process_state(task, rank)
+        os.chdir(task.cwd)
+        sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task.world_size, "LOCAL_WORLD_SIZE": task.world_size}
+        os.environ |= {name: str(size) for name, size in sizes.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(task.master_port)}
         random.seed(1234)
-        if "torch" in sys.modules:
-            _reset_torch()
+        if "torch" in sys.modules:  # undo what importing the module of the task may have done
+            import torch
+
+            torch.default_generator.manual_seed(1234)  # torch.manual_seed also keeps a stack for GPUs: 1 ms
+            torch.set_num_threads(1)
         fn = _load(task)
         args, kwargs = pickle.loads(task.arguments)
         if task.init_process_group:
@@ -280,27 +257,6 @@ def _wait_for_the_others() -> None:
     if dist is not None and dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.barrier()
-
-
-def _reset_torch() -> None:
-    """Undo what importing the module of the task may have done to the seed and to the number of threads."""
-    import torch
-
-    torch.default_generator.manual_seed(1234)  # torch.manual_seed also keeps a stack for GPUs, which takes 1 ms
-    torch.set_num_threads(1)
-
-
-def _set_process_state(task: Task, rank: int) -> None:
-    """Set torchrun's environment and pytest's working directory."""
-    os.chdir(task.cwd)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(task.world_size),
-        "LOCAL_WORLD_SIZE": str(task.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(task.master_port),
-    }
 
 
 def _load(task: Task) -> Callable[..., Any]:
@@ -368,7 +324,12 @@ def _import_once(modules: Sequence[str]) -> str | None:
         if "megatron_selfdistill.commands.announcement" in sys.modules:
             _ask_git_once()
         if "torch" in sys.modules:
-            _prepare_torch()
+            import torch
+            from rank_groups import share_device
+
+            share_device()
+            torch.set_num_threads(1)
+            torch.manual_seed(1234)  # the first call takes 3 ms, which no rank has to spend again
         if "megatron.core.dist_checkpointing.strategies.torch" in sys.modules:
             _write_checkpoints_in_this_process()
         gc.collect()
@@ -402,15 +363,6 @@ def _fill_caches_of_configurations() -> None:
     for overrides in (["optimizer=fp32"], forms):
         load(overrides)
         GivenKeys(overrides)  # as a run that has a checkpoint does
-
-
-def _prepare_torch() -> None:
-    import torch
-    from rank_groups import share_device
-
-    share_device()
-    torch.set_num_threads(1)
-    torch.manual_seed(1234)  # the first call takes 3 ms, which no rank has to spend again
 
 
 def _write_checkpoints_in_this_process() -> None:

@@ -61,13 +61,7 @@ class RankPool:
         atexit.register(self.close)
 
     def run(
-        self,
-        fn: Callable[..., Any],
-        *args: Any,
-        world_size: int,
-        timeout: float = 120.0,
-        init_process_group: bool = True,
-        **kwargs: Any,
+        self, fn: Callable[..., Any], *args: Any, world_size: int, timeout=120.0, init_process_group=True, **kwargs: Any
     ) -> list[Any]:
         """Return ``[fn(*args, **kwargs) on rank r for r in range(world_size)]``, called in a gloo group of that size.
 
@@ -83,48 +77,28 @@ class RankPool:
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"expected a world_size from 1 to {MAX_WORLD_SIZE}, got {world_size}")
         timeout *= 1.25 ** max(os.nice(0), 0)
-        task = self._task(fn, args, kwargs, world_size, timeout, init_process_group)
+        if "<" in fn.__qualname__:
+            raise ValueError(
+                f"expected a function at the top of a module, got {fn.__qualname__}: ranks import it by name"
+            )
+        self._num_calls += 1
+        directory = self._directory / f"call_{self._num_calls}"
+        directory.mkdir()
+        task = rank_worker.Task(
+            *(fn.__module__, sys.modules[fn.__module__].__file__, fn.__qualname__, pickle.dumps((args, kwargs))),
+            *(world_size, timeout, _GRACE_SECONDS, init_process_group, str(directory)),
+            **{"master_port": free_port(), "sys_path": list(sys.path), "cwd": os.getcwd()},
+        )
         try:
             reply = self._reply(task)
         finally:
-            shutil.rmtree(task.directory, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
         return _results(reply, f"{fn.__module__}.{fn.__qualname__}", world_size, timeout)
 
     def close(self) -> None:
         """End the server and its ranks and remove their files; may be called twice."""
         self._end_server()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _task(
-        self,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        world_size: int,
-        timeout: float,
-        init_process_group: bool,
-    ) -> rank_worker.Task:
-        if "<" in fn.__qualname__:
-            raise ValueError(
-                f"expected a function at the top of a module, got {fn.__qualname__}; ranks import it by name"
-            )
-        self._num_calls += 1
-        directory = self._directory / f"call_{self._num_calls}"
-        directory.mkdir()
-        return rank_worker.Task(
-            module=fn.__module__,
-            file=sys.modules[fn.__module__].__file__,
-            qualname=fn.__qualname__,
-            arguments=pickle.dumps((args, kwargs)),
-            world_size=world_size,
-            timeout=timeout,
-            grace=_GRACE_SECONDS,
-            init_process_group=init_process_group,
-            directory=str(directory),
-            master_port=free_port(),
-            sys_path=list(sys.path),
-            cwd=os.getcwd(),
-        )
 
     def _reply(self, task: rank_worker.Task) -> rank_worker.Reply:
         if self._requests is None:

@@ -30,8 +30,6 @@ START_SECONDS = 900.0
 
 @dataclass(frozen=True)
 class Servers:
-    """Servers with one token."""
-
     processes: list[ServerProcess]
     reach: Reach
 
@@ -40,23 +38,10 @@ class Servers:
 def started(directory: Path, num_servers: int, adapter: EngineAdapter | None = None) -> Iterator[Servers]:
     """Yield healthy servers of `MODEL`, which take the adapters ``adapter``; end them at the end."""
     hf_config, token = write_config(directory / "model"), secrets.token_urlsafe(16)
-    rollout = RolloutConfig(
-        engine="vllm",
-        placement="server",
-        num_servers=num_servers,
-        server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
-        kv_cache_gb=0.2,
-        engine_args={"max_num_seqs": 32},
-    )
-    processes = start_servers(
-        rollout,
-        directory=directory,
-        hf_config=hf_config,
-        token=token,
-        dtype=torch.float32,
-        max_model_len=MAX_LENGTH,
-        adapter=adapter,
-    )
+    own = {"num_servers": num_servers, "server_python": os.environ["SELFDISTILL_VLLM_PYTHON"], "kv_cache_gb": 0.2}
+    rollout = RolloutConfig(engine="vllm", placement="server", engine_args={"max_num_seqs": 32}, **own)
+    own = {"directory": directory, "hf_config": hf_config, "token": token, "max_model_len": MAX_LENGTH}
+    processes = start_servers(rollout, dtype=torch.float32, adapter=adapter, **own)
     try:
         wait_until_healthy(processes, [VllmServer(one.address, token) for one in processes], START_SECONDS)
         yield Servers(processes, Reach([one.address for one in processes], token, hf_config))
@@ -145,7 +130,6 @@ def assert_new_weights_go_on(version: int, responses: list[Response], read: list
 
 
 def processes_of(session: int) -> dict[int, str]:
-    """Return pid -> command line of the processes of a session."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -157,6 +141,5 @@ def processes_of(session: int) -> dict[int, str]:
 
 
 def assert_session_ends(session: int) -> None:
-    """Assert that all processes of a server end by themselves."""
     # The resource tracker of Python's multiprocessing ends when the last process that it serves has ended.
     wait_until(lambda: not processes_of(session))

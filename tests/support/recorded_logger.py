@@ -55,10 +55,8 @@ class LeavingLogger(RecordedLogger):
 
 
 def failing_start(run: LoggedRun) -> RecordedLogger:
-    """Fail as a logger whose server does not answer."""
     raise ConnectionError("no answer")
 
 
 def calls(run_dir: Path) -> list[list[Any]]:
-    """Return the recorded calls of a run, in order."""
     return [json.loads(line) for line in (run_dir / CALLS).read_text().splitlines()]

@@ -36,7 +36,6 @@ def taken_out(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _record(path: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let each step append its responses of all data-parallel ranks to ``path``."""
     from megatron_selfdistill.distributed.collectives import gather_items
     from megatron_selfdistill.sources.on_policy import OnPolicy
 

@@ -21,15 +21,12 @@ class Replying:
         self.role = role
 
     def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
-        """Return the reply to the last text of ``said``."""
         total = sum(map(ord, said[-1]))
         number = (len(said) + 1) // 2
         return Reply(f"X{number}", self.role, f"X{number}!", float(total % 2 == 0), total % 3 == 0)
 
 
 class Keyed(Replying):
-    """A `Replying` environment that needs the password in an environment variable."""
-
     def __init__(self, password_env: str) -> None:
         super().__init__()
         self.password = os.environ[password_env]

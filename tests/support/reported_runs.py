@@ -21,14 +21,7 @@ NASTY = "</script><script>document.title='run'</script><img src=x onerror=\"docu
 """A text that would become code in a page which shows it as markup."""
 
 
-def write_run(
-    directory: Path,
-    num_steps: int = 30,
-    *overrides: str,
-    shift: float = 0.0,
-    changes: Mapping[tuple[int, str], float] | None = None,
-    text: str = NASTY,
-) -> Path:
+def write_run(directory: Path, num_steps: int = 30, *overrides: str, shift=0.0, changes=None, text=NASTY) -> Path:
     """Write a run of ``num_steps`` steps with evaluations every 10 steps, samples and events; return its directory.
 
     ``shift``: added to every loss.  ``changes``: (step, key) -> another value.  ``text``: stands in every response.
@@ -82,59 +75,29 @@ def _composed(*overrides: str) -> configuration.Config:
 
 def _metrics(step: int, num_steps: int, shift: float) -> dict[str, float]:
     left, wave = 1 - step / (num_steps + 1), math.sin(step * 12.9898) * 0.02
-    return {
-        "loss/mean": 0.2 * left + wave + 0.03 + shift,
-        "loss/reverse_kl": 0.2 * left + wave + 0.03,
-        "entropy/student": 0.5 + 0.3 * left + wave,
-        "entropy/teacher": 0.3 + 0.2 * left,
-        "entropy/target": 0.4 + 0.2 * left,
-        "k/mean": 1.6 + wave,
-        "k/p01": 0.8 + wave,
-        "k/p99": 1.75,
-        "status/matched": 0.5,
-        "status/capped": 0.4,
-        "forks/capped": 0.3,
-        "leak/hint_8grams": 0.01 + abs(wave) / 10,
-        "gradient_norm": 0.5 + wave,
-        "learning_rate": 1e-5,
-        "response/length_mean": 100 + 100 * wave,
-        "response/length_max": 180.0,
-        "response/truncated_share": 0.02,
-        "response/loop_share": 0.01,
-        "sampler/log_prob_mean_abs_diff": 1e-7,
-        "seconds/step": 2.0,
-        "seconds/rollout": 1.2,
-        "seconds/train": 0.5,
-        "seconds/optimizer": 0.1,
-        "tokens_per_second/rollout": 1000.0,
-        "tokens_per_second/train": 9000.0,
-        "memory/peak_gib": 50.0,
-    }
+    found = {"loss/mean": 0.2 * left + wave + 0.03 + shift, "loss/reverse_kl": 0.2 * left + wave + 0.03}
+    found |= {"entropy/student": 0.5 + 0.3 * left + wave, "entropy/teacher": 0.3 + 0.2 * left}
+    found |= {"entropy/target": 0.4 + 0.2 * left, "k/mean": 1.6 + wave, "k/p01": 0.8 + wave, "k/p99": 1.75}
+    found |= {"status/matched": 0.5, "status/capped": 0.4, "forks/capped": 0.3}
+    found |= {"leak/hint_8grams": 0.01 + abs(wave) / 10, "gradient_norm": 0.5 + wave, "learning_rate": 1e-5}
+    found |= {"response/length_mean": 100 + 100 * wave, "response/length_max": 180.0}
+    found |= {"response/truncated_share": 0.02, "response/loop_share": 0.01, "sampler/log_prob_mean_abs_diff": 1e-7}
+    found |= {"seconds/step": 2.0, "seconds/rollout": 1.2, "seconds/train": 0.5, "seconds/optimizer": 0.1}
+    found |= {"tokens_per_second/rollout": 1000.0, "tokens_per_second/train": 9000.0, "memory/peak_gib": 50.0}
+    return found
 
 
 def _evaluation(step: int, num_steps: int) -> dict[str, float]:
-    accuracy = 0.3 + 0.6 * step / num_steps
-    return {
-        "evaluation/greedy_accuracy": accuracy,
-        "evaluation/sampled_accuracy": accuracy - 0.05,
-        "evaluation/pass_at_1": accuracy - 0.05,
-        "evaluation/pass_at_4": accuracy + 0.05,
-    }
+    distances = {"greedy_accuracy": 0.0, "sampled_accuracy": -0.05, "pass_at_1": -0.05, "pass_at_4": 0.05}
+    return {f"evaluation/{name}": 0.3 + 0.6 * step / num_steps + distance for name, distance in distances.items()}
 
 
 def _answers(step: int, text: str) -> list[dict[str, Any]]:
     """Return answers to 30 problems: the first 10 are right at first, the first 20 later; problem 29 is cut."""
     return [
-        {
-            "step": step,
-            "problem_id": f"problem {number}",
-            "sample": sample,
-            "prompt": f"What is {number} + {number}?",
-            "response": f"{text} {2 * number}",
-            "correct": number < (10 if step == 0 else 20),
-            "length": 20 + number,
-            "truncated": number == 29,
-        }
+        {"step": step, "problem_id": f"problem {number}", "sample": sample, "prompt": f"What is {number} + {number}?"}
+        | {"response": f"{text} {2 * number}", "correct": number < (10 if step == 0 else 20)}
+        | {"length": 20 + number, "truncated": number == 29}
         for number in range(30)
         for sample in (None, 0)
     ]
@@ -142,23 +105,12 @@ def _answers(step: int, text: str) -> list[dict[str, Any]]:
 
 def _sample(step: int, text: str) -> dict[str, Any]:
     tokens = [text, " two", " three", "<end>"]
-    return {
-        "step": step,
-        "problem_id": f"training problem {step}",
-        "prompt": "What is 1 + 1?",
-        "solution": f"hint {text}",
-        "response": "".join(tokens),
-        "truncated": False,
-        "tokens": {
-            "id": [1, 2, 3, 4],
-            "text": tokens,
-            "loss": [0.1, 0.2, 0.3, 0.0],
-            "student_log_prob": [-0.1, -2.0, -3.0, "-inf"],
-            "teacher_log_prob": [-2.6, -0.5, -3.1, -0.1],
-            "k": [1.5, 1.2, 1.75, 1.0],
-            "status": ["matched", "matched", "capped", "matched"],
-        },
-    }
+    about = {"step": step, "problem_id": f"training problem {step}", "prompt": "What is 1 + 1?"}
+    numbers = {"id": [1, 2, 3, 4], "text": tokens, "loss": [0.1, 0.2, 0.3, 0.0], "k": [1.5, 1.2, 1.75, 1.0]}
+    numbers |= {"student_log_prob": [-0.1, -2.0, -3.0, "-inf"], "teacher_log_prob": [-2.6, -0.5, -3.1, -0.1]}
+    numbers |= {"status": ["matched", "matched", "capped", "matched"]}
+    about |= {"solution": f"hint {text}", "response": "".join(tokens), "truncated": False}
+    return {**about, "tokens": numbers}
 
 
 def _events(num_steps: int) -> list[dict[str, Any]]:

@@ -21,12 +21,10 @@ def own(grid: Any, everything: list[T]) -> list[T]:
 
 
 def tokens(responses: Sequence[Response]) -> list[list[int]]:
-    """Return the token ids of the responses."""
     return [response.token_ids for response in responses]
 
 
 def cut_at(text: list[int], stops: Sequence[int]) -> tuple[list[int], str]:
-    """Return ``text`` up to and including the first stop token, and the reason for its end."""
     for i, token in enumerate(text):
         if token in stops:
             return text[: i + 1], "stop"

@@ -26,7 +26,6 @@ def load_script(file: Path) -> ModuleType:
 
 
 def page_of_method(name: str) -> str:
-    """Return the Markdown of the site's page about a method."""
     return str(_site().methods.page(name))
 
 

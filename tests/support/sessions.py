@@ -24,44 +24,31 @@ class Session:
     """A `Replying` environment that keeps what was said, under the methods of an environment with a state."""
 
     def reset(self, problem: Problem, seed: int) -> str | None:
-        """Begin the episode and show nothing."""
         self.problem, self.said = problem, list[str]()
         return None
 
     def step(self, response: str) -> Reply:
-        """Return the reply to everything that was said."""
         self.said.append(response)
         reply = Replying().reply(self.problem, self.said)
         self.said.append(reply.text or "")
         return reply
 
     def close(self) -> None:
-        """Do nothing."""
+        pass
 
 
 class Opened(Session):
     """A `Session` that shows a digit before the first response, which the seed decides."""
 
     def reset(self, problem: Problem, seed: int) -> str | None:
-        """Begin the episode and show the digit."""
         super().reset(problem, seed)
         return str(random.Random(seed).randrange(10))
-
-
-class Hinting(Session):
-    """A `Session` that begins with a text and a hint for the teacher."""
-
-    def reset(self, problem: Problem, seed: int) -> Reply:  # type: ignore[override]
-        """Begin the episode and show both."""
-        super().reset(problem, seed)
-        return Reply(" go", hint="north")
 
 
 class Guiding(Session):
     """A `Session` whose replies have another hint for the teacher at each turn."""
 
     def step(self, response: str) -> Reply:
-        """Return the reply, with the number of the turn as the hint."""
         reply = super().step(response)
         return replace(reply, hint=str(len(self.said) // 2))
 
@@ -73,7 +60,6 @@ class NeverWaited(Session):
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
     def step(self, response: str) -> Reply:
-        """Die."""
         os._exit(3)
 
 
@@ -85,25 +71,21 @@ class Told:
         self.steps = 0
 
     def reset(self, problem: Problem, seed: int) -> str | None:
-        """Show the answer and the seed, or do what the answer says."""
         self.did(problem.answer or "")
         return f"{problem.answer} {seed}"
 
     async def step(self, response: str) -> Reply:
-        """Do what the response says, and reply with the number of the session's steps."""
         await asyncio.sleep(0)
         self.steps += 1
         self.did(response)
         return "no reply" if response == "text" else Reply(f"#{self.steps}", done=response == "done")  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Leave a file with the number of steps."""
         if self.directory:
             with open(os.path.join(self.directory, f"closed{os.getpid()}"), "w") as file:
                 file.write(str(self.steps))
 
     def did(self, word: str) -> None:
-        """Do what ``word`` says."""
         if word == "raise":
             raise KeyError("no such tool")
         if word == "exit":
@@ -129,7 +111,6 @@ class Told:
 
 
 def refusing() -> None:
-    """End the program in place of an environment."""
     sys.exit("no licence")
 
 

@@ -23,7 +23,6 @@ ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
 def sh(*command: str, **environment: str) -> str:
-    """Run a command that must succeed and return its output."""
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | environment, cwd=REPOSITORY)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()
@@ -41,48 +40,30 @@ class Job:
     ) -> None:
         self.run_dir, self.log = run_dir, run_dir.with_suffix(".log")
         parameters = {
-            "RUN_DIR": str(run_dir),
-            "GPUS_PER_NODE": "1",
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
+            **{"RUN_DIR": str(run_dir), "GPUS_PER_NODE": "1", "RUN_DOCTOR": "0", "CUDA_VISIBLE_DEVICES": ""},
+            **{"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             "NETWORK_INTERFACE": "lo",  # both nodes are this host, whose name may be missing in DNS
-            "RUN_DOCTOR": "0",
-            **environment,
+            **{"TOKENIZERS_PARALLELISM": "false", **environment},
         }
-        arguments = overrides(
-            data,
-            run_dir,
-            f"num_steps={STEPS}",
-            "checkpoint.save_every=4",
-            "rollout.kv_cache_gb=0.1",
-            "metrics.console_every=1",
-            *more,
-        )
+        own = f"num_steps={STEPS} checkpoint.save_every=4 rollout.kv_cache_gb=0.1 metrics.console_every=1".split()
+        arguments = overrides(data, run_dir, *own, *more)
         path = next(path for path in SCRIPTS if path.stem == script)
         self.id = sh("sbatch", "--parsable", f"--output={self.log}", *options, str(path), *arguments, **parameters)
 
     def field(self, name: str) -> str:
-        """Return a field of ``scontrol show job``."""
         return sh("scontrol", "show", "job", self.id).split(f"{name}=", 1)[1].split()[0]
 
     def restarts(self) -> int:
-        """Return how often Slurm has restarted the job."""
         return int(self.field("Restarts"))
 
     def text(self) -> str:
-        """Return the log of the job."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def steps_done(self) -> int:
-        """Return the number of lines of metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def saved_step(self) -> int:
-        """Return the step of the latest checkpoint; 0 if there is none."""
         return saved_step(self.run_dir)
 
     def after_steps(self, count: int) -> Job:
@@ -98,12 +79,10 @@ class Job:
         sh("scontrol", "update", f"JobId={self.id}", f"StartTime=now+{seconds}")
 
     def end(self) -> str:
-        """Wait for the end of the job and return its state."""
         wait_until(lambda: self.field("JobState") in ENDS)
         return self.field("JobState")
 
     def processes(self, node: str | None = None) -> dict[int, dict[str, str]]:
-        """Return pid -> environment of the job's processes, on one node if ``node`` names it."""
         found = {}
         for entry in Path("/proc").iterdir():
             try:
@@ -132,14 +111,12 @@ class Job:
         return [pid for pid, one in own.items() if "SLURM_STEP_NUM_NODES" in one and parent(pid) not in own]
 
     def ranks(self) -> dict[int, tuple[int, str]]:
-        """Return rank -> (pid, node) of the trainer's processes."""
         workers = {pid: one for pid, one in self.processes().items() if "LOCAL_RANK" in one}
         own = {pid: one for pid, one in workers.items() if parent(pid) not in workers}  # without their forks
         return {int(one["RANK"]): (pid, one["SLURMD_NODENAME"]) for pid, one in own.items()}
 
 
 def parent(pid: int) -> int:
-    """Return the pid of the parent of a process."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 

@@ -65,7 +65,6 @@ def matching_beta(summary: LogitSummary, row: int, wanted: float, target: Target
 
 
 def of_rows(rows: list[Tensor], vocab_size: int) -> LogitSummary:
-    """Return the summary of whole rows of logits."""
     from megatron_selfdistill.instruments.explorer.logit_summary import summarise_logits
     from megatron_selfdistill.loss import VocabShard
 

@@ -22,7 +22,6 @@ def answered(request: Request) -> Response:
 
 
 def sums(count: int = 9) -> list[Problem]:
-    """Return problems that ask for a + 8, with the sum as the answer."""
     return [
         Problem(f"p{a}", ({"role": "user", "content": f"{a}+8"},), "", str(a + 8), f"file.jsonl:{a}")
         for a in range(count)

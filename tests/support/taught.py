@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from anchored import rows_of
+from logit_pairs import kl
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
@@ -30,41 +31,7 @@ def write_records_of_teachers(
     return data / file
 
 
-def gradients_of_products(
-    contexts: Sequence[ContextPair],
-    student: Any,
-    reference: Any,
-    teachers: dict[str, Any],
-    target: Target,
-    vocab_size: int,
-    weights: Mapping[str, float] | None = None,
-) -> dict[str, Tensor]:
-    """Return the gradient of the mean reverse KL from the products of the teachers, from whole rows of float64 logits.
-
-    ``contexts``: one per response, with the shares and prompts of its teachers where it has several.  ``weights``: the
-    w of each teacher that has one of its own.
-    """
-    total = sum(len(context.response) for context in contexts)
-    loss = torch.zeros((), dtype=torch.float64)
-    for context in contexts:
-        several = context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),)
-        log_t = torch.zeros((), dtype=torch.float64)
-        own = {one.teacher: (weights or {}).get(one.teacher, target.teacher_weight) for one in several}
-        mixed = sum(one.share * own[one.teacher] for one in several)
-        for one in several:
-            read = replace(context, teacher_prompt=one.prompt)
-            s, t, r = rows_of(read, student, teachers[one.teacher], reference, vocab_size)
-            log_t = log_t + one.share * own[one.teacher] / mixed * t.detach().log_softmax(-1)
-        anchor = r.detach() if target.is_anchored else None
-        log_q = mixed_target(s.detach(), log_t, target.with_teacher_weight(mixed), anchor).log_q
-        log_p = s.log_softmax(-1)
-        loss = loss + (log_p.exp() * (log_p - log_q)).sum() / total
-    names, parameters = zip(*student.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
 def trained_gradients(trainer: Any) -> tuple[list[ContextPair], dict[str, Tensor]]:
-    """Return the contexts of a step and the gradients that its batches leave, by parameter; one rank."""
     step: list[Any] = []
     for batch in trainer.batches():
         balanced = trainer.balance(batch)
@@ -75,31 +42,29 @@ def trained_gradients(trainer: Any) -> tuple[list[ContextPair], dict[str, Tensor
 
 
 def gradients_by_definition(
-    contexts: Sequence[ContextPair],
-    student: Any,
-    reference: Any,
-    teachers: dict[str, tuple[Any, Target]],
-    vocab_size: int,
-    shares: dict[str, dict[str, float]],
+    contexts: Sequence[ContextPair], student, reference, teachers, target: Target, vocab_size: int, weights, shares
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean reverse KL over all response tokens, from whole rows of float64 logits.
 
-    ``contexts``: one per response and teacher.  ``teachers``: the model and the target of each teacher.  ``shares``:
-    the shares of the teachers of each problem that has several, by its id.
+    ``contexts``: one per response and teacher, or one per response with all teachers of a product.  ``weights``: the w
+    of each teacher that has one of its own.  ``shares``: problem -> the shares of several teachers of its contexts.
     """
     total = sum(len(context.response) for context in {it.problem_id: it for it in contexts}.values())
     loss = torch.zeros((), dtype=torch.float64)
     for context in contexts:
-        teacher, target = teachers[context.teacher]
-        s, t, r, *controls = rows_of(context, student, teacher, reference, vocab_size)
+        several = context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),)
+        own = {one.teacher: weights.get(one.teacher, target.teacher_weight) for one in several}
+        mixed = sum(one.share * own[one.teacher] for one in several)
+        log_t = torch.zeros((), dtype=torch.float64)
+        for one in several:
+            read = replace(context, teacher_prompt=one.prompt)
+            s, t, r, *controls = rows_of(read, student, teachers[one.teacher], reference, vocab_size)
+            log_t = log_t + one.share * own[one.teacher] / mixed * t.detach().log_softmax(-1)
+        anchor = r.detach() if target.is_anchored else None
         control_logits = torch.stack(controls).detach() if controls else None
-        log_q = mixed_target(s.detach(), t.detach(), target, r.detach(), control_logits).log_q
-        log_p = s.log_softmax(-1)
-        loss = (
-            loss
-            + shares.get(context.problem_id, {}).get(context.teacher, 1.0)
-            * (log_p.exp() * (log_p - log_q)).sum()
-            / total
-        )
+        own_target = target.with_teacher_weight(mixed)
+        log_q = mixed_target(s.detach(), log_t, own_target, anchor, control_logits).log_q
+        share = shares.get(context.problem_id, {}).get(context.teacher, 1.0)
+        loss = loss + share * kl(s.log_softmax(-1), log_q).sum() / total
     names, parameters = zip(*student.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

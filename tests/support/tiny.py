@@ -75,3 +75,16 @@ def rollout(text: str, reward: float = 0.0, group: int = 0, *, prompts: Any = No
     prompts = prompts or given()
     pair = prompts.pair(asked) if hasattr(prompts, "pair") else prompts.prompts(asked)
     return Rollout(asked, pair, response_of(text), group, reward, **fields)
+
+
+def problem_with(answer: str | None) -> Problem:
+    """Return a problem of which only the answer matters."""
+    return problem("?", "so", answer, location="file.jsonl:7")
+
+
+def needed_by(recipe: str) -> list[str]:
+    """Return the overrides without which a recipe is refused: an environment, where the recipe has episodes."""
+    from megatron_selfdistill.config.key_list import config_dir
+
+    has_episodes = "\nenvironment:" in (config_dir() / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    return ["environment.name=replying.Replying"] if has_episodes else []

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from recordings import taken_out
+from rounded_json import read_lines
 
 if TYPE_CHECKING:
     from ranks import RankPool
@@ -68,36 +68,19 @@ def write_conversations(directory: Path, chats: Sequence[Sequence[str]], file: s
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the overrides of a run of 6 steps of 8 problems; ``more`` comes last."""
     return [
-        f"run_dir={run_dir}",
-        f"data.path={data}/problems.jsonl",
-        f"data.tokenizer={data}/tokenizer",
-        "data.teacher_template='{problem}H{solution}|'",
-        "data.global_batch_size=8",
-        "rollout.max_new_tokens=14",
-        "schedule.max_tokens=256",
-        "model.num_layers=2",
-        "model.hidden_size=32",
-        "model.num_query_groups=2",
-        "model.make_vocab_size_divisible_by=8",
-        "model.max_position_embeddings=128",
-        "model.init_method_std=0.2",
-        "optimizer=fp32",
-        "optimizer.lr=1e-3",
+        *(f"run_dir={run_dir}", f"data.path={data}/problems.jsonl", f"data.tokenizer={data}/tokenizer"),
+        *("data.teacher_template='{problem}H{solution}|'", "data.global_batch_size=8", "rollout.max_new_tokens=14"),
+        *("schedule.max_tokens=256", "model.num_layers=2", "model.hidden_size=32", "model.num_query_groups=2"),
+        *("model.make_vocab_size_divisible_by=8", "model.max_position_embeddings=128", "model.init_method_std=0.2"),
+        *("optimizer=fp32", "optimizer.lr=1e-3", "optimizer.lr_warmup_steps=2", "num_steps=6"),
         "optimizer.constants.adam_eps=1e-5",  # with 1e-8 a first step, g / |g|, is one of rounding where g is near zero
-        "optimizer.lr_warmup_steps=2",
-        "num_steps=6",
-        "checkpoint.save_every=3",
-        "metrics.console_every=0",
         "metrics.measure_every_token=1",  # which tokens are measured depends on the layout
-        "metrics.loggers=[]",
-        "report.every=0",
-        "metrics.explore_samples=0",
-        *more,
+        *("checkpoint.save_every=3", "metrics.console_every=0", "metrics.loggers=[]", "report.every=0"),
+        *("metrics.explore_samples=0", *more),
     ]
 
 
 def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
-    """Return ``use(trainer)`` for the `Trainer` of a configuration."""
     from megatron_selfdistill.config import load
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
@@ -117,10 +100,7 @@ def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
 
 
 def start(arguments: Sequence[str], kill_at: str | None = None) -> int:
-    """Train on this rank with arguments of the command line, and of `recordings`.
-
-    ``kill_at`` names a place of `killed_at`.
-    """
+    """Train on this rank with arguments of the command line and of `recordings`; ``kill_at``: see `killed_at`."""
     from megatron_selfdistill.train import main
 
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +124,6 @@ def refusal(ranks: RankPool, arguments: Sequence[str], world_size: int = 1) -> s
 
 
 def start_each(runs: Sequence[Sequence[str]]) -> list[int]:
-    """Call `start` for one run after the other in this process; return their statuses."""
     return [start(arguments) for arguments in runs]
 
 
@@ -156,13 +135,7 @@ def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any
 
 
 def train(
-    ranks: RankPool,
-    arguments: Sequence[str],
-    world_size: int = 1,
-    *,
-    start: Callable[..., int] = start,
-    expected: int = 0,
-    **options: Any,
+    ranks: RankPool, arguments: Sequence[str], world_size: int = 1, *, start=start, expected=0, **options: Any
 ) -> None:
     """Call ``start(arguments)`` on each rank and assert that its exit status is ``expected``.
 
@@ -173,10 +146,7 @@ def train(
 
 
 def train_each(ranks: RankPool, runs: Sequence[Sequence[str]], *, expected: int = 0) -> None:
-    """Start a run with each of the arguments in ``runs``, one after the other in one process of one rank.
-
-    Assert that the exit status of every run is ``expected``.
-    """
+    """Start one run after the other in one process of one rank; assert that the exit status of each is ``expected``."""
     assert ranks.run(start_each, runs, world_size=1, init_process_group=False) == [[expected] * len(runs)]
 
 
@@ -226,19 +196,17 @@ def reproducible_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def recorded(path: Path, step: int) -> dict[tuple[str, int], list[int]]:
     """Return the recorded rollouts of a step: (problem, sample) -> token ids."""
-    records = map(json.loads, path.read_text().splitlines())
-    return {(r["problem_id"], r["sample_index"]): r["token_ids"] for r in records if r["step"] == step}
+    records = [record for record in read_lines(path) if record["step"] == step]
+    return {(record["problem_id"], record["sample_index"]): record["token_ids"] for record in records}
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
-    """Return the contents of every file below a directory, by relative path."""
     return {
         str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()
     }
 
 
 def saved_step(run_dir: Path) -> int:
-    """Return the step of the latest checkpoint in the tracker file; 0 if there is none."""
     path = run_dir / "checkpoints" / TRACKER
     return int(path.read_text()) if path.exists() else 0
 
@@ -256,7 +224,6 @@ def go_back_to_step(step: int, run_dir: Path) -> None:
 
 
 def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
-    """Return every full tensor of a checkpoint: weights, optimizer state, and the EMA weights of the teacher."""
     from megatron.core.dist_checkpointing import load_plain_tensors
 
     tensors: dict[str, Any] = load_plain_tensors(str(run_dir / "checkpoints" / f"iter_{step:07d}"))
@@ -264,10 +231,7 @@ def final_tensors(run_dir: Path, step: int = 6) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path, step: int = 6) -> list[tuple[str, float]]:
-    """Return the tensors that differ between two runs' checkpoints, each with its largest difference.
-
-    Needs an initialised process group.
-    """
+    """Return the tensors that differ between two runs' checkpoints, with their largest differences, in a group."""
     a, b = final_tensors(one, step), final_tensors(other, step)
     assert a.keys() == b.keys()
     return [
@@ -360,7 +324,7 @@ def assert_guided_by_the_teacher_of_the_loss(run_dir: Path) -> None:
 
     The weights of student and teacher differ from the second step on.
     """
-    records = [json.loads(line) for line in (run_dir / "responses.jsonl").read_text().splitlines()]
+    records = read_lines(run_dir / "responses.jsonl")
     for step, line in enumerate(reproducible_metrics(run_dir)):
         means = {}
         for name in ("log_probs", "teacher_log_probs"):

@@ -35,7 +35,6 @@ class Reach:
 
 
 def write_config(directory: Path) -> Path:
-    """Write the config.json of `MODEL` into ``directory``; return ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
     architecture = {"architectures": [FAMILY.architecture]}
     (directory / "config.json").write_text(json.dumps({**architecture, **FAMILY.hf_config(MODEL, "float32")}))

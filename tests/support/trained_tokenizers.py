@@ -40,7 +40,6 @@ def chat_template() -> str:
 
 @pytest.fixture(scope="session")
 def plain_template() -> str:
-    """Return a template without roles and generation prompt, which renders the messages unchanged."""
     return PLAIN_TEMPLATE
 
 
@@ -88,17 +87,10 @@ def character_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a SentencePiece ``tokenizer.model``: BPE with byte fallback, ``<s>`` and ``</s>``, and chat pieces."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 10),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=360,
-        byte_fallback=True,
-        user_defined_symbols=["<|im_start|>", "<|im_end|>", "<think>"],
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+    options = {"model_type": "bpe", "vocab_size": 360, "byte_fallback": True, "normalization_rule_name": "identity"}
+    options |= {"user_defined_symbols": ["<|im_start|>", "<|im_end|>", "<think>"], "minloglevel": 2}
+    texts = {"sentence_iterator": iter(CORPUS * 10), "model_writer": model}
+    sentencepiece.SentencePieceTrainer.train(**texts, **options, remove_extra_whitespaces=False)
     file = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     file.write_bytes(model.getvalue())
     return file

@@ -61,18 +61,14 @@ def word_tokenizer() -> Any:
 def by_the_pipeline(directory: Path) -> dict[str, Tensor]:
     """Return the gradients of one step of the schedule; student, teacher and reference have the same weights."""
     student, frozen, grid, rules = _both(directory, ParallelConfig())
-    contexts = [
-        ContextPair(str(i), *texts, truncated=False)
-        for i, texts in enumerate(zip(PROMPTS, HINTED, RESPONSES, strict=True))
-    ]
+    texts = enumerate(zip(PROMPTS, HINTED, RESPONSES, strict=True))
+    contexts = [ContextPair(str(i), *of_one, truncated=False) for i, of_one in texts]
     config = unwrapped(frozen[0]).config
     packing = packing_of_model(config, max_tokens=64, pair_order="alternating", with_teacher=True, with_reference=True)
     vocab = VocabShard.from_group(unwrapped(student[-1]).vocab_size, hf_models.VOCAB_SIZE, grid.tp_group)
     loss = token_losses.self_distillation(Target(), Divergence())
-    batch = pack_everywhere(contexts, packing, grid)
-    schedule.run(
-        student, schedule.ScheduledTeacher(frozen), batch, loss, grid, vocab, reference=Reference(Target(), frozen)
-    )
+    batch, teacher = pack_everywhere(contexts, packing, grid), schedule.ScheduledTeacher(frozen)
+    schedule.run(student, teacher, batch, loss, grid, vocab, reference=Reference(Target(), frozen))
     return _gradients(student, grid, rules)
 
 
@@ -85,21 +81,14 @@ def by_the_loop_of_megatron(directory: Path, parallel: ParallelConfig) -> dict[s
     student, frozen, grid, rules = _both(directory, parallel)
     unwrapped(student[0]).config.finalize_model_grads_func = finalize_model_grads
     batch = batch_of(list(zip(PROMPTS, HINTED, strict=True)), RESPONSES, multiple=2)
-    get_forward_backward_func()(
-        forward_step_func=partial(forward_step, frozen=frozen[0], vocab_size=hf_models.VOCAB_SIZE),
-        data_iterator=iter([batch]),
-        model=student,
-        num_microbatches=1,
-        seq_length=batch["tokens"].size(1),
-        micro_batch_size=len(PROMPTS),
-        forward_only=False,
-    )
+    step = partial(forward_step, frozen=frozen[0], vocab_size=hf_models.VOCAB_SIZE)
+    sizes = {"num_microbatches": 1, "seq_length": batch["tokens"].size(1), "micro_batch_size": len(PROMPTS)}
+    run = get_forward_backward_func()
+    run(forward_step_func=step, data_iterator=iter([batch]), model=student, forward_only=False, **sizes)
     return _gradients(student, grid, rules)
 
 
-def _both(
-    directory: Path, parallel: ParallelConfig
-) -> tuple[list[torch.nn.Module], list[torch.nn.Module], RankGrid, list[Rule]]:
+def _both(directory: Path, parallel: ParallelConfig) -> tuple[Any, Any, RankGrid, list[Rule]]:
     """Return the model wrapped for training, a frozen copy, the rank grid, and the rules of the family."""
     _, model, rules, tensors = hf_models.read(directory)
     student, grid = models.build(model, parallel, seed=None)

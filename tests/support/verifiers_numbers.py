@@ -29,7 +29,6 @@ def solved(state: Any, **_: Any) -> float:
 
 
 def load_environment(number: int = 10) -> verifiers.Environment:
-    """Return the environment, as ``verifiers.load_environment`` calls it."""
     rows = [{"question": f"Guess a digit, game {i}.", "answer": str(i % 10)} for i in range(number)]
     rubric = verifiers.Rubric(funcs=[solved])
     return Numbers(dataset=Dataset.from_list(rows), rubric=rubric, max_turns=TRIES)

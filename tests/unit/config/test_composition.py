@@ -8,8 +8,8 @@ import operator
 
 import pytest
 from omegaconf import OmegaConf
-from recipe_needs import needed_by
 from tiers import combinations
+from tiny import needed_by
 
 from megatron_selfdistill.config import Config, compose, keys, load
 from megatron_selfdistill.config.key_list import config_dir

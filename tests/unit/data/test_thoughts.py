@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from answers import problem_with
+from tiny import problem_with
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

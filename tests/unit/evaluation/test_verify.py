@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from answers import problem_with
+from tiny import problem_with
 
 from megatron_selfdistill.evaluation import verify as module
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier, math_verify, voted_answer

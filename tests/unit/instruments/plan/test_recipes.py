@@ -8,8 +8,8 @@ import functools
 
 import pytest
 import yaml
-from recipe_needs import needed_by
 from tiers import combinations
+from tiny import needed_by
 
 from megatron_selfdistill.config import Config, load
 from megatron_selfdistill.config.key_list import config_dir
