@@ -8,7 +8,6 @@ import pytest
 
 @pytest.fixture
 def fakes():
-    """Start two servers of one worker each."""
     from fake_vllm import fake_servers
 
     with fake_servers(2) as servers:

@@ -42,7 +42,6 @@ def tell_all(addresses: list[str], grid: Any, **fault: Any) -> None:
 
 
 def wait_for(ticket: Any, count: int) -> None:
-    """Wait on rank 0 until ``count`` responses of ``ticket`` are finished."""
     if ticket.batch is not None:
         ticket.batch.wait_for(lambda finished: len(finished) >= count or None)
 
@@ -93,7 +92,6 @@ OTHER_FAULTS = [{"dead": True}, {"fail_at": "/reset_prefix_cache"}]
 
 
 def server_lost(addresses: list[str], fault: dict[str, Any]) -> Any:
-    """Let the first server fail while responses are under way and the weights change."""
     with sampler(addresses, {}, max_staleness=2) as (built, grid):
         requests = requests_of(grid, 1, 16)
         built.update_weights(0)
@@ -164,7 +162,6 @@ def test_requests_never_begin_with_weights_that_will_be_too_old(run):
 
 
 def abandoned(addresses: list[str]) -> None:
-    """Close a sampler while responses are held back."""
     with sampler(addresses, {}) as (built, grid):
         built.update_weights(0)
         tell_all(addresses, grid, holds=[HELD])

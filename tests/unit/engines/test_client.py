@@ -144,7 +144,6 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Let requests look at this clock, and look often."""
     clock, wait = Clock(), patient_http._Wait
     monkeypatch.setattr(patient_http, "time", clock)
     monkeypatch.setattr(patient_http, "_Wait", lambda *given: wait(*given, since=clock.now))
@@ -156,7 +155,6 @@ GENERATE, LOAD, MODELS = "/inference/v1/generate", "/update_weights", "/v1/model
 
 
 def asking(server: VllmServer, path: str) -> Any:
-    """Return the coroutine that asks a server for the answer of a path."""
     asks = {GENERATE: lambda: server.generate(request_of(1)), LOAD: server.update_weights, MODELS: server.max_model_len}
     return asks[path]()
 

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -47,25 +45,3 @@ def computed() -> None:
 def test_a_fork_has_a_thread_of_its_own():
     computed()
     assert in_a_fork(computed, seconds=300) == (0, "")
-
-
-class Response:
-    """A result that a weak reference can watch."""
-
-
-async def answered() -> Response:
-    return Response()
-
-
-def test_a_result_that_nobody_holds_is_freed_at_once():
-    """Training collects cycles seldom, and the responses of a batch are large."""
-    gc.disable()
-    try:
-        result = begin(answered())
-        watched = weakref.ref(result.result())
-        run(asyncio.sleep(0))  # the thread has left the task
-        assert watched() is not None
-        del result
-        assert watched() is None
-    finally:
-        gc.enable()

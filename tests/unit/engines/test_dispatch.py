@@ -17,7 +17,6 @@ from megatron_selfdistill.engines.vllm.server_batch import dispatch
 
 
 def servers_of(count: int) -> list[VllmServer]:
-    """Return clients of servers that do not exist; tasks do not call them."""
     return [VllmServer(f"http://server{i}:1") for i in range(count)]
 
 

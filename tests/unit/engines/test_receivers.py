@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -33,27 +34,11 @@ def test_a_mapped_bucket_is_the_trainers_memory_and_one_that_is_gone_is_let_go(t
     assert set(receiver._mapped) == {str(files[1].path), str(larger.path)}
 
 
-class Cudart:
-    """A stand-in for torch.cuda.cudart(): the registered addresses, and the status that it returns."""
-
-    def __init__(self, status: int) -> None:
-        self.status = status
-        self.registered: dict[int, int] = {}
-
-    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
-        if self.status == 0:
-            self.registered[address] = num_bytes
-        return self.status
-
-    def cudaHostUnregister(self, address: int) -> None:
-        del self.registered[address]
-
-
 @pytest.mark.parametrize("status", [0, 712])
 def test_on_a_gpu_node_a_mapped_bucket_is_pinned_until_it_goes_or_the_log_says_why_not(
     tmp_path, monkeypatch, caplog, status
 ):
-    cudart, raised = Cudart(status), list[str]()
+    cudart, raised = Mock(**{"cudaHostRegister.return_value": status}), list[str]()
 
     def first_kernel(*_: Any, device: str) -> None:
         raised.append(device)
@@ -64,13 +49,14 @@ def test_on_a_gpu_node_a_mapped_bucket_is_pinned_until_it_goes_or_the_log_says_w
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     file = MappedFile(tmp_path, 2**20)
     assert raised == ([] if status == 0 else ["cuda"]), "or a kernel of the step raises the driver's error"
-    assert cudart.registered == ({file.memory.data_ptr(): 2**20} if status == 0 else {})
+    assert cudart.cudaHostRegister.call_args.args[:2] == (file.memory.data_ptr(), 2**20)
     assert [record.message for record in caplog.records] == (
         [] if status == 0 else ["CUDA cannot pin 1 MiB of a bucket (error 712): copies are slower"]
     )
+    address = file.memory.data_ptr()
     file.close()
     file.close()
-    assert not cudart.registered
+    assert cudart.cudaHostUnregister.mock_calls == ([call(address)] if status == 0 else [])
 
 
 @pytest.mark.gpu

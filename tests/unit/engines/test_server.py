@@ -45,7 +45,7 @@ def steps(
     """Run a step for each of ``faults``, and return each step's tokens and metrics, or the error's class and message.
 
     Rank 0 sets the faults of the servers after that step's `update_weights`; in steps after ``sync_from``, before it.
-    A fault "patience_s" is the patience with that server, and "sending_s" that of rank 0 between two agreements.
+    A fault "patience_s" is the patience with that server.
     """
     done: list[Step] = []
     with sampler(addresses, layout, **options) as (built, grid):
@@ -55,7 +55,6 @@ def steps(
             def begin(fault: list[dict[str, Any]] = fault) -> None:
                 for server, each in zip(built._pool.servers, fault, strict=False):
                     server._http.timeout_s = each.pop("patience_s", PATIENCE_S)
-                    built._timeout_s = each.pop("sending_s", built._timeout_s)
                     tell(server.address, **each)
                 torch.distributed.barrier()
 
@@ -165,25 +164,6 @@ def test_a_server_that_fails_while_the_group_forms_keeps_nobody_waiting(ranks, f
     [(tokens, metrics)] = run(ranks, fakes, faults, 2, options={"transfer": "gloo"}, sync_from=-1)
     assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
     assert fakes[1].version == "0"
-
-
-@pytest.mark.full
-def test_a_server_that_falls_silent_in_an_update_costs_the_others_its_timeout_and_no_weights(ranks, fakes):
-    """The silence takes all of rank 0's patience between two agreements."""
-    load, loaded = fakes[0].update, []
-
-    def fall_silent(info: dict[str, Any]) -> None:
-        loaded.append(info)
-        if len(loaded) == 3:
-            fakes[0].hangs_at = "/update_weights"
-        load(info)
-
-    fakes[0].update = fall_silent  # type: ignore[method-assign]
-    layout = {"tp": 2, "pp": 2}
-    [(tokens, metrics)] = run(ranks, fakes, [[{"patience_s": 3.0, "sending_s": 2.0}]], 4, layout=layout, sync_from=-1)
-    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
-    assert fakes[1].version == "0" and fakes[0].version == "loading"
-    assert fakes[0].weights.keys() < fakes[1].weights.keys()
 
 
 def test_weights_that_are_old_enough_to_be_wrong_are_refused_unless_staleness_is_allowed(ranks, fakes):

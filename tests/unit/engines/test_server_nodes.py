@@ -115,7 +115,6 @@ def test_when_a_node_is_killed_the_head_ends_and_with_it_the_others(nodes):
 
 
 def lead(nnodes: int, port: int) -> Future[None]:
-    """Let a head meet its nodes in a thread of its own."""
     outcome: Future[None] = Future()
 
     def run() -> None:
@@ -129,8 +128,6 @@ def lead(nnodes: int, port: int) -> Future[None]:
 
 
 def connected(port: int) -> socket.socket:
-    """Return a connection to the port as soon as somebody listens."""
-
     def connect() -> socket.socket | None:
         with contextlib.suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))

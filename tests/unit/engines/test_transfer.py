@@ -107,15 +107,6 @@ def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transf
     assert calls == [*begun, "/start_weight_update", "/update_weights", "/update_weights"]
 
 
-def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
-    servers = reach(fakes)
-    for version in (1, 2):
-        assert not sent(transfer, servers, version).failures
-        fakes[0].restart()
-        transfer.forget(servers[0])
-    assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)
-
-
 def test_on_this_host_two_files_serve_all_updates_and_none_stays(fakes, tmp_path):
     transfer = SharedMemoryTransfer(tmp_path)
     seen: list[set[Path]] = []
