@@ -29,6 +29,7 @@ def test_only_right_answers_count_and_white_space_does_not():
     assert distinct_right(answers, [False] * 5) == distinct_right([], []) == 0
 
 
+@pytest.mark.full
 @given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=5))
 def test_distinct_4_equals_its_definition(responses):
     found = [tuple(tokens[i : i + 4]) for tokens in responses for i in range(len(tokens) - 3)]
