@@ -15,8 +15,6 @@ from megatron_selfdistill.chat_logs.acceptance import (
     BUILT_IN,
     answer_text,
     closing_turn,
-    is_correction,
-    is_repeat,
     marked,
 )
 from megatron_selfdistill.chat_logs.conversations import ConversationSet, load_conversations
@@ -65,7 +63,6 @@ def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_which_is_none
 @pytest.mark.parametrize(
     ("rest", "accepted"),
     [
-        ([("u", "thanks")], 1),
         ([("u", "thanks"), ("a", "You are welcome.")], 1),
         ([("u", "And how far is the moon?")], 1),
         ([("u", "And how far is the moon?"), ("a", "Far.")], None),
@@ -74,10 +71,7 @@ def test_each_assistant_turn_is_a_problem_with_the_accepted_answer_which_is_none
         ([("u", "No, that is wrong."), ("a", "7"), ("u", "great")], 3),
         ([], None),
         ([("u", "No."), ("a", "7")], None),
-        ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!"), ("a", "7")], None),
         ([("u", "ok"), ("a", "sure"), ("u", "what is the sum of 3 and 4?!")], None),
-        ([("u", "Das ist leider falsch."), ("a", "7")], None),
-        ([("u", "不对"), ("a", "7")], None),
     ],
 )
 def test_the_rule_takes_the_reply_before_a_closing_turn_that_neither_corrects_nor_repeats(rest, accepted):
@@ -148,23 +142,6 @@ def test_a_reply_without_text_is_not_what_the_rule_accepts():
     assert closing_turn([*messages[:3], {"role": "assistant"}, messages[4]]) is None
 
 
-def test_corrections_are_told_by_their_words():
-    for text in ("Thanks a lot", "Perfect. Now translate it to French please, and do not use slang"):
-        assert not is_correction(text)
-    long = "The third line of the function that you have just given me is wrong"
-    assert all(map(is_correction, ("not quite", long, "es sigue mal", "Это неверно", "WRONG")))
-
-
-def test_repeats_are_alike_and_name_the_same_numbers():
-    asked, name = "What is the capital of France?", "Name its capital"
-    assert is_repeat(asked.lower().rstrip("?"), asked) and is_repeat("ok", "ok")
-    assert is_repeat("I asked: what is the capital of France? Please", asked)
-    assert is_repeat(f"We talked about maps and the weather before, and then I said: {name.lower()}", name)
-    for text, earlier in (("What is the population of Peru?", "Who wrote Faust?"), ("what is 3+4", "what is 5+6")):
-        assert not is_repeat(text, earlier)
-    assert not is_repeat("ok", "no")
-
-
 def test_marks_in_the_record_and_on_the_message_win_over_the_rule(tmp_path):
     marked_messages = [dict(message) for message in CORRECTED]
     marked_messages[2]["accepted"] = True
@@ -196,8 +173,6 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
     assert "3+4" not in str(caught.value)
     changing = log(tmp_path, CORRECTED, rule=lambda messages: [it.update(content="x") for it in messages] and 2)
     assert changing.turns.problems == found.turns.problems
-    with pytest.raises(ValueError, match="'nonsense'"):
-        function_named("conversations.accepted_rule", "nonsense", BUILT_IN)
 
 
 def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
@@ -235,19 +210,14 @@ def reply(**changes: Any) -> list[dict[str, Any]]:
 BAD = {
     "no assistant turn": (chat(("u", SECRET)), "assistant turn"),
     "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved"),
-    "two users": (chat(("u", SECRET), ("u", SECRET)), "'messages[1]'"),
     "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "'messages[1]'"),
     "unknown role": ([{"role": SECRET, "content": SECRET}], "a role among"),
-    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
     "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "a number"),
     "messages as text that is not their JSON": ({"messages": SECRET}, "'messages'"),
     "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "text parts"),
-    "no messages": ({"text": SECRET}, "'messages'"),
     "no JSON": (f'{{"messages": "{SECRET}', "JSON object"),
     "mark beyond": ({"messages": CORRECTED, "accepted": 9}, "got 9"),
     "mark on the question": ({"messages": CORRECTED, "accepted": 1}, "message 1"),
-    "message with a number as its mark": (reply(accepted=1), "'messages[2]'"),
-    "half a surrogate pair": (reply(content="cut \ud83d"), "UTF-8"),
     "half a surrogate pair in arguments as text": (called(r'{"a": "\ude00"}'), "'messages[1]'"),
     "broken arguments": (called(f"{{{SECRET}"), "'messages[1]'"),
 }
@@ -267,16 +237,6 @@ def test_a_bad_log_is_named_by_file_and_line_and_counted_but_never_quoted(name, 
     if name == "unknown role":
         with pytest.raises(ValueError, match=SECRET):
             log(tmp_path, entry, show_contents=True)
-
-
-def test_parquet_holds_the_same_conversations(tmp_path):
-    import pandas
-
-    records = [{"messages": CORRECTED, "accepted": None}, {"messages": CORRECTED, "accepted": 2}]
-    pandas.DataFrame(records).to_parquet(tmp_path / "log.parquet")
-    of_parquet, of_json = read(tmp_path / "log.parquet"), log(tmp_path, *records)
-    found = [[(p.messages, p.solution, p.reply) for p in turns.turns.problems] for turns in (of_parquet, of_json)]
-    assert found[0] == found[1] != []
 
 
 def test_a_log_with_another_reply_or_next_state_is_another_data_set(tmp_path):

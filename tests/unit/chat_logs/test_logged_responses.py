@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.chat_logs import logged_responses
-from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped, list_skipped
+from megatron_selfdistill.chat_logs.logged_responses import LikelyTurns, down_weighted, dropped
 from megatron_selfdistill.chat_logs.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
@@ -75,15 +75,6 @@ def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
     for name in ("one", "two"):
         lines = (tmp_path / name / logged_responses.SKIPPED_FILE).read_text().splitlines()
         assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"
-
-
-def test_names_and_bytes_that_are_no_text_in_the_list_of_skipped_turns_stop_nothing(tmp_path):
-    path = tmp_path / "skipped.txt"
-    path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
-    for _ in range(2):
-        list_skipped(path, ["log.jsonl:3: too\u2028long", "/data/\udcff\x1b[2J.jsonl:4: too long"])
-    added = b"/data/\\udcff\\x1b[2J.jsonl:4: too long\n"
-    assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n" + added
 
 
 LENGTHS = [2, 3, 1]

