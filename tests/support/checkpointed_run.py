@@ -180,9 +180,9 @@ def resume_and_go_on(setup: Setup, run_dir: Path) -> dict[str, Any]:
 
 def end_of(run: CheckpointedRun, numbers: list[float]) -> dict[str, Any]:
     """Return everything that two equal runs have in common at their end."""
-    weights = {"weights": run.weights(), "teacher": run.teacher_weights(), "reference": run.reference_weights()}
-    others = {"lr": run.optimizer.param_groups[0]["lr"], "random_numbers": numbers}
-    return {"parameters": run.parameters(), **weights, **others}
+    found = {"parameters": run.parameters()}  # first, since this completes a gather that overlaps
+    found |= {"weights": run.weights(), "teacher": run.teacher_weights(), "reference": run.reference_weights()}
+    return found | {"lr": run.optimizer.param_groups[0]["lr"], "random_numbers": numbers}
 
 
 def random_numbers() -> list[float]:
