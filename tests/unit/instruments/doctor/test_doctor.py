@@ -52,17 +52,13 @@ megatron-core==0.20.0; python_version >= "3.12"
     [
         ("3.11", "megatron-core", "0.16.1", "ok", "0.16.1; 0.19.2 is there for Python 3.12"),
         ("3.12", "megatron-core", "0.16.1", "ok", "0.16.1"),  # the lock has a higher one, but for this Python
-        ("3.11", "megatron-core", "0.16.2", "warning", "0.16.2, newer than tested (0.16.1)"),
         ("3.13", "megatron-core", "0.19.3", "warning", "0.19.3, newer than tested (0.19.2)"),
-        ("3.12", "megatron-core", "0.9", "FAILURE", "0.9, expected >=0.16.1,<0.20"),
         ("3.12", "megatron-core", "0.20.0rc1", "FAILURE", "0.20.0rc1, expected >=0.16.1,<0.20"),
         ("3.12", "megatron-core", "", "FAILURE", "not installed"),
         ("3.12", "torch", "2.13.1+cu130", "ok", "2.13.1+cu130"),
-        ("3.12", "torch", "2.14.0.dev2", "warning", "2.14.0.dev2, newer than tested (2.13)"),
         ("3.12", "torch", "2.15.0", "warning", "2.15.0, newer than tested (2.13)"),  # as in a lab's container
         ("3.12", "torch", "2.5.1", "FAILURE", "2.5.1, expected >=2.6,<2.15"),
         ("3.11", "transformer-engine", "2.12.0", "warning", "2.12.0, expected >=2.9.0a0,<2.12.0"),
-        ("3.12", "transformer-engine", "2.12.0", "ok", "2.12.0"),
         ("3.12", "transformer-engine", "", "absent", "not installed"),
         ("3.12", "transformer-engine", "2.12.0 fails", "FAILURE", f"2.12.0 cannot be imported: {ABI}"),
     ],
@@ -81,7 +77,6 @@ def test_a_package_is_judged_by_its_version_and_its_import(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("answer", "usable", "ranks", "expected"),
     [
-        ("H100, 80 GiB, 580\n" * 2, 2, 2, {"GPUs": "ok"}),
         ("H100, 80 GiB, 580\n" * 2, 2, 8, {"GPUs": "ok", "ranks": "FAILURE"}),
         ("H100, 80 GiB, 580\n", 0, 1, {"GPUs": "ok", "torch's CUDA": "FAILURE"}),
         ("", 0, 1, {"GPUs": "FAILURE"}),
@@ -139,19 +134,6 @@ def test_an_import_that_never_returns_is_a_failure_and_ends():
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert findings._result(child, time.monotonic()) == ("its import did not return in time", "")
     assert child.wait() != 0
-
-
-def test_in_brief_a_node_is_one_line_that_differs_where_any_version_does(capsys):
-    def line(*more: object) -> str:
-        assert doctor.brief([doctor.Finding("torch", "2.13.0", short="2.13.0"), *more]) == 0
-        return capsys.readouterr().out
-
-    plain = line(doctor.Finding("numpy", "2.4.6"))
-    assert plain.count("\n") == 1 and ": ok; torch 2.13.0; 1 other packages " in plain
-    assert line(doctor.Finding("numpy", "2.4.6")) == plain
-    assert line(doctor.Finding("numpy", "2.4.7")) != plain
-    warned = line(doctor.Finding("numpy", "2.4.6", doctor.WARNING))
-    assert warned == f"{plain.rstrip()}; warnings about numpy\n"
 
 
 @pytest.mark.parametrize(("local_rank", "asked"), [("0", [8]), ("5", [])])

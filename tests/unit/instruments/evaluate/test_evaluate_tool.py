@@ -37,7 +37,6 @@ def evaluate(ranks, *args, world_size: int = 1) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(untrained, ranks, tmp_path_factory) -> Path:
-    """Evaluate the checkpoint on one rank."""
     out = tmp_path_factory.mktemp("results") / "alone"
     assert evaluate(ranks, untrained, out, *OPTIONS) == [0]
     return out
@@ -106,41 +105,12 @@ def test_two_evaluations_are_compared_and_responses_are_written_when_asked(untra
     assert responses[0]["prompt"].startswith(responses[0]["problem_id"])
     assert set(summary_of(out)["metrics"]) >= {"pass_at_4", "majority_at_4"}
     assert tool.main(["compare", str(alone), str(out), "--out", str(tmp_path / "c" / "c.json")]) == 0
-    shown = capfd.readouterr().out
-    assert "avg_at_k" in shown and "temperature is 1.0 in A and 0.5 in B" in shown
+    assert "temperature is 1.0 in A and 0.5 in B" in capfd.readouterr().out
     compared = json.loads((tmp_path / "c" / "c.json").read_text())
     avg = next(it for it in compared["differences"] if it["metric"] == "avg_at_k")
     assert avg["a"] == pytest.approx(summary_of(alone)["metrics"]["avg_at_4"])
     assert avg["b"] == pytest.approx(summary_of(out)["metrics"]["avg_at_8"])
     assert avg["low"] <= avg["difference"] <= avg["high"] and compared["num_problems"] == 12
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("environment", ["replying.Replying", "sessions.Session"])
-def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compared(
-    untrained, ranks, tmp_path, capfd, environment
-):
-    played = (f"environment.name={environment}", "environment.max_turns=3", "--responses", "12")
-    out = tmp_path / "out"
-    assert evaluate(ranks, untrained, out, *played, "--num-samples", "2") == [0]
-    summary, lines = summary_of(out), read_lines(out / PROBLEMS)
-    assert summary["settings"]["environment"] == f"{environment}, 3 turns"
-    samples = [sample for line in lines for sample in line["samples"]]
-    metrics, (low, high) = summary["metrics"], summary["intervals"]["sampled_mean_reward"]
-    assert metrics["sampled_mean_reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / 24)
-    assert metrics["sampled_mean_turns"] == pytest.approx(sum(sample["turns"] for sample in samples) / 24)
-    assert 1 < metrics["sampled_mean_turns"] <= 3 and low < metrics["sampled_mean_reward"] < high
-    responses = read_lines(out / RESPONSES)
-    verdicts = [verdict for line in lines for verdict in (line["greedy"], *line["samples"])]
-    for said, verdict in zip(responses, verdicts, strict=True):
-        turns = [part.partition("\n")[2] if i else part for i, part in enumerate(said["response"].split("\n--- turn "))]
-        texts = [turn.partition("\n--- reply\n")[0] for turn in turns]
-        rewards = [sum(map(ord, text)) % 2 == 0 for text in texts]
-        cut = said["truncated"] and rewards[-1]
-        assert len(turns) == verdict["turns"] and verdict["reward"] == sum(rewards) - cut
-    capfd.readouterr()
-    assert tool.main(["compare", str(out), str(out)]) == 0
-    assert "sampled_mean_reward" in capfd.readouterr().out
 
 
 @pytest.mark.full
@@ -152,14 +122,6 @@ def test_episodes_of_an_evaluation_are_the_same_on_two_ranks(untrained, ranks, l
     assert_equal_but_for_rounding(*(read_lines(tmp_path / name / PROBLEMS) for name in ("two", "one")))
 
 
-@pytest.mark.full
-def test_with_hints_the_model_sees_the_hint_of_each_turn(untrained, ranks, tmp_path):
-    played = ("--hinted", TEMPLATE, "environment.name=sessions.Hinting", "environment.max_turns=2")
-    assert evaluate(ranks, untrained, tmp_path / "hinted", *played, "--responses", "12", "--num-samples", "0") == [0]
-    for said in read_lines(tmp_path / "hinted" / RESPONSES):  # whose tokenizer writes _ for a letter
-        assert said["prompt"].endswith("___H_____|"), "the text and the hint of the session: ' go' and 'north'"
-
-
 def test_hinted_evaluation_shows_the_solution(untrained, ranks, tmp_path):
     options = ("--hinted", TEMPLATE, "--responses", "1", "--num-samples", "0")
     assert evaluate(ranks, untrained, tmp_path / "hinted", *options) == [0]
@@ -168,8 +130,4 @@ def test_hinted_evaluation_shows_the_solution(untrained, ranks, tmp_path):
     metrics, first = (summary_of(tmp_path / "hinted")[name] for name in ("metrics", "first_step"))
     assert first["num_samples"] == 12 and 0 <= first["let_through"] < 1
     assert first["general_kl"] > 0 and first["specific_kl"] > 0 and first["why_no_controls"] is None
-    names = (
-        "accuracy mean_length truncated_share loop_share hint_8grams leak_words_per_1000 quoted_hint_share ece brier"
-    )
-    names += " ece brier ocg stated_confidence" + " spr" * (0 < metrics["greedy_accuracy"] < 1)
-    assert set(metrics) == {f"greedy_{name}" for name in names.split()}
+    assert "greedy_quoted_hint_share" in metrics and not any(name.startswith("sampled") for name in metrics)

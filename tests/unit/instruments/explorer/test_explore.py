@@ -7,7 +7,6 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -21,11 +20,8 @@ from summed_target import matching_beta, weights_of
 from torch import Tensor
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.instruments.explorer import explore_command as tool
 from megatron_selfdistill.loss import Target
-from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
-from megatron_selfdistill.teachers.teachers_config import NamedTeacher
 
 SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0.1", "target.teacher_weight=2")
 TEXTS = ("--problem", "500-408:", "--solution", "092")
@@ -48,7 +44,6 @@ def directory(untrained, tmp_path_factory) -> Path:
 
 
 def explore_run(ranks, directory: Path, name: str, overrides: list[str], *more: str) -> dict[str, Any]:
-    """Return the record of a run directory with these settings and the latest checkpoint ``megatron``."""
     shutil.copytree(directory / "megatron", directory / name / "checkpoints")
     settings = ["data.teacher_template='{problem}H{solution}|'", "rollout.max_new_tokens=4", *overrides]
     (directory / name / "config.yaml").write_text(configuration.to_yaml(configuration.load(settings)))
@@ -91,7 +86,6 @@ def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(
 
 
 def log_probs(model: Path, prompt: str, response: list[int]) -> Tensor:
-    """Return the log-probs [len(response), V] that predict the response, in float64."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model).encode(prompt, add_special_tokens=False)
@@ -162,22 +156,3 @@ def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the
     if anchor == "reference":
         tokens = record["tokens"]
         assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
-
-
-def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(monkeypatch):
-    from megatron_selfdistill.instruments.explorer import explored
-
-    teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
-    seen_hint = partial(ConfiguredTeachers.seen_hint, SimpleNamespace(_settings=teachers))
-    learner: Any = SimpleNamespace(
-        grid=SimpleNamespace(dp_rank=0),
-        teachers=SimpleNamespace(seen_hint=seen_hint),
-        run_data=SimpleNamespace(vocab_size=9),
-        config=configuration.Config(),
-        target_of=lambda teacher: None,
-        measure=lambda contexts, **options: None,
-    )
-    contexts = [ContextPair(name, [1], [2], [3], False, teacher=name) for name in teachers]
-    batch: Any = SimpleNamespace(contexts=contexts, solutions=["unseen", "seen"], teacher="")
-    monkeypatch.setattr(explored, "explored_responses", lambda output, shown, texts, *_: texts)
-    assert explored.explored_of(learner, batch, 2) == ["", "seen"]

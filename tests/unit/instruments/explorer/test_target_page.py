@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from explored_records import Words, logit_rows, record_of
 from reported_runs import blocks_of, write_run
 
 from megatron_selfdistill.instruments.explorer.target_page import (
-    explored_files,
-    place_of,
-    read_explored,
     target_page,
     write_explored,
-    write_target_pages,
 )
 from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.loss import Target
@@ -33,18 +27,6 @@ def test_a_page_holds_the_record_in_blocks_and_no_text_as_markup(record):
     assert [blocks["block-0"], blocks["block-1"]] == record["blocks"]
     assert blocks["overview"]["tokens"] == record["tokens"] and "blocks" not in blocks["overview"]
     assert Words.NASTY[0] in record["tokens"]["text"] and "document.title" not in page
-
-
-def test_files_come_in_the_order_of_steps_and_other_files_do_not_count(record, tmp_path):
-    for step in (20, 3, 10_000_000):
-        write_explored(tmp_path, step, [record, record])
-    (tmp_path / "explored" / "step_x.json.gz").write_bytes(b"")
-    assert [place_of(path) for path in explored_files(tmp_path)] == [
-        (step, sample, 0) for step in (3, 20, 10_000_000) for sample in (1, 2)
-    ]
-    assert read_explored(explored_files(tmp_path)[0]) == record
-    with pytest.raises(ValueError, match=r"step_STEP_SAMPLE\.json\.gz"):
-        place_of(tmp_path / "metrics.jsonl")
 
 
 TURN = {"episode": 0, "turn": 0, "reward": 0.5, "hint": "north", "reply": None}
@@ -66,22 +48,6 @@ def test_the_report_links_the_pages_of_its_runs_does_not_hold_them_and_names_the
     elsewhere = write_report([run_dir], tmp_path / "all.html")
     href = blocks_of(elsewhere.read_text())["overview"]["explored"][0][-1]["href"]
     assert href == "runs%20with%20spaces/first/explored/step_0000010_3.html"
-
-
-def test_pages_are_written_once_and_again_where_the_file_is_newer(record, tmp_path, caplog):
-    write_explored(tmp_path, 5, [record])
-    write_explored(tmp_path, 7, [record])
-    explored_files(tmp_path)[0].write_bytes(b"not compressed")
-    ((page, place),) = write_target_pages(tmp_path).items()
-    assert (place, page.name) == ((7, 1, 0), "step_0000007_1.html")
-    assert "step_0000005_1.json.gz has no page" in caplog.text
-    written = page.stat().st_mtime_ns
-    write_target_pages(tmp_path)
-    assert page.stat().st_mtime_ns == written
-    os.utime(explored_files(tmp_path)[1], ns=(written + 10**9, written + 10**9))
-    write_target_pages(tmp_path)
-    assert page.stat().st_mtime_ns != written
-    assert sorted(path.suffix for path in (tmp_path / "explored").iterdir()) == [".gz", ".gz", ".html"]
 
 
 def test_a_run_that_must_not_show_contents_has_no_pages(record, tmp_path):

@@ -38,16 +38,12 @@ def test_a_dry_run_starts_no_process_group_writes_nothing_and_prints_what_plan_p
     [
         ("parallel.tensor_model_parallel_size=3", "TP x PP x CP"),
         ("parallel.pipeline_model_parallel_size=8", "model.num_layers"),
-        ("parallel.tensor_model_parallel_size=8", "model.num_attention_heads"),
         ("model.hidden_size=66 model.kv_channels=16 parallel.tensor_model_parallel_size=4", "model.hidden_size"),
         ("model.num_moe_experts=6 parallel.expert_model_parallel_size=4", "model.num_moe_experts"),
         ("data.global_batch_size=8", "data.global_batch_size"),
         ("rollout.max_new_tokens=128", "rollout.max_new_tokens"),
-        ("data.max_length=1024", "data.max_length"),
         ("cluster.num_gpus=12", "cluster.num_gpus"),
-        ("model.vocab_size=null", "model.vocab_size"),
         ("model.provider=a.b", "model.provider"),
-        ("rollout.engine=vllm rollout.engine_tp=3", "rollout.engine_tp"),
         ("rollout.engine=vllm rollout.engine_tp=8", "model.num_attention_heads"),
         (f"{' '.join(SERVERS)} rollout.num_servers=1 rollout.engine_tp=12", "multiple of 8"),
         ("rollout.engine=vllm model.normalization=LayerNorm model.activation=gelu", "Hugging Face"),
@@ -62,7 +58,6 @@ def test_what_cannot_run_is_refused_with_its_key(overrides, named):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ("cluster.gpu_memory_gb=40 schedule.pair_order=alternating", "KV cache 16.0 and engine weights 15.3"),
         ("schedule.max_tokens=65536", "activations"),
         (f"{' '.join(SERVERS)} rollout.num_servers=1 cluster.gpu_memory_gb=19", "rollout server would hold 15.3 GiB"),
         ("cluster.host_memory_gb=100", "optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB"),
@@ -70,15 +65,6 @@ def test_what_cannot_run_is_refused_with_its_key(overrides, named):
 )
 def test_the_first_part_that_does_not_fit_is_named(overrides, named):
     assert named in (dry_run(load(["recipe=qwen3_8b", *overrides.split()])).misfit() or "")
-
-
-def test_the_first_line_of_a_plan_says_whether_it_fits(capsys):
-    small = ["cluster.num_gpus=1", "cluster.gpu_memory_gb=24", "model.vocab_size=49152"]
-    assert plan.main(small) == 0
-    assert re.fullmatch(r"fits: 10\.\d of 24 GiB per GPU", capsys.readouterr().out.splitlines()[0])
-    assert plan.main([*small, "cluster.gpu_memory_gb=4", "rollout.kv_cache_gb=1"]) == EXIT_BAD_INPUT
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[0] == f"does not fit: {captured.err.removeprefix('plan: ').strip()}"
 
 
 def test_data_that_is_named_is_read_and_counted(data, tmp_path, capsys):
@@ -96,7 +82,6 @@ def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(ca
     long_responses = ["rollout.max_new_tokens=4096", "rollout.num_samples=8"]
     assert main([*logs, *long_responses, *SERVERS, "rollout.engine_tp=3", "rollout.num_servers=1", "dry_run=true"]) == 0
     out = capsys.readouterr().out
-    assert "32 logged turns; contexts of at most 128" in out and "nothing is sampled" in out
     assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
     long = dry_run(load([*logs, *long_responses]))
     assert long.step.num_microbatches == dry_run(load(logs)).step.num_microbatches
@@ -142,11 +127,6 @@ def test_one_node_is_launched_alone_and_several_meet_at_the_head():
     [
         (["cluster.num_gpus=8"], "sbatch examples/slurm/one_node.sbatch"),
         (["cluster.num_gpus=16"], "sbatch --nodes=2 examples/slurm/many_nodes.sbatch"),
-        (
-            ["cluster.num_gpus=16", *SERVERS, "rollout.num_servers=3", "rollout.engine_tp=16"],
-            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=16 SERVER_NODES=2 ROLLOUT_NODES=6 "
-            "sbatch --nodes=8 examples/slurm/rollout_nodes.sbatch",
-        ),
         (
             ["recipe=llama31_405b_lora"],
             "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=python SERVER_GPUS=16 SERVER_ARGS='--adapter-rank=32 "

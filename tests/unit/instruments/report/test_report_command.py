@@ -9,17 +9,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from reported_runs import blocks_of, write_run
+from reported_runs import write_run
 from tiny_run import REPOSITORY
 
 from megatron_selfdistill.instruments.report import report_command
 from megatron_selfdistill.instruments.report.report_command import ReportRefresh
-
-
-def test_the_last_report_shows_the_last_step(tmp_path):
-    run_dir = write_run(tmp_path / "run", 20)
-    ReportRefresh(run_dir).finish()
-    assert blocks_of((run_dir / "report.html").read_text())["overview"]["runs"][0]["status"].startswith("20 of 20")
 
 
 def test_a_report_that_is_slow_holds_up_neither_the_next_one_nor_the_end(tmp_path, monkeypatch, caplog):
@@ -50,14 +44,6 @@ def test_a_report_that_fails_says_why_and_stops_nobody(tmp_path, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         ReportRefresh(tmp_path).finish()
     assert "No such file or directory" in caplog.text
-
-
-def test_a_rank_that_is_not_the_reporter_starts_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_command.subprocess, "Popen", None)
-    writer = ReportRefresh(write_run(tmp_path / "run", 10), enabled=False)
-    writer.start()
-    writer.finish()
-    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_process_imports_neither_torch_nor_numpy(tmp_path):

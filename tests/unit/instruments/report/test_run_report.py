@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-import shutil
 
 import pytest
 from reported_runs import NASTY, blocks_of, write_run
@@ -22,7 +21,6 @@ from megatron_selfdistill.instruments.report.run_report import curve_of, report_
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a run directory, which tests read and do not change."""
     return write_run(tmp_path_factory.mktemp("runs") / "first")
 
 
@@ -83,25 +81,6 @@ def test_a_figure_knows_which_runs_are_sick_by_it_numbers_that_are_not_finite_ar
     assert limits(read_runs([other])[0], "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
 
 
-def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp_path):
-    killed = tmp_path / "killed"
-    shutil.copytree(run, killed)
-    for file in killed.glob("*.jsonl"):
-        file.write_bytes(file.read_bytes()[:-9])
-    shown = blocks_of(write_report([killed]).read_text())
-    assert max(curve(shown, "loss/mean")) >= 29
-    assert shown["overview"]["runs"][0]["events"][-1][2] == "saved"
-    assert shown["overview"]["runs"][0]["status"].endswith("the run is training, or was killed")
-    assert list(killed.glob(".report*")) == []
-
-
-def test_a_directory_with_metrics_alone_has_a_report(run, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
-    shown = blocks_of(write_report([tmp_path]).read_text())
-    assert shown.keys() == {"overview", "curves"}
-    assert shown["overview"]["runs"][0]["facts"] == []
-
-
 def test_the_log_of_another_trainer_has_a_report_with_the_names_of_this_project(tmp_path):
     steps = [{"loss": 1 / step, "grad_norm": 2.0, "completions/mean_length": 30, "step": step} for step in range(1, 9)]
     end = {"train_runtime": 8.2, "step": 8}
@@ -153,21 +132,6 @@ def test_a_long_curve_keeps_a_spike_of_one_step_in_both_directions_and_its_ends_
     assert at[10 + length // 3] == 77.0 and at[10 + length // 2] == -77.0
     assert (kept[0], kept[-1]) == (10, 9 + length)
     assert all(value == pytest.approx(values[step - 10], rel=1e-4) for step, value in at.items())
-
-
-def test_every_bucket_keeps_its_extremes_and_its_mean(monkeypatch):
-    monkeypatch.setattr(run_report, "MAX_POINTS", 20)
-    rng = random.Random(0)
-    values = [rng.gauss(0, 1) for _ in range(4000)]
-    differences, shown, last, means = curve_of(range(4000), values)
-    kept = dict(zip(itertools.accumulate(differences), shown, strict=True))
-    for bucket in range(10):
-        part = range(400 * bucket, 400 * bucket + 400)
-        inside = [value for step, value in kept.items() if step in part]
-        assert max(inside) == pytest.approx(max(values[i] for i in part), rel=1e-4)
-        assert min(inside) == pytest.approx(min(values[i] for i in part), rel=1e-4)
-        assert sum(last[: bucket + 1]) == part[-1]
-        assert means[bucket] == pytest.approx(sum(values[i] for i in part) / 400, rel=1e-4)
 
 
 def test_values_that_are_not_finite_stay_as_gaps_and_do_not_hide_the_others(monkeypatch):

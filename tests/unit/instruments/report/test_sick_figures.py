@@ -11,13 +11,12 @@ import sys
 
 import pytest
 from metric_keys import documented
-from reported_runs import blocks_of, write_run
 from tiny_run import REPOSITORY
 
 from megatron_selfdistill.instruments.report import sick_rules
 from megatron_selfdistill.instruments.report.figures import GROUPS
-from megatron_selfdistill.instruments.report.run_record import PHASES, RunRecord, read_runs
-from megatron_selfdistill.instruments.report.run_report import report_page, sick_figures, summary
+from megatron_selfdistill.instruments.report.run_record import PHASES, RunRecord
+from megatron_selfdistill.instruments.report.run_report import sick_figures, summary
 
 COLLAPSED = json.loads((REPOSITORY / "tests/unit/instruments/report/collapsed_runs.json").read_text())
 """The recorded metrics of a run of the quickstart's task, and of one of examples/09_leaking_hint.py without guards."""
@@ -44,7 +43,6 @@ def run_of(series, **config) -> RunRecord:
 
 
 def after(step, low, high):
-    """Return the function that is ``high`` from ``step`` on, and ``low`` before."""
     return lambda at: high if at >= step else low
 
 
@@ -136,26 +134,6 @@ def test_a_recorded_run_that_collapsed_is_sick_and_not_since_its_first_step(name
 def test_an_accuracy_that_falls_by_the_chance_of_few_problems_is_not_sick(right, problems, since):
     shares = [1 / problems, round(0.6 * problems) / problems, right / problems]
     assert FIGURES["Accuracy"].sick_since(run_of({GREEDY: ([0, 10, 20], shares)})) == since
-
-
-def test_a_loss_whose_noise_hides_its_fall_is_not_called_flat():
-    rng = random.Random(0)
-    noisy, still = ([1 + rng.gauss(0, spread) for _ in range(60)] for spread in (0.3, 0.02))
-    assert FIGURES["Loss"].sick_since(run_of({"loss/mean": noisy})) is None
-    assert FIGURES["Loss"].sick_since(run_of({"loss/mean": still})) == 51
-
-
-def test_a_healthy_run_opens_with_what_it_has_learnt_and_what_has_changed(tmp_path):
-    (run,) = read_runs([write_run(tmp_path / "first")])
-    entropy, length = ([run.values(key)[i] for i in (0, -1)] for key in ("entropy/student", "response/length_mean"))
-    changed = f"entropy {entropy[0]:.3g} → {entropy[1]:.3g}, length {length[0]:.3g} → {length[1]:.3g}"
-    assert summary(run) == [
-        ("Learns", "accuracy (greedy) 0.300 → 0.900, steps 0 to 30", "good"),
-        ("Healthy", "no guard has spoken, and no figure is sick", "good"),
-        ("Changed", changed, "open"),
-    ]
-    shown = blocks_of(report_page([run]))["overview"]["runs"][0]["summary"]
-    assert shown == [list(line) for line in summary(run)]
 
 
 def test_a_sick_run_names_its_figures_and_its_guard_and_one_of_few_steps_is_not_called_healthy():

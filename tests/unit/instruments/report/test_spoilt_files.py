@@ -38,7 +38,6 @@ NO_OBJECTS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a small run directory, which tests copy."""
     return write_run(tmp_path_factory.mktemp("runs") / "first", 10, text="a response")
 
 
@@ -48,7 +47,6 @@ def changed(line: bytes, lost: str = "", **values: Any) -> bytes:
 
 
 def insert(path: Path, number: int, line: bytes) -> None:
-    """Insert a line into a file, as its line ``number``, counted from 1."""
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[: number - 1], line + b"\n", *lines[number - 1 :]]))
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from tiny_run import REPOSITORY
 
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.signs_of_life import _signs
@@ -100,26 +96,14 @@ def test_a_sound_launch_passes_in_every_layout_and_rank_0_prints_a_line_per_proo
     assert not any(printed for _, printed in found[1:]), "only rank 0 speaks"
 
 
-@pytest.mark.full
-def test_the_command_that_a_user_types():
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_selfdistill"
-    command += " doctor --selftest --brief parallel.pipeline_model_parallel_size=2 --minutes 10"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command.split(), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("\nok       ") == 3, done.stdout + done.stderr
-
-
 def watched_phases() -> list[Any]:
-    """Return what the watchdog was started with, the phase of each of two proofs, and that the watch has ended."""
+    """Return what the watchdog was started with, and the phase of each of two proofs."""
     from megatron_selfdistill.instruments.selftest import node_test
 
     seen: list[Any] = []
 
-    @contextlib.contextmanager
     def watched(rank: int, world_size: int, directory: Any, limit_s: float) -> Any:
-        seen.append((rank, world_size, limit_s))
-        yield
-        seen.append("ended")
+        return contextlib.nullcontext(seen.append((rank, world_size, limit_s)))
 
     def proof(launch: Any, config: Any) -> WorstError:
         seen.append(_signs.phase)
@@ -136,7 +120,7 @@ def watched_phases() -> list[Any]:
 def test_the_watchdog_watches_every_proof_under_its_name(ranks):
     """`tests/unit/distributed/test_watchdog.py` proves that it names a rank that hangs, and ends all processes."""
     found = ranks.run(watched_phases, world_size=2, init_process_group=False)
-    assert found == [[(rank, 2, 7.0), "first", "second", "ended"] for rank in (0, 1)]
+    assert found == [[(rank, 2, 7.0), "first", "second"] for rank in (0, 1)]
 
 
 def test_nan_is_the_worst_error_and_no_allowed_one():
