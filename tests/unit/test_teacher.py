@@ -29,8 +29,6 @@ EXPERT_BIAS = {"moe_router_enable_expert_bias": True, "moe_router_score_function
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A student under training and its teacher."""
-
     weights: str = "ema"
     precision: str = "fp32"
     distributed: bool = False
@@ -94,14 +92,8 @@ def all_equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(a.dtype == b.dtype and a.equal(b) for a, b in zip(some, others, strict=True))
 
 
-# -- the moving average -------------------------------------------------------------------------------------
-
-
 def average_against_float64(setup: Setup, steps: int) -> dict[str, float]:
-    """Return the largest differences after ``steps``, and the distance that the average has moved.
-
-    The differences are those of the master from the float64 average and of the copy from the cast master.
-    """
+    """Return the largest differences of master and copy from a float64 average, and the way that it has moved."""
     training = Training(setup)
 
     def main_parameters() -> list[Tensor]:
@@ -169,9 +161,6 @@ def test_the_average_has_the_newest_parameters_of_all_ranks_before_they_are_gath
     assert all(all_equal(masters, plain[0][0]) for masters, *_ in late)
 
 
-# -- frozen and current -------------------------------------------------------------------------------------
-
-
 def frozen_teacher(setup: Setup) -> dict[str, bool]:
     training = Training(setup)
     start, taught = copies(training.parameters()), copies(training.taught())
@@ -237,9 +226,6 @@ def test_offloaded_weights_come_for_a_pass_and_change_only_with_the_average(rank
     assert all(seen.values()), seen
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------
-
-
 def through_a_state_dict(setup: Setup) -> dict[str, bool]:
     """Load the state of a teacher, copied as by a checkpoint, into the teacher of another run."""
     first, second = Training(setup), Training(setup, seed=1)
@@ -286,9 +272,6 @@ def buffers(training: Training) -> list[Tensor]:
 def test_a_teacher_goes_through_a_checkpoint_bit_for_bit(ranks, setup, world_size):
     for seen in ranks.run(through_a_state_dict, setup, world_size=world_size):
         assert all(seen.values()), seen
-
-
-# -- expert biases ------------------------------------------------------------------------------------------
 
 
 def expert_biases(weights: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -96,10 +96,7 @@ def test_rank_0s_result_reaches_every_rank_and_each_ranks_own_stays_there_also_a
 
 
 def run_long(meetings: int) -> tuple[Any, int]:
-    """Return the result of `run_long_on_rank_0` and the number of broadcasts in which the ranks met.
-
-    The work on rank 0 ends after so many of these ``meetings``.
-    """
+    """Return the result of work that ends after so many ``meetings``, and the number of broadcasts of the ranks."""
     rank, met = dist.get_rank(), []
     original = dist.broadcast
 

@@ -47,7 +47,6 @@ def test_all_ranks_wait_for_the_last_one_and_get_rank_0s_word(ranks):
 
 
 def fails(who: list[int], messages: list[str]) -> Any:
-    """Ranks ``who`` fail; what each prints, or the status that it hears."""
     ranks = patient()
     try:
         if ranks.rank in who:

@@ -56,7 +56,6 @@ THREE_STEPS = "num_steps=3"
 
 @pytest.fixture(scope="module")
 def whole(ranks, data, tmp_path_factory) -> Path:
-    """Return the directory of a run of three steps that never stopped."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     train(ranks, overrides(data, directory, THREE_STEPS), world_size=2)
     return directory

@@ -17,7 +17,6 @@ from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 
 @pytest.fixture(autouse=True)
 def restored():
-    """Restore the way in which Python prints warnings and tracebacks."""
     before = logging.lastResort.formatter, sys.excepthook
     yield
     logging.lastResort.setFormatter(before[0])

@@ -78,7 +78,6 @@ def hung(data: Path, run_dir: Path, how: str, rank: int, world_size: int = 2) ->
 
 
 def assert_named_with_stacks(run_dir: Path, rank: int, minutes: str, output: str) -> None:
-    """Assert that the verdict on a run of two ranks names ``rank``, in the output too, and that both stacks exist."""
     verdict = (run_dir / "stacks" / "verdict.txt").read_text()
     assert f"] {verdict}" in output and f"no rank has made progress for {minutes} minutes" in verdict
     assert f": rank {rank} on " in verdict and f"rank {1 - rank} on" not in verdict

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,10 +48,7 @@ TEACHERS: dict[str, Roles] = {
 def samplers_of(
     kind: str, config: ParallelConfig, roles: Roles, *rooms: int | None
 ) -> tuple[list[GuidedSampler], RankGrid]:
-    """Return a sampler for each room in the KV cache, in tokens; None is any number.
-
-    The student has the seed 0, and the other weights have the seeds of ``roles``.
-    """
+    """Return a sampler for each room in tokens, with other weights of the seeds of ``roles``; the student's is 0."""
     chunks, grid = build(model_config(kind), config)
     others = [
         RoleWeights(names, build(model_config(kind), config, seed=seed)[0], contextlib.nullcontext)
@@ -64,7 +60,6 @@ def samplers_of(
 
 
 def check_response(models: dict[str, Any], request: Request, response: Response, params: SamplingParams) -> None:
-    """Assert that one whole pass per role confirms every token and every log-prob of a response."""
     assert request.teacher_prompt is not None
     prompts = {"student": request.prompt, "teacher": request.teacher_prompt, "reference": request.prompt}
     student, teacher, reference = (
@@ -92,10 +87,7 @@ def requests_of(target: Target) -> list[Request]:
 
 
 def write_and_check(kind: str, teacher: str, target: Target) -> list[list[list[int]]]:
-    """Return greedy and sampled texts of `requests_of`, after whole passes have confirmed each token.
-
-    With controls they are sampled only.
-    """
+    """Return greedy and sampled texts, which whole passes have confirmed; with controls they are sampled only."""
     [sampler], _ = samplers_of(kind, parallel(), TEACHERS[teacher], None)
     seeds = {role: seed for roles, seed in TEACHERS[teacher].items() for role in roles}
     models = {role: build(model_config(kind), parallel(), seed=seeds.get(role, 0))[0][0].eval() for role in ROLES}
@@ -110,7 +102,6 @@ def write_and_check(kind: str, teacher: str, target: Target) -> list[list[list[i
 
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
-    """Return a function from a kind of model to the greedy and the sampled texts under a frozen teacher."""
     known: dict[str, list[list[list[int]]]] = {}
 
     def get(kind: str) -> list[list[list[int]]]:
@@ -127,6 +118,7 @@ def test_controls_are_read_by_the_weights_of_the_teacher(ranks, teacher):
     ranks.run(write_and_check, "shallow", teacher, Target(num_controls=2), world_size=1)
 
 
+@pytest.mark.full
 @combinations(teacher=["ema", "current"], quick={"teacher": ["ema"]}, strength=1)
 def test_every_token_is_the_one_that_whole_passes_of_all_roles_choose(ranks, on_one_rank, teacher):
     """Texts differ between teachers, so no weights stand in for others."""
@@ -185,38 +177,3 @@ def test_every_layout_writes_what_one_rank_writes(ranks, on_one_rank, layout):
             assert response.teacher_log_probs == pytest.approx(whole.teacher_log_probs[:count], abs=1e-4)
         assert tokens(result["plain"]) == tokens(result["alone"])
         assert not any(response.teacher_log_probs for response in result["plain"])
-
-
-def sample_with_resting_weights() -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Return how often the weights came to the device, and guided texts with weights that rest and that do not."""
-    [always], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], None)
-    chunks, grid = build(model_config("shallow"), parallel())
-    frozen, _ = build(model_config("shallow"), parallel(), seed=1)
-    params = [p for chunk in frozen for p in chunk.parameters()]
-    weights, calls = [p.detach().clone() for p in params], []
-
-    @contextlib.contextmanager
-    def on_device() -> Iterator[Sequence[torch.nn.Module]]:
-        calls.append(1)
-        for param, value in zip(params, weights, strict=True):
-            param.data.copy_(value)
-        yield frozen
-        for param in params:
-            param.data.fill_(torch.nan)
-
-    for param in params:
-        param.data.fill_(torch.nan)
-    role_weights = [RoleWeights(("teacher", "reference"), frozen, on_device)]
-    resting = GuidedSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, role_weights=role_weights)
-    counts = []
-    plain = [dataclasses.replace(request, teacher_prompt=None) for request in make_pairs()]
-    for requests, params_ in ((plain, SAMPLED), (make_pairs(), SAMPLED_PAIRS), ([], SAMPLED), (make_pairs(), SAMPLED)):
-        responses = resting.generate(requests, params_)
-        counts.append(len(calls))
-    return counts, tokens(responses), tokens(always.generate(make_pairs(), SAMPLED))
-
-
-def test_weights_that_rest_in_host_memory_come_to_the_device_for_the_responses_that_they_guide(ranks):
-    [(counts, rested, expected)] = ranks.run(sample_with_resting_weights, world_size=1)
-    assert counts == [0, 1, 1, 2], "plain responses do not need the weights, but any teacher does"
-    assert rested == expected

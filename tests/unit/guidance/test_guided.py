@@ -47,10 +47,7 @@ def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 2.0) ->
 
 
 def nasty_rows(target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Return logits of student and teacher, uniforms, and the logits of the target's other roles.
-
-    Among the rows are sharp, flat and tied ones, forks, and a control that equals the teacher.
-    """
+    """Return logits and uniforms of sharp, flat and tied rows, forks, and a control that equals the teacher."""
     generator = torch.Generator().manual_seed(7)
     reference, *noise = torch.randn(6, 500, 41, generator=generator)
     reference *= torch.linspace(0.3, 4.0, 500)[:, None]
@@ -160,7 +157,6 @@ RUN_DATA = SimpleNamespace(stop_token_ids=(1,), num_sampled_ids=9, num_controls=
 
 
 def sampled_target(batch_k: float | None = None, rule: str = "entropy_matched", **teachers: object) -> Target:
-    """Return the target of the sampling parameters of a run with the anchor reference and ``teachers``."""
     target, rollout = TargetConfig(rule=rule, anchor="reference"), RolloutConfig(guidance="mixed")
     return step_sampling(Config(target=target, rollout=rollout, teachers=teachers), RUN_DATA, batch_k).target
 

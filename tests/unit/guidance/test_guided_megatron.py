@@ -47,6 +47,7 @@ HF_CASES = {kind: (kind, parallel(), 1) for kind in hf_models.CONFIGS} | {
 }
 
 
+@pytest.mark.full
 @combinations(case=list(HF_CASES), quick={"case": ["deepseek_v3"]}, strength=1)
 def test_greedy_text_is_the_argmax_of_transformers_mixed_logits(ranks, tmp_path, case):
     kind, config, world_size = HF_CASES[case]
@@ -73,7 +74,6 @@ def write_on_one_rank(kind: str) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
-    """Return a function from a kind of model to the greedy and the sampled text of `make_pairs`, computed once."""
     return functools.cache(lambda kind: ranks.run(write_on_one_rank, kind, world_size=1)[0])
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import tiny
 from characters import ONE_RANK, Characters
 from made_methods import given_with, made, response_of
 
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
-from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.guidance.guided_on_policy import GuidedOnPolicy, GuidedState
 from megatron_selfdistill.guidance.success_rates import PROBE_EVERY, WINDOW, Guidance, SuccessRates
@@ -21,8 +22,7 @@ from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Rollout
 
-PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
-OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
+PROBLEM, OTHER = tiny.problem("1+7", "given", "8"), tiny.problem("2+7", "given", "9", id="q")
 METHOD = made([], given_with(Characters()))
 JUDGE = Judge(exact_match, Characters(), ONE_RANK)
 
@@ -42,7 +42,6 @@ class Visited:
         self.rates = rates
 
     def visit(self, share_alone: float) -> bool:
-        """Record one visit; return whether it was guided."""
         guided = self.rates.guides("a")
         self.rates = self.rates.recorded([("a", guided, 1.0 if guided else share_alone)])
         return guided
@@ -71,14 +70,6 @@ def test_the_rate_is_the_mean_of_the_last_visits_alone():
     assert not rates.guides("a"), "rates are a value: a record is another one"
 
 
-def test_a_restored_table_decides_alike():
-    problem = Visited(SuccessRates(0.5))
-    for share in (0.0, 0.25, 0.0):
-        problem.visit(share)
-    restored = Visited(SuccessRates(0.5).restored(problem.rates.state_dict()))
-    assert [problem.visit(0.0) for _ in range(12)] == [restored.visit(0.0) for _ in range(12)]
-
-
 def test_guidance_goes_to_problems_with_a_solution():
     own, guidance = SimpleNamespace(has_solution=lambda problem: problem is PROBLEM), Guidance(JUDGE, num_samples=2)
     assert guidance.guides(PROBLEM, own) and not guidance.guides(OTHER, own)
@@ -99,8 +90,6 @@ def test_success_rates_of_a_step_are_in_a_new_guidance_and_decide_the_next_step(
 
 
 class Asked:
-    """A sampler that keeps the requests, and answers each with an end."""
-
     def update_weights(self, version: int) -> None:
         pass
 
@@ -121,9 +110,6 @@ def test_the_requests_of_problems_that_guidance_chooses_have_the_prompt_of_the_t
     guided = {one.id: request.teacher_prompt for one, request in zip(batch.problems, sampler.requests, strict=True)}
     assert [name for name, prompt in guided.items() if prompt is not None] == ["p"]
     assert [it.teacher_prompt for it in batch.contexts if it.problem_id == "p"] == [guided["p"]]
-    assert {key: batch.metrics[key] for key in ("guided/share", "guided/log_ratio")} == {
-        "guided/share": 1 / 3,
-        "guided/log_ratio": 0.75,
-    }
+    assert (batch.metrics["guided/share"], batch.metrics["guided/log_ratio"]) == (1 / 3, 0.75)
     source.commit(batch)
     assert source.state.guidance.num_samples == 7, "what the responses show decides about the next step"

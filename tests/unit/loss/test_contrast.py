@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from called_collectives import GATHER, called_collectives
 from logit_pairs import by_bisection
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard
@@ -155,8 +156,6 @@ def test_equal_models_in_bf16_have_no_loss_where_their_logits_are_far_from_norma
 
 @dataclasses.dataclass
 class Layer:
-    """Hidden states and weights of an output layer, in float64."""
-
     student: Tensor
     teacher: Tensor
     reference: Tensor
@@ -186,7 +185,6 @@ class Layer:
         return self.student @ own, self.teacher @ other, self.reference @ other, self.controls @ other
 
     def fused(self, target: Target, mode: str, chunk_tokens: int, vocab: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses, and the gradients of states and weight on this rank."""
         columns = slice(vocab.start, vocab.start + vocab.size)
         hidden, weight = self.student.clone().requires_grad_(), self.student_weight[columns].clone().requires_grad_()
         theirs, entropy = self.teacher_weight[columns], None
@@ -212,9 +210,12 @@ class Layer:
         return stats.loss.detach(), of_hidden, of_weight
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
-@pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
-@pytest.mark.parametrize("name", [name for name in TARGETS if "fixed" not in name and "k" not in name.split()])
+@combinations(
+    name=[name for name in TARGETS if "fixed" not in name and "k" not in name.split()],
+    mode=["keep_gradient", "low_memory"],
+    chunk_tokens=[1, 4, 100],
+    strength=1,
+)
 def test_the_fused_layer_equals_the_formula_in_every_chunking(name: str, mode: str, chunk_tokens: int) -> None:
     layer, target = Layer.made(13), TARGETS[name]
     loss, of_hidden, of_weight = layer.fused(target, mode, chunk_tokens, VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE))
@@ -245,7 +246,6 @@ FUSED = [("student", "low_memory"), ("reference", "keep_gradient"), ("a share of
 
 
 def on_a_rank() -> list[tuple[Any, ...]]:
-    """Return what the fused layer and the loss of logits give on a rank that has a share of the columns."""
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, dist.group.WORLD)
     layer, found = Layer.made(9), []
     _, teacher, _, controls = (

@@ -90,14 +90,6 @@ def test_bf16_gradients_are_as_near_to_float64_as_the_materialised_paths(mode: s
         assert theirs < 0.05 and ours < 1.5 * theirs
 
 
-@every_mode
-def test_no_tokens_give_no_gradient_but_one(mode: str) -> None:
-    """DDP counts on every weight having a gradient in every microbatch."""
-    stats, dgrad, wgrad = fused(Example(True, num_tokens=0), Target(anchor="student"), Divergence(), mode)
-    assert len(stats.loss) == 0 and dgrad is not None and dgrad.shape == (0, WIDTH)
-    assert wgrad is not None and (wgrad == 0).all() and wgrad.shape == (PADDED_VOCAB_SIZE, WIDTH)
-
-
 class Recorder:
     """A `WeightGradient` that sums by itself."""
 
@@ -186,6 +178,7 @@ def test_every_split_equals_one_rank(ranks: RankPool, world_size: int) -> None:
         }, case
 
 
+@pytest.mark.full
 def test_the_weights_gradient_of_many_chunks_in_bf16_is_as_exact_as_that_of_one() -> None:
     generator = torch.Generator().manual_seed(5)
     states = [torch.randn(256, 16, generator=generator).bfloat16() for _ in range(2)]
@@ -218,7 +211,8 @@ def test_ranks_without_rows_of_their_own(ranks: RankPool, num_tokens: int) -> No
         for shard in shards:
             torch.testing.assert_close(shard[1], dgrad, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(torch.cat([shard[2] for shard in shards]), wgrad, rtol=2e-6, atol=1e-6)
-        assert num_tokens or not any(sum(shard[3].values()) for shard in shards), "nothing to talk about"
+        nothing = not any(sum(shard[3].values()) for shard in shards)
+        assert num_tokens or (nothing and not wgrad.any()), "DDP counts on every weight having a gradient"
 
 
 @every_mode

@@ -54,7 +54,6 @@ def padded(logits: Tensor) -> Tensor:
 
 
 def computed(mode: str, chunk_tokens: int, anchored: bool) -> dict[str, Any]:
-    """Return what the fused loss gives on the ranks of the world, which share the vocabulary and the width."""
     size, rank = dist.get_world_size(), dist.get_rank()
     given, group = rows(), dist.group.WORLD if size > 1 else None
     own_rows = slice(rank * NUM_ROWS // size, (rank + 1) * NUM_ROWS // size)

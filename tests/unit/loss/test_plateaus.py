@@ -11,11 +11,12 @@ import torch.distributed as dist
 from kernel_cases import BACKEND, DEVICE, every_backend, on_cpu
 from plateaus import CLASSES, DIVERGENCES, TARGETS, assert_solved, draw, needing_the_third_pass, root
 from ranks import RankPool
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
-from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
+from megatron_selfdistill.loss.sharded import token_statistics
+from megatron_selfdistill.loss.sharded.shard_sums import Shard
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -40,9 +41,7 @@ def rows_of(name: str) -> Inputs:
 
 
 @every_backend(cases=8)
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("rule", TARGETS)
-@pytest.mark.parametrize("name", ["third pass", *CLASSES])
+@combinations(name=["third pass", *CLASSES], rule=list(TARGETS), kind=list(DIVERGENCES), strength=1, full_strength=2)
 def test_every_row_is_matched_and_all_that_is_reported_belongs_to_its_beta(name: str, rule: str, kind: str) -> None:
     rows = rows_of(name)
     assert_solved(*run(rows, TARGETS[rule], DIVERGENCES[kind]), rows, TARGETS[rule], DIVERGENCES[kind])
@@ -53,7 +52,6 @@ SHARDED = ["third pass", "forks, teacher 6 nats less sure, bf16", "two tied tops
 
 
 def on_a_rank() -> list[list[tuple[TokenStats, Tensor]]]:
-    """Return the results of this rank for every class of `SHARDED` and every case of `CASES`."""
     return [[run(rows_of(name), *case, dist.group.WORLD) for case in CASES] for name in SHARDED]
 
 
@@ -68,32 +66,6 @@ def test_shards_of_the_vocabulary_give_the_same_and_the_same_bits_on_every_rank(
                 assert all(torch.equal(values[0], value) for value in values), (name, field.name)
             gradient = torch.cat([gradient for _, gradient in shards], 1)
             assert_solved(shards[0][0], gradient, rows_of(name), target, kind)
-
-
-@every_backend(cases=1, quick=0)
-@pytest.mark.parametrize("rule", TARGETS)
-def test_a_row_that_two_passes_do_not_match_is_unconverged_until_the_third_which_changes_no_other_row(
-    rule: str,
-) -> None:
-    passes, solver = shard_sums, token_statistics
-    if BACKEND == "triton":
-        from megatron_selfdistill.kernels import pass_launches as passes  # type: ignore[no-redef]
-        from megatron_selfdistill.kernels import solver_launches as solver
-    student, teacher, tokens = (values.to(DEVICE) for values in needing_the_third_pass())
-    grid = BetaGrid.of(TARGETS[rule], torch.float32)
-    shard = Shard(student, teacher, grid.mix_weights, torch.float32)
-    sums, argmax = passes.first_pass(shard, grid, tokens, 0)
-    solver_state, status, found = solver.solve_tokens(sums, grid), None, []
-    for _ in range(2):
-        sums = passes.second_pass(shard, solver_state.constants, argmax, forward_kl=False, status=status)
-        results, solver_state = solver.finish_tokens(solver_state, sums, grid, tokens, 320)
-        status = results.status
-        found.append((status.clone().cpu(), results.beta.clone(), results.reverse_kl.clone()))
-    (second, *before), (third, *after) = found
-    assert (second == Status.UNCONVERGED).tolist() == [True, False, True, False]
-    assert (third[::2] == Status.MATCHED).all() and torch.equal(third[1::2], second[1::2])
-    for one, other in zip(before, after, strict=True):
-        assert torch.equal(one[1::2], other[1::2]) and (one[::2] != other[::2]).all()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import distributions as tool
 import pytest
 import torch
 from logit_pairs import entropy as entropy_of
 from plateaus import CLASSES as PLATEAUS
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
-from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard, first_pass
-from megatron_selfdistill.loss.sharded.token_statistics import Cumulants, MergedSums
 from megatron_selfdistill.loss.target import MATCH_TOLERANCE
 
 ROUNDED_ENTROPY = 4 * 8 * 2.0**-24
@@ -30,11 +27,10 @@ def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Ten
     return stats.beta, stats.status
 
 
-every_target = pytest.mark.parametrize("target", [Target(k_max=k, anchor="student") for k in ("1 + w", None, 2.0)])
+TARGETS = {f"k_max={k}": Target(k_max=k, anchor="student") for k in ("1 + w", None, 2.0)}
 
 
-@every_target
-@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+@combinations(name=list(tool.DISTRIBUTIONS), target=TARGETS, strength=1)
 def test_the_entropies_match_on_every_class_of_distributions(name: str, target: Target) -> None:
     for seed, vocab_size in ((0, 300), (1, 2048)):
         student, teacher = tool.draw(name, 16, vocab_size, seed)
@@ -70,7 +66,7 @@ def test_the_entropies_match_on_a_large_vocabulary(name: str) -> None:
     assert accuracy.normalisation.max() <= ROUNDED_LOGIT
 
 
-@every_target
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
 def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     student, teacher = tool.draw(name, 16, 2000, 7)
@@ -95,37 +91,3 @@ def test_float64_logits_are_solved_beyond_float32() -> None:
     for name in ("language model", "zipf", "teacher swaps the top two", "one-hot, H ~ 1e-4"):
         student, teacher = (x.double() for x in tool.draw(name, 16, 2000, 2))
         assert tool.measure(student, teacher, target).mismatch.max() <= 1e-8
-
-
-def test_cumulants_of_sums_equal_moments_of_the_distribution() -> None:
-    x = torch.tensor([0.0, -0.5, -1.0, -4.0], dtype=torch.float64)
-    p = x.exp() / x.exp().sum()
-    s = [(x.exp() * x**k).sum() for k in range(4)]
-    cumulants = Cumulants.from_sums(torch.ones((), dtype=torch.float64), s[0] - 1, s[1], s[2], s[3])
-    mean = (p * x).sum()
-    central = [(p * (x - mean) ** k).sum() for k in range(4)]
-    expected = (torch.ones(()).double(), s[0].log(), mean, central[2], central[3])
-    torch.testing.assert_close(torch.stack(cumulants.tensors()), torch.stack(expected), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(cumulants.entropy, -(p * p.log()).sum(), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("cuts", [(0, 300), (0, 100, 200, 300), (0, 17, 300)])
-def test_sums_of_shards_merge_into_the_cumulants_of_the_whole_row(cuts: tuple[int, ...]) -> None:
-    torch.manual_seed(1)
-    student, teacher = torch.randn(2, 8, 300, dtype=torch.float64) * 3
-    target = Target(k_max=None, anchor="student")
-    grid = BetaGrid.of(target, torch.float64)
-    parts = []
-    for start, end in pairwise(cuts):
-        shard = Shard(student[:, start:end], teacher[:, start:end], target.mix_weights, torch.float64)
-        parts.append(first_pass(shard, grid, None, start)[0])
-    merged = MergedSums.merge(torch.cat(parts), grid)
-    mix = student + target.teacher_weight * teacher
-    x = mix - mix.amax(1, keepdim=True)
-    for j, beta in enumerate(grid.betas):
-        q = (beta * x).softmax(1)
-        mean = (q * x).sum(1)
-        variance, third = ((q * (x - mean[:, None]) ** power).sum(1) for power in (2, 3))
-        expected = ((beta * x).logsumexp(1), mean, variance, third)
-        cumulants = [values[:, j] for values in merged.mix.tensors()[1:]]
-        torch.testing.assert_close(torch.stack(cumulants), torch.stack(expected), rtol=1e-10, atol=1e-12)

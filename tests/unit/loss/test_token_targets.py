@@ -84,10 +84,7 @@ Found = tuple[TokenStats, Tensor]
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return float32 logits [NUM_TOKENS, VOCAB_SIZE] of student, teacher and reference, and response tokens.
-
-    Among the rows are equal and nearly equal models, forks, ties at every column, far models and huge logits.
-    """
+    """Return float32 logits of equal and nearly equal models, forks, ties, far models and huge logits, and tokens."""
     generator = torch.Generator().manual_seed(11)
     scale = torch.linspace(0.3, 5.0, NUM_TOKENS)[:, None]
     reference = scale * torch.randn(NUM_TOKENS, VOCAB_SIZE, generator=generator)
@@ -111,7 +108,6 @@ def total(loss: Tensor, log_prob: Tensor, mode: str = "low_memory") -> Tensor:
 
 
 def of_tokens(logits: Tensor) -> Tensor:
-    """Return log p of the response tokens."""
     return logits.log_softmax(-1).gather(1, rows()[3][:, None])[:, 0]
 
 
@@ -130,7 +126,6 @@ def mixed(case: Case, teacher: Tensor, reference: Tensor) -> Tensor:
 
 
 def shard() -> tuple[VocabShard, slice]:
-    """Return the shard of this rank, and its columns."""
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
     return vocab, slice(vocab.start, vocab.start + vocab.size)
@@ -162,7 +157,6 @@ def of_logits(case: Case) -> Found:
 
 
 def check(name: str, shards: Sequence[Found]) -> None:
-    """Assert that the ranks have the numbers of float64."""
     student, teacher, reference, _ = (logits.double() for logits in rows())
     case, s = CASES[name], student.clone().requires_grad_()
     expected, log_q, beta = by_definition(case, s, teacher, reference)
@@ -202,10 +196,7 @@ def test_loss_gradient_and_k_of_shards_equal_float64(ranks: RankPool, world_size
 
 
 def of_hidden_states(mode: str, shared: bool) -> list[tuple[str, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Return, for each case, loss and gradients of the fused layer, and those of float64.
-
-    ``shared``: whether teacher and reference have one output weight, so that their states are mixed.
-    """
+    """Return numbers of the fused layer and of float64; ``shared``: whether teacher and reference have one weight."""
     generator = torch.Generator().manual_seed(0)
     student, teacher, reference = (torch.randn(NUM_TOKENS, WIDTH, generator=generator) for _ in range(3))
     weights = [0.5 * torch.randn(PADDED_VOCAB_SIZE, WIDTH, generator=generator) for _ in range(3)]

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import shard_sums, vocab_parallel
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.weighting import Coefficients
 
@@ -61,23 +58,6 @@ def test_the_log_prob_alone_has_its_own_gradient_and_both_add_up(kind: str) -> N
     torch.testing.assert_close(both, of_loss - a[:, None] * expected, rtol=0, atol=1e-13)
     log_prob = rows()[0].log_softmax(-1).gather(1, TOKENS[:, None])[:, 0].nan_to_num(neginf=0)
     torch.testing.assert_close(losses, alone - a * log_prob, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_without_a_use_of_the_log_probs_the_backend_writes_the_gradient_of_the_loss_alone(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terms: list[object] = []
-
-    def write(*arguments: Any) -> None:
-        terms.append(arguments[6])
-        shard_sums.write_gradient(*arguments)
-
-    monkeypatch.setattr(vocab_parallel, "_TORCH", replace(vocab_parallel._TORCH, write_gradient=write))
-    _, alone = computed(kind, two_terms(W, None))
-    assert terms == [None]
-    _, with_zeros = computed(kind, two_terms(W, torch.zeros_like(A)))
-    assert terms[1] is not None and torch.equal(with_zeros, alone)
 
 
 def test_a_token_that_is_no_valid_column_needs_a_coefficient_of_zero() -> None:

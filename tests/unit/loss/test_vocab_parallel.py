@@ -36,10 +36,7 @@ EXTREME = slice(14, None)
 
 
 def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the valid columns of both logits, and response tokens.
-
-    The rows are sharp, flat, agreeing, disagreeing and equal.
-    """
+    """Return valid columns of sharp, flat, agreeing, disagreeing and equal rows, and response tokens."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, VOCAB_SIZE)
     student = torch.linspace(0.3, 5.0, num_rows)[:, None] * torch.randn(shape, generator=generator)
@@ -51,7 +48,6 @@ def logits(dtype: torch.dtype = torch.float32, num_rows: int = 14, seed: int = 0
 
 
 def all_rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows of `logits` and the extreme ones."""
     pairs = zip(logits(), kernel_cases.logits(8, VOCAB_SIZE), strict=True)
     student, teacher, tokens = (torch.cat([one, other.cpu()]) for one, other in pairs)
     return student, teacher, tokens

@@ -44,7 +44,6 @@ def rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_definition(target: Target, dtype: torch.dtype) -> Tensor:
-    """Return the masses and both divergences [T, 3] or [T, 4] in float64, from the logits as they are in ``dtype``."""
     student, teacher, reference = (logits.double() for logits in rows(dtype))
     log_q = mixed_target(student, teacher, target, reference if target.is_anchored else None).log_q
     models = [student, reference] if target.is_anchored else [student]

@@ -26,10 +26,7 @@ WIDE = tiny.given(200, TEMPLATES["peer_or_feedback"])
 
 
 def sdpo(keeps_unhinted: bool, hints: str = "peer", given: GivenSolutions = GIVEN) -> tuple[Any, Any]:
-    """Return SDPO with these hints, and a function that makes its rollouts.
-
-    With rewards in the loss it keeps the responses without a hint.
-    """
+    """Return SDPO, which keeps responses without a hint for their rewards or not, and what makes its rollouts."""
     options = [f"method.hints={hints}", f"method.weight={int(keeps_unhinted)}", "rollout.num_samples=2"]
     method = made(["method.name=sdpo", *options], given)
     return method, partial(tiny.rollout, prompts=method)
@@ -93,7 +90,6 @@ VOTES = "aab aabb aaab abc aaaa a - ---- a--- aa-- aabbc baacaada -aab abab- aaa
 
 
 def expected(answers: list[str | None], threshold: float) -> list[bool]:
-    """Return for each response whether it has a hint, by counting every answer."""
     counts = {answer: answers.count(answer) for answer in answers if answer is not None}
     best = [answer for answer, count in counts.items() if count == max(counts.values())]
     if len(best) != 1 or counts[best[0]] / len(answers) < threshold:

@@ -36,8 +36,6 @@ HINT = "[HINT_START] use the second column [HINT_END] \\boxed{1}"
 
 
 class Logged(Characters):
-    """A tokenizer whose chat ends every reply in the stop token."""
-
     def render_chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """Return the contents, a colon before every reply, and the stop token after it."""
         shown = [f":{m['content']}$" if m["role"] == "assistant" else m["content"] for m in messages]
@@ -66,7 +64,6 @@ def method_with(*overrides: str, max_length: int = 5000, **tools: Any) -> Any:
     ("vote", "hint"),
     [
         (HINT, "use the second column"),
-        (f"\\boxed{{-1}} {HINT}", "use the second column"),
         (f"{HINT} no: \\boxed{{-1}}", None),
         ("\\boxed{1}", None),
         ("[HINT_START]a[HINT_END]", None),

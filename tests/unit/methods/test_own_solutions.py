@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import tiny_run
 from made_methods import made, response_of, shown
-from sums import answered, sums
+from sums import sums
 
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.data.run_data import RunData
@@ -25,7 +24,6 @@ OTHER = tiny.problem("2+7", "given", "9", id="q")
 
 
 def new_method(*overrides: str, **tools: Any) -> OwnSolutionHints:
-    """Return the method before its first search."""
     keys = ["rollout.num_samples=2", "seed=5", "data.global_batch_size=8", "method.num_samples=4"]
     return made(["method.name=own_solutions", *keys, "method.refresh_every=10", *overrides], GIVEN, **tools)
 
@@ -47,46 +45,6 @@ def test_an_own_solution_takes_the_place_of_the_given_one_but_never_of_itself(on
     assert all(one.problem.solution in shown(one) for one in chosen[:2])
     assert all(one.prompts.teacher_prompt == one.prompts.student_prompt for one in chosen[2:])
     assert metrics == {"solutions/skipped_share": pytest.approx(1 / 3)}
-
-
-def table_in_layout(sizes: dict[str, int], pick: str, count: int = 9) -> tuple[dict, dict[str, float], int]:
-    """(state, metrics, calls of the score); scores are made up, from the texts."""
-    from megatron_selfdistill.config import ParallelConfig
-    from megatron_selfdistill.distributed import ranks
-
-    grid = ranks.initialize(ParallelConfig(**sizes), 0)
-    calls = []
-
-    def score(those: Any) -> list[float]:
-        calls.append(those)
-        return [random.Random(str(response.log_probs)).random() for _, response in those]
-
-    keys = [f"method.pick={pick}", "method.num_samples=6", "data.global_batch_size=4"]
-    method, metrics = new_method(*keys, grid=grid).refreshed(
-        4, sums(count), generate=lambda requests: list(map(answered, requests)), score=score, **TOOLS
-    )
-    return method.state_dict()["own"], metrics, len(calls)
-
-
-FULL = pytest.mark.full
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param({}, marks=FULL),
-        {"tensor_model_parallel_size": 2},
-        pytest.param({"context_parallel_size": 2}, marks=FULL),
-    ],
-)
-@pytest.mark.parametrize("pick", ["learnable", pytest.param("shortest", marks=FULL)])
-def test_every_layout_finds_the_same_solutions(ranks, sizes, pick):
-    alone = ranks.run(table_in_layout, {}, pick, world_size=1)[0]
-    assert sum(bool(kept) for kept in alone[0]["table"].values()) > 5
-    # 5 problems: in the last group of one, the second replica has none, and scores all the same
-    assert ranks.run(table_in_layout, sizes, pick, world_size=2) == [alone] * 2
-    few = ranks.run(table_in_layout, {}, pick, 5, world_size=2)
-    assert few[0] == few[1] and few[0][2] == (2 if pick == "learnable" else 0)
 
 
 def own_solutions(*found: tuple[int, list[str]], keep: int = 2) -> OwnSolutionHints:

@@ -90,11 +90,7 @@ KINDS, LENGTHS = ["student", "student", "right", "retry", "retry", "retry"], [2,
 
 
 def written(own: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
-    """Return the loss of the page: the means over the tokens of the attempts, the right ones and the retries.
-
-    The retries' rewards are 1, 0 and 0, and the retries are scored by p / mu with a constant p / mu where it appears as
-    a weight.  No ratio is clipped.
-    """
+    """Return the loss of the page, where no ratio is clipped: the means over attempts, right ones and retries."""
     log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
     forward = (log_q.exp() * (log_q - log_p)).sum(-1)
     rows, parts, rewards = iter(range(9)), {kind: [] for kind in KINDS}, iter([1.0, 0.0, 0.0])

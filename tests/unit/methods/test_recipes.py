@@ -20,11 +20,7 @@ from megatron_selfdistill.loss.target import unit_mix
 
 
 def rows() -> list[Tensor]:
-    """Return float64 logits [12, 9] of student, teacher and reference.
-
-    Beside random rows: a flat teacher, a sharp one, one model, a flat row, a student and a teacher that are sure of
-    different columns, with ties, and two that contradict each other.
-    """
+    """Return float64 logits: flat, sharp, equal, tied and contradicting rows, beside random ones."""
     generator = torch.Generator().manual_seed(4)
     s, t, r = (2 * torch.randn(12, 9, generator=generator, dtype=torch.float64) for _ in "str")
     t[:3] *= torch.tensor([0.0, 0.3, 8.0]).double()[:, None]
@@ -72,11 +68,8 @@ def case(published: Any, *overrides: str, **values: Any) -> Any:
         case(eopd, threshold=0.8),
         *(case(eopd, f"method.threshold={x}", threshold=x) for x in (0.0, 1.5, 100.0)),
         case(sr_opsd, order=0.5, direction="reverse_kl"),
-        *(
-            case(sr_opsd, f"method.order={x}", f"loss.divergence={kind}", order=x, direction=kind)
-            for x in (0.05, 2.0, 4.0)
-            for kind in ("reverse_kl", "forward_kl")
-        ),
+        *(case(sr_opsd, f"method.order={x}", order=x, direction="reverse_kl") for x in (0.05, 2.0, 4.0)),
+        case(sr_opsd, "loss.divergence=forward_kl", order=0.5, direction="forward_kl"),
         *(case(beta_opsd, f"target.teacher_weight={1 / (x - 1)}", beta=x) for x in (1.1, 2.0, 17.0)),
         *(case(veto, f"target.teacher_weight={x / (1 - x)}", alpha=x) for x in (0.0, 0.25, 0.9)),
         *(case(skald, f"target.teacher_weight={1 / x}", f"target.k={1 / x}", tau=x) for x in (0.05, 0.4, 1.0)),

@@ -49,7 +49,6 @@ def method_with(*overrides: str, max_length: int = 60) -> Any:
 
 
 def added(played: Sequence[Rollout], *overrides: str, max_length: int = 60):
-    """Return the texts that the method adds to the responses, and its metrics."""
     texts, metrics = method_with(*overrides, max_length=max_length).texts(played, played)
     assert texts[: len(played)] == list(played)
     return texts[len(played) :], metrics

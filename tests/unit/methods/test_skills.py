@@ -37,7 +37,6 @@ def alone(one_rank, monkeypatch):
 
 
 def skills(*uses: tuple[int, float]) -> list[Skill]:
-    """Return a skill for each pair of its uses and their total reward."""
     return [Skill(f"skill {i}", i, n, total) for i, (n, total) in enumerate(uses)]
 
 
@@ -132,10 +131,8 @@ def test_the_last_response_of_an_episode_stands_for_its_rewards(monkeypatch):
         ("{<think>}</think>Here:\n```json\n" + JSON + "\n```", WRITTEN),
         ('{"success_analysis": "carry"}', None),
         ("carry the one", None),
-        ("{not json}", None),
         (JSON.replace('"carry"', "1"), None),
         ('{"success_analysis": "", "mistake_analysis": "", "golden_workflow": ""}', None),
-        ("} {", None),
     ],
 )
 def test_a_skill_of_the_model_is_a_json_object_with_three_texts(reply, skill):
@@ -171,7 +168,6 @@ def test_a_function_writes_skills_and_white_space_is_none(monkeypatch):
 
 
 def group(number: int, *rewards: float, card: str = "carry") -> list[Any]:
-    """Return the plain responses to a problem, with their rewards."""
     asked = tiny.problem("1+7", card, "8", id=f"p{number}")
     keys = [SampleKey(STEP, asked.id, i) for i in range(len(rewards))]
     return [tiny.rollout("8$", r, number, problem=asked, key=key) for r, key in zip(rewards, keys, strict=True)]

@@ -13,7 +13,6 @@ import torch
 from made_methods import made
 from term_arrays import signals, tensor
 
-from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.methods import tip
 from megatron_selfdistill.methods.beta_opsd import credited, returns_to_go
 from megatron_selfdistill.methods.opsa import opsa
@@ -22,7 +21,7 @@ from megatron_selfdistill.methods.pi_distill import pi_distill
 from megatron_selfdistill.methods.pw_opsd import position_weights
 from megatron_selfdistill.methods.scope import scope
 from megatron_selfdistill.methods.sod import sod, turn_weights
-from megatron_selfdistill.methods.tip import importance, importance_weights
+from megatron_selfdistill.methods.tip import importance_weights
 from megatron_selfdistill.methods.uni_opd import balanced, margin_shift, uni_opd
 from megatron_selfdistill.sources.signals import Clip, Signals
 from megatron_selfdistill.sources.step_terms import RatioTerms
@@ -143,11 +142,6 @@ def test_weights_of_tokens_are_those_of_the_published_rule(share, score):
     assert importance_weights(tensor(), tensor(), share=share, score=score).tolist() == []
 
 
-def test_a_token_scores_high_if_it_is_uncertain_or_disagrees():
-    found = importance(tensor(*ENTROPIES), tensor(*DIVERGENCES), "soft_or")
-    assert found.tolist() == pytest.approx([1.0, 1.0, 1 - 0.5 * 0.9, 0.05, 0.0, 1 - 0.8 * 0.5], abs=1e-12)
-
-
 @pytest.mark.parametrize(("share", "expected"), [(0.5, [0.0] * 4), (0.7, [5 / 3, 0.0, 0.0, 0.0])])
 def test_tokens_of_all_replicas_compete_and_those_without_a_hint_do_not(monkeypatch, share, expected):
     """This replica is the second of two; the first one has two tokens with the extremes of both axes."""
@@ -161,21 +155,6 @@ def test_tokens_of_all_replicas_compete_and_those_without_a_hint_do_not(monkeypa
     found = alone(method.terms(0, [], own), "divergence")
     assert found == pytest.approx([wanted[2], wanted[3], 0.0, wanted[4]])
     assert found == pytest.approx(expected)
-
-
-def test_the_loss_of_tip_and_its_gradient_are_those_of_the_chosen_rows():
-    generator = torch.Generator().manual_seed(4)
-    s, t = (3 * torch.randn(12, 7, generator=generator, dtype=torch.float64) for _ in "st")
-    student, leaf = s.clone().requires_grad_(), s.clone().requires_grad_()
-    p, q = student.log_softmax(-1), t.log_softmax(-1)
-    kl, entropy = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1)
-    h, d = ((x - x.min()) / (x.max() - x.min()) for x in (entropy.detach(), kl.detach()))
-    kl[(h + d - h * d).topk(6).indices].mean().backward()
-    settings = {"target": Target("teacher_alone", anchor="student"), "vocab": VocabShard(0, 7, 7)}
-    stats = distillation_loss(leaf, t, torch.zeros(12, dtype=torch.int64), divergence=Divergence(), **settings)
-    weights = importance_weights(stats.student_entropy.detach(), stats.loss.detach(), share=0.5)
-    (weights * stats.loss).mean().backward()
-    torch.testing.assert_close(leaf.grad, student.grad, rtol=1e-11, atol=1e-14)
 
 
 # SCOPE: the numbers of the paper's figure 2, and who competes with whom.

@@ -123,22 +123,6 @@ def test_nan_violates_once_there_is_a_reference(only):
     assert stopped_at(guards, ENTROPY, trace)[0] == 8
 
 
-@pytest.mark.parametrize(
-    ("keys", "falls", "samples"),
-    [
-        ([], True, True),
-        (["target=teacher_alone", "loss.divergence=forward_kl"], True, True),
-        (["method.name=sft"], False, False),
-        (["method.name=grpo", "rollout.num_samples=2", "method.kl_weight=0.1"], False, True),
-    ],
-)
-def test_the_loss_should_fall_where_a_hinted_teacher_alone_decides_and_loops_are_those_of_a_student(
-    keys, falls, samples
-):
-    config = load([*keys, "run_dir=x"])
-    assert (config.needs.loss_should_fall, config.student_samples) == (falls, samples)
-
-
 def test_an_engine_that_disagrees_is_warned_of_once():
     guards = Guards(CONFIG, ENGINES)
     warnings = [guards.warnings({DISTANCE: value}) for value in (0.1, 0.11, 0.12, 0.01, 0.5)]

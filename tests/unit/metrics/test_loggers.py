@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import recorded_logger
 import tiny_run
-import yaml
 
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.errors import ConfigError
@@ -73,17 +72,6 @@ def test_a_logger_that_cannot_start_ends_a_new_run_and_not_a_resumed_run(tmp_pat
         log.log(3, {"loss/mean": 0.5})
     assert f"{NO_START}: ConnectionError: no answer" in caplog.text
     assert ["scalars", 3, {"loss/mean": 0.5}] in recorded_logger.calls(tmp_path)
-
-
-def test_a_run_gives_its_loggers_the_metrics_and_the_configuration_of_its_files(ranks, data, tmp_path):
-    """By a run of two ranks, of which only the reporter has loggers."""
-    run = tmp_path / "run"
-    options = [f"metrics.loggers=[{RECORDED}]", "num_steps=1", "metrics.show_samples=1", "checkpoint.save_every=0"]
-    tiny_run.train(ranks, tiny_run.overrides(data, run, *options), 2)
-    [init, samples, scalars, close] = recorded_logger.calls(run)
-    assert init == ["init", 0, yaml.safe_load((run / "config.yaml").read_text())]
-    assert (samples[:2], len(samples[2])) == (["samples", 1], 1) and close == ["close"]
-    assert [{"step": 1, **scalars[2]}] == read_metrics(run)
 
 
 @pytest.mark.full

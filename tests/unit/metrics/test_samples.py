@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny_run
-import torch
 from rich.console import Console
 from rounded_json import read_lines
 from tiers import combinations
@@ -34,7 +33,6 @@ from megatron_selfdistill.metrics.samples import (
     sample_html,
     sample_of,
 )
-from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 
 class Letters:
@@ -45,32 +43,8 @@ class Letters:
 
 
 def sample(text: str, problem_id: str = "p7") -> Sample:
-    """Return the sample of a response of one token."""
     tokens = (SampleToken(1, text, 0.1, -2.0, -2.0, 1.25, "matched"),)
     return Sample(problem_id=problem_id, prompt="1+1=", solution="two", tokens=tokens, truncated=False)
-
-
-def spans() -> list[range]:
-    return [range(3, 20), range(40, 41), range(60, 90)]
-
-
-def numbers_in_layout(sizes: dict[str, int]) -> tuple[int, Any]:
-    from megatron_selfdistill.metrics.samples import token_numbers
-
-    grid, output, _ = share_of_rank(sizes)
-    return grid.dp_rank, token_numbers(output, spans(), grid) if grid.dp_rank == 0 else None
-
-
-@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
-def test_the_numbers_of_chosen_tokens_are_the_same_in_every_layout(ranks, world_size, sizes):
-    found = ranks.run(numbers_in_layout, sizes, world_size=world_size)
-    stats, model_size = all_rows(), math.prod(sizes.values())
-    replica = torch.arange(NUM_TOKENS)[:: world_size // model_size]
-    expected = [
-        {name: getattr(stats, name)[replica[list(span)]].double().tolist() for name in NUMBERS} for span in spans()
-    ]
-    assert all(numbers == expected for dp_rank, numbers in found if dp_rank == 0)
-    assert sum(dp_rank == 0 for dp_rank, _ in found) == model_size
 
 
 def context(problem_id: str, response: list[int]) -> ContextPair:
@@ -153,6 +127,7 @@ def test_samples_are_due_at_the_first_step_and_then_at_every_so_many():
     assert [tokens_measured(Config(), step) for step in (1, 2, 10, 11)] == [8, None, 8, None]
 
 
+@pytest.mark.full
 def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measures_few(ranks, own_data, start, one):
     options = [start, f"tests.replay={own_data}/one.jsonl", "metrics.show_samples=4", "metrics.measure_every_token=8"]
     tiny_run.train(ranks, run_of(own_data, "few", *options))
@@ -164,6 +139,7 @@ def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measure
     assert of_all["entropy/teacher"] != of_few["entropy/teacher"]
 
 
+@pytest.mark.full
 @combinations(name=["alone", "PP2xCP2"], quick={"name": ["alone"]}, strength=1)
 def test_a_response_has_what_any_hint_does_and_what_only_its_own_says(ranks, own_data, name):
     world_size, layout, _ = RUNS.get(name, (1, [], []))
@@ -184,13 +160,11 @@ def run_of(own_data: Any, name: str, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def start(finished) -> str:
-    """Return the override that loads the weights of a finished run."""
     return f"checkpoint.load={finished}/checkpoints"
 
 
 @pytest.fixture(scope="module")
 def one(ranks, own_data, start) -> dict[str, Any]:
-    """Return the samples of a run of one rank, by problem."""
     options = [start, f"tests.record={own_data}/one.jsonl", "metrics.show_samples=4"]
     tiny_run.train(ranks, run_of(own_data, "one", *options))
     return {record["problem_id"]: record for record in read_samples(own_data / "one")}

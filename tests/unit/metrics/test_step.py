@@ -51,7 +51,6 @@ def all_logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def all_rows(num_tokens: int = NUM_TOKENS) -> TokenStats:
-    """Return the statistics of a whole batch, by the real loss."""
     student, teacher = all_logits(num_tokens)
     return distillation_loss(
         student,
@@ -105,7 +104,6 @@ def share_of_rank(sizes: dict[str, int]) -> tuple[Any, Any, torch.Tensor]:
 
 
 def numbers_in_layout(sizes: dict[str, int]) -> tuple[dict[str, float], tuple, dict[str, float]]:
-    """Return the metrics of a step with both terms, its batch entropies, and the metrics of its responses."""
     grid, output, log_probs = share_of_rank(sizes)
     lengths, altered = lengths_and_log_probs(log_probs)
     found = step_metrics(output, log_probs, grid)
@@ -127,7 +125,6 @@ def lengths_and_log_probs(log_probs: torch.Tensor) -> tuple[list[int], torch.Ten
 
 
 def worst_mean_difference(dp_size: int) -> float:
-    """Return the largest mean difference from the sampler over one response that is long enough."""
     stats, means = all_rows(), []
     for dp_rank in range(dp_size):
         mine = stats.student_log_prob.double()[dp_rank::dp_size]

@@ -22,10 +22,7 @@ FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks
 
 
 def output_of_rank(rank: int = 0, num_replicas: int = 1, cp_rank: int = 0, cp_size: int = 1) -> tuple[Any, list[int]]:
-    """Return the output of a rank, whose replica has every ``num_replicas``-th response, and their lengths.
-
-    The order of the tokens is not that of the responses, as after packing.
-    """
+    """Return the output of a rank, whose replica has every so-many-th response, in the order of packing."""
     stats, generator = all_rows(NUM_TOKENS), torch.Generator().manual_seed(3)
     masses = torch.rand(3, NUM_TOKENS, generator=generator, dtype=torch.float64)
     spans = torch.arange(NUM_TOKENS).split(LENGTHS)[rank::num_replicas]

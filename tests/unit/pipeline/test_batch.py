@@ -16,7 +16,6 @@ import torch
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.packed_batch import PackingRules
-from megatron_selfdistill.data.packing import planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.pipeline.batch import (
     Packing,
@@ -31,9 +30,6 @@ from megatron_selfdistill.pipeline.placement import _costs, placed, placement_ev
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
-
-
-ONE_STAGE = SimpleNamespace(virtual_pipeline_model_parallel_size=None, pp_size=1)
 
 
 def packed_share(
@@ -56,15 +52,6 @@ def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_len
     assert min(one[1:3]) > 1, "there must be several microbatches to differ in"
     for share, (*_, tokens) in zip(shares, (one, other), strict=True):
         assert tokens.tolist() == [token for i in share for token in layouts.contexts()[i].response]
-
-
-def test_a_teacher_that_comes_first_never_takes_more_microbatches():
-    for seed in range(300):
-        rng = random.Random(seed)
-        student = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
-        teacher = [length + rng.randint(0, 40) for length in student]
-        alone, paired = (planned_sequences(student, teacher, 100, paired=paired) for paired in (False, True))
-        assert all(len(one) <= len(other) for one, other in zip(alone, paired, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +121,6 @@ def test_a_step_without_a_teacher_gets_a_multiple_of_its_stages(paired, with_ref
 
 
 def placements(shares: list[list[int]], pair_order: str) -> list[list[int]] | None:
-    """Return the replicas of the contexts of each replica."""
     grid = initialize(models.parallel(), seed=1)
     packing = Packing(layouts.MAX_TOKENS, pair_order, True, attention_tokens=1000)
     return placement_everywhere([layouts.contexts()[i] for i in shares[grid.dp_rank]], packing, grid)
@@ -170,16 +156,7 @@ def test_the_cost_of_a_context_is_that_of_the_flops_of_its_layers(width, with_re
         assert lengths == [student, sum(teachers)] and expected - 1 < cost <= expected
 
 
-def test_a_long_context_weighs_as_much_as_short_ones_of_the_same_flops():
-    """A token of a context of 12 h tokens takes twice as long as one of a short context."""
-    packing, lengths = packing_of(64, with_teacher=False), [768, *[24] * 256]
-    replicas = placed([_costs(packing, length, 0)[-1:] for length in lengths], [0] * len(lengths), 2)
-    one, other = (sum(flops(length, 64) for length in own) for own in shares(lengths, replicas, 2))
-    assert abs(one - other) <= 0.02 * (one + other)
-
-
 def placements_of_turns() -> list[list[int]] | None:
-    """Return the replicas of the turns of four episodes, which are all on replica 1."""
     grid = initialize(models.parallel(), seed=1)
     packing = Packing(layouts.MAX_TOKENS, "teacher_first", True, joins_turns=True)
     return placement_everywhere(layouts.turns(3, num_episodes=4) if grid.dp_rank else [], packing, grid)
@@ -192,14 +169,13 @@ def test_the_turns_of_an_episode_go_to_one_replica(ranks):
     assert all(len(replicas) == 1 for replicas in episodes) and set.union(*episodes) == {0, 1}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shares", [[[], []], [[3], [3]], [[3, 1], [1, 3]]], ids=["none", "one each", "equal"])
 def test_contexts_stay_where_nothing_is_gained(ranks, shares):
     assert ranks.run(placements, shares, "teacher_first", world_size=2) == [None, None]
 
 
 RULES = PackingRules(max_tokens=16384, cp_size=1, tp_size=1, paired=False)
-# Data-parallel replicas, and contexts per replica.
-SIZES = [(2, 256), (32, 16), (128, 8)]
 
 
 def response_lengths(count: int, seed: int = 0) -> list[int]:
@@ -212,38 +188,7 @@ def shares(values: Sequence[int], replicas: Sequence[int], num_replicas: int) ->
     return [[v for v, r in zip(values, replicas, strict=True) if r == replica] for replica in range(num_replicas)]
 
 
-def computed(by_replica: Sequence[Sequence[int]], budget: int) -> int:
-    """Return the tokens that one replica computes in microbatches of at most ``budget`` tokens, padding included."""
-    planned = [(own, planned_sequences(list(own), [], budget, paired=False)[0]) for own in by_replica]
-    fullest = max(sum(own[i] for i in sequence) for own, sequences in planned for sequence in sequences)
-    return max(len(sequences) for _, sequences in planned) * fullest
-
-
-def costs_per_real_token(num_replicas: int, num_each: int, seed: int = 0) -> tuple[float, float]:
-    """Return computed tokens per real token, as dealt in turn and with ``max_tokens``, and as a step has them."""
-    lengths = [300 + length for length in response_lengths(num_replicas * num_each, seed)]
-    homes = [i % num_replicas for i in range(len(lengths))]
-    before = computed(shares(lengths, homes, num_replicas), RULES.max_tokens)
-    by_replica = shares(lengths, placed([(length,) for length in lengths], homes, num_replicas), num_replicas)
-    budgets = budgets_of(RULES, 256)
-    counts = [counts_by_budget(own, [], RULES, budgets) for own in by_replica]
-    packing, most = Packing(RULES.max_tokens, "teacher_first", False), [max(each) for each in zip(*counts, strict=True)]
-    plan = packing.cheapest(budgets, most, ONE_STAGE)
-    real = sum(lengths) / num_replicas
-    return before / real, computed(by_replica, plan.budget) / real
-
-
-@pytest.mark.parametrize(("num_replicas", "num_each"), SIZES)
-def test_log_normal_lengths_cost_at_most_1_08_of_their_tokens(num_replicas, num_each, record_property):
-    before, after = costs_per_real_token(num_replicas, num_each)
-    record_property("before", round(before, 2)), record_property("after", round(after, 2))
-    assert after <= 1.08 and after < before
-    if (num_replicas, num_each) == (32, 16):
-        assert before > 1.4, "the simulation must be one in which replicas differ"
-
-
 def placed_lengths(by_replica: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the lengths on each replica after `placed`, whose cost of a context is its length."""
     lengths = [length for own in by_replica for length in own]
     homes = [replica for replica, own in enumerate(by_replica) for _ in own]
     return shares(lengths, placed([(length,) for length in lengths], homes, len(by_replica)), len(by_replica))
@@ -295,7 +240,6 @@ def test_budgets_go_down_to_half_of_the_longest_in_few_steps():
 
 
 def plan(student: list[int], teacher: list[int], max_tokens: int, multiple: int = 1) -> StepPlan:
-    """Return the plan of one replica, whose schedule takes multiples of microbatches."""
     rules = PackingRules(max_tokens, 1, 1, paired=False)
     budgets = budgets_of(rules)
     counts = counts_by_budget(student, teacher, rules, budgets)

@@ -39,59 +39,45 @@ def hidden_of(batch: PackedBatch, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("store_bytes", [float("inf"), 500, 0])
-def test_the_student_finds_the_states_of_its_own_tokens(paired, store_bytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("reference", "mix_weight", "keeps_both"),
+    [(False, None, False), (True, None, True), (True, 3.0, True), (True, 3.0, False)],
+    ids=["teacher alone", "apart", "mix and both", "mix"],
+)
+def test_the_student_finds_the_states_of_its_own_tokens(
+    reference, mix_weight, keeps_both, store_bytes, paired, monkeypatch
+):
+    """The reference's states are 100 more than the teacher's, and those of the mix with w = 3 are 25 more."""
     batch = pack(contexts(), PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=paired))
-    assert len(batch.student) > 1
-    bank, pinned = bank_of(batch, store_bytes), []
-    empty = torch.empty
+    bank, pinned, empty = bank_of(batch, store_bytes), [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: pinned.append(bool(k.get("pin_memory"))) or empty(*a, **k))
     with host_traffic() as found:
         for index in range(len(batch.teacher)):
             bank.put(index, hidden_of(batch, index))
             assert bank.bytes_on_device <= store_bytes
-        taken = [bank.take(index, torch.float32).teacher for index in range(len(batch.student))]
-    for states, microbatch in zip(taken, batch.student, strict=True):
-        assert torch.equal(states, microbatch.response_ids[:, None].float().expand(-1, WIDTH))
-    assert any(pinned) == (store_bytes < float("inf"))
-    assert found == [], "neither way may wait for the device"
-    assert bank.bytes_on_device == 0
-    with pytest.raises(RuntimeError, match="came before the teacher"):
-        bank.take(0, torch.float32)
-
-
-def reference_of(batch: PackedBatch, index: int) -> torch.Tensor:
-    """Return the states [R, 1, h] of the reference: 100 more than the token's id in the batch, h times."""
-    return 100 + batch.student[index].response_ids[:, None, None].float().expand(-1, 1, WIDTH)
-
-
-@pytest.mark.parametrize("store_bytes", [float("inf"), 500, 0])
-@pytest.mark.parametrize(
-    ("mix_weight", "keeps_both"), [(None, True), (3.0, True), (3.0, False)], ids=["apart", "mix and both", "mix"]
-)
-def test_the_student_finds_the_states_of_the_reference_or_of_the_mix(mix_weight, keeps_both, store_bytes):
-    """The states of the mix with w = 3 are 25 more than the teacher's, and both models' own exist where asked for."""
-    batch = pack(contexts(), PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=False))
-    bank = bank_of(batch, store_bytes)
-    with host_traffic() as found:
-        for index in range(len(batch.teacher)):
-            bank.put(index, hidden_of(batch, index))
-        for index, microbatch in enumerate(batch.student):
+        for index, microbatch in enumerate(batch.student if reference else []):
+            states = 100 + microbatch.response_ids[:, None, None].float().expand(-1, 1, WIDTH)
             entropy = microbatch.response_ids.double()
-            states = reference_of(batch, index)
             bank.add_reference(index, states, entropy, mix_weight=mix_weight, keeps_both=keeps_both)
             assert bank.bytes_on_device <= store_bytes
         taken = [bank.take(index, torch.float32) for index in range(len(batch.student))]
     for kept, microbatch in zip(taken, batch.student, strict=True):
         ids = microbatch.response_ids[:, None].float().expand(-1, WIDTH)
-        expected = {"teacher": ids if keeps_both else None, "reference": 100 + ids if keeps_both else None}
+        expected = {
+            "teacher": ids if keeps_both or not reference else None,
+            "reference": 100 + ids if keeps_both else None,
+        }
         expected["mix"] = None if mix_weight is None else ids + 25
         for name, states in expected.items():
             got = getattr(kept, name)
             assert (got is None) == (states is None)
             assert states is None or torch.equal(got, states), name
-        assert torch.equal(kept.reference_entropy, microbatch.response_ids.double())
+        assert not reference or torch.equal(kept.reference_entropy, microbatch.response_ids.double())
+    assert len(batch.student) > 1 and any(pinned) == (store_bytes < float("inf"))
     assert found == [], "neither way may wait for the device"
     assert bank.bytes_on_device == 0
+    with pytest.raises(RuntimeError, match="came before the teacher"):
+        bank.take(0, torch.float32)
 
 
 def test_states_of_equal_microbatches_are_kept_without_another_copy():

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The measured log-probs and the learnability score are what their equations say, in every layout."""
+"""The measured log-probs, those of candidates and the learnability are what their equations say, in every layout."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompt_templates import PromptTemplates
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.methods.parts.learnability import (
     Scores,
     candidate_contexts,
@@ -34,7 +35,7 @@ from megatron_selfdistill.methods.parts.learnability import (
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.model.output_layer import MATERIALISED, OutputLayer
-from megatron_selfdistill.pipeline.score import ScoringModels, read_tokens
+from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, log_probs_of_columns, read_tokens
 from megatron_selfdistill.rollout.base import Response
 
 LAYOUTS = {
@@ -42,6 +43,7 @@ LAYOUTS = {
     "DP2": (2, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
     "CP2": (2, {"cp": 2}),
+    "PP2": (2, {"pp": 2}),
     "PP2xVPP2": (2, {"pp": 2, "vpp": 2}),
     "TP2xPP2xVPP2+SP": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
 }
@@ -116,10 +118,7 @@ def student_and_teacher(cuts: dict, num_layers: int, **changes: Any) -> tuple[li
 
 
 def expected_rows(num_layers: int, temperature: float = 1.0) -> list[tuple[list[float], ...]]:
-    """Return the log-probs of student and teacher and KL(student || teacher), from complete rows of logits in float64.
-
-    One context runs at a time.
-    """
+    """Return the log-probs of both models and their divergences in float64, with one context at a time."""
     student, teacher, _ = student_and_teacher({}, num_layers)
     found = []
     for context in layouts.contexts():
@@ -185,10 +184,7 @@ MEMORY_FUSIONS = [None, Fusion("low_memory", CHUNK), Fusion("keep_gradient", CHU
 
 
 def bytes_while_scoring(cuts: dict) -> list[tuple[int, float, float]]:
-    """Return the most bytes alive besides weights, those of a run's logits, and of all logits, for each fusion.
-
-    A run announces the bytes of its logits.
-    """
+    """Return the most bytes alive beside weights, those that a run announces, and those of all logits."""
     changes = {"make_vocab_size_divisible_by": COLUMNS // cuts.get("tp", 1)}
     student, teacher, grid = student_and_teacher(cuts, num_layers=1, **changes)
     known = [tensor for chunk in (*student, *teacher) for tensor in (*chunk.parameters(), *chunk.buffers())]
@@ -295,3 +291,57 @@ def test_the_scoring_teacher_is_shown_the_solution_or_else_the_answer(solution, 
 def test_what_cannot_be_scored_is_refused(solution, answer, options, words):
     with pytest.raises(ValueError, match=rf"^file.jsonl:7: expected {words}"):
         (contexts_of if options else with_reference)(problem(solution, answer), **options)
+
+
+# Candidates after a prompt.
+
+CANDIDATES = [0, 3, models.VOCAB_SIZE - 1, 7, 1]
+
+
+def prompts() -> list[list[int]]:
+    return [[5], *(context.student_prompt for context in layouts.contexts()[:4])]
+
+
+def candidates_in_layout(cuts: dict) -> tuple[list[int], list[list[float]]]:
+    chunks, grid = models.build(models.model_config("tied", num_layers=num_layers_of(cuts)), models.parallel(**cuts))
+    mine = list(range(len(prompts())))[grid.dp_rank :: grid.dp_size][: 2 if grid.dp_rank else None]
+    vocab = layouts.vocab_shard(chunks, grid)
+    values = candidate_log_probs([prompts()[i] for i in mine], CANDIDATES, chunks, grid, vocab, max_tokens=56)
+    assert values.dtype == torch.float64 and values.shape == (len(mine), len(CANDIDATES))
+    assert candidate_log_probs([], CANDIDATES, chunks, grid, vocab, max_tokens=56).shape == (0, len(CANDIDATES))
+    return mine, values.tolist()
+
+
+def candidates_of_whole_rows(num_layers: int) -> list[list[float]]:
+    """Return the candidates' log-probs from complete rows of logits in float64; one prompt runs at a time."""
+    (chunk,), _ = models.build(models.model_config("tied", num_layers=num_layers), models.parallel())
+    found = []
+    for prompt in prompts():
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            logits = chunk(tokens, torch.arange(len(prompt))[None], None)[0, -1, : models.VOCAB_SIZE].double()
+        found.append(logits.log_softmax(-1)[CANDIDATES].tolist())
+    return found
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["DP2", "TP2+SP", "CP2"]}, strength=1)
+def test_candidates_have_the_log_probs_of_whole_rows_in_every_layout(ranks, name):
+    world_size, cuts = LAYOUTS[name]
+    [expected] = ranks.run(candidates_of_whole_rows, num_layers_of(cuts), world_size=1)
+    of_replica: dict[tuple[int, ...], list[list[float]]] = {}
+    for mine, values in ranks.run(candidates_in_layout, cuts, world_size=world_size):
+        assert of_replica.setdefault(tuple(mine), values) == values, "ranks of a replica disagree"
+        for i, row in zip(mine, values, strict=True):
+            assert row == pytest.approx(expected[i], abs=2e-5)
+
+
+def test_extreme_logits_and_padding_columns_do_not_spoil_the_log_probs():
+    logits = torch.tensor([[400.0, -400.0, 0.0, 9e9], [-3e4, -3e4, -3e4, 9e9]])
+    found = log_probs_of_columns(logits, torch.tensor([2, 0]), VocabShard(0, 4, 3))
+    reference = logits[:, :3].double().log_softmax(-1)[:, [2, 0]]
+    assert torch.equal(found, reference) and found[1, 0].item() == pytest.approx(-torch.tensor(3.0).log().item())
+
+
+def test_a_token_that_is_no_column_is_refused():
+    with pytest.raises(ValueError, match=r"expected tokens of a vocabulary of 3, got \[3\]"):
+        candidate_log_probs([[1]], [3], [], None, VocabShard(0, 4, 3), max_tokens=8)

@@ -58,6 +58,7 @@ def write_on_one_rank(kind: str) -> Reference:
     greedy, drawn = (sampler.generate(make_requests(), params) for params in (GREEDY, SAMPLED))
     assert all(token < NUM_IDS for response in drawn for token in response.token_ids)
     assert any(token >= NUM_IDS for response in greedy for token in response.token_ids)
+    assert sum(a == b for text in tokens(greedy) for a, b in pairwise(text)) < 0.5 * len(greedy) * NEW_TOKENS
     model.eval()
     log_probs = []
     for request, response in zip(make_requests(), greedy, strict=True):
@@ -69,7 +70,6 @@ def write_on_one_rank(kind: str) -> Reference:
 
 @pytest.fixture(scope="module")
 def on_one_rank(ranks):
-    """Return a function from a kind of model to its `Reference`, computed once."""
     return functools.cache(lambda kind: ranks.run(write_on_one_rank, kind, world_size=1)[0])
 
 
@@ -100,7 +100,6 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
 
 
 def check_layout(result: dict[str, Any], expected: Reference) -> None:
-    """Assert that a rank has the reference's responses to the requests of its replica."""
     mine = slice(result["replica"], None, result["replicas"])
     for name in ("whole", "early", "split", "recorded"):
         for text, log_probs, response in zip(
@@ -145,18 +144,12 @@ LAYOUTS = {
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2"]}, strength=1)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2"]}, strength=1)
 def test_responses_equal_those_of_a_forward_without_cache_on_one_rank(ranks, on_one_rank, layout):
     kind, config, world_size = LAYOUTS[layout]
     expected = on_one_rank(kind)
     for result in ranks.run(write_in_layout, kind, config, expected.stops, world_size=world_size):
         check_layout(result, expected)
-
-
-@combinations(kind=["gqa", "shallow", "tied", "moe"], quick={"kind": ["gqa", "shallow", "moe"]}, strength=1)
-def test_the_texts_that_layouts_are_compared_on_are_not_repetitive(on_one_rank, kind):
-    pairs = [pair for text in on_one_rank(kind).greedy for pair in pairwise(text)]
-    assert sum(a != b for a, b in pairs) > 0.5 * len(pairs)
 
 
 def write_where_one_replica_is_idle(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> list[Response]:
@@ -191,7 +184,6 @@ def test_a_batch_whose_end_is_known_one_pass_late_writes_the_same(ranks, on_one_
 
 
 def draw_in_orders(orders: list[list[int]]) -> list[dict[int, Response]]:
-    """Return, for each order, the responses by request, where each replica gets its share of the order."""
     chunks, grid = build(model_config("shallow"), parallel())
     sampler, requests = sampler_of(chunks, grid), make_requests()
     found = []

@@ -180,10 +180,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
 
 
 def write_special(config: ParallelConfig) -> dict[str, tuple[list[Response], float | None]]:
-    """Return the responses of each model of `SPECIAL`.
-
-    On one rank, a whole pass adds its log-prob of the first response's last token.
-    """
+    """Return responses of each model, and on one rank the log-prob of the first one's end by a whole pass."""
     found = {}
     for name, (changes, precision, schedule) in SPECIAL.items():
         optimizer = OptimizerConfig(precision=precision)
@@ -204,7 +201,6 @@ def write_special(config: ParallelConfig) -> dict[str, tuple[list[Response], flo
 
 @pytest.fixture(scope="module")
 def special(ranks) -> list[dict[str, tuple[list[Response], float | None]]]:
-    """Return what `write_special` returns on one rank and on the two ranks of PP2."""
     alone, piped = parallel(), parallel(pp=2)
     return [*ranks.run(write_special, alone, world_size=1), *ranks.run(write_special, piped, world_size=2)]
 

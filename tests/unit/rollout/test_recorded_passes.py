@@ -48,7 +48,6 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def operations_of(records: bool, window: list[int] | None = None) -> list[tuple[int, list[tuple[Any, ...]]]]:
-    """Return the number of rows and the operations of each decoding pass."""
     [model], grid = build(model_config("gqa", transformer={"window_size": window}), parallel())
     sampler, found = sampler_of([model], grid, cuda_graphs=records), []
     run = sampler._passes.run

@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+import tiny
 from characters import ONE_RANK
 
-from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.rollouts import Rollout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
-
-
-def rollout(group: int, reward: float) -> Rollout:
-    return Rollout(PROBLEM, PromptPair("p", [1], [2]), Response([5], [0.0], [-1.0], "stop"), group, reward)
 
 
 def test_metrics_count_right_answers_mixed_groups_and_trained_ones():
-    everything = [rollout(group, float(correct)) for group, correct in ((0, True), (0, False), (1, True), (2, True))]
+    everything = [tiny.rollout("8$", reward, group) for group, reward in ((0, 1.0), (0, 0.0), (1, 1.0), (2, 1.0))]
     assert reward_metrics(everything, everything[:3], ONE_RANK) == {
         "rewards/mean": 0.75,
         "rewards/mixed_groups": pytest.approx(1 / 3),
@@ -33,9 +24,8 @@ def test_metrics_count_right_answers_mixed_groups_and_trained_ones():
 
 def test_groups_are_mixed_where_episodes_have_other_rewards_turn_by_turn():
     def group(*rewards: tuple[float, ...]) -> list[Rollout]:
-        one = rollout(0, 1.0)
         return [
-            replace(one, reward=reward, episode=i, turn=turn)
+            tiny.rollout("8$", reward, episode=i, turn=turn)
             for i, of_turns in enumerate(rewards)
             for turn, reward in enumerate(of_turns)
         ]

@@ -42,14 +42,8 @@ def over_ranks(sums: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(coefficients: Any) -> StepBatch:
-    return StepBatch(
-        contexts=CONTEXTS,
-        solutions=SOLUTIONS,
-        sampler_log_probs=LOG_PROBS,
-        token_coefficients=coefficients,
-        metrics={"found": 1.0},
-        share=0.5,
-    )
+    own = {"contexts": CONTEXTS, "solutions": SOLUTIONS, "sampler_log_probs": LOG_PROBS, "metrics": {"found": 1.0}}
+    return StepBatch(**own, token_coefficients=coefficients, share=0.5)
 
 
 def terms() -> RatioTerms:
@@ -60,8 +54,8 @@ def terms() -> RatioTerms:
 
 
 def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order():
-    batch = batch_of(terms())
-    order = [2, 0, 3, 1]
+    batch, order = batch_of(terms()), [2, 0, 3, 1]
+    assert chosen(batch, order[:2], CPU).contexts == [CONTEXTS[2], CONTEXTS[0]]
     found = _opened(batch, [_parcel(batch, _values_of_tokens(batch), order)], CPU)
     assert found.contexts == [CONTEXTS[i] for i in order]
     assert found.solutions == [SOLUTIONS[i] for i in order]
@@ -74,12 +68,6 @@ def test_a_parcel_of_some_contexts_has_all_of_them_with_their_flags_in_its_order
     for field in ("divergence", "policy", "clipped"):
         before = getattr(own(log_prob[tokens], tokens), field)
         assert getattr(other(log_prob[tokens], torch.arange(5)), field).equal(before)
-
-
-def test_chosen_contexts_are_those_of_a_parcel():
-    found = chosen(batch_of(terms()), [2, 0], CPU)
-    assert found.contexts == [CONTEXTS[2], CONTEXTS[0]] and found.solutions == [SOLUTIONS[2], SOLUTIONS[0]]
-    assert found.sampler_log_probs.equal(LOG_PROBS[[3, 4, 0, 1, 2]])
 
 
 def test_a_batch_without_log_probs_and_coefficients_has_none_in_its_parcel():

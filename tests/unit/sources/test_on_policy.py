@@ -9,13 +9,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import tiny
 import torch
 from characters import ONE_RANK, Characters, text_of
 from made_methods import given_with, made
 
 from megatron_selfdistill.config.schema.data_config import judges_responses
 from megatron_selfdistill.data.problem_sampler import ProblemSampler
-from megatron_selfdistill.data.problems import Problem, ProblemSet
+from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -26,9 +27,7 @@ from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.source import SourceState
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
-PROBLEMS = [
-    Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "abcd"
-]
+PROBLEMS = [tiny.problem(name, f"hint {name}", name, id=name) for name in "abcd"]
 SEED, STEP, SAMPLES = 7, 3, 2
 
 
@@ -56,19 +55,8 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, overrides: Sequence
     monkeypatch.setattr(Judge, "rewards", lambda self, rollouts: [(i + 1) % 2 for i in range(len(rollouts))])
     method = made(overrides, given_with(Characters(), max_length=40), problems=PROBLEMS, grid=grid, judge=judge)
     problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
-    options = OnPolicyOptions(
-        sampler=Sampler(),
-        phases=Phases(),
-        grid=grid,
-        seed=SEED,
-        num_samples=SAMPLES,
-        judges=judges_responses(method.tools.config),
-        weight_cap=2.0,
-        samples_teacher=False,
-        player=None,
-        max_staleness=0,
-        controls=None,
-    )
+    judges = judges_responses(method.tools.config)
+    options = OnPolicyOptions(Sampler(), Phases(), grid, SEED, SAMPLES, judges, 2.0, False, None, 0, None)
     return OnPolicy(SourceState(problem_sampler, method), options)
 
 

@@ -39,7 +39,6 @@ def named_tensors(chunk: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def filled(chunks: Any, name: str) -> None:
-    """Give all tensors of ``chunks`` values of the teacher ``name``."""
     models.fill_from_names(chunks, seed=SEEDS[name])
     for chunk in chunks:
         for buffer in unwrapped(chunk).buffers():
@@ -133,11 +132,7 @@ RANKS = {"math": 2, "code": 3}
 
 
 def adapted_logits(cuts: ParallelConfig, kind: str, own: bool, rests: bool) -> list[float]:
-    """Return the largest difference of each adapter teacher's logits from those of its merged weights, on this rank.
-
-    The differences are relative to the largest logit.  ``own``: whether the start is a student without its own
-    adapters.  Asserts that the start keeps all its bits.
-    """
+    """Return the relative distance of each adapter teacher from its merged weights; the start keeps all its bits."""
     model = models.model_config(kind, vocab_size=hf_models.VOCAB_SIZE)
     chunks, grid = models.build(model, cuts)
     config = unwrapped(chunks[0]).config

@@ -49,7 +49,6 @@ def student(tmp_path_factory) -> Path:
 
 
 def config_of(student: Path, teacher: Path, **more: Any) -> Config:
-    """Return the configuration of a run from ``student`` with one teacher."""
     values = {
         "checkpoint": {"load": str(student / "megatron")},
         "data": {"tokenizer": str(student / "hf")},
@@ -73,7 +72,6 @@ def test_a_teacher_of_the_students_architecture_and_tokens_is_taken_in_both_form
 
 
 def write_changed(directory: Path, **changes: Any) -> Path:
-    """Write the model of `student` with changes of its description."""
     hf_models.write("llama2", directory)
     description = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(description | changes))
@@ -134,7 +132,6 @@ def test_the_digest_of_a_directory_is_that_of_its_contents(ranks, student, tmp_p
 
 
 def write_peft(directory: Path) -> Path:
-    """Write a directory of PEFT with one adapted module."""
     directory.mkdir()
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
     (directory / "adapter_config.json").write_text(json.dumps(settings))

@@ -35,7 +35,6 @@ def groups_of(batches: list[StepBatch], joins: bool = False) -> list[dict[str, A
         for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid, joins=joins):
             row = {"teacher": one.teacher, "ids": [it.problem_id for it in one.contexts], "share": one.share}
             row |= {"solutions": one.solutions, "ends": one.ends_step, "responses": len(one.responses)}
-            row |= {"prompts": [it.teacher_prompt for it in one.contexts]}
             row |= {"factors": [len(it.of_teachers) for it in one.contexts], "weights": None}
             if one.token_coefficients is not None:
                 log_probs = torch.zeros(sum(one.response_lengths))
@@ -48,7 +47,6 @@ def groups_of(batches: list[StepBatch], joins: bool = False) -> list[dict[str, A
 
 
 def divided(ranks: Any, *batches: StepBatch, joins: bool = False) -> list[list[dict[str, Any]]]:
-    """Return the batches of each replica."""
     found: list[list[dict[str, Any]]] = ranks.run(
         groups_of, list(batches), joins, world_size=len(batches), init_process_group=False
     )
@@ -77,15 +75,6 @@ def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
 
 
 BOTH = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
-
-
-def test_a_response_with_several_teachers_is_in_the_batch_of_each_and_counts_once(ranks):
-    """Of 3 + 1 tokens, 3 are read twice: the schedule counts 7, so that a weight of 7 / 4 is the share 1."""
-    shared = batch_of(("code", 3))
-    shared = replace(shared, contexts=[replace(shared.contexts[0], of_teachers=BOTH)])
-    one, other = (fields(rows, "prompts", "weights") for rows in divided(ranks, shared, batch_of(("math", 1))))
-    assert one == [("code", [[7]], [0.25 * 7 / 4] * 3), ("math", [[8, 9]], [0.75 * 7 / 4] * 3)]
-    assert other == [("code", [], []), ("math", [[2]], [7 / 4])]
 
 
 def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_coefficient(ranks):

@@ -20,6 +20,7 @@ from megatron_selfdistill.teachers.teachers_config import (
 )
 
 MATH = "teachers.math.load=/m"
+PRODUCT = [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product"]
 
 
 def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
@@ -29,15 +30,11 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
     assert projects_reference(config) and not projects_reference(load(["teachers.default.hint=given"]))
 
 
-def test_the_function_that_chooses_is_no_teacher():
-    config = load([MATH, "teachers.choose=my.choose"])
-    assert chosen_by(config.teachers) == "my.choose" and list(config.named_teachers) == ["math"]
-
-
 def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
     two = [MATH, "teachers.code.load=/c"]
     assert not joins(load(two).teachers) and not joins(load([*two, "teachers.join=sum"]).teachers)
-    config = load([*two, "teachers.join=product"])
+    config = load([*two, "teachers.join=product", "teachers.choose=my.choose"])
+    assert chosen_by(config.teachers) == "my.choose"
     assert joins(config.teachers) and list(config.named_teachers) == ["code", "math"]
     assert factors_of(product_of(config.named_teachers)) == ["code", "math"] and factors_of("math") == ["math"]
 
@@ -78,10 +75,7 @@ def test_a_name_is_one_word(name):
         ([MATH, "teacher.weights=ema"], "teacher.weights=frozen"),
         ([MATH, "rollout.guidance=mixed"], "teachers.guide"),
         ([MATH, "teachers.join=mean"], "teachers.join"),
-        (
-            [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
-            "target.anchor=reference",
-        ),
+        ([*PRODUCT, "target.anchor=student"], "target.anchor=reference"),
         ([MATH, "teachers.choose=my.choose", "data.fields.teacher=it"], "without choose"),
         ([MATH, "method.name=grpo", "rollout.num_samples=2"], "teachers need a method"),
         ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight"),

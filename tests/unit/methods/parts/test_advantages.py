@@ -12,7 +12,7 @@ from term_arrays import DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, coefficients,
 
 from megatron_selfdistill.methods.parts import terms as parts
 from megatron_selfdistill.methods.parts.terms import discounted_returns, group_advantages, uniform
-from megatron_selfdistill.sources.signals import Signals, Terms
+from megatron_selfdistill.sources.signals import Terms
 
 
 @pytest.mark.parametrize(
@@ -31,47 +31,36 @@ def test_equal_rewards_and_single_responses_have_no_advantage(std):
     assert found.tolist() == [0.0] * 6
 
 
-def test_groups_do_not_touch_each_other():
-    one, other = [1, 0, 0], [0, 0.5, 1, 1]
-    together = group_advantages(signals(one + other, groups=[0] * 3 + [1] * 4), "sample")
-    apart = torch.cat([group_advantages(signals(rewards), "sample") for rewards in (one, other)])
-    assert torch.equal(together, apart)
-
-
-def episodes_of(rewards, episodes, turns, groups) -> Signals:
-    return signals(rewards, groups, episodes=episodes, turns=turns)
-
-
 def test_every_turn_of_an_episode_has_the_advantage_of_its_sum_of_rewards():
     # Three episodes of a group, of two, one and three turns, and one episode of another group.
     places = [0, 0, 1, 2, 2, 2, 3], [0, 1, 0, 0, 1, 2, 0]
-    found = group_advantages(episodes_of([0, 1, 1, 0, 0, 0, 5], *places, [0] * 6 + [1]), "none")
-    assert found.tolist() == pytest.approx([1 / 3] * 3 + [-2 / 3] * 3 + [0.0])
-    found = group_advantages(episodes_of([1, 0.5, 0, 0.25, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [0] * 5), "none")
-    assert found.tolist() == pytest.approx([1.5 - 0.875] * 3 + [0.25 - 0.875] * 2)
+    both = signals([0, 1, 1, 0, 0, 0, 5], [0] * 6 + [1], episodes=places[0], turns=places[1])
+    assert group_advantages(both, "none").tolist() == pytest.approx([1 / 3] * 3 + [-2 / 3] * 3 + [0.0])
+    both = signals([1, 0.5, 0, 0.25, 0], episodes=[0, 0, 0, 1, 1], turns=[0, 1, 2, 0, 1])
+    assert group_advantages(both, "none").tolist() == pytest.approx([1.5 - 0.875] * 3 + [0.25 - 0.875] * 2)
 
 
 @pytest.mark.parametrize("std", ["population", "sample", "none"])
 @pytest.mark.parametrize("credit", ["episode", "turn"])
 def test_an_episode_of_one_turn_is_a_response(std, credit):
     rewards, groups = [1, 0, 0, 0.5, 1, 0], [0, 0, 0, 1, 1, 1]
-    single = episodes_of(rewards, [3, 1, 0, 2, 5, 4], [0] * 6, groups)
+    single = signals(rewards, groups, episodes=[3, 1, 0, 2, 5, 4], turns=[0] * 6)
     assert torch.equal(group_advantages(single, std, credit), group_advantages(signals(rewards, groups), std))
 
 
 def test_returns_of_turns_are_discounted_and_compared_with_the_same_turn():
     # RLTF, four episodes of two turns: R(y0) = (0, 0, 1, 0), R(y1) = (1, 0, 1, 1), gamma = .1.
-    both = episodes_of([0, 1, 0, 0, 1, 1, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, [0] * 8)
+    both = signals([0, 1, 0, 0, 1, 1, 0, 1], episodes=[0, 0, 1, 1, 2, 2, 3, 3], turns=[0, 1] * 4)
     found = group_advantages(both, "none", "turn", 0.1)
     assert found[::2].tolist() == pytest.approx([-0.225, -0.325, 0.775, -0.225], abs=1e-15)
     assert found[1::2].tolist() == pytest.approx([0.25, -0.75, 0.25, 0.25], abs=1e-15)
 
 
 def test_a_turn_that_an_episode_does_not_reach_counts_in_no_mean():
-    early = episodes_of([1, 0, 1, 0, 0], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1], [0] * 5)
+    early = signals([1, 0, 1, 0, 0], episodes=[0, 1, 1, 2, 2], turns=[0, 0, 1, 0, 1])
     found = group_advantages(early, "none", "turn", 0.5)
     assert found.tolist() == pytest.approx([1 - 0.5, 0.5 - 0.5, 0.5, 0 - 0.5, -0.5])
-    returns = discounted_returns(episodes_of([0, 2, 8, 1, 0], [0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [0] * 5), 0.5)
+    returns = discounted_returns(signals([0, 2, 8, 1, 0], episodes=[0, 0, 0, 1, 1], turns=[0, 1, 2, 0, 1]), 0.5)
     assert returns.tolist() == [0 + 0.5 * (2 + 0.5 * 8), 2 + 0.5 * 8, 8, 1, 0]
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 import re
@@ -62,7 +61,6 @@ def test_each_rule_keeps_the_best_of_the_right_ones(pick, key):
 
 
 def attempt_of(*texts: str, **options: Any) -> Attempt:
-    """Return the attempt at one problem whose responses are these texts."""
     search = {"num_samples": len(texts), "keep": 9}
     (attempt,) = attempts_at(sums(1), lambda requests: list(map(response_of, texts)), search=search, **options)
     return attempt
@@ -92,14 +90,6 @@ def test_solutions_have_random_streams_of_their_own():
     assert all(request.prompt == BUILDER.student_prompt(p) for request, p in zip(asked[::12], 2 * sums(), strict=True))
 
 
-def test_problems_without_answers_are_named_before_anything_is_sampled():
-    calls: list[Any] = []
-    problems = [*sums(), dataclasses.replace(sums(1)[0], id="q", answer=None)]
-    with pytest.raises(ValueError, match=r"^file.jsonl:0: "):
-        attempts_at(problems, generate=calls.append)
-    assert calls == []
-
-
 def test_the_verifier_does_not_see_a_stated_confidence_and_the_teacher_does():
     seen = []
     texts = [f"{text}\nConfidence: 0.85$" for text in ("8", "so 8")]
@@ -111,7 +101,7 @@ def test_the_verifier_does_not_see_a_stated_confidence_and_the_teacher_does():
 
 SAME = [
     *(("3 + 5 = 8", "3+5=8"), ("so\n8", "so\n\n  8 \n"), ("so\r\n8", "so\n8"), ("STRASSE 8", "straße 8")),
-    *(("It is 8.", "it is 8"), ("It is 8", "It is 8 !?\n"), ("It is 8。", "it is 8"), ("It is 8…", "it is 8")),
+    *(("It is 8.", "it is 8"), ("It is 8。", "it is 8"), ("It is 8…", "it is 8"), ("It is 8", "It is 8 !?\n")),
     *(
         ("caf\u00e9 8", "cafe\u0301 8"),
         ("\uff11\uff10 is", "10 is"),
