@@ -11,6 +11,5 @@ from chromium import Chromium, running_chromium
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Chromium]:
-    """Yield a running Chromium; ``browser.open(path)`` shows a page."""
     with running_chromium() as started:
         yield started

@@ -21,25 +21,21 @@ EVERY = "[...document.querySelectorAll(`{}`)].map((part) => part.textContent)"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return two run directories, which tests read and do not change."""
     root = tmp_path_factory.mktemp("runs")
     return write_run(root / "first"), write_run(root / "second", 40, *OTHER, shift=0.5)
 
 
 @pytest.fixture(scope="module")
 def one(runs, tmp_path_factory):
-    """Return the report of one run."""
     return write_report(runs[:1], tmp_path_factory.mktemp("page") / "one.html")
 
 
 @pytest.fixture(scope="module")
 def two(runs, tmp_path_factory):
-    """Return the report of two runs."""
     return write_report(runs, tmp_path_factory.mktemp("page") / "two.html")
 
 
 def losses_of(run_dir):
-    """Return the logged losses by step."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss/mean"] for line in lines if "loss/mean" in line}
 
@@ -87,35 +83,6 @@ def test_a_copy_to_share_lacks_what_its_reader_marks_as_private(browser, one, tm
     assert shared.value("[hasBlock('samples'), byId('responses').hidden]") == [not texts, texts]
     assert shared.text("h1") == ("run 1" if places else title)
     assert ("problems.jsonl" in shared.value("document.documentElement.innerText")) is not places
-
-
-def test_dragging_zooms_every_figure_and_the_button_shows_all_steps_again(browser, one):
-    tab = browser.open(one)
-    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
-    assert tab.value("byId('all-steps').disabled")
-    tab.drag("#loss .u-over", 0.2, 0.6)
-    scales = "figures.filter((f) => f.plot).map((f) => [f.plot.scales.x.min, f.plot.scales.x.max])"
-    tab.wait_for("view.zoom !== null")
-    (low, high), *others = tab.value(scales)
-    assert (low, high) == (6, 18) and len(others) >= 2 and all(other == [6, 18] for other in others)
-    tab.click("#all-steps")
-    assert all(scale == [0, 30] for scale in tab.value(scales)) and tab.value("byId('all-steps').disabled")
-
-
-def test_keys_move_the_cursor_and_zoom(browser, one, runs):
-    tab = browser.open(one)
-    tab.value(f"void ({LOSS}.draw(), {LOSS}.holder.focus())")
-    now = f"{LOSS}.holder.getAttribute('aria-valuetext')"
-    for _ in range(3):
-        tab.key("ArrowLeft")
-    step, _, value = tab.value(now).partition(": loss ")
-    assert step == "step 27" and float(value) == pytest.approx(losses_of(runs[0])[27], rel=5e-3)
-    tab.key("Home")
-    assert tab.value(now).startswith("step 0")
-    tab.key("End")
-    for key, zoom in (("+", [15, 30]), ("-", [8, 30]), ("0", None)):
-        tab.key(key)
-        assert tab.value("view.zoom") == zoom
 
 
 def test_smoothing_is_the_exponential_mean_that_python_computes(browser, one, runs):
@@ -167,28 +134,12 @@ def test_the_turns_of_an_episode_are_one_conversation_with_reward_and_hint_besid
 
     assert texts("n", "h3") == ["training problem 1, step 1", "maze, step 1, episode 3", "torn, step 1, episode 3"]
     assert texts(1, ":is(.turn, aside, .reply)") == [], "a single response has no turns"
-    order = (
-        "[...document.querySelectorAll('#samples article:nth-child(2) :is(h4, .token-text, .reply)')]"
-        ".map((part) => part.className || part.textContent)"
-    )
-    turns = [part for number in (1, 2, 3) for part in ("token-text", f"Turn {number}", "reply")]
-    assert tab.value(order) == turns[:-1], "the last turn has no reply"
-    assert texts(2, ".reply") == [f"room {turn} {NASTY}" for turn in (0, 1)]
-    asides = [
-        f"Turn {t + 1}reward {reward}hint of the teachergo {t} {NASTY}" for t, reward in enumerate((0, 0.25, 0.5))
-    ]
-    assert texts(2, "aside") == asides
-    assert texts(2, ".token.less") == [NASTY] * 3, "each turn has its marks"
-    assert texts(2, "> pre.prompt") == [f"prompt 0 {NASTY}"]
-    assert texts(2, "> details summary") == ["Prompt of turn 2", "Prompt of turn 3"]
+    assert texts(2, ".reply") == [f"room {turn} {NASTY}" for turn in (0, 1)], "the last turn has no reply"
+    asides = [f"Turn {t + 1}reward {0.25 * t:g}hint of the teachergo {t} {NASTY}" for t in range(3)]
+    assert texts(2, "aside") == asides and texts(2, "> pre.prompt") == [f"prompt 0 {NASTY}"]
     assert texts(3, "> pre.prompt") == [f"prompt 0 {NASTY}", f"prompt 2 {NASTY}"], "turn 2 is missing"
-    beside = (
-        "[...document.querySelectorAll('.turn')].every((turn) => turn.firstElementChild.getBoundingClientRect().right"
-        " <= turn.lastElementChild.getBoundingClientRect().left)"
-    )
-    assert tab.value(beside)
     tab.resize(420)
-    assert tab.value("document.documentElement.scrollWidth") <= 420 and not tab.value(beside)
+    assert tab.value("document.documentElement.scrollWidth") <= 420
     assert tab.value("document.images.length") == 0 and tab.value("document.title").endswith(": run · report")
     assert tab.problems == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,14 +31,12 @@ TOOL = {"type": "function", "name": "guess", "description": "", "parameters": PA
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Return the address of a server of games."""
     with serving(PYTHON, "nemo_gym_numbers") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory) -> Path:
-    """Return a directory with a data set of NeMo Gym, short problems and a tokenizer of characters."""
     directory = tmp_path_factory.mktemp("games")
     asked = [{"role": "developer", "content": "Play."}, {"role": "user", "content": "Guess."}]
     rows = [{"responses_create_params": {"input": asked, "tools": [TOOL]}, "digit": i} for i in range(NUMBER)]
@@ -51,7 +48,6 @@ def games(tmp_path_factory) -> Path:
 
 
 def problems_of(rows: Path, directory: Path, *field: str) -> list[Problem]:
-    """Return the problems that the adapter writes for a data set into a directory."""
     from environments.nemo_gym_sessions import write_problems
 
     write_problems(directory / "written.jsonl", rows, *field)
@@ -60,17 +56,7 @@ def problems_of(rows: Path, directory: Path, *field: str) -> list[Problem]:
 
 
 def call(name: str, **arguments: int) -> str:
-    """Return a call in the format of Hermes."""
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-
-
-def test_a_problem_shows_the_tools_and_how_to_call_them(games, tmp_path):
-    for i, problem in enumerate(problems_of(games / "rows.jsonl", tmp_path, "digit")):
-        system, user = problem.messages
-        assert (problem.id, problem.solution, system["role"], user["content"]) == (str(i), str(i), "system", "Guess.")
-        assert (
-            system["content"].startswith(f"Play.\nTools:\n{json.dumps(TOOL)}\n") and "<tool_call>" in system["content"]
-        )
 
 
 def test_ten_episodes_are_sessions_of_the_server(url, games, tmp_path):
@@ -102,37 +88,6 @@ def test_a_bad_call_is_an_answer_and_no_request(url, games, tmp_path):
     assert '"missing"' in (refused.text or "") and not refused.done
     assert sessions.step("a", "3").reward == 1
     sessions.close()
-
-
-def test_a_row_without_tools_is_one_turn_whatever_it_looks_like(url, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"responses_create_params": {"input": "Guess."}, "digit": 7}))
-    [problem] = problems_of(tmp_path / "rows.jsonl", tmp_path)
-    assert problem.messages == ({"role": "user", "content": "Guess."},)
-    sessions = SessionProcesses(NAME, {"url": url, "data": str(tmp_path / "rows.jsonl")}, SessionLimits())
-    for key, response, reward in (("a", "7", 1), ("b", call("guess", digit=7), 0)):
-        sessions.reset(key, problem, seed=0)
-        reply = sessions.step(key, response)
-        assert (reply.text, reply.reward, reply.done) == (None, reward, True)
-    sessions.close()
-
-
-def test_the_packages_own_counter_is_played_with_its_own_data(tmp_path):
-    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run([PYTHON, "-c", purelib], capture_output=True, text=True, check=True).stdout.strip()
-    rows = Path(packages) / "resources_servers" / "example_session_state_mgmt" / "data" / "example.jsonl"
-    problem = problems_of(rows, tmp_path)[0]
-    assert "increment_counter" in problem.messages[0]["content"] and "<tool_call>" in problem.messages[0]["content"]
-    with serving(
-        PYTHON, "nemo_gym_numbers", "resources_servers.example_session_state_mgmt.app.StatefulCounterResourcesServer"
-    ) as url:
-        sessions = SessionProcesses(NAME, {"url": url, "data": str(rows)}, SessionLimits())
-        sessions.reset("a", problem, seed=0)  # "add 1 then add 2 then get the count", from 3
-        sessions.reset("b", problem, seed=0)
-        for count in (1, 2):
-            assert sessions.step("a", call("increment_counter", count=count)).text == '{"success":true}'
-        assert sessions.step("a", call("get_counter_value")).text == '{"count":6}'
-        assert [sessions.step(key, "The count is 6.").reward for key in "ab"] == [1, 0]
-        sessions.close()
 
 
 def test_a_killed_run_plays_its_episodes_again(ranks, games, url, tmp_path):

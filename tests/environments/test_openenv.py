@@ -23,20 +23,17 @@ NUMBER = 10
 
 
 def digit(identity: str) -> str:
-    """Return the digit of the game of a problem."""
     return str(random.Random(zlib.crc32(identity.encode())).randrange(10))
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Start a server and return its address."""
     with serving(sys.executable, "openenv_numbers") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory) -> Path:
-    """Return a directory with problems and a tokenizer of characters."""
     directory = tmp_path_factory.mktemp("games")
     records = [{"id": f"game{i}", "problem": "Play.", "solution": digit(f"game{i}")} for i in range(NUMBER)]
     (directory / "problems.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
@@ -55,13 +52,6 @@ def test_ten_episodes_are_sessions_of_the_server(url):
         assert (wrong.text, wrong.reward, wrong.done) == ("wrong", 0, False)
         reply = sessions.step(key, right)
         assert (reply.text, reply.reward, reply.done) == ("right", 1, True) and key not in sessions
-    sessions.close()
-
-
-def test_without_a_field_the_model_reads_all_fields(url):
-    sessions = SessionProcesses(NAME, {"url": url}, SessionLimits())
-    problem = Problem("game0", ({"role": "user", "content": "Play."},), "", None, "file:1")
-    assert json.loads(sessions.reset("a", problem, 0).text or "") == {"text": "Guess a digit."}
     sessions.close()
 
 

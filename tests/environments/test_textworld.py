@@ -19,7 +19,6 @@ NUMBER = 10
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory) -> Path:
-    """Return a directory with games, their problems and a tokenizer of characters."""
     from environments.textworld_games import write_games
 
     directory = tmp_path_factory.mktemp("games")

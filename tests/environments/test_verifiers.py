@@ -19,7 +19,6 @@ NUMBER = 10
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory) -> Path:
-    """Return a directory with the problems of `verifiers_numbers` and a tokenizer of characters."""
     from environments.verifiers_sessions import write_problems
 
     directory = tmp_path_factory.mktemp("games")
@@ -41,15 +40,6 @@ def test_ten_episodes_are_rollouts_that_the_rubric_rewards(games):
         assert (wrong.text, wrong.reward, wrong.done) == ("wrong", 0, False)
         right = sessions.step(record["id"], record["answer"])
         assert (right.text, right.reward, right.done) == (None, 1, True) and record["id"] not in sessions
-    sessions.close()
-
-
-def test_the_environments_own_limit_of_turns_ends_an_episode(games):
-    sessions = SessionProcesses(NAME, {"name": "verifiers_numbers"}, SessionLimits())
-    problem = Problem("3", ({"role": "user", "content": "Guess a digit, game 3."},), "", "3", "file:1")
-    sessions.reset("a", problem, 0)
-    replies = [sessions.step("a", "no digit") for _ in range(3)]
-    assert [(reply.done, reply.reward) for reply in replies] == [(False, 0), (False, 0), (True, 0)]
     sessions.close()
 
 
