@@ -13,8 +13,8 @@ import fla_stand_in
 import models
 import pytest
 import torch
-from conditioning import ROUNDINGS, UNIT_ROUNDOFF
 from models import build, model_config, parallel
+from parity import ROUNDINGS, UNIT_ROUNDOFF
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -23,7 +23,11 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.architectures import gated_delta_net
-from megatron_selfdistill.architectures.gated_delta_net import GatedDeltaKernels, GatedDeltaNet, kernels_for
+from megatron_selfdistill.architectures.gated_delta_net import (
+    GatedDeltaKernels,
+    GatedDeltaNet,
+    kernels_for,
+)
 from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
 from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.errors import ConfigError
@@ -224,10 +228,6 @@ def on_gpu(monkeypatch):
     gated_delta_net.installed_kernels.cache_clear()
 
 
-def test_a_cpu_computes_without_kernels():
-    assert kernels_for(BF16) is None and kernels_for(FP32) is None
-
-
 def test_a_gpu_computes_with_the_installed_kernels_beside_a_triton_that_is_right_for_it(on_gpu):
     for others in ({}, {"triton": "3.3.1"}, {"triton": "3.9.0"}, {"triton": "3.6.0", "capability": (8, 0)}):
         on_gpu(**others)
@@ -251,14 +251,3 @@ def test_what_is_missing_or_has_wrong_gradients_on_hopper_gpus_is_refused_but_fo
         with pytest.raises(ConfigError, match=rf"{named}.*model\.transformer\.deterministic_mode=true"):
             kernels_for(config)
         assert kernels_for(SimpleNamespace(**{**vars(config), "deterministic_mode": True})) is None
-
-
-def refuse_to_build() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_delta_net, "cpu", SimpleNamespace(ON_CPU=False))
-        with pytest.raises(ConfigError, match=r"^optimizer\.precision=fp32"):
-            build(model_config("gated_delta"), parallel())
-
-
-def test_a_model_is_refused_when_it_is_built(ranks):
-    ranks.run(refuse_to_build, world_size=1)

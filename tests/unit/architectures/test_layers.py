@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, model_config, parallel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.architectures import attention_variants
 from megatron_selfdistill.architectures.attention_variants import VariantAttention, sink_channels
 from megatron_selfdistill.data.context_parallel import context_parallel_positions
-from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.model import context_parallel_attention, local_attention
-from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.model.layers import RMSNorm
 from megatron_selfdistill.model.local_attention import CoreAttention
 
@@ -52,13 +48,13 @@ ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
 
 def config(**changes) -> TransformerConfig:
-    values = {
-        "num_layers": 1,
-        "hidden_size": HEADS * CHANNELS,
-        "num_attention_heads": HEADS,
+    values = {"num_layers": 1, "hidden_size": HEADS * CHANNELS, "num_attention_heads": HEADS}
+    values |= {
         "num_query_groups": GROUPS,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "use_cpu_initialization": True,
     }
-    values |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "use_cpu_initialization": True}
     return TransformerConfig(**values | changes)
 
 
@@ -89,9 +85,8 @@ def reference(
         hidden = hidden | (positions[None, :] < own - fields["window_size"][0])
     scores = scores.masked_fill(hidden, -torch.inf)
     if "softmax_type" in fields:
-        scores = torch.cat(
-            [scores, torch.as_tensor(sinks, dtype=torch.float64)[:, None, None].expand(-1, q.size(0), 1)], dim=-1
-        )
+        columns = torch.as_tensor(sinks, dtype=torch.float64)[:, None, None].expand(-1, q.size(0), 1)
+        scores = torch.cat([scores, columns], dim=-1)
     return torch.einsum("nij,jnd->ind", scores.softmax(-1)[..., : k.size(0)], v).flatten(1)
 
 
@@ -131,12 +126,6 @@ def test_rms_norm_of_bf16_rounds_only_the_normed_input_and_the_product():
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert norm(x).equal((exact.bfloat16().double() * norm.weight.double()).bfloat16())
     assert not norm(x).equal((exact * norm.weight.double()).bfloat16()), "or the order would not matter"
-
-
-def test_the_weight_says_whether_its_gradient_is_summed_over_tensor_parallel_ranks():
-    for sequence_parallel in (False, True):
-        changes = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
-        assert RMSNorm(config(**changes), 24).weight.sequence_parallel is sequence_parallel
 
 
 # -- attention, unpacked -----
@@ -210,19 +199,12 @@ def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
     monkeypatch.setattr(attention_variants, "_LEAST_QUERIES", 64)
     monkeypatch.setitem(VARIANTS, "long", {"window_size": (15, 0), "softmax_type": "learnable"})
     rows = [x.requires_grad_() for x in random_qkv(1024)]
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=torch.tensor([0, 1024]), cu_seqlens_kv=torch.tensor([0, 1024])
-    )
+    bounds = torch.tensor([0, 1024])
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     seen = Largest()
     with seen, sdpa_kernel([SDPBackend.MATH]):
         attention(variant="long")(*rows, packed_seq_params=packed).sum().backward()
     assert seen.largest < 1024 * 1024 // 8
-
-
-def test_the_softmax_scale_may_be_given():
-    query, key, value = random_qkv(6, 1)
-    scaled = attention(softmax_scale=2 * CHANNELS**-0.5)(query, key, value)
-    torch.testing.assert_close(scaled, attention()(2 * query, key, value))
 
 
 # -- attention, packed -----
@@ -238,8 +220,8 @@ def real_rows() -> Tensor:
     return torch.cat([torch.arange(s, s + n) for s, n in zip(BOUNDS, LENGTHS, strict=False)])
 
 
-def packed_attention(group=None, variant: str = "full") -> list[Tensor]:
-    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds.
+def packed_attention(group=None, variant: str = "full", fused: bool = True) -> list[Tensor]:
+    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds, in blocks.
 
     The gradient of the sinks is the last entry, where there are sinks.  The default group is that of all ranks.
     """
@@ -248,8 +230,11 @@ def packed_attention(group=None, variant: str = "full") -> list[Tensor]:
     query, key, value = (x[held].clone().requires_grad_() for x in random_qkv(BOUNDS[-1]))
     upstream = torch.zeros(BOUNDS[-1], HEADS * CHANNELS)
     upstream[real_rows()] = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
-    with pytest.MonkeyPatch.context() as patch:
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if fused else [SDPBackend.MATH]
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
         patch.setattr(attention_variants, "_LEAST_QUERIES", 1)
+        patch.setattr(context_parallel_attention, "_FUSED_QUERIES", 8)
+        patch.setattr(context_parallel_attention, "_SCORES", 8 * HEADS * BOUNDS[-1])
         layer = attention(group, variant)
         out = layer(query, key, value, packed_seq_params=packed_params())
         out.backward(upstream[held])
@@ -294,8 +279,9 @@ def assert_each_sequence_is_as_if_alone(row: list[Tensor], variant: str = "full"
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_sequences_equal_each_sequence_alone_also_cut_over_context_parallel_ranks(ranks, variant):
     assert_each_sequence_is_as_if_alone(whole_row([packed_attention(ONE_RANK, variant)]), variant)
-    per_rank = ranks.run(packed_attention, None, variant, world_size=2)
-    assert_each_sequence_is_as_if_alone(whole_row(per_rank), variant)
+    for fused in (True, False):
+        per_rank = ranks.run(packed_attention, None, variant, fused, world_size=2)
+        assert_each_sequence_is_as_if_alone(whole_row(per_rank), variant)
 
 
 def test_segments_by_length_place_every_row_once_and_batch_like_with_like():
@@ -309,18 +295,10 @@ def test_segments_by_length_place_every_row_once_and_batch_like_with_like():
             assert max(own) <= 2 * min(own)
 
 
-# -- the memory of attention under context parallelism -----
-
-LONG = [1024, 12, 4, 1000, 8]
-"""Segments of a row of 2048 tokens."""
-
-
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator makes, and of all that autograd keeps."""
+    """The number of elements of the largest tensor that any operator makes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.kept = 0, dict[int, int]()
+    largest = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **kwargs or {})
@@ -328,73 +306,3 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
         return made
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-
-def memory_and_gradients(fused: bool, num_rows: int, scores: int) -> tuple[int, int, list[Tensor]]:
-    """Largest tensor and elements kept for backward of one attention over `LONG`; its output and gradients."""
-    group = dist.group.WORLD
-    bounds = torch.tensor([0, *torch.tensor(LONG).cumsum(0).tolist()], dtype=torch.int32)
-    held = context_parallel_positions(bounds, group.size(), group.rank())
-    inputs = [x[held].clone().requires_grad_() for x in random_qkv(int(bounds[-1]))]
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    backends = [SDPBackend.FLASH_ATTENTION] if fused else [SDPBackend.MATH]
-    seen = Largest()
-    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(backends):
-        patch.setattr(context_parallel_attention, "_FUSED_QUERIES", num_rows)
-        patch.setattr(context_parallel_attention, "_SCORES", scores)
-        with seen, torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda tensor: tensor):
-            out = attention(group)(*inputs, packed_seq_params=packed)
-        with seen:
-            out.backward(torch.ones_like(out) * torch.arange(out.size(1)))
-    return seen.largest, sum(seen.kept.values()), [out.detach(), *(x.grad for x in inputs)]
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "formula"])
-def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_row(ranks, fused):
-    """In blocks of 32 queries, or of as many as have 2**18 scores."""
-    tokens, all_scores = sum(LONG), HEADS * sum(LONG) // 2 * sum(LONG)
-    in_blocks = ranks.run(memory_and_gradients, fused, 32, 2**18, world_size=2)
-    at_once = ranks.run(memory_and_gradients, fused, tokens, all_scores, world_size=2)
-    for (largest, kept, got), (dense, _, expected) in zip(in_blocks, at_once, strict=True):
-        assert dense > 0.99 * (tokens // 2 * tokens if fused else all_scores), "the mask or the scores of the whole"
-        assert largest <= 2**18 < dense
-        assert kept <= 12 * HEADS * CHANNELS * tokens
-        for mine, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
-def read_twice(kind):
-    """Return, for padding in pieces and in one segment: states of real tokens, gradients, and the router's choices."""
-    chunks, grid = build(model_config(kind), parallel())
-    routers = [module for name, module in chunks[0].named_modules() if name.endswith(".router")]
-    in_pieces = microbatch_of([([([5, 6, 7], [8] * 37)], 0), ([([9] * 11, [10] * 9)], 37)], 60 + 512, 1)
-    assert in_pieces.cu_seqlens.tolist() == [0, 40, 60, 316, 572]
-    in_one = dataclasses.replace(in_pieces, cu_seqlens=in_pieces.cu_seqlens[[0, 1, 2, 4]])
-    chosen, found = [], []
-    for router in routers:
-        router.register_forward_hook(lambda _, __, output: chosen.extend(value[:60].detach() for value in output[:2]))
-    for microbatch in (in_pieces, in_one):
-        chunks[0].zero_grad()
-        states = hidden_states(chunks[0], inputs_of(microbatch, grid), grid)
-        states[microbatch.response_positions].square().sum().backward()
-        gradients = [param.grad.clone() for param in chunks[0].parameters() if param.grad is not None]
-        found.append((states[:60].detach(), gradients, list(chosen)))
-        chosen.clear()
-    return found
-
-
-@pytest.mark.parametrize("kind", ["gqa", "moe"])
-def test_padding_in_pieces_changes_no_real_token_and_no_gradient(ranks, kind):
-    """The contexts are the same causal batch in both, so their attention, projections and gradients have equal bits."""
-    ((states, gradients, chosen), (expected_states, expected_gradients, expected_chosen)) = ranks.run(
-        read_twice, kind, world_size=1
-    )[0]
-    assert torch.equal(states, expected_states) and states.abs().max() > 0
-    assert all(map(torch.equal, gradients, expected_gradients))
-    assert len(gradients) > 10 and all(gradient.abs().max() > 0 for gradient in gradients)
-    assert len(chosen) == (4 if kind == "moe" else 0) and all(map(torch.equal, chosen, expected_chosen))
