@@ -89,10 +89,7 @@ def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(ranks: RankPool, data: Path, shared: SharedDirectories) -> Path:
-    """Return the directory of a run of 6 steps with checkpoints of steps 3 and 6.
-
-    Tests must not change it: a test that starts a run in it, which takes the run's lock, needs a copy (``run``).
-    """
+    """Return the directory of a run of 6 steps with checkpoints of steps 3 and 6; tests must not change it."""
     import tiny_run
 
     return shared.get("finished_run", lambda directory: tiny_run.train(ranks, tiny_run.overrides(data, directory)))

@@ -11,6 +11,7 @@ import torch
 from adapted import ADAPTER
 from layouts import Case, worst_difference
 from models import parallel
+from parity import LAYOUTS
 from tiers import combinations
 
 from megatron_selfdistill.config import OptimizerConfig, RecomputeConfig, ScheduleConfig
@@ -33,16 +34,7 @@ def recomputing(**how: Any) -> ScheduleConfig:
 
 
 CASES = {
-    "tp2 sp": case(2, parallel=TP2),
-    "tp2": case(2, parallel=parallel(tp=2)),
-    "pp2": case(2, parallel=parallel(pp=2)),
-    "pp2 vpp2": case(2, kind="gqa", parallel=parallel(pp=2, vpp=2)),
-    "cp2": case(2, parallel=parallel(cp=2)),
-    "dp2": case(2),
-    "tp4 sp tied": case(4, kind="tied", parallel=parallel(tp=4, sp=True)),
-    "tp2 pp2 sp tied": case(4, kind="tied", parallel=parallel(tp=2, pp=2, sp=True)),
-    "tp2 cp2 sp": case(4, parallel=parallel(tp=2, cp=2, sp=True)),
-    "ep2": case(2, kind="moe", parallel=parallel(ep=2)),
+    **{name: case(world_size, kind=kind, parallel=cuts) for name, (kind, cuts, world_size) in LAYOUTS.items()},
     "alternating": case(pair_order="alternating", paired=True),
     "controls beside the student": case(2, target=Target(anchor="student", num_controls=2), parallel=TP2),
     "controls beside a share": case(2, target=Target(anchor=0.25, num_controls=2), parallel=TP2),
@@ -74,7 +66,7 @@ def of_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in tensors.items() if "_adapter." in key}
 
 
-@combinations(name=list(CASES), quick={"name": ["tp2 sp", "full recompute"]}, strength=1)
+@combinations(name=list(CASES), quick={"name": ["TP2+SP", "full recompute"]}, strength=1)
 def test_a_step_has_the_gradients_of_the_merged_model(outcomes, name):
     """The merged model takes the same step on one rank, in the plainest way."""
     case, world_size = CASES[name]

@@ -5,23 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import parity
 import pytest
-from conditioning import bound
 from layouts import Case, worst_difference
 from models import parallel
+from parity import bound
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
 
-LAYOUTS = {
-    "one rank": ("shallow", parallel(), 1),
-    "TP2+SP": ("shallow", parallel(tp=2, sp=True), 2),
-    "CP2": ("shallow", parallel(cp=2), 2),
-    "PP2": ("shallow", parallel(pp=2), 2),
-    "DP2": ("shallow", parallel(), 2),
-    "CP2 experts": ("moe", parallel(cp=2), 2),
-    "TP2 recurrent": ("gated_delta", parallel(tp=2), 2),
-}
+NAMES = ("one rank", "TP2+SP", "CP2", "PP2", "DP2", "CP2 experts")
+LAYOUTS = {name: parity.LAYOUTS[name] for name in NAMES} | {"TP2 recurrent": ("gated_delta", parallel(tp=2), 2)}
 STEPS = {
     "packed": {"max_tokens": 112},
     "rows": {"paired": True, "pair_order": "alternating"},
@@ -33,6 +27,7 @@ STEPS = {
 QUICK = {"layout": ["CP2"], "step": ["packed"]}
 
 
+@pytest.mark.full
 @combinations(layout=list(LAYOUTS), step=list(STEPS), quick=QUICK, strength=1, full_strength=1)
 def test_one_sequence_has_the_loss_and_the_gradient_of_its_turns(outcomes, layout, step, record_property):
     kind, cuts, world_size = LAYOUTS[layout]

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from layouts import Case, contexts, packed, scheduled
-from models import parallel
+from parity import case_of
 from tiers import combinations
 
 from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
@@ -25,13 +25,8 @@ TARGETS = {
     "controls of the student": Target(anchor="student", num_controls=2),
     "controls": Target(anchor="reference", teacher_weight=2.0, num_controls=2),
 }
-LAYOUTS: dict[str, tuple[Case, int]] = {
-    "one rank, fused": (Case(fusion=Fusion("keep_gradient", 4)), 1),
-    "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),
-    "PP2": (Case(parallel=parallel(pp=2)), 2),
-    "CP2": (Case(parallel=parallel(cp=2)), 2),
-    "CP2xPP2": (Case(parallel=parallel(cp=2, pp=2)), 4),
-}
+LAYOUTS = {name: case_of(name) for name in ("TP2+SP", "PP2", "CP2", "CP2xPP2")}
+LAYOUTS |= {"one rank, fused": (Case(fusion=Fusion("keep_gradient", 4)), 1)}
 
 
 def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
@@ -92,6 +87,7 @@ def test_a_reference_with_weights_of_its_own_keeps_its_logits_apart(ranks):
     assert (t - r).abs().max() > 0.1
 
 
+@pytest.mark.full
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
 def test_every_rank_of_every_layout_has_the_same(ranks, alone, name):
     """The responses of a target with a reference and controls have the logits of all models."""

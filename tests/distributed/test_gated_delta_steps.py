@@ -8,11 +8,10 @@ import dataclasses
 import fla_stand_in
 import pytest
 import torch
-from conditioning import bound
 from decoding import logits_of
 from layouts import Case, Outcome, contexts, joined, run
 from models import VOCAB_SIZE, build, model_config, parallel
-from parity import compare
+from parity import LAYOUTS, bound, compare
 from tiers import combinations
 
 from megatron_selfdistill.architectures import gated_delta_net
@@ -23,33 +22,26 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, read_tokens
 
 CANDIDATES = [0, 7, VOCAB_SIZE - 1]
-LAYOUTS = {
-    "TP2": (parallel(tp=2), 2),
-    "TP2+SP": (parallel(tp=2, sp=True), 2),
-    "PP2": (parallel(pp=2), 2),
-    "PP2xVPP2": (parallel(pp=2, vpp=2), 2),
-    "DP2": (parallel(), 2),
-    "TP2xPP2+SP": (parallel(tp=2, pp=2, sp=True), 4),
-}
+NAMES = ["TP2", "TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2xPP2+SP"]
 BOUND = bound("gated_delta")
 LONGEST = max(len(prompt) + len(pair.response) for pair in contexts() for prompt in pair.readings)
 ALONE = Case(kind="gated_delta", extra_weightless=0)
 
 
-@combinations(
-    name=list(LAYOUTS),
-    pair_order=["teacher_first", "alternating"],
-    quick={"name": ["TP2+SP"], "pair_order": ["alternating"]},
-    strength=1,
-    full_strength=1,
-)
+ORDERS = ["teacher_first", "alternating"]
+QUICK = {"name": ["TP2+SP"], "pair_order": ["alternating"]}
+
+
+@pytest.mark.full
+@combinations(name=NAMES, pair_order=ORDERS, quick=QUICK, strength=1, full_strength=1)
 def test_gradients_equal_those_of_one_rank(outcomes, name, pair_order, record_property):
-    cuts, world_size = LAYOUTS[name]
+    _, cuts, world_size = LAYOUTS[name]
     case = dataclasses.replace(ALONE, parallel=cuts, pair_order=pair_order, paired=True, extra_weightless=1)
     got, alone = outcomes(case, world_size), outcomes(ALONE)
     record_property("worst relative difference", compare(got, alone, BOUND))
 
 
+@pytest.mark.full
 def test_neither_padding_nor_packing_changes_a_gradient(outcomes):
     """No token sees a context before its own, nor the padding behind it."""
     changes: list[dict[str, int]] = [{"seq_quantum": 64}, {"max_tokens": LONGEST}, {"max_tokens": 300}]
@@ -68,7 +60,7 @@ def stepped_by_the_kernels(case: Case) -> Outcome:
 
 @pytest.mark.parametrize("name", ["TP2+SP", pytest.param("PP2xVPP2", marks=pytest.mark.full)])
 def test_the_kernels_get_the_segments_of_every_microbatch(ranks, outcomes, name):
-    cuts, world_size = LAYOUTS[name]
+    _, cuts, world_size = LAYOUTS[name]
     case = dataclasses.replace(ALONE, parallel=cuts)
     compare(joined(ranks.run(stepped_by_the_kernels, case, world_size=world_size)), outcomes(ALONE), BOUND)
 
@@ -89,10 +81,10 @@ def test_every_weight_of_the_layer_has_a_gradient(outcomes):
 
 @pytest.mark.parametrize(
     ("name", "mutation"),
-    [(None, "the segments of a gated delta net are one"), ("TP2", "gradient of the output norm not summed")],
+    [("one rank", "the segments of a gated delta net are one"), ("TP2", "gradient of the output norm not summed")],
 )
 def test_the_comparison_catches(outcomes, name, mutation):
-    cuts, world_size = LAYOUTS[name] if name else (parallel(), 1)
+    _, cuts, world_size = LAYOUTS[name]
     case = dataclasses.replace(ALONE, parallel=cuts, mutation=mutation)
     with pytest.raises(AssertionError, match=r"differ|disagree"):
         compare(outcomes(case, world_size), outcomes(ALONE), BOUND)
@@ -126,6 +118,7 @@ def measured_one_by_one() -> tuple[list[float], list[float], list[list[float]]]:
     return student, teacher, [rows(pair.student_prompt, [])[0][CANDIDATES].tolist() for pair in contexts()]
 
 
+@pytest.mark.full
 def test_texts_and_candidates_are_scored_as_each_text_alone_is(ranks):
     (expected,) = ranks.run(measured_one_by_one, world_size=1)
     for found in ranks.run(measured, parallel(tp=2, sp=True), world_size=2):

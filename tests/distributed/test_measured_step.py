@@ -12,10 +12,9 @@ import models
 import pytest
 import torch
 from anchored import rows_of
-from conditioning import CHANGE, ROUNDINGS, UNIT_ROUNDOFF, changed_weights
 from layouts import Case, contexts, contexts_of, packed, scheduled
 from logit_pairs import kl
-from models import parallel
+from parity import CHANGE, ROUNDINGS, UNIT_ROUNDOFF, case_of, changed_weights
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
@@ -35,14 +34,9 @@ TARGETS = {
     "reference and controls": Target(num_controls=2),
 }
 FUSED = Fusion("keep_gradient", 4)
-LAYOUTS: dict[str, tuple[Case, int]] = {
-    "one rank, fused": (Case(fusion=FUSED), 1),
-    "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),
-    "TP2, fused": (Case(parallel=parallel(tp=2), fusion=FUSED), 2),
-    "PP2": (Case(parallel=parallel(pp=2)), 2),
-    "CP2": (Case(parallel=parallel(cp=2)), 2),
-    "DP2": (Case(pair_order="alternating", paired=True), 2),
-}
+LAYOUTS = {name: case_of(name) for name in ("TP2+SP", "PP2", "CP2")}
+LAYOUTS |= {"one rank, fused": (Case(fusion=FUSED), 1), "TP2, fused": case_of("TP2", fusion=FUSED)}
+LAYOUTS |= {"DP2": case_of("DP2", pair_order="alternating", paired=True)}
 CLAIMS = ("target/", "teacher/", "control/", "forks/", "reverse_kl/")
 OF_TEACHER = ("entropy/teacher", "teacher_cross_entropy", "top1_agreement")
 # Random models of a tiny vocabulary have no rare tokens: logits are this much larger than theirs.
@@ -151,6 +145,7 @@ def assert_same_numbers(found: list[Measured], alone: list[Measured], names: Seq
         assert metrics == pytest.approx(alone[list(TARGETS).index(name)][0], rel=BOUND), name
 
 
+@pytest.mark.full
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2, fused"]}, strength=1)
 def test_every_layout_has_the_numbers_of_one_rank(ranks, alone, name):
     case, world_size = LAYOUTS[name]

@@ -49,17 +49,15 @@ def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_p
     record_property("worst relative difference", compare(divided, replayed))
 
 
+KINDS: list[dict[str, Any]] = [
+    {"pair_order": "alternating", "paired": True, "schedule": ScheduleConfig(recompute=RECOMPUTED)},
+    {"target": Target("fixed", anchor="reference")},
+    {"two_terms": True},
+]
+
+
 @pytest.mark.full
-@combinations(
-    options={
-        "alternating": {"pair_order": "alternating", "paired": True},
-        "anchored": {"target": Target("fixed", anchor="reference")},
-        "two terms": {"two_terms": True},
-        "recomputed": {"schedule": ScheduleConfig(recompute=RECOMPUTED)},
-    },
-    quick={"options": ["anchored"]},
-    strength=1,
-)
+@pytest.mark.parametrize("options", KINDS, ids=["alternating, recomputed", "anchored", "two terms"])
 def test_partial_batches_have_the_gradients_of_one_call_in_every_kind_of_step(outcomes, options):
     case, world_size = case_of("PP2", **options)
     compare(*outcomes.of(in_partial_batches(case), world_size))
@@ -72,6 +70,7 @@ OVERLAPS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.full
 @combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
 def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cuts):
     """The reduction that overlaps with the backward pass begins in the last partial batch only."""
@@ -83,6 +82,7 @@ def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cut
         compare_parameters(one, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "mutation"), [("DP2", "earlier partial batches not scaled"), ("TP2+SP", "partial batches reduced twice")]
 )

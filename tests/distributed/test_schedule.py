@@ -206,10 +206,7 @@ AUXILIARY = {
 def auxiliary_gradient(
     cuts: ParallelConfig, changes: dict, weightless=0, max_tokens=32, response=10, finalize=True, more_teachers=0
 ) -> dict:
-    """Return the gradient of the router if teacher and student agree, so that only auxiliary losses remain.
-
-    Every microbatch holds one sequence of 24 tokens, and its last ``response`` tokens are the response.
-    """
+    """Return the router's gradient if teacher and student agree; each microbatch has one sequence of 24 tokens."""
     chunks, grid = models.build(models.model_config("moe", **changes), cuts)
     student = wrapped(chunks)
     rng = random.Random(3)
@@ -274,6 +271,7 @@ def assert_alike(got: Gradients, expected: Gradients) -> None:
     assert worst <= 1e-4, f"{where}: {worst:.1e}"
 
 
+@pytest.mark.full
 def test_router_losses_do_not_depend_on_padding_lengths_and_the_microbatches_of_others(on_one_rank):
     for loss, variation in itertools.product(LOSSES, ON_ONE_RANK):
         assert_alike(on_one_rank[loss, variation], on_one_rank[loss, PLAIN])

@@ -18,7 +18,6 @@ def runs(ranks, data, tmp_path_factory) -> Runs:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """Return a copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 

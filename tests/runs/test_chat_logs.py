@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+from rounded_json import read_lines
 from tiny_run import TWO_RANKS, reproducible_metrics, train, write_chats, write_conversations
 
 from megatron_selfdistill.metrics.run_log import read_samples
@@ -23,11 +24,7 @@ MIXED = ("data.path=LOGS/mixed.jsonl", "data.global_batch_size=18", "num_steps=4
 
 @pytest.fixture(scope="module")
 def of(own_data) -> Callable[..., list[str]]:
-    """Return a function from options to those of a run on logs, which it writes.
-
-    chats.jsonl has 40 conversations of two assistant turns, and three bad ones.  mixed.jsonl has conversations with one
-    turn each: good ones, some that are too long, and some that contain the token that ends a turn.
-    """
+    """Return a function to the options of a run on logs: with two turns each, or on a mixed log with unusable turns."""
     from _lib import subtraction
 
     chats = [
@@ -67,10 +64,11 @@ def test_the_run_trains_on_the_logged_tokens_of_assistants_and_drops_unlikely_tu
     assert all_["gradient_norm"] == 0 and all_["loss/mean"] == off["loss/mean"] > 0
 
 
+@pytest.mark.full
 def test_turns_can_be_sampled_anew_evaluation_builds_a_sampler_and_turns_are_shown_if_the_user_asks(runs, of, data):
     evaluated = [f"evaluation.path={data}/problems.jsonl", "evaluation.every=1", "evaluation.limit=4"]
     sampled = runs(*of("num_steps=1", "conversations.responses=sampled"))
-    records = [json.loads(line) for line in (sampled / "responses.jsonl").read_text().splitlines()]
+    records = read_lines(sampled / "responses.jsonl")
     assert len(records) == 8 and all(len(record["token_ids"]) <= 14 for record in records)
     assert all("sampler/log_prob_mean_abs_diff" in line for line in reproducible_metrics(sampled))
     shown = runs(*of("num_steps=1", "conversations.show_contents=true", *evaluated))
@@ -83,15 +81,12 @@ def test_turns_can_be_sampled_anew_evaluation_builds_a_sampler_and_turns_are_sho
 WEIGHTED = ("num_steps=2", "method.min_log_prob=-3.75", "method.unlikely=down_weight")
 
 
+UNUSABLE = (MIXED[0], "num_steps=3", "data.global_batch_size=9")
+IN_LAYOUTS = [(WEIGHTED, TWO_RANKS[layout], 2) for layout in ("DP2", "CP2", "PP2")]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("options", "more", "world_size"),
-    [
-        *((WEIGHTED, TWO_RANKS[layout], 2) for layout in ("DP2", "CP2", "PP2")),
-        ((MIXED[0], "num_steps=3", "data.global_batch_size=9"), (), 3),
-    ],
-    ids=["DP2, unlikely turns", "CP2, unlikely turns", "PP2, unlikely turns", "DP3, some turns unusable"],
-)
+@pytest.mark.parametrize(("options", "more", "world_size"), [*IN_LAYOUTS, (UNUSABLE, (), 3)])
 def test_the_turns_of_a_step_and_their_weights_are_the_same_in_every_layout(runs, of, start, options, more, world_size):
     one, many = runs(*of(start, *options)), runs(*of(start, *options, *more), world_size=world_size)
     for expected, found in zip(reproducible_metrics(one), reproducible_metrics(many), strict=True):

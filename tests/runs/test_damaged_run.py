@@ -20,7 +20,6 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def started(ranks, arguments: list[str]) -> tuple[int, str]:
-    """Start the run on one rank; return the exit status and standard error."""
     (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
 
@@ -104,19 +103,12 @@ def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
         return start_and_listen(arguments)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "options"),
-    [
-        (1, ()),
-        pytest.param(2, (), marks=pytest.mark.full),
-        pytest.param(2, ("checkpoint.async_save=true", "checkpoint.save_every=2"), marks=pytest.mark.full),
-    ],
-    ids=["one rank", "DP2", "DP2, saved in the background"],
-)
-def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(
-    ranks, data, finished, tmp_path, world_size, options
-):
-    run = tmp_path / "run"
+BACKGROUND = ("checkpoint.async_save=true", "checkpoint.save_every=2")
+
+
+@combinations(case={"one rank": (1, ()), "DP2": (2, ()), "background": (2, BACKGROUND)}, quick={"case": ["one rank"]})
+def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, case):
+    run, (world_size, options) = tmp_path / "run", case
     arguments = overrides(data, run, *options)
     outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
     assert [status for status, _ in outcomes] == [0] * world_size, outcomes

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -16,14 +14,11 @@ import yaml
 from tiny_run import bytes_of, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 from megatron_selfdistill import SelfDistiller
-from megatron_selfdistill.commands import announcement, self_distiller
-from megatron_selfdistill.config import load
-from megatron_selfdistill.interop import convert_command as convert
+from megatron_selfdistill.commands import self_distiller
 from megatron_selfdistill.metrics.run_log import read_events
 
 
 def lines_of(ranks: Any, arguments: list[str], start: Any = start_and_listen) -> list[str]:
-    """Start a run that must end with status 0; return the lines that it prints."""
     shown = [*arguments, "metrics.console_every=1"]
     [(status, output)] = ranks.run(start, shown, world_size=1, init_process_group=False)
     assert status == 0, output
@@ -60,32 +55,14 @@ def test_a_stopped_run_says_how_to_continue_and_ends_and_a_complete_one_builds_a
     run = tmp_path / "run"
     arguments = overrides(data, run, "num_steps=3", "checkpoint.async_save=true")
     (stopped,) = [line for line in lines_of(ranks, arguments, start_and_press) if line.startswith("stopped ")]
-    assert stopped == (
-        f"stopped after step 2 of 3: SIGINT; started again, the same command continues; checkpoint: "
-        f"{run}/checkpoints/iter_0000002"
-    )
-    assert saved_step(run) == 2
-    lines = lines_of(ranks, arguments)
-    done, train_on = (line for line in lines if line.startswith(("done: ", "next: ")))
+    assert "SIGINT" in stopped and f"{run}/checkpoints/iter_0000002" in stopped and saved_step(run) == 2
     checkpoint = run / "checkpoints" / "iter_0000003"
-    assert re.fullmatch(rf"done: 3 steps \(1 of them in this launch\) in \d+:\d\d; checkpoint: {checkpoint}", done)
-    assert (checkpoint / "metadata.json").is_file()
-    assert train_on == "next: the same command with a larger num_steps trains on from there"
+    (done,) = [line for line in lines_of(ranks, arguments) if line.startswith("done: ")]
+    assert str(checkpoint) in done and (checkpoint / "metadata.json").is_file()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    complete = f"complete: all 3 steps were done before, nothing is trained; checkpoint: {checkpoint}"
-    assert complete in lines_of(ranks, arguments, start_where_no_model_can_be_built)
+    lines = lines_of(ranks, arguments, start_where_no_model_can_be_built)
+    assert any(line.startswith("complete: ") and str(checkpoint) in line for line in lines)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-@pytest.mark.parametrize(("adapters", "kind"), [([], "hf"), (["adapter.rank=4"], "peft")])
-def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path, adapters, kind):
-    run = tmp_path / "a run"
-    (run / "huggingface").mkdir(parents=True)
-    config = load([f"run_dir='{run}'", *adapters])
-    _, convert_it, _ = announcement.complete(config, 1, run / "checkpoints" / "iter_0000001")
-    words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
-    assert words == [f"megatron-to-{kind}", "--megatron", str(run), "--out", f"{run}-{kind}"]
-    assert convert._parser().parse_args(words).megatron == run
 
 
 def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):
@@ -109,6 +86,7 @@ def from_python(data: Path, run_dir: Path) -> dict[str, Any]:
     return found | {"summary": summary, "report": run.report().is_file()}
 
 
+@pytest.mark.full
 def test_an_object_trains_evaluates_and_reports_the_run_of_the_commands(ranks, data, finished, tmp_path):
     [found] = ranks.run(from_python, data, tmp_path / "python", world_size=1)
     assert found["steps"] == (2, 3) and found["report"]
@@ -127,7 +105,6 @@ def test_the_settings_of_a_file_are_those_of_the_evaluation(tmp_path, monkeypatc
 
 
 def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
-    """Start the run on one rank; return the exit status and the output."""
     arguments = overrides(data, run, "num_steps=7", "metrics.console_every=1", *more)
     (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
@@ -135,20 +112,19 @@ def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
 
 @pytest.fixture
 def shortened(data, tmp_path) -> str:
-    """Return the override that takes away the last problem."""
     lines = (data / "problems.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "problems.jsonl").write_text("".join(lines[:-1]))
     return f"data.path={tmp_path}/problems.jsonl"
 
 
+LEARNED = ["target=strict", "rollout.temperature=0.5", "method.name=sft", "+model.transformer.attention_dropout=0.1"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (
-            ["target=strict", "rollout.temperature=0.5", "method.name=sft", "+model.transformer.attention_dropout=0.1"],
-            ["target.k_max: ", "rollout.temperature: ", "method.name: ", "model.transformer.attention_dropout: "],
-        ),
-        (["teacher.weights=ema", "checkpoint.resume=force"], ["teacher.weights: "]),
+        (LEARNED, ["target.k_max", "rollout.temperature", "method.name", "model.transformer.attention_dropout"]),
+        (["teacher.weights=ema", "checkpoint.resume=force"], ["teacher.weights"]),
         (["SHORTENED"], ["data.path"]),
     ],
     ids=["what decides what is learned", "another form on disk, even by force", "other problems"],
@@ -162,24 +138,17 @@ def test_such_changes_are_refused_before_anything_is_built(ranks, run, data, sho
     assert bytes_of(run) == before
 
 
-def test_what_may_change_is_logged_line_by_line_once_and_the_run_goes_on(ranks, data, finished, run, tmp_path):
+@pytest.mark.full
+def test_what_may_change_is_logged_line_by_line_once_and_the_run_goes_on(ranks, data, run, tmp_path):
     text, same = (run / "config.yaml").read_text(), tmp_path / "same.jsonl"
     shutil.copyfile(data / "problems.jsonl", same)
     changes = ["optimizer.lr=5e-4", "schedule.max_tokens=128", "checkpoint.save_every=5", f"data.path={same}"]
     status, output = started(ranks, data, run, *changes, "optimizer.precision=bf16")
     assert status == 0 and saved_step(run) == 7
-    lines = [line for line in output.splitlines() if " in the checkpoint, now " in line]
-    assert f"run_dir: '{finished}' in the checkpoint, now '{run}'" in lines, "the fixture has copied the directory"
-    assert [line for line in lines if not line.startswith(("run_dir", "data.path"))] == [
-        "checkpoint.save_every: 3 in the checkpoint, now 5",
-        "metrics.console_every: 0 in the checkpoint, now 1",
-        "num_steps: 6 in the checkpoint, now 7",
-        "optimizer.lr: 0.001 in the checkpoint, now 0.0005",
-        "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'",
-        "schedule.max_tokens: 256 in the checkpoint, now 128",
-    ]
-    shown = [re.escape(str(path)[:70]) for path in (data, same)]  # a long value is cut
-    assert re.search(rf"data\.path: '{shown[0]}.* in the checkpoint, now '{shown[1]}", output), output
+    keys = [line.partition(":")[0] for line in output.splitlines() if " in the checkpoint, now " in line]
+    named = "run_dir data.path checkpoint.save_every metrics.console_every num_steps optimizer.lr optimizer.precision"
+    assert sorted(keys) == sorted([*named.split(), "schedule.max_tokens"])
+    assert "optimizer.lr: 0.001 in the checkpoint, now 0.0005" in output
     assert reproducible_metrics(run)[6]["learning_rate"] == pytest.approx(5e-4)
     assert (run / "config.until_step_6.yaml").read_text() == text, "the configuration of the earlier launch is kept"
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == 5e-4

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from ranks import RankError
 from reported_runs import blocks_of
+from rounded_json import read_lines
 from tiers import combinations
 from tiny_run import (
     TWO_RANKS,
@@ -27,7 +27,7 @@ from tiny_run import (
 
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
-from megatron_selfdistill.metrics.run_log import read_evaluation_samples, read_metrics, read_samples
+from megatron_selfdistill.metrics.run_log import read_samples
 from megatron_selfdistill.rollout.base import Response, response_text
 
 DEFAULT, TURNS = ["recipe=default", "method.name=opsd_rl"], "environment.max_turns=3"
@@ -50,7 +50,6 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def of(early) -> Callable[..., list[str]]:
-    """Return a function from a recipe and further options to the options of a short run, whose episodes differ."""
     return lambda recipe, *more: [early, *TINY, *RECIPES[recipe], *more]
 
 
@@ -76,17 +75,10 @@ def start_and_die_in_a_second_turn(arguments: list[str]) -> int:
     return start_with(arguments, MegatronSampler, "generate", generate_or_die)
 
 
-def recorded(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
-
-
 def turns_of(run: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
     """Return the recorded responses of a step: (problem, sample, turn) -> token ids."""
-    return {
-        (one["problem_id"], one["sample_index"], one.get("turn", 0)): one["token_ids"]
-        for one in recorded(run)
-        if one["step"] == step
-    }
+    records = [one for one in read_lines(run / "responses.jsonl") if one["step"] == step]
+    return {(one["problem_id"], one["sample_index"], one.get("turn", 0)): one["token_ids"] for one in records}
 
 
 def test_episodes_have_different_lengths(runs, of):
@@ -115,6 +107,7 @@ def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_token
         assert one["rollout/kept_tokens"] > 0
 
 
+@pytest.mark.full
 @combinations(recipe=["rltf_sd", "rltf_fm"], quick={"recipe": ["rltf_sd"]}, strength=1)
 def test_further_texts_of_episodes_are_trained_on(runs, of, recipe):
     whole = runs(*of(recipe))
@@ -165,27 +158,20 @@ SHOWN = {
     "by_turn": [*DEFAULT, "environment.name=sessions.Guiding", TURNS],
     "one_sequence": [*DEFAULT, REPLYING, TURNS, ONE_SEQUENCE],
 }
-QUICK_SHOWN = pytest.mark.parametrize("name", ["by_turn", pytest.param("one_sequence", marks=pytest.mark.full)])
 
 
 @pytest.fixture(scope="module")
 def showing(data, early) -> Callable[..., list[str]]:
     """Return a function to the options of a run of one step with an evaluation, which shows three problems."""
-    more = [
-        "num_steps=1",
-        "metrics.show_samples=3",
-        "metrics.explore_samples=3",
-        "report.every=1",
-        "evaluation.limit=2",
-    ]
+    more = ["num_steps=1", "metrics.show_samples=3", "metrics.explore_samples=3", "report.every=1"]
     more += ["evaluation.verifier=exact_match", "evaluation.every=1", f"evaluation.path={data}/problems.jsonl"]
+    more += ["evaluation.limit=2"]
     return lambda name, *others: [early, *TINY, *more, *SHOWN[name], *others]
 
 
 def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, name: str) -> None:
     """Compare the record of a turn with the replies of `Replying`, and its hint with those of `Guiding`."""
-    problems = map(json.loads, (data / "problems.jsonl").read_text().splitlines())
-    solutions = {problem["id"]: problem["solution"] for problem in problems}
+    solutions = {problem["id"]: problem["solution"] for problem in read_lines(data / "problems.jsonl")}
     said = response_text(Response.unsampled(record["tokens"]["id"]), load_tokenizer(data / "tokenizer"))
     is_even, number = sum(map(ord, said)) % 2 == 0, record["turn"]
     assert record["reward"] == (0.0 if record["truncated"] else float(is_even))
@@ -194,7 +180,7 @@ def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, nam
     assert record["hint"] == (str(number) if is_guided else solutions[record["problem_id"]])
 
 
-@QUICK_SHOWN
+@pytest.mark.parametrize("name", ["by_turn", pytest.param("one_sequence", marks=pytest.mark.full)])
 def test_samples_report_and_explorer_have_the_turns_of_an_episode_with_what_belongs_to_each(runs, data, showing, name):
     run = runs(*showing(name))
     samples = read_samples(run)
@@ -228,25 +214,3 @@ def test_turns_that_move_between_replicas_take_along_what_belongs_to_them(runs, 
     assert any(record["turn"] for record in records)
     for record in records:
         assert_says_what_belongs_to_its_turn(record, data, name)
-
-
-@QUICK_SHOWN
-def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(runs, showing, name):
-    run = runs(*showing(name))
-    (measured,) = [line for line in read_metrics(run) if "evaluation/greedy_mean_reward" in line]
-    said = [record for record in read_evaluation_samples(run) if record["sample"] is None]
-    turns, rewards = [], []
-    for record in said:
-        parts = record["response"].split("\n--- turn ")
-        texts = [part.partition("\n--- reply\n")[0].rpartition("\n")[2] for part in parts]
-        turns.append(len(parts))
-        rewards.append(sum(sum(map(ord, text)) % 2 == 0 for text in texts[: len(parts) - record["truncated"]]))
-    assert measured["evaluation/greedy_mean_turns"] == sum(turns) / 2 and len(said) == 2
-    assert measured["evaluation/greedy_mean_reward"] == sum(rewards) / 2
-    assert max(turns) <= 3 and "evaluation/sampled_mean_reward" in measured
-
-
-@pytest.mark.full
-def test_showing_episodes_changes_no_number_of_the_run(runs, showing):
-    unseen = runs(*showing("by_turn", "metrics.show_samples=0"))
-    assert reproducible_metrics(runs(*showing("by_turn"))) == reproducible_metrics(unseen)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+from tiers import combinations
 
 CHUNK_TOKENS = 20  # of a microbatch's 100 or so
 FUSED = ["loss.fused=low_memory", f"loss.fused_chunk_tokens={CHUNK_TOKENS}"]
@@ -30,22 +31,17 @@ def start_counting(arguments: list[str]) -> tuple[int, int, int]:
     return status, sum(num_tokens > CHUNK_TOKENS for num_tokens in projected), sum(scored)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "more"),
-    [
-        pytest.param(1, ["teacher.weights=ema", *FUSED], id="ema"),
-        pytest.param(1, ["teacher.weights=ema", "loss.fused=none"], id="ema, not fused", marks=pytest.mark.full),
-        pytest.param(2, ["teacher.weights=ema", *FUSED, TP2], id="ema, TP2", marks=pytest.mark.full),
-        pytest.param(2, ["teacher.weights=current", *FUSED, TP2], id="current, TP2", marks=pytest.mark.full),
-    ],
-)
-def test_a_fused_run_alone_never_projects_a_whole_microbatch_not_even_to_score_solutions(
-    ranks, data, tmp_path, world_size, more
-):
+EMA = "teacher.weights=ema"
+CASES = {"ema": [EMA, *FUSED], "ema, not fused": [EMA, "loss.fused=none"], "ema, TP2": [EMA, *FUSED, TP2]}
+CASES |= {"current, TP2": ["teacher.weights=current", *FUSED, TP2]}
+
+
+@combinations(more=CASES, quick={"more": ["ema"]})
+def test_a_fused_run_alone_never_projects_a_whole_microbatch_not_even_to_score_solutions(ranks, data, tmp_path, more):
     own = ["method.name=own_solutions", "method.pick=learnable", "method.num_samples=6", "num_steps=1"]
     own += ["evaluation.verifier=tiny_run.starts_with_an_even_token", "checkpoint.save_every=0", *more]
     arguments = tiny_run.overrides(data, tmp_path / "run", *own)
-    found = ranks.run(start_counting, arguments, world_size=world_size, init_process_group=False)
+    found = ranks.run(start_counting, arguments, world_size=1 + (TP2 in more), init_process_group=False)
     for status, num_whole, num_scored in found:
         assert status == 0 and num_scored > 0
         assert (num_whole == 0) == (FUSED[0] in more)

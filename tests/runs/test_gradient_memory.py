@@ -27,7 +27,6 @@ CASES = ["one rank", *(pytest.param(name, marks=pytest.mark.full) for name in LA
 
 
 def gradient_bytes(chunks: Sequence[Any]) -> int:
-    """Return the bytes that all gradient buffers of this rank hold."""
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     assert buffers
     return sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
@@ -38,11 +37,7 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
-    """Train; return the bytes of the gradients at each sampling and in each step, the gradients and the weights.
-
-    The last step has no response token; its bytes are those that the next sampling would meet.  The last weights are
-    those of a new trainer of the same run.
-    """
+    """Train; return the bytes of the gradients at each sampling and in each step, the gradients and the weights."""
     from megatron_selfdistill.config import load
     from megatron_selfdistill.data.run_data import RunData
     from megatron_selfdistill.distributed import ranks
@@ -95,6 +90,7 @@ def trained(arguments: Sequence[str], releases: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_released_while_an_engine_samples_and_steps_keep_every_bit(ranks, data, tmp_path, name):
     world_size, layout = LAYOUTS[name]

@@ -19,7 +19,6 @@ NUM_STEPS = [
 
 @pytest.fixture(scope="module")
 def options(runs) -> list[str]:
-    """Return the options of all runs, which start from the weights after one step."""
     base = runs(FOUR_LAYERS, "num_steps=1")
     return [FOUR_LAYERS, f"checkpoint.load={base}/checkpoints", "checkpoint.save_every=0"]
 
@@ -35,6 +34,7 @@ def test_steps_on_recorded_responses_have_the_same_losses(runs, options, name, n
         assert b["tokens/response"] == a["tokens/response"]
 
 
+@pytest.mark.full
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
 def test_the_first_steps_sampled_responses_are_equal(runs, options, name):
     one, other = runs(*options, "num_steps=3"), runs(*options, *LAYOUTS[name], "num_steps=1", world_size=2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rounded_json import read_lines
 from taught import gradients_by_definition, trained_gradients, write_records_of_teachers
+from tiers import combinations
 from tiny_run import (
     TWO_RANKS,
     assert_equal_runs,
@@ -77,10 +78,7 @@ def places(runs, own_data) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def of(places) -> Callable[..., list[str]]:
-    """Return a function to the options of a run from the student's weights with named teachers.
-
-    A word in capitals stands for a place: DATA, STUDENT, MATH, CODE, WIDE, or one that is given.
-    """
+    """Return a function to the options of a run with named teachers; a word in capitals stands for a place."""
 
     def options(*more: str, teachers: Sequence[str] = NAMED, **given: Path) -> list[str]:
         found = {name.upper(): str(path) for name, path in (places | given).items()}
@@ -163,12 +161,9 @@ STEPS = QUICK_STEPS | {
 }
 
 
-@pytest.mark.parametrize("name", [*QUICK_STEPS, *(pytest.param(n, marks=FULL) for n in STEPS if n not in QUICK_STEPS)])
+@combinations(name=list(STEPS), quick={"name": QUICK_STEPS})
 def test_a_step_has_the_gradient_of_the_definition(ranks, runs, places, of, tmp_path, name):
-    """Each teacher with its weights, its prompt and its w; each response counts once, however many teachers it has.
-
-    A teacher of another architecture differs in layers, width, heads, norms, ties and the padding of its vocabulary.
-    """
+    """Each teacher with its weights, its prompt and its w; each response counts once, however many teachers it has."""
     of_step, start = runs.arguments(tmp_path / "run", *of(*STEPS[name])), places["student"]
     [(names, error)] = ranks.run(step_and_definition, of_step, start, world_size=1, init_process_group=False)
     wanted = {"code+math", "code+default+math"} if name.startswith("product") else {"math", "code", "default"}
@@ -177,11 +172,7 @@ def test_a_step_has_the_gradient_of_the_definition(ranks, runs, places, of, tmp_
 
 
 @FULL
-@pytest.mark.parametrize(
-    "options",
-    [["teacher.offload=cpu"], ["target.anchor=student"], ["teachers.code.weight=2"]],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [["teacher.offload=cpu"], ["target.anchor=student"], ["teachers.code.weight=2"]])
 def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(runs, of, options):
     """The log-probs of the sampler's teacher are those of the loss's; the weights of others come and go between."""
     guides = ["data.path=DATA/code.jsonl", "rollout.guidance=mixed", "teachers.guide=code", CODE_HINTED]
@@ -315,16 +306,13 @@ ALIKE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 """Kind of teachers -> what makes their options, and layouts."""
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [
-        pytest.param(kind, layout, marks=() if (kind, layout) == ("a teacher per record", LAYOUTS["DP2"]) else FULL)
-        for kind, (_, layouts) in ALIKE.items()
-        for layout in layouts
-    ],
-    ids=str,
-)
-def test_every_layout_has_the_steps_of_one_rank(request, runs, of, kind, layout):
+CASES = {f"{kind}, {layout}": (kind, layout) for kind, (_, layouts) in ALIKE.items() for layout in layouts}
+
+
+@pytest.mark.full
+@combinations(case=CASES, quick={"case": [f"a teacher per record, {LAYOUTS['DP2']}"]})
+def test_every_layout_has_the_steps_of_one_rank(request, runs, of, case):
+    kind, layout = case
     made, given = ALIKE[kind][0], {}
     if "adapters" in kind:
         given = request.getfixturevalue("adapted")

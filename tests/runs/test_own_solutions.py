@@ -5,30 +5,28 @@ from __future__ import annotations
 
 import json
 
-import pytest
+from rounded_json import read_lines
+from tiers import combinations
 from tiny_run import reproducible_metrics, starts_with_an_even_token
 
 from megatron_selfdistill.metrics.run_log import read_samples
 
 OWN = [
-    *("method.name=own_solutions", "method.refresh_every=2", "method.num_samples=6", "num_steps=4"),
-    *("evaluation.verifier=tiny_run.starts_with_an_even_token", "data.on_long_context=drop"),
+    *("method.name=own_solutions", "method.refresh_every=2", "method.num_samples=6", "method.pick=learnable"),
+    *("evaluation.verifier=tiny_run.starts_with_an_even_token", "data.on_long_context=drop", "num_steps=4"),
 ]
 PP2 = "parallel.pipeline_model_parallel_size=2"
 
 
-@pytest.mark.parametrize(
-    ("world_size", "options"),
-    [
-        pytest.param(1, ["method.pick=learnable"], id="learnable"),
-        pytest.param(1, ["method.pick=shortest"], id="shortest", marks=pytest.mark.full),
-        pytest.param(2, ["method.pick=learnable", PP2], id="learnable, PP2", marks=pytest.mark.full),
-    ],
-)
-def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(runs, data, tmp_path, world_size, options):
-    records = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
+CASES = {"learnable": (1, []), "shortest": (1, ["method.pick=shortest"]), "PP2": (2, [PP2])}
+
+
+@combinations(case=CASES, quick={"case": ["learnable"]})
+def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(runs, data, tmp_path, case):
+    world_size, options = case
+    records = read_lines(data / "problems.jsonl")
     lines = [json.dumps({key: value for key, value in record.items() if key != "solution"}) for record in records]
-    (tmp_path / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
     options = [f"data.path={tmp_path}/problems.jsonl", *OWN, *options]
     whole = runs(*options, world_size=world_size)
     lines = reproducible_metrics(whole)

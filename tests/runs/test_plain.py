@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny_run
+from rounded_json import read_lines
 
 from megatron_selfdistill.rollout.sampling import sample_seed
 
@@ -36,7 +37,6 @@ class Steps(NamedTuple):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> Path:
-    """Return a directory with problems, a tokenizer, a base model, and a run of `selfdistill train` from this model."""
     return trained(tmp_path_factory.mktemp("plain"), ranks)
 
 
@@ -44,8 +44,7 @@ def trained(directory: Path, ranks: Any, solution: str | None = None) -> Path:
     """Train a base model, and a run from it, on problems that may have one ``solution`` all; return ``directory``."""
     tiny_run.write_data(directory, NUM_PROBLEMS)
     if solution is not None:
-        records = map(json.loads, (directory / "problems.jsonl").read_text().splitlines())
-        lines = [json.dumps(record | {"solution": solution}) for record in records]
+        lines = [json.dumps(record | {"solution": solution}) for record in read_lines(directory / "problems.jsonl")]
         (directory / "problems.jsonl").write_text("\n".join(lines))
     first = ("num_steps=1", "optimizer.lr=0.02", "optimizer.lr_warmup_steps=0")
     base = tiny_run.overrides(directory, directory / "base", *first)
@@ -54,7 +53,6 @@ def trained(directory: Path, ranks: Any, solution: str | None = None) -> Path:
 
 
 def losses_of_the_run(directory: Path) -> list[float]:
-    """Return the losses of `selfdistill train`."""
     return [line["loss/mean"] for line in tiny_run.reproducible_metrics(directory / "run")]
 
 
@@ -62,20 +60,15 @@ def losses_of_the_run(directory: Path) -> list[float]:
 def expected(files: Path, ranks: Any) -> Steps:
     """Return what `selfdistill train` computes, whose third step has a problem twice, with two responses."""
     (gradients,) = ranks.run(first_gradients, overrides(files, "unstarted"), world_size=1, init_process_group=False)
-    twice = [one for one in records_of_the_run(files) if one["sample_index"] == 1]
+    twice = [one for one in read_lines(files / "responses.jsonl") if one["sample_index"] == 1]
     assert twice and {one["step"] for one in twice} >= {2}
     return Steps(losses_of_the_run(files), gradients, responses_of_the_run(files))
 
 
-def records_of_the_run(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "responses.jsonl").read_text().splitlines()]
-
-
 def responses_of_the_run(directory: Path) -> dict[int, list[int]]:
-    """Return the responses that `selfdistill train` has sampled, by their seeds."""
     return {
         sample_seed(0, one["step"], one["problem_id"], one["sample_index"]): one["token_ids"]
-        for one in records_of_the_run(directory)
+        for one in read_lines(directory / "responses.jsonl")
     }
 
 
@@ -88,8 +81,6 @@ def overrides(directory: Path, run_dir: str) -> list[str]:
 
 
 def first_gradients(arguments: list[str]) -> dict[str, Any]:
-    """Return the gradients of the first step of `selfdistill train` by parameter."""
-
     def of(trainer: Any) -> dict[str, Any]:
         from megatron_selfdistill.model.forward import unwrapped
 
@@ -102,14 +93,12 @@ def first_gradients(arguments: list[str]) -> dict[str, Any]:
 
 
 def numbers(num_steps: int) -> Any:
-    """Return the sizes with which plain.py runs."""
     from megatron_selfdistill import plain
 
     return plain.Numbers(num_steps=num_steps, learning_rate=1e-3, warmup_steps=2, seed=0, **SIZES)
 
 
-def plain_steps(directory: Path, num_steps: int, teacher_weight: float = 0.75) -> Steps:
-    """Train with plain.py on this rank."""
+def plain_steps(directory: Path, num_steps: int) -> Steps:
     from transformers import AutoTokenizer
 
     from megatron_selfdistill import plain
@@ -119,16 +108,13 @@ def plain_steps(directory: Path, num_steps: int, teacher_weight: float = 0.75) -
     sizes, sample, known = numbers(num_steps), plain.sample, responses_of_the_run(directory)
     steps = Steps([], {}, {})
 
-    def sample_and_take_those_of_the_run(
-        model: Any, prompts: Any, seeds: Sequence[int], *options: Any
-    ) -> list[list[int]]:
+    def sample_and_take_those_of_the_run(model: Any, prompts: Any, seeds: Any, *options: Any) -> list[list[int]]:
         steps.responses.update(zip(seeds, sample(model, prompts, seeds, *options), strict=True))
         return [known[seed] for seed in seeds]
 
     grid = ranks.initialize(ParallelConfig(), sizes.seed)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         stack.callback(ranks.shutdown)
-        patch.setattr(plain, "TEACHER_WEIGHT", teacher_weight)
         patch.setattr(plain, "sample", sample_and_take_those_of_the_run)
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
         problems = plain.read_problems(directory / "problems.jsonl", tokenizer, sizes.teacher_template)
@@ -143,7 +129,6 @@ def plain_steps(directory: Path, num_steps: int, teacher_weight: float = 0.75) -
 
 @pytest.fixture(scope="module")
 def alone(files: Path, ranks: Any) -> Steps:
-    """Return what plain.py computes on one rank."""
     return ranks.run(plain_steps, files, NUM_STEPS, world_size=1, init_process_group=False)[0]
 
 
@@ -189,22 +174,7 @@ def test_where_all_solutions_are_one_text_both_take_the_student_as_the_anchor(ra
     tiny_run.train(ranks, more)
 
 
-def test_another_teacher_weight_shows_in_the_first_loss(files, ranks, expected):
-    (found,) = ranks.run(plain_steps, files, 1, 0.7, world_size=1, init_process_group=False)
-    assert abs(found.losses[0] - expected.losses[0]) > 100 * TOLERANCE
-
-
-def test_every_epoch_has_each_problem_once_also_where_a_batch_belongs_to_two_epochs():
-    from megatron_selfdistill import plain
-
-    problems = [plain.PreparedProblem(str(number), [], [], "", "") for number in range(3)]
-    batches = plain.batches(problems, 2, seed=1)
-    taken = [problem.id for _ in range(3) for problem in next(batches)]
-    assert sorted(taken[:3]) == sorted(taken[3:]) == ["0", "1", "2"]
-
-
 def printed(arguments: Sequence[str], num_steps: int) -> str:
-    """Return what the command of plain.py prints on this rank."""
     from megatron_selfdistill import plain
 
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -212,21 +182,9 @@ def printed(arguments: Sequence[str], num_steps: int) -> str:
     return output.getvalue()
 
 
+@pytest.mark.full
 def test_the_command_prints_losses_and_accuracies(files, ranks, expected):
     paths = [str(files / name) for name in ("base/checkpoints", "tokenizer", "problems.jsonl", "problems.jsonl")]
     (output,) = ranks.run(printed, paths, 2, world_size=1, init_process_group=False)
-    before, *steps, after = output.splitlines()
-    assert (before[:31], after[:30]) == ("20 held-out problems before: 0.", "20 held-out problems after: 0.")
+    _, *steps, _ = output.splitlines()
     assert steps == [f"step {step}: loss {expected.losses[step - 1]:.4f}" for step in (1, 2)]
-
-
-def test_without_files_the_command_takes_the_newest_base_of_the_quickstart_or_says_how_to_make_one(tmp_path):
-    from megatron_selfdistill import plain
-
-    with pytest.raises(SystemExit, match="run `make quickstart`"):
-        plain.of_the_quickstart(tmp_path)
-    base = tmp_path / "bases" / "subtraction-seed5-0123"
-    base.mkdir(parents=True)
-    problems = tmp_path / "quickstart" / "seed5" / "train.jsonl"
-    wanted = [base / "checkpoints", base / "tokenizer", problems, base / "held_out.jsonl"]
-    assert plain.of_the_quickstart(tmp_path) == wanted

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-import tiny_run
 from reported_runs import blocks_of
+from tiers import combinations
 from tiny_run import reproducible_metrics, train
 
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, forget_explored_after, read_explored
@@ -51,9 +51,7 @@ def test_a_run_writes_its_report_and_trains_as_without_one(runs, of):
     assert len(blocks["evaluations"][0]) == len(kept)
 
 
-@pytest.mark.parametrize(
-    "name", ["reference", *(pytest.param(name, marks=pytest.mark.full) for name in ("student", "controls"))]
-)
+@combinations(name=list(TARGETS), quick={"name": ["reference"]})
 def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(runs, of, name):
     run = runs(*of(*SHOWN, *TARGETS[name]))
     found = [read_explored(path) for path in explored_files(run)]
@@ -68,22 +66,14 @@ def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(r
             assert record[key] == sample[key]
 
 
+def test_a_run_that_goes_back_forgets_the_explored_responses_of_later_steps(runs, of, tmp_path):
+    run = shutil.copytree(runs(*of(*SHOWN, *TARGETS["reference"])), tmp_path / "run")
+    for step, left in ((1, 2), (0, 0)):
+        forget_explored_after(run, step)
+        assert len(explored_files(run)) == left and len(list((run / "explored").iterdir())) == 2 * left
+
+
 @pytest.mark.full
-def test_a_resumed_run_forgets_what_it_repeats(ranks, runs, of, tmp_path):
-    options, run = of(*SHOWN, *TARGETS["student"]), tmp_path / "run"
-    shutil.copytree(runs(*options), run)
-    before = {path.name: path.read_bytes() for path in explored_files(run)}
-    tiny_run.go_back_to_step(1, run)
-    for path in explored_files(run)[2:]:
-        path.with_name(path.name.replace(".json.gz", ".html")).write_text("a page")
-        path.write_bytes(b"a leftover")
-    train(ranks, runs.arguments(run, *options, "report.every=0"))
-    assert {path.name: path.read_bytes() for path in explored_files(run)} == before
-    assert not list((run / "explored").glob("step_0000002*.html"))
-    forget_explored_after(run, 0)
-    assert explored_files(run) == []
-
-
 def test_a_run_that_a_guard_stops_and_one_that_resumes_say_so_and_a_file_in_the_way_is_a_warning(
     ranks, runs, of, tmp_path
 ):

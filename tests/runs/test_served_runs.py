@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import pytest
 import tiny_run
 from fake_vllm import FakeVllm, answer_to, fake_servers
+from rounded_json import read_lines
+from tiers import combinations
 from tiny_run import overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 from megatron_selfdistill.data.tokenizer_files import load_tokenizer
@@ -39,21 +41,16 @@ RESPONSES = ("length_mean", "truncated_share", "loop_share", "quoted_hint_share"
 
 
 @contextmanager
-def ending_servers(count: int) -> Iterator[list[FakeVllm]]:
-    """Yield fake servers whose responses end with a stop token."""
-    with fake_servers(count) as servers:
+def ending_servers() -> Iterator[list[FakeVllm]]:
+    """Yield two fake servers whose responses end with a stop token."""
+    with fake_servers(2) as servers:
         for server in servers:
             server.vocab_size, server.ends = 10, True
         yield servers
 
 
-def hold_back(
-    servers: list[FakeVllm], prompts: Sequence[list[int]], held: Path, until: Callable[[FakeVllm], bool]
-) -> None:
-    """Let servers hold back the responses to ``prompts`` until ``until(server)``; the first one makes ``held``, a file.
-
-    Two minutes end the wait: then the test fails.
-    """
+def hold_back(servers: list[FakeVllm], prompts: Any, held: Path, until: Callable[[FakeVllm], bool]) -> None:
+    """Let servers hold back the responses to ``prompts`` until ``until(server)``; the first one makes ``held``."""
 
     def seconds_of(prompt: list[int], server: FakeVllm) -> float:
         deadline = time.monotonic() + 120
@@ -68,10 +65,7 @@ def hold_back(
 
 
 def on(servers: list[FakeVllm], data: Path, run_dir: Path, *more: str) -> list[str]:
-    """Return the overrides of a run of three steps on ``servers``, with microbatches of one or two contexts.
-
-    The servers know no model, so that their log-probs are not those of the trainer, which a guard would stop.
-    """
+    """Return the overrides of a run of three steps on ``servers``, whose log-probs are not those of the trainer."""
     addresses = ",".join(server.address for server in servers)
     options = [f"rollout.servers=[{addresses}]", "rollout.engine=vllm", "rollout.placement=server"]
     options += ["rollout.transfer=gloo", "rollout.num_samples=2", "num_steps=3", "checkpoint.save_every=1"]
@@ -81,8 +75,7 @@ def on(servers: list[FakeVllm], data: Path, run_dir: Path, *more: str) -> list[s
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """Return all metrics of each step, without those of evaluations."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss/mean" in line]
+    return [line for line in read_lines(run_dir / "metrics.jsonl") if "loss/mean" in line]
 
 
 def assert_same_steps(one: Path, other: Path) -> None:
@@ -99,7 +92,7 @@ def assert_same_steps(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def fakes() -> Iterator[list[FakeVllm]]:
-    with ending_servers(2) as servers:
+    with ending_servers() as servers:
         yield servers
 
 
@@ -110,7 +103,7 @@ def turns(ranks, data, tmp_path_factory) -> Callable[..., tuple[Path, Counter[st
     @functools.cache
     def finished(*layout: str, world_size: int = 1) -> tuple[Path, Counter[str]]:
         run = tmp_path_factory.mktemp("turns") / "run"
-        with ending_servers(2) as servers:
+        with ending_servers() as servers:
             train(ranks, on(servers, data, run, *layout, f"tests.record={run}/responses.jsonl"), world_size)
             return run, servers[0].answered + servers[1].answered
 
@@ -120,23 +113,16 @@ def turns(ranks, data, tmp_path_factory) -> Callable[..., tuple[Path, Counter[st
 @pytest.fixture(scope="module")
 def prompts(turns, data) -> dict[int, list[list[int]]]:
     """Return the prompts of each step, of which the servers hold back the first half."""
-    texts = {record["id"]: record["problem"] for record in problems(data)}
+    texts = {record["id"]: record["problem"] for record in read_lines(data / "problems.jsonl")}
     tokenizer, found = load_tokenizer(data / "tokenizer"), {step: [] for step in range(3)}
-    for record in map(json.loads, (turns()[0] / "responses.jsonl").read_text().splitlines()):
+    for record in read_lines(turns()[0] / "responses.jsonl"):
         if record["sample_index"] == 0:
             found[record["step"]].append(tokenizer.encode(texts[record["problem_id"]]))
     return found
 
 
-def problems(data: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
-
-
 def start_and_meet(arguments: list[str], step: int, held: Path, met: Path, stop: bool) -> int:
-    """Train; in ``step``, wait until the servers hold responses of the next one back and all others are finished.
-
-    Then write the file ``met``, and ask the run to stop if ``stop``.
-    """
+    """Train; in ``step``, wait until servers hold responses of the next one; write ``met``, and stop if ``stop``."""
     from megatron_selfdistill.trainer import Trainer
 
     pack = Trainer.pack
@@ -179,7 +165,8 @@ def test_responses_under_way_take_the_new_weights(ranks, fakes, turns, prompts, 
     """An evaluation between two steps asks for others."""
     held, tokenizer = tmp_path / "held", load_tokenizer(data / "tokenizer")
     hold_back(fakes, prompts[2][: NUM_HELD // 2], held, lambda server: server.version == "2")
-    others = [record for record in problems(data) if tokenizer.encode(record["problem"]) not in prompts[2]]
+    asked = read_lines(data / "problems.jsonl")
+    others = [record for record in asked if tokenizer.encode(record["problem"]) not in prompts[2]]
     (tmp_path / "held_out.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in others))
     evaluation = ["evaluation.every=1", f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.limit=4"]
     how = {"start": start_and_meet, "step": 1, "held": held, "met": tmp_path / "met", "stop": False}
@@ -189,13 +176,6 @@ def test_responses_under_way_take_the_new_weights(ranks, fakes, turns, prompts, 
     assert steps[0]["rollout/staleness_max"] == 0 and steps[0]["rollout/mixed_share"] == 0
     assert steps[2]["rollout/mixed_share"] == NUM_HELD / PER_STEP
     assert 0 < steps[2]["rollout/staleness_mean"] < 1 == steps[2]["rollout/staleness_max"]
-
-
-@pytest.mark.full
-def test_the_age_is_never_above_the_number_of_steps_ahead(ranks, fakes, data, tmp_path):
-    ahead = ["rollout.ahead=2", "rollout.max_staleness=2", "num_steps=4", "rollout.num_samples=1"]
-    train(ranks, on(fakes, data, tmp_path / "run", *ahead))
-    assert [step["rollout/staleness_mean"] for step in metrics_of(tmp_path / "run")] == [0, 1, 2, 2]
 
 
 def test_a_run_that_stops_keeps_the_finished_responses_of_later_steps(ranks, fakes, turns, prompts, data, tmp_path):
@@ -246,7 +226,6 @@ def test_a_server_that_dies_with_a_batch_ahead_leaves_its_requests_to_the_others
 
 
 def output_of(ranks: Any, arguments: list[str], expected: int) -> str:
-    """Start a run on one rank, which must end with the status ``expected``; return what it prints."""
     shown = [*arguments, "metrics.console_every=1", "metrics.show_samples=0"]
     [(status, output)] = ranks.run(start_and_listen, shown, world_size=1, init_process_group=False)
     assert status == expected and "Traceback" not in output, output
@@ -263,16 +242,11 @@ def test_a_server_with_the_log_probs_of_another_model_stops_the_run_and_is_named
     assert saved_step(tmp_path / "run") == len(metrics_of(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"vocab_size": 10**6},
-        pytest.param({"log_prob": math.nan}, marks=pytest.mark.full),
-        pytest.param({"texts": {"/v1/models": '{"data": 7}'}}, marks=pytest.mark.full),
-        pytest.param({"endless_at": "/inference/v1/generate"}, marks=pytest.mark.full),
-    ],
-    ids=["token ids", "log-probs", "form", "endless response"],
-)
+FAULTS = {"token ids": {"vocab_size": 10**6}, "log-probs": {"log_prob": math.nan}}
+FAULTS |= {"form": {"texts": {"/v1/models": '{"data": 7}'}}, "endless": {"endless_at": "/inference/v1/generate"}}
+
+
+@combinations(fault=FAULTS, quick={"fault": ["token ids"]})
 def test_a_run_ends_before_it_trains_on_an_answer_that_cannot_be_true(ranks, fakes, data, tmp_path, fault):
     for fake in fakes:
         vars(fake).update(fault)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from taught import write_records_of_teachers
+from tiers import combinations
 from tiny_run import overrides, with_trainer, write_chats
 
 from _lib.pretraining import write_records
@@ -40,7 +41,6 @@ SOURCES = {
     "rft, on problems alone": ["method.name=rft", VERIFIED, "data.path=DATA/asked.jsonl"],
     "chat logs with weights": TURNS,
 }
-QUICK = ("own solutions", "chat logs with weights")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,6 @@ def arguments(data: Path, run_dir: Path, *options: str) -> list[str]:
 
 
 def gradients(trainer: Any, batch: Any) -> torch.Tensor:
-    """Return all gradients of this rank after one batch."""
     assert trainer.forward_backward(batch, trainer.pack(batch)).output is not None
     parameters = [parameter for chunk in trainer.learner.chunks for parameter in chunk.parameters()]
     return torch.cat([parameter.main_grad.flatten().clone() for parameter in parameters])
@@ -115,9 +114,7 @@ def train_two_steps(overrides: Sequence[str]) -> None:
     with_trainer(overrides, use)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in SOURCES]
-)
+@combinations(name=list(SOURCES), quick={"name": ["own solutions", "chat logs with weights"]})
 def test_a_batch_that_is_asked_for_twice_is_the_same_and_only_the_end_of_a_step_moves_the_source_on(
     ranks, data, tmp_path, name
 ):

@@ -35,10 +35,7 @@ def flag() -> bool:
 
 
 def traffic_and_passes(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list[tuple[bool, bool, int, int]]]:
-    """Run; return what each part of the second step exchanges with the device, and all passes of all models.
-
-    A pass: whether it has a cache, whether Megatron's flag is set, and the lengths of its rows of tokens and logits.
-    """
+    """Return what the second step exchanges, and of each pass: a cache, Megatron's flag, rows of tokens and logits."""
     from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
     from megatron.core.models.gpt import GPTModel
 
@@ -79,11 +76,7 @@ def run(ranks, data, tmp_path_factory):
 
 
 def test_a_step_reads_from_the_device_six_times_beside_sampling(run):
-    """Count the reads of a step without sampling.
-
-    The step reads the lengths and counts of all replicas, the number of response tokens, the metrics, the norm of the
-    gradient, and the metrics of the rollout.  Reads of the optimizer, which is torch's on this machine, do not count.
-    """
+    """They are lengths, counts, tokens, metrics twice and the norm; reads of the optimizer do not count."""
     traffic = {
         part: [line.rpartition(":")[0].rpartition("/")[2] for line in lines if line.startswith(READS)]
         for part, lines in run[0].items()

@@ -10,14 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
 import tiny
 import tiny_run
 import torch
-from tiny_run import assert_equal_runs, overrides, reproducible_metrics, saved_step, train, train_each
+from tiny_run import overrides, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.run_data import RunData
@@ -25,7 +24,7 @@ from megatron_selfdistill.distributed.roll_call import RollCall
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf_files import model_directory
 from megatron_selfdistill.metrics.run_log import read_samples
-from megatron_selfdistill.train import EXIT_NO_ROLLOUT, main
+from megatron_selfdistill.train import main
 from megatron_selfdistill.trainer import Trainer
 
 HELD_OUT = ("evaluation.path=HELD_OUT", "evaluation.every=6", "evaluation.verifier=exact_match")
@@ -75,23 +74,10 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(runs):
     assert (run / "teacher").is_dir(), "the frozen teacher is written once, beside the checkpoints"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["data/epoch"]) for line in lines] == [(1, 8 / 40), (2, 16 / 40), (3, 24 / 40)]
-    for key in (
-        "loss/mean loss/reverse_kl entropy/student entropy/teacher entropy/target entropy/target_minus_student k/mean "
-        "k/p01 k/p99 status/matched status/capped top1_agreement response/length_mean response/truncated_share "
-        "gradient_norm learning_rate tokens_per_second/rollout tokens_per_second/train padding/student padding/teacher "
-        "seconds/rollout seconds/train memory/rss_gib sampler/log_prob_mean_abs_diff sampler/log_prob_max_abs_diff"
-    ).split():
-        assert key in lines[-1], key
     assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
 
 
-def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):
-    train(ranks, overrides(data, tmp_path / "run", "dry_run=true"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
 def with_a_nan_gradient(arguments: list[str]) -> int:
-    """Make one gradient NaN at the third step."""
     update = Trainer.update
 
     def spoilt(self, step):  # type: ignore[no-untyped-def]
@@ -133,6 +119,7 @@ def test_guards_of_entropy_teacher_and_the_identity_law_stop_a_run(ranks, data, 
     train(ranks, overrides(data, tmp_path / "run"), start=with_a_broken_teacher_pass, expected=3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "world_size"), [("rft", 1), ("sft", 2)])
 def test_a_baseline_runs_on_the_same_data_and_is_evaluated_at_the_start_and_at_the_end(runs, data, method, world_size):
     verified = ["evaluation.verifier=tiny_run.starts_with_an_even_token", f"evaluation.path={data}/problems.jsonl"]
@@ -152,35 +139,8 @@ def test_a_baseline_runs_on_the_same_data_and_is_evaluated_at_the_start_and_at_t
         assert all(value < 0 for value in sample["tokens"]["student_log_prob"])
 
 
-def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> int:
-    from megatron_selfdistill.errors import EngineError
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-
-    generate, calls = MegatronSampler.generate, []
-
-    def generate_or_die(self: Any, requests: Any, params: Any) -> Any:
-        calls.append(requests)
-        if len(calls) == 5:
-            raise EngineError("the engine on rank 0 died: expected 8 responses, got 3")
-        return generate(self, requests, params)
-
-    return tiny_run.start_with(arguments, MegatronSampler, "generate", generate_or_die)
-
-
-@pytest.mark.full
-def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, runs, data, tmp_path):
-    start, broken = start_with_an_engine_that_dies_in_the_fifth_step, overrides(data, tmp_path / "broken")
-    train(ranks, broken, world_size=2, start=start, expected=EXIT_NO_ROLLOUT)
-    assert saved_step(tmp_path / "broken") == 4, "the four steps that were done are kept"
-    train(ranks, broken, world_size=2)
-    assert_equal_runs(ranks, runs(world_size=2), tmp_path / "broken")
-
-
 def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(runs, tmp_path):
-    """Replay responses with log-probs of 1.25 times or a third of the student's probability.
-
-    The weights of their tokens are 1 / 1.25 and the cap.
-    """
+    """Replayed log-probs are of 1.25 times or a third of the student's probability: the weights are .8 and the cap."""
     options = ["num_steps=1", "loss.rollout_correction=truncated", "loss.rollout_correction_cap=1.5"]
     [plain] = reproducible_metrics(runs(*options))
     assert plain["correction/weight_mean"] == pytest.approx(1, abs=1e-5) and plain["correction/capped"] == 0
@@ -196,7 +156,6 @@ def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ru
     assert weighted["correction/capped"] == pytest.approx(num_tokens[0] / sum(num_tokens))
     mean = (1.5 * num_tokens[0] + num_tokens[1] / 1.25) / sum(num_tokens)
     assert weighted["correction/weight_mean"] == pytest.approx(mean, abs=1e-4)
-    assert weighted["gradient_norm"] != pytest.approx(plain["gradient_norm"], rel=1e-3)
 
 
 OF_HUB = "steps=2 data.teacher_template={problem}H{solution}| batch=4 rollout.max_new_tokens=8 report.every=0".split()
@@ -204,7 +163,6 @@ OF_HUB = "steps=2 data.teacher_template={problem}H{solution}| batch=4 rollout.ma
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Return a directory of Hugging Face, beside which is a file of problems."""
     directory = tiny.model_with_data(tmp_path_factory.mktemp("models"), 40, checkpoint=False)
     return (directory / "hf").rename(directory / "Tiny")
 

@@ -38,10 +38,7 @@ def messages(launch: Path, kind: str) -> list[Any]:
 
 
 def texts(data: bytes) -> Iterator[bytes]:
-    """Yield the text of each record of a file in LevelDB's log format, which has a header of 7 bytes.
-
-    A record is one frame, or several that fill blocks; a frame begins with 7 bytes, among them its length and kind.
-    """
+    """Yield the text of each record in LevelDB's log format: frames with a header of 7 bytes, their length and kind."""
     at, text = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768

@@ -45,10 +45,7 @@ def rows_of(
 
 
 def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
-    """Return the mean divergence from whole rows of logits in float64, one context after the other.
-
-    The second result is the gradient of this mean, or of both terms of the loss, to the weights of the final norm.
-    """
+    """Return the mean divergence in float64, and the gradient of the loss to the weights of the final norm."""
     student, teacher, reference = chunks_of(case)
     losses, log_probs, target = [], [], case.target
     for context in contexts_of(case):

@@ -14,10 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class BytesAlive(TorchDispatchMode):
-    """The bytes of the tensors that Python holds, counted after every operation, without the tensors of ``known``.
-
-    ``peak`` is the largest count so far.
-    """
+    """The bytes of the tensors that Python holds, without those of ``known``, and the largest count, ``peak``."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

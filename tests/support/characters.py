@@ -13,17 +13,9 @@ from megatron_selfdistill.data.tokenizer import Tokenizer
 
 STOP = ord("$")
 ONE_RANK = SimpleNamespace(
-    world_size=1,
-    is_first_of_replica=True,
-    dp_rank=0,
-    dp_size=1,
-    dp_group=None,
-    tp_group=None,
-    cp_group=None,
-    pp_group=None,
+    **{"world_size": 1, "dp_rank": 0, "dp_size": 1, "replica_rank": 0, "replica_size": 1, "is_first_of_replica": True},
+    **dict.fromkeys(("dp_group", "tp_group", "cp_group", "pp_group")),
     device=torch.device("cpu"),
-    replica_rank=0,
-    replica_size=1,
 )
 
 

@@ -112,10 +112,7 @@ def check_pair_log_probs(student: Tensor, teacher: Tensor, response: Response, t
 def check_greedy_pair(
     logits: Callable[[list[int]], Tensor], request: Request, response: Response, tolerance: float, gap: float = 5e-5
 ) -> int:
-    """Assert that each token is the argmax of w l_T + l_S, and that the log-probs are those of l_S and l_T.
-
-    Return the number of tokens.
-    """
+    """Assert that each token is the argmax of w l_T + l_S; return the number of tokens."""
     student, teacher = both_logits(logits, request, response.token_ids)
     check_argmax(0.75 * teacher + student, response, gap)
     check_pair_log_probs(student, teacher, response, tolerance)

@@ -45,10 +45,7 @@ class Words:
 
 
 def logit_rows(num_tokens: int, vocab_size: int, num_models: int) -> list[Tensor]:
-    """Return logits of models that agree at most tokens, float32: sharp and soft rows, and some with another favourite.
-
-    The order is student, teacher, reference and, with four, c of controls, which have the teacher's other favourites.
-    """
+    """Return logits of student, teacher, reference and c of controls, which agree at most of the tokens."""
     generator = torch.Generator().manual_seed(17)
 
     def normal(*shape: int) -> Tensor:

@@ -31,10 +31,7 @@ def tell(address: str, **fault: Any) -> None:
 def sampler(
     addresses: list[str], layout: dict[str, Any], progress=ignore_progress, adapter=None, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`.
-
-    By default it is so patient that a wait for its patience outlasts the test.
-    """
+    """Yield a sampler, whose patience outlasts the test, and the grid; ``options`` are those of `RolloutConfig`."""
     from megatron_selfdistill.engines.vllm import server_pool, server_sampler, transfer_group
     from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
@@ -47,16 +44,10 @@ def sampler(
     with tempfile.TemporaryDirectory() as directory:
         settings = {"transfer": "shared_memory", "transfer_dir": directory, "timeout_s": PATIENCE_S, **options}
         rules = family_of_model(MODEL).rules(MODEL)
-        built = ServerSampler(
-            EngineWeights(chunks, grid, rules, adapter, bucket_bytes=20_000, on_ranks=[0]),
-            grid,
-            Path(directory),
-            RolloutConfig(engine="vllm", placement="server", servers=addresses, **settings),
-            vocab_size=models.VOCAB_SIZE,
-            max_length=64,
-            run_dir=Path(directory),
-            progress=progress,
-        )
+        weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=20_000, on_ranks=[0])
+        rollout = RolloutConfig(engine="vllm", placement="server", servers=addresses, **settings)
+        own = {"vocab_size": models.VOCAB_SIZE, "max_length": 64, "run_dir": Path(directory), "progress": progress}
+        built = ServerSampler(weights, grid, Path(directory), rollout, **own)
         try:
             yield built, grid
         finally:

@@ -77,14 +77,9 @@ class ForkedPrograms:
 
     def __init__(self, python: str | Path, preloaded: Sequence[str], environment: Mapping[str, str]) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="selfdistill_programs_")
-        self._server = subprocess.Popen(
-            [str(python), "-c", _SERVER, json.dumps(list(preloaded))],
-            cwd=self._directory.name,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [str(python), "-c", _SERVER, json.dumps(list(preloaded))]
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen(command, cwd=self._directory.name, env=environment, **streams)
 
     def run(self, program: str | Path, *arguments: str, cwd: Path, seconds: int = 300) -> Done:
         """Run a program in the directory ``cwd``; a signal ends it after ``seconds``, which is an error here."""

@@ -16,11 +16,7 @@ STATUS_OF_AN_ERROR = 70
 
 
 def in_a_fork(function: Callable[..., Any], *arguments: Any, seconds: int = 100) -> tuple[int, str]:
-    """Call ``function(*arguments)`` in a fork of this process; return the fork's exit status and printed output.
-
-    The status is 0 if the function returns, and `STATUS_OF_AN_ERROR` if the function raises.  A signal ends a fork that
-    is still alive after ``seconds``; the status is then negative.
-    """
+    """Call ``function(*arguments)`` in a fork, which ends after ``seconds``; return its exit status and its output."""
     with tempfile.TemporaryFile("w+") as output:
         sys.stdout.flush()
         pid = os.fork()

@@ -71,19 +71,11 @@ def fused(
     """Return (statistics, dH, dW of this rank's rows)."""
     vocab, mine = shard_of(group)
     hidden, weight = options.pop("hidden", example.student).clone(), example.weight[mine].clone()
-    stats = fused_distillation_loss(
-        hidden.requires_grad_(),
-        options.pop("teacher_hidden", example.teacher),
-        weight.requires_grad_(),
-        None if example.teacher_weight is None else example.teacher_weight[mine],
-        example.tokens,
-        target=target,
-        divergence=kind,
-        vocab=vocab,
-        chunk_tokens=chunk_tokens,
-        mode=mode,
-        **options,
-    )
+    of_teacher = None if example.teacher_weight is None else example.teacher_weight[mine]
+    teacher_hidden = options.pop("teacher_hidden", example.teacher)
+    tensors = hidden.requires_grad_(), teacher_hidden, weight.requires_grad_(), of_teacher, example.tokens
+    options |= {"target": target, "divergence": kind, "vocab": vocab, "chunk_tokens": chunk_tokens, "mode": mode}
+    stats = fused_distillation_loss(*tensors, **options)
     (stats.loss * example.row_weights).sum().backward()
     return stats.detached(), hidden.grad, weight.grad
 

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from hf_contents import config_of
 from models import shard_of, sharded_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.data.context_parallel import context_parallel_positions
 from megatron_selfdistill.data.packed_batch import Microbatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.hf.family import Family
@@ -153,10 +155,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def read(directory: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rule], dict[str, Tensor]]:
-    """Return family, configuration, rules and tensors of a Hugging Face directory.
-
-    ``changes`` replace fields of the configuration, whose vocabulary has little padding.
-    """
+    """Return family, configuration with ``changes``, rules and tensors of a Hugging Face directory."""
     config = config_of(directory)
     tensors: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -170,10 +169,7 @@ def read(directory: Path, **changes: Any) -> tuple[Family, ModelConfig, list[Rul
 
 @torch.no_grad()
 def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Set every parameter and buffer of a checkpoint from Hugging Face tensors; return the keys that were set.
-
-    The padding of the vocabulary becomes 3, so that any use of the padding changes the results.
-    """
+    """Set all parameters and buffers from Hugging Face tensors, and the padding to 3; return the keys that were set."""
     depths = {rule.megatron.key: len(rule.megatron.index) for rule in rules}
     full = {
         (rule.megatron.key, rule.megatron.index): rule.to_megatron(*(tensors[name] for name in rule.hf_names))
@@ -234,6 +230,47 @@ def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[
     inputs = forward.inputs_of(microbatch, grid)
     rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), microbatch.response_positions, grid)
     return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
+
+
+@torch.no_grad()
+def logits_through_the_pipeline(
+    chunks: Sequence[torch.nn.Module], grid: RankGrid, sequences: Sequence[Sequence[int]], vocab_size: int = VOCAB_SIZE
+) -> Tensor | None:
+    """Return the logits [sum of lengths, ``vocab_size``] in float32 on the last stage; None on other stages."""
+    config = unwrapped(chunks[0]).config
+    microbatch = packed(sequences)
+    inputs = forward.inputs_of(microbatch, grid)
+    length = inputs.tokens.numel()
+    length //= grid.tp_size if grid.sequence_parallel else 1
+    neighbour = [dist.get_global_rank(grid.pp_group, (grid.pp_rank + step) % grid.pp_size) for step in (-1, 1)]
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        if not model.pre_process:
+            received = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype)
+            dist.recv(received, src=neighbour[0], group=grid.pp_group)
+            model.set_input_tensor(received)
+        hidden = forward.hidden_states(chunk, inputs, grid)
+        if not model.post_process:
+            dist.send(hidden.contiguous(), dst=neighbour[1], group=grid.pp_group)
+    if not grid.is_last_stage:
+        return None
+    held = microbatch.response_positions if grid.cp_size == 1 else torch.arange(inputs.tokens.numel())
+    shard = forward.project(model, forward.states_at(hidden, held, grid)).float()
+    shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
+    dist.all_gather(shards, shard, group=grid.tp_group)
+    logits = torch.cat(shards, dim=-1)[:, :vocab_size]
+    return logits if grid.cp_size == 1 else in_order(logits, sequences, grid)
+
+
+def in_order(logits: Tensor, sequences: Sequence[Sequence[int]], grid: RankGrid) -> Tensor:
+    """Return the logits of all tokens, in the order of the sequences, from those of each context-parallel rank."""
+    parts = [torch.empty_like(logits) for _ in range(grid.cp_size)]
+    dist.all_gather(parts, logits.contiguous(), group=grid.cp_group)
+    cu_seqlens = packed(sequences).cu_seqlens
+    found = logits.new_full((sum(map(len, sequences)), logits.size(1)), float("nan"))
+    for rank, part in enumerate(parts):
+        found[context_parallel_positions(cu_seqlens, grid.cp_size, rank)] = part
+    return found
 
 
 @torch.no_grad()

@@ -31,10 +31,7 @@ print(count.value)
 
 
 def hide() -> str | None:
-    """Hide the GPUs from this process and its children, unless SELFDISTILL_TEST_GPU=1.
-
-    Returns the former value of CUDA_VISIBLE_DEVICES; None if the variable was not set.
-    """
+    """Hide the GPUs from this process, unless SELFDISTILL_TEST_GPU=1; return the former CUDA_VISIBLE_DEVICES."""
     before = os.environ.get(VARIABLE)
     if os.environ.get(SWITCH) != "1":
         os.environ[VARIABLE] = ""
@@ -54,10 +51,7 @@ def shown(visible: str | None) -> Iterator[None]:
 
 @cache
 def number(visible: str | None) -> int:
-    """Return the number of GPUs of a process with this CUDA_VISIBLE_DEVICES; 0 if torch is a CPU build.
-
-    Another process asks the driver, because a process that has asked the driver can no longer hide its GPUs.
-    """
+    """Return the number of GPUs, for which another process asks: one that has asked can no longer hide its GPUs."""
     import torch
 
     if torch.version.cuda is None:

@@ -89,10 +89,7 @@ def parts_of(name: str) -> int:
 
 
 def cut_rows(monkeypatch: pytest.MonkeyPatch, number: int) -> int:
-    """Cut every row into ``number`` parts, if it is long enough; return the number.
-
-    A handful of rows would otherwise be cut into as many parts as there are blocks.
-    """
+    """Cut every row into ``number`` parts, if it is long enough; a handful of rows would have one per block."""
     from megatron_selfdistill.kernels import pass_launches
 
     if INTERPRETED:
@@ -122,10 +119,7 @@ def cases(names: str, thinned: list[Any], *values: Iterable[Any], quick: int) ->
 
 
 def logits(num_rows: int, num_columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return float32 logits of student and teacher on DEVICE, and response tokens.
-
-    The rows are sharp, flat, agreeing, disagreeing, equal, rising, falling and tied.
-    """
+    """Return logits of student and teacher, and tokens: sharp, flat, agreeing, equal, rising and tied rows."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.5, 6.0, num_rows)[:, None]
     student = scale * torch.randn(num_rows, num_columns, generator=generator)

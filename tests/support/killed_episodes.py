@@ -24,10 +24,7 @@ def write_tokenizer_of_characters(directory: Path) -> None:
 
 
 def told_by_a_killed_run(ranks: RankPool, data: Path, tmp_path: Path, *options: str) -> list[dict[str, Any]]:
-    """Return the recorded responses of a run, which equals a run that is killed and resumed, bit for bit.
-
-    ``data``: the directory of problems and tokenizer.  ``options``: the environment and its needs.
-    """
+    """Return the responses of a run, which equals a killed and resumed one; ``options`` name the environment."""
 
     def arguments(run_dir: Path) -> list[str]:
         return [

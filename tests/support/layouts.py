@@ -52,21 +52,15 @@ MAX_TOKENS = 56
 GATED_DELTA_NET = "megatron_selfdistill.architectures.gated_delta_net"
 
 ADAM = OptimizerConfig(
-    optimizer="adam",
-    precision="fp32",
-    lr=1e-3,
+    **{"optimizer": "adam", "precision": "fp32", "lr": 1e-3, "clip_grad": 1.0, "use_distributed_optimizer": False},
     constants=OptimizerConstants(adam_eps=1e-4),  # so large that no rounding noise grows to a whole step
-    clip_grad=1.0,
-    use_distributed_optimizer=False,
 )
+SGD = OptimizerConfig(optimizer="sgd", precision="fp32", lr=0.01, clip_grad=0.0, use_distributed_optimizer=False)
 
 
 @dataclass(frozen=True)
 class GivenCoefficients:
-    """Token coefficients w and a times min(p / mu, 2), where a clip sets a to 0 at the ratios above 2.
-
-    All are [R_total], in the order of ``PackedBatch.response_tokens``.
-    """
+    """Token coefficients w and a min(p / mu, 2), [R_total], where a clip sets a to 0 at the ratios above 2."""
 
     w: torch.Tensor
     a: torch.Tensor
@@ -98,11 +92,7 @@ class Case:
 
     kind: str = "gqa"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            optimizer="sgd", precision="fp32", lr=0.01, clip_grad=0.0, use_distributed_optimizer=False
-        )
-    )
+    optimizer: OptimizerConfig = field(default_factory=lambda: SGD)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model_changes: dict[str, Any] = field(default_factory=dict)
     divergence: str = "reverse_kl"
@@ -232,10 +222,7 @@ def packed_partial_batch(
 
 
 def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutput]) -> StepOutput:
-    """Run the partial batches of a step, or replay their microbatches in one call, and return the results of the step.
-
-    ``call``: runs a batch of contexts through the schedule, with its place among the partial batches.
-    """
+    """Run the partial batches of a step by ``call``, or replay them in one call; return the results of the step."""
     partial_batches = contexts_of_partial_batches(case, grid)
     everything = [context for partial_batch in partial_batches for context in partial_batch]
     packs = [packed_partial_batch(case, grid, everything, partial_batch) for partial_batch in partial_batches]
@@ -391,10 +378,7 @@ class Outcomes:
         return [joined(outcomes) for outcomes in self.per_rank(jobs, world_size)]
 
     def per_rank(self, jobs: Sequence[Any], world_size: int = 1) -> list[tuple[Outcome, ...]]:
-        """Return the outcomes of each job by rank; the jobs that have not run yet run in one call of the ranks.
-
-        The jobs have the same layout.  One call of several jobs takes about half the time of one call per job.
-        """
+        """Return the outcomes of jobs of one layout by rank; new jobs run in one call, which takes half the time."""
         keys = [repr((job, world_size)) for job in jobs]
         missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in self._known}
         if missing:
@@ -459,10 +443,7 @@ def shards(chunks: list[Any], value: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def join(per_rank: list[dict[str, Any]], rows: int = models.VOCAB_SIZE) -> dict[str, torch.Tensor]:
-    """Return full tensors from the shards of all ranks, without the padding of the vocabulary.
-
-    Ranks that hold the same shard must hold equal bits, which is true of finalised gradients and of parameters.
-    """
+    """Return full tensors of all ranks' shards without padding; ranks with the same shard must hold equal bits."""
     full: dict[str, torch.Tensor] = {}
     for shard_by_name in per_rank:
         for key, shape, offset, prepended, data in shard_by_name.values():
@@ -498,12 +479,9 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
     """Apply the named fault inside the context; None applies nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "backbone gradient x TP":
-            gather = vars(forward)["gather_from_sequence_parallel_region"]
-            patch.setattr(
-                forward,
-                "gather_from_sequence_parallel_region",
-                lambda hidden, tensor_parallel_output_grad, group: gather(hidden, True, group),
-            )
+            region = "gather_from_sequence_parallel_region"
+            gather = vars(forward)[region]
+            patch.setattr(forward, region, lambda hidden, **how: gather(hidden, True, how["group"]))
         elif name in ("gradient x CP", "gradient x num_microbatches"):
             original = schedule.ScheduledStep.__init__
 

@@ -17,10 +17,7 @@ from megatron_selfdistill.model.forward import unwrapped
 
 
 def save(directory: Path, model: ModelConfig, parallel: ParallelConfig, names: str, **changes: Any) -> None:
-    """Write this rank's file below ``directory``.
-
-    ``names`` is local or te, the layer spec whose parameter names the file has; ``changes`` replace stored arguments.
-    """
+    """Write this rank's file with the names of the layer spec local or te; ``changes`` replace stored arguments."""
     chunks, grid = models.build(model, parallel)
     args = megatron_args(chunks[0], model)
     for name in ("tensor", "pipeline", "expert"):

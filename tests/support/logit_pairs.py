@@ -32,10 +32,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: Divergence) -> Tensor:
-    """Return the divergence of the student's p and the target's q over the last axis, by its definition.
-
-    No H(q) may lie near `Divergence.forward_above`.
-    """
+    """Return the divergence by its definition, over the last axis; no H(q) may lie near `Divergence.forward_above`."""
     if kind.is_renyi:
         first, other = (log_p, log_q) if kind.kind == "reverse_kl" else (log_q, log_p)
         return (kind.order * first + (1 - kind.order) * other).logsumexp(-1) / (kind.order - 1)

@@ -47,11 +47,8 @@ def method_tools(
 ) -> MethodTools:
     """Return tools for one rank; ``parts``: other values of the fields of `MethodTools`, such as the sampler."""
     run_data: Any = SimpleNamespace(
-        tokenizer=given.builder.tokenizer,
-        builder=given.builder,
-        problems=SimpleNamespace(problems=list(problems)),
-        max_length=given.max_length,
-        stop_token_ids=(STOP,),
+        **{"tokenizer": given.builder.tokenizer, "builder": given.builder, "max_length": given.max_length},
+        **{"problems": SimpleNamespace(problems=list(problems)), "stop_token_ids": (STOP,)},
         ends=EndTokens((STOP,), "", None),
     )
     values: dict[str, Any] = {

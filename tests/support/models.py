@@ -35,14 +35,8 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 61  # prime: no shard is full; padded to a multiple of 8 * tp
 
 _GQA = ModelConfig(
-    vocab_size=VOCAB_SIZE,
-    make_vocab_size_divisible_by=8,
-    num_layers=4,
-    hidden_size=32,
-    ffn_hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    max_position_embeddings=256,
+    **{"vocab_size": VOCAB_SIZE, "make_vocab_size_divisible_by": 8, "num_layers": 4, "hidden_size": 32},
+    **{"ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "max_position_embeddings": 256},
 )
 _MODELS = {
     "gqa": _GQA,  # grouped queries, untied, 4 layers
@@ -76,10 +70,7 @@ KINDS = tuple(_MODELS)
 
 
 def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
-    """Return a configuration: ``moe`` (4 experts, 2 per token) or another key of ``_MODELS``.
-
-    ``changes`` replace fields.
-    """
+    """Return a configuration of ``_MODELS``, such as ``moe`` (4 experts, 2 per token); ``changes`` replace fields."""
     return dataclasses.replace(_MODELS[kind], **changes)
 
 
@@ -87,23 +78,16 @@ def parallel(
     tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1, etp: int | None = None, sp: bool = False
 ) -> ParallelConfig:
     return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        sequence_parallel=sp,
+        **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp},
+        **{"virtual_pipeline_model_parallel_size": vpp, "expert_model_parallel_size": ep},
+        **{"expert_tensor_parallel_size": etp, "sequence_parallel": sp},
     )
 
 
 def build(
     model: ModelConfig, parallel: ParallelConfig, *, optimizer=None, schedule=None, seed: int | None = 0
 ) -> tuple[list[torch.nn.Module], RankGrid]:
-    """Return this rank's chunks, filled from names with ``seed``, and the rank grid; None keeps Megatron's own values.
-
-    Initialises the process groups of Megatron if they do not exist.
-    """
+    """Return this rank's chunks, filled with ``seed``, and the grid; without a seed they keep Megatron's values."""
     from megatron.core import parallel_state
 
     exist = parallel_state.model_parallel_is_initialized()
@@ -139,10 +123,7 @@ def planned(
 
 @torch.no_grad()
 def fill_from_names(chunks: Sequence[torch.nn.Module], seed: int = 0) -> None:
-    """Set every parameter and buffer of a checkpoint to its slice of `full_weight`.
-
-    Another ``seed`` makes another model.
-    """
+    """Set every parameter and buffer of a checkpoint to its slice of `full_weight`; a ``seed`` makes a model."""
     filled: set[int] = set()
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -160,15 +141,11 @@ def sharded_tensors(model: Any) -> list[ShardedTensor]:
 
 
 def shard_of(full: Any, shard: ShardedTensor) -> Any:
-    """Return the part of a full tensor that ``shard`` describes.
-
-    Leading axes (layer, expert) are stacked in the full tensor.
-    """
+    """Return the part of a full tensor, in which layers or experts are stacked, that ``shard`` describes."""
     for offset in shard.global_offset[: shard.prepend_axis_num]:
         full = full[offset]
-    for dim, (offset, length) in enumerate(
-        zip(shard.global_offset[shard.prepend_axis_num :], shard.local_shape, strict=True)
-    ):
+    places = zip(shard.global_offset[shard.prepend_axis_num :], shard.local_shape, strict=True)
+    for dim, (offset, length) in enumerate(places):
         full = full.narrow(dim, offset, length)
     return full
 

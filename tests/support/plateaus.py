@@ -60,10 +60,7 @@ def at_beta(student: Tensor, teacher: Tensor, beta: Tensor, target: Target, kind
 def assert_solved(
     stats: TokenStats, gradient: Tensor, rows: tuple[Tensor, Tensor, Tensor], target: Target, kind: Divergence
 ) -> None:
-    """Assert that every row with a root is matched there, and that all statistics belong to the beta in use.
-
-    ``gradient`` is the gradient of the sum of the losses, in float32.
-    """
+    """Assert that each row with a root is matched there, and that all numbers belong to the beta in use."""
     student, teacher, tokens = rows
     has_root = ~torch.isnan(root(student, teacher, target))
     assert has_root.any() and (stats.status[has_root] == Status.MATCHED).all()

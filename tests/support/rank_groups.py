@@ -12,11 +12,7 @@ from torch.distributed import distributed_c10d
 
 
 class OneDeviceGloo(dist.ProcessGroupGloo):
-    """A gloo group whose connections belong to one device for all groups of the process.
-
-    By default, torch makes a device, which is a thread and a socket, for each group.  ``of_newer_torch``: what torch
-    2.14 passes besides, at its defaults.
-    """
+    """A gloo group on the one device of all groups of the process; torch makes a thread and a socket for each."""
 
     _device: Any = None
 
@@ -38,10 +34,7 @@ def share_device() -> None:
 
 
 def join_group(listener: socket.socket, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Make the default group of a call, on all of its ranks at once.
-
-    Every rank holds the listener, a socket at a port of its own; rank 0 keeps the group's store there.
-    """
+    """Make the default group of a call on all of its ranks; rank 0 keeps the store at the port of the listener."""
     port = listener.getsockname()[1]
     store: dist.Store
     if world_size == 1:

@@ -44,11 +44,7 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """A server process, started when first needed, that forks up to `MAX_WORLD_SIZE` gloo ranks for each call.
-
-    The server imports ``preloaded`` once, in an ``environment`` that has further variables; each rank imports further
-    modules for itself.
-    """
+    """A server that imports ``preloaded`` once, and then forks up to `MAX_WORLD_SIZE` gloo ranks for each call."""
 
     def __init__(
         self, preloaded: Sequence[str] = rank_worker.PRELOADED, environment: Mapping[str, str] | None = None
@@ -118,22 +114,15 @@ class RankPool:
     def _start_server(self) -> connection.Connection:
         """Start the process that imports torch and megatron-core once, with the environment of its forks."""
         here = Path(__file__).resolve().parent
-        inherited = os.environ.get("PYTHONPATH")
-        paths = [str(here), str(here.parents[1]), *([inherited] if inherited else [])]
+        paths = [str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | rank_worker.ENVIRONMENT | self._environment
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TMPDIR"] = str(self._directory)  # the ranks end without removing temporary files of libraries
         requests, answers = connection.Pipe()
         code = f"import rank_worker; rank_worker.serve({answers.fileno()}, {self._preloaded})"
         with answers, (self._directory / "server.log").open("wb") as log:
-            self._server = subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=environment,
-                pass_fds=[answers.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            streams = {"pass_fds": [answers.fileno()], "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self._server = subprocess.Popen([sys.executable, "-c", code], env=environment, **streams)
         return requests
 
     def _end_server(self) -> None:

@@ -17,7 +17,6 @@ from events import wait_until
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.engines.vllm.client import VllmServer
 from megatron_selfdistill.engines.vllm.coroutines import run
 from megatron_selfdistill.engines.vllm.engine_adapter import EngineAdapter
@@ -51,9 +50,7 @@ def started(directory: Path, num_servers: int, adapter: EngineAdapter | None = N
 
 
 @contextmanager
-def sampler(
-    chunks: Any, grid: Any, servers: Reach, adapter: AdapterConfig | None = None, **options: Any
-) -> Iterator[Any]:
+def sampler(chunks: Any, grid: Any, servers: Reach, adapter: Any = None, **options: Any) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
     from megatron_selfdistill.engines.vllm.engine_weights import EngineWeights
     from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
@@ -61,15 +58,9 @@ def sampler(
     os.environ[TOKEN_VARIABLE] = servers.token
     rollout = RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options)
     bucket_bytes = int(rollout.bucket_mb * 2**20)
-    built = ServerSampler(
-        EngineWeights(chunks, grid, FAMILY.rules(MODEL), adapter, bucket_bytes=bucket_bytes, on_ranks=[0]),
-        grid,
-        servers.hf_config,
-        rollout,
-        vocab_size=models.VOCAB_SIZE,
-        max_length=MAX_LENGTH,
-        run_dir=servers.hf_config,
-    )
+    weights = EngineWeights(chunks, grid, FAMILY.rules(MODEL), adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
+    own = {"vocab_size": models.VOCAB_SIZE, "max_length": MAX_LENGTH, "run_dir": servers.hf_config}
+    built = ServerSampler(weights, grid, servers.hf_config, rollout, **own)
     try:
         yield built
     finally:
@@ -81,11 +72,7 @@ Across: TypeAlias = tuple[int, list[Response], list[list[float]]]
 
 
 def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], object]) -> Across:
-    """Let servers take other weights while they generate; ``fill`` gives the chunks the weights of a seed.
-
-    A trainer that gets no time from a busy machine may send the weights when every response has ended: then this asks
-    again, for more responses.
-    """
+    """Let servers take other weights while they generate; ask for more if all responses had ended before."""
     for attempt, num_copies in enumerate((1, 4, 16)):
         everything = requests(64, longest=40) * num_copies
         version = 2 * attempt

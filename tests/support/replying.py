@@ -11,11 +11,7 @@ from megatron_selfdistill.data.problems import Problem
 
 
 class Replying:
-    """An environment that decides by the sum of the character codes of the last response.
-
-    A sum that three does not divide goes on; an even sum has the reward 1.  The reply is ``X`` and the number of the
-    turn, and so is the feedback, with an exclamation mark.
-    """
+    """An environment that decides by the sum of the character codes: a sum that 3 does not divide goes on."""
 
     def __init__(self, role: str = "user") -> None:
         self.role = role

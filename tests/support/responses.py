@@ -42,10 +42,7 @@ def stops_of(texts: Sequence[list[int]]) -> tuple[int, int]:
 
 
 def chi_square_p_value(sampled: Tensor, probs: Tensor) -> float:
-    """Return the p-value of the counts of the sampled tokens under ``probs``.
-
-    Tokens with an expected count below 5 share one bin.
-    """
+    """Return the p-value of the sampled tokens under ``probs``; tokens with an expected count below 5 share one bin."""
     probs = probs.double()
     counts = torch.bincount(sampled, minlength=len(probs)).double()
     assert counts[probs == 0].sum() == 0, "a token with probability 0 was sampled"

@@ -12,10 +12,7 @@ from unittest import mock
 
 
 def load_script(file: Path) -> ModuleType:
-    """Return the module of a script; each call returns a new module, so that a test may change it.
-
-    The script imports what lies beside it, as it does when Python runs it.
-    """
+    """Return a new module of a script, which imports what lies beside it, and which a test may change."""
     spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -29,11 +29,7 @@ def sh(*command: str, **environment: str) -> str:
 
 
 class Job:
-    """A submitted script.
-
-    ``more`` are overrides of the run, ``options`` are options of sbatch, and ``environment`` sets the parameters of the
-    script.
-    """
+    """A submitted script with overrides, the ``options`` of sbatch and the parameters in ``environment``."""
 
     def __init__(
         self, script: str, data: Path, run_dir: Path, *more: str, options: Sequence[str] = (), **environment: str

@@ -41,23 +41,17 @@ def combinations(
     candidates = [case for case in cases if all(case[list(named).index(axis)] in allowed[axis] for axis in allowed)]
     cover = cover_of(candidates, strength)
     chosen = set(cases if full_strength is None else cover + cover_of(cases, full_strength, known=cover))
-    params = [
-        pytest.param(
-            *(values[name] for values, name in zip(named.values(), case, strict=True)),
-            id="-".join(case),
-            marks=() if case in cover else pytest.mark.full,
-        )
-        for case in cases
-        if case in chosen
-    ]
+
+    def param(case: Combination) -> Any:
+        values = [of_axis[name] for of_axis, name in zip(named.values(), case, strict=True)]
+        return pytest.param(*values, id="-".join(case), marks=() if case in cover else pytest.mark.full)
+
+    params = [param(case) for case in cases if case in chosen]
     return pytest.mark.parametrize(tuple(named) if len(named) > 1 else next(iter(named)), params)
 
 
 def cover_of(cases: Iterable[Combination], strength: int, known: Iterable[Combination] = ()) -> list[Combination]:
-    """Return few of the cases that have every ``strength`` values which occur together in a case; chosen greedily.
-
-    The cases in ``known`` have been chosen before.
-    """
+    """Return few cases that have, beside ``known``, every ``strength`` values that occur together; chosen greedily."""
     tuples = {
         case: {frozenset(part) for part in itertools.combinations(enumerate(case), min(strength, len(case)))}
         for case in cases

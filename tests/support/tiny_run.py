@@ -137,10 +137,7 @@ def start_with(arguments: Sequence[str], owner: Any, name: str, replacement: Any
 def train(
     ranks: RankPool, arguments: Sequence[str], world_size: int = 1, *, start=start, expected=0, **options: Any
 ) -> None:
-    """Call ``start(arguments)`` on each rank and assert that its exit status is ``expected``.
-
-    ``options`` are further arguments of ``start`` or of `RankPool.run`.
-    """
+    """Call ``start(arguments)`` on each rank and assert its status; ``options`` go to ``start`` or to the ranks."""
     statuses = ranks.run(start, arguments, world_size=world_size, init_process_group=False, **options)
     assert statuses == [expected] * world_size
 
@@ -251,10 +248,7 @@ def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 
 def assert_steps_equal(
     expected_run: Path, found_run: Path, groups: tuple[str, ...], num_steps: int | None = None
 ) -> None:
-    """Assert that two runs of different layouts logged the same metrics of ``groups`` (prefixes), and gradient norm.
-
-    ``num_steps`` is the number of the first steps that are compared; None compares all steps.
-    """
+    """Assert that two runs have the same metrics of ``groups`` and norms in the first ``num_steps`` or all steps."""
     steps = zip(reproducible_metrics(expected_run), reproducible_metrics(found_run), strict=True)
     for expected, found in itertools.islice(steps, num_steps):
         compared = {key for key in expected if key.startswith(groups)}
@@ -320,10 +314,7 @@ def starts_with_an_even_token(text: str, problem: Any) -> bool:
 
 
 def assert_guided_by_the_teacher_of_the_loss(run_dir: Path) -> None:
-    """Assert that all responses are guided, and that their mean log-probs are those that the loss computes.
-
-    The weights of student and teacher differ from the second step on.
-    """
+    """Assert that all responses are guided, with the mean log-probs that the loss computes for student and teacher."""
     records = read_lines(run_dir / "responses.jsonl")
     for step, line in enumerate(reproducible_metrics(run_dir)):
         means = {}
