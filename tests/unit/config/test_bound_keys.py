@@ -98,12 +98,6 @@ def test_what_a_run_trains_towards_or_samples_from_is_bound(given, stored, now, 
     assert rules(values(*given.split(), stored), values(*given.split(), now)) == {stored.partition("=")[0]: rule}
 
 
-def test_settings_that_two_methods_do_not_share_are_compared_with_nothing():
-    found = {one.key: (one.stored, one.now) for one in differences(values(), values("method.name=grpo", TWO))}
-    assert found["method.name"] == ("default", "grpo") and found["method.weight"] == (None, 1.0)
-    assert found["method.view"] == ("plain", None) and "method.select" not in found
-
-
 def test_another_value_of_an_environment_variable_is_another_value(monkeypatch):
     written = ["checkpoint.load=${oc.env:BASE}/model", "rollout.transfer_dir=${oc.env:BASE}"]
     monkeypatch.setenv("BASE", "/models/first")

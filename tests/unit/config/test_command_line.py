@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command line: its descriptions of itself, the order of its arguments, and its imports before a refusal."""
+"""The command line: the order of its arguments, files of keys, refusals, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,45 +10,12 @@ import pytest
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
-from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 
 def printed(capsys, *arguments: str) -> str:
     assert main(list(arguments)) == 0
     return capsys.readouterr().out
-
-
-def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
-    lines = printed(capsys, "--keys").splitlines()
-    for key, (default, doc, _) in configuration.keys().items():
-        assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
-    title = "== rollout: The sampling of the student's responses =="
-    assert lines.index(title) < lines.index("rollout.engine=megatron")
-    assert lines[lines.index("optimizer.lr=1e-06") + 3] == "    Short: lr="
-    assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))
-
-
-def test_keys_searches_names_and_meanings_for_a_word_that_is_no_section(capsys):
-    def found(word: str) -> list[str]:
-        lines = printed(capsys, "--keys", word).splitlines()
-        return [line.partition("=")[0] for line in lines if not line.startswith((" ", "=", "("))]
-
-    assert {"optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"} <= set(found("lr"))
-    assert "checkpoint.load" not in found("lr"), "already is no word with lr"
-    assert "target.anchor" in found("stands still") and found("STANDS STILL") == found("stands still")
-
-
-def test_recipes_lists_each_recipe_with_what_it_is_also_a_labs_own(capsys, tmp_path):
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "ours.yaml").write_text("# @package _global_\n# Our own one.  With more.\nnum_steps: 3\n")
-    lines = printed(capsys, "--recipes", "--config-dir", str(tmp_path)).splitlines()
-    assert {line.split()[0] for line in lines} == {
-        "recipe=ours",
-        *(f"recipe={file.stem}" for file in (config_dir() / "recipe").glob("*.yaml")),
-    }
-    assert lines[-1].split(maxsplit=1)[1] == "Our own one."
-    assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
 
 
 def test_keys_may_stand_on_both_sides_of_a_flag_and_a_dry_run_is_one_too(capsys, tmp_path):
@@ -85,6 +52,7 @@ def test_a_file_has_the_keys_of_a_run_and_the_command_line_comes_after_it(tmp_pa
     assert config.guards.max_loop_rise is None
 
 
+@pytest.mark.full
 def test_the_configuration_that_a_run_has_written_starts_the_same_run(tmp_path):
     written = ["recipe=grpo", "model=llama_1b", "run_dir=x", "data.path=a b.jsonl", "data.fields.problem=question"]
     config = configuration.load([*written, "optimizer.lr=3e-6", "metrics.leak_words=[]"])

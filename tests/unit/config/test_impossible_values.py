@@ -38,9 +38,7 @@ def refused(caught: pytest.ExceptionInfo[ConfigError], named: str) -> bool:
         ("'solutoin'", "data.fields.solutoin=hint"),
         ("'accepted'", "data.fields.accepted=ok"),  # a column of conversations
         ("'taecher'", "data.views.taecher={system_prompt:a}"),
-        ("data.views.teacher must", "data.views.teacher=3"),
         ("'system_promt'", "data.views.student.system_promt=a"),
-        ("data.views.student.generation_prompt", "data.views.student.generation_prompt=[1]"),
         ("data.views.student.chat_template_kwargs", "data.views.student.chat_template_kwargs=3"),
         ("data.solutions=other", f"data.solutions=other {GRPO}"),
         ("data.solutions=none", f"data.solutions=none {SDPO}"),
@@ -51,7 +49,6 @@ def refused(caught: pytest.ExceptionInfo[ConfigError], named: str) -> bool:
         ("evaluation.confidence=", "evaluation.confidence='(a'"),
         ("evaluation.confidence must", "evaluation.confidence=a"),
         ("rollout.num_servers", "rollout.servers=[http://n1:8000]"),
-        ("rollout.servers", SERVER),
         ("rollout.num_servers", f"{SERVER} rollout.num_servers=1 rollout.servers=[http://a:1]"),
         ("rollout.servers must", f"{SERVER} rollout.servers=[node7:8000]"),
         ("rollout.guidance=mixed", "rollout.guidance=mixed rollout.temperature=0.7"),
@@ -63,7 +60,6 @@ def refused(caught: pytest.ExceptionInfo[ConfigError], named: str) -> bool:
         ("rollout.ahead=1", f"{SERVER} rollout.num_servers=1 rollout.ahead=1 {SDPO}"),
         ("target.k_max must", "target.k_max=abc"),
         ("target.k_max=2", "target.rule=fixed target.k_max=2"),
-        ("target.k=2", "target.k=2"),
         ("target.k=2", "target.rule=batch target.k=2"),
         ("target.rule=teacher_alone", "target.rule=teacher_alone"),
         ("target.match", "target.anchor=student target.match=reference"),
@@ -113,23 +109,6 @@ def test_parallel_sizes_that_cannot_be_are_refused(world_size, overrides, named)
     with pytest.raises(ConfigError) as caught:
         check_world(configured(overrides), world_size)
     assert refused(caught, named)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "overrides"),
-    [
-        (1, ""),
-        (32, ""),
-        (8, f"{TP}=2 {PP}=2 {CP}=2 {SP}"),
-        (4, f"{MOE} {EP}=4"),
-        (4, f"{TP}=2 {MOE} {EP}=4 {ETP}=1 {SP}"),
-        (4, f"{PP}=2 {VPP}=2 model.num_layers=4"),
-        (3, f"{PP}=3 model.num_layers=4 model.transformer.num_layers_in_first_pipeline_stage=2"),
-        (6, f"{TP}=6 model.provider=lab.models.provide"),
-    ],
-)
-def test_parallel_sizes_that_can_be_pass(world_size, overrides):
-    check_world(configured(overrides), world_size)
 
 
 def test_the_shipped_layout_of_a_node_fits_a_shipped_model():

@@ -18,7 +18,6 @@ from megatron_selfdistill.config.methods import method_names, settings_class, se
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import SelfDistillation
-from megatron_selfdistill.train import main
 
 FILES = sorted(file.stem for file in Path(methods.__file__).parent.glob("*.py") if file.stem != "__init__")
 MODULE = """
@@ -104,16 +103,6 @@ def test_what_is_no_method_or_no_setting_of_it_is_refused_by_its_name(of_a_user,
         load(overrides.split())
     with pytest.raises(ConfigError, match=r"method.name=grpo: other, turn_gain$"):
         settings_of({"name": "grpo", "turn_gain": 0.3, "other": 1})
-
-
-def test_the_list_of_keys_has_the_name_of_the_method_and_its_section_the_settings(capsys):
-    assert main(["--keys"]) == 0
-    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("method.")]
-    assert listed == ["method.name=default"]
-    assert main(["--keys", "method=sod"]) == 0
-    own = {line.partition("=")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("method.")}
-    fields = {field.name for field in dataclasses.fields(settings_class("sod"))}
-    assert own == {f"method.{name}" for name in fields} and {"method.name", "method.turn_gain"} <= own
 
 
 def loaded_by(module: str) -> set[str]:

@@ -111,6 +111,7 @@ def test_a_value_outside_of_the_range_of_a_key_is_refused_in_one_sentence_with_t
             assert text.startswith(key) and "\n" not in text and len(text) < 1000, text
 
 
+@pytest.mark.full
 def test_a_value_of_another_type_is_one_sentence_with_the_key():
     """All wrong values of the first key of each type, since a type reads all its keys."""
     firsts = {str(taken_apart(kind)): (key, kind) for key, kind in reversed(KINDS.items())}

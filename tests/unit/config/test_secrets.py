@@ -25,15 +25,9 @@ def train_with(environment: dict[str, str], arguments: list[str]) -> tuple[int, 
 
 def test_a_run_with_a_secret_writes_and_prints_none(ranks, data, tmp_path):
     run = tmp_path / "run"
-    options = [
-        "environment.name=replying.Keyed",
-        "environment.options.password_env=LAB_PASSWORD",
-        "metrics.console_every=1",
-        "metrics.loggers=[tensorboard,recorded_logger.RecordedLogger]",
-        "report.every=1",
-        "num_steps=1",
-    ]
-    arguments = tiny_run.overrides(data, run, *options)
+    options = "environment.name=replying.Keyed environment.options.password_env=LAB_PASSWORD metrics.console_every=1 "
+    options += "metrics.loggers=[tensorboard,recorded_logger.RecordedLogger] report.every=1 num_steps=1"
+    arguments = tiny_run.overrides(data, run, *options.split())
     for _ in range(2):
         found = ranks.run(train_with, {"LAB_PASSWORD": SECRET}, arguments, world_size=1, init_process_group=False)
         [(status, output)] = found
