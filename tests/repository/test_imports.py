@@ -6,13 +6,10 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
-import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-
-import pytest
 
 from megatron_selfdistill.annexes import DOORS
 
@@ -31,8 +28,6 @@ ORDER = (
 )
 NEVER_BY_CORE = {"methods", *(place.partition(".")[0] for place in DOORS.values())}
 """Packages that the core does not know."""
-REGISTRY = "config.methods"
-"""The one module of the core that imports methods by their names."""
 LOSS_MAY_IMPORT = {"torch"}
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
 """One file may use apex's kernel for weight gradients, where it is installed."""
@@ -108,21 +103,6 @@ def test_imports_run_one_way():
     assert [line for module, names in imports().items() for line in wrong_way(module, names)] == []
 
 
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("loss.target", "from megatron_selfdistill.model import build"),
-        ("loss.target", "from ..model.build import build"),
-        ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
-        ("evaluation.held_out", "from megatron_selfdistill.methods.rlt import RltSettings"),
-        ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
-    ],
-)
-def test_a_wrong_way_import_is_found(module, source):
-    module = f"{PACKAGE}.{module}"
-    assert len(wrong_way(module, imported_names(ast.parse(source), module))) == 1
-
-
 def test_no_modules_import_each_other_in_a_circle():
     modules = {module.removesuffix(".__init__"): module for module in trees()}
     graph = {}
@@ -131,30 +111,6 @@ def test_no_modules_import_each_other_in_a_circle():
         known = {next((one for one in names if one in modules), None) for names in candidates}
         graph[short] = known - {None, PACKAGE, short}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
-
-
-def test_only_the_registry_names_the_package_of_methods():
-    prefix, naming = f"{PACKAGE}.methods", set()
-    for module, tree in trees().items():
-        texts = (
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        )
-        if is_core(package_of(module)) and any(re.fullmatch(rf"{re.escape(prefix)}[\w.]*", text) for text in texts):
-            naming.add(module)
-    assert naming == {f"{PACKAGE}.{REGISTRY}"}
-
-
-def test_the_on_policy_source_mentions_no_method_and_no_attribute_that_only_settings_of_methods_have():
-    from megatron_selfdistill.config import keys
-    from megatron_selfdistill.config.methods import method_names, settings_class
-    from megatron_selfdistill.sources.method import Method
-
-    source = (REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()
-    of_all = {key for name in method_names() for key in settings_class(name).__dataclass_fields__} | {"settings"}
-    elsewhere = {key.rpartition(".")[2] for key in keys() if not key.startswith("method.")} | set(vars(Method))
-    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    assert read & (of_all - elsewhere) == set()
-    assert set(re.findall(r"\w+", source)) & (set(method_names()) - {"default"}) == set()
 
 
 def test_the_loss_needs_torch_only_and_of_the_package_the_choices_and_the_doors():

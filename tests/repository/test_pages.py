@@ -94,11 +94,8 @@ def test_a_mistyped_command_is_found(line):
         read(words)
 
 
-ON_A_TINY_MODEL = {
-    "Qwen/Qwen3-1.7B|runs/real_model/hf": "./hf",
-    "held_out|other": "problems",
-    "examples/tutorial": str(TUTORIAL),
-}
+ON_A_TINY_MODEL = {"Qwen/Qwen3-1.7B|runs/real_model/hf": "./hf", "held_out|other": "problems"}
+ON_A_TINY_MODEL |= {"examples/tutorial": str(TUTORIAL)}
 SHORT = ["data.teacher_template={problem}H{solution}|", "rollout.max_new_tokens=8"]
 FEW_STEPS = "num_steps=1 data.global_batch_size=4 evaluation.path=problems.jsonl schedule.max_tokens=8192".split()
 IN_ORDER = {"first_run": "plan evaluate train evaluate evaluate", "tutorial": "evaluate train train"}

@@ -1,9 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The pool of gloo ranks tells failures apart and survives them, and a cover of cases leaves nothing out."""
+"""The pool of gloo ranks tells failures apart and survives them."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import time
@@ -11,10 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from ranks import RankError
-from tiers import cover_of
 
 
 def sum_of_ranks(start: int) -> int:
@@ -62,13 +58,3 @@ def test_a_failure_names_the_rank_and_shows_why_and_the_next_call_works(ranks, w
     with pytest.raises(RankError, match=message):
         ranks.run(*call, world_size=2, **options)
     assert ranks.run(sum_of_ranks, 0, world_size=2) == [1, 1]
-
-
-@given(st.sets(st.tuples(*[st.sampled_from("abc")] * 4)), st.integers(1, 5))
-def test_what_occurs_together_in_any_cases_occurs_together_in_their_cover(cases, strength):
-    def parts(cases):
-        size = min(strength, 4)
-        return {frozenset(part) for case in cases for part in itertools.combinations(enumerate(case), size)}
-
-    ordered = sorted("".join(case) for case in cases)
-    assert parts(cover_of(ordered, strength)) == parts(ordered)
