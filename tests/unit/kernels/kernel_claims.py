@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-import plateaus
 import pytest
 import torch
 from bytes_alive import BytesAlive
@@ -24,12 +23,12 @@ from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.kernels import contrast_kernels, pass_launches, solver_launches, triton_backend
-from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.sharded import contrast as contrast_twin
-from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded import shard_sums
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, LogProbGradient, Shard, TokenConstants
-from megatron_selfdistill.loss.sharded.token_statistics import BetaSolution, MergedSums
+from megatron_selfdistill.loss.sharded.token_statistics import MergedSums
 from megatron_selfdistill.loss.weighting import Coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -43,17 +42,13 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [  # columns, columns that are no padding, dtypes
-    (128, 128, F32, F32),
     (300, 255, F32, F32),
     (1, 1, F32, F32),
     (528, 500, BF16, F32),
     (130, 129, F32, F32),
-    (127, 127, F32, F32),
     (700, 0, F32, F32),
-    (700, 512, BF16, BF16),
     (1111, 1100, BF16, BF16),
     (257, 257, F16, F16),
-    (520, 500, BF16, F32),
     (520, 500, F32, BF16),
     (1104, 1100, BF16, BF16),
     (1040, 1030, F16, BF16),
@@ -66,9 +61,8 @@ def test_the_first_pass_of_any_shape_equals_float64(
 ) -> None:
     student, teacher, tokens = logits(8, size)
     student, teacher = student.to(student_dtype)[:, :num_valid], teacher.to(teacher_dtype)[:, :num_valid]
-    assert_first_pass(
-        Shard(student, teacher, Target(anchor="student").mix_weights, torch.float32), tokens, Target(anchor="student")
-    )
+    target = Target(anchor="student")
+    assert_first_pass(Shard(student, teacher, target.mix_weights, torch.float32), tokens, target)
 
 
 @cases(
@@ -109,63 +103,6 @@ def assert_first_pass(shard: Shard, tokens: Tensor, target: Target, start: int =
     assert torch.equal(torch.stack(ours.token_logits), torch.stack(exact.token_logits))
 
 
-def test_few_rows_are_cut_into_parts_and_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    assert pass_launches.num_parts(16384, 19008) == pass_launches.num_parts(4096, 19008) == 1
-    assert pass_launches.num_parts(2048, 19008) == 2 and pass_launches.num_parts(64, 19008) == 9
-    assert pass_launches.num_parts(1, 152064) == 64 and pass_launches.num_parts(1, 100) == 1
-
-
-def bracket_of(solution: BetaSolution) -> Tensor:
-    """Return both ends of the bracket, [10, T], in the order of the kernels' state."""
-    return torch.stack([*solution.left.tensors(), *solution.right.tensors()])
-
-
-@cases("rule, forward_kl", [*((rule, True) for rule in TARGETS), ("capped", False)], TARGETS, [False, True], quick=1)
-def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: bool) -> None:
-    """Compare both on the same sums, of 3 shards."""
-    student, teacher, tokens = logits(40, 600, seed=7)
-    student[30], teacher[31] = torch.nan, -1e4
-    student[32:], teacher[32:] = student[32:] * 0.02, teacher[32:] * 5
-    # one column above a bulk that melts within one cell of the grid: the last step of the solver is long
-    student[20:30], teacher[20:30] = 0.1 * student[20:30], 0.1 * teacher[20:30]
-    student[20:30, 0], teacher[20:30, 0] = torch.linspace(5, 9, 10), 3.0
-    fork, fork_of_teacher, _ = plateaus.needing_the_third_pass(600)
-    student[9], teacher[9] = fork[0].to(DEVICE), fork_of_teacher[0].to(DEVICE)
-    weight = round(8 * TARGETS[rule].teacher_weight) / 8  # as exact in a kernel's float32 as in Python
-    grid = BetaGrid.of(replace(TARGETS[rule], teacher_weight=weight), torch.float32)
-    shards = [
-        Shard(student[:, i : i + 200], teacher[:, i : i + 200], grid.mix_weights, torch.float32) for i in (0, 200, 400)
-    ]
-    passes = [shard_sums.first_pass(shard, grid, tokens, 200 * i) for i, shard in enumerate(shards)]
-    gathered = torch.cat([sums for sums, _ in passes])
-    results, brackets = [], []
-    for module in (solver_launches, token_statistics):
-        solver_state, status = module.solve_tokens(gathered, grid), None
-        for _ in range(1 if grid.given else 2):
-            parts = [
-                shard_sums.second_pass(shard, solver_state.constants, argmax, forward_kl=forward_kl, status=status)
-                for shard, (_, argmax) in zip(shards, passes, strict=True)
-            ]
-            rows, solver_state = module.finish_tokens(solver_state, torch.cat(parts), grid, tokens, 600)
-            needed, status = status, rows.status.clone()
-            if needed is None:
-                ends = solver_state.state[6:16] if module is solver_launches else bracket_of(solver_state.solution)
-                brackets.append(ends[:, status == Status.UNCONVERGED].clone())
-        results.append(rows)
-        assert grid.given or weight != 0.75 or needed[9] == Status.UNCONVERGED
-    torch.testing.assert_close(*brackets, rtol=1e-6, atol=1e-12)
-    ours, theirs = results
-    for field in fields(theirs):
-        pairs = [(getattr(ours, field.name), getattr(theirs, field.name))]
-        if field.name == "constants":
-            pairs = list(zip(pairs[0][0].tensors(), pairs[0][1].tensors(), strict=True))
-        for a, b in pairs:
-            assert a.dtype == b.dtype and a.shape == b.shape, field.name
-            tolerances = {"rtol": 2e-7, "atol": 1e-9, "equal_nan": True}  # two roundings to float32
-            torch.testing.assert_close(a, b, **tolerances, msg=lambda m, f=field: f"{f.name}: {m}")
-
-
 def constants_of(student: Tensor, teacher: Tensor) -> TokenConstants:
     """Return constants with which q is near to the teacher's distribution; the gradient takes any normalisers."""
     tops = student.amax(1), teacher.amax(1), torch.zeros_like(student[:, 0])
@@ -194,34 +131,6 @@ def test_the_kernel_equals_its_twin_wherever_the_response_token_lies(kind: str, 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(*found, rtol=tolerance, atol=1e-6, equal_nan=True)
     assert found[0][7].isnan().all() and not found[0][:7].isnan().any()
-
-
-def test_without_a_use_of_the_log_probs_the_kernel_is_launched_without_the_second_term(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    switches: list[bool] = []
-    kernel = pass_launches.gradient_kernel
-
-    class Recorded:
-        def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., Any]:
-            def launch(*arguments: Any, **options: Any) -> Any:
-                switches.append(options["WITH_LOG_PROB"])
-                return kernel[programs](*arguments, **options)
-
-            return launch
-
-    monkeypatch.setattr(pass_launches, "gradient_kernel", Recorded())
-    student, teacher, tokens = logits(8, 40)
-    uses: list[Callable[[TokenStats], Tensor]] = [lambda stats: stats.loss, lambda stats: stats.student_log_prob]
-    for use in uses:
-        leaf = student.clone().requires_grad_()
-        arguments = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, 40, 40)}
-        use(distillation_loss(leaf, teacher, tokens, **arguments, backend="triton")).sum().backward()
-    assert switches == [False, True]
-    expected = -student.double().softmax(-1)
-    expected[torch.arange(8), tokens] += 1
-    assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def rows_of_models(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -282,20 +191,11 @@ def test_the_fused_output_layer_runs_on_the_kernels(mode: str, num_controls: int
     found = []
     for backend in ("torch", "triton"):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        stats = fused_distillation_loss(
-            leaves[0],
-            teacher,
-            leaves[1],
-            None,
-            torch.arange(7, device=DEVICE) * 48 % 290,
-            target=Target(anchor="student", num_controls=num_controls),
-            divergence=Divergence(),
-            vocab=VocabShard(0, 300, 290),
-            control_hidden=controls if num_controls else None,
-            chunk_tokens=3,
-            mode=mode,
-            backend=backend,
-        )
+        options = {"vocab": VocabShard(0, 300, 290), "chunk_tokens": 3, "mode": mode, "backend": backend}
+        options |= {"target": Target(anchor="student", num_controls=num_controls), "divergence": Divergence()}
+        options |= {"control_hidden": controls if num_controls else None}
+        tokens = torch.arange(7, device=DEVICE) * 48 % 290
+        stats = fused_distillation_loss(leaves[0], teacher, leaves[1], None, tokens, **options)
         both = Coefficients(w, a if mode == "low_memory" else None)
         losses = both.token_losses(stats.loss, stats.student_log_prob)
         found.append((stats.detached(), torch.autograd.grad(losses.sum(), leaves)))
@@ -313,10 +213,7 @@ def test_the_fused_output_layer_runs_on_the_kernels(mode: str, num_controls: int
 LAUNCHES = {
     ("reverse", "capped"): ["first_pass", "solve", "second_pass", "finish", "second_pass", "finish", "gradient"],
     ("reverse", "fixed"): ["first_pass", "solve", "second_pass", "finish", "gradient"],
-    ("jsd", "capped"): [
-        *("first_pass", "solve", "second_pass", "finish", "second_pass", "finish"),
-        *("jsd_pass", "gradient"),
-    ],
+    ("jsd", "capped"): "first_pass solve second_pass finish second_pass finish jsd_pass gradient".split(),
 }
 
 

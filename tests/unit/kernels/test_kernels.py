@@ -7,11 +7,9 @@ of their own, because triton decides at its import how it runs a kernel; each is
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -45,16 +43,8 @@ def outcomes(directory: Path, *, interpreted: bool, seconds: float = 3600) -> Ou
     report = directory / "claims.xml"
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        *sorted({str(file) for file in CLAIMS.values()}),
-        "-m",
-        "",
-        f"--junitxml={report}",
-    ]
+    files = sorted({str(file) for file in CLAIMS.values()})
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-m", "", f"--junitxml={report}"]
     process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     assert report.exists(), process.stdout + process.stderr
     found: Outcomes = defaultdict(list)
@@ -96,32 +86,6 @@ def test_in_the_interpreter(claim: str, in_the_interpreter: Outcomes) -> None:
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_on_the_gpu(claim: str, on_the_gpu: Outcomes) -> None:
     report(on_the_gpu, claim)
-
-
-def test_the_distance_of_a_load_is_that_of_the_shortest_path_round_its_loop_to_its_first_use(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(REPOSITORY / "tools" / "benchmarks")
-    from load_distance import load_distance
-
-    code = """
-        /*0010*/                   LDG.E.128 R20, desc[UR4][R2.64] ;
-        /*0020*/                   FADD R1, R20, R20 ;
-        /*0030*/                   IMAD.U32 R9, R4, 0x10000, RZ ;
-        /*0040*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64+0x200] ;
-        /*0050*/               @P1 BRA 0x80 ;
-        /*0060*/                   FADD R1, R1, R9 ;
-        /*0070*/                   FADD R1, R1, R9 ;
-        /*0080*/                   {middle} ;
-        /*0090*/                   SHFL.BFLY PT, R8, R9, 0x10, 0x1f ;
-        /*00a0*/               @P0 BRA 0x30 ;
-        /*00b0*/                   STG.E desc[UR4][R10.64], R1 ;
-        /*00c0*/                   EXIT ;
-    """
-    assert load_distance(code.replace("{middle}", "FADD R1, R1, R9")) == 4  # read at 0x30, round the loop
-    assert load_distance(code.replace("{middle}", "MOV R12, R7")) == 1  # its last register, past the branch
-    assert load_distance(code.replace("{middle}", "IMAD.MOV.U32 R4, RZ, RZ, R9")) is None  # never read: overwritten
-    assert load_distance(code.replace("{middle}", "NOP").replace("BRA 0x30", "BRA 0x90")) is None  # no load in the loop
 
 
 CONTRAST = ("row log sums", "contrast")
@@ -178,9 +142,7 @@ def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeyp
     too_old = "triton 3.2.0 is installed, and 3.3 or later is needed"
     monkeypatch.setattr(triton_backend, "_triton_version", lambda: "3.2.0")
     assert in_use(None, CUDA, torch.bfloat16) == ("torch", too_old)
-    with pytest.raises(
-        ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}\. Set loss\.backend to torch"
-    ):
+    with pytest.raises(ValueError, match=rf"loss\.backend=triton cannot be used: {too_old}"):
         in_use("triton", CUDA, torch.bfloat16)
     for version in ("3.3.1", "3.10.0+git8b3c7d2", "4.0"):
         monkeypatch.setattr(triton_backend, "_triton_version", lambda version=version: version)
@@ -195,26 +157,3 @@ def test_a_backend_that_cannot_run_is_refused_with_a_message(monkeypatch: pytest
         distillation_loss(logits, logits, tokens, **arguments, backend="triton")
     with pytest.raises(ValueError, match=r"loss\.backend must be null, torch or triton; got 'cuda'"):
         distillation_loss(logits, logits, tokens, **arguments, backend="cuda")
-
-
-LOSS, KERNELS = REPOSITORY / "megatron_selfdistill" / "loss", REPOSITORY / "megatron_selfdistill" / "kernels"
-TABLE = re.findall(r"^\| `(\w+\.py)` \| `?([\w/.]+)`? \| (.*) \|$", (LOSS / "README.md").read_text(), re.MULTILINE)
-OF_THE_DEFINITION = {"mixed_logits", "token_status"}
-
-
-def test_every_triton_file_and_the_readme_name_the_same_twin_and_kernels_and_quote_formulas_that_exist() -> None:
-    """`token_statistics._floor`: the first word of a docstring after "Compute" names a function of the twin."""
-    files = sorted(path.name for path in KERNELS.glob("*.py") if path.name not in ("__init__.py", "triton_backend.py"))
-    assert sorted(name for name, _, _ in TABLE) == files
-    for name, twin, content in TABLE:
-        source = (KERNELS / name).read_text()
-        tree = ast.parse(source)
-        assert re.findall(r"^Twin: `?([\w/.]+\w)", ast.get_docstring(tree) or "", re.MULTILINE) == [twin]
-        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        assert re.findall(r"`(\w+)`", content) == [one for one in functions if one.endswith("_kernel")]
-        quoted = re.findall(r'"""(?:Compute|Launch the kernel of) `([\w.]+)`', source)
-        text = (LOSS / twin).read_text() if twin != "none" else ""
-        if any(q.startswith("jsd_and_renyi_passes.") for q in quoted):
-            text += (LOSS / "sharded" / "jsd_and_renyi_passes.py").read_text()
-        missing = [q for q in quoted if f"def {q.split('.')[-1]}(" not in text and q not in OF_THE_DEFINITION]
-        assert missing == [], name
