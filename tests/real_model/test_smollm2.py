@@ -13,7 +13,6 @@ import models
 import pytest
 import torch
 import transformers
-from layout_logits import logits_through_the_pipeline
 from scripts import load_script
 from torch import Tensor
 
@@ -90,7 +89,7 @@ def logits_of(megatron: Path, hf: Path, parallel: ParallelConfig, sequences: lis
     config = read_config(hf)
     chunks, grid = models.build(family_of(config).model_config(config), parallel, seed=None)
     load_weights(megatron, chunks, VOCAB_SIZE)
-    return logits_through_the_pipeline(chunks, grid, sequences, VOCAB_SIZE)
+    return hf_models.logits_through_the_pipeline(chunks, grid, sequences, VOCAB_SIZE)
 
 
 @pytest.fixture(scope="session")

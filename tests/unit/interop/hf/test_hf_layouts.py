@@ -15,7 +15,6 @@ import hf_models
 import models
 import pytest
 import torch
-from layout_logits import logits_through_the_pipeline
 from tiers import combinations
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def load(directory: Path, layout: str, kind: str, precision: str) -> tuple[Tenso
         cuts, optimizer = models.parallel(**sizes, sp=sequence_parallel), OptimizerConfig(precision=precision)
         chunks, grid = models.build(model, cuts, optimizer=optimizer)
     hf_models.fill(chunks, rules, tensors)
-    logits = logits_through_the_pipeline(chunks, grid, SEQUENCES)
+    logits = hf_models.logits_through_the_pipeline(chunks, grid, SEQUENCES)
     return logits, changed_by_export(chunks, grid, rules, tensors, precision)
 
 
