@@ -30,15 +30,13 @@ MIDDLEWARE = {"middleware": ["a", "b"], "compilation_config": {"level": 0}}
 OF_SERVERS = ("server.serve", "plugin.middleware", "protocol")
 
 
-def started(
-    directory: Path, python: Path | str | None, count: int = 1, environment: dict[str, str] | None = None
-) -> list[ServerProcess]:
+def started(directory: Path, python: Path, environment: dict[str, str] | None = None) -> list[ServerProcess]:
     return start_servers(
         RolloutConfig(
             engine="vllm",
             placement="server",
-            num_servers=count,
-            server_python=None if python is None else str(python),
+            num_servers=1,
+            server_python=str(python),
             server_env=environment or {},
             engine_tp=2,
             kv_cache_gb=0.5,

@@ -193,17 +193,16 @@ def test_leakage_is_counted_over_the_responses_of_each_kind():
     problems, arguments = with_solutions("We know that it is"), {"sampler": Reciting(), "max_length": 200}
     result = run(problems, leak_words=["hint", "solution"], num_transcripts=None, **arguments)
     metrics, solutions = result.metrics("test"), {p.id: p.solution for p in problems}
-    for kind, is_greedy in (("greedy", True), ("sampled", False)):
-        contexts = []
-        for t in (t for t in result.transcripts if (t.sample is None) == is_greedy):
-            texts = (t.prompt, f"{t.prompt[:-1]}|{solutions[t.problem_id]}:", f"{t.response}$")
-            contexts.append(ContextPair(t.problem_id, *([*map(ord, text)] for text in texts), False))
-        hinted = leak_counts([context for context in contexts if context.problem_id != "p3"], [], Characters())
-        words = leak_counts(contexts, ["hint", "solution"], Characters())
-        assert hinted.hinted == len(contexts) * 6 / 7
-        assert metrics[f"test/{kind}_hint_8grams"] == hinted.hint_grams / hinted.grams
-        assert metrics[f"test/{kind}_quoted_hint_share"] == hinted.quoting / hinted.hinted
-        assert metrics[f"test/{kind}_leak_words_per_1000"] == pytest.approx(1000 * words.words / words.tokens)
+    contexts = []
+    for t in (t for t in result.transcripts if t.sample is not None):
+        texts = (t.prompt, f"{t.prompt[:-1]}|{solutions[t.problem_id]}:", f"{t.response}$")
+        contexts.append(ContextPair(t.problem_id, *([*map(ord, text)] for text in texts), False))
+    hinted = leak_counts([context for context in contexts if context.problem_id != "p3"], [], Characters())
+    words = leak_counts(contexts, ["hint", "solution"], Characters())
+    assert hinted.hinted == len(contexts) * 6 / 7
+    assert metrics["test/sampled_hint_8grams"] == hinted.hint_grams / hinted.grams
+    assert metrics["test/sampled_quoted_hint_share"] == hinted.quoting / hinted.hinted
+    assert metrics["test/sampled_leak_words_per_1000"] == pytest.approx(1000 * words.words / words.tokens)
     assert metrics["test/greedy_quoted_hint_share"] == 0 < metrics["test/sampled_quoted_hint_share"] < 1
     assert metrics["test/greedy_leak_words_per_1000"] == 0 < metrics["test/sampled_leak_words_per_1000"]
     assert not any("hint" in key or "leak" in key for key in run(with_solutions(""), **arguments).metrics())
