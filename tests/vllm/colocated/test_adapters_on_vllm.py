@@ -30,7 +30,6 @@ def adapted(kind: str, parallel: ParallelConfig, adapter: AdapterConfig, seed: i
 
 
 def in_process(kind: str, adapter: AdapterConfig, seeds: tuple[int, ...]) -> list[list[Response]]:
-    """Return what the trainer itself samples with the factors of each seed."""
     chunks, grid = adapted(kind, ParallelConfig(), adapter)
     found = []
     for seed in seeds:

@@ -19,8 +19,7 @@ from colocated import DRAWN, GREEDY, MODELS, TIMEOUT, requests, sampler
 from responses import own, tokens
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.sampling import sample_seed
+from megatron_selfdistill.rollout.base import Response
 
 
 def joined(per_rank: list[tuple[int, int, Any]], count: int) -> list[Any]:
@@ -50,41 +49,6 @@ def fresh(ranks: Any) -> Callable[[str, int], tuple[list[Response], list[Respons
         return found[kind, seed]
 
     return of
-
-
-def cached_tokens_of_three_turns() -> tuple[int, list[tuple[int, int, int]]]:
-    """Return the size of a block of the cache, and three numbers of tokens for each turn of an episode.
-
-    They are those of the turns before, of the prompt, and of the prompt's tokens that the prefix cache had.
-    """
-    chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
-    reply, params = list(range(1, 17)), replace(GREEDY, max_new_tokens=20)
-    found: list[tuple[int, int, int]] = []
-    with sampler(MODELS["gqa"], chunks, grid) as it:
-        it.update_weights(7)
-        llm = it._engine._llm
-        generate = llm.generate
-
-        def noting(*arguments: Any, **options: Any) -> Any:
-            outputs = generate(*arguments, **options)
-            before = found[-1][1] + params.max_new_tokens if found else 0
-            found.extend((before, len(output.prompt_token_ids), output.num_cached_tokens) for output in outputs)
-            return outputs
-
-        llm.generate = noting
-        prompt = [token % models.VOCAB_SIZE for token in range(210)]
-        for turn in range(3):
-            [response] = it.generate([Request(prompt, sample_seed(3, 0, "p", turn))], params)
-            prompt = [*prompt, *response.token_ids, *reply]
-        return llm.llm_engine.vllm_config.cache_config.block_size, found
-
-
-def test_a_turn_that_continues_an_episode_finds_its_earlier_turns_in_the_prefix_cache(ranks):
-    """All full blocks of the earlier prompt and response; the key and value of the last token are not there yet."""
-    [(block, turns)] = ranks.run(cached_tokens_of_three_turns, world_size=1, timeout=TIMEOUT)
-    assert [length for _, length, _ in turns] == [210, 246, 282]
-    assert [cached for _, _, cached in turns] == [max(before - 1, 0) // block * block for before, _, _ in turns]
-    assert turns[2][2] > turns[1][2] > 0
 
 
 def scored_by_transformers(kind: str, responses: list[Response]) -> list[tuple[list[int], list[float]]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -69,42 +67,6 @@ def test_random_streams_environment_and_functions_of_torch_are_kept_and_a_second
     ranks_without_vllm,
 ):
     ranks_without_vllm.run(what_changed, world_size=1, timeout=TIMEOUT, init_process_group=False)
-
-
-@contextmanager
-def groups_end_at_shutdown() -> Iterator[None]:
-    """End the groups at shutdown, as vLLM does since 0.33."""
-    import vllm.distributed
-    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
-
-    shutdown = ExecutorWithExternalLauncher.shutdown
-
-    def shutdown_and_end(self: Any) -> None:
-        shutdown(self)
-        vllm.distributed.parallel_state.destroy_model_parallel()
-
-    with mock.patch.object(ExecutorWithExternalLauncher, "shutdown", shutdown_and_end):
-        yield
-
-
-def closed_last() -> list[list[int]]:
-    from megatron_selfdistill.distributed import ranks
-
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name)
-    written = []
-    for is_new in (False, True):
-        chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
-        with groups_end_at_shutdown() if is_new else nullcontext(), sampler(MODELS["gqa"], chunks, grid) as it:
-            it.update_weights(1)
-            written.append(tokens(it.generate(requests(), DRAWN)))
-            ranks.shutdown()
-    return written
-
-
-def test_a_sampler_may_be_closed_after_the_trainers_groups(ranks):
-    ((first, second),) = ranks.run(closed_last, world_size=1, timeout=TIMEOUT, init_process_group=False)
-    assert first == second
 
 
 def slept() -> tuple[list[str], bool, dict[str, float]]:

@@ -46,13 +46,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """kind -> the sizes that differ from those of `hf_models.CONFIGS`."""
 
 
-def responses_of_vllm(directory: Path) -> tuple[list[Response], list[Response]]:
+def responses_of_vllm(directory: Path, precision: str = "fp32", **options: Any) -> list[list[Response]]:
     family, model, rules, tensors = hf_models.read(directory)
-    chunks, grid = models.build(model, ParallelConfig())
+    chunks, grid = models.build(model, ParallelConfig(), optimizer=OptimizerConfig(precision=precision))
     hf_models.fill(chunks, rules, tensors)
-    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, family=family) as it:
+    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, family=family, **options) as it:
         it.update_weights(3)
-        return it.generate(requests(4), GREEDY), it.generate(requests(4), DRAWN)
+        return [it.generate(requests(4), params) for params in (GREEDY, DRAWN)]
 
 
 def scored(model: Any, responses: list[Response]) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -83,17 +83,6 @@ GATED_DELTA: dict[str, Any] = {
 }
 
 
-def responses_in_bf16(directory: Path) -> list[Response]:
-    family, model, rules, tensors = hf_models.read(directory)
-    chunks, grid = models.build(model, ParallelConfig(), optimizer=OptimizerConfig(precision="bf16"))
-    hf_models.fill(chunks, rules, tensors)
-    args = {"enable_prefix_caching": False}  # else vLLM asks for chunked prefills, which share states
-    options = {"family": family, "dtype": "bfloat16", "engine_args": args}
-    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, **options) as it:
-        it.update_weights(3)
-        return it.generate(requests(4), DRAWN)
-
-
 def median_distance(model: Any, responses: list[Response]) -> float:
     """Return the median distance of the recorded log-probs of responses to `requests` from those of transformers."""
     pairs = zip(responses, scored(model, responses)[1], strict=True)
@@ -103,7 +92,9 @@ def median_distance(model: Any, responses: list[Response]) -> float:
 def test_gated_delta_nets_generate_what_transformers_would_in_bf16(ranks, tmp_path):
     """On a CPU vLLM computes these layers in bf16, for heads of 128 channels."""
     model = hf_models.write("qwen3_next", tmp_path, **GATED_DELTA)
-    (drawn,) = ranks.run(responses_in_bf16, tmp_path, world_size=1, timeout=TIMEOUT)
+    args = {"enable_prefix_caching": False}  # else vLLM asks for chunked prefills, which share states
+    options = {"precision": "bf16", "dtype": "bfloat16", "engine_args": args}
+    ((_, drawn),) = ranks.run(responses_of_vllm, tmp_path, world_size=1, timeout=TIMEOUT, **options)
     model = model.to(torch.bfloat16).float()
     assert median_distance(model, drawn) < 0.05
     layers = model.model.layers

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import TRACKER, overrides, reproducible_metrics, train
+from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill.instruments.evaluate import evaluate_command as evaluate
 
@@ -66,7 +66,6 @@ def test_a_run_with_adapters_sends_the_factors_alone(ranks, data, tmp_path):
 
 
 def evaluated(ranks, data: Path, directory: Path, engine: str) -> list[float]:
-    """Return the probabilities of the greedy responses that `evaluate` gets from an engine for ``directory``/run."""
     model = ["--megatron", str(directory / "run" / "checkpoints"), "--data", str(data / "problems.jsonl")]
     out = ["--out", str(directory / engine), "--num-samples", "1", f"data.tokenizer={data}/tokenizer", "data.limit=8"]
     settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.05", f"rollout.engine={engine}"]
@@ -86,22 +85,3 @@ def test_a_recipe_with_rewards_trains_on_the_samples_of_its_own_weights(ranks, d
         assert 0 < line["rewards/mean"] < 1 and line["rewards/mixed_groups"] > 0
         assert line["sampler/log_prob_max_abs_diff"] < 1e-4, "log p - log mu of every token"
         assert line["terms/clipped_share"] == 0 and line["terms/policy_abs_mean"] > 0 and line["gradient_norm"] > 0
-
-
-def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, tmp_path):
-    run = overrides(data, tmp_path / "run", *VLLM, "checkpoint.save_every=2", "optimizer.lr=0.05")
-    (directory := tmp_path / "run").mkdir()
-    train(ranks, run, timeout=TIMEOUT)
-    (directory / "checkpoints" / TRACKER).write_text("2")
-    train(ranks, run, timeout=TIMEOUT)
-    lines = reproducible_metrics(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
-
-
-def test_prompts_that_do_not_fit_into_one_pass_wait_for_the_next(ranks, data, tmp_path):
-    """Their seeds forbid that a CPU's engine reads one in two parts; 130 is no multiple of a prompt's 8 tokens."""
-    options = ["rollout.engine_args={max_num_batched_tokens: 130}", "rollout.num_samples=8", "num_steps=1"]
-    train(ranks, overrides(data, tmp_path / "run", *VLLM, *options), timeout=TIMEOUT)
-    [line] = reproducible_metrics(tmp_path / "run")
-    assert line["sampler/log_prob_max_abs_diff"] < 1e-4
