@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from characters import text_of
-from made_methods import made
+from made_methods import TextSampler, made, response_of
 
 from megatron_selfdistill.methods import ovd
 from megatron_selfdistill.methods.ovd import auroc, verbal_scores
@@ -53,28 +53,21 @@ class Teacher:
         return found
 
 
-class Sampler:
-    """A sampler whose responses are right at even calls of one request; it keeps the requests."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-
-    def update_weights(self, step: int) -> None:
-        assert step == STEP
-
-    def sleep(self) -> None:
-        """Give back nothing."""
+class Sampler(TextSampler):
+    """A sampler whose responses are right at even calls of one request."""
 
     def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
         self.requests += requests
-        texts = ["4 new$" if i % 2 == 0 else "5 new$" for i in range(len(requests))]
-        return [Response(list(map(ord, text)), [-1.0] * 6, [-2.0] * 6, "stop") for text in texts]
+        return [response_of(f"{4 + i % 2} new$", [-2.0] * 6) for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        pass
 
 
 def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> Any:
     wanted = ["recipe=ovd", f"seed={SEED}", "method.template='{problem}/{solution}/{response}?'", *overrides]
     readers = SimpleNamespace(candidate_log_probs=Teacher())
-    return made(wanted, tiny.given(max_length), readers=readers, sampler=sampler or Sampler())
+    return made(wanted, tiny.given(max_length), readers=readers, sampler=sampler or Sampler(STEP))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +87,7 @@ def test_the_teacher_sees_problem_solution_and_response(overrides, max_length, t
 
 
 def selected(given: Sequence[Rollout], *overrides: str, **options: Any) -> tuple[list[Rollout], Any, list[Request]]:
-    sampler = Sampler()
+    sampler = Sampler(STEP)
     chosen, metrics = method_with(*overrides, sampler=sampler, **options).select(STEP, given)
     return chosen, metrics, sampler.requests
 
