@@ -131,12 +131,8 @@ class Slurm:
                 daemon.kill()
 
     def _spawn(self, name: str, *command: str) -> None:
-        self.daemons[name] = subprocess.Popen(
-            [*command, "-D", "-f", str(self.root / "slurm.conf")],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self.daemons[name] = subprocess.Popen([*command, "-D", "-f", str(self.root / "slurm.conf")], **nowhere)
 
     def _idle_nodes(self) -> int:
         command = ["sinfo", "-h", "-p", "wide", "-t", "idle", "-o", "%D"]

@@ -183,15 +183,6 @@ def test_a_requeue_by_hand_keeps_the_last_checkpoint_at_least(slurm, data, tmp_p
     assert job.restarts() == 1 and job.saved_step() >= 2
 
 
-def test_the_time_limits_signal_saves_and_requeues(slurm, data, tmp_path):
-    """It comes up to a minute early."""
-    own_limit_off = "stop.time_limit_minutes=1000"
-    options = ("--time=2", "--signal=USR1@40")
-    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", own_limit_off, options=options)
-    wait_until(lambda: job.restarts() == 1)
-    assert job.saved_step() > 0 and "SIGUSR1; started again" in job.text()
-
-
 def test_a_run_that_knows_its_jobs_end_stops_before_and_requeues(slurm, data, tmp_path):
     late, options = "stop.margin_minutes=2.6", ("--time=3", "--signal=USR1@5")  # no sooner than a minute before the end
     job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", late, options=options)
