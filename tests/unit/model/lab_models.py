@@ -34,17 +34,10 @@ def model_provider(
     )
     model, parallel = models.model_config("gqa"), dataclasses.replace(parallel, **changes)
     config = transformer_config(model, parallel, OptimizerConfig(precision="fp32"), ScheduleConfig())
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage),
-        vocab_size=64,
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
-        vp_stage=vp_stage,
-    )
+    sizes = {"vocab_size": 64, "max_sequence_length": model.max_position_embeddings}
+    options = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope", "vp_stage": vp_stage}
+    stage = {"pre_process": pre_process, "post_process": post_process}
+    return GPTModel(config, layer_spec(config, vp_stage), **sizes, **stage, **options)
 
 
 def without_vp_stage(pre_process: bool = True, post_process: bool = True) -> GPTModel:
@@ -88,10 +81,6 @@ with_megatrons_gated_delta_net = changed(with_megatrons_layer)
 that_caps_its_logits = changed(lambda gpt: setattr(gpt, "__class__", SoftCapped))
 with_scaled_logits = changed(lambda gpt: setattr(gpt.config, "use_mup", True))
 not_a_function = 3
-
-
-def no_gpt(pre_process: bool, post_process: bool) -> torch.nn.Module:
-    return torch.nn.Linear(2, 2)
 
 
 def returns_a_list(pre_process: bool, post_process: bool) -> list[GPTModel]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Any
 
 import models
@@ -23,14 +22,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.compat.older_megatron import submodules_of, version
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.teacher_weights import Teacher
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.configured_packing import token_multiple
 
 UNCUT = ParallelConfig()
@@ -79,23 +76,6 @@ def test_every_ranks_tokens_divide_by_what_the_recipe_takes():
             tokens /= cuts.tensor_model_parallel_size
         assert tokens % {"mxfp8": 32, "blockwise": 128}.get(recipe, 16) == 0, (cuts, recipe)
     assert token_multiple(configured(ModelConfig())) is None, "without fp8 any length will do"
-
-
-def lengths(multiples: list[int | None]) -> list[set[int]]:
-    _, grid = models.build(models.model_config(), ParallelConfig())
-    contexts = [ContextPair("0", [1] * n, [1] * (n + 3), [2] * 5, truncated=False) for n in (3, 20, 9)]
-    found = []
-    for multiple in multiples:
-        packed = pack_everywhere(contexts, Packing(256, "teacher_first", True, seq_multiple=multiple), grid)
-        assert sum(len(mb.response_positions) for mb in packed.student) == 15
-        found.append({packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))})
-    return found
-
-
-def test_packed_rows_have_lengths_of_that_multiple(ranks):
-    multiples = [None, 16, 64]
-    for multiple, found in zip(multiples, ranks.run(lengths, multiples, world_size=1)[0], strict=True):
-        assert found == {math.ceil(56 / (multiple or 1)) * (multiple or 1)}
 
 
 # -- the teacher's weights -----

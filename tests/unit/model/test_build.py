@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A lab's own model trains as the built-in one does, and a lab's own Megatron Core is what is used."""
+"""A lab's own model trains as the built-in one does, and its optimizer makes the steps of Megatron's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-import megatron.core
 import megatron.core.optimizer.optimizer as megatrons
 
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig
@@ -25,7 +24,7 @@ from megatron_selfdistill.config.schema.step_config import LearningRateDecay
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.learner import apply_gradients, gradient_norm
 from megatron_selfdistill.model import build
-from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
+from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 
 
@@ -43,6 +42,7 @@ PROVIDERS = {
 }
 
 
+@pytest.mark.full
 @combinations(layout=list(PROVIDERS), quick={"layout": ["PP2xVPP2"]}, strength=1)
 def test_a_providers_model_has_the_built_in_models_gradient(ranks, layout):
     cuts, providers = PROVIDERS[layout]
@@ -70,7 +70,6 @@ REFUSED: dict[str, tuple[ParallelConfig, dict[str, str]]] = {
     "one rank": (
         parallel(),
         {
-            "lab_models.no_gpt": "got Linear",
             "lab_models.returns_a_list": "got list",
             "lab_models.of_another_context_parallel_size": "parallel.context_parallel_size is 1",
             "lab_models.of_another_expert_parallel_size": "parallel.expert_model_parallel_size is 1",
@@ -79,9 +78,7 @@ REFUSED: dict[str, tuple[ParallelConfig, dict[str, str]]] = {
             "lab_models.with_scaled_logits": "use_mup",
             "lab_models.with_megatrons_gated_delta_net": "those of Megatron Core",
             "lab_models.with_dropout": "dropout",
-            "lab_models.absent": "got 'lab_models.absent'",
             "no_such_lab.provider": "No module named 'no_such_lab'",
-            "provider": "got 'provider'",
             "lab_models.not_a_function": "which is a int",
         },
     ),
@@ -139,9 +136,6 @@ def test_the_learning_rate_warms_up_and_decays_over_the_steps_of_the_run(ranks):
     assert found == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
-# -- which Megatron Core ------------------------------------------------------------------------------------
-
-
 def test_every_setting_reaches_megatrons_optimizer(monkeypatch):
     seen: dict[str, Any] = {}
     monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, *args, **kwargs: seen.update(vars(config)))
@@ -152,11 +146,6 @@ def test_every_setting_reaches_megatrons_optimizer(monkeypatch):
     optimizer = OptimizerConfig(constants=OptimizerConstants(**constants), **settings)
     build.build_optimizer([], optimizer, num_steps=3)
     assert {name: seen[name] for name in constants | settings} == constants | settings
-
-
-def test_a_version_that_was_never_tested_is_noted(monkeypatch):
-    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
-    assert megatron_in_use().startswith("megatron.core 0.99.0 from ") and "not tested" in megatron_in_use()
 
 
 def stepped(kind: str, cuts: ParallelConfig, config: OptimizerConfig, halves: bool) -> dict[str, Any]:
@@ -201,6 +190,7 @@ CASES = {
 }
 
 
+@pytest.mark.full
 @combinations(name=list(CASES), quick={"name": ["sgd", "experts", "no clipping"]}, strength=1)
 def test_both_halves_together_are_megatrons_step_to_the_last_bit(ranks, name):
     *arguments, world_size = CASES[name]

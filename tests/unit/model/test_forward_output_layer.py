@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
-from megatron_selfdistill.model import architecture, build, fused_loss
+from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.fused_loss import MainGrad
 from megatron_selfdistill.model.output_layer import decided_output_layer, unfusable
@@ -153,6 +153,7 @@ def test_gradients_equal_the_materialised_ones_of_one_rank(outcomes, name, mode)
     assert_alike(outcomes((fused(case, mode), PLAIN), world_size), outcomes((alone, PLAIN)))
 
 
+@pytest.mark.full
 @combinations(name=["tied", "PP2xVPP2 tied"], mode=MODES, quick={"name": ["tied"], "mode": ["low_memory"]}, strength=1)
 def test_current_weights_teach_alike(outcomes, name, mode):
     case, world_size = case_of(name, teacher="current")
@@ -171,6 +172,7 @@ def test_apexs_kernel_accumulates_every_microbatch_into_main_grad(outcomes, name
         assert_alike(got, expected)
 
 
+@pytest.mark.full
 @combinations(
     name=["one rank", "TP2+SP", "EP2xTP2+SP"],
     mode=["materialised", *MODES],
@@ -216,37 +218,6 @@ def test_overlapped_reduction_and_gather_in_small_buckets_end_in_the_same_parame
     case = Case(kind=kind, steps=2, optimizer=OVERLAPPED, max_tokens=40)
     expected, got = outcomes.of([(case, patches), (fused(case, mode), patches)], 2)
     assert_alike(got, expected)
-
-
-def arrivals(variants: list[tuple[str, str]]) -> list[list[str]]:
-    """Return the order in which the output weight arrives and is read, for kinds of models and teachers."""
-    found = []
-    read, wrap = fused_loss.fused_distillation_loss, layouts.wrap_for_training
-    for kind, teacher in variants:
-        case = Case(kind=kind, teacher=teacher, fusion=FUSIONS["low_memory"], max_tokens=300, extra_weightless=0)
-        seen: list[str] = []
-
-        def with_a_gather(chunks: Any, optimizer: OptimizerConfig, seen: list[str] = seen) -> Any:
-            layer = unwrapped(chunks[0]).output_layer
-            layer.register_forward_pre_hook(lambda module, inputs: seen.append(f"arrives for {len(inputs)}"))
-            return wrap(chunks, optimizer)
-
-        def reading(*arguments: Any, seen: list[str] = seen, **options: Any) -> Any:
-            seen.append("read")
-            return read(*arguments, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layouts, "wrap_for_training", with_a_gather)
-            patch.setattr(fused_loss, "fused_distillation_loss", reading)
-            layouts.run(case)
-        found.append(seen)
-    return found
-
-
-def test_the_weight_is_read_after_the_layers_forward_hooks(ranks):
-    """A hook of DDP waits for the weight's bucket under overlap_param_gather."""
-    variants = [("shallow", "frozen"), ("tied", "current")]
-    assert ranks.run(arrivals, variants, world_size=1)[0] == [["arrives for 1", "read"]] * len(variants)
 
 
 class Capped(layers.ColumnParallelLinear):

@@ -1,24 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""When the output layer is fused with the loss, and the logits that a run announces."""
+"""When the output layer is fused with the loss, and how large its logits are."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.config.compose import from_mapping
-from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
-from megatron_selfdistill.pipeline.next_token import next_token
 
 GIB = 2**30
 ROWS = 16384
@@ -60,13 +53,11 @@ def test_keep_gradient_is_refused_beside_a_policy_term():
         assert chosen(policy_term=True, fused=mode).mode == chosen(fused=mode).mode
 
 
-def test_the_default_limit_is_a_twentieth_of_the_memory():
+def test_the_default_limit_is_a_twentieth_of_the_memory_and_every_cut_of_rows_and_columns_counts():
     for memory, mode in [(40.0, "materialised"), (39.9, "keep_gradient")]:
         config = from_mapping({"schedule": {"max_tokens": ROWS}, "cluster": {"gpu_memory_gb": memory}})
         assert choose_output_layer(config, COLUMNS).mode == mode
 
-
-def test_every_cut_of_rows_and_columns_counts():
     def size(**sections: Any) -> float:
         config = from_mapping({"schedule": {"max_tokens": ROWS}, "cluster": {"gpu_memory_gb": 80.0}, **sections})
         return choose_output_layer(config, COLUMNS).largest / GIB
@@ -77,54 +68,6 @@ def test_every_cut_of_rows_and_columns_counts():
     assert size(optimizer={"precision": "fp32"}) == 4
     assert size(method={"name": "rft"}) == 3, "there is no teacher, but a copy in float32"
     assert size(method={"name": "rft"}, optimizer={"precision": "fp32"}) == 2, "written over"
-
-
-NEXT_TOKEN_ROWS, WIDTH, PADDED = 64, 8, 8192
-
-
-def bytes_of_next_token_training(dtype: torch.dtype, num_valid: int) -> tuple[int, int]:
-    """Return the peak of memory from hidden states to the gradients, and the memory without logits."""
-    hidden = torch.randn(NEXT_TOKEN_ROWS, WIDTH, dtype=dtype, requires_grad=True)
-    weight = torch.randn(PADDED, WIDTH, dtype=dtype, requires_grad=True)
-    tokens = torch.arange(NEXT_TOKEN_ROWS)
-
-    def train() -> None:
-        stats = next_token(hidden @ weight.t(), None, tokens, VocabShard(0, PADDED, num_valid))
-        stats.loss.sum().backward()
-
-    return peak_of(train), weight.nbytes
-
-
-def peak_of(work: Callable[[], None]) -> int:
-    """Return the largest number of bytes that ``work`` holds at a time, besides what it was given."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    now = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-PRECISIONS = {"bf16": (torch.bfloat16, 3), "fp32": (torch.float32, 1)}
-"""The type of the logits, and the number of copies of the logits."""
-
-
-def bytes_of_each() -> dict[tuple[str, int], tuple[int, int]]:
-    initialize(ParallelConfig(), seed=1)
-    cases = itertools.product(PRECISIONS, (PADDED, PADDED - 100))
-    return {case: bytes_of_next_token_training(PRECISIONS[case[0]][0], case[1]) for case in cases}
-
-
-def test_next_token_training_takes_the_rows_of_logits_that_a_run_announces(ranks):
-    for (precision, num_valid), (peak, rest) in ranks.run(bytes_of_each, world_size=1)[0].items():
-        config = from_mapping({"method": {"name": "rft"}, "optimizer": {"precision": precision}})
-        layer = choose_output_layer(config, PADDED)
-        announced = layer.tokens_with_logits(NEXT_TOKEN_ROWS) * layer.token_bytes
-        dtype, copies = PRECISIONS[precision]
-        assert announced == copies * NEXT_TOKEN_ROWS * PADDED * dtype.itemsize
-        assert announced <= peak < announced + 2 * rest, num_valid
 
 
 def test_what_is_asked_for_is_taken_whatever_its_size():
@@ -140,6 +83,3 @@ def test_what_cannot_be_fused_is_refused_or_told():
         chosen("it has a bias", fused="low_memory")
     assert str(chosen("it has a bias", max_logits_gb=0)).endswith("because it has a bias")
     assert chosen("it has a bias").note == "" and chosen("it has a bias", fused="none").note == ""
-    assert "fused_chunk_tokens=16384" in str(chosen(max_logits_gb=0, fused_chunk_tokens=ROWS))
-    assert "materialised, at most 2.00 GiB" in str(chosen())
-    assert "4096 tokens, keep_gradient, at most 1.25 GiB" in str(chosen(fused="keep_gradient"))

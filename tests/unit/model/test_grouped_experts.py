@@ -57,21 +57,10 @@ class GroupedLinear(torch.nn.Module):
 
     axis: int
 
-    def __init__(
-        self,
-        num_gemms: int,
-        inputs: int,
-        outputs: int,
-        *,
-        config: Any,
-        pg_collection: Any,
-        bias: bool,
-        skip_bias_add: bool,
-        **_: Any,
-    ) -> None:
+    def __init__(self, num_gemms: int, inputs: int, outputs: int, *, config: Any, bias: bool, **options: Any) -> None:
         super().__init__()
-        self.num_gemms, self.groups, self.has_bias, self.skip_bias_add = num_gemms, pg_collection, bias, skip_bias_add
-        cuts = pg_collection.expt_tp.size()
+        self.num_gemms, self.groups, self.has_bias = num_gemms, options["pg_collection"], bias
+        self.skip_bias_add, cuts = options["skip_bias_add"], self.groups.expt_tp.size()
         shape = (outputs // cuts, inputs) if self.axis == 0 else (outputs, inputs // cuts)
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))

@@ -79,19 +79,6 @@ def test_each_pair_turns_by_its_angle_and_its_gradient_turns_back(width, interle
         torch.testing.assert_close(mine.double(), exact, rtol=0, atol=8 * 2**-24 * 10)
 
 
-@combinations(
-    width=WIDTHS, interleaved=(False, True), latent=(False, True), dtype=(torch.float32, torch.bfloat16), strength=2
-)
-def test_values_and_gradients_have_the_bits_of_megatrons_function(megatrons, width, interleaved, latent, dtype):
-    states, angles, upstream = states_and_angles(width, dtype)
-    arguments = angles, interleaved, latent, MSCALE
-    expected = with_gradient(lambda t: megatrons._apply_rotary_pos_emb_bshd(t, *arguments), states, upstream)
-    got = with_gradient(lambda t: rotary.rotated(t, *arguments), states, upstream)
-    assert megatrons._apply_rotary_pos_emb_bshd is not rotary.rotated
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize("changed", ["angles", "dtype", "interleaved", "mscale"])
 def test_the_table_that_is_kept_is_that_of_the_call_and_what_is_given_is_left_as_it_is(changed):
     """A table that another layer, pass or dtype has asked for takes no part."""
@@ -140,10 +127,3 @@ def test_every_token_of_a_sequence_is_rotated_as_megatron_rotates_it(megatrons, 
     real = held < microbatch.cu_seqlens[-2]
     assert real.any() and not real.all() and packed.pad_between_seqs is False
     assert torch.equal(got[real], expected[real])
-
-
-def test_sequences_whose_positions_nobody_knows_are_left_to_megatron(megatrons):
-    group, states = group_of(1, 0), torch.randn(5, 2, 8)
-    cu_seqlens, angles = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(3, 1, 1, 8)
-    got = rope_utils._apply_rotary_pos_emb_thd(states, cu_seqlens, angles, cp_group=group)
-    assert torch.equal(got, megatrons._apply_rotary_pos_emb_thd(states, cu_seqlens, angles, cp_group=group))
