@@ -102,7 +102,6 @@ def reference() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the problems and the tokenizer of tiny runs."""
     directory = tmp_path_factory.mktemp("inputs")
     tiny_run.write_data(directory)
     return directory

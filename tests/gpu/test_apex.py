@@ -44,19 +44,19 @@ def sources() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def with_kernel(tmp_path_factory, on_gpu):
-    """Return a process with the kernel, and the relative difference of one product that the kernel has added up."""
     if not on_gpu or missing():
         pytest.skip(missing() if on_gpu else "apex's kernel needs an NVIDIA GPU")
     directory = tmp_path_factory.mktemp("apex")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)  # the path of its children, too
         ranks = Ranks(1, ["transformer_engine"])
-        yield ranks, ranks.run(product, directory)[0]
+        ranks.run(build, directory)
+        yield ranks
         ranks.close()
 
 
-def product(rank: int, directory: Path) -> float:
-    """Build the kernel into ``directory`` unless it is installed; return the relative difference of one product."""
+def build(rank: int, directory: Path) -> None:
+    """Build the kernel into ``directory`` unless it is installed; import it."""
     if importlib.util.find_spec(MODULE) is None:
         from torch.utils.cpp_extension import load
 
@@ -65,20 +65,10 @@ def product(rank: int, directory: Path) -> float:
         flags = {"extra_include_paths": [str(common)], "extra_cuda_cflags": ["-O3"], "verbose": True}
         load(MODULE, list(map(str, sources())), build_directory=str(directory), **flags)
         sys.path.insert(0, str(directory))
-    kernel = importlib.import_module(MODULE)
-    generator = torch.Generator("cuda").manual_seed(0)
-    hidden, gradient = (torch.randn(512, n, generator=generator, device="cuda").bfloat16() for n in (256, 128))
-    main_grad = torch.ones(128, 256, device="cuda")
-    kernel.wgrad_gemm_accum_fp32(hidden, gradient, main_grad)
-    expected = 1 + gradient.double().t() @ hidden.double()
-    return float((main_grad.double() - expected).norm() / expected.norm())
-
-
-def test_the_kernel_adds_a_product_to_the_gradient(with_kernel, keeps):
-    keeps("weight gradient, relative difference", with_kernel[1], 1e-5)
+    importlib.import_module(MODULE)
 
 
 @pytest.mark.parametrize("name", cases.FUSED_WGRAD)
 def test_a_training_step_with_the_kernel_equals_that_of_one_cpu_rank(name, with_kernel, reference, tmp_path, keeps):
     one = cases.FUSED_WGRAD[name]
-    layout_steps.check(one, with_kernel[0], reference, tmp_path / "store", keeps, backend="staged", on_gpu=True)
+    layout_steps.check(one, with_kernel, reference, tmp_path / "store", keeps, backend="staged", on_gpu=True)

@@ -30,7 +30,6 @@ needs_vllm = pytest.mark.skipif(NO_VLLM, reason="vLLM is not installed in the en
 
 
 def trained(arguments: list[str], num_ranks: int = 1) -> None:
-    """Run the trainer, which must end with 0."""
     status, output = children.launched(num_ranks, "-m", "megatron_selfdistill.train", *arguments)
     assert status == 0, output[-6000:]
 

@@ -48,7 +48,6 @@ def file() -> Path:
 
 @pytest.fixture(scope="session")
 def theirs(file) -> Any:
-    """Return transformers' model of the GGUF file itself, in float32."""
     return transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
 
 
@@ -101,7 +100,6 @@ def megatron(hf) -> Path:
 
 @pytest.fixture(scope="session")
 def their_texts(theirs, prompts) -> list[list[int]]:
-    """Return each prompt with transformers' greedy response."""
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "eos_token_id": END, "pad_token_id": END}
     with torch.no_grad():
         return [theirs.generate(torch.tensor([prompt]), **settings)[0].tolist() for prompt in prompts]
