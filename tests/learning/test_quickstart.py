@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from _lib import (
     unsolved_subtraction,
     variants,
 )
-from _lib.command_line import CONFIG_NAME, command
 from _lib.measurement import measure
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics.guards import Guards
@@ -77,22 +73,6 @@ def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, 
 
 
 @pytest.mark.full
-def test_the_printed_command_is_the_run(base, problems, root):
-    """It exists, it composes to the configuration that the variant ran with, and it starts."""
-    variant = variants.TEACHER_ALONE.on(problems)
-    overrides = (*base.overrides, *variant.overrides, f"run_dir={root / 'by_hand'}", "dry_run=true")
-    line = command(overrides)
-    words = shlex.split(line)
-    in_line = words[words.index("quickstart") + 1 :]
-    assert configuration.load(in_line, "quickstart") == configuration.load(list(overrides), "quickstart")
-    python_path = words[0].removeprefix("PYTHONPATH=") + os.pathsep + str(REPOSITORY)
-    line = line.replace(words[0], f"PYTHONPATH={shlex.quote(python_path)}")  # this package may not be installed
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "2000 problems" in done.stdout, done.stderr
-
-
-@pytest.mark.full
 def test_variable_widths_are_learnt(root, load_example, shorten):
     shorten(ragged_subtraction, 800, num_held_out=100)
     load_example("05_variable_widths").main(["--directory", str(root), "--steps", "30", "--only"])
@@ -101,13 +81,6 @@ def test_variable_widths_are_learnt(root, load_example, shorten):
     accuracy = [line["evaluation/greedy_accuracy"] for line in lines if "evaluation/greedy_accuracy" in line]
     assert accuracy[-1] > accuracy[0] + 0.2
     assert (run_dir.parent / "curves.png").stat().st_size > 10_000
-
-
-def test_each_variant_of_guided_rollouts_has_a_guided_one(load_example):
-    chosen = load_example("07_guided_rollouts").with_and_without_guidance(())
-    guided = [configuration.load(variant.overrides, CONFIG_NAME) for variant in chosen if "guided" in variant.title]
-    assert len(guided) == len(chosen) // 2 + 1 and all(c.rollout.guidance == "mixed" for c in guided)
-    assert {c.target.anchor for c in guided} == {"student", "auto"}
 
 
 @pytest.mark.full

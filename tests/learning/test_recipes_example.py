@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The recipes side by side: rows have equal budgets, keep what is published, and run to their ends."""
+"""The recipes side by side: rows have equal budgets, and run to their ends."""
 
 from __future__ import annotations
 
@@ -43,17 +43,6 @@ def test_all_rows_have_the_same_budget_and_optimizer(example, composed):
         for name, config in composed.items()
     ]
     assert len(set(runs)) == len(runs), "two rows are the same run"
-
-
-def test_rows_keep_what_their_recipe_publishes(composed):
-    assert composed["sdft"].teacher.ema_decay == 0.99 and composed["sdft"].loss.skip_first_tokens == 3
-    assert composed["sdpo"].loss.divergence == "jsd" and composed["sdpo"].method.hints == "peer"
-    assert composed["opsd_rl"].method.distill_weight == 0.25 and composed["opsd_rl"].teacher.weights == "current"
-    assert composed["scope"].loss.normalize == "prompts" and composed["uni_opd"].method.clip_high == 0.28
-    for name in ("sdpo", "opsd_rl"):
-        mix, alone = composed[f"{name}_mix"], composed[name]
-        assert mix.target == dataclasses.replace(composed["default"].target, anchor="reference") != alone.target
-        assert dataclasses.replace(mix, target=alone.target) == alone
 
 
 OF_CHECKER = ["sdpo_feedback", "rltf_fm", "skill_sd", "skald", "openclaw", "ovd", "rlt", "explained"]
