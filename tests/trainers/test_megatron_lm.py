@@ -8,6 +8,7 @@ import trainer_gradients
 from models import parallel
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [parallel(), parallel(tp=2), parallel(tp=2, sp=True)], ids=["TP1", "TP2", "TP2+SP"])
 def test_the_loop_of_megatron_core_has_the_gradient_of_the_pipeline(ranks, tiny_qwen3, expected, layout):
     world_size = layout.tensor_model_parallel_size
