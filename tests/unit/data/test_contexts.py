@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,12 +48,9 @@ def fit(build: PromptBuilder, which: Problem, max_length: int, policy: str) -> t
     return decode(pair.student_prompt), decode(pair.teacher_prompt), pair.solution_truncated
 
 
-@pytest.mark.parametrize("policy", ["error", "drop", "truncate_start", "truncate_end"])
-def test_what_fits_exactly_is_left_alone(characters: PromptBuilder, policy: str) -> None:
-    assert fit(characters, problem("1-1:", "0123"), 20, policy) == ("1-1:", "H0123|1-1:", False)
-
-
-def test_what_does_not_fit_follows_the_policy(characters: PromptBuilder) -> None:
+def test_what_fits_exactly_is_left_alone_and_what_does_not_fit_follows_the_policy(characters: PromptBuilder) -> None:
+    for policy in ("error", "drop", "truncate_start", "truncate_end"):
+        assert fit(characters, problem("1-1:", "0123"), 20, policy) == ("1-1:", "H0123|1-1:", False)
     long = problem("1-1:", "01234567")
     assert fit(characters, long, 20, "drop") is None
     assert fit(characters, long, 20, "truncate_start") == ("1-1:", "H4567|1-1:", True)
@@ -114,10 +110,6 @@ def lower_casing_word_pieces(directory: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return saved(tokenizer, directory)
-
-
-def saved(tokenizer: Tokenizer, directory: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(directory)
     return directory
 
@@ -125,26 +117,16 @@ def saved(tokenizer: Tokenizer, directory: Path) -> Path:
 def normalising_sentencepiece(directory: Path) -> Path:
     """NFKC, lower case, white space collapsed, a space put in front, and characters that it does not know."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            ["compute the units, first the tens; finally that is in full 0123456789 <user></> -:.!"] * 9
-        ),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=60,
-        hard_vocab_limit=False,
-        normalization_rule_name="nmt_nfkc_cf",
-        minloglevel=2,
-    )
+    text = "compute the units, first the tens; finally that is in full 0123456789 <user></> -:.!"
+    options = {"model_type": "unigram", "vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2}
+    options |= {"sentence_iterator": iter([text] * 9), "normalization_rule_name": "nmt_nfkc_cf"}
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, **options)
     directory.mkdir()
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return directory
 
 
-TOKENIZERS: list[Callable[[Path], Path]] = [lower_casing_word_pieces, normalising_sentencepiece]
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS, ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=[lower_casing_word_pieces, normalising_sentencepiece])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.param(tmp_path_factory.mktemp("tokenizer") / "it")
 

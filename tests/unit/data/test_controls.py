@@ -94,19 +94,6 @@ def test_no_control_shows_the_own_hint_in_another_form_or_twice_what_fits_of_two
     assert hints(controls, 0, begins_alike[0]) == ["one"] * 3
 
 
-def test_few_texts_among_many_problems_are_drawn_without_a_look_at_all_of_them() -> None:
-    class Counted(list[Problem]):
-        looks = 0
-
-        def __getitem__(self, index: Any) -> Any:
-            self.looks += 1
-            return super().__getitem__(index)
-
-    many = Counted(problem(f"p{i}", "Be brief." if i % 2 else "Count up.") for i in range(1_000))
-    assert hints(controls_of(many), 0, problem("p", "Be brief.")) == ["Count up."] * 3
-    assert many.looks < 100
-
-
 def test_all_samples_of_a_problem_have_the_same_controls() -> None:
     contexts = [ContextPair(name, [1], [2], [3], False) for name in ("p0", "p0", "p1")]
     rollouts = [SimpleNamespace(problem=PROBLEMS[i]) for i in (0, 0, 1)]

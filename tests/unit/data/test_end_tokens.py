@@ -17,8 +17,6 @@ PUBLISHED: dict[str, tuple[int, Any, Any, tuple[str, int]]] = {
     "GLM-4.5": (151329, [151329, 151336, 151338], [151329, 151336, 151338], ("<|user|>", 151336)),
     "Phi-3-mini": (32000, [32000, 32001, 32007], 32000, ("<|end|>", 32007)),
     "Kimi-K2": (163585, 163586, 163585, ("<|im_end|>", 163586)),
-    "Llama-3.1": (128009, [128001, 128008, 128009], [128001, 128008, 128009], ("<|eot_id|>", 128009)),
-    "gpt-oss": (200002, [200002, 199999, 200012], 200002, ("<|return|>", 200002)),
     "Qwen3.5, with a text part": (248046, None, {"text_config": {"eos_token_id": 248044}}, ("<|im_end|>", 248046)),
 }
 """Family -> its tokenizer's end of sequence, the ends in generation_config.json and config.json, the end of a turn."""

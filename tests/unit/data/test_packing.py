@@ -113,17 +113,6 @@ def test_every_layout_obeys_the_laws(shapes: list[tuple[int, int, int]], layout:
         assert all(torch.equal(microbatch.padding_mask, microbatch.tokens == 0) for microbatch in stream)
 
 
-def test_longest_first_into_the_first_row_with_room() -> None:
-    contexts = contexts_of([(2, 1, 1), (5, 1, 2), (3, 1, 1), (5, 1, 1), (1, 1, 1)])
-    packed = pack(contexts, PackingRules(max_tokens=10, cp_size=1, tp_size=1, paired=False))
-    # Lengths 3, 7, 4, 6, 2.
-    assert contexts_by_row(packed.student, [c.student_prompt for c in contexts]) == [[1, 0], [3, 2], [4]]
-    assert packed.seq_length == 10
-    assert len(packed.teacher) == 2, "the teacher's stream (lengths 2, 3, 2, 2, 2) is packed on its own"
-    paired = pack(contexts, PackingRules(max_tokens=10, cp_size=1, tp_size=1, paired=True))
-    assert len(paired.student) == len(paired.teacher) == 3
-
-
 def test_one_row_written_out() -> None:
     contexts = [ContextPair("a", [11, 12], [1, 2, 3], [13], False), ContextPair("b", [21], [4], [22, 23, 24, 25], True)]
     packed = pack(contexts, PackingRules(max_tokens=32, cp_size=2, tp_size=2, seq_multiple=24, paired=False))
@@ -152,22 +141,6 @@ def test_padding_microbatches_fill_up_to_the_count_also_on_a_rank_without_contex
         assert m.num_sequences == m.response_positions.numel() == m.response_ids.numel() == 0
         assert m.cu_seqlens.tolist() == [0, m.tokens.numel()]
         assert m.padding_mask.all() and not m.tokens.any()
-
-
-@pytest.mark.parametrize(("cp_size", "piece"), [(1, 256), (2, 1024), (3, 1536)])
-def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: int, piece: int) -> None:
-    """One context of 2000 tokens, and 14,384 tokens of padding behind it; a microbatch of 16,384 without a context."""
-    rules = PackingRules(max_tokens=16400, cp_size=cp_size, tp_size=1, paired=True)
-    length = 16400 // rules.length_multiple * rules.length_multiple
-    packed = pack(contexts_of([(1000, 1000, 1000)]), rules, seq_length=length)
-    lengths = [[end - start for start, end in segments(m)] for m in pad_to_count(packed, 2, 1).student]
-    (context, *_), pieces = lengths
-    # The number of pairs of a query and a key, without the factor of causal attention.
-    holds_one, holds_none = (sum(part**2 for part in parts) for parts in lengths)
-    assert [m.max_seqlen for m in pad_to_count(packed, 2, 1).student] == [max(piece, context), piece]
-    assert 2000**2 < holds_one <= context**2 + (length - context) * piece and holds_none <= length * piece
-    # One segment of padding would cost 51 times the context; the pieces cost less than the context.
-    assert cp_size > 1 or ((length - 2000) ** 2 > 51 * 2000**2 and holds_one < 2 * 2000**2 and len(pieces) > 1)
 
 
 def test_what_cannot_be_packed_is_refused_by_its_problem() -> None:
@@ -220,22 +193,6 @@ def test_a_quantum_rounds_the_length_up_within_the_budget_and_a_longer_row_holds
         prompts = [getattr(context, f"{name}_prompt") for context in contexts]
         rows = [contexts_by_row(getattr(packed, name), prompts) for packed in (shorter, longer)]
         assert rows[0] == rows[1]
-
-
-def read_tokens(num_turns: int, **options: Any) -> list[int]:
-    """Return the number of tokens that student and teacher read in all microbatches of two episodes."""
-    packed = pack(turns_of(num_turns), PackingRules(max_tokens=300, cp_size=1, tp_size=1, **options))
-    return [sum(int((~m.padding_mask).sum()) for m in stream) for stream in (packed.student, packed.teacher)]
-
-
-@pytest.mark.parametrize("paired", [False, True])
-def test_an_episode_of_twenty_turns_reads_at_most_2_2_times_the_tokens_of_ten(paired):
-    options = {"paired": paired, "joins_turns": True}
-    ten, twenty = read_tokens(10, **options), read_tokens(20, **options)
-    assert ten == [2 * (5 + 10 * 4 + 9 * 2), 2 * (8 + 10 * 4 + 9 * 2)]
-    assert all(longer <= 2.2 * shorter for longer, shorter in zip(twenty, ten, strict=True))
-    apart = [read_tokens(count, paired=paired)[0] for count in (10, 20)]
-    assert apart[1] > 3.3 * apart[0], "turn by turn, the tokens grow with the square of the turns"
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])

@@ -30,9 +30,8 @@ def record(number: int, **more: object) -> dict[str, object]:
 
 
 def problem_set(count: int) -> ProblemSet:
-    return ProblemSet(
-        [tiny.problem(f"problem {i}", f"solution {i}", id=f"p{i}", location=f"f:{i}") for i in range(count)]
-    )
+    made = (tiny.problem(f"problem {i}", f"solution {i}", id=f"p{i}", location=f"f:{i}") for i in range(count))
+    return ProblemSet(list(made))
 
 
 def refusal(path: object, **options: object) -> str:

@@ -60,19 +60,6 @@ def test_a_missing_or_unknown_slot_is_an_error(view: str, template: str) -> None
         PromptTemplates(**{view: template})
 
 
-def test_prompts_are_the_chat_template_around_the_wording(chat_directory: Path) -> None:
-    build = builder(chat_directory, teacher="{problem} Hint: {solution}", student="{problem} Think.")
-    decode = build.tokenizer.decode
-    assert decode(build.student_prompt(PROBLEM)) == (
-        "<|im_start|>user\nWhat is 3 + 4? Think.<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    )
-    assert decode(build.teacher_prompt(PROBLEM)) == (
-        "<|im_start|>user\nWhat is 3 + 4? Hint: It is 7.<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    )
-    assert "Hint: other<" in decode(build.teacher_prompt(PROBLEM, "other"))
-    assert build.prompt_pair(PROBLEM) == (build.student_prompt(PROBLEM), build.teacher_prompt(PROBLEM))
-
-
 def test_a_first_token_is_there_only_if_the_template_writes_it(chat_directory: Path, chat_template: str) -> None:
     assert AutoTokenizer.from_pretrained(chat_directory)("x")["input_ids"][0] == 0, "tokenizing alone adds it"
     assert 0 not in builder(chat_directory).student_prompt(PROBLEM)

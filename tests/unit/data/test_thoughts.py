@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tiny import problem_with
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,14 +36,8 @@ UNFINISHED = {
     "gpt-oss calls a tool": "<|channel|>commentary to=functions.add <|constrain|>json<|message|>42",
     "Seed-OSS": "<seed:think>It is 42",
 }
-MARKS = sorted(
-    {
-        *("<think>", "</think>", "<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "◁think▷", "◁/think▷"),
-        *("</seed:cot_budget_reflect>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>", "<channel|>"),
-        *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|channel>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>"),
-        *("<|constrain|>", "<|return|>"),
-    }
-)
+TEXTS = "".join([*WRITTEN.values(), *UNFINISHED.values()])
+MARKS = sorted({*re.findall(r"</?[a-z:_]+>|<\|?\w+\|?>|◁/?think▷|\[/?THINK\]", TEXTS), "<|return|>"})
 
 
 @pytest.fixture(scope="module", params=["special", "plain"])

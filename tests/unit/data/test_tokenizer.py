@@ -90,12 +90,14 @@ def test_a_template_that_takes_all_memory_is_refused(template):
         try_chat_template("DIR", template, {})
 
 
+@pytest.mark.full
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
     monkeypatch.setattr(tried_template, "LIMIT_S", 1.5)
     with pytest.raises(ValueError, match=r"^DIR: .* 1.5 s"):
         try_chat_template("DIR", SLOW, {})
 
 
+@pytest.mark.full
 def test_templates_that_models_publish_pass():
     published = "{%- macro twice(m) %}{{ m.content * 2 }}{% endmacro %}{{ twice(messages[0]) }}"
     refusing = published + "{{ raise_exception('only tools') }}"
