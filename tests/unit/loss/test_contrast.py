@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -281,3 +282,19 @@ def test_every_split_of_the_vocabulary_equals_one_rank(ranks: Any, world_size: i
             torch.testing.assert_close(normalisers, controls.logsumexp(-1), rtol=1e-12, atol=1e-12)
             of_whole = whole[:, start : start + difference.size(1)]
             torch.testing.assert_close(difference, of_whole, rtol=1e-12, atol=1e-12)
+
+
+def test_what_every_hint_does_alike_cancels_and_what_this_hint_says_remains() -> None:
+    """A shift of teacher and controls by one vector changes nothing; a shift of the teacher alone raises its column."""
+    student, teacher, _, controls = (it[..., -1:, :] for it in rows())
+    target, habit = TARGETS["student"], torch.randn(VOCAB_SIZE, dtype=torch.float64)
+    before = mixed_target(student, teacher, target, control_logits=controls.log_softmax(-1)).log_q
+    # A factor of every probability, which each control shares: the controls stay normalised relative to each other.
+    shifted = controls.log_softmax(-1) + habit
+    mean = (shifted.logsumexp(0) - math.log(K))[None].expand(K, -1, -1)
+    after = mixed_target(student, teacher + habit, target, control_logits=mean).log_q
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
+    news = teacher.clone()
+    news[0, 7] += 3.0
+    raised = mixed_target(student, news, target, control_logits=controls).log_q
+    assert raised[0, 7] > before[0, 7] + 1.0

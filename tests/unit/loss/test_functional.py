@@ -229,3 +229,24 @@ def test_the_local_parts_of_a_dtensor_have_the_loss_and_gradient_of_the_whole(ra
     for value, gradient in ranks.run(of_a_dtensor, world_size=2):
         assert value == pytest.approx(loss.item(), rel=1e-6)
         assert torch.allclose(gradient[..., :V], student.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_works_under_autocast_checkpointing_and_accumulation(dtype):
+    torch.manual_seed(5)
+    layer = torch.nn.Linear(6, V)
+    inputs, teacher, reference = torch.randn(B, S, 6), torch.randn(B, S, V), torch.randn(B, S, V)
+
+    def loss_of(rows: slice, count: int) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = torch.utils.checkpoint.checkpoint(layer, inputs[rows], use_reentrant=False)
+        return self_distillation_loss(
+            logits.to(dtype), teacher[rows].to(dtype), reference[rows].to(dtype), num_items_in_batch=count
+        )
+
+    loss_of(slice(None), B * S).backward()
+    whole = layer.weight.grad.clone()
+    layer.zero_grad()
+    for row in range(B):
+        loss_of(slice(row, row + 1), B * S).backward()
+    assert whole.abs().max() > 0 and torch.allclose(layer.weight.grad, whole, rtol=2e-2, atol=1e-3)

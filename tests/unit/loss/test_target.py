@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import distributions as tool
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_pairs import TARGETS, by_bisection, entropy, pair
 
+from megatron_selfdistill.config import TargetConfig
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target, solve_batch_k
 from megatron_selfdistill.loss.target import unit_mix
 
@@ -151,3 +153,81 @@ def test_the_batch_k_is_exact_at_grid_points_and_clamped_outside() -> None:
     assert solve_batch_k(0.0, betas, entropies, None) == 0.25
     ks = [solve_batch_k(h, betas, entropies, None) for h in torch.linspace(0.2, 4.0, 50).tolist()]
     assert ks == sorted(ks)
+
+
+def test_a_target_in_python_has_the_defaults_of_the_configuration() -> None:
+    configured = TargetConfig()
+    expected = {field.name: getattr(configured, field.name) for field in dataclasses.fields(Target)}
+    undecided = {"num_controls": 0, "anchor": "reference"}
+    assert dataclasses.asdict(Target()) == expected | undecided, "no controls, and an anchor that no data decide"
+    assert Target() == Target.configured(configured)
+
+
+def test_the_match_on_a_two_way_fork_keeps_the_reference_or_returns_its_mirror_image() -> None:
+    """Flips where w > w* = logit(r) / logit(t), in absolute value."""
+    r, t = math.log(0.1 / 0.9), math.log(0.7 / 0.3)
+    flip = abs(r / t)
+    reference, teacher = (torch.tensor([[value, 0.0]], dtype=torch.float64) for value in (r, t))
+    for weight, expected in ((0.5 * flip, 0.1), (1.6 * flip, 0.9)):
+        target = Target(teacher_weight=weight, k_max=None, anchor="reference")
+        q = mixed_target(torch.zeros(1, 2).double(), teacher, target, reference).log_q.exp()
+        assert q[0, 0].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_with_the_geometric_k_reverse_kl_is_distillation_with_a_penalty_to_the_reference() -> None:
+    """(1 + w) KL(p || q) = w KL(p || t) + KL(p || r) + const, so the gradients are equal."""
+    (s, t), (r, _) = pair(1), pair(2)
+    s.requires_grad_()
+    log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
+    log_q = mixed_target(s.detach(), t, Target("fixed", anchor="reference"), r).log_q
+    ours = 1.75 * (log_p.exp() * (log_p - log_q)).sum()
+    theirs = (log_p.exp() * (0.75 * (log_p - log_t) + (log_p - log_r))).sum()
+    for a, b in zip(torch.autograd.grad(ours, s, retain_graph=True), torch.autograd.grad(theirs, s), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_the_target_stands_still_while_the_student_moves_and_does_not_where_it_matches_the_student() -> None:
+    (s, t), (r, _) = pair(3), pair(4)
+    for target, stands in ((Target(anchor="reference"), True), (Target(anchor="reference", match="student"), False)):
+        first, second = (mixed_target(student, t, target, r).log_q for student in (s, 0.2 * s))
+        assert torch.equal(first, second) == stands
+
+
+def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
+    s, _ = pair(0)
+    for target in (STRICT, Target(anchor="student"), Target(k_max=1.0, teacher_weight=0.0, anchor="student")):
+        rows = mixed_target(s, s, target)
+        torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
+        assert (rows.status == Status.MATCHED).all()
+    for target in REFERENCE.values():
+        if target.rule != "batch" and target.k is None:
+            torch.testing.assert_close(mixed_target(s, s, target, s).log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
+
+
+def test_given_rules_use_their_k_and_teacher_alone_is_the_teacher() -> None:
+    s, t = pair(1)
+    mix = 0.75 * t + s
+    for target, expected in (
+        (Target("fixed", k=2.5, anchor="student"), mix / 2.5),
+        (Target("fixed", anchor="student"), mix / 1.75),
+        (Target("batch", anchor="student"), mix / 1.75),
+        (Target("batch", k=1.1, anchor="student"), mix / 1.1),
+        (Target("teacher_alone", anchor="student"), t),
+    ):
+        torch.testing.assert_close(mixed_target(s, t, target).log_q, expected.log_softmax(-1))
+
+
+@pytest.mark.parametrize("k_max", [None, "1 + w"])
+def test_the_batch_k_matches_the_mean_entropies(k_max: float | str | None) -> None:
+    s, t = pair(5, 64)
+    target = Target("batch", k_max=k_max, anchor="student")
+    grid = beta_grid(Target(k_max=k_max, anchor="student"))
+    mix = 0.75 * t + s
+    means = [entropy((beta * mix).log_softmax(-1)).mean() for beta in grid]
+    wanted = entropy(s.log_softmax(-1)).mean()
+    k = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound, max_entropy=math.log(200))
+    reached = entropy((mix / k).log_softmax(-1)).mean()
+    assert abs(float(reached - wanted)) < 0.02
+    rough = solve_batch_k(float(wanted), grid, torch.stack(means), target.k_bound)
+    assert rough == pytest.approx(k, rel=0.1)

@@ -53,3 +53,17 @@ def test_the_factor_of_a_token_multiplies_its_weight_in_the_rows_order():
     both = SharedTokens(factors, inner)(log_prob, order)
     assert both.divergence.tolist() == pytest.approx([1.5 * math.e, 0.25])
     assert not both.divergence.requires_grad
+
+
+def test_a_loss_of_two_terms_is_w_times_the_divergence_minus_a_times_the_log_prob():
+    divergence = torch.tensor([4.0, 2.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    log_prob = torch.tensor([-1.0, -2.0, -4.0, -8.0], dtype=torch.float64, requires_grad=True)
+    losses = Coefficients(W, A).token_losses(divergence, log_prob)
+    assert losses.tolist() == [-3.0, 1.0, 7.0, -1.0]
+    losses.sum().backward()
+    assert torch.equal(divergence.grad, W) and torch.equal(log_prob.grad, -A)
+
+
+def test_no_gradient_flows_through_a_weight():
+    log_p = torch.tensor([-1.0], requires_grad=True)
+    assert not TruncatedImportance(torch.tensor([-2.0]))(log_p, torch.tensor([0])).divergence.requires_grad

@@ -333,3 +333,46 @@ def test_a_learning_rate_that_hardly_moves_the_weights_is_a_warning_with_values_
     enough = ["optimizer.lr=4.2e-5", "num_steps=51", "model.hidden_size=1280", "model.init_method_std=0.004"]
     for key in [*enough, "adapter.rank=4", "optimizer.lr=0"]:  # one factor begins at 0; on purpose
         assert first_step_lines(load([*SMALL, key]), {"gradient_norm": 0.016}) == []
+
+
+class Queue:
+    """A GPU that does what is queued a second later, and the events that are queued on it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.time = 0.0
+        self.waits = 0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.time = queue.time
+
+            def elapsed_time(self, end: Event) -> float:
+                assert queue.waits, "the events have not passed yet"
+                return 1000 * (end.time - self.time)
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device: None)
+        patch.setattr(torch.cuda, "synchronize", self.wait)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+
+    def wait(self, device: torch.device) -> None:
+        self.waits += 1
+
+
+def test_phases_of_a_gpu_wait_for_it_once_per_step(monkeypatch):
+    queue = Queue(monkeypatch)
+    phases = Phases(torch.device("cuda"))
+    for name, seconds in (("pack", 0), ("train", 3.0), ("optimizer", 0.5), ("train", 1.0)):
+        with phases(name):
+            queue.time += seconds
+        assert queue.waits == 0, f"the end of {name} waited"
+    found = phases.metrics(train=80)
+    assert queue.waits == 1
+    assert (found["seconds/train"], found["seconds/optimizer"], found["seconds/pack"]) == (4.0, 0.5, 0.0)
+    assert found["tokens_per_second/train"] == 20 and found["memory/peak_gib"] == 1
+    assert "seconds/train" not in phases.metrics()
+    assert queue.waits == 1, "nothing was timed"

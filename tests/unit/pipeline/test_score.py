@@ -28,6 +28,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.methods.parts.learnability import (
     Scores,
+    _scores,
     candidate_contexts,
     score_texts,
     with_reference,
@@ -35,7 +36,13 @@ from megatron_selfdistill.methods.parts.learnability import (
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.model.output_layer import MATERIALISED, OutputLayer
-from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, log_probs_of_columns, read_tokens
+from megatron_selfdistill.pipeline.score import (
+    ScoringModels,
+    _reading_loss,
+    candidate_log_probs,
+    log_probs_of_columns,
+    read_tokens,
+)
 from megatron_selfdistill.rollout.base import Response
 
 LAYOUTS = {
@@ -345,3 +352,33 @@ def test_extreme_logits_and_padding_columns_do_not_spoil_the_log_probs():
 def test_a_token_that_is_no_column_is_refused():
     with pytest.raises(ValueError, match=r"expected tokens of a vocabulary of 3, got \[3\]"):
         candidate_log_probs([[1]], [3], [], None, VocabShard(0, 4, 3), max_tokens=8)
+
+
+STUDENT, TEACHER = torch.tensor([[1.2, 0.3, -0.5, 0.0], [0.2, 1.5, -1.0, 0.4]], dtype=torch.float64)
+
+
+def score_against(teacher: torch.Tensor) -> tuple[float, float]:
+    """Return the divergence and the expected learnability of one token that the student samples from `STUDENT`."""
+    tokens, count = torch.arange(4), 4
+    stats = _reading_loss(None, "torch", 1.0)(
+        STUDENT.repeat(count, 1), teacher.repeat(count, 1), tokens, VocabShard(0, 4, 4)
+    )
+    scores = [_scores(stats.student_log_prob[i : i + 1], stats.reverse_kl[i : i + 1]) for i in range(count)]
+    learnability = [score.learnability(alpha=0.01, ratio_weight=3.0) for score in scores]
+    expected = (STUDENT.softmax(0) * torch.tensor(learnability, dtype=torch.float64)).sum().item()
+    return scores[0].mean_kl, expected
+
+
+def test_the_score_of_sampled_tokens_falls_as_the_hinted_teacher_moves_away():
+    """The sampled log-ratio, whose mean is the negative divergence here, would raise the score instead."""
+    p, t = STUDENT.log_softmax(0), TEACHER.log_softmax(0)
+    wanted = (p.exp() * (p - t)).sum().item()
+    assert wanted == pytest.approx(0.442, abs=5e-4)
+    assert score_against(TEACHER)[0] == pytest.approx(wanted, rel=1e-12)
+    assert (t.exp() * (t - p)).sum().item() == pytest.approx(0.418, abs=5e-4)
+    path = [STUDENT + share * (TEACHER - STUDENT) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
+    divergences, scores = zip(*map(score_against, path), strict=True)
+    assert divergences[0] == pytest.approx(0, abs=1e-12) and list(divergences) == sorted(divergences)
+    assert list(scores) == sorted(scores, reverse=True) and len(set(scores)) == len(path)
+    by_log_ratio = [-3 * (p.exp() * (logits.log_softmax(0) - p)).sum().item() for logits in path]
+    assert by_log_ratio == sorted(by_log_ratio)

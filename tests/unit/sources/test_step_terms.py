@@ -13,14 +13,14 @@ import tiny
 import torch
 from characters import Characters
 from made_methods import given_with, made
-from term_arrays import DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, signals, tensor
+from term_arrays import CLIP, DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, signals, tensor
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms
-from megatron_selfdistill.sources.step_terms import clipped_policy, token_factors
+from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = tiny.problem("1+7", "given", "8")
@@ -173,3 +173,22 @@ def test_weight_of_a_sequence_is_the_mean_ratio_up_to_the_cap():
     mean = (1.0 + math.exp(0.5) + 4.0) / 3
     assert found.divergence.tolist() == pytest.approx([math.exp(0.5), min(mean, 2.0), min(mean, 2.0)])
     assert found.policy is None
+
+
+def test_expectation_of_the_sampled_signal_is_the_gradient_of_the_full_divergence():
+    s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    log_p, log_q = s.log_softmax(0), tensor(0.2, 1.5, -1.0, 0.4).log_softmax(0)
+    (full,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), s, retain_graph=True)
+    total = torch.zeros(4, dtype=torch.float64)
+    for token in range(4):
+        own = log_p[token, None].detach()
+        terms = RatioTerms(Terms.of(tensor(0.0), sampled_kl=tensor(1.0)), own, log_q[token, None], CLIP)
+        a = terms(own, torch.tensor([0])).policy
+        (gradient,) = torch.autograd.grad(-a.squeeze() * log_p[token], s, retain_graph=True)
+        total += log_p[token].exp().detach() * gradient
+    torch.testing.assert_close(total, full, atol=1e-15, rtol=0)
+
+
+def test_first_tokens_of_each_response_can_be_skipped():
+    found = token_factors(signals([0, 0, 0], lengths=[4, 2, 1]), "tokens", (7, 3, 1), skip_first_tokens=2)
+    assert found.tolist() == [0, 0, 1, 1, 0, 0, 0]
