@@ -68,6 +68,7 @@ def test_the_files_say_what_was_measured(untrained, alone):
     assert [path.name for path in alone.parent.iterdir()] == ["alone"]
 
 
+@pytest.mark.full
 @combinations(layout=["TP2", "PP2", "DP2"], quick={"layout": ["TP2"]}, strength=1)
 def test_two_ranks_write_the_same_files(untrained, alone, ranks, layout, tmp_path):
     options = (*OPTIONS, *tiny_run.TWO_RANKS[layout])

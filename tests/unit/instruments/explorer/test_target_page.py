@@ -32,6 +32,7 @@ def test_a_page_holds_the_record_in_blocks_and_no_text_as_markup(record):
 TURN = {"episode": 0, "turn": 0, "reward": 0.5, "hint": "north", "reply": None}
 
 
+@pytest.mark.full
 def test_the_report_links_the_pages_of_its_runs_does_not_hold_them_and_names_the_turns_of_an_episode(record, tmp_path):
     run_dir = write_run(tmp_path / "runs with spaces" / "first")
     without = write_report([run_dir]).stat().st_size

@@ -39,6 +39,7 @@ def test_every_part_is_its_work_by_its_rate():
     assert all(part.seconds == part.work / part.rate for part in parts.values())
 
 
+@pytest.mark.full
 def test_a_token_of_a_mixture_of_experts_uses_some_of_the_parameters():
     parts, plan = parts_of("recipe=gpt_oss_120b"), plan_of("recipe=gpt_oss_120b")
     length = MEAN * (plan.config.data.max_length or 0)
