@@ -12,7 +12,6 @@ from typing import Any
 import checkpointed_run
 import common_state
 import layouts
-import models
 import pytest
 import torch
 from checkpointed_run import Setup
@@ -61,23 +60,17 @@ def reformatted(saved: Path, target: Path, in_a_file: bool) -> Path:
 
 
 @in_both_formats
-def test_a_run_resumes_from_both_formats(ranks, saved, tmp_path, in_a_file):
+def test_a_run_resumes_from_both_formats_and_every_reader_reads_them(ranks, saved, tmp_path, in_a_file):
     run_dir = reformatted(saved[0], tmp_path / "run", in_a_file)
+    path = run_dir / "checkpoints" / "iter_0000001"
+    assert (path / "common.pt").exists() == in_a_file
+    assert directory.incomplete(path) is None and directory.unverifiable(path) is None
+    assert is_selfdistill_checkpoint(path) and read_saved_run(path).trainer_state["note"] == "kept"
+    assert stored_args(path).num_layers == open_weights(path).args.num_layers
     ((state, weights, steps),) = ranks.run(resume, run_dir, world_size=1)
     assert (state["step"], state["note"]) == (1, "kept") and set(steps) == {1.0}
     found, expected = (layouts.join([each]) for each in (weights, saved[1]))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-@in_both_formats
-def test_every_reader_reads_both_formats(saved, tmp_path, in_a_file):
-    path = reformatted(saved[0], tmp_path / "run", in_a_file) / "checkpoints" / "iter_0000001"
-    assert (path / "common.pt").exists() == in_a_file
-    assert directory.incomplete(path) is None and directory.unverifiable(path) is None
-    assert is_selfdistill_checkpoint(path) and read_saved_run(path).trainer_state["note"] == "kept"
-    args = stored_args(path)
-    assert args is not None and args.num_layers == models.model_config(SETUP.kind).num_layers
-    assert open_weights(path).args.hidden_size == args.hidden_size
 
 
 @in_both_formats
@@ -119,14 +112,6 @@ def test_a_newer_or_corrupt_format_of_the_tensors_is_refused(saved, tmp_path):
             directory.resolve(path)
 
 
-DAMAGE: dict[str, tuple[bool, Callable[[Path], None], str]] = {
-    "no common.pt": (True, lambda path: (path / "common.pt").unlink(), "has neither a common.pt nor"),
-    "no object": (False, lambda path: forget_object(path), "has neither a common.pt nor an object common_state"),
-    "zeros": (False, lambda path: fill_object_with_zeros(path), "common_state .*(corrupt|refused)"),
-    "no dictionary": (False, lambda path: common_state.write(path, [1]), "corrupt common_state"),
-}
-
-
 def forget_object(path: Path) -> None:
     metadata = common_state.metadata_of(path)
     metadata.storage_data = {i: place for i, place in metadata.storage_data.items() if i.fqn != common_state.KEY}
@@ -138,6 +123,14 @@ def fill_object_with_zeros(path: Path) -> None:
     with (path / place.relative_path).open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(place.length))
+
+
+DAMAGE: dict[str, tuple[bool, Callable[[Path], None], str]] = {
+    "no common.pt": (True, lambda path: (path / "common.pt").unlink(), "has neither a common.pt nor"),
+    "no object": (False, forget_object, "has neither a common.pt nor an object common_state"),
+    "zeros": (False, fill_object_with_zeros, "common_state .*(corrupt|refused)"),
+    "no dictionary": (False, lambda path: common_state.write(path, [1]), "corrupt common_state"),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hf_models
 import pytest
 import torch
-import transformers
 from damage import Payload
-from hf_contents import assert_same_tensors, config_of, tensors_of
+from hf_contents import assert_same_tensors, tensors_of
 from safetensors.torch import save_file
 
-from megatron_selfdistill.checkpoint.formats.torch_dist import read_common
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.release import Progress
@@ -40,11 +38,6 @@ def there_and_back(directory: Path) -> tuple[Path, list[str]]:
     return megatron_to_hf(out / "megatron", out / "back", progress=Progress(report=reports.append)), reports
 
 
-def write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
-    return tensors
-
-
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -54,18 +47,16 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # Which files hold the weights
 
 
-@pytest.mark.parametrize("layout", ["sharded", "before PyTorch 1.6"])
-def test_pytorch_model_bin_is_converted(directory, layout):
+def test_pytorch_model_bin_is_converted(directory):
     tensors = tensors_of(directory)
     (directory / WEIGHTS).unlink()
-    if layout == "sharded":
-        names, weight_map = sorted(tensors), {}
-        for file, part in (("pytorch_model-1.bin", names[::2]), ("pytorch_model-2.bin", names[1::2])):
-            torch.save({name: tensors[name] for name in part}, directory / file)
-            weight_map |= dict.fromkeys(part, file)
-        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    else:
-        torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"pytorch_model-{number}.bin"  # the second one as before PyTorch 1.6
+        content = {name: tensors[name] for name in part}
+        torch.save(content, directory / file, _use_new_zipfile_serialization=number == 0)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     back, _ = there_and_back(directory)
     assert_equal(tensors_of(back), tensors)
     assert not list(back.glob("*.bin*"))
@@ -171,40 +162,13 @@ def test_everything_but_weights_is_copied_both_ways(directory):
     assert [line for line in reports if line.startswith("notes.txt is not copied")]
 
 
-# Types, and fields of config.json
+# Types
 
 
-def test_types_that_differ_between_tensors_come_back(directory):
-    wide = {"norm", "lm_head"}
-    types = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in tensors_of(directory).items()}
-    tensors = write_tensors(directory, types)
+def test_types_that_differ_come_back_but_within_one_tensor_of_megatrons_which_is_widened_and_reported(directory):
+    wide, found = ("norm", "lm_head", "layers.2.self_attn.q_proj"), tensors_of(directory)
+    tensors = {n: t if any(part in n for part in wide) else t.bfloat16() for n, t in found.items()}
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     back, reports = there_and_back(directory)
-    assert_equal(tensors_of(back), tensors)
-    assert config_of(back)["dtype"] == "bfloat16" and not [line for line in reports if "become" in line]
-
-
-def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_reported(directory):
-    narrow, tensors = "model.layers.2.self_attn.k_proj.weight", tensors_of(directory)
-    tensors = write_tensors(directory, tensors | {narrow: tensors[narrow].bfloat16()})
-    back, reports = there_and_back(directory)
-    assert torch.equal(tensors_of(back)[narrow], tensors[narrow].float())
-    assert [line for line in reports if line.startswith(f"{narrow} become float32")]
-
-
-def test_half_precision_is_recorded_as_such(directory):
-    write_tensors(directory, {name: tensor.half() for name, tensor in tensors_of(directory).items()})
-    back, _ = there_and_back(directory)
-    args = read_common(directory.parent / "megatron" / "release")["args"]
-    assert (args.fp16, args.bf16, args.params_dtype) == (True, False, torch.float16)
-    assert config_of(back)["dtype"] == "float16"
-    assert {tensor.dtype for tensor in tensors_of(back).values()} == {torch.float16}
-
-
-def test_fields_that_change_nothing_are_kept(directory, hf_directory):
-    (directory / "config.json").write_text(json.dumps(config_of(directory) | {"hidden_act": "swish"}))
-    back, _ = there_and_back(directory)
-    assert config_of(back)["hidden_act"] == "swish"
-    tokens = torch.tensor([hf_models.SEQUENCES[0]])
-    found = [transformers.AutoModelForCausalLM.from_pretrained(where) for where in (back, hf_directory("llama2"))]
-    with torch.no_grad():
-        assert torch.equal(*(model(tokens).logits for model in found))
+    assert_equal(tensors_of(back), {n: t.float() if re.search("[qkv]_proj", n) else t for n, t in tensors.items()})
+    assert [line for line in reports if "k_proj" in line and "become float32" in line]

@@ -114,10 +114,8 @@ def save_run(setup: Setup, run_dir: Path) -> dict[str, Any]:
 
 
 BF16 = dataclasses.replace(ADAM, precision="bf16")
-TP2, EP2 = (
-    ("--tensor-model-parallel-size=2",),
-    ("--expert-model-parallel-size=2", "--moe-token-dispatcher-type=alltoall"),
-)
+TP2 = ("--tensor-model-parallel-size=2",)
+EP2 = ("--expert-model-parallel-size=2", "--moe-token-dispatcher-type=alltoall")
 RUNS: dict[str, tuple[Setup, Sequence[str]]] = {
     "dense, DP 2": (Setup(kind="tied", optimizer=ADAM), ()),
     "dense in bf16, DP 2": (Setup(kind="gqa", optimizer=BF16), ()),
@@ -129,10 +127,12 @@ RUNS: dict[str, tuple[Setup, Sequence[str]]] = {
 
 def flags_of_run(name: str, run_dir: Path) -> list[str]:
     setup, layout = RUNS[name]
+    flags = f"--load={run_dir / 'checkpoints'} --lr={setup.optimizer.lr}"  # 0.19 finds a group by its rate
     return [
-        *(*model_flags(setup), *layout, f"--load={run_dir / 'checkpoints'}"),
-        *(f"--lr={setup.optimizer.lr}", "--use-distributed-optimizer", "--override-opt_param-scheduler"),
-    ]  # 0.19 finds a group of parameters by its rate
+        *model_flags(setup),
+        *layout,
+        *f"{flags} --use-distributed-optimizer --override-opt_param-scheduler".split(),
+    ]
 
 
 @pytest.mark.parametrize("name", RUNS)

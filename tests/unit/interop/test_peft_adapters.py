@@ -123,18 +123,9 @@ def adapted(ranks, hf_directory, tmp_path) -> Callable[..., tuple[Adapted, torch
     return made
 
 
-@combinations(
-    case={
-        "qwen3": ("qwen3", PLAIN),
-        "deepseek_v3": ("deepseek_v3", LATENT_ADAPTERS),
-        "llama2": ("llama2", PLAIN),
-        "qwen3_moe_mixed": ("qwen3_moe_mixed", PLAIN),
-    },
-    quick={"case": ["qwen3"]},
-    strength=1,
-)
-def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adapted, tmp_path, capsys, case):
-    kind, settings = case
+@combinations(kind=["qwen3", "deepseek_v3", "qwen3_moe_mixed"], quick={"kind": ["qwen3"]}, strength=1)
+def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adapted, tmp_path, capsys, kind):
+    settings = LATENT_ADAPTERS if kind == "deepseek_v3" else PLAIN
     made, expected = adapted(kind, settings)
     base_logits = hf_models.hf_logits(hf_of(made.hf), hf_models.SEQUENCES)
     assert (expected - base_logits).abs().max() > 0.1, "the adapters must matter"
@@ -149,26 +140,20 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
     stored = read_stored_adapters(tmp_path / "back")
     assert stored is not None and set(stored.settings.layers) <= set(settings.layers)
     assert replace(stored.settings, layers=settings.layers) == settings
-    said = capsys.readouterr().out
-    for setting in (
-        f"checkpoint.load={made.base}",
-        f"adapter.load={tmp_path / 'back'}",
-        f"adapter.rank={settings.rank}",
-    ):
-        assert setting in said
+    assert f"adapter.load={tmp_path / 'back'}" in capsys.readouterr().out
     (logits,) = ranks.run(read_adapters, made.hf, tmp_path / "back", world_size=1)
     assert torch.equal(logits, expected)
 
 
-def refuse_adapters_with_nan(hf: Path, adapters: Path, message: str) -> None:
-    with raises(message):
+def refuse_adapters_with_nan(hf: Path, adapters: Path) -> None:
+    with raises(r"NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]"):
         read_adapters(hf, adapters)
 
 
+@pytest.mark.full
 def test_a_nan_in_a_factor_is_found_when_adapters_are_loaded(ranks, adapted):
     made, _ = adapted("qwen3", PLAIN, "decoder.layers.1.mlp.linear_fc2_adapter.b")
-    named = r"NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]"
-    ranks.run(refuse_adapters_with_nan, made.hf, made.adapters, named, world_size=1)
+    ranks.run(refuse_adapters_with_nan, made.hf, made.adapters, world_size=1)
 
 
 def hf_of(directory: Path) -> torch.nn.Module:
@@ -177,14 +162,8 @@ def hf_of(directory: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-@pytest.mark.parametrize(
-    ("rank_stabilised", "scale"),
-    [(True, 3 / math.sqrt(2)), pytest.param(False, 3 / 2, marks=pytest.mark.full)],
-    ids=["alpha / sqrt(r)", "alpha / r"],
-)
-def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
-    ranks, hf_directory, tmp_path, rank_stabilised, scale
-):
+@pytest.mark.parametrize("rank_stabilised", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_adapters_of_peft_with_different_factors_are_stacked_exactly(ranks, hf_directory, tmp_path, rank_stabilised):
     """PEFT's usual adapters: q and v alone have them, each with its own A.  The scale stays where the rank doubles."""
     import peft
 
@@ -201,8 +180,9 @@ def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
     for named in ("lora_dropout=0.1", "rank 2 becomes 4"):
         assert any(named in line for line in reports)
     stored = read_stored_adapters(out)
-    assert stored is not None
-    assert stored.settings.rank == 4 and stored.settings.scale == pytest.approx(scale, rel=1e-12)
+    scale = 3 / math.sqrt(2) if rank_stabilised else 3 / 2
+    assert stored is not None and stored.settings.rank == 4
+    assert stored.settings.scale == pytest.approx(scale, rel=1e-12)
     assert sorted(stored.settings.layers) == ["linear_fc2", "linear_qkv"]
     (logits,) = ranks.run(read_adapters, hf, out, world_size=1)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -50,15 +50,6 @@ def fields_read(config: dict[str, Any]) -> set[str]:
     return asked
 
 
-def refusal(config: dict[str, Any]) -> str:
-    """Return the message with which ``config`` is refused; empty if it is read."""
-    try:
-        family_of(config).model_config(config)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "mistral3"])
 def test_every_value_of_every_field_is_read_or_refused_in_a_sentence(kind):
     config = config_json(kind)
@@ -67,7 +58,11 @@ def test_every_value_of_every_field_is_read_or_refused_in_a_sentence(kind):
     for path, name in places:
         for value in VALUES:
             inner = {**(config[path[0]] if path else config), name: value}
-            assert "\n" not in refusal({**config, path[0]: inner} if path else inner)
+            trial = {**config, path[0]: inner} if path else inner
+            try:
+                family_of(trial).model_config(trial)
+            except ConfigError as error:
+                assert "\n" not in str(error)
 
 
 def test_an_architecture_with_any_other_model_type_of_transformers_is_refused_with_own_code_too():

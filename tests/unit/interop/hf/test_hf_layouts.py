@@ -80,17 +80,13 @@ def load(directory: Path, layout: str, kind: str, precision: str) -> tuple[Tenso
         chunks, grid = models.build(model, cuts, optimizer=optimizer)
     hf_models.fill(chunks, rules, tensors)
     logits = hf_models.logits_through_the_pipeline(chunks, grid, SEQUENCES)
-    return logits, changed_by_export(chunks, grid, rules, tensors, precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return logits, changed_by_export(chunks, grid, rules, tensors, dtype)
 
 
 def changed_by_export(
-    chunks: Sequence[torch.nn.Module],
-    grid: RankGrid,
-    rules: Sequence[Rule],
-    tensors: Mapping[str, Tensor],
-    precision: str,
+    chunks: Sequence[torch.nn.Module], grid: RankGrid, rules: Sequence[Rule], tensors: Mapping[str, Tensor], dtype: Any
 ) -> list[str]:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     expected = {
         name: tensors[name].to(torch.float32 if rule.float32 else dtype)
         for rule in rules

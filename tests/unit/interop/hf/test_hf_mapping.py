@@ -22,9 +22,8 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of
 
 KINDS = list(hf_models.CONFIGS)
-ALIKE = {"deepseek_v3_plain", "glm4_moe_plain", "moonlight", "olmoe", "qwen2_moe"}
-QUICK = [kind for kind in KINDS if kind not in ALIKE]
-"""All but kinds whose rules are those of another one."""
+QUICK = ["llama2", "qwen3", "qwen3_moe", "phi3", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next"]
+"""Kinds whose rules have all forms."""
 
 
 def logits_of_converted(directory: Path, kind: str) -> list[Tensor]:

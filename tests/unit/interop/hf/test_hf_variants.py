@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_models
 import models
+import pytest
 import transformers
 from tiers import combinations
 from torch import Tensor
@@ -101,6 +102,7 @@ def converted(directories: list[Path]) -> list[Tensor]:
     return found
 
 
+@pytest.mark.full
 @combinations(kind=KINDS, quick={"kind": ["qwen3_yarn"]}, strength=1)
 def test_what_is_not_refused_has_the_logits_of_transformers(ranks, written, tmp_path, kind):
     saved, original, _ = written(kind)
