@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tiny_run
 import torch
-from tiny_run import overrides, reproducible_metrics, saved_step, train, train_each
+from tiny_run import assert_equal_runs, overrides, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.run_data import RunData
@@ -24,7 +24,7 @@ from megatron_selfdistill.distributed.roll_call import RollCall
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.hf_files import model_directory
 from megatron_selfdistill.metrics.run_log import read_samples
-from megatron_selfdistill.train import main
+from megatron_selfdistill.train import EXIT_NO_ROLLOUT, main
 from megatron_selfdistill.trainer import Trainer
 
 HELD_OUT = ("evaluation.path=HELD_OUT", "evaluation.every=6", "evaluation.verifier=exact_match")
@@ -208,3 +208,27 @@ def test_a_name_of_the_hub_is_downloaded_or_the_command_is_named(tmp_path, monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"`hf download some/model --local-dir DIR`"):
         model_directory(Path("some/model"))
+
+
+def start_with_an_engine_that_dies_in_the_fifth_step(arguments):
+    from megatron_selfdistill.errors import EngineError
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    generate, calls = MegatronSampler.generate, []
+
+    def generate_or_die(self, requests, params):
+        calls.append(requests)
+        if len(calls) == 5:
+            raise EngineError("the engine on rank 0 died: expected 8 responses, got 3")
+        return generate(self, requests, params)
+
+    return tiny_run.start_with(arguments, MegatronSampler, "generate", generate_or_die)
+
+
+@pytest.mark.full
+def test_a_run_whose_engine_died_goes_on_as_if_it_had_not(ranks, runs, data, tmp_path):
+    start, broken = start_with_an_engine_that_dies_in_the_fifth_step, overrides(data, tmp_path / "broken")
+    train(ranks, broken, world_size=2, start=start, expected=EXIT_NO_ROLLOUT)
+    assert saved_step(tmp_path / "broken") == 4, "the four steps that were done are kept"
+    train(ranks, broken, world_size=2)
+    assert_equal_runs(ranks, runs(world_size=2), tmp_path / "broken")

@@ -218,3 +218,12 @@ def test_the_death_of_a_node_requeues_the_job_which_goes_on_bit_for_bit(slurm, r
     slurm.start_node("n2")
     # Slurm sends the signal that the dead node has missed again after 60 s, also to the step that has its number then.
     assert_goes_on(ranks, job, uninterrupted, seconds=75)
+
+
+def test_the_time_limits_signal_saves_and_requeues(slurm, data, tmp_path):
+    """It comes up to a minute early."""
+    own_limit_off = "stop.time_limit_minutes=1000"
+    options = ("--time=2", "--signal=USR1@40")
+    job = Job("many_nodes", data, tmp_path / "run", "num_steps=100000", own_limit_off, options=options)
+    wait_until(lambda: job.restarts() == 1)
+    assert job.saved_step() > 0 and "SIGUSR1; started again" in job.text()

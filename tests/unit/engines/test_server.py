@@ -230,3 +230,18 @@ def test_a_server_keeps_frozen_weights_until_it_is_started_anew(ranks, fakes, tr
     expected = {"rank": 3, "alpha": 6.0, "rank_stabilised": False, "modules": ["down_proj", "o_proj"]}
     assert kept.adapter == restarted.adapter == expected
     assert set(kept.models) == {"selfdistill"}
+
+
+def test_a_server_that_does_not_take_the_weights_is_dropped(ranks, fakes):
+    _, (tokens, metrics) = run(ranks, fakes, [[], [{"fail_at": "/update_weights"}]])
+    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
+    assert fakes[0].version == "loading" and fakes[1].version == "1"
+
+
+def asked_too_early(addresses: list[str]) -> None:
+    with sampler(addresses, {}) as (built, _), pytest.raises(EngineError, match="call update_weights before generate"):
+        built.generate(everybodys(2), GREEDY)
+
+
+def test_nothing_is_sampled_before_the_first_weights(ranks, fakes):
+    ranks.run(asked_too_early, [fakes[0].address], world_size=1)

@@ -193,3 +193,12 @@ def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(f
     assert not broadcast.join(reach(fakes[:1]))
     broadcast.close()
     assert hosts == ["localhost"]
+
+
+def test_a_server_that_was_started_anew_joins_again(transfer, fakes):
+    servers = reach(fakes)
+    for version in (1, 2):
+        assert not sent(transfer, servers, version).failures
+        fakes[0].restart()
+        transfer.forget(servers[0])
+    assert fakes[1].calls.count("/init_weight_transfer_engine") == (1 if transfer.isolated else 2)

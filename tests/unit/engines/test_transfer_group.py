@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -98,3 +100,49 @@ def test_a_trainer_that_is_gone_frees_the_others(threads):
         assert trainer.stdout.readline() == "came\n"
         trainer.kill()
         sentence(waiting)
+
+
+class StandIn:
+    """A stand-in for ProcessGroupNCCL that records the calls, and an environment variable at the making of a group."""
+
+    done: ClassVar[list[Any]] = []
+    connect: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+    class Options:
+        """A stand-in for ProcessGroupNCCL.Options."""
+
+        _timeout: Any = None
+
+    def __init__(self, store: Any, rank: int, size: int, options: Options) -> None:
+        handling = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+        StandIn.done.append((rank, size, options._timeout.total_seconds(), handling))
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        StandIn.connect()
+        StandIn.done.append(device)
+
+
+@pytest.fixture
+def nccl(monkeypatch) -> Iterator[type[StandIn]]:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", StandIn, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: StandIn.done.append(f"set {device}"))
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    StandIn.done, StandIn.connect = [], staticmethod(lambda: None)
+    yield StandIn
+
+
+def test_an_nccl_group_is_connected_when_it_opens_and_its_watchdog_ends_nobody(nccl, store):
+    device = torch.device("cuda", 3)
+    open_group("nccl", "127.0.0.1", store.port, 0, 1, device, 10.0)
+    made = nccl.done[1]
+    assert nccl.done == ["set cuda:3", (0, 1, made[2], "0"), device]
+    assert made[2] > 10.0  # torch's watchdog comes after `broadcast` has given up
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+
+
+def test_an_nccl_group_that_blocks_while_it_connects_is_left_behind(nccl, store):
+    never = threading.Event()
+    nccl.connect = staticmethod(never.wait)
+    with pytest.raises(RuntimeError, match=r"did not form: 0.5 s are over"):
+        open_group("nccl", "127.0.0.1", store.port, 0, 1, torch.device("cuda", 0), 0.5)
+    never.set()

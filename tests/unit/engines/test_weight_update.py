@@ -1,11 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The buckets of an update on several ranks: how often the ranks agree, and what an error does."""
+"""The buckets of an update on several ranks: how often the ranks agree, what an error does, how much memory lives."""
 
 from __future__ import annotations
 
 import itertools
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from megatron_selfdistill.engines.vllm import weight_update
 from megatron_selfdistill.engines.vllm.client import VllmServer
+from megatron_selfdistill.engines.vllm.protocol import layout_of
 from megatron_selfdistill.engines.vllm.transfer import Bucket, SharedMemoryTransfer
 from megatron_selfdistill.engines.vllm.weight_update import AGREEMENT_BUCKETS, WeightUpdate, send_buckets
 from megatron_selfdistill.errors import ConfigError, EngineError
@@ -141,3 +145,75 @@ def test_a_silent_server_keeps_no_other_rank_in_a_collective_and_later_gets_each
     assert first["numbers"][: count + 2] == [*range(count), 1, 2]
     assert loaded == [f"layer.{number}" for number in range(count)]
     assert whole(fake, count) and fake.version == "3"
+
+
+class NewMemory:
+    """A transfer into new memory for each bucket, whose servers load a bucket until the next one is packed."""
+
+    isolated = True
+
+    def __init__(self) -> None:
+        self.packed: list[weakref.ref[Tensor]] = []
+        self.most_alive = 0  # the largest number of packed buckets that were alive at a time
+        self.num_sent = 0
+
+    def join(self, servers: Any) -> dict[Any, Exception]:
+        return {}
+
+    def pack(self, tensors: Sequence[tuple[str, Tensor]]) -> Bucket:
+        copy = torch.cat([tensor.view(torch.uint8) for _, tensor in tensors])
+        self.packed.append(weakref.ref(copy))
+        self.most_alive = max(self.most_alive, num_alive(self.packed))
+        return Bucket(layout_of(tensors), copy)
+
+    def send(self, bucket: Bucket, servers: Any) -> dict[Any, Exception]:
+        self.num_sent += 1
+        while len(self.packed) <= self.num_sent < BUCKETS:
+            time.sleep(0.001)
+        return {}
+
+
+def num_alive(tensors: Sequence[weakref.ref[Tensor]]) -> int:
+    return sum(tensor() is not None for tensor in tensors)
+
+
+def most_alive(address: str) -> tuple[int, int]:
+    """Return the largest numbers of full and of packed buckets that were alive at a time."""
+    transfer: Any = NewMemory()
+    update = WeightUpdate(transfer, [VllmServer(address, timeout_s=3600)], 3)
+    full: list[weakref.ref[Tensor]] = []
+    most_full = 0
+
+    def watched(first: int) -> Iterator[list[tuple[str, Tensor]]]:
+        nonlocal most_full
+        for tensors in Exported().stream(first):
+            full.extend(weakref.ref(tensor) for _, tensor in tensors)
+            most_full = max(most_full, num_alive(full))
+            yield tensors
+
+    send_buckets(watched, update, 3600.0)
+    update.settle()
+    assert len(full) == len(transfer.packed) == transfer.num_sent == BUCKETS
+    return most_full, transfer.most_alive
+
+
+def test_one_full_bucket_and_two_packed_buckets_are_alive_at_a_time(ranks, fake):
+    assert ranks.run(most_alive, fake.address, world_size=1) == [(1, 2)]
+
+
+def test_on_a_gpu_a_bucket_leaves_when_it_is_packed_and_waits_for_no_later_work(monkeypatch, fake, tmp_path):
+    """Torch's events and streams have stand-ins that record the order of the calls."""
+    calls = Mock(**{"is_available.return_value": True, "current_device.return_value": 5, "Stream.return_value": "own"})
+    for name in ("is_available", "current_device", "set_device", "Stream", "set_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
+    transfer: Any = NewMemory()
+    calls.pack.side_effect, calls.send.return_value = transfer.pack, {}
+    transfer.pack, transfer.send = calls.pack, calls.send
+    update = WeightUpdate(transfer, [VllmServer(fake.address, timeout_s=3600)], 3)
+    update.send([("a", torch.ones(4))])
+    update.settle()
+    calls.set_device.assert_called_once_with(5)
+    calls.set_stream.assert_called_once_with("own")
+    order = [name for name, *_ in calls.mock_calls]
+    places = [order.index(name) for name in ("pack", "Event().record", "Event().synchronize", "send")]
+    assert places == sorted(places) and order.index("set_stream") < places[2]
