@@ -196,6 +196,11 @@ def test_turns_read_together_are_as_those_read_alone_and_are_counted(chat_direct
     assert +turn_counts(together) == found
 
 
+def test_a_missing_chat_template_is_no_fault_of_the_log(character_directory):
+    with pytest.raises(ValueError, match="has no chat template"):
+        reader(builder(character_directory, None)).read(turns()[:1])
+
+
 CONTENTS = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}END{% endif %}{% endfor %}"
 
 
