@@ -11,6 +11,5 @@ from real_servers import Servers, started
 
 @pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Return two servers."""
     with started(tmp_path_factory.mktemp("servers"), 2) as found:
         yield found

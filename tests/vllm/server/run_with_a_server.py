@@ -18,19 +18,13 @@ from megatron_selfdistill.engines.vllm.server_sampler import ServerSampler
 
 def main(run_dir: Path, hf_config: Path) -> None:
     chunks, grid = models.build(MODEL, models.parallel())
+    own = {"engine": "vllm", "placement": "server", "num_servers": 1, "kv_cache_gb": 0.1, "timeout_s": 600.0}
+    engine_args = {"max_num_seqs": 8, "enable_prefix_caching": False}
     sampler = ServerSampler(
         EngineWeights(chunks, grid, FAMILY.rules(MODEL), bucket_bytes=2**20, on_ranks=[0]),
         grid,
         hf_config,
-        RolloutConfig(
-            engine="vllm",
-            placement="server",
-            num_servers=1,
-            server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
-            kv_cache_gb=0.1,
-            engine_args={"max_num_seqs": 8, "enable_prefix_caching": False},
-            timeout_s=600.0,
-        ),
+        RolloutConfig(**own, server_python=os.environ["SELFDISTILL_VLLM_PYTHON"], engine_args=engine_args),
         vocab_size=models.VOCAB_SIZE,
         max_length=MAX_LENGTH,
         run_dir=run_dir,

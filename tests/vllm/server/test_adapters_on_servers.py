@@ -26,7 +26,6 @@ ADAPTER = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reach]:
-    """Return one server that takes adapters."""
     described = EngineAdapter.of(ADAPTER, adapter_rules(FAMILY.rules(MODEL), ADAPTER))
     with started(tmp_path_factory.mktemp("adapted"), 1, described) as found:
         yield found.reach
@@ -39,7 +38,6 @@ def adapted(layout: dict[str, int]) -> tuple[list[Any], Any]:
 
 
 def in_process() -> list[list[Response]]:
-    """Return the trainer's own greedy responses with the factors of seeds 1 and 2."""
     chunks, grid = adapted({})
     found = []
     for seed in (1, 2):

@@ -76,14 +76,9 @@ def test_after_a_sync_greedy_tokens_are_those_of_transformers_with_the_same_weig
             wanted = expected[seed][replica::num_replicas]
             assert tokens(responses) == [token_ids for token_ids, _ in wanted]
             assert {response.weight_version for response in responses} == {seed}
-            differences = [
-                abs(ours - theirs)
-                for response, (_, log_probs) in zip(responses, wanted, strict=True)
-                for ours, theirs in zip(response.log_probs, log_probs, strict=True)
-            ]
-            assert max(differences) < 1e-4
+            for response, (_, log_probs) in zip(responses, wanted, strict=True):
+                assert response.log_probs == pytest.approx(log_probs, rel=0, abs=1e-4)
         assert metrics == per_rank[0][1]
-        print(f"{transfer}: {metrics}")
     assert metrics["rollout/sync_bytes"] > 0 and metrics["rollout/servers_alive"] == 2
     assert tokens(per_rank[0][0][0]) != tokens(per_rank[0][0][1])
 
@@ -133,62 +128,6 @@ def kept(servers: Reach, params: SamplingParams) -> Across:
 def test_responses_under_way_go_on_with_new_weights_as_if_those_had_read_their_tokens(ranks, servers, greedy):
     params = SamplingParams(max_new_tokens=150, temperature=0.0 if greedy else 1.0)
     assert_new_weights_go_on(*ranks.run(kept, servers.reach, params, world_size=1, timeout=TIMEOUT)[0])
-
-
-def drawn_while_disturbed(
-    servers: Reach, process: int, sent: int, timeout_s: float
-) -> tuple[list[Response], list[Response], dict[str, float], dict[str, float]]:
-    """Sample responses twice, the second time with a signal to a server's process after the first response.
-
-    ``timeout_s`` is the patience of the second time only: a busy machine can be silent for as long without a signal.
-    """
-    chunks, grid = models.build(MODEL, models.parallel())
-    everything = requests(96, longest=30)
-    with sampler(chunks, grid, servers) as built:
-        built.update_weights(5)
-        undisturbed = built.generate(everything, DRAWN)
-        before = built.metrics()
-    with sampler(chunks, grid, servers, timeout_s=timeout_s) as built:
-        built.update_weights(5)
-        signals = [sent]
-
-        def disturb(num_finished: int, total: int, whose: str) -> None:
-            if num_finished and signals:
-                os.kill(process, signals.pop())
-
-        built._progress = disturb
-        disturbed = built.generate(everything, DRAWN)
-        return undisturbed, disturbed, before, built.metrics()
-
-
-def counted(servers: Reach) -> tuple[float, int]:
-    """Return the growth of the servers' token count while they generate, and the number of generated tokens."""
-    chunks, grid = models.build(MODEL, models.parallel())
-    clients = [VllmServer(address, servers.token) for address in servers.addresses]
-    with sampler(chunks, grid, servers) as built:
-        built.update_weights(4)
-        before = sum(run(client.num_tokens()) or 0 for client in clients)
-        responses = built.generate(requests(8), GREEDY)
-        grown = sum(run(client.num_tokens()) or 0 for client in clients) - before
-    return grown, sum(map(len, tokens(responses)))
-
-
-def test_a_server_counts_the_tokens_that_tell_work_from_silence(ranks, servers):
-    [(grown, written)] = ranks.run(counted, servers.reach, world_size=1, timeout=TIMEOUT)
-    assert grown > written > 0
-
-
-def test_a_server_that_hangs_in_mid_batch_loses_no_request(ranks, servers):
-    process = servers.processes[0].process.pid
-    try:
-        [(undisturbed, disturbed, before, after)] = ranks.run(
-            drawn_while_disturbed, servers.reach, process, signal.SIGSTOP, 20.0, world_size=1, timeout=TIMEOUT
-        )
-    finally:
-        os.kill(process, signal.SIGCONT)
-    assert disturbed == undisturbed
-    assert before["rollout/requests_retried"] == 0 and before["rollout/servers_alive"] == 2
-    assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
 
 
 def test_without_the_token_nothing_but_health_is_answered(servers):
