@@ -16,9 +16,11 @@ import torch
 from damage import flip_bit
 from hf_contents import config_of, tensors_of
 from ranks import RankError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop import safetensors_directory
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.foreign_models import convert_found, converted
@@ -142,4 +144,27 @@ def test_after_an_interruption_a_second_conversion_starts_clean(ranks, hf_direct
     assert not out.exists()
     assert bool(list(tmp_path.iterdir())) == (number == signal.SIGKILL)
     hf_to_megatron(hf, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_nothing_is_overwritten(hf_directory, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    (tmp_path / "out.old").mkdir()
+    with pytest.raises(CheckpointError, match="exists and is not overwritten"):
+        hf_to_megatron(hf_directory("llama2"), tmp_path / "out")
+    (tmp_path / "out" / "mine").unlink()
+    hf_to_megatron(hf_directory("llama2"), tmp_path / "out")  # an empty directory is no loss
+    assert (tmp_path / "out.old").is_dir()
+
+
+def test_a_failing_write_leaves_nothing_behind(hf_directory, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    hf_to_megatron(hf_directory("llama2"), tmp_path / "megatron")
+    monkeypatch.setattr(safetensors_directory, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert raised.value.errno == 28
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
