@@ -10,7 +10,7 @@ from pathlib import Path
 import checkpointed_run
 import layouts
 import pytest
-from checkpointed_run import ADAM, Setup
+from checkpointed_run import Setup
 from saved_checkpoints import raises, tensor_keys
 
 FROZEN = Setup(teacher="frozen", model_changes={"num_layers": 2})
@@ -72,24 +72,3 @@ def keep_a_reference(setup: Setup, run_dir: Path) -> None:
 def test_a_reference_beside_another_teacher_is_kept_like_a_frozen_teacher(ranks, tmp_path, teacher):
     setup = dataclasses.replace(FROZEN, teacher=teacher, reference=True)
     ranks.run(keep_a_reference, setup, tmp_path, world_size=1)
-
-
-def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
-    from megatron_selfdistill.checkpoint.frozen_weights import load_frozen_teacher, save_frozen_weights
-
-    run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
-    if save:
-        first, second = (save_frozen_weights(run_dir / "teacher", run.teacher.sharded_state_dict) for _ in range(2))
-        assert first == second
-    else:
-        load_frozen_teacher(run_dir, run.teacher)
-    return run.teacher_weights()
-
-
-@pytest.mark.full
-def test_a_frozen_teacher_loads_in_another_layout(ranks, tmp_path):
-    moe = Setup(kind="moe", teacher="frozen", optimizer=dataclasses.replace(ADAM, precision="bf16"))
-    split = moe.cut(ep=2)
-    saved = ranks.run(frozen_teacher_in_another_layout, split, tmp_path, True, world_size=2)
-    loaded = ranks.run(frozen_teacher_in_another_layout, moe, tmp_path, False, world_size=1)
-    assert layouts.worst_difference(layouts.join(loaded), layouts.join(saved))[0] == 0

@@ -89,15 +89,10 @@ def test_a_damaged_checkpoint_is_not_the_latest(checkpoints, damage):
 
 
 @pytest.mark.parametrize("keep_last, left", [(1, [3]), (2, [2, 3]), (None, [1, 2, 3])])
-def test_the_last_checkpoints_are_kept(checkpoints, complete, keep_last, left):
-    write(checkpoints, 3, complete, keep_last)
-    assert names(checkpoints) == [*map(directory.iteration_name, left), directory.TRACKER]
-
-
-def test_after_going_back_later_checkpoints_are_left_alone(checkpoints, complete):
+def test_the_last_checkpoints_are_kept_and_after_going_back_also_later_ones(checkpoints, complete, keep_last, left):
     shutil.copytree(complete, checkpoints / "iter_0000009")
-    write(checkpoints, 3, complete, keep_last=1)
-    assert names(checkpoints) == ["iter_0000003", "iter_0000009", directory.TRACKER]
+    write(checkpoints, 3, complete, keep_last)
+    assert names(checkpoints) == [*map(directory.iteration_name, [*left, 9]), directory.TRACKER]
     assert directory.latest(checkpoints) == checkpoints / "iter_0000003"
 
 

@@ -68,7 +68,6 @@ class Calls:
 
 CALLS = [
     (os.system, ("touch {mark}",), "posix.system"),
-    (exec, ("open('{mark}', 'w')",), "exec"),
     (eval, ("open('{mark}', 'w')",), "eval"),
     (getattr, (argparse.Namespace, "__init__"), "getattr"),
     (__import__, ("os",), "__import__"),
