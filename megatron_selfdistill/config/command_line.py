@@ -66,6 +66,7 @@ LINE = (
     Column(
         "top1_agreement", "top-1", ".3f", "share of tokens whose most likely token is the same for student and teacher"
     ),
+    Column("reach/mean", "reach", ".3f", "how often the target would come to the places of the responses"),
     Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
     Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
     Column("rewards/mean", "reward", ".3f", "mean reward of a response"),

@@ -54,9 +54,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.data_config import judges_responses, plays_episodes
-from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import (
-    MEASURED,
     SAME,
     STUDENT,
     TEACHER,
@@ -64,13 +62,12 @@ from megatron_selfdistill.config.schema.method_config import (
     Needs,
     sampled_log_probs_key,
 )
-from megatron_selfdistill.config.schema.ranges import DottedPath, OneOf
-from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings
+from megatron_selfdistill.config.schema.ranges import OneOf
+from megatron_selfdistill.methods.parts.settings import WEIGHTS, RewardSettings, SelectSettings, WeightSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.contexts import ContextPair, PromptPair
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
@@ -82,34 +79,18 @@ Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class DefaultSettings(RewardSettings, SelectSettings):
+class DefaultSettings(RewardSettings, SelectSettings, WeightSettings):
     """The settings of self-distillation."""
 
     view: Annotated[str, OneOf(("plain", "privileged"))] = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
-    token_weights: DottedPath | None = None
-    """Dotted path of a function ``weights(signals)``, which returns a factor for the loss of each response token, [R]
-    float64 at least 0, from the `Signals` of a step.  Null weighs all tokens alike."""
-    measured_signals: bool = False
-    """Whether the signals for token_weights have log-probs and entropies of student and target and their divergence,
-    which take another forward pass of both."""
 
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
         samples = TEACHER if self.view == "privileged" else STUDENT
-        log_probs = MEASURED if self.measured_signals else None
-        return Needs(samples=samples, log_probs=log_probs, rewards=self.select is not None)
-
-    def check(self, config: Config) -> None:
-        """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed."""
-        super().check(config)
-        require(
-            self.token_weights is None or config.samples_responses,
-            "method.token_weights weighs the tokens of sampled responses, but conversations.responses=logged samples "
-            "nothing: unset it, or set conversations.responses=sampled",
-        )
+        return Needs(samples=samples, log_probs=self.log_probs, rewards=self.select is not None)
 
 
 @dataclass(frozen=True)
@@ -153,13 +134,20 @@ class SelfDistillation:
 
     @property
     def token_weights(self) -> Callable[[Signals], Tensor] | None:
-        """The user's function method.token_weights, whose result multiplies the terms of each token; or None."""
+        """The function of method.token_weights, whose result multiplies the terms of each token; or None."""
         name = getattr(self.settings, "token_weights", None)
         if name is None:
             return None
-        from megatron_selfdistill.methods.parts.terms import weights_of_function
+        from megatron_selfdistill.methods.parts.weights import weights_by_name, weights_of_function
 
+        if self.divides_by_weights:
+            return partial(weights_by_name, self.settings, self.tools.config.rollout)
         return partial(weights_of_function, name)
+
+    @property
+    def divides_by_weights(self) -> bool:
+        """Whether the loss divides by the sum of `token_weights`, as it does where these have a name."""
+        return getattr(self.settings, "token_weights", None) in WEIGHTS
 
     @property
     def comparable(self) -> bool:

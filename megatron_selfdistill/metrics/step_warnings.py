@@ -21,6 +21,11 @@ def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> li
 
 def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
     """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
+    if metrics.get("weights/sum", 1.0) < 1:
+        return (
+            f"warning: step {step} changes nothing: expected weights of method.token_weights whose sum is at least 1 "
+            f"token, got {metrics['weights/sum']:.3g}: choose other weights, or set rollout.guidance=mixed"
+        )
     without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
     if "tokens/response" in metrics and not without_weight:
         return None

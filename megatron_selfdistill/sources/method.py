@@ -117,6 +117,10 @@ class Method(Protocol):
         """The function whose result [R] float64 multiplies the terms of each token, or None."""
 
     @property
+    def divides_by_weights(self) -> bool:
+        """Whether the loss divides by the sum of `token_weights` over the global batch, not by the number of tokens."""
+
+    @property
     def comparable(self) -> bool:
         """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
 

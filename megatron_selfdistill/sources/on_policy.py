@@ -29,6 +29,7 @@ from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
+from megatron_selfdistill.sources.step_terms import RatioTerms, trains_on_nothing
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
@@ -107,11 +108,12 @@ class OnPolicy(ResponseSource):
             if options.player is not None:
                 rewarded = {**rewarded, **options.player.metrics(rollouts, num_cut)}
             trained, added = method.texts(rollouts, selected)
+        batch = self._batch(step, method, trained)
         return replace(
-            self._batch(step, method, trained),
+            batch,
             problems=asked.problems,
             responses=[rollout.response for rollout in rollouts],
-            metrics={**found, **counts, **rewarded, **added},
+            metrics={**found, **counts, **rewarded, **added, **batch.metrics},
             next_state=next_state,
         )
 
@@ -129,18 +131,26 @@ class OnPolicy(ResponseSource):
         return replace(self.state, problem_sampler=problem_sampler, method=method)
 
     def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
-        """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
+        """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective.
+
+        A step whose weights sum to less than one token has no contexts, so that it changes nothing.
+        """
         with self._options.phases("pack"):
             contexts = build_contexts([it.prompts for it in trained], [it.response for it in trained])
             if self._options.player is not None:
                 contexts = self._options.player.with_turns(contexts, trained)
             if self._options.controls is not None:
                 contexts = self._options.controls.added(step, contexts, trained)
+        coefficients = method.coefficients(step, trained, contexts)
+        metrics = coefficients.metrics if isinstance(coefficients, RatioTerms) else {}
+        if metrics and trains_on_nothing(metrics):
+            return StepBatch(metrics=metrics)
         return StepBatch(
             contexts=contexts,
             solutions=[rollout.problem.solution for rollout in trained],
             sampler_log_probs=self._on_device(map(_comparable, trained)) if method.comparable else None,
-            token_coefficients=method.coefficients(step, trained, contexts),
+            token_coefficients=coefficients,
+            metrics=metrics,
         )
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.token_weights import reach
+
 if TYPE_CHECKING:
+    from megatron_selfdistill.config import RolloutConfig
     from megatron_selfdistill.sources.rollouts import Rollout
 
 
@@ -169,6 +172,21 @@ def signals_of(rollouts: Sequence[Rollout], measured: Mapping[str, Tensor] | Non
         episodes=torch.tensor(episodes, dtype=torch.int64),
         turns=torch.tensor([rollout.turn for rollout in rollouts], dtype=torch.int64),
     )
+
+
+def reach_of(signals: Signals, rollout: RolloutConfig, *, exponent: float = 1.0) -> Tensor:
+    """Return the `reach` [R] float64 of each token, which starts anew at each turn of an episode.
+
+    mu is what sampled the token.  Where mu is unknown, as for a text that replaces a response, or has another
+    temperature than 1 or a cut, the student p has the place of mu: a sharper mu alone would make the reach fall along
+    every response, also where the target is the student.  Needs `Signals.student_log_prob` and
+    `Signals.target_log_prob`.
+    """
+    target, student, sampled = signals.target_log_prob, signals.student_log_prob, signals.sampled_log_prob
+    assert target is not None and student is not None, "the reach needs a measuring pass"
+    is_plain = (rollout.temperature, rollout.top_k, rollout.top_p) == (1, 0, 1)
+    mu = torch.where(sampled.isnan(), student, sampled) if is_plain else student
+    return reach(target, mu, signals.lengths.tolist(), exponent=exponent)
 
 
 def _numbered(owners: Sequence[Hashable]) -> list[int]:

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.method_config import MEASURED
+from megatron_selfdistill.config.schema.method_config import MEASURED, READ
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import Coefficients, SequenceImportance, TokenOwners, TruncatedImportance
@@ -21,7 +22,10 @@ from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import Method, MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
-from megatron_selfdistill.sources.signals import Clip, Signals, Terms, signals_of
+from megatron_selfdistill.sources.signals import Clip, Signals, Terms, reach_of, signals_of
+
+WEIGHTS_SUM = "weights/sum"
+"""The metric that `divided_by_sum` returns."""
 
 
 def step_coefficients(
@@ -30,11 +34,11 @@ def step_coefficients(
     """Return the coefficients of the tokens of ``contexts``, the contexts of these rollouts of this replica.
 
     They are the method's `Method.terms`, where it weighs tokens, with the correction of loss.rollout_correction, and
-    scaled for loss.normalize and loss.skip_first_tokens.
+    scaled by `Method.token_weights` and for loss.normalize and loss.skip_first_tokens.
     ``step``: the number of optimizer steps before this one.  Revisions and replies (`Rollout.part`) come after all
     responses.
-    Collectives: those of a measuring pass where the method needs log-probs of student and target, and a sum over the
-    data-parallel ranks where loss.normalize is not tokens.
+    Collectives: those of a measuring pass where the method needs log-probs of student and target, a sum over the
+    data-parallel ranks where loss.normalize is not tokens, and those of `divided_by_sum` where the method says so.
     """
     config, loss, grid = tools.config, tools.config.loss, tools.grid
     by_sequence = loss.rollout_correction == "truncated_sequence" or loss.normalize != "tokens"
@@ -42,22 +46,28 @@ def step_coefficients(
         sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
         return TruncatedImportance(to_device(sampled, grid.device), loss.rollout_correction_cap)
     measured = None
-    if config.needs.log_probs == MEASURED:
+    if config.needs.log_probs in (MEASURED, READ):
         with tools.phases("measure"):
             measured = tools.models.token_signals(contexts)
     signals = signals_of(rollouts, measured)
     if measured is not None and not config.samples_responses:  # nobody sampled the replies: p / mu = 1
         signals = replace(signals, sampled_log_prob=measured["student_log_prob"])
     factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
+    metrics: Mapping[str, float] = {}
     if method.token_weights is not None:
-        factors = factors * method.token_weights(signals)
+        weights = method.token_weights(signals)
+        if method.divides_by_weights:
+            reached, counted = reach_of(signals, config.rollout), factors * signals.per_token(signals.hinted)
+            weights, metrics = divided_by_sum(weights, counted, reached, grid)
+        factors = factors * weights
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
         sampled_log_prob=signals.sampled_log_prob,
         target_log_prob=signals.target_log_prob,
         clip=method.clip,
         correction=_correction(config, signals, grid),
-        has_policy_term=config.needs.log_probs is not None,
+        has_policy_term=config.needs.has_ratio,
+        metrics=metrics,
     )
     return to_device(on_host, grid.device)
 
@@ -104,6 +114,33 @@ def token_factors(
     return factors
 
 
+def divided_by_sum(
+    weights: Tensor, factors: Tensor, reached: Tensor, grid: RankGrid
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the ``weights [R]`` divided by their mean over the global batch, and metrics, equal on all ranks.
+
+    ``factors [R]``: how much each token counts without its weight; 0 for a token without a part in the loss.  The sum
+    of ``factors * result`` times the losses, divided by the sum of ``factors``, is a mean with the weights
+    ``factors * weights``.  Weights that are all 1 stay 1, bit for bit.
+    The metrics: weights/mean and reach/mean are the means of ``weights`` and of the reach ``reached [R]``, and
+    weights/sum is the sum of ``factors * weights``, the number of tokens that the step counts as.  The result is 0
+    where `trains_on_nothing` says so.
+    Collectives: one all_gather_object over the data-parallel ranks.
+    """
+    own = [(factors * values).sum().item() for values in (torch.ones_like(weights), weights, reached)]
+    total, weighted, reaching = map(sum, zip(*gather_objects(own, grid.dp_group), strict=True))
+    metrics = {"weights/mean": weighted / (total or 1), "reach/mean": reaching / (total or 1), WEIGHTS_SUM: weighted}
+    return (torch.zeros_like(weights) if trains_on_nothing(metrics) else weights * (total / weighted)), metrics
+
+
+def trains_on_nothing(metrics: Mapping[str, float]) -> bool:
+    """Return whether a step with these metrics has weights whose sum is below one token, and so changes nothing.
+
+    A step divides by the sum, so that few tokens with tiny weights would otherwise make a step of full length.
+    """
+    return metrics.get(WEIGHTS_SUM, 1.0) < 1
+
+
 def clipped_policy(advantage: Tensor, log_ratio: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """Return the coefficient a of ``-log p(y)`` in PPO's clipped objective, and whether the clip has made it 0.
 
@@ -141,6 +178,8 @@ class RatioTerms:
     """Importance weights that multiply the divergence, as in `TruncatedImportance`; None multiplies it by nothing."""
     has_policy_term: bool = True
     """Whether any token may have a coefficient of -log p; without it the loss has the divergence alone."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the weights of tokens, over the global batch; equal on all ranks."""
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
         """Return the coefficients of the tokens ``response_ids [r]``, in the dtype of ``student_log_prob [r]``."""

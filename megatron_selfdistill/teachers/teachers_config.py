@@ -169,8 +169,9 @@ def check_teachers(config: Any) -> None:
     hinted = needs.teacher_prompt == HINTED and needs.hint == GIVEN and needs.samples == STUDENT
     require(
         hinted and needs.log_probs is None and not needs.scores and needs.contexts_per_sample == 1,
-        "teachers need a method whose teacher reads sampled responses for the loss alone, with the solutions of "
-        f"the data, such as method.name=default, got method.name={config.method.name}",
+        "teachers need a method whose teacher reads sampled responses for the loss alone, with the solutions of the "
+        "data, such as method.name=default without method.measured_signals and named method.token_weights, got "
+        f"method.name={config.method.name}",
     )
     require(
         config.data.kind == "problems" and not plays_episodes(config) and config.teacher.weights == "frozen",

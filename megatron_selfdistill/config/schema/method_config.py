@@ -19,7 +19,7 @@ HINTED, SAME = "hinted", "same"
 """Values of `Needs.teacher_prompt`."""
 STUDENT, TEACHER = "student", "teacher"
 """Values of `Needs.samples`."""
-SAMPLED, MEASURED = "sampled", "measured"
+SAMPLED, MEASURED, READ = "sampled", "measured", "read"
 """Values of `Needs.log_probs`."""
 GIVEN, FOUND, LATER, FUNCTION = "given", "found", "later", "function"
 """Values of `Needs.hint`."""
@@ -35,8 +35,9 @@ class Needs:
     samples: str | None = STUDENT
     """The prompt that responses are sampled after: the student's or the teacher's.  None: the method samples none."""
     log_probs: str | None = None
-    """The log-probs that the coefficients of tokens depend on: sampled (those of the sampler, for the ratio p / mu) or
-    measured (also those of student and target, which one more forward pass measures).  None: no log-probs."""
+    """The log-probs that the coefficients of tokens depend on: sampled (those of the sampler, for the ratio p / mu),
+    measured (also those of student and target, which one more forward pass measures) or read (the same pass, for
+    weights of the divergence, which is all that the loss has).  None: no log-probs."""
     rewards: bool = False
     """Whether every response gets a reward before the step trains."""
     group_size: int = 1
@@ -77,9 +78,14 @@ class Needs:
         return self.rewards or self.log_probs is not None or self.hint != GIVEN or self.group_size > 1
 
     @property
+    def has_ratio(self) -> bool:
+        """Whether the loss may have terms with the ratio p / mu of student and sampler."""
+        return self.log_probs in (SAMPLED, MEASURED)
+
+    @property
     def has_policy_term(self) -> bool:
         """Whether the loss has a term -log p of the response token beside the divergence from a target."""
-        return self.teacher_prompt is not None and self.log_probs is not None
+        return self.teacher_prompt is not None and self.has_ratio
 
     @property
     def loss_should_fall(self) -> bool:
@@ -120,7 +126,7 @@ class Needs:
 def sampled_log_probs_key(config: Any) -> str | None:
     """Return the key of ``config`` that needs the probability of a response when it was sampled; None if none does."""
     correction = config.loss.rollout_correction
-    if config.needs.log_probs is not None:
+    if config.needs.has_ratio:
         return f"method.name={config.method.name}"
     return f"loss.rollout_correction={correction}" if correction != "none" else None
 

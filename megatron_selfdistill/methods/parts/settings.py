@@ -8,11 +8,13 @@ from typing import Annotated
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.field_checks import require
-from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings, Needs
+from megatron_selfdistill.config.schema.method_config import MEASURED, READ, SAMPLED, MethodSettings, Needs
 from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFloat, OneOf, PositiveFloat, Share
 
 SIGNALS = ("full", "sampled", "advantage")
 """Values of method.signal."""
+WEIGHTS = ("reach", "iw_opd", "evidence")
+"""Names of token weights, besides functions of the user."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,49 @@ class SelectSettings(MethodSettings):
             self.select is None or turns == 1,
             "method.select compares responses to one prompt, and those of several turns follow different "
             f"conversations: it needs environment.max_turns=1, got {turns}",
+        )
+
+
+@dataclass(frozen=True)
+class WeightSettings(MethodSettings):
+    """The weights of the response tokens, by a name or a function."""
+
+    token_weights: Annotated[str, OneOf(WEIGHTS, or_dotted=True)] | None = None
+    """The factor for the loss of each response token.  Null weighs all tokens alike.  reach: how often the target would
+    come to the token's place, in comparison with the sampler.  iw_opd: more for tokens before which student and target
+    differ little.  evidence: 1 where the target finds the token at least as likely as the student does, else 0.  With
+    these three, one more forward pass of student and target reads their log-probs, and the loss is divided by the sum
+    of the weights; a step with a sum below 1 changes nothing.  The dotted path of a function ``weights(signals)``
+    returns the factors, [R] float64 at least 0, from the `Signals` of a step."""
+    reach_exponent: PositiveFloat = 1.0
+    """Power of the weights of token_weights=reach; a smaller one gives later tokens more weight."""
+    iw_gain: NonNegativeFloat = 0.5
+    """The weight of a response's first token, less 1, with token_weights=iw_opd."""
+    evidence_margin: NonNegativeFloat = 0.0
+    """Nats by which the target's log-prob must exceed the student's with token_weights=evidence."""
+    measured_signals: bool = False
+    """Whether the signals for a function token_weights have log-probs and entropies of student and target and their
+    divergence, which take another forward pass of both."""
+
+    @property
+    def log_probs(self) -> str | None:
+        """The value of `Needs.log_probs` for these settings."""
+        if self.measured_signals:
+            return MEASURED
+        return READ if self.token_weights in WEIGHTS else None
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where the tokens of responses that nobody samples are to be weighed, or no pass reads."""
+        super().check(config)
+        key = f"method.token_weights={self.token_weights}"
+        require(
+            self.token_weights is None or config.samples_responses,
+            f"{key} weighs the tokens of sampled responses, but conversations.responses=logged samples nothing: unset "
+            "it, or set conversations.responses=sampled",
+        )
+        require(
+            self.token_weights not in WEIGHTS or self.needs.log_probs in (MEASURED, READ),
+            f"{key} reads log-probs of student and target, which method.name={self.name} does not measure: unset it",
         )
 
 

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.sources.signals import Signals, Terms
 
 EPSILON = 1e-6
@@ -84,23 +81,6 @@ def uniform(signals: Signals, *, weight: float, signal: str) -> Terms:
         return Terms.of(like, sampled_kl=weights)
     assert signals.target_log_prob is not None, "the signal advantage needs a measuring pass"
     return Terms.of(like, advantage=weights * (signals.target_log_prob - like))
-
-
-def weights_of_function(name: str, signals: Signals) -> Tensor:
-    """Return the weights [R] float64 of the user's function ``name``.
-
-    Raises: `VerifierError` where the function fails, or returns anything but one finite number of at least 0 per token.
-    """
-    weights = function_named("method.token_weights", name, {}, VerifierError)(deepcopy(signals))
-    number = len(signals.sampled_log_prob)
-    expected = f"method.token_weights={name}: expected a tensor of {number} finite numbers of at least 0"
-    if not isinstance(weights, Tensor) or weights.shape != signals.sampled_log_prob.shape:
-        got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise VerifierError(f"{expected}, got {got}")
-    weights = weights.to(signals.sampled_log_prob)
-    if not bool((weights.isfinite() & (weights >= 0)).all()):
-        raise VerifierError(f"{expected}, got {weights.min().item():g} to {weights.max().item():g}")
-    return weights
 
 
 def weighted_advantages(signals: Signals, settings: Any) -> Tensor:

@@ -33,7 +33,7 @@ def joined(responses: list) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def product(q: list[float], mu: list[float], exponent: float) -> float:
-    """Return min(1, the product of q / mu) ** exponent, in which a token that q excludes counts more than one that mu excludes."""
+    """Return min(1, the product of q / mu) ** exponent; where q and mu both exclude a token, q decides."""
     if NEVER in q or NEVER in mu:
         return 0.0 if NEVER in q else 1.0
     return math.exp(exponent * min(0.0, math.fsum(q) - math.fsum(mu)))

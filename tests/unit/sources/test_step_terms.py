@@ -12,15 +12,15 @@ import term_arrays
 import tiny
 import torch
 from characters import Characters
-from made_methods import given_with, made
+from made_methods import composed, given_with, made
 from term_arrays import CLIP, DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, signals, tensor
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
-from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms
-from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors
+from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms, reach_of
+from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors, trains_on_nothing
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = tiny.problem("1+7", "given", "8")
@@ -79,6 +79,56 @@ def test_signals_of_the_sampled_token_are_the_measured_log_ratios(signal):
 def test_a_function_of_the_user_reads_entropies_and_divergence():
     found = coefficients("method.token_weights=hint_functions.doubts", "method.measured_signals=true")
     assert found.divergence.tolist() == [0.875, 1.375, 0.375, 2.375, 0.0], "a response without a hint has no teacher"
+
+
+FIRST = [0.5 / 1.5, 0.25 / 1.25]
+"""The shares of the discrepancies of both responses that their first tokens have."""
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("reach", [1.0, 1.0, 1.0, math.exp(-0.5)]),
+        ("reach method.reach_exponent=0.5", [1.0, 1.0, 1.0, math.exp(-0.25)]),
+        ("reach rollout.temperature=0.7", [1.0, 1.0, 1.0, 1.0]),
+        ("iw_opd", [1.5, 1.5 - FIRST[0] / 2, 1.5, 1.5 - FIRST[1] / 2]),
+        ("iw_opd method.iw_gain=0", [1.0] * 4),
+        ("evidence", [1.0, 0.0, 1.0, 1.0]),
+        ("evidence method.evidence_margin=0.5", [1.0, 0.0, 0.0, 1.0]),
+    ],
+)
+def test_the_loss_divides_by_the_sum_of_weights_with_a_name_over_all_replicas(monkeypatch, name, weights):
+    """Another replica has 6 tokens whose weights and reach sum to 2.  The last token has no hint, and no part."""
+    own = f"method.token_weights={name}".split()
+    given = rollouts()
+    given[1] = rollout(3, [TARGET[2] + 0.5, MU[3]], False)
+    alone = coefficients(*own, given=given)
+    mean = sum(weights) / 4
+    assert alone.policy is None, "such weights are those of the divergence alone"
+    assert alone.divergence.tolist() == pytest.approx([*(one / mean for one in weights), 0.0], rel=1e-12)
+    assert mean != 1 or alone.divergence.tolist() == [1.0] * 4 + [0.0]
+    monkeypatch.setattr(
+        "megatron_selfdistill.sources.step_terms.gather_objects", lambda own, group: [own, (6.0, 2.0, 2.0)]
+    )
+    mean = (sum(weights) + 2) / 10
+    together = coefficients(*own, given=given).divergence.tolist()
+    assert together == pytest.approx([*(one / mean for one in weights), 0.0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "second"), [("", -0.5), ("rollout.top_k=2", -1.0), ("rollout.top_p=0.9", -1.0), ("recipe=opsd", -1.0)]
+)
+def test_the_reach_compares_with_the_sampler_at_temperature_1_and_else_with_the_student_turn_by_turn(rollout, second):
+    given = signals([0] * 3, lengths=[2, 2, 1], mu=[-1.5, 0, math.nan, 0, 0], p=[-1.0] * 5, q=[-2.0, 0, -3, 0, 0])
+    found = reach_of(given, composed(*rollout.split()).rollout)
+    assert found.tolist() == pytest.approx([1.0, math.exp(second), 1.0, math.exp(-2), 1.0])
+
+
+def test_tokens_that_the_loss_skips_have_no_part_in_the_sum_and_a_sum_below_one_token_trains_nothing():
+    own = ["method.token_weights=evidence", "loss.skip_first_tokens=1"]
+    assert coefficients(*own).divergence.tolist() == [0.0, 0.0, 0.0, 2.0, 0.0]
+    assert not coefficients(*own, "method.evidence_margin=2").divergence.any()
+    assert trains_on_nothing({"weights/sum": 0.99}) and not trains_on_nothing({"weights/sum": 1.0})
 
 
 def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes():
