@@ -23,7 +23,8 @@ REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd"
 WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa", "tip"}
 REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip", "dapd", "past", "skald"}
 RECIPES = sorted(
-    {"beta_opsd", "dapd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip", "u_opsd", "veto"}
+    {"beta_opsd", "dapd", "edge_opd", "eopd", "iw_opd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip"}
+    | {"u_opsd", "veto"}
     | REWARDED
 )
 OWN = {
