@@ -63,5 +63,5 @@ def evidence(target_log_prob: Tensor, student_log_prob: Tensor, *, margin: float
 
 def sums_before(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return [R]: the sum of ``values [R]`` over the earlier tokens of each token's response; 0 at its first token."""
-    each = [torch.cat([one.new_zeros(1), one[:-1].cumsum(0)]) for one in values.split(list(lengths))]
+    each = [torch.cat([one.new_zeros(1), one.cumsum(0)])[: len(one)] for one in values.split(list(lengths))]
     return torch.cat([values[:0], *each])

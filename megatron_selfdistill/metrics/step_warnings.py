@@ -24,7 +24,7 @@ def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str
     if metrics.get("weights/sum", 1.0) < 1:
         return (
             f"warning: step {step} changes nothing: expected weights of method.token_weights whose sum is at least 1 "
-            f"token, got {metrics['weights/sum']:.3g}: choose other weights, or set rollout.guidance=mixed"
+            f"token, got {metrics['weights/sum']:.3g}; choose other weights"
         )
     without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
     if "tokens/response" in metrics and not without_weight:

@@ -46,6 +46,7 @@ def test_the_reach_is_the_truncated_product_over_the_earlier_tokens_of_the_respo
     assert found.dtype == torch.float64 and min(wanted) == 0 < max(wanted) == 1
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=0)
     assert reach(torch.zeros(0), torch.zeros(0), []).tolist() == []
+    assert reach(torch.zeros(1), torch.zeros(1), [0, 1, 0]).tolist() == [1.0]
 
 
 def test_responses_that_the_target_wrote_have_weights_of_1_bit_for_bit():

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import tiny
-from made_methods import made, named, shown
+from made_methods import composed, made, named, shown
 from term_arrays import signals
 
+from megatron_selfdistill.config.schema.method_config import READ
 from megatron_selfdistill.errors import ConfigError, VerifierError
 
 GIVEN = tiny.given()
@@ -58,3 +59,31 @@ def test_weights_that_cannot_be_are_the_error_of_the_function(monkeypatch, weigh
     method = made([f"method.token_weights={named(monkeypatch, weigh)}"], GIVEN)
     with pytest.raises(VerifierError):
         method.token_weights(signals([0, 0], lengths=[3, 1]))
+
+
+REACH = "method.token_weights=reach"
+
+
+def test_weights_with_a_name_read_log_probs_without_a_policy_term_or_a_known_sampler():
+    for name in ("default", "opsd", "pw_opsd", "eopd"):
+        needs = composed(f"method.name={name}", REACH).needs
+        assert (
+            needs.log_probs == READ
+            and not needs.has_policy_term
+            and not composed(f"method.name={name}").needs.log_probs
+        )
+    composed(REACH, "rollout.engine=vllm", "rollout.temperature=0.7"), composed(REACH, "loss.fused=keep_gradient")
+
+
+REFUSED = [
+    ("method.token_weights must be", ["method.token_weights=nearness"]),
+    ("method.reach_exponent", [REACH, "method.reach_exponent=0"]),
+    ("conversations.responses=logged", ["recipe=chat_logs", REACH]),
+    ("method.token_weights", [REACH, "teachers.one={template: 'A{solution}|{problem}'}"]),
+]
+
+
+@pytest.mark.parametrize(("key", "overrides"), REFUSED)
+def test_weights_that_no_run_can_have_are_refused_by_their_key(key, overrides):
+    with pytest.raises(ConfigError, match=key):
+        composed(*overrides)
