@@ -74,7 +74,7 @@ def test_steps_whose_weights_sum_to_less_than_a_token_change_nothing_and_say_so(
         own = [start, *SHORT, "method.token_weights=evidence", f"method.evidence_margin={margin}"]
         own += ["metrics.console_every=1"]
         arguments = runs.arguments(tmp_path / str(margin), *own)
-        ((status, output),) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+        (status, output), _ = ranks.run(start_and_listen, arguments, world_size=2, init_process_group=False)
         assert status == 0 and output.count("changes nothing") == (2 if margin else 0), output
         assert re.search(r"step 2 of 2:.*  reach 0\.\d\d\d", output), "the mean reach has a column"
         (changed,) = ranks.run(changed_weights, tmp_path / str(margin), finished, world_size=1)
