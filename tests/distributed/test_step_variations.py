@@ -12,6 +12,7 @@ from parity import case_of, compare, compare_parameters, reference_of
 from tiers import combinations
 
 from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
+from megatron_selfdistill.model.forward import Fusion
 
 OVERLAPS = [
     {"use_distributed_optimizer": True},
@@ -77,3 +78,18 @@ def test_recomputing_activations_changes_no_gradient(outcomes, name):
 def test_the_current_weights_teach_alike_in_every_layout(outcomes, name):
     case, world_size = case_of(name, teacher="current")
     compare(outcomes(case, world_size), outcomes(reference_of(case)))
+
+
+REACHED = ["TP2xPP2+SP", "PP2xVPP2", "CP2", "CP2xPP2", "EP2xPP2"]
+
+
+@combinations(name=REACHED, divergence=["forward_kl", "reverse_kl", "jsd"], quick={"name": ["CP2"]}, strength=1)
+def test_weights_by_reach_give_the_same_gradients_in_every_layout_and_every_cut_into_chunks(outcomes, name, divergence):
+    case, world_size = case_of(name, reaches=True, divergence=divergence)
+    alone = outcomes(reference_of(case))
+    fused = [dataclasses.replace(case, fusion=Fusion(mode, 1)) for mode in ("low_memory", "keep_gradient")]
+    for got in outcomes.of([case, *fused], world_size):
+        compare(got, alone)
+    plain = outcomes(dataclasses.replace(reference_of(case), reaches=False))
+    assert plain[0].loss == pytest.approx(alone[0].loss, rel=1e-5), "the divergence is logged without its weights"
+    assert plain[0].grad_norm != pytest.approx(alone[0].grad_norm, rel=0.01)

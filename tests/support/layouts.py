@@ -31,6 +31,7 @@ from megatron_selfdistill.data.packing import pack, pad_to_count, required_seq_l
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.loss.token_weights import reach
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
@@ -42,8 +43,10 @@ from megatron_selfdistill.pipeline.batch import microbatch_multiple
 from megatron_selfdistill.pipeline.joined_batches import joined_output
 from megatron_selfdistill.pipeline.partial_batches import PartialBatch
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.pipeline.score import Reading
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.sources.step_terms import divided_by_sum
 
 if TYPE_CHECKING:
     from ranks import RankPool
@@ -113,6 +116,8 @@ class Case:
     fusion: Fusion | None = None
     two_terms: bool = False
     """Whether the tokens have the coefficients of `GivenCoefficients`."""
+    reaches: bool = False
+    """Whether the tokens have the weights of the `reach`, for which the schedule reads them before."""
     partial_batches: int = 1
     """Number of calls of the schedule, each with a part of the contexts, whose gradients add up to the step's."""
     replays_partial_batches: bool = False
@@ -305,7 +310,10 @@ def run(case: Case) -> Outcome:
 
             def call(some: PackedBatch, own: list[ContextPair], **options: Any) -> StepOutput:
                 if case.two_terms:
-                    options["token_coefficients"] = GivenCoefficients.of(own)
+                    options.setdefault("token_coefficients", GivenCoefficients.of(own))
+                if case.reaches and "token_coefficients" not in options:
+                    read = Reading(some, call(some, own, token_coefficients=None, forward_only=True), grid)
+                    options["token_coefficients"] = reach_coefficients(read, own)
                 if not case.target.reads_teacher:
                     options["measurement"] = TokenMeasurement(case.target, chunk_tokens=5)
                 return scheduled(case, student, frozen, of_reference, some, grid, vocab=vocab, **options)
@@ -335,6 +343,15 @@ def scheduled(
     loss = token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion)
     arguments = {"vocab": vocab_shard(student, grid), "reference": reference(case, of_reference), **options}
     return schedule.run(student, schedule.ScheduledTeacher(frozen), batch, loss, grid, **arguments)
+
+
+def reach_coefficients(read: Reading, contexts: Sequence[ContextPair]) -> TokenCoefficients:
+    """Return the reach of the target against the student at each token, divided by its mean over the global batch."""
+    student, target = read.numbers("student_log_prob", "target_log_prob")
+    weights = reach(target, student, [len(context.response) for context in contexts])
+    weights, metrics = divided_by_sum(weights, torch.ones_like(weights), weights, read.grid)
+    assert 0.1 < metrics["reach/mean"] < 0.9
+    return lambda log_prob, ids: Coefficients(weights[ids].to(log_prob))
 
 
 class SoftCappedLayer(ColumnParallelLinear):
