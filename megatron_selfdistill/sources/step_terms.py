@@ -63,7 +63,7 @@ def step_coefficients(
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
         sampled_log_prob=signals.sampled_log_prob,
-        target_log_prob=signals.target_log_prob,
+        target_log_prob=signals.target_log_prob if config.needs.has_ratio else None,
         clip=method.clip,
         correction=_correction(config, signals, grid),
         has_policy_term=config.needs.has_ratio,
