@@ -35,6 +35,7 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
+from megatron_selfdistill.sources.step_terms import counted
 
 
 def turn_metrics(
@@ -114,7 +115,7 @@ class LoggedResponses(ResponseSource):
         with self._phases("pack"):
             responses, problems = [one.response for one in trained], [one.problem for one in trained]
             contexts = build_contexts([one.prompts for one in trained], responses)
-        return StepBatch(
+        batch = StepBatch(
             problems=problems,
             responses=responses,
             contexts=contexts,
@@ -123,6 +124,7 @@ class LoggedResponses(ResponseSource):
             metrics={**counts, **found},
             next_state=SourceState(problem_sampler, method),
         )
+        return counted(batch)
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""

@@ -73,6 +73,10 @@ class ChatLogsSettings(DefaultSettings):
             self.min_log_prob is None or config.logged,
             "method.min_log_prob drops unlikely logged turns: unset it, or set conversations.responses=logged",
         )
+        require(
+            self.min_log_prob is None or self.token_weights is None,
+            "method.min_log_prob weighs whole turns, and method.token_weights their tokens: unset one of them",
+        )
 
 
 class ChatLogs(SelfDistillation):

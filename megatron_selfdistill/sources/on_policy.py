@@ -29,7 +29,7 @@ from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
-from megatron_selfdistill.sources.step_terms import RatioTerms, trains_on_nothing
+from megatron_selfdistill.sources.step_terms import counted
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
@@ -131,27 +131,20 @@ class OnPolicy(ResponseSource):
         return replace(self.state, problem_sampler=problem_sampler, method=method)
 
     def _batch(self, step: int, method: Method, trained: Sequence[Rollout]) -> StepBatch:
-        """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective.
-
-        A step whose weights sum to less than one token has no contexts, so that it changes nothing.
-        """
+        """Return the contexts of the rollouts that are trained on, with their coefficients.  Collective."""
         with self._options.phases("pack"):
             contexts = build_contexts([it.prompts for it in trained], [it.response for it in trained])
             if self._options.player is not None:
                 contexts = self._options.player.with_turns(contexts, trained)
             if self._options.controls is not None:
                 contexts = self._options.controls.added(step, contexts, trained)
-        coefficients = method.coefficients(step, trained, contexts)
-        metrics = coefficients.metrics if isinstance(coefficients, RatioTerms) else {}
-        if metrics and trains_on_nothing(metrics):
-            return StepBatch(metrics=metrics)
-        return StepBatch(
+        batch = StepBatch(
             contexts=contexts,
             solutions=[rollout.problem.solution for rollout in trained],
             sampler_log_probs=self._on_device(map(_comparable, trained)) if method.comparable else None,
-            token_coefficients=coefficients,
-            metrics=metrics,
+            token_coefficients=method.coefficients(step, trained, contexts),
         )
+        return batch if batch.token_coefficients is None else counted(batch)
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
         grid, num_samples = self._options.grid, self._options.num_samples

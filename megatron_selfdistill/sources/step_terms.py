@@ -23,6 +23,7 @@ from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import Method, MethodTools
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Clip, Signals, Terms, reach_of, signals_of
+from megatron_selfdistill.sources.source import StepBatch
 
 WEIGHTS_SUM = "weights/sum"
 """The metric that `divided_by_sum` returns."""
@@ -139,6 +140,21 @@ def trains_on_nothing(metrics: Mapping[str, float]) -> bool:
     A step divides by the sum, so that few tokens with tiny weights would otherwise make a step of full length.
     """
     return metrics.get(WEIGHTS_SUM, 1.0) < 1
+
+
+def counted(batch: StepBatch) -> StepBatch:
+    """Return ``batch`` with the metrics of its tokens' weights; without contexts if `trains_on_nothing`.
+
+    A step of batches without contexts has no response token, so that it changes nothing.
+    """
+    coefficients = batch.token_coefficients
+    if not isinstance(coefficients, RatioTerms):
+        return batch
+    metrics = {**batch.metrics, **coefficients.metrics}
+    if not trains_on_nothing(metrics):
+        return replace(batch, metrics=metrics)
+    batch = replace(batch, contexts=(), solutions=(), sampler_log_probs=None, token_coefficients=None)
+    return replace(batch, metrics=metrics)
 
 
 def clipped_policy(advantage: Tensor, log_ratio: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,18 @@ def test_the_run_trains_on_the_logged_tokens_of_assistants_and_drops_unlikely_tu
     assert all_["gradient_norm"] == 0 and all_["loss/mean"] == off["loss/mean"] > 0
 
 
+@pytest.mark.parametrize("margin", [0, 1000])
+def test_tokens_of_logged_turns_have_weights_and_turns_without_any_change_nothing(runs, of, margin):
+    """Nobody knows who sampled them: the reach compares the target with the student."""
+    weights = ["method.token_weights=reach"] if not margin else ["method.token_weights=evidence"]
+    options = of("num_steps=2", "checkpoint.save_every=1", f"method.evidence_margin={margin}", *weights)
+    for line in reproducible_metrics(runs(*options)):
+        assert 0 < line["reach/mean"] < 1 and line["turns/skipped_bad"] >= 0
+        assert (line["weights/sum"] == 0) == ("turns/count" not in line) == ("loss/mean" not in line) == (margin > 0)
+        assert margin or line["correction/weight_mean"] == pytest.approx(1, rel=1e-6)
+    runs.resumed(*options, step=1)
+
+
 @pytest.mark.full
 def test_turns_can_be_sampled_anew_evaluation_builds_a_sampler_and_turns_are_shown_if_the_user_asks(runs, of, data):
     evaluated = [f"evaluation.path={data}/problems.jsonl", "evaluation.every=1", "evaluation.limit=4"]

@@ -74,8 +74,8 @@ class Needs:
 
     @property
     def compares(self) -> bool:
-        """Whether the method compares responses, by rewards, log-probs, found hints or in groups."""
-        return self.rewards or self.log_probs is not None or self.hint != GIVEN or self.group_size > 1
+        """Whether the method compares responses, by rewards, the ratio p / mu, found hints or in groups."""
+        return self.rewards or self.has_ratio or self.hint != GIVEN or self.group_size > 1
 
     @property
     def has_ratio(self) -> bool:

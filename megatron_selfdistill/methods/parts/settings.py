@@ -79,9 +79,9 @@ class WeightSettings(MethodSettings):
         super().check(config)
         key = f"method.token_weights={self.token_weights}"
         require(
-            self.token_weights is None or config.samples_responses,
-            f"{key} weighs the tokens of sampled responses, but conversations.responses=logged samples nothing: unset "
-            "it, or set conversations.responses=sampled",
+            self.token_weights in (None, *WEIGHTS) or config.samples_responses,
+            f"{key} weighs the tokens of sampled responses, but conversations.responses=logged samples nothing: set "
+            f"{', '.join(WEIGHTS)} or null, or conversations.responses=sampled",
         )
         require(
             self.token_weights not in WEIGHTS or self.needs.log_probs in (MEASURED, READ),

@@ -78,7 +78,8 @@ def test_weights_with_a_name_read_log_probs_without_a_policy_term_or_a_known_sam
 REFUSED = [
     ("method.token_weights must be", ["method.token_weights=nearness"]),
     ("method.reach_exponent", [REACH, "method.reach_exponent=0"]),
-    ("conversations.responses=logged", ["recipe=chat_logs", REACH]),
+    ("conversations.responses=logged", ["recipe=chat_logs", WEIGHTS]),
+    ("method.min_log_prob", ["recipe=chat_logs", REACH, "method.min_log_prob=-1"]),
     ("method.token_weights", [REACH, "teachers.one={template: 'A{solution}|{problem}'}"]),
 ]
 
