@@ -27,8 +27,10 @@ Command: Guided responses need rollout.engine=megatron (docs/rollouts.md).
 
     selfdistill recipe=edge_opd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/edge
 
-Expected: Unknown here; no run of this project has been measured. The paper reports that a persona is learnt, and that
-general abilities change less than without the mask.
+Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .98 on subtraction and from .57 to .94 on
+additions, and with rollout.guidance=none to .99 and .95. Forward KL at all tokens ends at .56 and .94 (`opsd`; seed 21,
+the tasks of docs/recipes/comparison.md). No persona has been measured here. The paper reports that a persona is learnt,
+and that general abilities change less than without the mask.
 
 Known failure:
 - The mask looks at the token that was sampled. Where the student samples a token that the teacher would not, the
