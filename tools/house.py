@@ -35,7 +35,7 @@ import house  # noqa: E402  this file as a module, which the rank imports, too
 import tiny_run  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
-LIMITS = {"main house": 29_420, "package": 58_830, "tests": 55_100, "density": 0.223}
+LIMITS = {"main house": 29_420, "package": 58_830, "tests": 49_000, "density": 0.223}
 """The figures at which the house stands.  A commit that raises a limit says why."""
 AIR = 0.02
 """The share of a limit by which a figure may miss it."""
