@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_selfdistill.annexes import DOORS, door
+from megatron_selfdistill.annexes import DOORS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "megatron_selfdistill"
@@ -20,11 +20,6 @@ MAY_NAME = {"instruments", "methods", "teachers"}
 """Annexes of other options, which know what they describe."""
 USERS = {"adapters": {"interop", "teachers"}}
 """An annex -> the annexes that convert or load what it stores."""
-
-
-def test_every_door_opens():
-    for option, place in DOORS.items():
-        assert door(option).__name__.endswith(place)
 
 
 NAMED = {

@@ -38,12 +38,6 @@ def die_on(rank: int) -> None:
     dist.barrier()
 
 
-def test_collectives_work_at_every_world_size(ranks):
-    for world_size in (4, 1, 3):
-        expected = sum(10 + rank for rank in range(world_size))
-        assert ranks.run(sum_of_ranks, 10, world_size=world_size) == [expected] * world_size
-
-
 LIMIT_S = 5.0  # enough for rank 0 on a busy machine
 FAILURES = {
     "raises": ((fail_on, 1), {}, r"(?s)on rank 1 of 2.*the sum is wrong\nassert 6 == 7"),

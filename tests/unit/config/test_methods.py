@@ -87,7 +87,6 @@ def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user
     [
         ("method.name=gpro", "method.name must be"),
         ("method.name=parts", "method.name must be"),
-        ("method.name=__init__", "method.name must be"),
         ("method.name=", "method.name must be"),
         ("method.name=methods_of_a_user.Unmade", "methods_of_a_user.Unmade must be .* made"),
         ("method.name=methods_of_a_user.Bare", "methods_of_a_user.Bare must be .* Settings"),

@@ -14,7 +14,6 @@ from megatron_selfdistill.errors import ConfigError
     ("override", "named"),
     [
         ("model.num_layer=3", "'model.num_layers'"),
-        ("modle.num_layers=3", "'model.num_layers'"),
         ("target.lr=1e-6", "'optimizer.lr'"),
         ("recepie=literal", "'recipe'"),
         ("metrics={consoles: 2}", "'metrics.consoles'"),

@@ -51,8 +51,6 @@ YARN_0_19 = {**SINCE_0_18, "rotary_scaling_factor": 4.0, "mscale": 0.5, "mscale_
     [
         ({"norm_epsilon": 3e-6}, "layernorm_epsilon", 3e-6),  # before it was renamed
         ({"layernorm_epsilon": 1e-6, "norm_epsilon": 1e-5}, "layernorm_epsilon", 1e-6),
-        ({"qk_layernorm": True}, "qk_layernorm", True),
-        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor", 32.0),
         ({"use_rope_scaling": True}, "rope_scaling_factor", 8.0),
         ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, "rope_scaling_factor", None),
         ({"yarn_mscale": 0.5, "yarn_beta_fast": 2.0}, "yarn", YarnConfig(mscale=0.5, beta_fast=2.0)),
