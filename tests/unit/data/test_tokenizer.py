@@ -90,7 +90,6 @@ def test_a_template_that_takes_all_memory_is_refused(template):
         try_chat_template("DIR", template, {})
 
 
-@pytest.mark.full
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
     monkeypatch.setattr(tried_template, "LIMIT_S", 1.5)
     with pytest.raises(ValueError, match=r"^DIR: .* 1.5 s"):
