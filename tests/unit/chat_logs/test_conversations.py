@@ -212,6 +212,7 @@ BAD = {
     "unresolved": (chat(("u", SECRET), ("a", SECRET)), "unresolved"),
     "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "'messages[1]'"),
     "unknown role": ([{"role": SECRET, "content": SECRET}], "a role among"),
+    "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
     "mark that is no index": ({"messages": CORRECTED, "accepted": 1.5}, "a number"),
     "messages as text that is not their JSON": ({"messages": SECRET}, "'messages'"),
     "image": ([{"role": "user", "content": [{"type": "image_url", "text": SECRET}]}], "text parts"),

@@ -55,7 +55,7 @@ CASES = {
     f"{SERVE} --hf-config hf --nnodes 2": "--master-addr",
 }
 """Command line -> what its refusal names."""
-QUICK = [case for case in CASES if re.search("size=65|0.0.0.0|trian|pass-at-k|plan cluster", case)]
+QUICK = [case for case in CASES if re.search("load=hf|size=65|0.0.0.0|trian|pass-at-k|plan cluster", case)]
 
 
 @pytest.fixture(scope="module")

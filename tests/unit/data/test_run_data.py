@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
+from megatron_selfdistill.data import run_data as run_data_module
 from megatron_selfdistill.data.fitted_prompts import fit_teacher_prompt
 from megatron_selfdistill.data.prompt_checks import about_prefix
 from megatron_selfdistill.data.run_data import RunData
@@ -358,3 +359,8 @@ def test_samplers_choose_among_the_tokens_of_the_tokenizer_unless_a_key_allows_a
     config = config_of(directory, "model.vocab_size=128", "rollout.ids_without_token=true")
     assert RunData.load(config).num_sampled_ids == 128
     assert sampling_params(config, run_data).num_ids == known
+
+
+def test_so_many_prompts_of_each_teacher_are_looked_at(directory, monkeypatch):
+    monkeypatch.setattr(run_data_module, "LOOKED_AT", 2)
+    assert len(RunData.load(config_of(directory, f"data.path={directory}/answered.jsonl")).first_prompts) == 2

@@ -96,7 +96,6 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch):
         try_chat_template("DIR", SLOW, {})
 
 
-@pytest.mark.full
 def test_templates_that_models_publish_pass():
     published = "{%- macro twice(m) %}{{ m.content * 2 }}{% endmacro %}{{ twice(messages[0]) }}"
     refusing = published + "{{ raise_exception('only tools') }}"

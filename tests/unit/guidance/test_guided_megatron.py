@@ -47,7 +47,6 @@ HF_CASES = {kind: (kind, parallel(), 1) for kind in hf_models.CONFIGS} | {
 }
 
 
-@pytest.mark.full
 @combinations(case=list(HF_CASES), quick={"case": ["deepseek_v3"]}, strength=1)
 def test_greedy_text_is_the_argmax_of_transformers_mixed_logits(ranks, tmp_path, case):
     kind, config, world_size = HF_CASES[case]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from responses import chi_square_p_value
 
+from megatron_selfdistill.config import load
 from megatron_selfdistill.rollout import sampling
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.sampling import invert_cdf, sample_seed, sample_uniforms, select_tokens
+from megatron_selfdistill.rollout.factory import engines_of
+from megatron_selfdistill.rollout.sampling import invert_cdf, require_room, sample_seed, sample_uniforms, select_tokens
 
 NUM_DRAWS = 20_000
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.2, 0.0, -0.4, 1.9, -7.0], dtype=torch.float32)
@@ -155,3 +157,22 @@ def test_a_stream_is_named_by_all_four_and_stays_what_it_is():
 def test_the_first_uniforms_do_not_depend_on_how_many_are_wanted():
     np.testing.assert_array_equal(sample_uniforms(5, 100)[:7], sample_uniforms(5, 7))
     np.testing.assert_array_equal(sample_uniforms(5, 7), np.random.Generator(np.random.Philox(key=5)).random(7))
+
+
+def test_a_prompt_is_not_empty_and_leaves_room():
+    for shortest, longest in ((0, 4), (1, 5)):
+        with pytest.raises(ValueError, match=r"empty prompt|5 tokens and max_new_tokens is 6"):
+            require_room(shortest, longest, max_new_tokens=6, max_length=10)
+    require_room(1, 4, max_new_tokens=6, max_length=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("rollout.engine=megatron", "engine=megatron"),
+        ("rollout.engine=vllm", "trainer's ranks"),
+        ("rollout.engine=vllm rollout.placement=server rollout.servers=[http://node7:8000]", "node7"),
+    ],
+)
+def test_a_message_names_the_engines_that_sample(options, named):
+    assert named in engines_of(load(options.split()))
