@@ -29,8 +29,8 @@ LOSS_BACKENDS = ("torch", "triton")
 FUSED_MODES = ("keep_gradient", "low_memory")
 """Values of loss.fused under which the output layer and the loss are computed together, fastest first."""
 
-FINISH_REASONS = ("stop", "length")
-"""The ways in which a response ends: with a stop token, or at its greatest length."""
+FINISH_REASONS = ("stop", "length", "horizon")
+"""The ways in which a response ends: with a stop token, at rollout.max_new_tokens, or before it at rollout.horizon."""
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 """Values of model.activation."""

@@ -34,11 +34,12 @@ Known failure:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.config.schema.method_config import Needs
 from megatron_selfdistill.config.schema.ranges import PositiveFloat, Share
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -55,6 +56,11 @@ class PwOpsdSettings(DefaultSettings):
     """Position in the response, as a share of its length, at which the weight is halfway between both."""
     width: PositiveFloat = 0.1
     """Share of the response in which the weight rises: the scale of the sigmoid."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs from the core: the length of a response decides its weights."""
+        return replace(super().needs, whole=True)
 
 
 class PwOpsd(SelfDistillation):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
 
 import torch
 
@@ -91,6 +91,16 @@ class SamplingParams:
     num_ids: int | None = None
     """Number of ids that may be sampled, the first ones: those of the tokenizer; None is all ids of the model."""
 
+    def up_to(self, horizon: int | None) -> Self:
+        """Return these parameters for responses of at most ``horizon`` tokens; None changes nothing."""
+        return self if horizon is None else replace(self, max_new_tokens=min(horizon, self.max_new_tokens))
+
+    def marked(self, responses: Sequence[Response], horizon: int | None) -> list[Response]:
+        """Return what was sampled with `up_to`; responses that end at a horizon below ``max_new_tokens`` say so."""
+        if horizon is None or horizon >= self.max_new_tokens:
+            return list(responses)
+        return [replace(one, finish_reason="horizon") if one.truncated else one for one in responses]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -132,7 +142,8 @@ class Response:
     0 for a greedy response; NaN where the sampler does not know the log-probability.
     """
     finish_reason: str
-    """One of `FINISH_REASONS`: stop (the last token is a stop token) or length."""
+    """One of `FINISH_REASONS`: stop (the last token is a stop token), length, or, never from a sampler, horizon (the
+    response is unfinished: `SamplingParams.marked`)."""
     teacher_log_probs: list[float] | None = None
     """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response.
 
@@ -158,8 +169,13 @@ class Response:
 
     @property
     def truncated(self) -> bool:
-        """Whether the response reached ``max_new_tokens`` without a stop token."""
+        """Whether the response reached rollout.max_new_tokens without a stop token; an unfinished one did not."""
         return self.finish_reason == "length"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the response ends at the horizon of its step, so that nobody knows how it would have ended."""
+        return self.finish_reason == "horizon"
 
 
 def response_text(response: Response, tokenizer: Tokenizer) -> str:

@@ -62,6 +62,7 @@ def configured_source(
         player=player,
         max_staleness=config.rollout.max_staleness,
         controls=Controls(run_data.problems.problems, tools.given, number, config.seed) if number else None,
+        horizon_at=config.rollout.horizon_at,
     )
     found: ResponseSource
     if config.rollout.samples_target:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,8 @@ class OnPolicyOptions:
     """The number of steps by which the weights that sampled a response may be older than the student's."""
     controls: Controls | None
     """The hints of other problems that the teacher reads the responses after; None for a target without controls."""
+    horizon_at: Callable[[int], int | None] = lambda step: None
+    """The step -> the greatest number of tokens of its responses; None bounds no further than the sampling itself."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class OnPolicy(ResponseSource):
                 rewarded = {**rewarded, **options.player.metrics(rollouts, num_cut)}
             trained, added = method.texts(rollouts, selected)
         batch = self._batch(step, method, trained)
+        if (horizon := options.horizon_at(step)) is not None:
+            counts = {**counts, "rollout/horizon": horizon}
         return replace(
             batch,
             problems=asked.problems,
@@ -162,10 +166,10 @@ class OnPolicy(ResponseSource):
         """Return the rollouts of all episodes, and how many episodes end early; see `EpisodePlayer`."""
 
         def generate(keys: Sequence[SampleKey], pairs: Sequence[PromptPair]) -> list[Response]:
-            return self._responses(step, keys, list(map(self._request, keys, pairs)), sampling)
+            return self._marked(step, keys, list(map(self._request, keys, pairs)), sampling)
 
         requests = self._first_requests(asked.samples, method)
-        responses = self._responses(step, [key for key, _, _ in asked.samples], requests, sampling)
+        responses = self._marked(step, [key for key, _, _ in asked.samples], requests, sampling)
         openings = asked.openings or [None] * len(responses)
         first = [
             Rollout(problem, pair, response, group=i // self._options.num_samples, key=key, opening=opening)
@@ -184,12 +188,18 @@ class OnPolicy(ResponseSource):
         name = None if self._options.player is None else self._options.player.name(key)
         return Request(prompt, key.seed(self._options.seed), episode=name)
 
+    def _marked(
+        self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
+    ) -> list[Response]:
+        """Return the responses of the step within its horizon, of which those that end there are unfinished."""
+        return sampling.marked(self._responses(step, keys, requests, sampling), self._options.horizon_at(step))
+
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
-            return self._options.sampler.generate(requests, sampling)
+            return self._options.sampler.generate(requests, sampling.up_to(self._options.horizon_at(step)))
 
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
         """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device, without a wait."""

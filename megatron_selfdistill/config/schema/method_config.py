@@ -52,6 +52,14 @@ class Needs:
     """When the hint is known: given (with the data), found (before the sampling, but responses change it), later (after
     the sampling) or function (after the sampling, by a function that may read the solutions of the data)."""
 
+    whole: bool = False
+    """Whether the method must see whole responses even where nothing judges, compares or shows them."""
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether the method must see whole responses: to judge, to compare or to show them, or by ``whole``."""
+        return self.whole or self.rewards or self.hint != GIVEN or max(self.group_size, self.contexts_per_sample) > 1
+
     @property
     def hint_follows(self) -> bool:
         """Whether the hint is known only once the responses of a step are sampled."""

@@ -55,6 +55,23 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class NumberOrRamp(OneOf):
+    """Positive whole numbers, lists [FIRST, LAST, STEPS] of a number that grows from FIRST to LAST, and choices."""
+
+    def __str__(self) -> str:
+        return (
+            f"a positive whole number, [FIRST, LAST, STEPS] of such numbers with LAST >= FIRST, or {super().__str__()}"
+        )
+
+    def holds(self, value: Any) -> bool:
+        """Return whether ``value`` is a choice, a positive whole number or such a list; true is not 1."""
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(one) is int and 0 < one <= MAX_INT for one in numbers):
+            return value in self.choices
+        return not isinstance(value, list) or (len(value) == 3 and value[0] <= value[1])
+
+
+@dataclass(frozen=True)
 class AnyText:
     """Texts without choices, which files and programs can hold: in UTF-8, and without the character NUL."""
 

@@ -17,6 +17,7 @@ from megatron_selfdistill.config.schema.ranges import (
     Name,
     NonNegativeFloat,
     NonNegativeInt,
+    NumberOrRamp,
     OneOf,
     PositiveFloat,
     PositiveInt,
@@ -94,6 +95,11 @@ class RolloutConfig(
     """Number of responses per problem and step."""
     max_new_tokens: PositiveInt = 256
     """Length of the longest response, in tokens."""
+    horizon: Annotated[Any, NumberOrRamp((None,))] = None
+    """The greatest number of tokens of a response in training, at most max_new_tokens, which remains that of
+    evaluations: a number, or [FIRST, LAST, STEPS] (FIRST in the first step, growing in a line over STEPS steps, then
+    LAST).  A response that is as long without a stop token is unfinished: no end is trained there, and the step knows
+    nothing of its rest.  Prompts leave room for max_new_tokens all the same."""
     temperature: Annotated[float, at_least(0), at_most(100)] = 1.0
     """Sampling temperature; 0 is greedy."""
     top_k: NonNegativeInt = 0
@@ -152,6 +158,45 @@ class RolloutConfig(
             "rollout.placement=server, and no episodes, rollout.guidance or method that needs all responses of a step "
             f"at once, got method.name={config.method.name}",
         )
+        if self.horizon is not None:
+            self._check_horizon(config)
+
+    def _check_horizon(self, config: Any) -> None:
+        """Raise `ConfigError` where the horizon bounds nothing, or cuts what something must see whole."""
+        key, longest = f"rollout.horizon={self.horizon}", self.longest_trained
+        require(
+            longest <= self.max_new_tokens,
+            f"{key} must end responses within rollout.max_new_tokens={self.max_new_tokens}, got {longest} tokens",
+        )
+        source = "conversations.responses=logged" if config.logged else f"method.name={config.method.name}"
+        require(config.samples_responses, f"{key} bounds sampled responses, but {source} samples none: unset it")
+        select = getattr(config.method, "select", None)
+        readers = {
+            f"environment.name={config.environment.name}": plays_episodes(config),
+            f"rollout.guide_below={self.guide_below}": self.guide_below is not None,
+            f"method.select={select}": select is not None,
+            f"method.name={config.method.name}": config.needs.reads_whole,
+        }
+        reader = next((name for name, reads in readers.items() if reads), None)
+        require(reader is None, f"{key} ends responses early, but {reader} needs whole ones: unset one of both")
+
+    def horizon_at(self, step: int) -> int | None:
+        """Return the horizon of the step that ``step`` optimizer steps precede; None without a horizon."""
+        if not isinstance(self.horizon, list):
+            return None if self.horizon is None else int(self.horizon)
+        first, last, steps = self.horizon
+        return int(first + (last - first) * min(step, steps) // steps)
+
+    @property
+    def has_one_horizon(self) -> bool:
+        """Whether the responses of all steps may be equally long."""
+        return not isinstance(self.horizon, list)
+
+    @property
+    def longest_trained(self) -> int:
+        """The greatest number of tokens of a response in training, over all steps."""
+        longest = self.horizon[1] if isinstance(self.horizon, list) else self.horizon
+        return self.max_new_tokens if longest is None else int(longest)
 
     @property
     def samples_target(self) -> bool:

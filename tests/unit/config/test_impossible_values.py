@@ -56,6 +56,11 @@ def refused(caught: pytest.ExceptionInfo[ConfigError], named: str) -> bool:
         ("rollout.guidance=mixed", f"rollout.guidance=mixed {SDPO}"),
         ("rollout.guidance=mixed", "rollout.guidance=mixed method.view=privileged"),
         ("rollout.cuda_graphs", "rollout.cuda_graphs=true rollout.engine=vllm"),
+        ("rollout.horizon must", "rollout.horizon=0"),
+        ("rollout.horizon must", "rollout.horizon=true"),
+        ("rollout.horizon must", "rollout.horizon=2.5"),
+        ("rollout.horizon must", "rollout.horizon=[8,4,10]"),
+        ("rollout.horizon must", "rollout.horizon=[8,16]"),
         ("rollout.ahead=1", "rollout.ahead=1"),
         ("rollout.ahead=1", f"{SERVER} rollout.num_servers=1 rollout.ahead=1 {SDPO}"),
         ("target.k_max must", "target.k_max=abc"),
@@ -90,6 +95,30 @@ TP, PP, CP = (f"parallel.{axis}_parallel_size" for axis in ("tensor_model", "pip
 EP, ETP = (f"parallel.{axis}_parallel_size" for axis in ("expert_model", "expert_tensor"))
 VPP, SP = "parallel.virtual_pipeline_model_parallel_size", "parallel.sequence_parallel=true"
 MOE = "model.num_moe_experts=4"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "rollout.max_new_tokens=15",
+        "method.select=lab.rules.keep",
+        "method.name=grpo rollout.num_samples=2",
+        "method.name=opsd_rl rollout.num_samples=2",
+        "method.name=own_solutions",
+        "method.name=dapd",
+        "method.name=pw_opsd",
+        "method.name=sft",
+        "environment.name=tools environment.max_turns=2",
+        "rollout.guide_below=0.5 rollout.guidance=mixed",
+        "conversations.responses=logged data.kind=conversations",
+    ],
+)
+@pytest.mark.parametrize("horizon", ["16", "[8,16,10]"])
+def test_a_horizon_is_refused_with_its_key_and_that_of_what_must_see_whole_responses(other, horizon):
+    with pytest.raises(ConfigError) as caught:
+        configured(f"rollout.horizon={horizon} {other}")
+    assert refused(caught, f"rollout.horizon={horizon.replace(',', ', ')}")
+    assert refused(caught, other.split()[0].removesuffix("=15"))
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,13 @@ class Engines:
     def update_weights(self, version: int) -> None:
         pass
 
+    def __init__(self) -> None:
+        self.lengths: dict[int, int] = {}
+
     def start(
         self, requests: Sequence[Request], params: SamplingParams, used_at: int, known: Mapping[str, Response]
     ) -> dict[str, Response]:
+        self.lengths[used_at] = params.max_new_tokens
         return {**known, **NEW}
 
     def finished(self, ticket: dict[str, Response]) -> dict[str, Response]:
@@ -57,7 +61,8 @@ def source(monkeypatch) -> AheadOnPolicy:
     monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
     state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
     sampler = SyncedSampler(cast(Any, Engines), Phases(torch.device("cpu")))
-    return AheadOnPolicy(state, cast(Any, SimpleNamespace(sampler=sampler)), ahead=1, num_steps=6)
+    options = SimpleNamespace(sampler=sampler, horizon_at=[9, 3, 4, 5, 6, 6].__getitem__)
+    return AheadOnPolicy(state, cast(Any, options), ahead=1, num_steps=6)
 
 
 def stored(source: AheadOnPolicy) -> dict[str, Any]:
@@ -77,6 +82,12 @@ def test_a_stop_before_the_first_step_after_a_resume_stores_the_responses_of_the
 def test_a_stop_after_a_resumed_step_has_begun_stores_the_known_and_the_new_responses(source):
     resumed(source)._ticket(4, SamplingParams(8))
     assert stored(source) == {key: asdict(response) for key, response in {**STORED, **NEW}.items()}
+
+
+def test_responses_have_the_horizon_of_the_step_that_trains_on_them(source):
+    source._ticket(2, SamplingParams(8))
+    source._ticket(3, SamplingParams(5))
+    assert cast(Any, source._engines).lengths == {2: 4, 3: 5, 4: 5}
 
 
 def test_new_weights_wait_for_the_responses_under_way_where_they_are_to_keep_the_old_ones():
