@@ -110,7 +110,13 @@ class Trainer:
         readings = LearnerReadings(self.learner)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, readings)
         falls, samples = config.needs.loss_should_fall, config.student_samples
-        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
+        self.guards = Guards(
+            config.guards,
+            engines_of(config),
+            loss_should_fall=falls,
+            student_samples=samples,
+            has_one_horizon=config.rollout.has_one_horizon,
+        )
         self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
         """Optimizer steps done."""

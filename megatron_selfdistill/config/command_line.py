@@ -69,6 +69,7 @@ LINE = (
     Column("reach/mean", "reach", ".3f", "how often the target would come to the places of the responses"),
     Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
     Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
+    Column("response/unfinished_share", "open", ".2f", "share of responses that end at rollout.horizon, unfinished"),
     Column("rewards/mean", "reward", ".3f", "mean reward of a response"),
     Column("episodes/turns_mean", "turns", ".1f", "mean responses per episode"),
     Column("gradient_norm", "grad", ".3g", "gradient norm before clipping"),

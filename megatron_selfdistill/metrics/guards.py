@@ -16,7 +16,11 @@ LOSS = "loss/mean"
 LOOPS = "response/loop_share"
 """The metric of the share of responses that end in a loop."""
 TRUNCATED = "response/truncated_share"
-"""The metric of the share of responses that are cut at rollout.max_new_tokens."""
+"""The metric of the share of responses that are cut at rollout.max_new_tokens; no metric where any is unfinished."""
+UNFINISHED = "response/unfinished_share"
+"""The metric of the share of responses that end at the horizon of their step; no metric where none does."""
+LENGTH = "response/length_mean"
+"""The metric of the mean length of responses, as far as they were sampled."""
 LOSS_RISE, ENTROPY_RISE = 0.1, 0.05
 """The smallest rises of the loss and of the entropy, in nats per token, for which guards.max_loss_ratio and
 guards.entropy.max_ratio stop a run: a tiny reference alone does not."""
@@ -65,7 +69,9 @@ class Limit:
         )
 
 
-def limits_of(config: GuardsConfig, loss_should_fall: bool, student_samples: bool) -> list[Limit]:
+def limits_of(
+    config: GuardsConfig, loss_should_fall: bool, student_samples: bool, has_one_horizon: bool = True
+) -> list[Limit]:
     """Return the limits that the configuration sets."""
     entropy, key = config.entropy, "entropy/student"
     steps_too_large = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
@@ -84,8 +90,8 @@ def limits_of(config: GuardsConfig, loss_should_fall: bool, student_samples: boo
     if (most := entropy.max_ratio) is not None:
         limits.append(Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, ENTROPY_RISE))
     if (least := config.min_length_ratio) is not None:
-        limits.append(Limit("length collapse", "response/length_mean", "min_length_ratio", least, no_work))
-    if student_samples and (rise := config.max_loop_rise) is not None:
+        limits.append(Limit("length collapse", LENGTH, "min_length_ratio", least, no_work))
+    if student_samples and has_one_horizon and (rise := config.max_loop_rise) is not None:
         limits.append(Limit("loops", LOOPS, "max_loop_rise", 1.0, earlier, False, rise))
     if student_samples and (rise := config.max_truncated_rise) is not None:
         limits.append(Limit("responses without an end", TRUNCATED, "max_truncated_rise", 1.0, no_end, False, rise))
@@ -95,9 +101,12 @@ def limits_of(config: GuardsConfig, loss_should_fall: bool, student_samples: boo
 class Guards:
     """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
-    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student, response/length_mean, `LOOPS` and
+    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student, `LENGTH`, `UNFINISHED`, `LOOPS` and
     `TRUNCATED`; a guard is silent if the run does not have its metric.  All ranks get the same metrics, so all ranks
     raise at the same step.
+    An unfinished response is not misjudged.  It counts as at least as long as the reference, and a step that has one
+    has no `TRUNCATED`.  A text that repeats itself at the horizon is a loop, but longer texts have more loops: where
+    the horizon changes from step to step, no rise of `LOOPS` is judged.
     `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
@@ -108,18 +117,19 @@ class Guards:
         *,
         loss_should_fall: bool = False,
         student_samples: bool = False,
+        has_one_horizon: bool = True,
     ) -> None:
         """Make the guards of a run; ``engines``: the engines that sample its responses, as a message names them.
 
         Without ``engines`` the responses come from elsewhere, and their distance from the trainer is not judged.
         ``loss_should_fall``: whether the loss is a divergence that nothing but training changes, so that its rise is
         judged.  ``student_samples``: whether the student samples the responses, so that a rise of their loops, or of
-        those that are cut, is judged.
+        those that are cut, is judged.  ``has_one_horizon``: whether the responses of all steps may be equally long.
         """
-        self.config, self.engines, self.student_samples = config, engines, student_samples
+        self.config, self.engines, self.judges_loops = config, engines, student_samples and has_one_horizon
         self.has_warned: set[str] = set()
         """The metrics of which this launch has warned."""
-        self.limits = limits_of(config, loss_should_fall, student_samples)
+        self.limits = limits_of(config, loss_should_fall, student_samples, has_one_horizon)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.violations: dict[str, int] = {}
@@ -135,7 +145,7 @@ class Guards:
         """
         self.check_finite(step, metrics)
         self._judge_distance(step, metrics)
-        judged = [limit.key for limit in self.limits] + [LOOPS] * self.student_samples  # `warnings` reads its reference
+        judged = [limit.key for limit in self.limits] + [LOOPS] * self.judges_loops  # `warnings` reads its reference
         for key in dict.fromkeys(judged):
             if key not in metrics:
                 continue
@@ -146,7 +156,7 @@ class Guards:
             else:
                 for limit in self.limits:
                     if limit.key == key:
-                        self._judge(step, limit, metrics[key])
+                        self._judge(step, limit, metrics)
 
     def check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raise `RunUnhealthy` if loss/mean or gradient_norm is NaN or infinite (option non_finite).
@@ -189,7 +199,7 @@ class Guards:
         return self._disagreement(f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}")
 
     def _warning_of_loops(self, metrics: Mapping[str, float]) -> str | None:
-        if not self.student_samples or LOOPS not in metrics:
+        if not self.judges_loops or LOOPS not in metrics:
             return None
         share, count = metrics[LOOPS], self.counts.get(LOOPS, 0)
         if count < self.config.reference_steps:
@@ -234,8 +244,9 @@ class Guards:
         self.violations[option] = self.violations.get(option, 0) + 1 if violated else 0
         return self.violations[option]
 
-    def _judge(self, step: int, limit: Limit, value: float) -> None:
-        reference = self.sums[limit.key] / self.counts[limit.key]
-        in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
+    def _judge(self, step: int, limit: Limit, metrics: Mapping[str, float]) -> None:
+        value, reference = metrics[limit.key], self.sums[limit.key] / self.counts[limit.key]
+        unseen = metrics.get(UNFINISHED, 0.0) * reference if limit.key == LENGTH else 0.0
+        in_a_row = self._in_a_row(limit.option, limit.violated(value + unseen, reference))
         if in_a_row >= self.config.patience:
             raise RunUnhealthy(f"step {step}: {limit.message(in_a_row, value, reference, self.counts[limit.key])}")

@@ -21,6 +21,7 @@ from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.metrics.further_summands import coefficient_values, measured_values
+from megatron_selfdistill.metrics.guards import LOOPS, TRUNCATED, UNFINISHED
 from megatron_selfdistill.metrics.leakage import LeakCounts, ends_in_loop
 from megatron_selfdistill.rollout.base import Response
 
@@ -204,30 +205,33 @@ def rollout_metrics(
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
     ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
-    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.  ``has_teacher``: whether the step has a
-    teacher that reads its microbatches.
+    docs/metrics.md defines the keys.  Where responses are unfinished, nobody knows how many would be truncated, and
+    response/unfinished_share takes the place of response/truncated_share.  ``leaks``: this rank's `leak_counts`.
+    ``has_teacher``: whether the step has a teacher that reads its microbatches.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
-    sums = torch.zeros(14, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(15, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
-        num_cut = sum(response.finish_reason == "length" for response in responses)
+        num_cut = sum(response.truncated for response in responses)
+        num_unfinished = sum(response.unfinished for response in responses)
         num_looping = sum(ends_in_loop(response.token_ids) for response in responses)
         student = [microbatch for pack in packs for microbatch in pack.student]
         teacher = [microbatch for pack in packs for microbatch in pack.teacher]
-        numbers: list[float] = [len(lengths), sum(lengths), num_cut, num_looping]
+        numbers: list[float] = [len(lengths), sum(lengths), num_cut, num_unfinished, num_looping]
         numbers += [*_padding(student), *_padding(teacher)]
-        sums[:8] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        sums[:9] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
     if leaks is not None:
-        sums[8:] += torch.tensor(astuple(leaks), dtype=torch.float64, device=grid.device)
+        sums[9:] += torch.tensor(astuple(leaks), dtype=torch.float64, device=grid.device)
     totals, (length_max,) = over_all_ranks(sums, longest, grid)
-    count, tokens, truncated, looping, *padding = totals[:8]
-    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[8:])).metrics()}
+    count, tokens, truncated, unfinished, looping, *padding = totals[:9]
+    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[9:])).metrics()}
     if count:
         metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
-        metrics |= {"response/truncated_share": truncated / count, "response/loop_share": looping / count}
+        metrics |= {UNFINISHED: unfinished / count} if unfinished else {TRUNCATED: truncated / count}
+        metrics[LOOPS] = looping / count
     if packs:
         read = 0.0
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):

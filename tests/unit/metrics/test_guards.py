@@ -26,13 +26,15 @@ CONFIG = GuardsConfig(reference_steps=3, patience=2)
 HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "response/length_mean": 22.0}
 ENTROPY, LOSS, LENGTH, NORM = "entropy/student", "loss/mean", "response/length_mean", "gradient_norm"
 LOOPS, CUT = "response/loop_share", "response/truncated_share"
+UNFINISHED = "response/unfinished_share"
 DISTANCE, WORST = "sampler/log_prob_mean_abs_diff", "sampler/log_prob_worst_response"
 ENGINES = "the vLLM servers http://node7:8000"
 
 
 def guards_with(engines: str | None = None, *, defaults: bool = False, **changes: Any) -> Guards:
     """Return guards of a run whose student samples and whose loss should fall; ``changes``: other keys, or flags."""
-    flags = {name: changes.pop(name, True) for name in ("student_samples", "loss_should_fall")}
+    names = ("student_samples", "loss_should_fall", "has_one_horizon")
+    flags = {name: changes.pop(name, True) for name in names}
     config = dataclasses.replace(GuardsConfig() if defaults else CONFIG, **changes)
     return Guards(config, *([engines] if engines else []), **flags)
 
@@ -102,6 +104,21 @@ def test_what_has_gone_wrong_stops_a_run_after_patience_unless_its_guard_is_off(
 )
 def test_a_healthy_run_goes_on(key, values, options):
     assert stopped_at(guards_with(**options), key, values) is None
+
+
+def test_unfinished_responses_are_neither_short_nor_cut_and_longer_ones_may_have_more_loops():
+    open_ended = {LENGTH: 2.0, UNFINISHED: 0.9}
+    guards = guards_with(max_log_prob_distance=None)
+    for step, metrics in enumerate([{LENGTH: 22.0, CUT: 0.0}] * 3 + [open_ended] * 5):
+        guards.check(step, HEALTHY | metrics)
+    with pytest.raises(RunUnhealthy, match=LENGTH):  # nine tenths of the responses are whole, and short
+        for step in (8, 9):
+            guards.check(step, HEALTHY | {LENGTH: 2.0, UNFINISHED: 0.1})
+    late = guards_with()
+    for step, metrics in enumerate([{UNFINISHED: 0.9}] * 3 + [{CUT: 0.7}] * 5):  # the horizon has reached the limit
+        late.check(step, HEALTHY | metrics)
+    assert stopped_at(guards_with(has_one_horizon=False), LOOPS, RISE) is None
+    assert warned_at(guards_with(has_one_horizon=False), [0.0] * 5 + [0.9] * 9) == []
 
 
 def test_the_first_step_may_already_be_not_finite_and_a_run_may_have_no_entropies():

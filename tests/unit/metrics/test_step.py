@@ -284,6 +284,14 @@ def test_padding_shares_are_those_of_the_packed_batch():
     assert rollout_metrics([], ONE_RANK) == {"tokens/rollout": 0}, "without responses there are no lengths"
 
 
+def test_nobody_counts_cut_responses_where_some_are_unfinished():
+    ends = [Response.unsampled([1] * n, reason) for n, reason in ((3, "stop"), (4, "horizon"), (4, "horizon"))]
+    found = rollout_metrics(ends, ONE_RANK)
+    assert found["response/unfinished_share"] == pytest.approx(2 / 3) and "response/truncated_share" not in found
+    whole = rollout_metrics([replace(one, finish_reason="length") for one in ends], ONE_RANK)
+    assert whole["response/truncated_share"] == 1 and "response/unfinished_share" not in whole
+
+
 def test_phases_add_up_and_begin_anew(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("megatron_selfdistill.metrics.phases.time.perf_counter", lambda: now[0])
