@@ -58,7 +58,7 @@ def summary(plan: Plan) -> list[str]:
     (student, teacher), run_data = plan.step.num_microbatches, plan.run_data
     reference = f"{student} reference, " if config.is_anchored else ""
     samples = config.rollout.num_samples
-    what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.max_new_tokens} tokens"
+    what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.longest_trained} tokens"
     data = "data.path is not set" if run_data is None else f"{len(run_data.problems)} problems fit"
     if config.logged:
         what = "logged turns"

@@ -3,15 +3,16 @@
 
     seconds of a part = work in FLOP or bytes / rate
 
-    rollout    batches * longest response * weights of a GPU / copied bytes per second, because an engine reads all of
-               its weights for every token of the sequences that its KV cache holds at a time (of mean length, half
-               written); and the keys and values that each token reads
+    rollout    batches * longest response in training * weights of a GPU / copied bytes per second, because an engine
+               reads all of its weights for every token of the sequences that its KV cache holds at a time (of mean
+               length, half written); and the keys and values that each token reads
     sync       weights / rate of the links
     train      2 FLOP per parameter and token of each pass and the products of attention / (GPUs * FLOP/s * `MFU`), of
                which a pipeline loses its bubble
 
 The optimizer, the exchange of gradients and the gaps between kernels are left out.
-Mean prompts and responses are a third (`MEAN`) of the longest.  FLOP/s and links are those of NVIDIA's data sheets.
+Mean prompts and responses are a third (`MEAN`) of the longest, and no response is longer than the last rollout.horizon.
+FLOP/s and links are those of NVIDIA's data sheets.
 The bytes that a copy reaches are what others report of an H100 and an H200; a B200 is assumed to reach the same share.
 """
 
@@ -109,9 +110,9 @@ def backward_passes(config: Config) -> float:
 
 
 def _lengths(config: Config) -> tuple[float, float]:
-    """Return the mean tokens of a prompt and of a response."""
-    longest = config.rollout.max_new_tokens
-    return MEAN * ((config.data.max_length or 2 * longest) - longest), MEAN * longest
+    """Return the mean tokens of a prompt and of a response in training."""
+    longest, horizon = config.rollout.max_new_tokens, config.rollout.longest_trained
+    return MEAN * ((config.data.max_length or 2 * longest) - longest), min(MEAN * longest, horizon)
 
 
 def _rollout(config: Config, student: PlannedModel, load: Load, kv_cache_gib: float) -> Iterator[StepPart]:
@@ -125,7 +126,7 @@ def _rollout(config: Config, student: PlannedModel, load: Load, kv_cache_gib: fl
     sequences = config.data.global_batch_size * rollout.num_samples / num_engines
     held = (prompt + response / 2) * kv_cache_bytes(config, student.transformer)
     batches = max(1.0, sequences / max(1, int(kv_cache_gib * GIB / held)))
-    yield StepPart("rollout", "weights", batches * rollout.max_new_tokens * weight_gib * GIB, "B", copied)
+    yield StepPart("rollout", "weights", batches * rollout.longest_trained * weight_gib * GIB, "B", copied)
     yield StepPart("rollout", "keys and values", sequences * response * held, "B", copied)
 
 

@@ -61,6 +61,16 @@ def test_passes_follow_the_models_and_the_controls_of_a_step_and_its_engines():
     assert (served.work, served.rate) == (pytest.approx(16.38e9, rel=1e-3), 45e9)
 
 
+def test_a_horizon_shortens_what_is_sampled_and_read():
+    whole, cut, grown = (parts_of(*FEW, *more) for more in ([], ["rollout.horizon=100"], ["rollout.horizon=[9,100,5]"]))
+    prompt, response = (8192 - 2048) * MEAN, 2048 * MEAN
+    assert cut["weights"].work == pytest.approx(whole["weights"].work * 100 / 2048)
+    assert cut["keys and values"].work == pytest.approx(8 * 100 * (prompt + 50) * 144 * 1024)
+    assert cut["student"].work < whole["student"].work * (prompt + 100) / (prompt + response)
+    assert [part.work for part in grown.values()] == [part.work for part in cut.values()]
+    assert parts_of(*FEW, "rollout.horizon=2048") == whole
+
+
 def test_training_loses_the_bubble_of_a_pipeline():
     keys = ("recipe=qwen3_8b", "parallel.pipeline_model_parallel_size=2", "parallel.tensor_model_parallel_size=2")
     part, bubble = parts_of(*keys)["student"], plan_of(*keys).step.bubble
