@@ -81,6 +81,7 @@ CASES = {
     "default": Case(recipe("default", VERIFIED)),
     "edge_opd": Case(recipe("edge_opd", *REWARDED)),
     "eopd": Case(recipe("eopd", *REWARDED, "method.threshold=2.47")),
+    "esr": Case(recipe("esr", *REWARDED, "rollout.horizon=4")),
     "grpo": Case(recipe("grpo", *REWARDED)),
     "iw_opd": Case(recipe("iw_opd", *REWARDED)),
     "literal": Case(recipe("literal", VERIFIED)),

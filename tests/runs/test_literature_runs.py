@@ -24,13 +24,14 @@ WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa", "tip"}
 REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip", "dapd", "past", "skald"}
 RECIPES = sorted(
     {"beta_opsd", "dapd", "edge_opd", "eopd", "iw_opd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip"}
-    | {"u_opsd", "veto"}
+    | {"esr", "u_opsd", "veto"}
     | REWARDED
 )
 OWN = {
     "beta_opsd": ["method.signal=advantage", "method.discount=0.9"],
     "rlcsd": ["rollout.max_new_tokens=24"],  # enough that most responses end, and can be hints
     "eopd": ["method.threshold=2.47"],  # an untrained teacher's entropies lie on both sides
+    "esr": ["rollout.horizon=[2,6,2]"],
     "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
     "u_opsd": ["method.threshold=0.2"],  # one response that ends is a majority of the others, which do not
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
