@@ -269,3 +269,13 @@ def test_a_token_that_only_pads_the_output_layer_is_refused_and_the_last_token_i
             fake.says = json.dumps(answer)
         output = output_of(ranks, on(fakes, data, tmp_path / str(token), "num_steps=1"), expected)
     assert f"expected 0 to {vocab_size - 1}" in output
+
+
+@pytest.mark.full
+def test_responses_ahead_have_the_horizon_of_the_step_that_trains_on_them(ranks, data, tmp_path):
+    with fake_servers(2) as fakes:
+        fakes[0].vocab_size = fakes[1].vocab_size = 10
+        train(ranks, on(fakes, data, tmp_path / "run", *AHEAD, "rollout.horizon=[3,9,2]"))
+    steps = metrics_of(tmp_path / "run")
+    assert [step["response/length_max"] for step in steps] == [step["rollout/horizon"] for step in steps] == [3, 6, 9]
+    assert all(step["response/unfinished_share"] == 1 for step in steps)
