@@ -61,7 +61,8 @@ class GuidedOnPolicy(OnPolicy):
         return requests
 
     def _state_after(self, problem_sampler: ProblemSampler, method: Method, rollouts: Sequence[Rollout]) -> SourceState:
-        return GuidedState(problem_sampler, method, self._state.guidance.record(rollouts))
+        guidance = self._state.guidance.record(rollouts)
+        return replace(self._state, problem_sampler=problem_sampler, method=method, guidance=guidance)
 
 
 def guided_metrics(responses: Sequence[Response], grid: RankGrid) -> dict[str, float]:

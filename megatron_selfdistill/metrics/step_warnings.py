@@ -11,12 +11,21 @@ from megatron_selfdistill.metrics.first_checks import first_step_lines, first_st
 
 def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
     """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn."""
-    found = [warning_of_an_untrained_step(config, step, metrics)]
+    found = [warning_of_an_untrained_step(config, step, metrics), change_of_horizon(metrics)]
     if step <= 1:
         if not config.needs.reads_one_prompt:  # equal weights say the same of one prompt
             found.append(warning_of_a_silent_teacher(metrics, config.target.teacher_weight))
         found += [*first_step_warnings(config, metrics), *first_step_lines(config, metrics)]
     return [*filter(None, found)]
+
+
+def change_of_horizon(metrics: Mapping[str, float]) -> str | None:
+    """Return a line about rollout.horizon=auto if the next step has another horizon than this one."""
+    horizon, following = metrics.get("rollout/horizon"), metrics.get("rollout/next_horizon")
+    if following in (None, horizon):
+        return None
+    below = metrics["weights/position_95"]
+    return f"rollout.horizon=auto: {horizon:g} -> {following:g} tokens; 95 % of the weights lie on the first {below:g}"
 
 
 def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:

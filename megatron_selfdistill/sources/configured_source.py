@@ -63,6 +63,7 @@ def configured_source(
         max_staleness=config.rollout.max_staleness,
         controls=Controls(run_data.problems.problems, tools.given, number, config.seed) if number else None,
         horizon_at=config.rollout.horizon_at,
+        adapts_horizon=config.rollout.horizon == "auto",
     )
     found: ResponseSource
     if config.rollout.samples_target:

@@ -29,10 +29,13 @@ from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
-from megatron_selfdistill.sources.step_terms import counted
+from megatron_selfdistill.sources.step_terms import WEIGHTS_POSITION, counted
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
+
+NUM_REACHED, LEAST_HORIZON = 8, 8
+"""The number of steps that `following_horizon` looks back, and the least horizon that it chooses, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class OnPolicyOptions:
     """The hints of other problems that the teacher reads the responses after; None for a target without controls."""
     horizon_at: Callable[[int], int | None] = lambda step: None
     """The step -> the greatest number of tokens of its responses; None bounds no further than the sampling itself."""
+    adapts_horizon: bool = False
+    """Whether `following_horizon` takes the place of ``horizon_at``."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,12 @@ class OnPolicy(ResponseSource):
                 rewarded = {**rewarded, **options.player.metrics(rollouts, num_cut)}
             trained, added = method.texts(rollouts, selected)
         batch = self._batch(step, method, trained)
-        if (horizon := options.horizon_at(step)) is not None:
+        if (horizon := self._horizon(step, sampling)) is not None:
             counts = {**counts, "rollout/horizon": horizon}
+        if options.adapts_horizon and (position := int(batch.metrics.get(WEIGHTS_POSITION, 0))):
+            next_state = replace(next_state, reached=(*next_state.reached, position)[-NUM_REACHED:])
+            following = following_horizon(next_state.reached, sampling.max_new_tokens)
+            counts = {**counts, "rollout/next_horizon": following}
         return replace(
             batch,
             problems=asked.problems,
@@ -192,19 +201,33 @@ class OnPolicy(ResponseSource):
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
         """Return the responses of the step within its horizon, of which those that end there are unfinished."""
-        return sampling.marked(self._responses(step, keys, requests, sampling), self._options.horizon_at(step))
+        horizon = self._horizon(step, sampling)
+        return sampling.marked(self._responses(step, keys, requests, sampling), horizon)
+
+    def _horizon(self, step: int, sampling: SamplingParams) -> int | None:
+        if self._options.adapts_horizon:
+            return following_horizon(self.state.reached, sampling.max_new_tokens)
+        return self._options.horizon_at(step)
 
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
-            return self._options.sampler.generate(requests, sampling.up_to(self._options.horizon_at(step)))
+            return self._options.sampler.generate(requests, sampling.up_to(self._horizon(step, sampling)))
 
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
         """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device, without a wait."""
         joined = torch.tensor([value for values in log_probs for value in values], dtype=torch.float64)
         return to_device(joined, self._options.grid.device)
+
+
+def following_horizon(reached: Sequence[int], most: int) -> int:
+    """Return the horizon after steps with the `WEIGHTS_POSITION` ``reached``: twice the largest, as room to grow.
+
+    The horizon is at least `LEAST_HORIZON`, unless ``most`` is less, and at most ``most``, where it begins.
+    """
+    return min(most, max(LEAST_HORIZON, 2 * max(reached))) if reached else most
 
 
 def first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int]:

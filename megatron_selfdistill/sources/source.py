@@ -27,6 +27,8 @@ class SourceState:
     """The position in the data.  A source never moves this sampler, but samples from a fork."""
     method: Method
     """The method, with what earlier steps have changed, such as own solutions."""
+    reached: tuple[int, ...] = field(default=(), kw_only=True)
+    """The `WEIGHTS_POSITION` of each of the last steps, for rollout.horizon=auto; empty for other horizons."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,16 @@ class ResponseSource(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state as plain values for a checkpoint."""
-        return {"problem_sampler": self._state.problem_sampler.state_dict(), **self._state.method.state_dict()}
+        reached = {"reached": list(self._state.reached)} if self._state.reached else {}
+        return {
+            "problem_sampler": self._state.problem_sampler.state_dict(),
+            **reached,
+            **self._state.method.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the committed state by the one that `state_dict` returned."""
         problem_sampler = self._state.problem_sampler.fork()
         problem_sampler.load_state_dict(state["problem_sampler"])
-        self._state = replace(self._state, problem_sampler=problem_sampler, method=self._state.method.restored(state))
+        method, reached = self._state.method.restored(state), tuple(state.get("reached", ()))
+        self._state = replace(self._state, problem_sampler=problem_sampler, method=method, reached=reached)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from megatron_selfdistill.sources.source import StepBatch
 
 WEIGHTS_SUM = "weights/sum"
 """The metric that `divided_by_sum` returns."""
+WEIGHTS_POSITION, WEIGHTS_SHARE = "weights/position_95", 0.95
+"""The metric of `position_below`, and the share of the sum of the weights that lies below the position."""
 
 
 def step_coefficients(
@@ -59,7 +62,11 @@ def step_coefficients(
         weights = method.token_weights(signals)
         if method.divides_by_weights:
             reached, counted = reach_of(signals, config.rollout), factors * signals.per_token(signals.hinted)
+            position = {}
+            if config.rollout.horizon == "auto":
+                position[WEIGHTS_POSITION] = position_below(counted * weights, signals.lengths.tolist(), grid)
             weights, metrics = divided_by_sum(weights, counted, reached, grid)
+            metrics |= position
         factors = factors * weights
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
@@ -132,6 +139,21 @@ def divided_by_sum(
     total, weighted, reaching = map(sum, zip(*gather_objects(own, grid.dp_group), strict=True))
     metrics = {"weights/mean": weighted / (total or 1), "reach/mean": reaching / (total or 1), WEIGHTS_SUM: weighted}
     return (torch.zeros_like(weights) if trains_on_nothing(metrics) else weights * (total / weighted)), metrics
+
+
+def position_below(weights: Tensor, lengths: Sequence[int], grid: RankGrid) -> float:
+    """Return the least number of first tokens of a response that has the share `WEIGHTS_SHARE` of all weights.
+
+    ``weights [R]``: those of the tokens of this replica's responses, of ``lengths``; at least 0.  The sums are over the
+    global batch, so that the result is equal on all ranks; 0 if all weights are 0.
+    Collectives: one all_gather_object over the data-parallel ranks.
+    """
+    sums = torch.zeros(max(lengths, default=0), dtype=torch.float64)
+    for one in weights.double().split(list(lengths)):
+        sums[: len(one)] += one
+    summed = [sum(column) for column in zip_longest(*gather_objects(sums.tolist(), grid.dp_group), fillvalue=0.0)]
+    below = list(accumulate(summed))
+    return next((n for n, total in enumerate(below, 1) if 0 < below[-1] * WEIGHTS_SHARE <= total), 0)
 
 
 def trains_on_nothing(metrics: Mapping[str, float]) -> bool:

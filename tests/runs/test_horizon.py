@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tiny_run import TWO_RANKS, assert_steps_equal, reproducible_metrics
+from tiny_run import TWO_RANKS, assert_steps_equal, reproducible_metrics, start_and_listen
 
 LENGTH, FIRST, LAST, STEPS = 14, 3, 6, 2
 RAMP = (f"rollout.horizon=[{FIRST},{LAST},{STEPS}]", "num_steps=3", "checkpoint.save_every=1", "seed=3")
@@ -38,6 +39,34 @@ def test_training_reads_the_beginnings_of_the_responses_and_evaluations_read_all
 
 def test_a_horizon_grows_on_as_if_the_run_had_never_stopped(runs, start):
     runs.resumed(start, *RAMP, step=2)
+
+
+LONG = 40
+AUTO = (f"rollout.max_new_tokens={LONG}", "method.token_weights=reach", "method.reach_exponent=1000")
+AUTO = (*AUTO, "rollout.horizon=auto", "target=teacher_alone", *RAMP[1:])
+
+
+def test_a_horizon_by_itself_follows_the_weights_of_the_steps_before_and_resumes_and_is_printed(ranks, runs, start):
+    steps = reproducible_metrics(runs(start, *AUTO))
+    positions = [int(step["weights/position_95"]) for step in steps]
+    following = [min(LONG, max(8, 2 * max(positions[: i + 1]))) for i in range(len(steps))]
+    assert [step["rollout/next_horizon"] for step in steps] == following and min(following[:2]) < LONG, positions
+    horizons = [LONG, *following[:-1]]
+    assert [step["rollout/horizon"] for step in steps] == [step["response/length_max"] for step in steps] == horizons
+    copy = runs.continued(start, *AUTO, step=2)
+    assert reproducible_metrics(copy) == steps
+    arguments = runs.arguments(copy.parent / "printed", start, *AUTO, "metrics.console_every=1")
+    [(status, output)] = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    changes = sum(one != other for one, other in pairwise([*horizons, following[-1]]))
+    assert status == 0 and output.count("rollout.horizon=auto: ") == changes > 0
+
+
+@pytest.mark.parametrize("layout", ["TP2", "DP2"])
+def test_all_ranks_of_a_layout_choose_the_same_horizon(runs, start, layout):
+    more = TWO_RANKS[layout]
+    assert_steps_equal(
+        runs(start, *AUTO), runs.replayed(start, *AUTO, more=more), ("rollout/", "weights/position_95", "response/")
+    )
 
 
 @pytest.mark.parametrize("layout", ["TP2", pytest.param("DP2", marks=pytest.mark.full)])

@@ -95,10 +95,11 @@ class RolloutConfig(
     """Number of responses per problem and step."""
     max_new_tokens: PositiveInt = 256
     """Length of the longest response, in tokens."""
-    horizon: Annotated[Any, NumberOrRamp((None,))] = None
+    horizon: Annotated[Any, NumberOrRamp(("auto", None))] = None
     """The greatest number of tokens of a response in training, at most max_new_tokens, which remains that of
     evaluations: a number, or [FIRST, LAST, STEPS] (FIRST in the first step, growing in a line over STEPS steps, then
-    LAST).  A response that is as long without a stop token is unfinished: no end is trained there, and the step knows
+    LAST), or auto (where method.token_weights=reach: as many as the weights of the last steps ask for, with room to
+    grow).  A response that is as long without a stop token is unfinished: no end is trained there, and the step knows
     nothing of its rest.  Prompts leave room for max_new_tokens all the same."""
     temperature: Annotated[float, at_least(0), at_most(100)] = 1.0
     """Sampling temperature; 0 is greedy."""
@@ -177,26 +178,34 @@ class RolloutConfig(
             f"method.select={select}": select is not None,
             f"method.name={config.method.name}": config.needs.reads_whole,
         }
+        require(
+            self.horizon != "auto" or getattr(config.method, "token_weights", None) == "reach",
+            f"{key} follows the weights of tokens: it needs method.token_weights=reach",
+        )
+        require(
+            self.horizon != "auto" or not self.ahead,
+            f"{key} follows the step before, but rollout.ahead={self.ahead} samples earlier: unset one of both",
+        )
         reader = next((name for name, reads in readers.items() if reads), None)
         require(reader is None, f"{key} ends responses early, but {reader} needs whole ones: unset one of both")
 
     def horizon_at(self, step: int) -> int | None:
-        """Return the horizon of the step that ``step`` optimizer steps precede; None without a horizon."""
+        """Return the horizon of the step that ``step`` optimizer steps precede; None if no key states it."""
         if not isinstance(self.horizon, list):
-            return None if self.horizon is None else int(self.horizon)
+            return self.horizon if isinstance(self.horizon, int) else None
         first, last, steps = self.horizon
         return int(first + (last - first) * min(step, steps) // steps)
 
     @property
     def has_one_horizon(self) -> bool:
         """Whether the responses of all steps may be equally long."""
-        return not isinstance(self.horizon, list)
+        return not isinstance(self.horizon, list | str)
 
     @property
     def longest_trained(self) -> int:
         """The greatest number of tokens of a response in training, over all steps."""
         longest = self.horizon[1] if isinstance(self.horizon, list) else self.horizon
-        return self.max_new_tokens if longest is None else int(longest)
+        return longest if isinstance(longest, int) else self.max_new_tokens
 
     @property
     def samples_target(self) -> bool:

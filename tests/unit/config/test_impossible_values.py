@@ -15,6 +15,7 @@ SDPO = "rollout.num_samples=2 method.name=sdpo"
 GRPO = "rollout.num_samples=2 method.name=grpo"
 OTHER_HINTS = "target=capped target.control=other"
 SERVER = "rollout.engine=vllm rollout.placement=server"
+AUTO = "rollout.horizon=auto method.token_weights=reach"
 CORRECTED = "loss.rollout_correction=truncated"
 
 
@@ -61,6 +62,11 @@ def refused(caught: pytest.ExceptionInfo[ConfigError], named: str) -> bool:
         ("rollout.horizon must", "rollout.horizon=2.5"),
         ("rollout.horizon must", "rollout.horizon=[8,4,10]"),
         ("rollout.horizon must", "rollout.horizon=[8,16]"),
+        ("rollout.horizon=auto", "rollout.horizon=auto"),
+        ("method.token_weights=reach", "rollout.horizon=auto method.token_weights=evidence"),
+        ("rollout.ahead=1", f"{SERVER} rollout.num_servers=1 rollout.ahead=1 {AUTO}"),
+        ("rollout.horizon=auto", f"{SERVER} rollout.num_servers=1 rollout.ahead=1 {AUTO}"),
+        ("method.select", f"{AUTO} method.select=lab.rules.keep"),
         ("rollout.ahead=1", "rollout.ahead=1"),
         ("rollout.ahead=1", f"{SERVER} rollout.num_servers=1 rollout.ahead=1 {SDPO}"),
         ("target.k_max must", "target.k_max=abc"),

@@ -20,7 +20,13 @@ from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms, reach_of
-from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors, trains_on_nothing
+from megatron_selfdistill.sources.step_terms import (
+    RatioTerms,
+    clipped_policy,
+    position_below,
+    token_factors,
+    trains_on_nothing,
+)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 PROBLEM = tiny.problem("1+7", "given", "8")
@@ -242,3 +248,13 @@ def test_expectation_of_the_sampled_signal_is_the_gradient_of_the_full_divergenc
 def test_first_tokens_of_each_response_can_be_skipped():
     found = token_factors(signals([0, 0, 0], lengths=[4, 2, 1]), "tokens", (7, 3, 1), skip_first_tokens=2)
     assert found.tolist() == [0, 0, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("weights", [[4.0, 1.0, 0.0], [0.0, 0.0, 3.0], [1.0] * 40, [0.0, 0.0], []])
+def test_the_position_below_which_the_weights_lie_is_the_first_with_their_share(weights):
+    other = [0.5] * (len(weights) // 2)
+    both = torch.tensor([*weights, *other], dtype=torch.float64)
+    found = position_below(both, [len(weights), len(other)], SimpleNamespace(dp_group=None))
+    total = sum(weights) + sum(other)
+    enough = [n for n in range(len(weights) + 1) if total and sum(weights[:n]) + sum(other[:n]) >= 0.95 * total]
+    assert found == (enough[0] if enough else 0)
