@@ -38,6 +38,10 @@ NUM_REACHED, LEAST_HORIZON = 8, 8
 """The number of steps that `following_horizon` looks back, and the least horizon that it chooses, in tokens."""
 
 
+def no_horizon(step: int) -> None:
+    """Return None: the step bounds responses no further than the sampling itself."""
+
+
 @dataclass(frozen=True)
 class OnPolicyOptions:
     """The options with which the student's own responses become batches."""
@@ -61,7 +65,7 @@ class OnPolicyOptions:
     """The number of steps by which the weights that sampled a response may be older than the student's."""
     controls: Controls | None
     """The hints of other problems that the teacher reads the responses after; None for a target without controls."""
-    horizon_at: Callable[[int], int | None] = lambda step: None
+    horizon_at: Callable[[int], int | None] = no_horizon
     """The step -> the greatest number of tokens of its responses; None bounds no further than the sampling itself."""
     adapts_horizon: bool = False
     """Whether `following_horizon` takes the place of ``horizon_at``."""
