@@ -194,6 +194,11 @@ def plays_episodes(config: Any) -> bool:
     return bool(config.environment.name != "none")
 
 
+def episodes_key(config: Any) -> str:
+    """Return the key that says what replies, with its value."""
+    return f"environment.name={config.environment.name}"
+
+
 def contexts_per_sample(config: Any) -> int:
     """Return the most contexts that a step trains of a sample: those of each turn, and those that the method adds."""
     return int(config.environment.max_turns * config.needs.contexts_per_sample)

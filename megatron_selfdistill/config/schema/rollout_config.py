@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from megatron_selfdistill.config.schema.data_config import plays_episodes
+from megatron_selfdistill.config.schema.data_config import episodes_key, plays_episodes
 from megatron_selfdistill.config.schema.field_checks import Part, require, require_address
 from megatron_selfdistill.config.schema.method_config import GIVEN, sampled_log_probs_key
 from megatron_selfdistill.config.schema.ranges import (
@@ -169,11 +169,11 @@ class RolloutConfig(
             longest <= self.max_new_tokens,
             f"{key} must end responses within rollout.max_new_tokens={self.max_new_tokens}, got {longest} tokens",
         )
-        source = "conversations.responses=logged" if config.logged else f"method.name={config.method.name}"
+        source = f"data.kind={config.data.kind} with method.name={config.method.name}"
         require(config.samples_responses, f"{key} bounds sampled responses, but {source} samples none: unset it")
         select = getattr(config.method, "select", None)
         readers = {
-            f"environment.name={config.environment.name}": plays_episodes(config),
+            episodes_key(config): plays_episodes(config),
             f"rollout.guide_below={self.guide_below}": self.guide_below is not None,
             f"method.select={select}": select is not None,
             f"method.name={config.method.name}": config.needs.reads_whole,

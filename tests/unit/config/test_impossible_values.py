@@ -116,7 +116,7 @@ MOE = "model.num_moe_experts=4"
         "method.name=sft",
         "environment.name=tools environment.max_turns=2",
         "rollout.guide_below=0.5 rollout.guidance=mixed",
-        "conversations.responses=logged data.kind=conversations",
+        "data.kind=conversations conversations.responses=logged",
     ],
 )
 @pytest.mark.parametrize("horizon", ["16", "[8,16,10]"])
