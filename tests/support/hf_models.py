@@ -108,6 +108,8 @@ CONFIGS = {
     "qwen3_5_moe": _of("Qwen3_5MoeText", _SIZES, _GATED_DELTA, _SHARED_EXPERT),
 }
 """kind -> (configuration class of transformers, its arguments)."""
+QUICK = ["llama2", "qwen3", "qwen3_moe", "phi3", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next"]
+"""Kinds whose rules have all forms, for tests of every commit."""
 
 
 def hf_config(kind: str, **changes: Any) -> Any:

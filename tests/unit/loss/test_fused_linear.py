@@ -27,6 +27,7 @@ from fused_layer import (
     relative,
 )
 from ranks import RankPool
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.choices import FUSED_MODES
@@ -34,9 +35,7 @@ from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 
-@every_tying
-@every_mode
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 4, 7, 12, 13, 14, 100])
+@combinations(chunk_tokens=[1, 3, 4, 7, 12, 13, 14, 100], mode=FUSED_MODES, tied=[True, False], strength=2)
 def test_every_chunking_equals_the_materialised_path(chunk_tokens: int, mode: str, tied: bool) -> None:
     """A chunk of 7 gives two chunks: there is room for the teacher behind the first, and none behind the second."""
     example = Example(tied)

@@ -182,7 +182,9 @@ STUDENTS = {
 }
 
 
-@combinations(student=STUDENTS, rests=[False, True], strength=1)
+@combinations(
+    student=STUDENTS, rests=[False, True], quick={"student": list(STUDENTS)[1:2], "rests": ["True"]}, strength=1
+)
 def test_adapters_are_the_teacher_of_their_merged_weights_and_leave_the_start_as_it_is(ranks, student, rests):
     cuts, kind, own = student
     for differences in ranks.run(adapted_logits, cuts, kind, own, rests, world_size=cuts.tensor_model_parallel_size):

@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_models
 import pytest
+from tiers import combinations
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megatron_selfdistill.errors import ConfigError
@@ -50,7 +51,9 @@ def fields_read(config: dict[str, Any]) -> set[str]:
     return asked
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mistral3"])
+@combinations(
+    kind=[*KINDS, "mistral3"], quick={"kind": [kind for kind in KINDS if kind in hf_models.QUICK]}, strength=1
+)
 def test_every_value_of_every_field_is_read_or_refused_in_a_sentence(kind):
     config = config_json(kind)
     places = [((), name) for name in fields_read(config) - {"architectures", "text_config"}]

@@ -10,6 +10,7 @@ from typing import Any
 import hf_models
 import pytest
 import transformers
+from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -25,7 +26,7 @@ from megatron_selfdistill.model.model_values import TRANSFORMER_DEFAULTS, differ
 KINDS = list(hf_models.CONFIGS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(kind=KINDS, quick={"kind": hf_models.QUICK}, strength=1)
 def test_the_written_config_json_makes_the_same_transformers_model(written, kind):
     directory, original, _ = written(kind)
     config = hf_models.config_of(directory)

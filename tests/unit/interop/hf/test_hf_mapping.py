@@ -22,8 +22,6 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.mapping import check_names, check_shapes, family_of
 
 KINDS = list(hf_models.CONFIGS)
-QUICK = ["llama2", "qwen3", "qwen3_moe", "phi3", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next"]
-"""Kinds whose rules have all forms."""
 
 
 def logits_of_converted(directory: Path, kind: str) -> list[Tensor]:
@@ -41,7 +39,7 @@ def logits_of_converted(directory: Path, kind: str) -> list[Tensor]:
     return found
 
 
-@combinations(kind=KINDS, quick={"kind": QUICK}, strength=1)
+@combinations(kind=KINDS, quick={"kind": hf_models.QUICK}, strength=1)
 def test_the_converted_model_has_transformers_logits_and_mistakes_are_seen(ranks, written, kind):
     directory, _, expected = written(kind)
     logits, *wrong = ranks.run(logits_of_converted, directory, kind, world_size=1)[0]
