@@ -35,7 +35,7 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
-from megatron_selfdistill.sources.step_terms import counted
+from megatron_selfdistill.sources.step_terms import with_metrics_of_weights
 
 
 def turn_metrics(
@@ -124,7 +124,7 @@ class LoggedResponses(ResponseSource):
             metrics={**counts, **found},
             next_state=SourceState(problem_sampler, method),
         )
-        return counted(batch)
+        return with_metrics_of_weights(batch)
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""

@@ -21,6 +21,9 @@ UNFINISHED = "response/unfinished_share"
 """The metric of the share of responses that end at the horizon of their step; no metric where none does."""
 LENGTH = "response/length_mean"
 """The metric of the mean length of responses, as far as they were sampled."""
+WEIGHTS_SUM, WEIGHTS_POSITION = "weights/sum", "weights/position_95"
+"""The metrics of the sum of the weights of tokens, and of the first tokens on which 95 % of the sum lie; no metrics
+where the weights have no name."""
 LOSS_RISE, ENTROPY_RISE = 0.1, 0.05
 """The smallest rises of the loss and of the entropy, in nats per token, for which guards.max_loss_ratio and
 guards.entropy.max_ratio stop a run: a tiny reference alone does not."""
@@ -37,6 +40,14 @@ MANY_LOOPS = 0.1
 
 class RunUnhealthy(RuntimeError):
     """The error that stops an unhealthy run; its message names the value, the expectation and where to look."""
+
+
+def trains_on_nothing(metrics: Mapping[str, float]) -> bool:
+    """Return whether a step with these metrics has weights whose sum is below one token, and so changes nothing.
+
+    A step divides by the sum, so that few tokens with tiny weights would otherwise make a step of full length.
+    """
+    return metrics.get(WEIGHTS_SUM, 1.0) < 1
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,7 @@ class Limit:
         )
 
 
-def limits_of(
-    config: GuardsConfig, loss_should_fall: bool, student_samples: bool, has_one_horizon: bool = True
-) -> list[Limit]:
+def limits_of(config: GuardsConfig, loss_should_fall: bool, student_samples: bool, judges_loops: bool) -> list[Limit]:
     """Return the limits that the configuration sets."""
     entropy, key = config.entropy, "entropy/student"
     steps_too_large = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
@@ -91,7 +100,7 @@ def limits_of(
         limits.append(Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, ENTROPY_RISE))
     if (least := config.min_length_ratio) is not None:
         limits.append(Limit("length collapse", LENGTH, "min_length_ratio", least, no_work))
-    if student_samples and has_one_horizon and (rise := config.max_loop_rise) is not None:
+    if judges_loops and (rise := config.max_loop_rise) is not None:
         limits.append(Limit("loops", LOOPS, "max_loop_rise", 1.0, earlier, False, rise))
     if student_samples and (rise := config.max_truncated_rise) is not None:
         limits.append(Limit("responses without an end", TRUNCATED, "max_truncated_rise", 1.0, no_end, False, rise))
@@ -129,7 +138,7 @@ class Guards:
         self.config, self.engines, self.judges_loops = config, engines, student_samples and has_one_horizon
         self.has_warned: set[str] = set()
         """The metrics of which this launch has warned."""
-        self.limits = limits_of(config, loss_should_fall, student_samples, has_one_horizon)
+        self.limits = limits_of(config, loss_should_fall, student_samples, self.judges_loops)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.violations: dict[str, int] = {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_selfdistill.config import Config, Needs
 from megatron_selfdistill.metrics.first_checks import first_step_lines, first_step_warnings, warning_of_a_silent_teacher
+from megatron_selfdistill.metrics.guards import WEIGHTS_POSITION, WEIGHTS_SUM, trains_on_nothing
 
 
 def step_warnings(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
@@ -24,16 +25,16 @@ def change_of_horizon(metrics: Mapping[str, float]) -> str | None:
     horizon, following = metrics.get("rollout/horizon"), metrics.get("rollout/next_horizon")
     if following in (None, horizon):
         return None
-    below = metrics["weights/position_95"]
+    below = metrics[WEIGHTS_POSITION]
     return f"rollout.horizon=auto: {horizon:g} -> {following:g} tokens; 95 % of the weights lie on the first {below:g}"
 
 
 def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
     """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
-    if metrics.get("weights/sum", 1.0) < 1:
+    if trains_on_nothing(metrics):
         return (
             f"warning: step {step} changes nothing: expected weights of method.token_weights whose sum is at least 1 "
-            f"token, got {metrics['weights/sum']:.3g}; choose other weights"
+            f"token, got {metrics[WEIGHTS_SUM]:.3g}; choose other weights"
         )
     without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
     if "tokens/response" in metrics and not without_weight:

@@ -66,7 +66,7 @@ class AheadOnPolicy(OnPolicy):
             if later not in self._tickets:
                 asked = self._asked(later, problems, self.state.method)
                 requests = self._first_requests(asked.samples, self.state.method)
-                within = sampling.up_to(self._options.horizon_at(later))
+                within = sampling.up_to(self._horizon(later, sampling))
                 self._tickets[later] = self._engines.start(requests, within, later, self._known)
         self._known = {}
         return self._tickets[step]

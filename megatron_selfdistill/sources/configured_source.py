@@ -27,7 +27,7 @@ from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.sources.given_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
-from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions, no_horizon
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
@@ -62,7 +62,7 @@ def configured_source(
         player=player,
         max_staleness=config.rollout.max_staleness,
         controls=Controls(run_data.problems.problems, tools.given, number, config.seed) if number else None,
-        horizon_at=no_horizon if config.rollout.horizon is None else config.rollout.horizon_at,
+        horizon_at=None if config.rollout.horizon is None else config.rollout.horizon_at,
         adapts_horizon=config.rollout.horizon == "auto",
     )
     found: ResponseSource

@@ -18,6 +18,7 @@ from megatron_selfdistill.data.problem_sampler import ProblemSampler, shard
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.metrics.guards import WEIGHTS_POSITION
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.staleness import staleness_metrics
 from megatron_selfdistill.metrics.step import step_metrics
@@ -29,17 +30,13 @@ from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, Sample
 from megatron_selfdistill.sources.source import ResponseSource, SourceState, StepBatch
-from megatron_selfdistill.sources.step_terms import WEIGHTS_POSITION, counted
+from megatron_selfdistill.sources.step_terms import with_metrics_of_weights
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.episode_reply import Reply
 
 NUM_REACHED, LEAST_HORIZON = 8, 8
 """The number of steps that `following_horizon` looks back, and the least horizon that it chooses, in tokens."""
-
-
-def no_horizon(step: int) -> None:
-    """Return None: the step bounds responses no further than the sampling itself."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class OnPolicyOptions:
     """The number of steps by which the weights that sampled a response may be older than the student's."""
     controls: Controls | None
     """The hints of other problems that the teacher reads the responses after; None for a target without controls."""
-    horizon_at: Callable[[int], int | None] = no_horizon
+    horizon_at: Callable[[int], int | None] | None = None
     """The step -> the greatest number of tokens of its responses; None bounds no further than the sampling itself."""
     adapts_horizon: bool = False
     """Whether `following_horizon` takes the place of ``horizon_at``."""
@@ -161,7 +158,7 @@ class OnPolicy(ResponseSource):
             sampler_log_probs=self._on_device(map(_comparable, trained)) if method.comparable else None,
             token_coefficients=method.coefficients(step, trained, contexts),
         )
-        return batch if batch.token_coefficients is None else counted(batch)
+        return batch if batch.token_coefficients is None else with_metrics_of_weights(batch)
 
     def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
         grid, num_samples = self._options.grid, self._options.num_samples
@@ -211,7 +208,7 @@ class OnPolicy(ResponseSource):
     def _horizon(self, step: int, sampling: SamplingParams) -> int | None:
         if self._options.adapts_horizon:
             return following_horizon(self.state.reached, sampling.max_new_tokens)
-        return self._options.horizon_at(step)
+        return None if self._options.horizon_at is None else self._options.horizon_at(step)
 
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams

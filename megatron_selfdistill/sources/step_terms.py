@@ -18,6 +18,7 @@ from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import Coefficients, SequenceImportance, TokenOwners, TruncatedImportance
+from megatron_selfdistill.metrics.guards import WEIGHTS_POSITION, WEIGHTS_SUM, trains_on_nothing
 from megatron_selfdistill.pipeline.score import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.sources.judge import over_replicas
@@ -26,10 +27,8 @@ from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Clip, Signals, Terms, reach_of, signals_of
 from megatron_selfdistill.sources.source import StepBatch
 
-WEIGHTS_SUM = "weights/sum"
-"""The metric that `divided_by_sum` returns."""
-WEIGHTS_POSITION, WEIGHTS_SHARE = "weights/position_95", 0.95
-"""The metric of `position_below`, and the share of the sum of the weights that lies below the position."""
+WEIGHTS_SHARE = 0.95
+"""The share of the sum of the weights that lies below `WEIGHTS_POSITION`."""
 
 
 def step_coefficients(
@@ -57,16 +56,15 @@ def step_coefficients(
     if measured is not None and not config.samples_responses:  # nobody sampled the replies: p / mu = 1
         signals = replace(signals, sampled_log_prob=measured["student_log_prob"])
     factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
-    metrics: Mapping[str, float] = {}
+    metrics: dict[str, float] = {}
     if method.token_weights is not None:
         weights = method.token_weights(signals)
         if method.divides_by_weights:
-            reached, counted = reach_of(signals, config.rollout), factors * signals.per_token(signals.hinted)
-            position = {}
+            reached, shares = reach_of(signals, config.rollout), factors * signals.per_token(signals.hinted)
             if config.rollout.horizon == "auto":
-                position[WEIGHTS_POSITION] = position_below(counted * weights, signals.lengths.tolist(), grid)
-            weights, metrics = divided_by_sum(weights, counted, reached, grid)
-            metrics |= position
+                metrics[WEIGHTS_POSITION] = position_below(shares * weights, signals.lengths.tolist(), grid)
+            weights, about = divided_by_sum(weights, shares, reached, grid)
+            metrics |= about
         factors = factors * weights
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
@@ -156,15 +154,7 @@ def position_below(weights: Tensor, lengths: Sequence[int], grid: RankGrid) -> f
     return next((n for n, total in enumerate(below, 1) if 0 < below[-1] * WEIGHTS_SHARE <= total), 0)
 
 
-def trains_on_nothing(metrics: Mapping[str, float]) -> bool:
-    """Return whether a step with these metrics has weights whose sum is below one token, and so changes nothing.
-
-    A step divides by the sum, so that few tokens with tiny weights would otherwise make a step of full length.
-    """
-    return metrics.get(WEIGHTS_SUM, 1.0) < 1
-
-
-def counted(batch: StepBatch) -> StepBatch:
+def with_metrics_of_weights(batch: StepBatch) -> StepBatch:
     """Return ``batch`` with the metrics of its tokens' weights; without contexts if `trains_on_nothing`.
 
     A step of batches without contexts has no response token, so that it changes nothing.

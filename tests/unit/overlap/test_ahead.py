@@ -61,7 +61,7 @@ def source(monkeypatch) -> AheadOnPolicy:
     monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
     state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
     sampler = SyncedSampler(cast(Any, Engines), Phases(torch.device("cpu")))
-    options = SimpleNamespace(sampler=sampler, horizon_at=[9, 3, 4, 5, 6, 6].__getitem__)
+    options = SimpleNamespace(sampler=sampler, horizon_at=[9, 3, 4, 5, 6, 6].__getitem__, adapts_horizon=False)
     return AheadOnPolicy(state, cast(Any, options), ahead=1, num_steps=6)
 
 

@@ -17,6 +17,7 @@ from term_arrays import CLIP, DELTA, LOG_MU, LOG_Q, RHO, STUDENT, TOKEN, signals
 
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
+from megatron_selfdistill.metrics.guards import trains_on_nothing
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms, reach_of
@@ -25,7 +26,6 @@ from megatron_selfdistill.sources.step_terms import (
     clipped_policy,
     position_below,
     token_factors,
-    trains_on_nothing,
 )
 
 pytestmark = pytest.mark.usefixtures("one_rank")
