@@ -88,7 +88,7 @@ def test_a_reference_with_weights_of_its_own_keeps_its_logits_apart(ranks):
 
 
 @pytest.mark.full
-@combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
+@combinations(name=list(LAYOUTS))
 def test_every_rank_of_every_layout_has_the_same(ranks, alone, name):
     """The responses of a target with a reference and controls have the logits of all models."""
     case, world_size = LAYOUTS[name]

@@ -146,7 +146,7 @@ def assert_same_numbers(found: list[Measured], alone: list[Measured], names: Seq
 
 
 @pytest.mark.full
-@combinations(name=list(LAYOUTS), quick={"name": ["TP2, fused"]}, strength=1)
+@combinations(name=list(LAYOUTS))
 def test_every_layout_has_the_numbers_of_one_rank(ranks, alone, name):
     case, world_size = LAYOUTS[name]
     names = ["student", "reference, the student's entropy", "reference and controls"]

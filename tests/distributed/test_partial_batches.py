@@ -71,7 +71,7 @@ OVERLAPS: list[dict[str, Any]] = [
 
 
 @pytest.mark.full
-@combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
+@combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)})
 def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cuts):
     """The reduction that overlaps with the backward pass begins in the last partial batch only."""
     case = Case(kind="shallow", parallel=cuts, steps=2, optimizer=ADAM)

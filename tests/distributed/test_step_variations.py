@@ -22,7 +22,7 @@ OVERLAPS = [
 
 
 @pytest.mark.full
-@combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
+@combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)})
 def test_data_parallel_optimizers_end_in_the_same_parameters(outcomes, cuts):
     alone = outcomes(Case(kind="shallow", steps=3, optimizer=ADAM, extra_weightless=0))
     cases = [
@@ -74,7 +74,7 @@ def test_recomputing_activations_changes_no_gradient(outcomes, name):
 
 
 @pytest.mark.full
-@combinations(name=["TP2xPP2+SP", "PP2xVPP2 tied", "CP2", "EP2xPP2"], quick={"name": ["PP2xVPP2 tied"]}, strength=1)
+@combinations(name=["TP2xPP2+SP", "PP2xVPP2 tied", "CP2", "EP2xPP2"])
 def test_the_current_weights_teach_alike_in_every_layout(outcomes, name):
     case, world_size = case_of(name, teacher="current")
     compare(outcomes(case, world_size), outcomes(reference_of(case)))

@@ -108,7 +108,7 @@ def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_token
 
 
 @pytest.mark.full
-@combinations(recipe=["rltf_sd", "rltf_fm"], quick={"recipe": ["rltf_sd"]}, strength=1)
+@combinations(recipe=["rltf_sd", "rltf_fm"])
 def test_further_texts_of_episodes_are_trained_on(runs, of, recipe):
     whole = runs(*of(recipe))
     for number, step in enumerate(reproducible_metrics(whole)):

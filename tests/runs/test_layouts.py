@@ -35,7 +35,7 @@ def test_steps_on_recorded_responses_have_the_same_losses(runs, options, name, n
 
 
 @pytest.mark.full
-@combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
+@combinations(name=list(LAYOUTS))
 def test_the_first_steps_sampled_responses_are_equal(runs, options, name):
     one, other = runs(*options, "num_steps=3"), runs(*options, *LAYOUTS[name], "num_steps=1", world_size=2)
     assert recorded(other / "responses.jsonl", step=0) == recorded(one / "responses.jsonl", step=0)

@@ -86,7 +86,7 @@ def of(own_data, start) -> Callable[[str], list[str]]:
 
 
 @pytest.mark.full
-@combinations(recipe=RECIPES, quick={"recipe": ["rlcsd"]}, strength=1)
+@combinations(recipe=RECIPES)
 def test_a_recipe_trains_and_resumes_bit_for_bit(runs, of, recipe):
     for step in reproducible_metrics(runs(*of(recipe))):
         assert step["gradient_norm"] > 0

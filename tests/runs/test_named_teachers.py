@@ -141,9 +141,9 @@ CODE_HINTED = "teachers.code.hint=given"
 QUICK_STEPS: dict[str, Sequence[str]] = {
     "another architecture": [WIDE_TEACHER],
     "product": [*PRODUCT, *OWN_WEIGHTS],
-    "several, with controls": [SHARED_FILE, CODE_HINTED, "target.control=other", "target.num_controls=2"],
 }
 STEPS = QUICK_STEPS | {
+    "several, with controls": [SHARED_FILE, CODE_HINTED, "target.control=other", "target.num_controls=2"],
     "a teacher per record, views of their own": [*VIEWS, CODE_HINTED],
     "a teacher per record": ["schedule.max_tokens=32"],  # a microbatch for each context
     # one response per step has the mean over its tokens in either normalisation; a weight of 1 changes nothing
@@ -161,7 +161,7 @@ STEPS = QUICK_STEPS | {
 }
 
 
-@combinations(name=list(STEPS), quick={"name": list(QUICK_STEPS)[:2]})
+@combinations(name=list(STEPS), quick={"name": QUICK_STEPS})
 def test_a_step_has_the_gradient_of_the_definition(ranks, runs, places, of, tmp_path, name):
     """Each teacher with its weights, its prompt and its w; each response counts once, however many teachers it has."""
     of_step, start = runs.arguments(tmp_path / "run", *of(*STEPS[name])), places["student"]
@@ -310,7 +310,7 @@ CASES = {f"{kind}, {layout}": (kind, layout) for kind, (_, layouts) in ALIKE.ite
 
 
 @pytest.mark.full
-@combinations(case=CASES, quick={"case": [f"a teacher per record, {LAYOUTS['DP2']}"]})
+@combinations(case=CASES)
 def test_every_layout_has_the_steps_of_one_rank(request, runs, of, case):
     kind, layout = case
     made, given = ALIKE[kind][0], {}

@@ -119,7 +119,7 @@ def test_controls_are_read_by_the_weights_of_the_teacher(ranks, teacher):
 
 
 @pytest.mark.full
-@combinations(teacher=["ema", "current"], quick={"teacher": ["ema"]}, strength=1)
+@combinations(teacher=["ema", "current"])
 def test_every_token_is_the_one_that_whole_passes_of_all_roles_choose(ranks, on_one_rank, teacher):
     """Texts differ between teachers, so no weights stand in for others."""
     [texts] = ranks.run(write_and_check, "shallow", teacher, MATCHES_STUDENT, world_size=1)

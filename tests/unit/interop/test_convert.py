@@ -35,13 +35,13 @@ from megatron_selfdistill.interop.full_weights import open_weights
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
 
 KINDS = list(hf_models.CONFIGS)
-REBUILT = ("llama3", "qwen3_window", "gpt_oss", "deepseek_v3", "phi3", "qwen3_next")
+REBUILT = ("llama3", "qwen3_window", "gpt_oss")
 """The kinds whose config.json `make test` rebuilds, one of each kind of rotary base, attention and expert."""
 NAMED_OTHERWISE = {kind: hf_models.logits_bound(kind) for kind in ("phi3", "qwen3_5_moe")}
 """Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
 
 
-@combinations(kind=KINDS, quick={"kind": REBUILT[:3]}, strength=1)
+@combinations(kind=KINDS, quick={"kind": REBUILT}, strength=1)
 def test_there_and_back_is_the_identity_and_without_the_original_config_transformers_computes_the_same(
     hf_directory, tmp_path, kind
 ):

@@ -124,28 +124,27 @@ def load_each(cuts: ParallelConfig, cases: list[tuple[str, Path]]) -> list[dict]
 
 
 CASES = {
-    "TP2": [
-        *(("gqa", by_stock_local_layers), ("gqa", by_the_other_spec), ("moe", by_stock_local_layers)),
-        *(("moe", with_numbered_layers), ("gated_delta", by_the_other_spec)),
-    ],
-    "PP2, numbered layers": [("gqa", with_numbered_layers)],
-    "PP2": [
-        *(("moe", by_the_other_spec), ("moe", with_more)),
-        ("latent", by_the_other_spec),
-    ],
+    "TP2": (
+        TP2,
+        [
+            *(("gqa", by_stock_local_layers), ("gqa", by_the_other_spec), ("moe", by_stock_local_layers)),
+            *(("moe", with_numbered_layers), ("gated_delta", by_the_other_spec)),
+        ],
+    ),
+    "PP2, numbered layers": (PP2, [("gqa", with_numbered_layers)]),
+    "PP2": (PP2, [("moe", by_the_other_spec), ("moe", with_more), ("latent", by_the_other_spec)]),
 }
-"""Layout -> kinds of models, and how another program names their tensors."""
+"""Name -> a layout, and kinds of models with how another program names their tensors."""
 
 
-@combinations(layout=list(CASES), quick={"layout": ["PP2, numbered layers"]}, strength=1)
-def test_names_of_other_layers_and_versions_are_understood(ranks, saved, tmp_path, layout):
-    cases = [
-        (kind, rewritten(saved[kind], tmp_path / f"{n}", rename)) for n, (kind, rename) in enumerate(CASES[layout])
-    ]
+@combinations(case=CASES, quick={"case": ["PP2, numbered layers"]}, strength=1)
+def test_names_of_other_layers_and_versions_are_understood(ranks, saved, tmp_path, case):
+    layout, named = case
+    cases = [(kind, rewritten(saved[kind], tmp_path / f"{n}", rename)) for n, (kind, rename) in enumerate(named)]
     (whole,) = ranks.run(load_each, models.parallel(), [(kind, saved[kind]) for kind, _ in cases], world_size=1)
-    loaded = ranks.run(load_each, {"TP2": TP2, "PP2": PP2}[layout[:3]], cases, world_size=2)
-    for case, expected, *shards in zip(CASES[layout], whole, *loaded, strict=True):
-        assert layouts.worst_difference(layouts.join(shards), layouts.join([expected]))[0] == 0, case
+    loaded = ranks.run(load_each, layout, cases, world_size=2)
+    for one, expected, *shards in zip(named, whole, *loaded, strict=True):
+        assert layouts.worst_difference(layouts.join(shards), layouts.join([expected]))[0] == 0, one
 
 
 @pytest.mark.parametrize("rename", [by_stock_local_layers, by_the_other_spec, with_numbered_layers])

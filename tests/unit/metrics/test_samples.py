@@ -140,7 +140,7 @@ def test_samples_have_the_teachers_numbers_at_every_token_of_a_step_that_measure
 
 
 @pytest.mark.full
-@combinations(name=["alone", "PP2xCP2"], quick={"name": ["alone"]}, strength=1)
+@combinations(name=["alone", "PP2xCP2"])
 def test_a_response_has_what_any_hint_does_and_what_only_its_own_says(ranks, own_data, name):
     world_size, layout, _ = RUNS.get(name, (1, [], []))
     options = ["target.control=other", "target.num_controls=1", "target.anchor=student", "metrics.show_samples=4"]

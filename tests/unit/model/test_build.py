@@ -43,7 +43,7 @@ PROVIDERS = {
 
 
 @pytest.mark.full
-@combinations(layout=list(PROVIDERS), quick={"layout": ["PP2xVPP2"]}, strength=1)
+@combinations(layout=list(PROVIDERS))
 def test_a_providers_model_has_the_built_in_models_gradient(ranks, layout):
     cuts, providers = PROVIDERS[layout]
     case = Case(parallel=cuts)
@@ -191,7 +191,7 @@ CASES = {
 
 
 @pytest.mark.full
-@combinations(name=list(CASES), quick={"name": ["sgd", "experts", "no clipping"]}, strength=1)
+@combinations(name=list(CASES))
 def test_both_halves_together_are_megatrons_step_to_the_last_bit(ranks, name):
     *arguments, world_size = CASES[name]
     for one, other in ranks.run(each_way, *arguments, world_size=world_size):

@@ -154,7 +154,7 @@ def test_gradients_equal_the_materialised_ones_of_one_rank(outcomes, name, mode)
 
 
 @pytest.mark.full
-@combinations(name=["tied", "PP2xVPP2 tied"], mode=MODES, quick={"name": ["tied"], "mode": ["low_memory"]}, strength=1)
+@combinations(name=["tied", "PP2xVPP2 tied"], mode=MODES)
 def test_current_weights_teach_alike(outcomes, name, mode):
     case, world_size = case_of(name, teacher="current")
     expected, got = outcomes.of([(case, PLAIN), (fused(case, mode), PLAIN)], world_size)

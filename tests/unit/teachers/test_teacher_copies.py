@@ -183,7 +183,10 @@ STUDENTS = {
 
 
 @combinations(
-    student=STUDENTS, rests=[False, True], quick={"student": list(STUDENTS)[1:2], "rests": ["True"]}, strength=1
+    student=STUDENTS,
+    rests=[False, True],
+    quick={"student": ["TP2 with SP, a student with adapters"], "rests": ["True"]},
+    strength=1,
 )
 def test_adapters_are_the_teacher_of_their_merged_weights_and_leave_the_start_as_it_is(ranks, student, rests):
     cuts, kind, own = student

@@ -69,7 +69,7 @@ def test_the_files_say_what_was_measured(untrained, alone):
 
 
 @pytest.mark.full
-@combinations(layout=["TP2", "PP2", "DP2"], quick={"layout": ["TP2"]}, strength=1)
+@combinations(layout=["TP2", "PP2", "DP2"])
 def test_two_ranks_write_the_same_files(untrained, alone, ranks, layout, tmp_path):
     options = (*OPTIONS, *tiny_run.TWO_RANKS[layout])
     assert evaluate(ranks, untrained, tmp_path / "two", *options, world_size=2) == [0, 0]

@@ -103,7 +103,7 @@ def converted(directories: list[Path]) -> list[Tensor]:
 
 
 @pytest.mark.full
-@combinations(kind=KINDS, quick={"kind": ["qwen3_yarn"]}, strength=1)
+@combinations(kind=KINDS)
 def test_what_is_not_refused_has_the_logits_of_transformers(ranks, written, tmp_path, kind):
     saved, original, _ = written(kind)
     expected: dict[str, Tensor] = {}
